@@ -1,0 +1,68 @@
+"""The deal of a global batch: nothing lost, equal turns, limits kept, loads even."""
+
+import random
+
+import pytest
+
+from training.data.dealing import Limits, deal
+
+
+def skewed(n, seed=0):
+    rng = random.Random(seed)
+    return [min(2000, int(rng.lognormvariate(4.5, 0.8)) + 2) for _ in range(n)]
+
+
+CASES = [
+    Limits(micro_tokens=4096),
+    Limits(micro_tokens=4096, row_tokens=512),
+    Limits(micro_tokens=2048, row_tokens=2048),
+    Limits(micro_tokens=1, micro_batch=3),
+    Limits(micro_tokens=1, micro_batch=5, row_tokens=1024),
+]
+
+
+@pytest.mark.parametrize("limits", CASES)
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch", [3, 8, 64])
+def test_every_sample_is_dealt_once_in_equal_turns(limits, num_workers, batch):
+    lengths = skewed(batch)
+    hands = deal(lengths, num_workers, limits)
+    assert len(hands) == num_workers
+    assert len({len(hand) for hand in hands}) == 1
+    dealt = [sample for hand in hands for rows in hand for row in rows for sample in row]
+    assert sorted(dealt) == list(range(batch))
+
+
+@pytest.mark.parametrize("limits", CASES)
+def test_a_micro_batch_keeps_its_limits(limits):
+    lengths = skewed(200, seed=3)
+    for hand in deal(lengths, 4, limits):
+        for rows in hand:
+            if limits.micro_batch:
+                assert sum(map(len, rows)) <= limits.micro_batch or len(rows) == 1
+            elif rows:
+                longest = max(sum(lengths[i] for i in row) for row in rows)
+                assert len(rows) * longest <= limits.micro_tokens or len(rows) == 1
+            if limits.row_tokens:
+                assert all(sum(lengths[i] for i in row) <= limits.row_tokens or len(row) == 1 for row in rows)
+
+
+def test_workers_get_nearly_the_same_number_of_tokens():
+    lengths = skewed(256, seed=1)
+    loads = [
+        sum(lengths[i] for rows in hand for row in rows for i in row)
+        for hand in deal(lengths, 8, Limits(micro_tokens=4096))
+    ]
+    assert max(loads) < 1.02 * min(loads)
+
+
+def test_packing_leaves_little_padding():
+    lengths = skewed(256, seed=2)
+    hands = deal(lengths, 2, Limits(micro_tokens=4096, row_tokens=2048))
+    places = sum(len(rows) * max(sum(lengths[i] for i in row) for row in rows) for hand in hands for rows in hand)
+    assert sum(lengths) / places > 0.9
+
+
+def test_a_worker_without_samples_still_takes_its_turns():
+    hands = deal([10, 10], 3, Limits(micro_tokens=100))
+    assert sorted(len(rows) for hand in hands for rows in hand) == [0, 1, 1]

@@ -1,0 +1,201 @@
+"""Typed settings of a phase. Free of torch, so that checking a job costs a moment.
+
+Every class is frozen, refuses unknown keys and takes no loose types ("8" is not 8). The string under a field is its
+reference text: meaning, unit, special values.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DATA_FORMATS = ("text", "prompt_completion", "alpaca", "sharegpt", "messages")
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+
+class Source(Settings):
+    """One source of rows."""
+
+    path: str
+    """File, folder, glob, or the name of a data set on the Hugging Face hub."""
+    weight: PositiveFloat | None = None
+    """Share of the samples that come from this source, relative to the other weights. None: every row once an epoch."""
+    name: str | None = None
+    """Configuration of a hub data set, such as `main`."""
+    split: str = "train"
+    """Split of a hub data set."""
+
+
+class Data(Settings):
+    """Which rows a phase reads and how they become tokens."""
+
+    train: str | Annotated[list[str | Source], Field(min_length=1)]
+    """Path, glob, hub name, or a list of them or of {path, weight}."""
+    eval: str | Annotated[list[str | Source], Field(min_length=1)] | None = None
+    """Held-out rows for the evaluation loss."""
+    format: Literal["auto", "text", "prompt_completion", "alpaca", "sharegpt", "messages"] = "auto"
+    """Row format. auto: recognised by the columns."""
+    columns: dict[str, str] = {}
+    """The data's own names for the format's columns: {prompt: question, completion: answer}."""
+    template: str = "auto"
+    """Chat template. auto: the tokenizer's own for message formats, none for prompt_completion. none, a built-in name, or a Jinja file."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Longest sample, in tokens."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to longer samples. Both are counted and told."""
+    shuffle: bool = True
+    """False: the files' own order."""
+    pack: bool = True
+    """Put several samples into one row, with attention that never crosses them. Changes speed, never the loss."""
+
+
+class Model(Settings):
+    """The model that a phase starts from."""
+
+    path: str
+    """Hub id or Hugging Face folder."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of the computation; master weights are fp32 always. auto: bf16 where the hardware multiplies it, else fp32."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """Attention kernel. auto: flash attention on GPUs that have it installed, else sdpa."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models you trust."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer. None: the model's own."""
+
+
+class Schedule(Settings):
+    """Learning rate over the steps of a phase."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay."""
+    warmup: Annotated[float | int, Field(ge=0)] = 0.03
+    """Linear warm-up: below 1 a fraction of all steps, else a number of steps."""
+    floor: Fraction = 0.1
+    """Fraction of the learning rate at which the decay ends."""
+
+
+class Optimizer(Settings):
+    """AdamW (arXiv:1711.05101); no decay on norms, biases and embeddings."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Best(Settings):
+    """Which checkpoint counts as the best."""
+
+    metric: str = "eval_loss"
+    """A name from the evaluation rows of metrics.jsonl."""
+    mode: Literal["min", "max"] = "min"
+
+
+class Checkpointing(Settings):
+    """When to save and what to keep."""
+
+    every: PositiveInt = 200
+    """Steps between two checkpoints. The last step is always saved."""
+    keep: PositiveInt = 3
+    """How many of the newest stay. The best and the only whole one are never deleted."""
+    best: Best | None = None
+    """Also keep the best by this metric."""
+
+
+class Sharding(Settings):
+    """How model states are spread over the workers (ZeRO, arXiv:1910.02054)."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """0: nothing, 1: optimizer states, 2: and gradients, 3: and weights."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: optimizer states (and weights, at stage 3) live in host memory."""
+
+
+class Resources(Settings):
+    """What the workers are."""
+
+    workers: PositiveInt = 1
+    """One worker is one process with one GPU (one CPU process where there are none)."""
+    gpus_per_worker: Literal["auto", 0, 1] = "auto"
+    """auto: 1 where the cluster has GPUs, else 0."""
+    threads: Literal["auto"] | PositiveInt = "auto"
+    """CPU threads a worker computes with. auto: the node's cores shared by its workers."""
+    accelerator: str | None = None
+    """Only GPUs of this type, by Ray's name, such as H100."""
+
+
+class Phase(Settings):
+    """What every recipe has."""
+
+    recipe: str
+    """The recipe; the phase's own name unless given."""
+    from_: str | None = Field(default=None, alias="from")
+    """An earlier phase of this job to start from. None: the phase before, or `model.path` for the first."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Root of every random choice."""
+    model: Model
+    data: Data
+    epochs: PositiveFloat | None = None
+    """Passes over the data; 1 unless `max_steps` is given."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; ends early, or goes through the data again."""
+    batch: PositiveInt = 64
+    """Samples in a global batch. Never changes with the machines."""
+    micro_tokens: Literal["auto"] | PositiveInt = "auto"
+    """Tokens in a micro-batch of one worker. Changes memory and speed, never the loss."""
+    micro_batch: PositiveInt | None = None
+    """Samples in a micro-batch, instead of micro_tokens."""
+    learning_rate: PositiveFloat = 2.0e-5
+    schedule: Schedule = Schedule()
+    optimizer: Optimizer = Optimizer()
+    clip: PositiveFloat | None = 1.0
+    """Largest gradient norm. null: no clipping."""
+    log_every: PositiveInt = 1
+    """Steps between two lines on the terminal. metrics.jsonl has every step."""
+    eval_every: PositiveInt | None = None
+    """Steps between two evaluations. None: at the end only, if there is `data.eval`."""
+    checkpoint: Checkpointing = Checkpointing()
+    sharding: Sharding = Sharding()
+    resources: Resources = Resources()
+    deepspeed: dict = {}
+    """Raw DeepSpeed settings, laid over what is derived. A clash with what Muster owns is an error."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps exclude each other; keep one")
+        if self.micro_batch is not None and self.micro_tokens != "auto":
+            raise ValueError("micro_tokens and micro_batch exclude each other; keep one")
+        if self.batch < self.resources.workers:
+            raise ValueError(
+                f"a batch of {self.batch} samples cannot be dealt to {self.resources.workers} workers; "
+                f"choose batch >= {self.resources.workers} or fewer workers"
+            )
+        if self.checkpoint.best is not None and self.data.eval is None:
+            raise ValueError("checkpoint.best needs data.eval to measure on")
+        if isinstance(self.micro_tokens, int) and self.micro_tokens < self.data.max_length:
+            raise ValueError(
+                f"micro_tokens {self.micro_tokens} is smaller than data.max_length {self.data.max_length}: the longest "
+                f"sample would not fit; choose micro_tokens >= {self.data.max_length}"
+            )
+        return self
+
+
+class SFT(Phase):
+    """Supervised fine-tuning: loss on the outputs only. Defaults of LLaMA-2 where it names them (arXiv:2307.09288)."""

@@ -1,0 +1,101 @@
+"""Deals the samples of one global batch to workers, rows and micro-batches. Knows lengths, never contents.
+
+Every worker computes the whole deal from the lengths, so nothing has to be agreed on over the network. The deal changes
+how fast a batch is done and how much memory it takes; what the batch teaches does not depend on it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Row = list[int]
+"""Samples that share a row, as places in the global batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one micro-batch may hold."""
+
+    micro_tokens: int
+    """Places in a micro-batch, padding included. A longer sample still goes in, alone."""
+    micro_batch: int | None = None
+    """Samples in a micro-batch; if given, micro_tokens is not looked at."""
+    row_tokens: int | None = None
+    """Length up to which samples are packed into one row. None: one sample in a row."""
+
+
+def deal(lengths: Sequence[int], num_workers: int, limits: Limits) -> list[list[list[Row]]]:
+    """`deal(...)[worker][micro-batch]` is a list of rows; every worker gets the same number of micro-batches.
+
+    An empty list of rows is a turn that a worker has nothing for: it must still run one forward and backward pass,
+    because the collectives of ZeRO-3 count on all workers.
+    """
+    turns = [
+        _micro_batches(_rows(share, lengths, limits.row_tokens), lengths, limits)
+        for share in _shares(lengths, num_workers)
+    ]
+    num_turns = max(map(len, turns))
+    return [_stretch(worker_turns, num_turns) for worker_turns in turns]
+
+
+def _shares(lengths: Sequence[int], num_workers: int) -> list[list[int]]:
+    """Samples of each worker, longest first: the next sample goes to the worker with the fewest tokens so far."""
+    shares: list[list[int]] = [[] for _ in range(num_workers)]
+    loads = [(0, worker) for worker in range(num_workers)]
+    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, worker = heapq.heappop(loads)
+        shares[worker].append(sample)
+        heapq.heappush(loads, (load + lengths[sample], worker))
+    return shares
+
+
+def _rows(share: list[int], lengths: Sequence[int], row_tokens: int | None) -> list[Row]:
+    """Pack samples (longest first) into rows: each goes to the fullest row that still has room (best fit)."""
+    if row_tokens is None:
+        return [[sample] for sample in share]
+    rows: list[Row] = []
+    room: list[int] = []
+    for sample in share:
+        length = lengths[sample]
+        fitting = [i for i, free in enumerate(room) if free >= length]
+        if fitting:
+            best = min(fitting, key=lambda i: (room[i], i))
+            rows[best].append(sample)
+            room[best] -= length
+        else:
+            rows.append([sample])
+            room.append(max(row_tokens, length) - length)
+    return rows
+
+
+def _micro_batches(rows: list[Row], lengths: Sequence[int], limits: Limits) -> list[list[Row]]:
+    """Group rows of like length, as many as the limits allow."""
+    rows = sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
+    groups: list[list[Row]] = []
+    for row in rows:
+        if groups and _fits([*groups[-1], row], lengths, limits):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _fits(rows: list[Row], lengths: Sequence[int], limits: Limits) -> bool:
+    if limits.micro_batch is not None:
+        return sum(map(len, rows)) <= limits.micro_batch
+    return len(rows) * sum(lengths[i] for i in rows[0]) <= limits.micro_tokens  # rows[0] is the longest
+
+
+def _stretch(turns: list[list[Row]], num_turns: int) -> list[list[Row]]:
+    """The same rows in `num_turns` micro-batches: the fullest are halved, and empty ones are added where none is left."""
+    turns = list(turns)
+    while len(turns) < num_turns:
+        fullest = max(range(len(turns)), key=lambda i: len(turns[i]), default=None)
+        if fullest is None or len(turns[fullest]) < 2:
+            turns.append([])
+        else:
+            rows = turns[fullest]
+            turns[fullest : fullest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    return turns

@@ -1,0 +1,397 @@
+"""From what the job file names to a stream of rows: finds the files and reads them. Knows nothing of what a row means.
+
+Local files and any fsspec address (`s3://...`) are read alike: JSON lines, a JSON array, Parquet, the first two also as
+`.gz`. A name such as `openai/gsm8k`, where no such path exists, is a data set on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import functools
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import fsspec
+
+from training.config import Source
+from training.errors import InputError, Problem
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+DATA_SUFFIXES = (*JSON_SUFFIXES, *(suffix + ".gz" for suffix in JSON_SUFFIXES), ".parquet")
+HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+ARRAY_CHUNK = 1 << 18  # characters read at once from a JSON array
+ERROR_MARGIN = 16  # a JSON error this near to the end of the buffer may only mean that the rest is not read yet
+PARQUET_BATCH_ROWS = 256
+RACY_S = 2.0  # a file changed this recently may change again within the clock's grain
+
+
+class RowError(ValueError):
+    """One row that cannot be used; the text says what was got, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows."""
+
+    path: str
+    """Absolute path or fsspec address."""
+    shown: str
+    """The same as a person would write it: relative to the job file where it lies below."""
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """A split of a data set on the Hugging Face hub."""
+
+    path: str
+    name: str | None
+    split: str
+
+    @property
+    def shown(self) -> str:
+        return f"{self.path}[{self.name}]:{self.split}" if self.name else f"{self.path}:{self.split}"
+
+
+Part = DataFile | HubSplit
+
+
+@dataclass(frozen=True)
+class Located:
+    """A source of the job file, and where its rows are."""
+
+    source: Source
+    parts: tuple[Part, ...]
+    """Files in the order in which they are read."""
+
+
+class Row(NamedTuple):
+    """One row as it was read."""
+
+    part: Part
+    number: int
+    """From 1: the line of a JSONL file, else the row."""
+    value: dict[str, Any] | RowError
+
+    @property
+    def where(self) -> str:
+        return f"{self.part.shown}:{self.number}"
+
+
+# ── Finding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def expand(data: str | Sequence[str | Source], base: Path, where: str = "", what: str = "data") -> list[Located]:
+    """The sources that `data` names, with their files; relative paths start at `base`, the job file's folder.
+
+    `where` and `what` (`job.yaml:14`, `phases.sft.data.train`) open every problem's text.
+    Raises InputError with all that is missing, empty, unreadable or of an unknown kind.
+    """
+    items = [data] if isinstance(data, str) else data
+    sources = [Source(path=item) if isinstance(item, str) else item for item in items]
+    located, problems = [], _weight_problems(sources, where, what)
+    for index, source in enumerate(sources):
+        try:
+            located.append(Located(source, _find(source, base.absolute())))
+        except RowError as error:
+            key = what if isinstance(data, str) else f"{what}[{index}]"
+            problems.append(Problem(where, key, f"{source.path}: {error}"))
+    if problems:
+        raise InputError(problems)
+    return located
+
+
+def _weight_problems(sources: Sequence[Source], where: str, what: str) -> list[Problem]:
+    bare = [source.path for source in sources if source.weight is None]
+    if not bare or len(bare) == len(sources):
+        return []
+    message = f"either every source has a weight or none has; without one: {', '.join(bare)}"
+    return [Problem(where, what, message)]
+
+
+def _find(source: Source, base: Path) -> tuple[Part, ...]:
+    finder = _find_remote if "://" in source.path else _find_local
+    return finder(source, base)
+
+
+def _find_local(source: Source, base: Path) -> tuple[Part, ...]:
+    path = base / Path(source.path).expanduser()
+    if path.is_dir():
+        return _checked([_local(found, base) for found in sorted(path.iterdir()) if _is_data(found)], "folder")
+    if path.is_file():
+        return _checked([_local(path, base)], "file")
+    if glob.has_magic(source.path):
+        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        return _checked([_local(match, base) for match in found if _is_data(match)], "glob")
+    if _may_be_hub(source.path):
+        return (HubSplit(source.path, source.name, source.split),)
+    raise RowError(f"no such file or folder{_nearby(path, base)}")
+
+
+def _local(path: Path, base: Path) -> DataFile:
+    absolute = Path(os.path.normpath(path))
+    shown = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
+    return DataFile(str(absolute), shown.as_posix())
+
+
+def _is_data(path: Path) -> bool:
+    return path.name.endswith(DATA_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+
+
+def _may_be_hub(path: str) -> bool:
+    return HUB_NAME.fullmatch(path) is not None and not path.endswith(DATA_SUFFIXES)
+
+
+def _nearby(path: Path, base: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (nor the folder {path.parent})"
+    close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
+    return f"; did you mean {_local(path.parent / close[0], base).shown}?" if close else f" in {path.parent}"
+
+
+def _find_remote(source: Source, base: Path) -> tuple[Part, ...]:
+    try:
+        fs, root = fsspec.core.url_to_fs(source.path)
+        if glob.has_magic(source.path):
+            kind, names = "glob", [name for name in sorted(fs.glob(root)) if name.endswith(DATA_SUFFIXES)]
+        elif fs.isdir(root):
+            kind, names = "folder", [name for name in sorted(fs.ls(root, detail=False)) if name.endswith(DATA_SUFFIXES)]
+        else:
+            kind, names = "file", [root]
+        sizes = [fs.size(name) for name in names]
+    except FileNotFoundError:
+        raise RowError("no such file or folder") from None
+    except Exception as error:  # a store's client may raise anything: no network, no credentials, no such package
+        raise RowError(f"cannot be reached: {error}") from error
+    files = [DataFile(url, url) for url in map(fs.unstrip_protocol, names)]
+    return _checked(files, kind, sizes)
+
+
+def _checked(files: list[DataFile], kind: str, sizes: list[int] | None = None) -> tuple[Part, ...]:
+    """The files as they are, or a RowError for the first thing that makes them unreadable."""
+    if not files:
+        raise RowError(f"the {kind} holds no data file; known are {', '.join(DATA_SUFFIXES)}")
+    for index, file in enumerate(files):
+        name = file.shown if len(files) > 1 else "the file"
+        if not file.path.endswith(DATA_SUFFIXES):
+            raise RowError(f"cannot tell the kind of file; known are {', '.join(DATA_SUFFIXES)}")
+        if sizes is None and not os.access(file.path, os.R_OK):
+            raise RowError(f"no permission to read {name}")
+        if (os.path.getsize(file.path) if sizes is None else sizes[index]) == 0:
+            raise RowError(f"{name} is empty (0 bytes)")
+    return tuple(files)
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Numbered = Iterator[tuple[int, dict[str, Any] | RowError]]
+
+
+def rows(part: Part) -> Iterator[Row]:
+    """Streams the rows; memory does not grow with the file. A row that cannot be read has a RowError as its value.
+
+    Where the rest of a file cannot be found again (a torn gzip stream, a broken array), that row is the last.
+    Raises InputError if a hub data set cannot be loaded.
+    """
+    number = 0
+    try:
+        for number, value in _reader(part):
+            yield Row(part, number, value)
+    except EOFError:
+        yield Row(part, number + 1, RowError("the gzip stream ends here, too early; the file is truncated"))
+    except (OSError, zlib.error) as error:
+        yield Row(part, number + 1, RowError(f"cannot read on: {error}"))
+
+
+def _reader(part: Part) -> Numbered:
+    if isinstance(part, HubSplit):
+        return enumerate(_hub_dataset(part), start=1)
+    if part.path.endswith(".parquet"):
+        return _parquet(part.path)
+    lines_only = part.path.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+    return _json(part.path, lines_only)
+
+
+def _open(path: str) -> BinaryIO:
+    return cast(BinaryIO, fsspec.open(path, "rb").open() if "://" in path else open(path, "rb"))  # noqa: SIM115
+
+
+def _json(path: str, lines_only: bool) -> Numbered:
+    with _open(path) as raw:
+        inner = cast(io.RawIOBase, gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw)
+        stream = io.BufferedReader(inner, buffer_size=1 << 16)
+        head = stream.peek().removeprefix(codecs.BOM_UTF8).lstrip()
+        yield from _json_lines(stream) if lines_only or not head.startswith(b"[") else _json_array(stream)
+
+
+def _json_lines(stream: io.BufferedReader) -> Numbered:
+    for number, line in enumerate(stream, start=1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.strip():
+            yield number, _parsed_line(line)
+
+
+def _parsed_line(line: bytes) -> dict[str, Any] | RowError:
+    try:
+        return _as_object(json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        return _not_utf8(error)
+    except json.JSONDecodeError as error:
+        return RowError(f"broken JSON: {error.msg} (column {error.colno}); a row is one object on one line")
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of nested brackets
+        return RowError(f"broken JSON: {error}")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> RowError:
+    return RowError(f"not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8")
+
+
+def _as_object(value: Any) -> dict[str, Any] | RowError:
+    return value if isinstance(value, dict) else RowError(f"expected an object of columns, got {describe(value)}")
+
+
+def _json_array(stream: io.BufferedReader) -> Numbered:
+    window = _Window(io.TextIOWrapper(stream, encoding="utf-8-sig").read)
+    number = 0
+    try:
+        window.take("[")
+        while window.peek() != "]":
+            number += 1
+            yield number, _as_object(window.value())
+            if window.peek() != "]":
+                window.take(",")
+        window.take("]")
+        if rest := window.peek():
+            yield number + 1, RowError(f"nothing may follow the array's closing bracket, got {rest!r}")
+    except UnicodeDecodeError as error:
+        yield number + 1, _not_utf8(error)
+    except (ValueError, RecursionError) as error:
+        yield max(number, 1), RowError(f"broken JSON: {error}; the rest of the array cannot be read")
+
+
+class _Window:
+    """A view that slides over the text of a JSON array, as wide as its longest row needs."""
+
+    def __init__(self, read: Callable[[int], str]):
+        self._read = read
+        self._text = ""
+        self._at = 0
+
+    def _more(self) -> bool:
+        """Forgets what was used and reads on; doubles with the text at hand, so that a long row costs linear time."""
+        self._text = self._text[self._at :]
+        self._at = 0
+        chunk = self._read(max(ARRAY_CHUNK, len(self._text)))
+        self._text += chunk
+        return bool(chunk)
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at].isspace():
+                self._at += 1
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def take(self, expected: str) -> None:
+        got = self.peek()
+        if got != expected:
+            raise ValueError(f"expected {expected!r}, got {got!r}" if got else "the file ends inside the array")
+        self._at += 1
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, self._at = _DECODER.raw_decode(self._text, self._at)
+                return value
+            except json.JSONDecodeError as error:
+                unread = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - ERROR_MARGIN
+                if not (unread and self._more()):
+                    raise ValueError(error.msg) from None
+
+
+_DECODER = json.JSONDecoder()
+
+
+def _parquet(path: str) -> Numbered:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    with _open(path) as stream:
+        try:
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=PARQUET_BATCH_ROWS):
+                for number, value in enumerate(batch.to_pylist(), start=number + 1):
+                    yield number, value
+        except pa.ArrowException as error:
+            yield number + 1, RowError(f"broken Parquet: {error}")
+
+
+@functools.lru_cache(maxsize=8)
+def _hub_dataset(split: HubSplit) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(split.path, split.name, split=split.split)
+    except Exception as error:  # the hub's client has no common base: offline, unknown name, gated, wrong configuration
+        message = f"no such file or folder, and the Hugging Face hub did not give a data set of this name: {error}"
+        raise InputError.of(split.shown, message) from error
+
+
+def describe(value: Any) -> str:
+    """What a JSON value is, for an error text: `a number (12)`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"a number ({value})"
+    names = {str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+# ── Content ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def digest(part: Part, memo: Path) -> str:
+    """Changes when the rows may have changed.
+
+    A local file: SHA-256 of its bytes. So that large files are not read again, it is remembered in the folder `memo` by
+    path, size and modification time: a file rewritten in place with all three kept is not noticed. A remote file: what its
+    store tells of it (size, time, ETag). A hub data set: its fingerprint.
+    """
+    if isinstance(part, HubSplit):
+        return str(_hub_dataset(part)._fingerprint)
+    if "://" in part.path:
+        fs, name = fsspec.core.url_to_fs(part.path)
+        return str(fs.ukey(name))
+    return _remembered_sha256(Path(part.path), memo)
+
+
+def _remembered_sha256(path: Path, memo: Path) -> str:
+    stat = path.stat()
+    key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    note = memo / key[:32]
+    if note.exists() and len(known := note.read_text()) == 64:
+        return known
+    with path.open("rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    if time.time() - stat.st_mtime > RACY_S:
+        memo.mkdir(parents=True, exist_ok=True)
+        note.write_text(content)
+    return content

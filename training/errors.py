@@ -1,0 +1,54 @@
+"""The exceptions that a person sees; every one crosses a process boundary unchanged.
+
+MusterError
+├── InputError      the job, its data or a folder is wrong; nothing was started            exit status 2
+│   └── (holds Problems, one a line, all that were found)
+└── TrainingError   a worker or the training itself failed                                 exit status 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where (`job.yaml:14`), what (`phases.sft.batch`, may be empty) and the message."""
+
+    where: str
+    what: str
+    message: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.what, self.message) if part)
+
+
+class MusterError(Exception):
+    """Base of all errors that are shown as text, without a stack trace."""
+
+
+class InputError(MusterError):
+    """What the user gave cannot work. Holds every problem that was found, not the first alone."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        super().__init__(problems)
+        self.problems = list(problems)
+
+    @classmethod
+    def of(cls, where: str, message: str, what: str = "") -> InputError:
+        return cls([Problem(where, what, message)])
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class TrainingError(MusterError):
+    """The training stopped on its own: a failed worker, a loss that is not a number, a full disk."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

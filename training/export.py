@@ -1,0 +1,93 @@
+"""A checkpoint -> a plain Hugging Face folder. Reads parameters one by one, so a 70B model needs the memory of one shard.
+
+Weights come from the checkpoint alone; configuration and tokenizer from the model that the phase started from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from training.checkpoint import Reader
+from training.config import Phase
+
+SHARD_BYTES = 4 << 30
+
+
+def export(checkpoint: Path, out: Path, phase: Phase, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write the model of a checkpoint to folder `out` (replaced if it exists) in the type that it was trained in."""
+    staged = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    reader = Reader(checkpoint)
+    dtype = getattr(torch, reader.manifest.dtype)
+    _write_weights(staged, _weights(reader, dtype), shard_bytes)
+    _write_config(staged, phase, dtype)
+    _write_tokenizer(staged, phase)
+    shutil.rmtree(out, ignore_errors=True)
+    staged.rename(out)
+    return out
+
+
+def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for name in reader.manifest.parameters:
+        yield name, torch.from_numpy(reader.whole(name)).to(dtype)
+
+
+def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """model.safetensors, or numbered shards with an index when the weights are larger than one."""
+    files: list[Path] = []
+    where: dict[str, int] = {}
+    batch: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        path = folder / f"shard-{len(files)}"
+        save_file(batch, path, metadata={"format": "pt"})
+        where.update({name: len(files) for name in batch})
+        files.append(path)
+        batch.clear()
+
+    for name, tensor in weights:
+        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        batch[name] = tensor
+        total += tensor.nbytes
+    flush()
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for path, name in zip(files, names, strict=True):
+        path.rename(folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[number] for name, number in where.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _write_config(folder: Path, phase: Phase, dtype: torch.dtype) -> None:
+    from transformers import AutoConfig, GenerationConfig
+
+    config: Any = AutoConfig.from_pretrained(phase.model.path, trust_remote_code=phase.model.trust_remote_code)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    try:
+        generation = GenerationConfig.from_pretrained(phase.model.path)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # complaints about sampling settings that the base model came with
+        generation.save_pretrained(folder)
+
+
+def _write_tokenizer(folder: Path, phase: Phase) -> None:
+    from training.data.render import load_tokenizer
+
+    load_tokenizer(phase.model.tokenizer or phase.model.path, phase.model.trust_remote_code).save_pretrained(folder)

@@ -1,0 +1,219 @@
+"""The role `trainer`: one worker's part in training on global batches. Single-role recipes differ in the loss they give it.
+
+Calls are short and answer the same on every worker, so that whoever drives the group can do anything between two of
+them: evaluate, save, stop. No state but the model's and the optimizer's is kept from one step to the next.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training import model as models
+from training.checkpoint import Reader, write_shard
+from training.config import Phase
+from training.data.collate import collate
+from training.data.dealing import Limits, deal
+from training.data.order import Order
+from training.data.prepare import open_stores
+from training.data.store import TokenStore
+from training.distributed import Seat
+from training.engine import Engine
+from training.errors import TrainingError
+from training.schedule import learning_rate, total_samples, total_steps
+from training.seeding import seed_for
+
+GIB = 1 << 30
+_MICRO_TOKENS = 4096
+_ROW_TOKENS_WITHOUT_VARLEN = 512
+"""Without a kernel for packed rows, attention pays for the whole row: longer packs cost more than they save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a phase turned out to be once its data and model were there."""
+
+    total_steps: int
+    num_samples: int
+    num_eval_samples: int
+    num_parameters: int
+    dtype: str
+    attention: str
+    device: str
+    data_hash: str
+    notes: list[str]
+
+
+class Trainer:
+    """Data, model and optimizer of one worker. `phase.data` must have been prepared into `cache` or be readable here."""
+
+    def __init__(self, seat: Seat, phase: Phase, cache: str):
+        self.seat = seat
+        self.phase = phase
+        self.cache = Path(cache)
+        self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
+        self.attention = models.resolve_attention(phase.model.attention, seat.device)
+
+    def loss_module(self, lm: nn.Module) -> nn.Module:
+        """The module to train: holds the language model as `lm`, returns the summed loss of a micro-batch."""
+        raise NotImplementedError
+
+    # -- set-up ---------------------------------------------------------------------------------------------------------
+
+    def setup(self) -> Facts:
+        """Open the data, load the model, start the engine."""
+        self._open_data()
+        self.engine = Engine(self._build, self.phase, self.seat, self.dtype)
+        return Facts(
+            total_steps=self.total_steps,
+            num_samples=self.order.epoch_size,
+            num_eval_samples=len(self.eval_store) if self.eval_store is not None else 0,
+            num_parameters=sum(math.prod(shape) for shape in self.engine.shapes.values()),
+            dtype=str(self.dtype).removeprefix("torch."),
+            attention=self.attention,
+            device=torch.cuda.get_device_name() if self.seat.device == "cuda" else "cpu",
+            data_hash=self.store.key,
+            notes=self.store.notes,
+        )
+
+    def _open_data(self) -> None:
+        # The first worker of a node prepares what its node does not have yet; the others then find it there.
+        if self.seat.local_rank == 0:
+            self.store, self.eval_store = open_stores(self.phase, self.cache)
+        dist.barrier()
+        if self.seat.local_rank != 0:
+            self.store, self.eval_store = open_stores(self.phase, self.cache)
+        self.order = Order(
+            self.store.source_sizes, weights=self.store.weights, seed=self.phase.seed, shuffle=self.phase.data.shuffle
+        )
+        self.total_samples = total_samples(self.phase, self.order.epoch_size)
+        self.total_steps = total_steps(self.phase, self.order.epoch_size)
+        self.limits = self._limits()
+
+    def _limits(self) -> Limits:
+        phase, longest = self.phase, int(self.store.lengths.max())
+        tokens = max(_MICRO_TOKENS, longest) if phase.micro_tokens == "auto" else phase.micro_tokens
+        varlen = self.attention.startswith("flash_attention")
+        row = tokens if varlen else min(tokens, max(_ROW_TOKENS_WITHOUT_VARLEN, longest))
+        return Limits(
+            micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if phase.data.pack else None
+        )
+
+    def _build(self, dtype: torch.dtype) -> nn.Module:
+        return self.loss_module(models.load(self.phase.model, dtype, self.seat.device))
+
+    # -- training -------------------------------------------------------------------------------------------------------
+
+    def train(self, done: int, num_steps: int) -> dict[str, Any]:
+        """Steps done+1 .. done+num_steps. Worker 0 answers with their metrics; every worker with its peak memory.
+
+        Raises TrainingError when a loss is not a finite number; the weights are then not to be trusted.
+        """
+        rows, losses = [], []
+        for step in range(done + 1, done + num_steps + 1):
+            row, loss = self._step(step)
+            rows.append(row)
+            losses.append(loss)
+        means = self.engine.sum_over_workers(torch.stack(losses)).tolist()
+        for row, total in zip(rows, means, strict=True):
+            row["loss"] = total / row["target_tokens"]
+            row["grad_norm"] = float(row["grad_norm"])
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                raise TrainingError(
+                    f"step {row['step']}: the loss is {row['loss']}, the gradient norm {row['grad_norm']}: training has "
+                    "diverged; lower learning_rate, or look at the rows of this step"
+                )
+        return {"rows": rows if self.seat.rank == 0 else [], "memory_gib": self._memory_gib()}
+
+    def _step(self, step: int) -> tuple[dict[str, Any], Tensor]:
+        began = time.perf_counter()
+        torch.manual_seed(seed_for(self.phase.seed, "step", step, self.seat.rank))
+        samples = self.samples_of(step)
+        targets = int(self.store.target_counts[samples].sum())
+        rate = learning_rate(self.phase.learning_rate, self.phase.schedule, step, self.total_steps)
+        loss, norm = self.engine.step(list(self._hand(self.store, samples)), targets=targets, learning_rate=rate)
+        tokens, seconds = int(self.store.lengths[samples].sum()), time.perf_counter() - began
+        return {
+            "step": step,
+            "loss": 0.0,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "target_tokens": targets,
+            "samples": len(samples),
+            "step_s": seconds,
+            "tokens_per_s": tokens / seconds,
+        }, loss
+
+    def samples_of(self, step: int) -> np.ndarray:
+        """Numbers of the samples of a step's global batch."""
+        batch = self.phase.batch
+        return self.order.samples((step - 1) * batch, min(step * batch, self.total_samples))
+
+    def _hand(self, store: TokenStore, samples: np.ndarray) -> Iterator[dict[str, Tensor | None]]:
+        """This worker's micro-batches of a global batch."""
+        lengths = store.lengths[samples].tolist()
+        for rows in deal(lengths, self.seat.size, self.limits)[self.seat.rank]:
+            yield collate([[store[int(samples[i])] for i in row] for row in rows])
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss per target token over all of `data.eval`."""
+        store, batch = self.eval_store, self.phase.batch
+        assert store is not None, "there is no data to evaluate on"
+        total = torch.zeros((), device=self.engine.device)
+        for start in range(0, len(store), batch):
+            samples = np.arange(start, min(start + batch, len(store)))
+            total += self.engine.evaluate(list(self._hand(store, samples)))
+        loss = float(self.engine.sum_over_workers(total.view(1))) / int(store.target_counts.sum())
+        return {"eval_loss": loss}
+
+    def _memory_gib(self) -> float:
+        if self.seat.device == "cuda":
+            return torch.cuda.max_memory_allocated() / GIB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def save(self, staged: str) -> dict[str, Any]:
+        """Write this worker's shard into a staged checkpoint; answers with what the manifest needs to know of it."""
+        tensors = (
+            (f"{kind}/{fragment.name}@{fragment.start}", view.detach().cpu().numpy())
+            for fragment in self.engine.owned()
+            for kind, view in fragment.tensors.items()
+        )
+        file = write_shard(Path(staged) / f"worker-{self.seat.rank:05d}.safetensors", tensors)
+        return {
+            "file": asdict(file),
+            "optimizer_step": self.engine.optimizer_step,
+            "parameters": {name: list(shape) for name, shape in self.engine.shapes.items()},
+        }
+
+    def restore(self, folder: str) -> None:
+        """Take the training state from a checkpoint, whatever number of workers and ZeRO stage wrote it."""
+        reader = Reader(Path(folder))
+        self.engine.begin_restore(reader.manifest.optimizer_step)
+        for fragment in self.engine.fragments():
+            for kind, view in fragment.tensors.items():
+                values = np.empty(fragment.count, dtype=np.float32)
+                reader.read(kind, fragment.name, fragment.start, values)
+                view.copy_(torch.from_numpy(values))
+        self.engine.publish()
+
+    def export(self, checkpoint: str, out: str) -> None:
+        """Worker 0 writes the model of a checkpoint as a Hugging Face folder."""
+        if self.seat.rank == 0:
+            from training.export import export
+
+            export(Path(checkpoint), Path(out), self.phase)
+
+
