@@ -6,8 +6,8 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -16,19 +16,31 @@ from pydantic_core import ErrorDetails
 from launcher.yamlfile import KeyPath, dotted
 from training.config import Impossible
 
-Explained = tuple[KeyPath, str]
-"""Where in the data, and the message."""
+Model = TypeVar("Model", bound=BaseModel)
+
+UNKNOWN_KEY = "unknown key"
+REQUIRED = "this key is required"
 
 
-def explained(error: ValidationError, model: type[BaseModel], data: Any) -> list[Explained]:
+def validated(model: type[Model], data: Any, add: Callable[[KeyPath, str], None]) -> Model | None:
+    """The settings in `data`; None if there are problems, each of which `add` is told with its place in the data."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        for path, message in _explained(error, model, data):
+            add(path, message)
+        return None
+
+
+def _explained(error: ValidationError, model: type[BaseModel], data: Any) -> list[tuple[KeyPath, str]]:
     """One message for every place in `data` that `model` refused."""
     places: dict[KeyPath, str] = {}
     in_unions: set[KeyPath] = set()
     for detail in error.errors():
-        if isinstance(cause := detail.get("ctx", {}).get("error"), Impossible):
-            places.update({tuple(key.split(".")): message for key, message in cause.problems})
-            continue
         path, chose = _path(detail, data)
+        if isinstance(cause := detail.get("ctx", {}).get("error"), Impossible):
+            places.update({(*path, *key.split(".")): message for key, message in cause.problems})
+            continue
         places.setdefault(path, _message(detail, path, model))
         if chose:
             in_unions.add(path)
@@ -50,7 +62,7 @@ def listed(names: Iterable[str], last: str = "or") -> str:
 def shown(value: Any) -> str:
     """A value as the user wrote it, shortened: `"eight"`, `2.5`, `true`, `a list`."""
     if isinstance(value, list):
-        return "a list" if value else "an empty list"
+        return f"a list of {len(value)}" if value else "an empty list"
     if isinstance(value, dict):
         return "a mapping" if value else "an empty mapping"
     if value is None:
@@ -91,12 +103,12 @@ def _message(detail: ErrorDetails, path: KeyPath, model: type[BaseModel]) -> str
         return _unknown_key(str(path[-1]), path[:-1], model)
     annotation, example = _expected_at(model, path)
     if kind == "missing":
-        return f"this key is required; for example `{path[-1]}: {_flow(_example(annotation, example))}`"
+        return f"{REQUIRED}; for example `{path[-1]}: {_flow(_example(annotation, example))}`"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
     choices = [choice for choice in _choices(annotation) if isinstance(choice, str)]
     meant = did_you_mean(got, choices) if isinstance(got, str) else ""
-    label = "" if not isinstance(got, str) or choices == list(_choices(annotation)) else " (text)"
+    label = " (text)" if isinstance(got, str) and not choices else ""
     finite = "a finite value: " if kind == "finite_number" else ""
     return f"got {shown(got)}{label}, expected {finite}{_describe(annotation)}{meant}"
 
@@ -104,10 +116,10 @@ def _message(detail: ErrorDetails, path: KeyPath, model: type[BaseModel]) -> str
 def _unknown_key(key: str, section: KeyPath, model: type[BaseModel]) -> str:
     known = [name for found in _models(_expected_at(model, section)[0]) for name in _keys(found)]
     if meant := did_you_mean(key, known):
-        return f"unknown key{meant}"
+        return f"{UNKNOWN_KEY}{meant}"
     if elsewhere := [dotted(path) for path in _all_keys(model) if path[-1] == key]:
-        return f"unknown key; did you mean {listed(elsewhere)}?"
-    return f"unknown key; known here: {', '.join(known)}"
+        return f"{UNKNOWN_KEY}; did you mean {listed(elsewhere)}?"
+    return f"{UNKNOWN_KEY}; known here: {', '.join(known)}"
 
 
 def _all_keys(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:
@@ -207,7 +219,7 @@ def _describe_one(annotation: Any) -> str:
     if _models(bare):
         example = _example(bare, None)
         return f"a mapping such as {_flow(example)}" if example else "a mapping of settings"
-    return "a mapping"
+    return "a mapping with at least 1 entry" if any(getattr(limit, "min_length", 0) for limit in limits) else "a mapping"
 
 
 def _example(annotation: Any, example: Any) -> Any:

@@ -189,6 +189,7 @@ def _build(loader: _Loader, node: yaml.Node, path: KeyPath, lines: dict[KeyPath,
     if isinstance(node, yaml.SequenceNode):
         lines.update({(*path, index): _line(item) for index, item in enumerate(node.value)})
         return [_build(loader, item, (*path, index), lines) for index, item in enumerate(node.value)]
+    assert isinstance(node, yaml.MappingNode)
     loader.flatten_mapping(node)  # puts what `<<` brings before the mapping's own keys, which win
     pairs = {key.value: (key, value) for key, value in node.value}
     lines.update({(*path, name): _line(key) for name, (key, _) in pairs.items()})
@@ -226,6 +227,7 @@ class _Check:
             self.refuse(node, path, f"the tag {_tag_name(node)} is not supported; leave it out")
         if isinstance(node, yaml.SequenceNode):
             return [(item, (*path, index)) for index, item in enumerate(node.value)]
+        assert isinstance(node, yaml.MappingNode)
         self.keys(node, path)
         return [(value, (*path, str(key.value))) for key, value in node.value]
 
@@ -263,7 +265,11 @@ _PLAIN_WORDS = (  # (what PyYAML says, what it means, whether the mistake is whe
     ("expected ',' or '}'", "a `,` or the closing `}` is missing", False),
     ("that cannot start any token", "a value cannot begin with this character; put the value in quotes", False),
     ("found unknown escape character", "unknown escape in double quotes; write `\\\\` for a backslash", False),
-    ("found undefined alias", "an alias without an anchor (`&name`) above it; a value that begins with `*` needs quotes", False),
+    (
+        "found undefined alias",
+        "an alias without an anchor (`&name`) above it; a value that begins with `*` needs quotes",
+        False,
+    ),
 )
 
 

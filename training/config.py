@@ -6,6 +6,7 @@ reference text: meaning, unit, special values.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,18 +19,34 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class Impossible(ValueError):
+    """Settings that are right one by one and cannot go together, as (key such as `data.eval`, message)."""
+
+    def __init__(self, problems: Sequence[tuple[str, str]]):
+        super().__init__(problems)
+        self.problems = list(problems)
+
+    def __str__(self) -> str:
+        return "; ".join(message for _, message in self.problems)
+
+
 class Settings(BaseModel):
     """Base of all settings."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, populate_by_name=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
     )
 
 
 class Source(Settings):
     """One source of rows."""
 
-    path: str
+    path: str = Field(examples=["data/train.jsonl"])
     """File, folder, glob, or the name of a data set on the Hugging Face hub."""
     weight: PositiveFloat | None = None
     """Share of the samples that come from this source, relative to the other weights. None: every row once an epoch."""
@@ -42,7 +59,7 @@ class Source(Settings):
 class Data(Settings):
     """Which rows a phase reads and how they become tokens."""
 
-    train: str | Annotated[list[str | Source], Field(min_length=1)]
+    train: str | Annotated[list[str | Source], Field(min_length=1)] = Field(examples=["data/train.jsonl"])
     """Path, glob, hub name, or a list of them or of {path, weight}."""
     eval: str | Annotated[list[str | Source], Field(min_length=1)] | None = None
     """Held-out rows for the evaluation loss."""
@@ -65,7 +82,7 @@ class Data(Settings):
 class Model(Settings):
     """The model that a phase starts from."""
 
-    path: str
+    path: str = Field(examples=["meta-llama/Llama-2-7b-hf"])
     """Hub id or Hugging Face folder."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of the computation; master weights are fp32 always. auto: bf16 where the hardware multiplies it, else fp32."""
@@ -177,24 +194,31 @@ class Phase(Settings):
     """Raw DeepSpeed settings, laid over what is derived. A clash with what Muster owns is an error."""
 
     @model_validator(mode="after")
-    def _combinations(self) -> Self:
+    def _possible(self) -> Self:
+        if problems := list(self.combinations()):
+            raise Impossible(problems)
+        return self
+
+    def combinations(self) -> Iterator[tuple[str, str]]:
+        """(key, message) of settings that cannot go together. A recipe with more of them adds its own."""
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("epochs and max_steps exclude each other; keep one")
+            yield "max_steps", "epochs and max_steps exclude each other; keep one"
         if self.micro_batch is not None and self.micro_tokens != "auto":
-            raise ValueError("micro_tokens and micro_batch exclude each other; keep one")
+            yield "micro_batch", "micro_tokens and micro_batch exclude each other; keep one"
         if self.batch < self.resources.workers:
-            raise ValueError(
+            yield (
+                "batch",
                 f"a batch of {self.batch} samples cannot be dealt to {self.resources.workers} workers; "
-                f"choose batch >= {self.resources.workers} or fewer workers"
+                f"choose batch >= {self.resources.workers} or fewer workers",
             )
         if self.checkpoint.best is not None and self.data.eval is None:
-            raise ValueError("checkpoint.best needs data.eval to measure on")
+            yield "checkpoint.best", "checkpoint.best needs data.eval to measure on"
         if isinstance(self.micro_tokens, int) and self.micro_tokens < self.data.max_length:
-            raise ValueError(
+            yield (
+                "micro_tokens",
                 f"micro_tokens {self.micro_tokens} is smaller than data.max_length {self.data.max_length}: the longest "
-                f"sample would not fit; choose micro_tokens >= {self.data.max_length}"
+                f"sample would not fit; choose micro_tokens >= {self.data.max_length}",
             )
-        return self
 
 
 class SFT(Phase):

@@ -25,8 +25,8 @@ from training.config import Phase
 from training.data.collate import collate
 from training.data.dealing import Limits, deal
 from training.data.order import Order
-from training.data.prepare import open_stores
 from training.data.store import TokenStore
+from training.data.stores import open_stores
 from training.distributed import Seat
 from training.engine import Engine
 from training.errors import TrainingError
@@ -82,19 +82,19 @@ class Trainer:
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,
             device=torch.cuda.get_device_name() if self.seat.device == "cuda" else "cpu",
-            data_hash=self.store.key,
-            notes=self.store.notes,
+            data_hash=self.store.folder.name,
+            notes=self.store.meta.notes,
         )
 
     def _open_data(self) -> None:
         # The first worker of a node prepares what its node does not have yet; the others then find it there.
         if self.seat.local_rank == 0:
-            self.store, self.eval_store = open_stores(self.phase, self.cache)
+            open_stores(self.phase, self.cache)
         dist.barrier()
-        if self.seat.local_rank != 0:
-            self.store, self.eval_store = open_stores(self.phase, self.cache)
+        stores = open_stores(self.phase, self.cache)
+        self.store, self.eval_store = stores.train, stores.eval
         self.order = Order(
-            self.store.source_sizes, weights=self.store.weights, seed=self.phase.seed, shuffle=self.phase.data.shuffle
+            self.store.source_sizes, weights=stores.weights, seed=self.phase.seed, shuffle=self.phase.data.shuffle
         )
         self.total_samples = total_samples(self.phase, self.order.epoch_size)
         self.total_steps = total_steps(self.phase, self.order.epoch_size)

@@ -24,7 +24,11 @@ LARGEST = 99
 NAMES = {"Mia": "she", "Ann": "she", "Zoe": "she", "Eva": "she", "Tom": "he", "Ben": "he", "Max": "he", "Leo": "he"}
 THINGS = ("pens", "books", "cards", "coins", "shells", "apples", "stamps", "beads", "nuts", "eggs")
 CONTAINERS = ("boxes", "bags", "packs", "jars")
-OPENINGS = ("{name} has {amount} {things}", "{name} starts with {amount} {things}", "At first {name} has {amount} {things}")
+OPENINGS = (
+    "{name} has {amount} {things}",
+    "{name} starts with {amount} {things}",
+    "At first {name} has {amount} {things}",
+)
 GAINS = ("finds {amount}", "buys {amount}", "gets {amount} from {friend}", "wins {amount}")
 LOSSES = ("loses {amount}", "sells {amount}", "gives {amount} to {friend}", "uses {amount}")
 TELLINGS = ("{He} {first} and {second}.", "{He} {first}, then {second}.", "Then {he} {first}. Later {he} {second}.")
@@ -150,7 +154,13 @@ def _problem(rng: Random) -> WordProblem:
     packed = rng.randrange(4)
     start, *changes = (_amount(rng, packed=i == packed, largest=50 if i == 0 else 20) for i in range(3))
     name, friend = rng.sample(list(NAMES), 2)
-    words = {"name": name, "friend": friend, "he": NAMES[name], "He": NAMES[name].capitalize(), "things": rng.choice(THINGS)}
+    words = {
+        "name": name,
+        "friend": friend,
+        "he": NAMES[name],
+        "He": NAMES[name].capitalize(),
+        "things": rng.choice(THINGS),
+    }
 
     opening = rng.choice(OPENINGS).format(amount=start, **words)
     ops = [rng.choice("+-") for _ in changes]
@@ -209,11 +219,15 @@ def flawed(problem: WordProblem, rng: Random) -> FlawedAnswer:
     while True:
         kind, index = rng.choice(list(FLAWS)), rng.randrange(len(right))
         alter, complain = FLAWS[kind]
-        steps = alter(problem, index, rng)
-        lines = work(steps) if steps else []
-        if lines and _plausible(lines) and lines[-1].result != right[-1].result:
+        lines = work(alter(problem, index, rng))
+        if _plausible(lines) and _goes_wrong_at(index, lines, right):
             complaint = complain(problem.steps[index], right[index], lines[min(index, len(lines) - 1)])
             return FlawedAnswer(kind, index, write_out(lines), complaint)
+
+
+def _goes_wrong_at(index: int, lines: list[Line], right: list[Line]) -> bool:
+    """Whether the working departs from the right one at this very step, and its end is wrong too."""
+    return bool(lines) and lines[-1].result != right[-1].result and lines[index : index + 1] != [right[index]]
 
 
 def _change(steps: Steps, index: int, **changes: object) -> Steps:
@@ -344,8 +358,12 @@ TABLES: dict[str, Table] = {
 }
 
 
+def take(seed: int, file: str) -> list[WordProblem]:
+    """The problems behind the rows of one file, in the same order."""
+    return list(islice(problems(seed, file, TABLES[file].split), TABLES[file].size))
+
+
 def rows(seed: int, file: str) -> list[Row]:
     """The rows of one file of TABLES; equal seeds give equal rows."""
-    table = TABLES[file]
     rng = Random(seed_for(seed, "rows", file))
-    return [table.row(problem, rng) for problem in islice(problems(seed, file, table.split), table.size)]
+    return [TABLES[file].row(problem, rng) for problem in take(seed, file)]

@@ -30,6 +30,7 @@ from training.errors import InputError, Problem
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DATA_SUFFIXES = (*JSON_SUFFIXES, *(suffix + ".gz" for suffix in JSON_SUFFIXES), ".parquet")
+FOREIGN_SUFFIXES = (".csv", ".tsv", ".txt", ".md", ".xlsx", ".arrow", ".gz", ".bz2", ".zst", ".zip")
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 ARRAY_CHUNK = 1 << 18  # characters read at once from a JSON array
@@ -151,7 +152,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _may_be_hub(path: str) -> bool:
-    return HUB_NAME.fullmatch(path) is not None and not path.endswith(DATA_SUFFIXES)
+    return HUB_NAME.fullmatch(path) is not None and not path.endswith(DATA_SUFFIXES + FOREIGN_SUFFIXES)
 
 
 def _nearby(path: Path, base: Path) -> str:
@@ -225,12 +226,12 @@ def _reader(part: Part) -> Numbered:
 
 
 def _open(path: str) -> BinaryIO:
-    return cast(BinaryIO, fsspec.open(path, "rb").open() if "://" in path else open(path, "rb"))  # noqa: SIM115
+    return cast(BinaryIO, fsspec.open(path, "rb").open() if "://" in path else open(path, "rb"))
 
 
 def _json(path: str, lines_only: bool) -> Numbered:
     with _open(path) as raw:
-        inner = cast(io.RawIOBase, gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw)
+        inner: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
         stream = io.BufferedReader(inner, buffer_size=1 << 16)
         head = stream.peek().removeprefix(codecs.BOM_UTF8).lstrip()
         yield from _json_lines(stream) if lines_only or not head.startswith(b"[") else _json_array(stream)
@@ -332,14 +333,14 @@ def _parquet(path: str) -> Numbered:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    read = 0
     with _open(path) as stream:
         try:
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                for number, value in enumerate(batch.to_pylist(), start=number + 1):
-                    yield number, value
+                yield from enumerate(batch.to_pylist(), start=read + 1)
+                read += len(batch)
         except pa.ArrowException as error:
-            yield number + 1, RowError(f"broken Parquet: {error}")
+            yield read + 1, RowError(f"broken Parquet: {error}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -361,7 +362,7 @@ def describe(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return f"a number ({value})"
-    names = {str: "text", list: "a list", dict: "an object"}
+    names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
 
 

@@ -1,0 +1,241 @@
+"""The job file: from YAML text to a validated Job, with every error at once. Loads neither torch nor Ray.
+
+    name, seed, storage, track          of the whole job
+    model, resources, sharding,         for all phases; a phase may repeat them, and its values win key by key
+    seed, deepspeed
+    phases                              run in order; the key of a phase is its recipe unless it says `recipe:`
+
+A phase after the first starts from the one before, or from the earlier one that it names with `from:`; its weights come from
+there, so only a phase without a predecessor needs `model.path`.
+
+A relative path in a job file is relative to the folder of that file (data, model and tokenizer folders, template, storage,
+DeepSpeed's JSON). On the command line it is relative to the current folder, where the shell completes it. A model, tokenizer
+or data set name that is no such path is a name on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from launcher import yamlfile
+from launcher.explain import REQUIRED, UNKNOWN_KEY, validated
+from launcher.overrides import overlaid
+from launcher.phases import absolute, base_folder, origin, phases_of
+from launcher.problems import Report
+from launcher.yamlfile import Document, KeyPath, dotted
+from training import modelfiles
+from training.config import Model, Phase, Resources, Settings, Sharding
+from training.data import files
+from training.errors import InputError
+
+NEUTRAL = (
+    "storage",
+    "track",
+    "phases.*.resources",
+    "phases.*.sharding",
+    "phases.*.micro_tokens",
+    "phases.*.micro_batch",
+    "phases.*.log_every",
+    "phases.*.checkpoint",
+    "phases.*.data.pack",
+    "phases.*.model.attention",
+    "phases.*.model.gradient_checkpointing",
+)
+"""What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
+
+Section = dict[str, Any]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A validated job: every phase complete, every local path absolute."""
+
+    name: str
+    """Name of the run's folder."""
+    file: Path = field(compare=False)
+    """The job file as the user gave it."""
+    storage: str
+    """Folder of the runs: an absolute path or a URL."""
+    seed: int
+    track: list[str]
+    """Where metrics go beside metrics.jsonl."""
+    phases: dict[str, Phase]
+    """By name, in the order in which they run."""
+
+
+class _Top(Settings):
+    """The top level of a job file. What is inside the sections is checked where they are used."""
+
+    name: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    storage: str = "runs"
+    track: Tracker | list[Tracker] = Field(default=["tensorboard"])
+    model: Section = Field(default={})
+    resources: Section = Field(default={})
+    sharding: Section = Field(default={})
+    deepspeed: str | Section = Field(default={})
+    phases: Annotated[dict[str, Section], Field(min_length=1)] = Field(
+        examples=["{sft: {data: {train: data/train.jsonl}}}"]
+    )
+
+
+def load(file: Path, overrides: Sequence[str] = ()) -> Job:
+    """The job in a file, with `key=value` overrides, checked against the data and model files it names.
+
+    Raises InputError with every problem. Data rows are not read; hub names are not looked up.
+    """
+    job, report, document = _read(file, overrides)
+    for path, message in _missing_files(job):
+        report.add(origin(document.data, path), message)
+    report.raise_any()
+    return job
+
+
+def read(file: Path, overrides: Sequence[str] = ()) -> Job:
+    """As `load`, without looking at data and model files: for a run whose inputs may have moved since."""
+    return _read(file, overrides)[0]
+
+
+def dump(job: Job) -> str:
+    """The job as YAML, as resolved: absolute paths, complete phases. `read` of it gives an equal Job."""
+    return yamlfile.dump(_as_data(job))
+
+
+def differences(old: Job, new: Job) -> list[str]:
+    """What makes `new` another job than `old`: `phases.sft.learning_rate: 1e-05 -> 2e-05`. Empty if they are the same."""
+    before, after = _meaning(old), _meaning(new)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    shared_phases = {f"phases.{name}" for name in old.phases.keys() & new.phases.keys()}
+    told = [key for key in keys if not key.startswith("phases.") or ".".join(key.split(".")[:2]) in shared_phases]
+    return [f"{key}: {_compact(before, key)} -> {_compact(after, key)}" for key in told]
+
+
+def job_hash(job: Job) -> str:
+    """16 hexadecimal digits; equal for two jobs without `differences`."""
+    text = json.dumps(_meaning(job), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+# From a document to a Job
+
+
+def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
+    document, override_problems = overlaid(yamlfile.load(file), overrides)
+    report = Report(document)
+    for problem in override_problems:
+        report.add_command_line(problem)
+    top = validated(_Top, document.data, lambda path, message: report.add(path, _redirected(path, message)))
+    name = _name(document, file, report)
+    _check_shared(document.data, report)
+    phases = phases_of(document, file, report)
+    report.raise_any()
+    assert top is not None, "its problems were raised"
+    track: list[str] = [top.track] if isinstance(top.track, str) else [*dict.fromkeys(top.track)]
+    storage = top.storage if "://" in top.storage else absolute(top.storage, base_folder(document, ("storage",), file))
+    return Job(name=name, file=file, storage=storage, seed=top.seed, track=track, phases=phases), report, document
+
+
+def _redirected(path: KeyPath, message: str) -> str:
+    if message.startswith(UNKNOWN_KEY) and path[0] in Phase.model_fields:
+        return f"this key belongs in a phase: phases.NAME.{path[0]}"
+    return message
+
+
+def _name(document: Document, file: Path, report: Report) -> str:
+    given = document.data.get("name")
+    name = given if isinstance(given, str) else file.stem
+    if not _SAFE_NAME.fullmatch(name):
+        source = "" if given is not None else " (the file's own name)"
+        rule = "letters, digits and . _ - alone, beginning with a letter or digit, at most 100"
+        report.add(("name",), f"{json.dumps(name, ensure_ascii=False)}{source} cannot name a folder; use {rule}")
+    return name
+
+
+def _check_shared(data: dict[str, Any], report: Report) -> None:
+    """Problems inside the top-level sections, also where no phase comes to use them. Phases may add what is missing."""
+    sections: dict[str, type[Settings]] = {"model": Model, "resources": Resources, "sharding": Sharding}
+    for key, model in sections.items():
+
+        def add(path: KeyPath, message: str, key: str = key) -> None:
+            if not message.startswith(REQUIRED):
+                report.add((key, *path), message)
+
+        if isinstance(data.get(key), dict):
+            validated(model, data[key], add)
+
+
+def _missing_files(job: Job) -> Iterator[tuple[KeyPath, str]]:
+    """What the phases name and the disk does not have, or has broken."""
+    for name, phase in job.phases.items():
+        prefix: KeyPath = ("phases", name)
+        data = phase.data
+        for key, source in (("train", data.train), ("eval", data.eval)):
+            for inner, message in _source_problems(source, job.file.parent) if source is not None else ():
+                yield (*prefix, "data", key, *inner), message
+        if os.path.isabs(data.template) and not os.path.isfile(data.template):
+            yield (*prefix, "data", "template"), f"no such file: {data.template}"
+        if phase.from_ is None and os.path.isabs(phase.model.path):
+            for problem in _model_problems(phase.model):
+                yield (*prefix, "model", "path"), problem
+
+
+def _source_problems(source: Any, folder: Path) -> Iterator[tuple[KeyPath, str]]:
+    try:
+        files.expand(source, folder, what="")
+    except InputError as error:
+        for problem in error.problems:
+            index = re.fullmatch(r"\[(\d+)\]", problem.what)  # of the list's entry
+            yield (int(index[1]),) if index else (), problem.message
+
+
+def _model_problems(model: Model) -> list[str]:
+    try:
+        modelfiles.inspect(
+            Path(model.path), tokenizer_elsewhere=model.tokenizer is not None, trust_remote_code=model.trust_remote_code
+        )
+    except InputError as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
+# A Job as plain data
+
+
+def _as_data(job: Job) -> dict[str, Any]:
+    phases = {name: phase.model_dump(by_alias=True) for name, phase in job.phases.items()}
+    return {"name": job.name, "seed": job.seed, "storage": job.storage, "track": job.track, "phases": phases}
+
+
+def _meaning(job: Job) -> dict[str, Any]:
+    """All that decides the loss curve, flat: {"phases.sft.batch": 64}; `phases` alone is their order."""
+    leaves = {dotted(path): value for path, value in _leaves(_as_data(job)) if not _is_neutral(path)}
+    return leaves | {"phases": list(job.phases)}
+
+
+def _leaves(data: dict[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def _is_neutral(path: KeyPath) -> bool:
+    general = dotted(("phases", "*", *path[2:]) if path[0] == "phases" else path)
+    return any(f"{general}.".startswith(f"{neutral}.") for neutral in NEUTRAL)
+
+
+def _compact(leaves: dict[str, Any], key: str) -> str:
+    value = leaves.get(key, "not set")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

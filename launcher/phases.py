@@ -1,0 +1,219 @@
+"""One phase of a job file: from its section, and what it inherits, to complete settings with absolute paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import rawdeepspeed
+from launcher.explain import UNKNOWN_KEY, did_you_mean, validated
+from launcher.problems import Report
+from launcher.yamlfile import COMMAND_LINE, Document, KeyPath, dotted
+from training.config import Data, Phase, Source
+from training.data import files
+from training.recipes import RECIPES
+
+SHARED = ("model", "resources", "sharding", "seed", "deepspeed")
+"""Keys that hold for all phases when they stand at the top of the job."""
+
+_PHASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")  # no dot: it separates keys on the command line
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def phases_of(document: Document, file: Path, report: Report) -> dict[str, Phase]:
+    """The phases that are valid; what is wrong with the others is in the report."""
+    phases: dict[str, Phase] = {}
+    names: list[str] = []
+    given = document.data.get("phases")
+    for name, own in given.items() if isinstance(given, dict) else ():
+        if isinstance(own, dict):
+            phase = _Drafting(document, file, report, name, own, names).phase(phases)
+            phases |= {name: phase} if phase is not None else {}
+        names.append(name)
+    return phases
+
+
+@dataclass
+class _Drafting:
+    """One phase on its way from what the file says to complete settings."""
+
+    document: Document
+    file: Path
+    report: Report
+    name: str
+    own: dict[str, Any]
+    earlier: list[str]
+    """Names of the phases before this one."""
+
+    def phase(self, valid: dict[str, Phase]) -> Phase | None:
+        if not _PHASE_NAME.fullmatch(self.name):
+            self.add((), "a phase's name has letters, digits, _ and - alone and begins with a letter or digit")
+        draft = self.own
+        for key in SHARED:
+            if key in self.document.data:
+                draft = draft | {key: _merged(self.document.data[key], self.own.get(key, {}), key in self.own)}
+        draft = {"recipe": self.name} | draft | self.raw_deepspeed() | self.start(draft)
+        if draft.get("epochs") is None and draft.get("max_steps") is None:
+            draft["epochs"] = 1
+        phase = validated(self.settings_class(), draft, self.add_unless_known)
+        return phase and self.anchored(phase, valid)
+
+    def add(self, path: KeyPath, message: str) -> None:
+        self.report.add(origin(self.document.data, ("phases", self.name, *path)), message)
+
+    def add_unless_known(self, path: KeyPath, message: str) -> None:
+        """Leaves out what was told before: wrong top-level values, and keys that an unknown recipe may well have."""
+        told_at_top = len(origin(self.document.data, ("phases", self.name, *path))) == 1
+        of_unknown_recipe = len(path) == 1 and message.startswith(UNKNOWN_KEY) and self.recipe not in RECIPES
+        if not (told_at_top or of_unknown_recipe):
+            self.add(path, message)
+
+    @property
+    def recipe(self) -> str:
+        return str(self.own.get("recipe", self.name))
+
+    def settings_class(self) -> type[Phase]:
+        """The recipe's; what all recipes have in common if there is no such recipe."""
+        if self.recipe in RECIPES:
+            return RECIPES[self.recipe].config
+        meant = did_you_mean(self.recipe, RECIPES) or f"; recipes: {', '.join(RECIPES)}"
+        self.add(("recipe",), f'there is no recipe "{self.recipe}"{meant}')
+        return Phase
+
+    def start(self, draft: dict[str, Any]) -> dict[str, Any]:
+        """`from` filled in and, where there is a predecessor, a `model.path` that `anchored` replaces."""
+        given = draft.get("from")
+        if given is not None and given not in self.earlier and isinstance(given, str):
+            self.add(("from",), self.no_such_start(given))
+        if not self.earlier or not isinstance(draft.get("model", {}), dict):
+            return {}
+        start = given if given in self.earlier or not isinstance(given, str | None) else self.earlier[-1]
+        return {"from": start, "model": {"path": "", **draft.get("model", {})}}
+
+    def no_such_start(self, given: str) -> str:
+        if not self.earlier:
+            return "the first phase has no phase before it to start from; remove `from` and set model.path"
+        later = " comes later" if given in self.document.data["phases"] else " is no phase of this job"
+        meant = did_you_mean(given, self.earlier) or f"; phases before this one: {', '.join(self.earlier)}"
+        return f'"{given}"{later}{meant}'
+
+    def raw_deepspeed(self) -> dict[str, Any]:
+        """`deepspeed` as one mapping, the job's overlaid with the phase's own."""
+        top = self.deepspeed_section(self.document.data.get("deepspeed", {}), ("deepspeed",))
+        own = self.deepspeed_section(self.own.get("deepspeed", {}), ("phases", self.name, "deepspeed"))
+        return {"deepspeed": _merged(top, own, "deepspeed" in self.own)}
+
+    def deepspeed_section(self, given: Any, path: KeyPath) -> Any:
+        settings, inside = given, ""
+        if isinstance(given, str):
+            settings, unreadable = rawdeepspeed.read(Path(absolute(given, base_folder(self.document, path, self.file))))
+            inside = f"{given}: "
+            if unreadable:
+                self.report.add(path, unreadable)
+        for key, message in rawdeepspeed.clashes(settings) if isinstance(settings, dict) else ():
+            if inside:
+                self.report.add(path, f"{inside}{dotted(key)}: {message}")
+            else:
+                self.report.add((*path, *key), message)
+        return settings
+
+    def anchored(self, phase: Phase, valid: dict[str, Phase]) -> Phase:
+        """The phase with absolute paths, and the model path of the phase that it starts from."""
+        model = phase.model
+        update = {
+            "path": self.model_path(("model", "path"), model.path) if not phase.from_ else self.base_path(phase, valid)
+        }
+        if model.tokenizer is not None:
+            update["tokenizer"] = self.model_path(("model", "tokenizer"), model.tokenizer)
+        return phase.model_copy(
+            update={"model": model.model_copy(update=update), "data": self.anchored_data(phase.data)}
+        )
+
+    def base_path(self, phase: Phase, valid: dict[str, Phase]) -> str:
+        start = valid.get(phase.from_ or "")
+        if start is None:
+            return ""  # it has problems of its own
+        own_model = self.own.get("model", {})
+        if "path" in own_model and self.model_path(("model", "path"), own_model["path"]) != start.model.path:
+            self.add(
+                ("model", "path"), f"this phase starts from the weights of `{phase.from_}`; remove model.path here"
+            )
+        return start.model.path
+
+    def model_path(self, path: KeyPath, given: str) -> str:
+        base = self.base(path)
+        if _says_local(given) or (given and (base / given).exists()):
+            return absolute(given, base)
+        if not _HUB_ID.fullmatch(given):
+            if _HUB_ID.fullmatch(given.partition("/")[0]):
+                return absolute(given, base)  # `models/a/b`: a folder, which will be found missing
+            self.add(path, f'"{given}" is neither a folder nor a name on the Hugging Face hub (owner/name)')
+        return given
+
+    def anchored_data(self, data: Data) -> Data:
+        train = self.sources(("data", "train"), data.train)
+        held_out = None if data.eval is None else self.sources(("data", "eval"), data.eval)
+        template = data.template
+        base = self.base(("data", "template"))
+        if "/" in template or template.endswith((".jinja", ".j2")) or (base / template).is_file():
+            template = absolute(template, base)
+        return data.model_copy(update={"train": train, "eval": held_out, "template": template})
+
+    def sources(self, path: KeyPath, given: Any) -> Any:
+        if isinstance(given, list):
+            return [self.sources((*path, index), source) for index, source in enumerate(given)]
+        if isinstance(given, Source):
+            return given.model_copy(update={"path": self.sources((*path, "path"), given.path)})
+        base = self.base(path)
+        elsewhere = "://" in given or (_names_hub_data(given) and not (base / given).exists())
+        return given if elsewhere else absolute(given, base)
+
+    def base(self, path: KeyPath) -> Path:
+        return base_folder(self.document, origin(self.document.data, ("phases", self.name, *path)), self.file)
+
+
+def _merged(top: Any, own: Any, has_own: bool) -> Any:
+    """`own` over `top`, key by key where both are mappings."""
+    if not (isinstance(top, dict) and isinstance(own, dict)):
+        return own if has_own else top
+    return top | {key: _merged(top.get(key), value, True) for key, value in own.items()}
+
+
+def origin(data: dict[str, Any], path: KeyPath) -> KeyPath:
+    """Where a phase's setting was written: in the phase, or in the section at the top that the phase inherits."""
+    _, phase, *inner = path
+    shared = tuple(inner)
+    if not shared or shared[0] not in SHARED or shared[0] not in data or _holds(data, path):
+        return path
+    return shared if _holds(data, shared) or shared[0] not in data["phases"][phase] else path
+
+
+def _holds(data: Any, path: KeyPath) -> bool:
+    for part in path:
+        if not (isinstance(data, dict) and part in data):
+            return False
+        data = data[part]
+    return True
+
+
+# Paths
+
+
+def base_folder(document: Document, path: KeyPath, file: Path) -> Path:
+    """The folder that a relative path given at `path` is relative to."""
+    return Path.cwd() if document.line(path) == COMMAND_LINE else file.parent
+
+
+def absolute(path: str, base: Path) -> str:
+    return os.path.abspath(base / Path(path).expanduser())
+
+
+def _says_local(path: str) -> bool:
+    return path in (".", "..") or path.startswith(("./", "../", "/", "~"))
+
+
+def _names_hub_data(path: str) -> bool:
+    return bool(files.HUB_NAME.fullmatch(path)) and not path.endswith(files.DATA_SUFFIXES + files.FOREIGN_SUFFIXES)

@@ -1,0 +1,65 @@
+"""What a person sees of a phase while it runs: a live line on a terminal, one aligned line a step in a file or pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class PhaseProgress:
+    """The progress of one phase. `say` prints a line above it."""
+
+    def __init__(self, phase: str, console: Console, log_every: int):
+        self.phase = phase
+        self.console = console
+        self.log_every = log_every
+        self.total = 0
+        self.bar: Progress | None = None
+
+    def start(self, total: int, done: int) -> None:
+        self.total, self.first, self.began = total, done, time.monotonic()
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn(self.phase), BarColumn(20), TextColumn("{task.fields[line]}"), console=self.console
+            )
+            self.task = self.bar.add_task("", total=total, completed=done, line="")
+            self.bar.start()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Show one row of metrics."""
+        if "loss" not in row:
+            values = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key.startswith("eval_"))
+            return self.say(f"{self.phase}  step {row['step']:>6}/{self.total}  {values}")
+        line = self._line(row)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=row["step"], line=line)
+        elif row["step"] % self.log_every == 0 or row["step"] == self.total:
+            self.say(f"{self.phase}  {line}")
+        return None
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        step = row["step"]
+        left = (time.monotonic() - self.began) / max(1, step - self.first) * (self.total - step)
+        return (
+            f"step {step:>6}/{self.total}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  norm {row['grad_norm']:.2f}  "
+            f"{row['tokens_per_s']:>8,.0f} tokens/s  {row['memory_gib']:.2f} GiB  left {duration(left)}"
+        )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

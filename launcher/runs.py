@@ -1,0 +1,188 @@
+"""The run folder: what a run was asked, what happened, what came of it.
+
+runs/NAME/job.yaml, events.jsonl, PHASE/{metrics.jsonl, tensorboard/, checkpoints/, model/, logs/attempt-1/rank-0.log}
+One process works on a run at a time; a lock says which.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+from launcher import job as jobs
+from launcher.job import Job
+from training.errors import InputError
+
+JOB, EVENTS, METRICS, LOCK = "job.yaml", "events.jsonl", "metrics.jsonl", ".lock"
+
+
+def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file that is perhaps being written: what is missing or cut at the end is left out."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+
+class RunFolder:
+    """A run's folder, to look at. `begin` opens one to work on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def job(self) -> Job:
+        """The job as it was resolved when the run began. Raises InputError if this is no run folder."""
+        if not (self.folder / JOB).exists():
+            raise InputError.of(str(self.folder), "not a run folder (there is no job.yaml in it)")
+        return jobs.read(self.folder / JOB)
+
+    def phase(self, name: str) -> Path:
+        return self.folder / name
+
+    def checkpoints(self, phase: str) -> Path:
+        return self.phase(phase) / "checkpoints"
+
+    def model(self, phase: str) -> Path:
+        return self.phase(phase) / "model"
+
+    def metrics(self, phase: str) -> list[dict[str, Any]]:
+        return list(json_rows(self.phase(phase) / METRICS))
+
+    def events(self) -> list[dict[str, Any]]:
+        return list(json_rows(self.folder / EVENTS))
+
+    def finished_phases(self) -> set[str]:
+        return {event["phase"] for event in self.events() if event["event"] == "phase_finished"}
+
+    def attempts(self) -> int:
+        return sum(event["event"] == "started" for event in self.events())
+
+    def state(self) -> str:
+        """new | running | lost (its process is gone) | done | failed | interrupted."""
+        endings = {"done": "done", "failed": "failed", "interrupted": "interrupted"}
+        last = next((e["event"] for e in reversed(self.events()) if e["event"] in ("started", *endings)), None)
+        if last is None:
+            return "new"
+        if last == "started":
+            return "running" if _is_locked(self.folder / LOCK) else "lost"
+        return endings[last]
+
+
+def find(text: str, storage: Path = Path("runs")) -> RunFolder:
+    """The run that a person means: a folder, or a name under `storage`. Raises InputError that lists those that exist."""
+    for folder in (Path(text), storage / text):
+        if (folder / JOB).exists():
+            return RunFolder(folder)
+    known = ", ".join(run.name for run in runs_in(storage)) or "none"
+    raise InputError.of(text, f"no such run: neither a run folder nor a name in {storage}/ (there: {known})")
+
+
+def runs_in(storage: Path) -> list[RunFolder]:
+    """All runs in a folder, the newest last."""
+    jobs_found = sorted(storage.glob(f"*/{JOB}"), key=lambda path: path.stat().st_mtime)
+    return [RunFolder(path.parent) for path in jobs_found]
+
+
+@dataclass
+class OpenRun(RunFolder):
+    """A run that this process works on: the lock is held, and what happens is written down."""
+
+    folder: Path
+    attempt: int
+    _lock: IO[str]
+
+    def event(self, kind: str, **facts: Any) -> None:
+        append(self.folder / EVENTS, {"time": now(), "attempt": self.attempt, "event": kind, **facts})
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def begin(job: Job) -> OpenRun:
+    """Make the run folder of a job, or go on in the one it has.
+
+    Raises InputError if the folder holds something else, another job, a finished run, or is being worked on.
+    """
+    folder = Path(job.storage) / job.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(folder / LOCK)
+    except OSError as error:
+        raise InputError.of(str(folder), f"cannot write the run folder: {error.strerror}; choose another `storage`") from error
+    try:
+        _refuse_others(folder, job)
+        (folder / JOB).write_text(jobs.dump(job))
+    except BaseException:
+        lock.close()
+        raise
+    run = OpenRun(folder, RunFolder(folder).attempts() + 1, lock)
+    run.event("started", host=socket.gethostname(), pid=os.getpid())
+    return run
+
+
+def _refuse_others(folder: Path, job: Job) -> None:
+    held = RunFolder(folder)
+    if not (folder / JOB).exists():
+        if strangers := sorted(p.name for p in folder.iterdir() if p.name != LOCK):
+            raise InputError.of(str(folder), f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or storage")
+        return
+    if changes := jobs.differences(held.job(), job):
+        raise InputError.of(
+            str(folder),
+            "this run folder holds another job; choose another `name:`, or remove the folder. What differs:\n  "
+            + "\n  ".join(changes),
+        )
+    if held.finished_phases() >= set(job.phases):
+        raise InputError.of(str(folder), "this run is finished; choose another `name:`, or remove the folder to run it again")
+
+
+def _take_lock(path: Path) -> IO[str]:
+    lock = path.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise InputError.of(str(path.parent), f"this run is being worked on by {holder}") from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one row to a JSONL file, in one write, so that a reader sees it whole or not at all."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

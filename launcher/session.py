@@ -1,0 +1,68 @@
+"""A connection to Ray: to the cluster at RAY_ADDRESS, or to one of our own on this machine that ends with us."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_OBJECT_STORE_BYTES = 128 << 20
+"""Calls carry metrics and file names, never weights."""
+
+
+@contextmanager
+def ray_session(num_workers: int) -> Iterator[None]:
+    """Be connected to Ray for the length of the block."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    with _joined(address) if address else _local(num_workers):
+        yield
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_AUTH_TOKEN" not in os.environ else "token")
+    import ray
+
+    ray.init(address=address, namespace="muster", log_to_driver=False, logging_level="error")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _local(num_workers: int) -> Iterator[None]:
+    """A Ray of this process alone: bound to loopback, opened by a token nobody else has, its files in a folder of its own."""
+    folder = tempfile.mkdtemp(prefix="muster-", dir="/tmp")  # short: Ray's socket names must fit in 107 characters
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": folder}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            # Workers on CPUs may outnumber the cores; Ray's CPUs are places to sit, not cores.
+            num_cpus=max(num_workers, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=_OBJECT_STORE_BYTES,
+            namespace="muster",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

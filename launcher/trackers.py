@@ -1,0 +1,89 @@
+"""Where metrics go beside metrics.jsonl: TensorBoard, W&B, MLflow. One class each; the packages are loaded when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from training.errors import InputError, Problem
+
+
+class Tracker(Protocol):
+    """Takes the numbers of one step."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the phase's own folder."""
+
+    def __init__(self, run: str, phase: str, folder: Path, settings: Mapping[str, Any]):
+        from tensorboard.summary import Writer
+
+        self.writer = Writer(str(folder / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """One W&B run a phase; goes on in the same one after a resume. Key and mode come from W&B's own environment variables."""
+
+    def __init__(self, run: str, phase: str, folder: Path, settings: Mapping[str, Any]):
+        import wandb
+
+        self.run = wandb.init(
+            project="muster", group=run, name=f"{run}/{phase}", id=f"{run}-{phase}", resume="allow",
+            dir=folder, config=dict(settings),
+        )  # fmt: skip
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MLflow:
+    """One MLflow run a phase, in the tracking server that MLFLOW_TRACKING_URI names."""
+
+    def __init__(self, run: str, phase: str, folder: Path, settings: Mapping[str, Any]):
+        import mlflow
+
+        self.mlflow = mlflow
+        mlflow.set_experiment(run)
+        earlier = mlflow.search_runs(filter_string=f"tags.mlflow.runName = '{phase}'", output_format="list")
+        mlflow.start_run(run_id=earlier[0].info.run_id if earlier else None, run_name=None if earlier else phase)
+        if not earlier:
+            mlflow.log_params({name: str(value)[:500] for name, value in settings.items()})
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises InputError for trackers whose package is not installed."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            [Problem("job", "track", f"{name} is not installed: pip install 'muster-train[{name}]'") for name in missing]
+        )
+
+
+def open_all(names: Sequence[str], run: str, phase: str, folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers of one phase."""
+    return [TRACKERS[name](run, phase, folder, settings) for name in names]

@@ -1,0 +1,396 @@
+"""From a row to an example: recognises a row's format by its columns and parses it. Knows no file and no tokenizer.
+
+A format is one entry of the table FORMATS: the columns it needs, those it may have, and a function from a record to an
+example. Whatever a row is called outside, an example is one of three things: text, a prompt with its completion, a chat.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from training.data.files import RowError, describe
+from training.errors import InputError, Problem
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document; all of it is learnt."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class PromptCompletion:
+    """Two texts that follow each other as they stand; the second is learnt."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation in the form that chat templates read (OpenAI's, tool arguments as objects)."""
+
+    messages: list[Message]
+    learnt: tuple[int, ...]
+    """Places of the assistant turns that are learnt, ascending."""
+    tools: list[dict[str, Any]] | None = None
+    """Functions that may be called, as JSON schemas."""
+
+
+Example = Text | PromptCompletion | Chat
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row seen through the format's names; errors speak in the data's own."""
+
+    row: Mapping[str, Any]
+    names: Mapping[str, str]
+    """The format's name -> the data's, where they differ."""
+
+    def name(self, column: str) -> str:
+        return self.names.get(column, column)
+
+    def has(self, column: str) -> bool:
+        return self.name(column) in self.row
+
+    def get(self, column: str) -> Any:
+        """The value of an optional column: None if it is absent or null."""
+        return self.row.get(self.name(column))
+
+    def need(self, column: str) -> Any:
+        if not self.has(column):
+            raise RowError(f"missing column `{self.name(column)}`; the row has {_listed(self.row)}")
+        if self.get(column) is None:
+            raise RowError(f"column `{self.name(column)}` is null")
+        return self.get(column)
+
+    def text(self, column: str) -> str:
+        return _text(self.need(column), f"column `{self.name(column)}`")
+
+    def filled_text(self, column: str) -> str:
+        """A text that is more than white space: an answer."""
+        text = self.text(column)
+        if not text.strip():
+            raise RowError(f"column `{self.name(column)}` is empty")
+        return text
+
+    def list(self, column: str) -> list[Any]:
+        return _list(self.need(column), f"column `{self.name(column)}`")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of row."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    parse: Callable[[Record], Example]
+    """Raises RowError."""
+
+
+class Parser:
+    """Parses rows of the allowed formats.
+
+    `format` is one of FORMATS or `auto`, which recognises each row by its columns; `columns` maps a format's names to the
+    data's; `allowed` are the formats that the recipe reads, the likeliest first.
+    Raises InputError for a format that the recipe does not read and for unknown names in `columns`.
+    """
+
+    def __init__(self, format: str, columns: Mapping[str, str], allowed: Sequence[str]):
+        self._candidates = tuple(allowed) if format == "auto" else (format,)
+        self._columns = columns
+        self._auto = format == "auto"
+        problems = [] if self._auto or format in allowed else [_foreign_format(format, allowed)]
+        known = [name for key in self._candidates for name in _names(FORMATS[key])]
+        problems += [_unknown_column(name, known) for name in columns if name not in known]
+        if problems:
+            raise InputError(problems)
+
+    def __call__(self, row: Mapping[str, Any]) -> tuple[str, Example]:
+        """The name of the row's format and the example. Raises RowError."""
+        record = Record(row, self._columns)
+        key = self._recognise(record) if self._auto else self._candidates[0]
+        return key, FORMATS[key].parse(record)
+
+    def _recognise(self, record: Record) -> str:
+        for present in (lambda name: record.get(name) is not None, record.has):
+            for key in self._candidates:
+                if all(map(present, FORMATS[key].required)):
+                    return key
+        raise _unrecognised(record, self._candidates)
+
+
+# ── Errors that teach ────────────────────────────────────────────────────────────────────────────────────────────────
+
+OTHER_NAMES = {
+    "text": ("content", "document", "body"),
+    "prompt": ("question", "query", "problem", "instruction", "input"),
+    "completion": ("answer", "response", "output", "solution"),
+    "instruction": ("prompt", "question", "query"),
+    "output": ("response", "answer", "completion"),
+    "messages": ("conversation", "chat", "dialog", "dialogue"),
+}
+"""What data sets call the columns of the formats, for the advice in errors."""
+
+
+def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
+    return ", ".join(map(str, names)) or "no columns"
+
+
+def _names(format: Format) -> tuple[str, ...]:
+    return format.required + format.optional
+
+
+def _foreign_format(format: str, allowed: Sequence[str]) -> Problem:
+    return Problem("", "data.format", f"this recipe does not read `{format}`; it reads {_listed(allowed)}")
+
+
+def _unknown_column(name: str, known: Sequence[str]) -> Problem:
+    close = difflib.get_close_matches(name, known, n=1)
+    advice = f"did you mean {close[0]}?" if close else f"known are {_listed(dict.fromkeys(known))}"
+    message = f"`{name}` is no column of a format; {advice} (the format's name comes first, then the data's)"
+    return Problem("", "data.columns", message)
+
+
+def _unrecognised(record: Record, candidates: Sequence[str]) -> RowError:
+    for column, name in record.names.items():
+        if name not in record.row:
+            close = difflib.get_close_matches(name, list(record.row), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            return RowError(
+                f"missing column `{name}` (data.columns: {column}); the row has {_listed(record.row)}{hint}"
+            )
+    for key, format in FORMATS.items():
+        if key not in candidates and all(map(record.has, format.required)):
+            return RowError(f"these are columns of `{key}`, which this recipe does not read; {_needs(candidates)}")
+    missing = _nearly(record, candidates) or f"no format fits the columns {_listed(record.row)}"
+    return RowError(f"{missing}; {_needs(candidates)}{_mapping_advice(record, candidates)}")
+
+
+def _needs(candidates: Sequence[str]) -> str:
+    return "; ".join(f"{key} needs {' and '.join(FORMATS[key].required)}" for key in candidates)
+
+
+def _nearly(record: Record, candidates: Sequence[str]) -> str:
+    """The column that is missing from the first format of which the row has a part."""
+    for key in candidates:
+        missing = [name for name in FORMATS[key].required if not record.has(name)]
+        if len(missing) < len(FORMATS[key].required):
+            return f"missing column `{missing[0]}`; the row has {_listed(record.row)}"
+    return ""
+
+
+def _mapping_advice(record: Record, candidates: Sequence[str]) -> str:
+    for key in candidates:
+        guesses = {name: _guess(name, record) for name in FORMATS[key].required}
+        if all(guesses.values()) and len(set(guesses.values())) == len(guesses):
+            pairs = ", ".join(f"{name}: {guess}" for name, guess in guesses.items() if name != guess)
+            return f". Did you mean `columns: {{{pairs}}}`?"
+    return ""
+
+
+def _guess(name: str, record: Record) -> str | None:
+    usual = next((other for other in (name, *OTHER_NAMES.get(name, ())) if other in record.row), None)
+    return usual or next(iter(difflib.get_close_matches(name, list(record.row), n=1)), None)
+
+
+# ── Values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{place}: expected text, got {describe(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{place}: half of a surrogate pair ({value[error.start]!r}) is not text") from None
+    return value
+
+
+def _list(value: Any, place: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise RowError(f"{place}: expected a list, got {describe(value)}")
+    return value
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    """The object without its nulls: Parquet writes every absent key as null."""
+    if not isinstance(value, dict):
+        raise RowError(f"{place}: expected an object, got {describe(value)}")
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def _key(item: Mapping[str, Any], key: str, place: str, hint: str = "") -> Any:
+    if key not in item:
+        raise RowError(f"{place}: missing key `{key}`; it has {_listed(item)}{hint}")
+    return item[key]
+
+
+def _decoded(value: Any, place: str) -> Any:
+    """JSON that may have been written into a string."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{place}: broken JSON in the text: {error}") from None
+
+
+def _tools(record: Record) -> list[dict[str, Any]] | None:
+    place = f"column `{record.name('tools')}`"
+    tools = _decoded(record.get("tools") or [], place)
+    return [_tool(tool, f"{place}[{index}]") for index, tool in enumerate(_list(tools, place))] or None
+
+
+def _tool(tool: Any, place: str) -> dict[str, Any]:
+    tool = _object(_decoded(tool, place), place)
+    function = tool if "function" not in tool else _object(tool["function"], f"{place}.function")
+    _text(_key(function, "name", place), f"{place}.name")
+    return {"type": "function", "function": function}
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    """A tool call with its arguments as an object, the form that chat templates expect."""
+    call = _object(call, place)
+    function = call if "function" not in call else _object(call["function"], f"{place}.function")
+    name = _text(_key(function, "name", place), f"{place}.name")
+    place = f"{place}.arguments"
+    arguments = _object(_decoded(function.get("arguments") or {}, place), place)
+    identity = {"id": call["id"]} if "id" in call else {}
+    return {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+# ── Formats ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _parse_text(record: Record) -> Example:
+    return Text(record.filled_text("text"))
+
+
+def _parse_prompt_completion(record: Record) -> Example:
+    prompt, completion = record.need("prompt"), record.need("completion")
+    if isinstance(prompt, list) != isinstance(completion, list):
+        names = f"`{record.name('prompt')}` and `{record.name('completion')}`"
+        got = f"{describe(prompt)} and {describe(completion)}"
+        raise RowError(f"columns {names}: expected two texts or two lists of messages, got {got}")
+    if not isinstance(prompt, list):
+        return PromptCompletion(record.text("prompt"), record.filled_text("completion"))
+    before = _messages(prompt, record.name("prompt"))
+    return _chat(before + _messages(completion, record.name("completion")), _tools(record), first=len(before))
+
+
+def _parse_alpaca(record: Record) -> Example:
+    question = record.text("instruction")
+    if record.get("input") is not None and (extra := record.text("input")):
+        question = f"{question}\n{extra}"
+    answer = record.filled_text("output")
+    return Chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], learnt=(1,))
+
+
+def _parse_messages(record: Record) -> Example:
+    return _chat(_messages(record.list("messages"), record.name("messages")), _tools(record))
+
+
+def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, first: int = 0) -> Chat:
+    """The assistant turns from `first` on are learnt, unless they say `weight: 0` or open the conversation unasked."""
+    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    learnt = tuple(place for place in turns if place >= max(first, 1) and messages[place].get("weight") != 0)
+    if not learnt:
+        reason = "all open the conversation, belong to the prompt or have weight 0" if turns else "there is none"
+        raise RowError(f"no assistant turn to learn: {reason}")
+    return Chat([{k: v for k, v in message.items() if k != "weight"} for message in messages], learnt, tools)
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def _messages(messages: list[Any], name: str) -> list[Message]:
+    return [_message(message, f"{name}[{place}]") for place, message in enumerate(messages)]
+
+
+def _message(message: Any, place: str) -> Message:
+    message = _object(message, place)
+    role = _key(message, "role", place)
+    if role not in ROLES:
+        raise RowError(f"{place}: unknown role {role!r}; known are {_listed(ROLES)}")
+    calls = _list(message.pop("tool_calls", []), f"{place}.tool_calls")
+    calls = [_call(call, f"{place}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    content = _content(message.get("content", "" if calls else None), place)
+    if role == "assistant" and not calls and not content.strip():
+        raise RowError(f"assistant turn is empty ({place})")
+    return {**message, "content": content, **({"tool_calls": calls} if calls else {})}
+
+
+def _content(content: Any, place: str) -> str:
+    """The text of a message; a list of text parts is joined."""
+    if content is None:
+        raise RowError(f"{place}: missing `content`")
+    if isinstance(content, list):
+        return "".join(_part(part, f"{place}.content[{index}]") for index, part in enumerate(content))
+    return _text(content, f"{place}.content")
+
+
+def _part(part: Any, place: str) -> str:
+    part = _object(part, place)
+    if part.get("type") != "text":
+        raise RowError(f"{place}: only parts of type text can be learnt, got type {part.get('type')!r}")
+    return _text(_key(part, "text", place), f"{place}.text")
+
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "call",
+    "tool_call": "call",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+def _parse_sharegpt(record: Record) -> Example:
+    name = record.name("conversations")
+    turns = [_turn(turn, f"{name}[{place}]") for place, turn in enumerate(record.list("conversations"))]
+    if record.get("system") is not None and (system := record.text("system")):
+        turns.insert(0, {"role": "system", "content": system})
+    return _chat(turns, _tools(record))
+
+
+def _turn(turn: Any, place: str) -> Message:
+    turn = _object(turn, place)
+    hint = "; these are OpenAI messages: set `format: messages` and `columns`" if "role" in turn else ""
+    sender = _text(_key(turn, "from", place, hint), f"{place}.from")
+    if sender not in SHAREGPT_ROLES:
+        raise RowError(f"{place}: unknown role {sender!r}; known are {_listed(SHAREGPT_ROLES)}")
+    role = SHAREGPT_ROLES[sender]
+    value = _text(_key(turn, "value", place), f"{place}.value")
+    if not value.strip() and role in ("assistant", "call"):
+        raise RowError(f"assistant turn is empty ({place})")
+    return _call_turn(value, f"{place}.value") if role == "call" else {"role": role, "content": value}
+
+
+def _call_turn(value: str, place: str) -> Message:
+    """`{"name": ..., "arguments": ...}`, or a list of them, as an assistant turn that calls tools."""
+    decoded = _decoded(value, place)
+    calls = decoded if isinstance(decoded, list) else [decoded]
+    return {"role": "assistant", "content": "", "tool_calls": [_call(call, place) for call in calls]}
+
+
+FORMATS: dict[str, Format] = {
+    "text": Format(("text",), (), _parse_text),
+    "prompt_completion": Format(("prompt", "completion"), ("tools",), _parse_prompt_completion),
+    "alpaca": Format(("instruction", "output"), ("input",), _parse_alpaca),
+    "sharegpt": Format(("conversations",), ("system", "tools"), _parse_sharegpt),
+    "messages": Format(("messages",), ("tools",), _parse_messages),
+}

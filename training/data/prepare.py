@@ -1,0 +1,230 @@
+"""From sources to a token store: reads, checks and tokenizes every row in one pass, and keeps the result by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.config import Data
+from training.data import files, templates
+from training.data.files import Located, Row, RowError
+from training.data.formats import Chat, Example, Parser, PromptCompletion, Text
+from training.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from training.data.render import Renderer, Sample
+    from training.data.store import Meta, StoreWriter, TokenStore
+
+VERSION = 1
+"""Raise it when the same rows give other tokens than before, so that older stores are not used."""
+BATCH_ROWS = 512
+BATCH_CHARACTERS = 1 << 22
+SHOWN_PROBLEMS = 20
+
+
+@dataclass
+class Findings:
+    """What a pass over the rows has met."""
+
+    rows: int = 0
+    bad: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    """Rows by format."""
+    rows_by_part: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    """The first of the bad rows."""
+
+    def add_bad(self, row: Row, error: RowError) -> None:
+        self.bad += 1
+        if len(self.problems) < SHOWN_PROBLEMS:
+            self.problems.append(Problem(row.where, "", str(error)))
+
+    def raise_if_bad(self, sources: Sequence[Located]) -> None:
+        """Raises InputError with the first bad rows, the number of the others, and the files without any row."""
+        shown = [part.shown for source in sources for part in source.parts]
+        problems = self.problems + [Problem(name, "", "holds no rows") for name in shown if not self.rows_by_part[name]]
+        if self.bad > len(self.problems):
+            rest = self.bad - len(self.problems)
+            problems.append(Problem("", "", f"and {rest:,} more bad rows (of {self.rows:,} rows)"))
+        if problems:
+            raise InputError(problems)
+
+
+Parsed = tuple[int, Row, Example]
+"""Place of the source, the row, and what it says."""
+
+
+def check_rows(sources: Sequence[Located], data: Data, formats: Sequence[str], base: Path = Path()) -> Findings:
+    """Reads and parses every row, without a tokenizer and without keeping anything: memory does not grow with the data.
+
+    Raises InputError with the settings that are wrong, else with the bad rows.
+    """
+    templates.load(data.template, base)
+    parser = Parser(data.format, data.columns, formats)
+    findings = Findings()
+    for _ in _parsed(sources, parser, findings):
+        pass
+    findings.raise_if_bad(sources)
+    return findings
+
+
+def prepare(
+    sources: Sequence[Located],
+    data: Data,
+    formats: Sequence[str],
+    tokenizer_path: str,
+    cache: Path,
+    *,
+    base: Path = Path(),
+    trust_remote_code: bool = False,
+) -> TokenStore:
+    """The samples of `sources` as tokens, from the folder `cache` if they are there, else read, checked and kept there.
+
+    `formats` are those the recipe reads; `base` is where a template file is looked for. A store is found again by the
+    content of files (see `files.digest`), tokenizer and template, and by the settings that make a difference.
+    `store.meta` has the counts, and in `notes` what the user should be told.
+    Raises InputError: the bad rows, a source of which no sample is left, data or a cache that
+    cannot be read or written.
+    """
+    from training.data.render import Renderer, load_tokenizer
+    from training.data.store import TokenStore
+
+    parser = Parser(data.format, data.columns, formats)
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
+    renderer = Renderer(tokenizer, data.template, base)
+    try:
+        folder = cache / _key(sources, data, formats, tokenizer, base, memo=cache / "digests")
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            _build(folder, sources, data, parser, renderer)
+        return TokenStore.open(folder)
+    except OSError as error:
+        raise InputError.of(str(cache), f"cannot read the data or write the token cache: {error}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    from training.data.store import TokenStore
+
+    try:
+        TokenStore.open(folder)
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _key(sources: Sequence[Located], data: Data, formats: Sequence[str], tokenizer: Any, base: Path, memo: Path) -> str:
+    """Names a store by everything that its content depends on."""
+    shown = [[part.shown for part in source.parts] for source in sources]
+    content = [[files.digest(part, memo) for part in source.parts] for source in sources]
+    vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    words = [vocabulary, tokenizer.chat_template, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
+    template = [data.template, templates.load(data.template, base)]
+    settings = [data.format, data.columns, list(formats), data.max_length, data.overlong]
+    text = json.dumps([VERSION, shown, content, words, template, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _parsed(sources: Sequence[Located], parser: Parser, findings: Findings) -> Iterator[Parsed]:
+    """Streams the good rows; the bad ones go to the findings."""
+    for place, source in enumerate(sources):
+        for row in (row for part in source.parts for row in files.rows(part)):
+            findings.rows += 1
+            findings.rows_by_part[row.part.shown] += 1
+            try:
+                if isinstance(row.value, RowError):
+                    raise row.value
+                format, example = parser(row.value)
+            except RowError as error:
+                findings.add_bad(row, error)
+            else:
+                findings.formats[format] += 1
+                yield place, row, example
+
+
+def _batches(stream: Iterator[Parsed]) -> Iterator[list[Parsed]]:
+    """Enough rows at once for the tokenizer's threads, and not more characters than memory likes."""
+    batch: list[Parsed] = []
+    size = 0
+    for parsed in stream:
+        batch.append(parsed)
+        size += _characters(parsed[2])
+        if len(batch) == BATCH_ROWS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(example: Example) -> int:
+    match example:
+        case Text(text):
+            return len(text)
+        case PromptCompletion(prompt, completion):
+            return len(prompt) + len(completion)
+        case Chat(messages):
+            return sum(len(message["content"]) for message in messages)
+
+
+def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser, renderer: Renderer) -> None:
+    from training.data.store import create
+
+    findings = Findings()
+    with create(folder, len(sources)) as writer:
+        for batch in _batches(_parsed(sources, parser, findings)):
+            results = renderer.render([example for _, _, example in batch])
+            for (place, row, _), result in zip(batch, results, strict=True):
+                if isinstance(result, RowError):
+                    findings.add_bad(row, result)
+                elif not findings.bad:
+                    _keep(writer, result, data, place, row)
+        findings.raise_if_bad(sources)
+        writer.meta.rows = findings.rows
+        writer.meta.formats = dict(findings.formats)
+        writer.meta.notes = renderer.notes + _notes(writer.meta, data)
+        _raise_if_nothing_left(sources, writer.meta, data)
+
+
+def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row) -> None:
+    """Writes the sample as long as it may be, or counts why not."""
+    from training.data.render import fit
+
+    meta, length = writer.meta, len(sample.ids)
+    meta.longest = max(meta.longest, length)
+    meta.shortest = min(meta.shortest or length, length)
+    fitted = fit(sample, data.max_length, data.overlong)
+    if fitted is None:
+        meta.dropped_overlong += 1
+    elif not fitted.targets.any():
+        meta.dropped_without_target += 1
+    else:
+        meta.truncated += length > len(fitted.ids)
+        writer.add(*fitted, place, row.part.shown, row.number)
+
+
+def _notes(meta: Meta, data: Data) -> list[str]:
+    limit = f"{data.max_length:,} tokens"
+    told = {
+        f"are longer than {limit} and were dropped": meta.dropped_overlong,
+        f"are longer than {limit} and were cut": meta.truncated,
+        f"have nothing to learn within {limit} and were dropped": meta.dropped_without_target,
+    }
+    return [f"{count:,} of {meta.rows:,} samples {what}" for what, count in told.items() if count]
+
+
+def _raise_if_nothing_left(sources: Sequence[Located], meta: Meta, data: Data) -> None:
+    """Every source must have a sample left: without one there is nothing to mix in at its weight."""
+    emptied = [source.source.path for source, size in zip(sources, meta.source_sizes, strict=True) if not size]
+    if not emptied:
+        return
+    lengths = f"samples have {meta.shortest:,} to {meta.longest:,} tokens, data.max_length is {data.max_length:,}"
+    advice = f"set data.max_length to {meta.longest:,}" + (
+        " or data.overlong to truncate" if data.overlong == "drop" else ""
+    )
+    reasons = "; ".join(_notes(meta, data))
+    raise InputError([Problem(path, "", f"no sample is left: {reasons} ({lengths}); {advice}") for path in emptied])

@@ -1,0 +1,308 @@
+"""From an example to token ids and a target mask, with a Hugging Face fast tokenizer. Knows no file and no store.
+
+A target is a token that is learnt as a label. The mask comes from positions in the text, never from token ids, so a pad
+token that equals the EOS token does no harm. The first token of a sample is never a target: nothing predicts it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.data import templates
+from training.data.files import RowError
+from training.data.formats import Chat, Example, PromptCompletion, Text
+from training.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Span = tuple[int, int]  # characters [start, end) of a rendered text
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TODAY_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+FIXED_DATE = date(2024, 1, 1)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+class Sample(NamedTuple):
+    """One sample, T tokens long."""
+
+    ids: NDArray[np.uint32]
+    """[T] token ids."""
+    targets: NDArray[np.bool_]
+    """[T] whether the token is learnt; targets[0] is False."""
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a Hugging Face folder or hub id.
+
+    Raises InputError if there is none, if it cannot be loaded, is not a fast one, or has no EOS token.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        message = f"the folder has no tokenizer: it needs tokenizer.json and tokenizer_config.json, it holds {there}"
+        raise InputError.of(path, f"{message}; copy them there or set model.tokenizer")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a broken file, an unknown hub id, remote code: the loader has no common base
+        raise InputError.of(path, f"the tokenizer cannot be loaded: {error}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        message = "only a slow tokenizer, which cannot tell where a token lies in the text; save tokenizer.json with it"
+        raise InputError.of(path, message)
+    if tokenizer.eos_token_id is None:
+        message = "the tokenizer has no EOS token, so nothing would teach the model to stop"
+        raise InputError.of(path, f"{message}; set eos_token in tokenizer_config.json")
+    return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+class Renderer:
+    """Renders examples with one tokenizer and one template setting (`data.template`).
+
+    `notes` collects, once each, what a user should know of. Raises InputError for a template that cannot be found or read.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str = "auto", base: Path = Path()):
+        self._tokenizer: Any = tokenizer
+        self._setting = template
+        self._named = templates.load(template, base)
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._newline = self._ids(["\n"])[0]
+        self._eos = np.array([tokenizer.eos_token_id], np.uint32)
+        self.notes: list[str] = []
+        if tokenizer.pad_token_id is None:
+            self._note("the tokenizer has no pad token; none is needed, padding is masked by position")
+        if self._named is not None:
+            self._check_syntax(self._named)
+
+    def render(self, examples: Sequence[Example]) -> list[Sample | RowError]:
+        """One sample, or the reason why there is none, for every example. Large batches are fast: Rust tokenizes them."""
+        kinds: dict[type, Callable[[list[Any]], list[Sample | RowError]]]
+        kinds = {Text: self._texts, PromptCompletion: self._pairs, Chat: self._chats}
+        examples = [self._as_chat(example) for example in examples]
+        results: dict[int, Sample | RowError] = {}
+        for kind, render in kinds.items():
+            places = [place for place, example in enumerate(examples) if type(example) is kind]
+            results.update(zip(places, render([examples[place] for place in places]), strict=True))
+        return [results[place] for place in range(len(examples))]
+
+    def chat_template(self, tools: list[dict[str, Any]] | None = None) -> str:
+        """The Jinja text that chats are rendered with; what generation should use afterwards, too."""
+        if self._setting == "none":
+            message = "none is for prompt_completion with plain texts; conversations need auto, a name or a file"
+            raise InputError.of("", message, what="data.template")
+        template = self._named
+        if template is None and self._tokenizer.chat_template:
+            template = self._tokenizer.get_chat_template(None, tools)
+        if template is None:
+            self._note("the tokenizer has no chat template; conversations are written with the template `plain`")
+            template = templates.PLAIN
+        fixed = _with_fixed_date(template)
+        if fixed != template:
+            self._note(
+                f"the chat template writes today's date; it is fixed at {FIXED_DATE} so that runs can be repeated"
+            )
+        return fixed
+
+    # ── texts, and prompts with completions ──
+
+    def _texts(self, texts: Sequence[Text]) -> list[Sample | RowError]:
+        return [self._ended(ids, learnt_from=1) for ids in self._ids([text.text for text in texts])]
+
+    def _pairs(self, pairs: Sequence[PromptCompletion]) -> list[Sample | RowError]:
+        """Prompt + completion + EOS. The prompt's tokens are those that inference sees.
+
+        The two texts are tokenized as one. Where that changes the prompt's own tokens, because a token would straddle the
+        boundary, prompt and completion are tokenized apart.
+        """
+        prompts = self._ids([pair.prompt for pair in pairs])
+        wholes = self._ids([pair.prompt + pair.completion for pair in pairs])
+        results: list[Sample | RowError] = []
+        for pair, prompt, whole in zip(pairs, prompts, wholes, strict=True):
+            straddles = whole[: len(prompt)] != prompt
+            ids = prompt + self._continuation(pair.completion)[0] if straddles else whole
+            results.append(self._ended(ids, learnt_from=len(prompt)))
+        return results
+
+    def _ended(self, ids: list[int], learnt_from: int) -> Sample:
+        ids_T = np.append(np.array(ids, np.uint32), self._eos)
+        return Sample(ids_T, np.arange(len(ids_T)) >= max(learnt_from, 1))
+
+    # ── chats ──
+
+    def _as_chat(self, example: Example) -> Example:
+        """A pair of texts under a template that was asked for by name is a conversation of two turns."""
+        if self._named is None or not isinstance(example, PromptCompletion):
+            return example
+        turns = [("user", example.prompt), ("assistant", example.completion)]
+        return Chat([{"role": role, "content": text} for role, text in turns], learnt=(1,))
+
+    def _chats(self, chats: Sequence[Chat]) -> list[Sample | RowError]:
+        rendered = [self._rendered(chat) for chat in chats]
+        encodings = iter(self._encode([each[0] for each in rendered if not isinstance(each, RowError)]))
+        return [each if isinstance(each, RowError) else self._masked(*each, next(encodings)) for each in rendered]
+
+    def _rendered(self, chat: Chat) -> tuple[str, list[Span]] | RowError:
+        """The text of the conversation and the spans in it that are learnt."""
+        template = self.chat_template(chat.tools)
+        turns = tuple(place for place, message in enumerate(chat.messages) if message["role"] == "assistant")
+        try:
+            if GENERATION.search(template) and chat.learnt == turns:
+                text, spans = self._marked_spans(chat, template)
+            else:
+                text = self._write(chat, template, len(chat.messages))
+                spans = [self._span(chat, template, text, turn) for turn in chat.learnt]
+            text.encode()
+        except RowError as error:
+            return error
+        except UnicodeEncodeError:
+            return RowError("half of a surrogate pair is not text")
+        except (
+            Exception
+        ) as error:  # a template is a program: it raises on purpose, or trips over what it did not expect
+            return RowError(f"the chat template refuses this conversation: {error}")
+        return text, spans
+
+    def _write(self, chat: Chat, template: str, count: int, prompt: bool = False) -> str:
+        """The first `count` messages; with `prompt`, up to where the assistant begins to speak."""
+        text = self._tokenizer.apply_chat_template(
+            chat.messages[:count],
+            tools=chat.tools,
+            chat_template=template,
+            add_generation_prompt=prompt,
+            tokenize=False,
+        )
+        return str(text)
+
+    def _span(self, chat: Chat, template: str, text: str, turn: int) -> Span:
+        """Where an assistant turn lies: from the end of its prompt to its end-of-turn token, without white space after it."""
+        prompt = self._write(chat, template, turn, prompt=True)
+        is_last = turn + 1 == len(chat.messages)
+        until = (text if is_last else self._write(chat, template, turn + 1)).rstrip()
+        if text.startswith(prompt) and text.startswith(until) and len(prompt) < len(until):
+            return len(prompt), len(until)
+        raise RowError(
+            f"the chat template writes messages[{turn}] differently once later turns follow, or differently from its own "
+            "generation prompt, so its tokens cannot be found; set data.template to one that keeps every turn (chatml, "
+            "plain, or a file that marks them with {% generation %}), or give rows that end with the answer to learn"
+        )
+
+    def _marked_spans(self, chat: Chat, template: str) -> tuple[str, list[Span]]:
+        """The spans that the template itself marks with `{% generation %}`."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template
+        texts, spans = render(
+            [chat.messages],
+            tools=chat.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return texts[0], spans[0]
+
+    def _masked(self, text: str, spans: list[Span], encoding: Any) -> Sample:
+        """A token is learnt if it starts inside a span.
+
+        As for pairs, the prompt's tokens are those that inference sees: where a token would straddle the start of a span,
+        the text is cut there and the parts are tokenized apart. (With offsets that leave out spaces, a token of spaces
+        only is an empty range at its end; `ends > start` keeps such a one, just before a span, out of it.)
+        """
+        ids, starts, ends = encoding.ids, *_offsets(encoding)
+        cuts = [start for start, _ in spans if ((starts < start) & (ends > start)).any()]
+        if cuts:
+            ids, starts, ends = self._encode_cut(text, cuts)
+        targets = np.zeros(len(ids), np.bool_)
+        for start, end in spans:
+            targets |= (starts >= start) & (starts < end) & (ends > start)
+        targets[:1] = False
+        return Sample(np.array(ids, np.uint32), targets)
+
+    # ── tokens ──
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        """Encodings without the tokenizer's own BOS and EOS: a template writes its own, and never twice."""
+        return self._backend.encode_batch(texts, add_special_tokens=False)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """The same without offsets, which is faster."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_cut(self, text: str, cuts: list[int]) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
+        first = self._encode([text[: cuts[0]]])[0]
+        ids, all_starts, all_ends = list(first.ids), *([offsets] for offsets in _offsets(first))
+        for start, end in pairwise([*cuts, len(text)]):
+            piece, starts, ends = self._continuation(text[start:end])
+            ids += piece
+            all_starts.append(starts + start)
+            all_ends.append(ends + start)
+        return ids, np.concatenate(all_starts), np.concatenate(all_ends)
+
+    def _continuation(self, text: str) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens of a text that goes on from another, with their offsets.
+
+        Tokenizers of the SentencePiece kind put a space before the first word of whatever they are given. A line break
+        in front, removed afterwards, keeps it away.
+        """
+        skip = len(self._newline)
+        encoding = self._encode(["\n" + text])[0]
+        if encoding.ids[:skip] == self._newline:
+            starts, ends = _offsets(encoding)
+            return encoding.ids[skip:], starts[skip:] - 1, ends[skip:] - 1
+        encoding = self._encode([text])[0]
+        return encoding.ids, *_offsets(encoding)
+
+    def _check_syntax(self, template: str) -> None:
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        greeting = Chat([{"role": "user", "content": "Hi"}], learnt=())
+        try:
+            self._write(greeting, template, 1, prompt=True)
+        except TemplateSyntaxError as error:
+            message = f"{self._setting}, line {error.lineno}: {error.message}"
+            raise InputError.of("", message, what="data.template") from error
+        except TemplateError:
+            return  # a template may refuse this conversation and take those of the data
+        if "<|im_end|>" in template and len(self._ids(["<|im_end|>"])[0]) > 1:
+            self._note(
+                "the tokenizer has no token <|im_end|>: it becomes several tokens, and generation cannot stop at it"
+            )
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def _offsets(encoding: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and last-plus-one character of every token, each [T]."""
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    return offsets[:, 0], offsets[:, 1]
+
+
+@functools.lru_cache
+def _with_fixed_date(template: str) -> str:
+    """The template with today's date replaced: the same job gives the same tokens on any day."""
+    return TODAY_CALL.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)
+
+
+def fit(sample: Sample, max_length: int, overlong: str) -> Sample | None:
+    """The sample, cut to `max_length` tokens if `overlong` is `truncate`; None if it is longer and that is `drop`.
+
+    A cut adds no EOS, and may leave a sample without targets.
+    """
+    if len(sample.ids) <= max_length:
+        return sample
+    return Sample(sample.ids[:max_length], sample.targets[:max_length]) if overlong == "truncate" else None

@@ -1,0 +1,175 @@
+"""Tokenized samples as a folder of flat memory-mapped arrays: O(1) memory to write, none to speak of to read.
+
+    tokens.bin         uint32   the token ids of all samples, one after the other
+    targets.bin        bool     for each of them, whether it is learnt
+    offsets.bin        int64    where each sample starts; one more than there are samples
+    target_counts.bin  int64    targets of each sample
+    parts.bin, numbers.bin      where each sample came from: place in `meta.parts`, and row in it
+    meta.json          counts, notes, names; written last
+
+Samples lie in the order in which they were read, so those of a source lie together. Knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ARRAYS: dict[str, type[np.generic]] = {
+    "tokens": np.uint32,
+    "targets": np.bool_,
+    "offsets": np.int64,
+    "target_counts": np.int64,
+    "parts": np.int32,
+    "numbers": np.int64,
+}
+
+
+@dataclass
+class Meta:
+    """What there is to say about a store beside its samples."""
+
+    rows: int = 0
+    """Rows that were read."""
+    kept: int = 0
+    """Samples in the store."""
+    dropped_overlong: int = 0
+    truncated: int = 0
+    """Samples that were cut to max_length; those that lost all targets count below instead."""
+    dropped_without_target: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    longest: int = 0
+    """Tokens of the longest sample, before anything was dropped or cut."""
+    shortest: int = 0
+    """Tokens of the shortest, likewise."""
+    formats: dict[str, int] = field(default_factory=dict)
+    """Rows by format."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the user."""
+    parts: list[str] = field(default_factory=list)
+    """Files and hub splits that were read, as a person writes them."""
+    source_sizes: list[int] = field(default_factory=list)
+    """Samples of each source, in the order of the job file."""
+
+
+class TokenStore:
+    """A store opened for reading. Safe to open in many processes and to pickle."""
+
+    def __init__(self, folder: Path):
+        """Raises FileNotFoundError if there is no store, ValueError if a file of it has been cut short."""
+        self.folder = folder
+        self.meta = Meta(**json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+        self._arrays = {name: self._map(name) for name in ARRAYS}
+        self.offsets: NDArray[np.int64] = self._arrays["offsets"]
+        self.target_counts: NDArray[np.int64] = self._arrays["target_counts"]
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenStore:
+        return cls(folder)
+
+    def _map(self, name: str) -> NDArray[Any]:
+        meta, path, dtype = self.meta, self.folder / f"{name}.bin", ARRAYS[name]
+        count = {"tokens": meta.tokens, "targets": meta.tokens, "offsets": meta.kept + 1}.get(name, meta.kept)
+        if path.stat().st_size != count * np.dtype(dtype).itemsize:
+            raise ValueError(f"{path}: expected {count} values, got {path.stat().st_size} bytes; delete the folder")
+        return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
+        return TokenStore, (self.folder,)
+
+    def __len__(self) -> int:
+        return self.meta.kept
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Token ids [T] and targets [T] of a sample, as arrays of their own. Raises IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        here = slice(self.offsets[index], self.offsets[index + 1])
+        return self._arrays["tokens"][here].astype(np.int64), np.array(self._arrays["targets"][here])
+
+    def __iter__(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[samples] tokens of each."""
+        return np.diff(self.offsets)
+
+    @property
+    def source_sizes(self) -> list[int]:
+        """Samples of each source; they lie one source after the other."""
+        return self.meta.source_sizes
+
+    def where(self, index: int) -> str:
+        """The row that a sample was: `data/sft.jsonl:42`."""
+        return f"{self.meta.parts[self._arrays['parts'][index]]}:{self._arrays['numbers'][index]}"
+
+
+class StoreWriter:
+    """Appends samples; made by `create`."""
+
+    def __init__(self, folder: Path, sources: int, files: ExitStack):
+        self.meta = Meta(source_sizes=[0] * sources)
+        self._folder = folder
+        self._part_places: dict[str, int] = {}
+        self._files = {name: files.enter_context((folder / f"{name}.bin").open("wb")) for name in ARRAYS}
+        self._append("offsets", 0)
+
+    def _append(self, name: str, values: int | Sequence[int] | NDArray[Any]) -> None:
+        self._files[name].write(np.asarray(values, ARRAYS[name]).tobytes())
+
+    def add(self, ids: NDArray[Any], targets: NDArray[np.bool_], source: int, part: str, number: int) -> None:
+        """One sample, row `number` of `part`, from the source at place `source`. Sources must come in order."""
+        num_targets = int(targets.sum())
+        self.meta.kept += 1
+        self.meta.tokens += len(ids)
+        self.meta.target_tokens += num_targets
+        self.meta.source_sizes[source] += 1
+        self._append("tokens", ids)
+        self._append("targets", targets)
+        self._append("offsets", self.meta.tokens)
+        self._append("target_counts", num_targets)
+        self._append("parts", self._part_places.setdefault(part, len(self._part_places)))
+        self._append("numbers", number)
+
+    def finish(self) -> None:
+        self.meta.parts = list(self._part_places)
+        text = json.dumps(asdict(self.meta), indent=2, ensure_ascii=False)
+        (self._folder / "meta.json").write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def create(folder: Path, sources: int) -> Iterator[StoreWriter]:
+    """A writer whose store stands at `folder` when the block ends without an error; else nothing is left.
+
+    Two processes may create the same store at once: each writes beside, the first rename wins, and the stores are equal.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    building.mkdir()
+    try:
+        with ExitStack() as files:
+            writer = StoreWriter(building, sources, files)
+            yield writer
+        writer.finish()
+        _move(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _move(building: Path, folder: Path) -> None:
+    try:
+        building.rename(folder)
+    except OSError:
+        if not (folder / "meta.json").exists():
+            raise

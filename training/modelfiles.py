@@ -1,0 +1,274 @@
+"""What a Hugging Face model folder holds, read from config.json and the headers of the weights alone. Free of torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from training.errors import InputError, Problem
+
+CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
+EMBEDDING = re.compile(r"(embed_tokens|tok_embeddings|word_embeddings|embed_in|wte)\.weight$")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+"""Torch's names of safetensors' types; others keep safetensors' name."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a sound model folder without loading it."""
+
+    architecture: str
+    """Class that the weights are for, such as LlamaForCausalLM."""
+    model_type: str
+    num_parameters: int
+    """Numbers in the stored tensors; tied weights count once."""
+    bytes: int
+    """Size of the stored tensors."""
+    dtype: str
+    """The type that most numbers are stored in, by torch's name."""
+    vocab_size: int | None
+    max_positions: int | None
+    """Longest sequence, in tokens, that config.json allows. None: not said."""
+    weight_files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def inspect(folder: Path, *, tokenizer_elsewhere: bool = False, trust_remote_code: bool = False) -> ModelFacts:
+    """The facts of a folder with a causal language model.
+
+    Raises InputError with all that keeps it from being loaded: no or broken files, another kind of model, missing or
+    truncated weights, no tokenizer (unless it is `tokenizer_elsewhere`), Python code that was not allowed.
+    """
+    if not folder.is_dir():
+        raise InputError.of(str(folder), "is a file; give the folder" if folder.exists() else "no such folder")
+    check = _Check(folder)
+    config = check.config(trust_remote_code)
+    files, tensors = check.weights()
+    if tensors and not check.problems:
+        check.tensors(tensors, config)
+    if not tokenizer_elsewhere and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        check.refuse(
+            folder, "has no tokenizer (tokenizer.json or tokenizer.model); copy it here or set model.tokenizer"
+        )
+    if check.problems:
+        raise InputError(check.problems)
+    return _facts(config, files, tensors)
+
+
+def _facts(config: dict[str, Any], files: Sequence[Path], tensors: dict[str, _Tensor]) -> ModelFacts:
+    numbers_by_dtype: Counter[str] = Counter()
+    for tensor in tensors.values():
+        numbers_by_dtype[tensor.dtype] += math.prod(tensor.shape)
+    dtype = numbers_by_dtype.most_common(1)[0][0]
+    return ModelFacts(
+        architecture=config["architectures"][0],
+        model_type=str(config.get("model_type", "")),
+        num_parameters=numbers_by_dtype.total(),
+        bytes=sum(tensor.bytes for tensor in tensors.values()),
+        dtype=DTYPES.get(dtype, dtype),
+        vocab_size=_whole(config, "vocab_size"),
+        max_positions=_whole(config, "max_position_embeddings", "n_positions"),
+        weight_files=tuple(files),
+    )
+
+
+class _Check:
+    """Reads a folder file by file and collects what is wrong with it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.problems: list[Problem] = []
+
+    def refuse(self, file: Path, message: str) -> None:
+        self.problems.append(Problem(str(file), "", message))
+
+    def json(self, file: Path) -> Any:
+        """The file's content, or None if it cannot be read."""
+        try:
+            return json.loads(file.read_bytes())
+        except json.JSONDecodeError as error:
+            self.refuse(file, f"not valid JSON in line {error.lineno}: {error.msg}; copy it again")
+        except UnicodeDecodeError:
+            self.refuse(file, "is not UTF-8 text; copy it again")
+        except OSError as error:
+            self.refuse(file, f"cannot be read: {error.strerror}")
+        return None
+
+    def config(self, trust_remote_code: bool) -> dict[str, Any]:
+        file = self.folder / "config.json"
+        if not file.exists():
+            adapter = (self.folder / "adapter_config.json").exists()
+            hint = "; this is an adapter, give the model that it was trained on" if adapter else _contents(self.folder)
+            self.refuse(self.folder, f"has no config.json{hint}")
+            return {}
+        config = self.json(file)
+        if config is None:
+            return {}
+        if not isinstance(config, dict):
+            self.refuse(file, "expected a JSON object")
+            return {}
+        if problem := _not_causal(config) or ("" if trust_remote_code else _needs_its_own_code(config)):
+            self.refuse(file, problem)
+        return config
+
+    def weights(self) -> tuple[list[Path], dict[str, _Tensor]]:
+        """The weight files, and their tensors by name."""
+        single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        if single.exists():
+            return [single], self.header(single)
+        if index.exists():
+            return self.indexed(index)
+        if pickles := sorted([*self.folder.glob("*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth")]):
+            self.refuse(
+                self.folder,
+                f"has its weights in {pickles[0].name}, a pickle, which can run code when it is loaded; convert it where you trust "
+                "it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors",
+            )
+        else:
+            self.refuse(self.folder, f"has no weights: no model.safetensors{_contents(self.folder)}")
+        return [], {}
+
+    def indexed(self, index: Path) -> tuple[list[Path], dict[str, _Tensor]]:
+        content = self.json(index)
+        places = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+            if content is not None:
+                self.refuse(index, "expected a `weight_map` from tensor names to file names; copy it again")
+            return [], {}
+        files = [self.folder / name for name in sorted(set(places.values()))]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            self.refuse(
+                index, f"names {len(missing)} of {len(files)} files that are not there: {_some(missing)}; copy them"
+            )
+        found = {file.name: self.header(file) for file in files if file.exists()}
+        lost = [name for name, file in places.items() if found.get(file) and name not in found[file]]
+        if lost:
+            self.refuse(
+                index, f"names {len(lost)} tensors that their files do not hold: {_some(lost)}; copy them again"
+            )
+        return files, {name: tensor for tensors in found.values() for name, tensor in tensors.items()}
+
+    def header(self, file: Path) -> dict[str, _Tensor]:
+        """The tensors that a safetensors file promises; empty if the file is not whole."""
+        try:
+            return _read_header(file)
+        except OSError as error:
+            self.refuse(file, f"cannot be read: {error.strerror}")
+        except ValueError as error:
+            self.refuse(file, str(error))
+        return {}
+
+    def tensors(self, tensors: dict[str, _Tensor], config: dict[str, Any]) -> None:
+        """Checks that the tensors are those of a whole language model of this configuration."""
+        embeddings = [name for name in tensors if EMBEDDING.search(name)]
+        vocab_size = _whole(config, "vocab_size")
+        if not embeddings:
+            self.refuse(
+                self.folder, f"its weights have no token embedding; the first tensors are {_some(sorted(tensors))}"
+            )
+        elif vocab_size and tensors[embeddings[0]].shape[:1] != (vocab_size,):
+            rows = tensors[embeddings[0]].shape[0]
+            self.refuse(
+                self.folder / "config.json",
+                f"says vocab_size {vocab_size:,}, but the weights' {embeddings[0]} has {rows:,} rows; they do not belong together",
+            )
+        num_layers = _whole(config, "num_hidden_layers", "n_layer") or 0
+        present = {int(match[1]) for name in tensors if (match := LAYER.search(name))}
+        if absent := sorted(set(range(num_layers)) - present):
+            counted = f"{len(absent)} of {num_layers} layers: {_some(map(str, absent))}"
+            self.refuse(self.folder, f"its weights lack {counted}; copy them again or correct config.json")
+
+
+def _not_causal(config: dict[str, Any]) -> str:
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return "says no `architectures`; expected one such as LlamaForCausalLM"
+    name = str(architectures[0])
+    if name.endswith(CAUSAL_SUFFIXES):
+        return ""
+    return f"{name} is not a causal language model; expected an architecture such as LlamaForCausalLM"
+
+
+def _needs_its_own_code(config: dict[str, Any]) -> str:
+    """Many published folders keep an `auto_map` from the time before transformers knew the model: those need no code."""
+    if "auto_map" not in config or _known_to_transformers(str(config.get("model_type", ""))):
+        return ""
+    return "the model needs Python code that comes with it (`auto_map`); if you trust it, set model.trust_remote_code: true"
+
+
+def _known_to_transformers(model_type: str) -> bool:
+    """Looks for the model's package on disk: importing transformers would take seconds."""
+    spec = find_spec("transformers")
+    if not model_type.replace("-", "_").isidentifier() or spec is None or spec.origin is None:
+        return False
+    return (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir()
+
+
+def _read_header(file: Path) -> dict[str, _Tensor]:
+    """Reads the format's 8-byte length and JSON header, and compares with the file's size. ValueError says what is wrong."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if start == b"version ":
+            raise ValueError("is a Git LFS pointer instead of the weights; run `git lfs pull` in the folder")
+        length = int.from_bytes(start, "little")
+        if size < 8 or length > MAX_HEADER_BYTES:
+            raise ValueError(f"is no safetensors file ({size:,} bytes); copy it again")
+        if 8 + length > size:
+            raise ValueError(f"its header alone has {8 + length:,} bytes, the file has {size:,}: copy it again")
+        raw = stream.read(length)
+    try:
+        entries = json.loads(raw)
+        tensors = dict(_tensors(entries))
+        end = max((entries[name]["data_offsets"][1] for name in tensors), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError("its header is malformed; copy it again") from None
+    if not tensors:
+        raise ValueError("holds no tensors")
+    if 8 + length + end != size:
+        raise ValueError(f"header promises {8 + length + end:,} bytes, the file has {size:,}: copy it again")
+    return tensors
+
+
+def _tensors(entries: dict[str, Any]) -> Iterator[tuple[str, _Tensor]]:
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        if not 0 <= first <= last:
+            raise ValueError
+        yield name, _Tensor(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), last - first)
+
+
+def _whole(config: dict[str, Any], *names: str) -> int | None:
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return f"; the folder holds {_some(names)}" if names else "; the folder is empty"
+
+
+def _some(names: Any, most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
