@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +19,12 @@ app = typer.Typer(
 )  # fmt: skip
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file.", show_default=False)]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or its name under ./runs.", show_default=False)]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run folder, or its name under ./runs.", show_default=False)
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over the file's.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over the file's.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Inline = Annotated[bool, typer.Option("--inline", help="One worker, in this process, without Ray.")]
@@ -30,7 +33,7 @@ Inline = Annotated[bool, typer.Option("--inline", help="One worker, in this proc
 def verb(function: Callable) -> Callable:
     """Register a verb; its errors become lines of text and an exit status: 2 wrong input, 1 failed, 130 interrupted."""
 
-    @app.command()
+    @app.command(function.__name__.rstrip("_"))
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
@@ -79,30 +82,103 @@ def check(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> N
     """Validate the job file and every row of its data. Starts nothing."""
     from launcher import check as checks
 
-    report = checks.check(job, overrides or [])
-    if as_json:
-        return _print_json(report)
-    for line in checks.lines(report):
-        print(line)
-    return None
+    _show(checks.check(job, overrides or []), checks.lines, as_json)
 
 
 @verb
 def run(job: JobFile, overrides: Overrides = None, inline: Inline = False) -> int:
     """Run a job here (or on the Ray cluster at RAY_ADDRESS). An interrupted run of the same job goes on."""
-    from launcher import driver, job as jobs
+    from launcher import check, driver
 
-    return driver.run_job(jobs.load(job, overrides or []), inline=inline, console=_console())
+    return driver.run_job(check.load(job, overrides or [], inline=inline), inline=inline, console=_console())
 
 
 @verb
 def resume(run: RunName, overrides: Overrides = None, inline: Inline = False) -> int:
     """Go on with a run from its last checkpoint."""
-    from launcher import driver, job as jobs, runs
+    from launcher import check, driver, runs
 
     folder = runs.find(run)
-    job = jobs.load(folder.folder / runs.JOB, overrides or [])
+    job = check.load(folder.folder / runs.JOB, overrides or [], inline=inline)
     return driver.run_job(job, inline=inline, console=_console())
+
+
+Storage = Annotated[Path, typer.Option(help="Folder of the runs.")]
+
+
+@verb
+def list_(storage: Storage = Path("runs"), as_json: Json = False) -> None:
+    """The runs in a storage folder."""
+    from launcher import show
+
+    _show(show.listing(storage), show.listing_lines, as_json)
+
+
+@verb
+def status(run: RunName, as_json: Json = False) -> None:
+    """Where a run stands."""
+    from launcher import runs, show
+
+    _show(show.status(runs.find(run)), show.status_lines, as_json)
+
+
+@verb
+def checkpoints(
+    run: RunName,
+    as_json: Json = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Look at files and sizes only, do not read them.")] = False,
+) -> int:
+    """The checkpoints of a run, each verified. Exit status 1 if one is damaged."""
+    from launcher import runs, show
+
+    found = show.checkpoints(runs.find(run), deep=not quick)
+    _show(found, show.checkpoint_lines, as_json)
+    return int(not all(entry["whole"] for entry in found))
+
+
+@verb
+def export(
+    run: RunName,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write. Default: model-STEP in the phase's folder.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest whole one.")] = None,
+    phase: Annotated[str | None, typer.Option(help="Phase. Default: the last one that has a checkpoint.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as a plain Hugging Face folder."""
+    from launcher import exports, runs
+
+    _show(exports.export(runs.find(run), phase=phase, step=step, out=out), exports.lines, as_json)
+
+
+@verb
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run, or Hugging Face folder.", show_default=False)],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    file: Annotated[Path | None, typer.Option(help="JSONL file with a `prompt` in each row.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of the file to take.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Write each prompt as a user's turn of a chat.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts with a model."""
+    from launcher import prompts
+
+    answers = prompts.answer(
+        model, prompt or [], file, limit, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat
+    )
+    _show(answers, prompts.lines, as_json)
+
+
+def _show(value: Any, as_lines: Callable[[Any], Iterable[str]], as_json: bool) -> None:
+    if as_json:
+        _print_json(value)
+    else:
+        for line in as_lines(value):
+            print(line)
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ def _unfinished(run: runs.OpenRun, job: Job) -> Iterator[str]:
 
 def _run_phase(run: runs.OpenRun, job: Job, name: str, interrupts: Interrupts, console: Console, inline: bool) -> bool:
     """Whether the phase came to its end; False when it was asked to stop."""
-    phase = _with_its_start(job.phases[name], run)
+    phase = with_its_start(job.phases[name], run)
     progress = PhaseProgress(name, console, phase.log_every)
     run.phase(name).mkdir(exist_ok=True)
     run.event("phase_started", phase=name)
@@ -178,7 +178,7 @@ def _run_phase(run: runs.OpenRun, job: Job, name: str, interrupts: Interrupts, c
     return True
 
 
-def _with_its_start(phase: Phase, run: runs.OpenRun) -> Phase:
+def with_its_start(phase: Phase, run: runs.RunFolder) -> Phase:
     """The phase with the model of the phase that it starts from."""
     if phase.from_ is None:
         return phase

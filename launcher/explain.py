@@ -219,7 +219,9 @@ def _describe_one(annotation: Any) -> str:
     if _models(bare):
         example = _example(bare, None)
         return f"a mapping such as {_flow(example)}" if example else "a mapping of settings"
-    return "a mapping with at least 1 entry" if any(getattr(limit, "min_length", 0) for limit in limits) else "a mapping"
+    return (
+        "a mapping with at least 1 entry" if any(getattr(limit, "min_length", 0) for limit in limits) else "a mapping"
+    )
 
 
 def _example(annotation: Any, example: Any) -> Any:

@@ -188,6 +188,12 @@ def _missing_files(job: Job) -> Iterator[tuple[KeyPath, str]]:
         if phase.from_ is None and os.path.isabs(phase.model.path):
             for problem in _model_problems(phase.model):
                 yield (*prefix, "model", "path"), problem
+        tokenizer = phase.model.tokenizer
+        if tokenizer and os.path.isabs(tokenizer) and not modelfiles.has_tokenizer(Path(tokenizer)):
+            yield (
+                (*prefix, "model", "tokenizer"),
+                f"no tokenizer files (tokenizer.json or tokenizer.model) in {tokenizer}",
+            )
 
 
 def _source_problems(source: Any, folder: Path) -> Iterator[tuple[KeyPath, str]]:
@@ -225,7 +231,7 @@ def _meaning(job: Job) -> dict[str, Any]:
 
 def _leaves(data: dict[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     for key, value in data.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             yield from _leaves(value, (*prefix, key))
         else:
             yield (*prefix, key), value

@@ -145,7 +145,7 @@ class _Drafting:
 
     def model_path(self, path: KeyPath, given: str) -> str:
         base = self.base(path)
-        if _says_local(given) or (given and (base / given).exists()):
+        if _says_local(given) or (given and os.path.exists(base / given)):
             return absolute(given, base)
         if not _HUB_ID.fullmatch(given):
             if _HUB_ID.fullmatch(given.partition("/")[0]):
@@ -158,7 +158,7 @@ class _Drafting:
         held_out = None if data.eval is None else self.sources(("data", "eval"), data.eval)
         template = data.template
         base = self.base(("data", "template"))
-        if "/" in template or template.endswith((".jinja", ".j2")) or (base / template).is_file():
+        if "/" in template or template.endswith((".jinja", ".j2")) or os.path.isfile(base / template):
             template = absolute(template, base)
         return data.model_copy(update={"train": train, "eval": held_out, "template": template})
 
@@ -168,7 +168,7 @@ class _Drafting:
         if isinstance(given, Source):
             return given.model_copy(update={"path": self.sources((*path, "path"), given.path)})
         base = self.base(path)
-        elsewhere = "://" in given or (_names_hub_data(given) and not (base / given).exists())
+        elsewhere = "://" in given or (_names_hub_data(given) and not os.path.exists(base / given))
         return given if elsewhere else absolute(given, base)
 
     def base(self, path: KeyPath) -> Path:

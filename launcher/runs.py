@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -123,7 +123,9 @@ def begin(job: Job) -> OpenRun:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(folder / LOCK)
     except OSError as error:
-        raise InputError.of(str(folder), f"cannot write the run folder: {error.strerror}; choose another `storage`") from error
+        raise InputError.of(
+            str(folder), f"cannot write the run folder: {error.strerror}; choose another `storage`"
+        ) from error
     try:
         _refuse_others(folder, job)
         (folder / JOB).write_text(jobs.dump(job))
@@ -139,7 +141,10 @@ def _refuse_others(folder: Path, job: Job) -> None:
     held = RunFolder(folder)
     if not (folder / JOB).exists():
         if strangers := sorted(p.name for p in folder.iterdir() if p.name != LOCK):
-            raise InputError.of(str(folder), f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or storage")
+            raise InputError.of(
+                str(folder),
+                f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or storage",
+            )
         return
     if changes := jobs.differences(held.job(), job):
         raise InputError.of(
@@ -148,7 +153,9 @@ def _refuse_others(folder: Path, job: Job) -> None:
             + "\n  ".join(changes),
         )
     if held.finished_phases() >= set(job.phases):
-        raise InputError.of(str(folder), "this run is finished; choose another `name:`, or remove the folder to run it again")
+        raise InputError.of(
+            str(folder), "this run is finished; choose another `name:`, or remove the folder to run it again"
+        )
 
 
 def _take_lock(path: Path) -> IO[str]:
@@ -185,4 +192,4 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

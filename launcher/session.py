@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -28,7 +29,7 @@ def _joined(address: str) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_AUTH_TOKEN" not in os.environ else "token")
     import ray
 
-    ray.init(address=address, namespace="muster", log_to_driver=False, logging_level="error")
+    ray.init(address=address, namespace="muster", log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
@@ -51,7 +52,7 @@ def _local(num_workers: int) -> Iterator[None]:
             num_cpus=max(num_workers, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES,
             namespace="muster",
             _node_ip_address="127.0.0.1",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,7 +72,11 @@ class MLflow:
         self.mlflow.end_run()
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+TRACKERS: dict[str, Callable[[str, str, Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
 
 
 def check(names: Sequence[str]) -> None:
@@ -80,7 +84,10 @@ def check(names: Sequence[str]) -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise InputError(
-            [Problem("job", "track", f"{name} is not installed: pip install 'muster-train[{name}]'") for name in missing]
+            [
+                Problem("job", "track", f"{name} is not installed: pip install 'muster-train[{name}]'")
+                for name in missing
+            ]
         )
 
 

@@ -158,7 +158,7 @@ class WorkerGroup:
             raise
 
     def _start(self, resources: Resources, gpus: int) -> None:
-        process = ray.remote(concurrency_groups={"control": 1})(_Process)
+        process: Any = ray.remote(concurrency_groups={"control": 1})(_Process)  # type: ignore[call-overload]
         self.actors = [
             process.options(
                 num_cpus=1,

@@ -7,6 +7,7 @@ Knows nothing of data, files or recipes.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,8 @@ def _overlaid(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def parameter_groups(module: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
     """Trainable parameters with and without weight decay: none on norms, biases and embeddings."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             # ds_shape: under ZeRO-3 the tensor itself is an empty placeholder.
@@ -283,6 +285,7 @@ def _start_deepspeed(seat: Seat) -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of what DeepSpeed calls
     # DeepSpeed compiles a CPU op at first use, minutes of silence, and waits for ever on the lock of a killed compilation.
     # Only its inference collectives need the op; its own table of usable ops is the switch.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -303,8 +306,9 @@ def _built_sharded(build: Callable[[torch.dtype], nn.Module], dtype: torch.dtype
 def _initialize(module: nn.Module, config: dict[str, Any], settings: Optimizer) -> Any:
     import deepspeed
 
+    beta1, beta2 = settings.betas
     optimizer = torch.optim.AdamW(
-        parameter_groups(module, settings), lr=0.0, betas=tuple(settings.betas), eps=settings.eps, fused=True
+        parameter_groups(module, settings), lr=0.0, betas=(beta1, beta2), eps=settings.eps, fused=True
     )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     # One of DeepSpeed's optimizers makes its states by a step with gradients of zero. With the learning rate 0 that

@@ -20,6 +20,7 @@ from training.checkpoint import Reader
 from training.config import Phase
 
 SHARD_BYTES = 4 << 30
+_PLAIN_FORMATS = {"text", "prompt_completion"}
 
 
 def export(checkpoint: Path, out: Path, phase: Phase, *, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -31,7 +32,7 @@ def export(checkpoint: Path, out: Path, phase: Phase, *, shard_bytes: int = SHAR
     dtype = getattr(torch, reader.manifest.dtype)
     _write_weights(staged, _weights(reader, dtype), shard_bytes)
     _write_config(staged, phase, dtype)
-    _write_tokenizer(staged, phase)
+    _write_tokenizer(staged, phase, learnt_chats=bool(reader.manifest.formats.keys() - _PLAIN_FORMATS))
     shutil.rmtree(out, ignore_errors=True)
     staged.rename(out)
     return out
@@ -87,7 +88,11 @@ def _write_config(folder: Path, phase: Phase, dtype: torch.dtype) -> None:
         generation.save_pretrained(folder)
 
 
-def _write_tokenizer(folder: Path, phase: Phase) -> None:
-    from training.data.render import load_tokenizer
+def _write_tokenizer(folder: Path, phase: Phase, learnt_chats: bool) -> None:
+    """The tokenizer, with the chat template that the model has learnt, if it has learnt one."""
+    from training.data.render import Renderer, load_tokenizer
 
-    load_tokenizer(phase.model.tokenizer or phase.model.path, phase.model.trust_remote_code).save_pretrained(folder)
+    tokenizer = load_tokenizer(phase.model.tokenizer or phase.model.path, phase.model.trust_remote_code)
+    if learnt_chats and phase.data.template != "none":
+        tokenizer.chat_template = Renderer(tokenizer, phase.data.template).chat_template()
+    tokenizer.save_pretrained(folder)

@@ -39,7 +39,9 @@ def load(model: Model, dtype: torch.dtype, device: str) -> nn.Module:
     Weights are read from safetensors only: pickled weights can run code.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     attention = resolve_attention(model.attention, device)
     try:
         config = load_config(model)
@@ -95,7 +97,9 @@ class TokenLoss(nn.Module):
         config: Any = lm.config
         self.plain_head = not any(getattr(config, key, None) for key in _LOGIT_TRANSFORMS)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor
+    ) -> Tensor:
         """Sum over the N targets of -log p(target). []  Shapes as in training/data/collate.py."""
         lm: Any = self.lm
         if self.plain_head:
@@ -108,4 +112,3 @@ class TokenLoss(nn.Module):
             logits_RLV = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
             logits_NV = logits_RLV.flatten(0, 1)[target_index]
         return functional.cross_entropy(logits_NV.float(), target_ids, reduction="sum")
-

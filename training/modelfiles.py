@@ -63,13 +63,17 @@ def inspect(folder: Path, *, tokenizer_elsewhere: bool = False, trust_remote_cod
     files, tensors = check.weights()
     if tensors and not check.problems:
         check.tensors(tensors, config)
-    if not tokenizer_elsewhere and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if not tokenizer_elsewhere and not has_tokenizer(folder):
         check.refuse(
             folder, "has no tokenizer (tokenizer.json or tokenizer.model); copy it here or set model.tokenizer"
         )
     if check.problems:
         raise InputError(check.problems)
     return _facts(config, files, tensors)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def _facts(config: dict[str, Any], files: Sequence[Path], tensors: dict[str, _Tensor]) -> ModelFacts:

@@ -51,6 +51,7 @@ class Facts:
     attention: str
     device: str
     data_hash: str
+    formats: dict[str, int]
     notes: list[str]
 
 
@@ -83,6 +84,7 @@ class Trainer:
             attention=self.attention,
             device=torch.cuda.get_device_name() if self.seat.device == "cuda" else "cpu",
             data_hash=self.store.folder.name,
+            formats=self.store.meta.formats,
             notes=self.store.meta.notes,
         )
 
@@ -105,9 +107,7 @@ class Trainer:
         tokens = max(_MICRO_TOKENS, longest) if phase.micro_tokens == "auto" else phase.micro_tokens
         varlen = self.attention.startswith("flash_attention")
         row = tokens if varlen else min(tokens, max(_ROW_TOKENS_WITHOUT_VARLEN, longest))
-        return Limits(
-            micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if phase.data.pack else None
-        )
+        return Limits(micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if phase.data.pack else None)
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
         return self.loss_module(models.load(self.phase.model, dtype, self.seat.device))
@@ -215,5 +215,3 @@ class Trainer:
             from training.export import export
 
             export(Path(checkpoint), Path(out), self.phase)
-
-

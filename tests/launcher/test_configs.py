@@ -21,5 +21,8 @@ def test_the_llama2_jobs_load_and_have_the_settings_of_its_authors(file):
 
 
 def test_there_is_a_job_for_each_size_and_the_large_ones_shard_their_weights():
-    stages = {size: job.load(CONFIGS / f"llama2-{size}-sft.yaml").phases["sft"].sharding.stage for size in ("7b", "13b", "70b")}
+    stages = {
+        size: job.load(CONFIGS / f"llama2-{size}-sft.yaml").phases["sft"].sharding.stage
+        for size in ("7b", "13b", "70b")
+    }
     assert stages == {"7b": 2, "13b": 3, "70b": 3}

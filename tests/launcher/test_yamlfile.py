@@ -82,8 +82,7 @@ def test_a_merged_key_that_is_overridden_has_the_line_of_the_override():
 
 
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
-    f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n"
-    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 REFUSED = {
@@ -114,9 +113,7 @@ REFUSED = {
     ],
     "a: &x [1, *x]\n": ["job.yaml:1: a.1: contains itself through an alias"],
     "a: &x {<<: *x}\n": ["job.yaml:1: a.<<: contains itself through an alias"],
-    "<<: 5\n": [
-        "job.yaml:1: not valid YAML: expected a mapping or list of mappings for merging, but found scalar"
-    ],
+    "<<: 5\n": ["job.yaml:1: not valid YAML: expected a mapping or list of mappings for merging, but found scalar"],
     "a: !!binary aGk=\nb: !mine 5\n": [
         "job.yaml:1: a: the tag !!binary is not supported; leave it out",
         "job.yaml:2: b: the tag !mine is not supported; leave it out",

@@ -29,7 +29,9 @@ class Order:
     Raises ValueError when there is no sample.
     """
 
-    def __init__(self, sizes: Sequence[int], *, weights: Sequence[float] | None = None, seed: int, shuffle: bool = True):
+    def __init__(
+        self, sizes: Sequence[int], *, weights: Sequence[float] | None = None, seed: int, shuffle: bool = True
+    ):
         if sum(sizes) == 0:
             raise ValueError("there is no sample to put in order")
         self.sizes = np.asarray(sizes, dtype=np.int64)

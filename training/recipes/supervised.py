@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,13 +142,14 @@ def _save(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, progress: _P
         world_size=trainer.size,
         zero_stage=phase.sharding.stage,
         dtype=facts.dtype,
+        formats=facts.formats,
         job_hash=hooks.job_hash,
         data_hash=facts.data_hash,
         metrics=progress.evaluated,
         parameters=shards[0]["parameters"],
         files=[File(**shard["file"]) for shard in shards],
         versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "muster-train")},
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     folder = hooks.checkpoints.commit(staged, manifest)
     progress.saved = progress.step

@@ -1,0 +1,58 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := build/demo
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all test-gpu check format bench clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(READY)  ## build .venv from pinned requirements
+
+$(READY): .ci/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .ci/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(READY)
+
+demo: $(READY)  ## a working folder, an SFT job on two workers with ZeRO-2, three questions before and after
+	rm -rf $(DEMO)
+	$(BIN)/muster init $(DEMO)
+	@echo; echo "== before: the untrained model on three held-out questions"
+	$(BIN)/muster generate $(DEMO)/model --file $(DEMO)/data/sft.heldout.jsonl --limit 3 --max-new-tokens 96
+	@echo "== training"
+	$(BIN)/muster run $(DEMO)/sft.yaml
+	@echo; echo "== after"
+	$(BIN)/muster generate $(DEMO)/runs/sft --file $(DEMO)/data/sft.heldout.jsonl --limit 3 --max-new-tokens 96
+
+test: $(READY)  ## the tests that .ci/run runs
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(READY)  ## and the long ones
+	$(PYTEST) -m "not gpu"
+
+test-gpu: $(READY)  ## the tests that need a GPU
+	$(PYTEST) -m gpu
+
+check: $(READY)  ## format, lint, types, import contracts, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST) -q -m "not cpu and not cluster and not slow and not gpu"
+
+format: $(READY)  ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## all benchmarks (long; on a quiet machine)
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove everything that was built
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info

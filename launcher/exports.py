@@ -1,0 +1,47 @@
+"""`muster export`: a checkpoint of a run as a plain Hugging Face folder, without workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.driver import with_its_start
+from launcher.runs import RunFolder
+from training.checkpoint import CheckpointError, Checkpoints, step_of
+from training.errors import InputError
+
+
+def export(run: RunFolder, *, phase: str | None, step: int | None, out: Path | None) -> dict[str, Any]:
+    """Raises InputError for a phase or step that is not there, CheckpointError if no checkpoint is whole."""
+    job = run.job()
+    if phase is not None and phase not in job.phases:
+        raise InputError.of(str(run.folder), f"no phase {phase}; there are: {', '.join(job.phases)}")
+    candidates = [phase] if phase else [name for name in job.phases if Checkpoints(run.checkpoints(name)).folders()]
+    if not candidates:
+        raise InputError.of(str(run.folder), "no checkpoint was saved yet")
+    name = candidates[-1]
+    folder = _checkpoint(Checkpoints(run.checkpoints(name)), step)
+    target = out or run.phase(name) / f"model-{step_of(folder)}"
+    if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
+        raise InputError.of(str(target), "the folder holds something else than a model; choose another --out")
+    from training.export import export as write
+
+    write(folder, target, with_its_start(job.phases[name], run))
+    return {"phase": name, "step": step_of(folder), "model": str(target)}
+
+
+def _checkpoint(checkpoints: Checkpoints, step: int | None) -> Path:
+    if step is not None:
+        try:
+            return checkpoints.at(step)
+        except CheckpointError as error:
+            raise InputError.of("", str(error)) from error
+    folder, findings = checkpoints.newest_whole()
+    if folder is None:
+        raise CheckpointError("\n".join([f"{checkpoints.root}: no whole checkpoint", *findings]))
+    return folder
+
+
+def lines(done: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{done['phase']} step {done['step']}: model in {done['model']}"

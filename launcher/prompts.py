@@ -1,0 +1,79 @@
+"""`muster generate`: finds the model and the prompts, and shows the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.runs import JOB, RunFolder, find
+from training.errors import InputError, Problem
+
+
+def answer(
+    model: str, prompts: Sequence[str], file: Path | None, limit: int | None, **sampling: Any
+) -> list[dict[str, Any]]:
+    """Rows of {prompt, response}, with the file's own `answer` or `completion` beside it where it has one."""
+    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
+    if file is not None:
+        rows += _read(file, limit)
+    if not rows:
+        raise InputError.of("command line", "no prompt; give --prompt TEXT or --file FILE")
+    path = _model(model)
+    from training.generate import generate
+
+    responses = generate(path, [row["prompt"] for row in rows], **sampling)
+    return [{**row, "response": response} for row, response in zip(rows, responses, strict=True)]
+
+
+def _read(file: Path, limit: int | None) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise InputError.of(str(file), "no such file")
+    rows: list[dict[str, Any]] = []
+    problems: list[Problem] = []
+    with file.open() as lines_of_file:
+        for number, line in enumerate(lines_of_file, 1):
+            if limit is not None and len(rows) == limit:
+                break
+            try:
+                row = json.loads(line)
+                rows.append({"prompt": row["prompt"], **_expected(row)})
+            except (ValueError, KeyError, TypeError):
+                problems.append(Problem(f"{file}:{number}", "", "expected a JSON object with a text `prompt`"))
+    if problems:
+        raise InputError(problems[:20])
+    return rows
+
+
+def _expected(row: Mapping[str, Any]) -> dict[str, Any]:
+    return next(({"expected": row[key]} for key in ("answer", "completion") if key in row), {})
+
+
+def _model(text: str) -> str:
+    """The Hugging Face folder that is meant: a folder itself, or the newest model of a run."""
+    folder = Path(text)
+    if (folder / "config.json").exists():
+        return text
+    if folder.is_dir() and not (folder / JOB).exists():
+        raise InputError.of(text, "neither a run nor a model folder (no job.yaml, no config.json)")
+    run = find(text)
+    return str(_newest_model(run))
+
+
+def _newest_model(run: RunFolder) -> Path:
+    models = [run.model(name) for name in run.job().phases if run.model(name).exists()]
+    if not models:
+        raise InputError.of(
+            str(run.folder), f"the run has no model yet; `muster export {run.folder}` makes one from a checkpoint"
+        )
+    return models[-1]
+
+
+def lines(answers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for row in answers:
+        yield f"prompt:   {row['prompt'].rstrip()}"
+        yield f"response: {row['response'].strip()}"
+        if "expected" in row:
+            yield f"expected: {str(row['expected']).strip()}"
+        yield ""

@@ -1,0 +1,125 @@
+"""What `muster list`, `status` and `checkpoints` say of runs: as data, and as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.progress import duration
+from launcher.runs import RunFolder, runs_in
+from training.checkpoint import CheckpointError, Checkpoints, Manifest, step_of, verify
+
+
+def status(run: RunFolder) -> dict[str, Any]:
+    """Where a run stands."""
+    events = run.events()
+    finished = run.finished_phases()
+    phases = {name: _phase(run, name, name in finished, events) for name in run.job().phases}
+    told = ("failed", "checkpoint_damaged")
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "state": run.state(),
+        "attempts": run.attempts(),
+        "started": events[0]["time"] if events else None,
+        "phases": phases,
+        "problems": [event.get("error") or event.get("finding") for event in events if event["event"] in told][-3:],
+    }
+
+
+def _phase(run: RunFolder, name: str, finished: bool, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = run.metrics(name)
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "loss" not in row]
+    total = next((e["total_steps"] for e in reversed(events) if e["event"] == "training" and e["phase"] == name), None)
+    last = steps[-1] if steps else {}
+    left = (total - last["step"]) * _median_step_s(steps) if steps and total and not finished else None
+    return {
+        "finished": finished,
+        "step": last.get("step", 0),
+        "total_steps": total,
+        "loss": last.get("loss"),
+        "tokens_per_s": last.get("tokens_per_s"),
+        "left_s": left,
+        "evaluation": {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")} if evaluations else {},
+        "checkpoints": [step_of(folder) for folder in Checkpoints(run.checkpoints(name)).folders()],
+        "model": str(run.model(name)) if run.model(name).exists() else None,
+    }
+
+
+def _median_step_s(steps: Sequence[Mapping[str, Any]]) -> float:
+    recent = sorted(row["step_s"] for row in steps[-50:])
+    return recent[len(recent) // 2]
+
+
+def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{facts['name']}: {facts['state']}, attempt {facts['attempts']}, began {facts['started']}"
+    for name, phase in facts["phases"].items():
+        if not phase["step"]:
+            yield f"  {name}: not begun"
+            continue
+        parts = [f"step {phase['step']}/{phase['total_steps']}", f"loss {phase['loss']:.4f}"]
+        parts += [f"{metric} {value:.4f}" for metric, value in phase["evaluation"].items()]
+        if phase["left_s"] is not None:
+            parts.append(f"{duration(phase['left_s'])} left")
+        parts.append("checkpoints " + (", ".join(map(str, phase["checkpoints"])) or "none"))
+        yield f"  {name}: " + "  ".join(parts)
+        if phase["model"]:
+            yield f"  {name}: model in {phase['model']}"
+    for problem in facts["problems"]:
+        yield f"  {problem}"
+
+
+def listing(storage: Path) -> list[dict[str, Any]]:
+    """All runs in a folder, the newest last."""
+    return [status(run) for run in runs_in(storage)]
+
+
+def listing_lines(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not runs:
+        yield "no runs"
+    for run in runs:
+        steps = ", ".join(f"{name} {p['step']}/{p['total_steps'] or '?'}" for name, p in run["phases"].items())
+        yield f"{run['name']:<24} {run['state']:<12} {steps}"
+
+
+def checkpoints(run: RunFolder, *, deep: bool) -> list[dict[str, Any]]:
+    """Every checkpoint of a run; with `deep`, every byte of it is read."""
+    found = []
+    for phase in run.job().phases:
+        for folder in Checkpoints(run.checkpoints(phase)).folders():
+            found.append({"phase": phase, "step": step_of(folder), "folder": str(folder), **_contents(folder, deep)})
+    return found
+
+
+def _contents(folder: Path, deep: bool) -> dict[str, Any]:
+    try:
+        manifest = Manifest.read(folder)
+    except CheckpointError as error:
+        return {"whole": False, "problems": [str(error)]}
+    problems = verify(folder, deep=deep)
+    return {
+        "whole": not problems,
+        "problems": problems,
+        "bytes": sum(file.size for file in manifest.files),
+        "world_size": manifest.world_size,
+        "zero_stage": manifest.zero_stage,
+        "attempt": manifest.attempt,
+        "metrics": manifest.metrics,
+        "created": manifest.created,
+    }
+
+
+def checkpoint_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not found:
+        yield "no checkpoints"
+    for entry in found:
+        head = f"{entry['phase']} step {entry['step']:>7}"
+        if not entry["whole"]:
+            yield f"{head}  DAMAGED"
+            yield from (f"  {problem}" for problem in entry["problems"])
+            continue
+        metrics = "  ".join(f"{name} {value:.4f}" for name, value in entry["metrics"].items())
+        size = entry["bytes"] / 2**20
+        yield f"{head}  whole  {size:,.1f} MiB  {entry['world_size']} workers, ZeRO-{entry['zero_stage']}  {entry['created']}  {metrics}".rstrip()

@@ -1,0 +1,179 @@
+"""Recognising rows and turning them into examples."""
+
+import json
+
+import pytest
+
+from training.data.files import RowError
+from training.data.formats import FORMATS, Chat, Parser, PromptCompletion, Text
+from training.errors import InputError
+
+ALL = tuple(FORMATS)
+SFT = ("prompt_completion", "alpaca", "sharegpt", "messages")
+USER = {"role": "user", "content": "2 + 2?"}
+ANSWER = {"role": "assistant", "content": "4"}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
+def parse(row, format="auto", columns=None, allowed=ALL):
+    return Parser(format, columns or {}, allowed)(row)
+
+
+def error(row, **options) -> str:
+    with pytest.raises(RowError) as caught:
+        parse(row, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "example"),
+    [
+        ({"text": "once"}, "text", Text("once")),
+        ({"prompt": "2 + 2 = ", "completion": "4"}, "prompt_completion", PromptCompletion("2 + 2 = ", "4")),
+        ({"prompt": [USER], "completion": [ANSWER]}, "prompt_completion", Chat([USER, ANSWER], (1,))),
+        ({"instruction": "2 + 2?", "output": "4"}, "alpaca", Chat([USER, ANSWER], (1,))),
+        ({"instruction": "2 + 2?", "input": "", "output": "4"}, "alpaca", Chat([USER, ANSWER], (1,))),
+        ({"messages": [USER, ANSWER]}, "messages", Chat([USER, ANSWER], (1,))),
+        (
+            {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+            "sharegpt",
+            Chat([USER, ANSWER], (1,)),
+        ),
+    ],
+)
+def test_a_row_is_recognised_by_its_columns(row, format, example):
+    assert parse(row) == (format, example)
+    assert parse(row, format=format) == (format, example)
+    assert parse({**row, "id": 7, "meta": None}) == (format, example)
+
+
+def test_the_input_of_an_alpaca_row_follows_the_instruction():
+    _, chat = parse({"instruction": "Add.", "input": "2, 2", "output": "4"})
+    assert chat.messages[0]["content"] == "Add.\n2, 2"
+
+
+def test_columns_give_the_data_names():
+    row = {"question": "2 + 2 = ", "answer": "4"}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert parse(row, columns=columns)[1] == PromptCompletion("2 + 2 = ", "4")
+    assert error({"question": "q", "answer": None}, columns=columns) == "column `answer` is null"
+
+
+def test_absent_columns_that_parquet_fills_with_null_do_not_count():
+    row = {"prompt": None, "completion": None, "messages": [{**USER, "tool_calls": None}, {**ANSWER, "name": None}]}
+    assert parse(row) == ("messages", Chat([USER, ANSWER], (1,)))
+
+
+def test_sharegpt_with_system_and_tools():
+    turns = [("human", "2 + 2?"), ("function_call", '{"name": "add", "arguments": {"a": 2}}')]
+    turns += [("observation", "4"), ("gpt", "It is 4.")]
+    row = {
+        "system": "Be brief.",
+        "tools": json.dumps([TOOL["function"]]),
+        "conversations": [{"from": sender, "value": value} for sender, value in turns],
+    }
+    _, chat = parse(row)
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert chat.messages[2] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert (chat.learnt, chat.tools) == ((2, 4), [TOOL])
+
+
+def test_openai_messages_with_tools_and_parts():
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    parts = [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]
+    asked, called = {"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "4"}
+    _, chat = parse({"messages": [asked, called, result, ANSWER], "tools": [TOOL]})
+    assert chat.messages[0] == USER
+    assert chat.messages[1]["tool_calls"] == [{"id": "1", **CALL}]
+    assert chat.messages[2] == result
+    assert chat.learnt == (1, 3)
+
+
+def test_only_the_completion_of_message_lists_is_learnt():
+    _, chat = parse({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert chat.learnt == (3,)
+
+
+def test_a_turn_of_weight_zero_and_one_that_opens_are_not_learnt():
+    _, chat = parse({"messages": [ANSWER, USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]})
+    assert chat.learnt == (4,)
+    assert chat.messages[2] == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": None}, "column `completion` is null"),
+        ({"prompt": "a", "completion": 12}, "column `completion`: expected text, got a number (12)"),
+        ({"prompt": "a", "completion": True}, "column `completion`: expected text, got true"),
+        ({"prompt": "a", "completion": " \n"}, "column `completion` is empty"),
+        ({"prompt": "a", "completion": [ANSWER]}, "expected two texts or two lists of messages, got text and a list"),
+        ({"prompt": "a \ud83d", "completion": "b"}, "half of a surrogate pair"),
+        ({"instruction": "a", "output": ""}, "column `output` is empty"),
+        ({"messages": "hello"}, "column `messages`: expected a list, got text"),
+        ({"messages": ["hello"]}, "messages[0]: expected an object, got text"),
+        ({"messages": []}, "no assistant turn to learn: there is none"),
+        ({"messages": [ANSWER]}, "no assistant turn to learn: all open the conversation"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "assistant turn is empty (messages[1])"),
+        ({"messages": [USER, {"role": "bot", "content": "4"}]}, "messages[1]: unknown role 'bot'; known are system"),
+        ({"messages": [USER, {"content": "4"}]}, "messages[1]: missing key `role`"),
+        ({"messages": [{"role": "user"}, ANSWER]}, "messages[0]: missing `content`"),
+        ({"messages": [{"role": "user", "content": 2}, ANSWER]}, "messages[0].content: expected text, got a number"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
+            "messages[0].content[0]: only parts",
+        ),
+        ({"messages": [USER, {**ANSWER, "tool_calls": 3}]}, "messages[1].tool_calls: expected a list"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "messages[1].tool_calls[0]: missing key `name`"),
+        ({"messages": [USER, ANSWER], "tools": "[{]"}, "column `tools`: broken JSON"),
+        ({"messages": [USER, ANSWER], "tools": [3]}, "column `tools`[0]: expected an object"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "no assistant turn to learn"),
+        ({"conversations": [{"from": "gpt4", "value": "a"}]}, "unknown role 'gpt4'; known are system, human"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "conversations[0].from: expected text, got a list"),
+        ({"conversations": [USER, ANSWER]}, "missing key `from`; it has role, content; these are OpenAI messages"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]},
+            "assistant turn is empty",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "add 2 2"}]}, "conversations[0].value: broken JSON"),
+    ],
+)
+def test_a_row_that_means_nothing_says_why(row, message):
+    assert message in error(row)
+
+
+def test_a_missing_column_is_named_with_those_that_are_there():
+    assert error({"prompt": "a", "id": 1}, format="prompt_completion") == (
+        "missing column `completion`; the row has prompt, id"
+    )
+    assert "missing column `completion`; the row has prompt, id; prompt_completion needs" in error(
+        {"prompt": "a", "id": 1}
+    )
+
+
+def test_unknown_columns_come_with_a_mapping_to_try():
+    message = error({"question": "a", "answer": "b"}, allowed=SFT)
+    assert "no format fits the columns question, answer" in message
+    assert "alpaca needs instruction and output" in message
+    assert message.endswith("Did you mean `columns: {prompt: question, completion: answer}`?")
+    assert "{completion: response}" in error({"prompt": "a", "response": "b"}, allowed=SFT)
+
+
+def test_a_mapped_column_that_is_absent_gets_a_suggestion():
+    message = error({"question": "a", "answer": "b"}, columns={"prompt": "questoin", "completion": "answer"})
+    assert message.startswith("missing column `questoin` (data.columns: prompt)")
+    assert message.endswith("did you mean question?")
+
+
+def test_a_row_for_another_recipe_says_so():
+    assert "columns of `text`, which this recipe does not read" in error({"text": "once"}, allowed=SFT)
+
+
+def test_settings_that_no_row_can_meet_are_refused_at_once():
+    with pytest.raises(InputError) as caught:
+        Parser("text", {"promt": "question"}, SFT)
+    assert "data.format: this recipe does not read `text`; it reads prompt_completion" in str(caught.value)
+    with pytest.raises(InputError, match="data.columns: `promt` is no column of a format; did you mean prompt?"):
+        Parser("auto", {"promt": "question"}, SFT)
