@@ -29,7 +29,7 @@ demo: $(READY)  ## a working folder, an SFT job on two workers with ZeRO-2, thre
 	@echo "== training"
 	$(BIN)/muster run $(DEMO)/sft.yaml
 	@echo; echo "== after"
-	$(BIN)/muster generate $(DEMO)/runs/sft --file $(DEMO)/data/sft.heldout.jsonl --limit 3 --max-new-tokens 96
+	$(BIN)/muster generate $(DEMO)/runs/word-problems --file $(DEMO)/data/sft.heldout.jsonl --limit 3 --max-new-tokens 96
 
 test: $(READY)  ## the tests that .ci/run runs
 	$(PYTEST) -m "not slow and not gpu"

@@ -152,7 +152,7 @@ def problems(seed: int, purpose: str, split: Split) -> Iterator[WordProblem]:
 def _problem(rng: Random) -> WordProblem:
     """Somebody has some things, and twice their number changes. One of the three amounts may come in containers."""
     packed = rng.randrange(4)
-    start, *changes = (_amount(rng, packed=i == packed, largest=50 if i == 0 else 20) for i in range(3))
+    start, *changes = (_amount(rng, packed=i == packed, largest=40 if i == 0 else 15) for i in range(3))
     name, friend = rng.sample(list(NAMES), 2)
     words = {
         "name": name,
@@ -176,7 +176,7 @@ def _problem(rng: Random) -> WordProblem:
 
 def _amount(rng: Random, *, packed: bool, largest: int) -> Amount:
     if packed:
-        return Amount(rng.randint(2, 6), rng.randint(2, 9), rng.choice(CONTAINERS))
+        return Amount(rng.randint(2, 5), rng.randint(2, 6), rng.choice(CONTAINERS))
     return Amount(rng.randint(2, largest))
 
 
@@ -349,7 +349,7 @@ class Table(NamedTuple):
 
 
 TABLES: dict[str, Table] = {
-    "sft.jsonl": Table(sft_row, "train", 4000),
+    "sft.jsonl": Table(sft_row, "train", 5000),
     "sft.heldout.jsonl": Table(sft_row, "heldout", 200),
     "critiques.jsonl": Table(critique_row, "train", 1000),
     "pairs.jsonl": Table(pair_row, "train", 1000),

@@ -175,7 +175,7 @@ def _find_remote(source: Source, base: Path) -> tuple[Part, ...]:
     except FileNotFoundError:
         raise RowError("no such file or folder") from None
     except Exception as error:  # a store's client may raise anything: no network, no credentials, no such package
-        raise RowError(f"cannot be reached: {error}") from error
+        raise RowError(f"cannot be reached: {one_line(error)}") from error
     files = [DataFile(url, url) for url in map(fs.unstrip_protocol, names)]
     return _checked(files, kind, sizes)
 
@@ -213,7 +213,7 @@ def rows(part: Part) -> Iterator[Row]:
     except EOFError:
         yield Row(part, number + 1, RowError("the gzip stream ends here, too early; the file is truncated"))
     except (OSError, zlib.error) as error:
-        yield Row(part, number + 1, RowError(f"cannot read on: {error}"))
+        yield Row(part, number + 1, RowError(f"cannot read on: {one_line(error)}"))
 
 
 def _reader(part: Part) -> Numbered:
@@ -340,7 +340,7 @@ def _parquet(path: str) -> Numbered:
                 yield from enumerate(batch.to_pylist(), start=read + 1)
                 read += len(batch)
         except pa.ArrowException as error:
-            yield read + 1, RowError(f"broken Parquet: {error}")
+            yield read + 1, RowError(f"broken Parquet: {one_line(error)}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -350,7 +350,9 @@ def _hub_dataset(split: HubSplit) -> Any:
     try:
         return datasets.load_dataset(split.path, split.name, split=split.split)
     except Exception as error:  # the hub's client has no common base: offline, unknown name, gated, wrong configuration
-        message = f"no such file or folder, and the Hugging Face hub did not give a data set of this name: {error}"
+        message = (
+            f"no such file or folder, and the Hugging Face hub did not give a data set of this name: {one_line(error)}"
+        )
         raise InputError.of(split.shown, message) from error
 
 
@@ -364,6 +366,11 @@ def describe(value: Any) -> str:
         return f"a number ({value})"
     names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+def one_line(error: Exception) -> str:
+    """The text of another library's error: a problem is one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ── Content ──────────────────────────────────────────────────────────────────────────────────────────────────────────

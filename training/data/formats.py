@@ -171,21 +171,22 @@ def _unrecognised(record: Record, candidates: Sequence[str]) -> RowError:
     for key, format in FORMATS.items():
         if key not in candidates and all(map(record.has, format.required)):
             return RowError(f"these are columns of `{key}`, which this recipe does not read; {_needs(candidates)}")
-    missing = _nearly(record, candidates) or f"no format fits the columns {_listed(record.row)}"
-    return RowError(f"{missing}; {_needs(candidates)}{_mapping_advice(record, candidates)}")
+    near = _nearest(record, candidates)
+    if near is None:
+        start, near_ones = f"no format fits the columns {_listed(record.row)}", candidates
+    else:
+        missing = next(name for name in FORMATS[near].required if not record.has(name))
+        start, near_ones = f"missing column `{missing}`; the row has {_listed(record.row)}", [near]
+    return RowError(f"{start}; {_needs(near_ones)}{_mapping_advice(record, near_ones)}")
 
 
 def _needs(candidates: Sequence[str]) -> str:
     return "; ".join(f"{key} needs {' and '.join(FORMATS[key].required)}" for key in candidates)
 
 
-def _nearly(record: Record, candidates: Sequence[str]) -> str:
-    """The column that is missing from the first format of which the row has a part."""
-    for key in candidates:
-        missing = [name for name in FORMATS[key].required if not record.has(name)]
-        if len(missing) < len(FORMATS[key].required):
-            return f"missing column `{missing[0]}`; the row has {_listed(record.row)}"
-    return ""
+def _nearest(record: Record, candidates: Sequence[str]) -> str | None:
+    """The first format of which the row has a part."""
+    return next((key for key in candidates if any(map(record.has, FORMATS[key].required))), None)
 
 
 def _mapping_advice(record: Record, candidates: Sequence[str]) -> str:

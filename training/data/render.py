@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data import templates
-from training.data.files import RowError
+from training.data.files import RowError, one_line
 from training.data.formats import Chat, Example, PromptCompletion, Text
 from training.errors import InputError
 
@@ -47,17 +47,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
     Raises InputError if there is none, if it cannot be loaded, is not a fast one, or has no EOS token.
     """
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-        message = f"the folder has no tokenizer: it needs tokenizer.json and tokenizer_config.json, it holds {there}"
-        raise InputError.of(path, f"{message}; copy them there or set model.tokenizer")
+    _check_folder(path)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file, an unknown hub id, remote code: the loader has no common base
-        raise InputError.of(path, f"the tokenizer cannot be loaded: {error}") from error
+        lacks = Path(path).is_dir() and not (Path(path) / "tokenizer.json").exists()
+        advice = "; the folder has no tokenizer.json, which a fast tokenizer saves" if lacks else ""
+        raise InputError.of(path, f"the tokenizer cannot be loaded: {one_line(error)}{advice}") from error
     if not getattr(tokenizer, "is_fast", False):
         message = "only a slow tokenizer, which cannot tell where a token lies in the text; save tokenizer.json with it"
         raise InputError.of(path, message)
@@ -65,6 +63,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         message = "the tokenizer has no EOS token, so nothing would teach the model to stop"
         raise InputError.of(path, f"{message}; set eos_token in tokenizer_config.json")
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _check_folder(path: str) -> None:
+    folder = Path(path)
+    if not folder.exists() and (folder.is_absolute() or path.startswith(".")):
+        raise InputError.of(path, "no such folder")
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        message = f"the folder has no tokenizer: it needs tokenizer.json and tokenizer_config.json, it holds {there}"
+        raise InputError.of(path, f"{message}; copy them there or set model.tokenizer")
 
 
 class Renderer:
@@ -173,7 +181,7 @@ class Renderer:
         except (
             Exception
         ) as error:  # a template is a program: it raises on purpose, or trips over what it did not expect
-            return RowError(f"the chat template refuses this conversation: {error}")
+            return RowError(f"the chat template refuses this conversation: {one_line(error)}")
         return text, spans
 
     def _write(self, chat: Chat, template: str, count: int, prompt: bool = False) -> str:

@@ -175,5 +175,5 @@ def test_settings_that_no_row_can_meet_are_refused_at_once():
     with pytest.raises(InputError) as caught:
         Parser("text", {"promt": "question"}, SFT)
     assert "data.format: this recipe does not read `text`; it reads prompt_completion" in str(caught.value)
-    with pytest.raises(InputError, match="data.columns: `promt` is no column of a format; did you mean prompt?"):
+    with pytest.raises(InputError, match="`promt` is no column of a format; did you mean prompt"):
         Parser("auto", {"promt": "question"}, SFT)

@@ -1,0 +1,116 @@
+"""A tiny model, its tokenizer and rows to train it on, made once; and a way to run a recipe's driver on test workers."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.checkpoint import Checkpoints
+from training.config import SFT
+
+VOCABULARY = 300
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with model/ (0.1 M parameters, every weight random and large enough to matter), train.jsonl and eval.jsonl."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = random.Random(0)
+    rows = [_row(rng) for _ in range(300)]
+    _write(folder / "train.jsonl", rows[:260])
+    _write(folder / "eval.jsonl", rows[260:])
+    _tokenizer([row["prompt"] + row["completion"] for row in rows]).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=0, initializer_range=0.1, tie_word_embeddings=False, max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    return folder
+
+
+def _row(rng: random.Random) -> dict[str, str]:
+    a, b = rng.randrange(100), rng.randrange(100)
+    words = " and so it is" * rng.randrange(0, 8)
+    return {"prompt": f"Q: {a} + {b}{' + 0' * rng.randrange(0, 4)} = ", "completion": f"{a + b}{words}"}
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _tokenizer(texts: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+class Recorder:
+    """The hooks of a run, remembering what it was told."""
+
+    job_hash = "0" * 16
+
+    def __init__(self, folder: Path, stop_after: int | None = None):
+        self.checkpoints = Checkpoints(folder)
+        self.stop_after = stop_after
+        self.rows: list[dict] = []
+        self.events: list[tuple[str, dict]] = []
+
+    def log(self, row) -> None:
+        self.rows.append(dict(row))
+
+    def event(self, kind: str, **facts: Any) -> None:
+        self.events.append((kind, facts))
+
+    def started(self, facts: Any, step: int) -> None:
+        self.facts, self.first = facts, step
+
+    def stop_requested(self) -> bool:
+        steps = [row["step"] for row in self.rows if "loss" in row]
+        return self.stop_after is not None and bool(steps) and steps[-1] >= self.stop_after
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.rows if "loss" in row]
+
+
+@pytest.fixture(scope="session")
+def train(tiny, tmp_path_factory):
+    """train(workers, checkpoints=..., stop_after=..., **settings of the phase) -> Recorder."""
+    from tests.fork_group import ForkGroup
+    from training.recipes import supervised
+
+    def run(workers: int = 1, checkpoints: Path | None = None, stop_after: int | None = None, **settings: Any) -> Recorder:
+        phase = sft_phase(tiny, workers=workers, **settings)
+        hooks = Recorder(checkpoints or tmp_path_factory.mktemp("checkpoints"), stop_after)
+        with ForkGroup(workers, "training.recipes.sft:SFTTrainer", phase, str(tiny / "cache")) as group:
+            hooks.last = supervised.run(phase, {"trainer": group}, hooks)
+        return hooks
+
+    return run
+
+
+def sft_phase(tiny: Path, *, workers: int = 1, stage: int = 0, dtype: str = "fp32", **settings: Any) -> SFT:
+    """A phase that exercises what training has: clipping, decay on and off, warm-up and decay of the rate."""
+    data = {"train": str(tiny / "train.jsonl"), **settings.pop("data", {})}
+    draft = {
+        "recipe": "sft", "seed": 5, "model": {"path": str(tiny / "model"), "dtype": dtype}, "data": data, "batch": 16,
+        "max_steps": 8, "learning_rate": 3e-3, "optimizer": {"weight_decay": 0.1}, "clip": 1.0,
+        "schedule": {"warmup": 2}, "sharding": {"stage": stage}, "resources": {"workers": workers}, **settings,
+    }  # fmt: skip
+    return SFT.model_validate(draft)

@@ -1,0 +1,263 @@
+"""From files to a store in one pass, and the store found again."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from training.config import Data
+from training.data import prepare as prepare_module
+from training.data.files import expand
+from training.data.prepare import check_rows, prepare
+from training.data.render import Renderer
+from training.data.store import TokenStore
+from training.errors import InputError
+
+SFT = ("prompt_completion", "alpaca", "sharegpt", "messages")
+ROWS = [{"prompt": f"{n} + {n} = ", "completion": str(2 * n)} for n in range(30)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    """A folder with a tokenizer of single bytes, so that lengths are plain to see."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=alphabet, show_progress=False)
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
+    return str(folder)
+
+
+def write(path: Path, rows: list) -> Path:
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def run(folder: Path, tokenizer: str, train="a.jsonl", **settings) -> TokenStore:
+    data = Data(train=train, **settings)
+    return prepare(expand(data.train, folder), data, SFT, tokenizer, folder / "cache", base=folder)
+
+
+def check(folder: Path, train="a.jsonl", **settings):
+    data = Data(train=train, **settings)
+    return check_rows(expand(data.train, folder), data, SFT, base=folder)
+
+
+def refused(call, *arguments, **settings) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        call(*arguments, **settings)
+    return str(caught.value).splitlines()
+
+
+def stores(folder: Path) -> list[Path]:
+    return sorted((folder / "cache").glob("*/meta.json"))
+
+
+def test_every_row_becomes_a_sample(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    store = run(tmp_path, tokenizer)
+    meta = store.meta
+    assert (meta.rows, meta.kept, meta.formats, meta.notes) == (30, 30, {"prompt_completion": 30}, [])
+    assert (meta.shortest, meta.longest) == (len("0 + 0 = 0") + 1, len("29 + 29 = 58") + 1)
+    assert meta.tokens == sum(len(row["prompt"] + row["completion"]) + 1 for row in ROWS) == store.lengths.sum()
+    assert meta.target_tokens == sum(len(row["completion"]) + 1 for row in ROWS) == store.target_counts.sum()
+    assert store.where(11) == "a.jsonl:12"
+
+
+def test_batches_make_no_difference(tmp_path, tokenizer, monkeypatch):
+    write(tmp_path / "a.jsonl", ROWS)
+    whole = [ids.tolist() for ids, _ in run(tmp_path, tokenizer)]
+    monkeypatch.setattr(prepare_module, "BATCH_ROWS", 7)
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 40)
+    assert [ids.tolist() for ids, _ in run(tmp_path, tokenizer, max_length=99)] == whole
+
+
+def test_sources_lie_one_after_the_other(tmp_path, tokenizer):
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "a.jsonl", ROWS[:3])
+    write(tmp_path / "b/1.jsonl", ROWS[:2])
+    write(tmp_path / "b/2.jsonl", ROWS[:4])
+    store = run(tmp_path, tokenizer, train=["b", "a.jsonl"])
+    assert store.source_sizes == [6, 3]
+    assert [store.where(index) for index in (0, 2, 5, 6)] == ["b/1.jsonl:1", "b/2.jsonl:1", "b/2.jsonl:4", "a.jsonl:1"]
+
+
+def test_formats_may_mix_in_one_file(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", [ROWS[0], {"instruction": "2 + 2?", "output": "4"}])
+    store = run(tmp_path, tokenizer)
+    assert store.meta.formats == {"prompt_completion": 1, "alpaca": 1}
+    assert "written with the template `plain`" in store.meta.notes[0]
+
+
+# ── the cache ──
+
+
+def test_a_store_is_found_again_without_tokenizing(tmp_path, tokenizer, monkeypatch):
+    write(tmp_path / "a.jsonl", ROWS)
+    first = run(tmp_path, tokenizer)
+    monkeypatch.setattr(Renderer, "render", lambda self, examples: pytest.fail("tokenized again"))
+    assert run(tmp_path, tokenizer).folder == first.folder
+
+
+def test_a_copy_of_the_job_folder_finds_the_same_store(tmp_path, tokenizer):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.jsonl", ROWS)
+    assert run(tmp_path / "here", tokenizer).folder.name == run(tmp_path / "there", tokenizer).folder.name
+
+
+def test_other_content_of_equal_size_and_time_makes_another_store(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    stat = path.stat()
+    first = run(tmp_path, tokenizer)
+    write(path, [*ROWS[:-1], {"prompt": "29 + 29 = ", "completion": "59"}])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second = run(tmp_path, tokenizer)
+    assert second[29][0].tolist() != first[29][0].tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 99},
+        {"overlong": "truncate"},
+        {"template": "plain"},
+        {"template": "mine"},
+        {"format": "prompt_completion"},
+    ],
+)
+def test_other_settings_make_another_store(tmp_path, tokenizer, settings):
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "mine").write_text(
+        "{{ messages[0].content }}{% if not add_generation_prompt %}{{ messages[1].content }}{% endif %}"
+    )
+    assert run(tmp_path, tokenizer, **settings).folder != run(tmp_path, tokenizer).folder
+
+
+def test_the_text_of_a_template_file_counts(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    text = "{{ messages[0].content }}{% if not add_generation_prompt %}{{ messages[1].content }}{% endif %}"
+    (tmp_path / "mine").write_text(text)
+    first = run(tmp_path, tokenizer, template="mine")
+    (tmp_path / "mine").write_text("Q: " + text)
+    assert run(tmp_path, tokenizer, template="mine").lengths[0] == first.lengths[0] + 3
+
+
+def test_settings_that_leave_the_tokens_alone_keep_the_store(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    assert run(tmp_path, tokenizer, shuffle=False, pack=False).folder == run(tmp_path, tokenizer).folder
+
+
+def test_a_damaged_store_is_built_anew(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    store = run(tmp_path, tokenizer)
+    (store.folder / "tokens.bin").write_bytes(b"1234")
+    assert run(tmp_path, tokenizer)[0][0].tolist() == [*TokenStore.open(store.folder)[0][0]]
+    assert len(stores(tmp_path)) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "cache").write_text("a file")
+    assert "cannot read the data or write the token cache" in refused(run, tmp_path, tokenizer)[0]
+
+
+# ── length ──
+
+
+def test_long_samples_are_dropped_counted_and_told(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    store = run(tmp_path, tokenizer, max_length=12)
+    short = [row for row in ROWS if len(row["prompt"] + row["completion"]) + 1 <= 12]
+    assert (store.meta.kept, store.meta.dropped_overlong) == (len(short), 30 - len(short))
+    assert store.meta.notes == [f"{30 - len(short)} of 30 samples are longer than 12 tokens and were dropped"]
+    assert store.lengths.max() == 12 - 1 + (max(len(row["prompt"] + row["completion"]) for row in short) == 11)
+
+
+def test_long_samples_are_cut_counted_and_told(tmp_path, tokenizer):
+    rows = [*ROWS, {"prompt": "much too long a prompt", "completion": "4"}]
+    write(tmp_path / "a.jsonl", rows)
+    store = run(tmp_path, tokenizer, max_length=12, overlong="truncate")
+    cut = sum(len(row["prompt"] + row["completion"]) + 1 > 12 for row in ROWS)
+    meta = store.meta
+    assert (meta.kept, meta.truncated, meta.dropped_without_target, meta.longest) == (30, cut, 1, 24)
+    assert store.lengths.max() == 12
+    assert meta.notes == [
+        f"{cut} of 31 samples are longer than 12 tokens and were cut",
+        "1 of 31 samples have nothing to learn within 12 tokens and were dropped",
+    ]
+
+
+def test_a_source_without_a_sample_left_is_an_error_with_advice(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    write(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}])
+    (line,) = refused(run, tmp_path, tokenizer, train=["a.jsonl", "b.jsonl"], max_length=5)
+    assert line.startswith("a.jsonl: no sample is left: 30 of 31 samples are longer than 5 tokens and were dropped")
+    assert line.endswith("set data.max_length to 13 or data.overlong to truncate")
+    assert stores(tmp_path) == []
+
+
+# ── bad rows ──
+
+
+def test_every_bad_row_is_told_and_nothing_is_kept(tmp_path, tokenizer):
+    bad = ['{"prompt": "a"', {"prompt": "a"}, {"prompt": "a", "completion": 3}, {"prompt": "a", "completion": ""}]
+    write(tmp_path / "a.jsonl", [ROWS[0], *bad, ROWS[1]])
+    expected = [
+        "a.jsonl:2: broken JSON",
+        "a.jsonl:3: missing column `completion`",
+        "a.jsonl:4: column",
+        "a.jsonl:5: column",
+    ]
+    for lines in (refused(check, tmp_path), refused(run, tmp_path, tokenizer)):
+        assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
+    assert stores(tmp_path) == []
+    assert [path for path in (tmp_path / "cache").iterdir() if path.name != "digests"] == []
+
+
+def test_the_first_twenty_bad_rows_are_shown_and_the_others_counted(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", [*ROWS, *[{"prompt": "a", "completion": None}] * 33])
+    for lines in (refused(check, tmp_path), refused(run, tmp_path, tokenizer)):
+        assert lines[0] == "a.jsonl:31: column `completion` is null"
+        assert len(lines) == 21
+        assert lines[-1] == "and 13 more bad rows (of 63 rows)"
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path, tokenizer):
+    turn = {"role": "user", "content": "2 + 2?"}
+    write(tmp_path / "a.jsonl", [{"messages": [turn, turn, {"role": "assistant", "content": "4"}]}])
+    (line,) = refused(run, tmp_path, tokenizer, template="llama2")
+    assert line.startswith("a.jsonl:1: the chat template refuses this conversation: turns must alternate")
+    assert check(tmp_path, template="llama2").rows == 1
+
+
+def test_a_file_without_rows_is_told(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.jsonl").write_text("\n\n")
+    for lines in (
+        refused(check, tmp_path, train=["a.jsonl", "b.jsonl"]),
+        refused(run, tmp_path, tokenizer, train=["a.jsonl", "b.jsonl"]),
+    ):
+        assert lines == ["b.jsonl: holds no rows"]
+
+
+def test_checking_counts_rows_by_format(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS)
+    findings = check(tmp_path)
+    assert (findings.rows, dict(findings.formats)) == (30, {"prompt_completion": 30})
+
+
+def test_checking_finds_wrong_settings_before_reading(tmp_path):
+    write(tmp_path / "a.jsonl", ["broken"])
+    assert "data.template" in refused(check, tmp_path, template="chatlm")[0]
+    assert "data.columns" in refused(check, tmp_path, columns={"promt": "q"})[0]
+    assert "data.format" in refused(check, tmp_path, format="text")[0]

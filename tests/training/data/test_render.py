@@ -1,0 +1,445 @@
+"""Token ids and target masks, checked by decoding what is learnt."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from training.data.files import RowError
+from training.data.formats import Chat, Example, Message, PromptCompletion, Text
+from training.data.render import Renderer, Sample, fit, load_tokenizer
+from training.data.templates import TEMPLATES
+from training.errors import InputError
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CORPUS = ["Natalia sold 48 clips. Answer: 48 clips in May", "User: What is 2 + 2? Assistant: It is 4, sir."] * 8
+
+
+def byte_level(trim_offsets: bool = False, **options) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer like GPT-2's; ` 4` and ` clips` are single tokens with their space."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(CORPUS, trainer)
+    core.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    return wrapped(core, **options)
+
+
+def sentence_piece(**options) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer like LLaMA-2's: a space before the first word, and a BOS that it adds by itself."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokens = [*SPECIAL, "<unk>", "\n", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=tokens, show_progress=False, max_token_length=6)
+    core.train_from_iterator([word for line in CORPUS for word in line.split()], trainer)
+    bos = core.token_to_id("<s>")
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    return wrapped(core, **options)
+
+
+def wrapped(core: Tokenizer, **options) -> PreTrainedTokenizerFast:
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **options}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+TOKENIZER = byte_level()
+
+
+def turns(*texts: str, tools=None) -> Chat:
+    """user, assistant, user, ... from texts."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+    return Chat(messages, tuple(range(1, len(texts), 2)), tools)
+
+
+def samples(renderer: Renderer, *examples: Example) -> list[Sample]:
+    results = renderer.render(examples)
+    for result in results:
+        if isinstance(result, RowError):
+            raise result
+    return [result for result in results if isinstance(result, Sample)]
+
+
+def rendered(example: Example, tokenizer=TOKENIZER, template="auto", **options) -> Sample:
+    return samples(Renderer(tokenizer, template, **options), example)[0]
+
+
+def text(sample: Sample, tokenizer=TOKENIZER) -> str:
+    return tokenizer.decode(sample.ids)
+
+
+def learnt(sample: Sample, tokenizer=TOKENIZER) -> list[str]:
+    """The text of every unbroken stretch of targets."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], sample.targets, [False]]).astype(int)))
+    return [tokenizer.decode(sample.ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+# ── prompt and completion, text ──
+
+
+def test_prompt_and_completion_stand_as_they_are_with_one_eos():
+    sample = rendered(PromptCompletion("What is 2 + 2? ", "4 clips"))
+    assert text(sample) == "What is 2 + 2? 4 clips</s>"
+    assert learnt(sample) == ["4 clips</s>"]
+    assert (sample.ids.dtype, sample.targets.dtype) == (np.uint32, np.bool_)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, sentence_piece()], ids=["byte-level", "sentencepiece"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("Answer:", " 48"),
+        ("Answer: ", "48"),
+        ("Answer: ", "clips"),
+        ("a\n", "\nb"),
+        ("cl", "ips"),
+        ("", "clips"),
+        ("é", "é"),
+    ],
+)
+def test_the_tokens_of_the_prompt_are_those_of_the_prompt_alone(tokenizer, prompt, completion):
+    sample = rendered(PromptCompletion(prompt, completion), tokenizer)
+    alone = tokenizer.encode(prompt, add_special_tokens=False)
+    assert sample.ids[: len(alone)].tolist() == alone
+    assert sample.targets.tolist() == [place >= max(len(alone), 1) for place in range(len(sample.ids))]
+
+
+def test_a_token_that_straddles_the_boundary_is_split():
+    assert len(TOKENIZER.encode(" clips")) == 1
+    sample = rendered(PromptCompletion("Answer: ", "clips"))
+    assert text(sample) == "Answer: clips</s>"
+    assert learnt(sample) == ["clips</s>"]
+
+
+def test_a_completion_apart_gets_no_space_of_its_own():
+    tokenizer = sentence_piece()
+    sample = rendered(PromptCompletion("Answer: ", "clips"), tokenizer)
+    assert str(tokenizer.decode(sample.ids, skip_special_tokens=True)).strip() == "Answer: clips"
+
+
+def test_all_of_a_text_but_its_first_token_is_learnt():
+    sample = rendered(Text("Natalia sold 48 clips"))
+    assert text(sample) == "Natalia sold 48 clips</s>"
+    assert sample.targets.tolist() == [False] + [True] * (len(sample.ids) - 1)
+
+
+def test_nothing_adds_a_bos_to_plain_texts():
+    tokenizer = sentence_piece()
+    assert tokenizer.encode("48")[0] == tokenizer.bos_token_id
+    for example in (Text("48"), PromptCompletion("4", "8")):
+        assert tokenizer.bos_token_id not in rendered(example, tokenizer).ids
+
+
+def test_a_batch_of_all_kinds_keeps_its_order():
+    examples: list[Example] = [
+        turns("2 + 2?", "4"),
+        Text("once"),
+        PromptCompletion("a", "b"),
+        turns("3?", "3"),
+        Text("twice"),
+    ]
+    renderer = Renderer(TOKENIZER)
+    together, apart = samples(renderer, *examples), [samples(renderer, example)[0] for example in examples]
+    assert [text(sample) for sample in together] == [text(sample) for sample in apart]
+    assert renderer.render([]) == []
+
+
+# ── chats ──
+
+MULTI_TURN = turns("What is 2 + 2?", "It is 4", "And 48 clips?", "In May")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("plain", ["It is 4</s>", "In May</s>"]),
+        ("chatml", ["It is 4<|im_end|>", "In May<|im_end|>"]),
+        ("llama2", [" It is 4 </s>", " In May </s>"]),
+        ("alpaca", ["It is 4</s>", "In May</s>"]),
+    ],
+)
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_every_assistant_turn_is_learnt_with_its_end(template, expected, trim_offsets):
+    tokenizer = byte_level(trim_offsets)
+    assert learnt(rendered(MULTI_TURN, tokenizer, template), tokenizer) == expected
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_built_in_template_continues_its_own_prompt(template):
+    renderer = Renderer(TOKENIZER, template)
+    (sample,) = samples(renderer, MULTI_TURN)
+    prompt = TOKENIZER.apply_chat_template(
+        MULTI_TURN.messages[:1], chat_template=renderer.chat_template(), add_generation_prompt=True, return_dict=False
+    )
+    assert sample.ids[: len(prompt)].tolist() == prompt
+    assert sample.targets[len(prompt)]
+    assert not sample.targets[: len(prompt)].any()
+
+
+@pytest.mark.parametrize("template", ["plain", "llama2", "alpaca"])
+def test_a_bos_is_written_by_the_template_and_never_twice(template):
+    tokenizer = sentence_piece()
+    sample = rendered(turns("2 + 2?", "4"), tokenizer, template)
+    assert sample.ids[0] == tokenizer.bos_token_id
+    assert (sample.ids == tokenizer.bos_token_id).sum() == 1
+
+
+def test_a_template_does_without_a_bos_token():
+    tokenizer = byte_level(bos_token=None)
+    for template in TEMPLATES:
+        assert learnt(rendered(turns("2 + 2?", "4"), tokenizer, template), tokenizer)
+
+
+def test_llama2_writes_the_system_turn_into_the_first_question():
+    chat = Chat([{"role": "system", "content": "Be brief."}, *MULTI_TURN.messages], (2, 4))
+    assert text(rendered(chat, template="llama2")) == (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is 2 + 2? [/INST] It is 4 </s>"
+        "<s>[INST] And 48 clips? [/INST] In May </s>"
+    )
+
+
+def test_only_the_turns_that_are_to_be_learnt_are():
+    chat = Chat(MULTI_TURN.messages, learnt=(3,))
+    assert learnt(rendered(chat, template="chatml")) == ["In May<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_tool_calls_are_learnt_and_tool_results_are_not(template):
+    function = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    messages: list[Message] = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "four"},
+        {"role": "assistant", "content": "It is 4"},
+    ]
+    sample = rendered(Chat(messages, (1, 3), [{"type": "function", "function": function}]), template=template)
+    first, second = learnt(sample)
+    assert json.dumps(call["function"]) in first
+    assert "four" not in first + second
+    assert second.startswith("It is 4")
+    assert json.dumps(function) in text(sample)
+
+
+@pytest.mark.parametrize("template", ["llama2", "alpaca"])
+def test_a_template_without_a_place_for_tools_refuses_them(template):
+    with pytest.raises(RowError, match=r"the chat template refuses this conversation: .* no place for tools"):
+        rendered(turns("2?", "2", tools=[{"type": "function", "function": {"name": "add"}}]), template=template)
+
+
+def test_the_prompt_of_a_chat_keeps_its_tokens_where_a_token_would_straddle():
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    tokenizer = byte_level(chat_template=template)
+    sample = rendered(turns("What?", "clips in May", "And?", "clips"), tokenizer)
+    assert learnt(sample, tokenizer) == ["clips in May", "clips"]
+    assert text(sample, tokenizer) == "user: What?\nassistant: clips in May\nuser: And?\nassistant: clips\n"
+    prompt = tokenizer.encode("user: What?\nassistant: ")
+    assert sample.ids[: len(prompt)].tolist() == prompt
+
+
+def test_generation_marks_of_the_template_are_obeyed():
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A:' }}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{{ eos_token }}{% else %}{{ 'U:' + m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_level(chat_template=template)
+    assert learnt(rendered(MULTI_TURN, tokenizer), tokenizer) == ["It is 4", "In May"]
+
+
+def test_generation_marks_give_way_where_only_some_turns_are_to_be_learnt():
+    template = "{% for m in messages %}{{ m.role + ':' }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    tokenizer = byte_level(chat_template=template)
+    assert learnt(rendered(Chat(MULTI_TURN.messages, learnt=(3,)), tokenizer), tokenizer) == ["In May"]
+
+
+def test_the_first_token_is_never_learnt():
+    template = (
+        "{% for m in messages if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    tokenizer = byte_level(chat_template=template)
+    sample = rendered(turns("2?", "It is 4"), tokenizer)
+    assert text(sample, tokenizer) == "It is 4"
+    assert sample.targets.tolist() == [False] + [True] * (len(sample.ids) - 1)
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_a_lone_space_before_an_answer_is_not_learnt(trim_offsets):
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    tokenizer = byte_level(trim_offsets, chat_template=template)
+    assert learnt(rendered(turns("2?", "é"), tokenizer), tokenizer) == ["é"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_told():
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + ('<think></think>' if loop.last and m.role == 'assistant' else '') }}"
+        "{{ m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenizer = byte_level(chat_template=template)
+    with pytest.raises(RowError, match=r"messages\[1\] differently once later turns follow.*data.template"):
+        rendered(MULTI_TURN, tokenizer)
+    last = Chat(MULTI_TURN.messages, learnt=(3,))
+    assert learnt(rendered(last, tokenizer), tokenizer) == ["<think></think>In May</s>"]
+
+
+def test_a_bad_row_does_not_spoil_its_batch():
+    broken = Chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, MULTI_TURN.messages[1]], (2,))
+    good, bad, also_good = Renderer(TOKENIZER, "llama2").render([MULTI_TURN, broken, MULTI_TURN])
+    assert "turns must alternate" in str(bad)
+    assert isinstance(good, Sample)
+    assert isinstance(also_good, Sample)
+    assert good.ids.tolist() == also_good.ids.tolist()
+
+
+def test_pairs_of_texts_become_turns_under_a_named_template():
+    sample = rendered(PromptCompletion("2 + 2?", "4"), template="chatml")
+    assert text(sample) == "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+    assert learnt(sample) == ["4<|im_end|>"]
+
+
+def test_pairs_of_texts_ignore_the_template_of_the_tokenizer():
+    tokenizer = byte_level(chat_template=TEMPLATES["chatml"])
+    assert text(rendered(PromptCompletion("2?", "4"), tokenizer), tokenizer) == "2?4</s>"
+    assert text(rendered(turns("2?", "4"), tokenizer), tokenizer).startswith("<|im_start|>user")
+
+
+def test_a_date_in_the_template_is_the_same_on_every_day():
+    template = "{{ strftime_now('%d %b %Y') + '|' }}" + TEMPLATES["chatml"]
+    tokenizer = byte_level(chat_template=template)
+    renderer = Renderer(tokenizer)
+    (sample,) = samples(renderer, turns("2?", "4"))
+    assert text(sample, tokenizer).startswith("01 Jan 2024|<|im_start|>")
+    assert any("fixed at 2024-01-01" in note for note in renderer.notes)
+
+
+# ── notes and errors ──
+
+
+def test_a_tokenizer_without_template_gets_plain_and_says_so_once():
+    renderer = Renderer(TOKENIZER)
+    assert renderer.render([PromptCompletion("a", "b")])
+    assert renderer.notes == []
+    (sample, _) = samples(renderer, turns("2?", "4"), turns("3?", "5"))
+    assert text(sample) == "<s>User:\n2?\n\nAssistant:\n4</s>\n\n"
+    assert renderer.notes == ["the tokenizer has no chat template; conversations are written with the template `plain`"]
+
+
+def test_a_tokenizer_without_pad_or_with_pad_equal_to_eos_learns_the_same():
+    expected = rendered(turns("2?", "4"), template="plain")
+    for pad in (None, "</s>"):
+        renderer = Renderer(byte_level(pad_token=pad), "plain")
+        (sample,) = samples(renderer, turns("2?", "4"))
+        assert sample.targets.tolist() == expected.targets.tolist()
+        assert len(renderer.notes) == (pad is None)
+
+
+def test_chatml_without_its_tokens_is_noted():
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        special_tokens=["</s>", "<s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([], trainer)
+    assert any("no token <|im_end|>" in note for note in Renderer(wrapped(core), "chatml").notes)
+    assert Renderer(TOKENIZER, "chatml").notes == []
+
+
+def test_template_none_refuses_conversations():
+    with pytest.raises(InputError, match=r"data.template: none is for prompt_completion with plain texts"):
+        Renderer(TOKENIZER, "none").render([turns("2?", "4")])
+
+
+def test_an_unknown_template_is_refused_with_a_suggestion(tmp_path):
+    with pytest.raises(
+        InputError, match=r"data.template: no template and no file is called `chatlm`; did you mean chatml?"
+    ):
+        Renderer(TOKENIZER, "chatlm", base=tmp_path)
+
+
+def test_a_template_file_is_read_beside_the_job_and_checked(tmp_path):
+    (tmp_path / "mine.jinja").write_text(TEMPLATES["chatml"])
+    chat = turns("2?", "4")
+    sample = rendered(chat, template="mine.jinja", base=tmp_path)
+    assert text(sample) == text(rendered(chat, template="chatml"))
+    (tmp_path / "mine.jinja").write_text("{{ bos_token }}\n{% for m in %}")
+    with pytest.raises(InputError, match=r"mine.jinja, line 2"):
+        Renderer(TOKENIZER, "mine.jinja", base=tmp_path)
+
+
+def test_a_tokenizer_is_loaded_from_its_folder(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).eos_token == "</s>"
+
+
+def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"needs tokenizer.json and tokenizer_config.json, it holds config.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_broken_tokenizer_file_is_an_input_error(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"the tokenizer cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(InputError, match="absent: no such folder"):
+        load_tokenizer(str(tmp_path / "absent"))
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    byte_level(eos_token=None).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"no EOS token.*set eos_token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path, monkeypatch):
+    import transformers
+
+    class Slow:
+        is_fast = False
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: Slow())
+    with pytest.raises(InputError, match=r"only a slow tokenizer"):
+        load_tokenizer("owner/name")
+
+
+# ── length ──
+
+
+def test_a_long_sample_is_dropped_or_cut_without_a_new_eos():
+    sample = rendered(PromptCompletion("What is 2 + 2? ", "It is 4, sir."))
+    length = len(sample.ids)
+    assert fit(sample, length, "drop") is sample
+    assert fit(sample, length - 1, "drop") is None
+    cut = fit(sample, length - 2, "truncate")
+    assert cut is not None
+    assert cut.ids.tolist() == sample.ids[:-2].tolist()
+    assert TOKENIZER.eos_token_id not in cut.ids
+    none_left = fit(sample, 3, "truncate")
+    assert none_left is not None
+    assert not none_left.targets.any()
+
+
+def test_rendering_is_batched(monkeypatch):
+    renderer = Renderer(TOKENIZER, "chatml")
+    calls = []
+    encode = Renderer._encode
+
+    def counting(self, texts):
+        calls.append(len(texts))
+        return encode(self, texts)
+
+    monkeypatch.setattr(Renderer, "_encode", counting)
+    renderer.render([MULTI_TURN] * 50)
+    assert calls == [50]
