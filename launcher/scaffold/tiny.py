@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.seeding import seed_for
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -28,6 +30,9 @@ CHAT_TEMPLATE = """\
 
 def save_model(folder: Path, text: Iterable[str], seed: int) -> int:
     """Write tokenizer and model to `folder`. Returns the number of parameters. Equal text and seed, equal bytes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the files are written in an instant
     tokenizer = train_tokenizer(text)
     model = build_model(tokenizer, seed)
     tokenizer.save_pretrained(folder)
@@ -84,7 +89,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_for(seed, "tiny model"))
         model = LlamaForCausalLM(config)
     model.generation_config.update(do_sample=False, max_new_tokens=64)
     return model

@@ -119,14 +119,13 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _key(sources: Sequence[Located], data: Data, formats: Sequence[str], tokenizer: Any, base: Path, memo: Path) -> str:
-    """Names a store by everything that its content depends on."""
-    shown = [[part.shown for part in source.parts] for source in sources]
+    """Names a store by everything that its tokens depend on, and nothing else: equal on every machine, wherever files lie."""
     content = [[files.digest(part, memo) for part in source.parts] for source in sources]
     vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     words = [vocabulary, tokenizer.chat_template, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
     template = [data.template, templates.load(data.template, base)]
     settings = [data.format, data.columns, list(formats), data.max_length, data.overlong]
-    text = json.dumps([VERSION, shown, content, words, template, settings], sort_keys=True)
+    text = json.dumps([VERSION, content, words, template, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -1,0 +1,168 @@
+"""The same supervised fine-tuning, done by Muster and by the hand-written loop: commands, and what came of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import Finished, Line, run
+from benchmarks.record import ROOT
+from benchmarks.workload import MAX_LENGTH, Workload
+
+RATE = 1e-3
+WORKERS = 2
+_RATE_OF_CHANGE = {"name": "constant", "warmup": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What both sides do, on two workers with one thread each, in fp32."""
+
+    steps: int
+    batch: int = 16
+    stage: int = 2
+    pack: bool = True
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One run. Index i is step i + 1."""
+
+    losses: list[float]
+    step_s: list[float]
+    """As the side itself measures its steps; empty if it does not."""
+    tokens: list[int]
+    """Non-padding tokens of each step."""
+    first_step_s: float
+    """From the command to the end of the first step."""
+    rest_s: float
+    """From the end of the first step to the end of the last, all that happens between steps included."""
+
+    @property
+    def wall_step_s(self) -> float:
+        """Seconds a step, from outside, without the first."""
+        return self.rest_s / (len(self.losses) - 1)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """From outside, without the first step."""
+        return sum(self.tokens[1:]) / self.rest_s
+
+
+def curve(rows: Sequence[dict[str, Any]], ends: Sequence[float]) -> Curve:
+    """A run from its rows of metrics and the times at which its first and its last step had ended."""
+    return Curve(
+        losses=[row["loss"] for row in rows],
+        step_s=[row["step_s"] for row in rows if "step_s" in row],
+        tokens=[row["tokens"] for row in rows],
+        first_step_s=ends[0],
+        rest_s=ends[-1] - ends[0],
+    )
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """For all sides: one thread a worker, no network, caches of their own, no cluster but one on this machine."""
+    return {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "MUSTER_CACHE": str(cache / "muster"),
+        "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions"),
+        "HF_DATASETS_CACHE": str(cache / "datasets"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+
+
+# Muster
+
+
+@dataclass(frozen=True, kw_only=True)
+class MusterRun:
+    """A run of Muster and what it wrote down."""
+
+    curve: Curve
+    finished: Finished
+    events: list[dict[str, Any]]
+
+
+def muster(work: Workload, training: Training, folder: Path, cache: Path) -> MusterRun:
+    """`muster run` in the new folder `folder`. Raises CommandFailed."""
+    folder.mkdir()
+    job = folder / "job.yaml"
+    job.write_text(json.dumps(_job(work, training)))
+    finished = run(["muster", "run", str(job)], folder=folder, env=environment(cache), timeout_s=training.timeout_s)
+    rows = _json_rows((folder / "runs/bench/sft/metrics.jsonl").read_text().splitlines())
+    events = _json_rows((folder / "runs/bench/events.jsonl").read_text().splitlines())
+    # The first call to the workers is one step long; its line and the last step's come when the call has ended.
+    ends = [line.at for line in finished.lines if line.text.startswith("sft  step")]
+    return MusterRun(curve=curve(rows, ends), finished=finished, events=events)
+
+
+def _job(work: Workload, training: Training) -> dict[str, Any]:
+    data = {
+        "train": str(work.rows),
+        "template": "none",
+        "max_length": MAX_LENGTH,
+        "shuffle": False,
+        "pack": training.pack,
+    }
+    sft = {
+        "data": data,
+        "max_steps": training.steps,
+        "batch": training.batch,
+        "learning_rate": RATE,
+        "schedule": _RATE_OF_CHANGE,
+        "optimizer": {"betas": [0.9, 0.999], "weight_decay": 0.0},
+        "clip": 1.0,
+        "checkpoint": {"every": 1_000_000},
+    }
+    return {
+        "name": "bench",
+        "model": {"path": str(work.model), "dtype": "fp32"},
+        "resources": {"workers": WORKERS, "threads": 1, "gpus_per_worker": 0},
+        "sharding": {"stage": training.stage},
+        "phases": {"sft": sft},
+    }
+
+
+# The hand-written loop
+
+
+def plain_loop(
+    work: Workload, training: Training, layout: str, cache: Path, extra: dict[str, str] | None = None
+) -> Curve:
+    """benchmarks/plain_loop.py under torchrun. Raises CommandFailed."""
+    script = [str(ROOT / "benchmarks" / "plain_loop.py"), str(work.model), str(work.rows), "--layout", layout]
+    numbers = {
+        "--steps": training.steps,
+        "--batch": training.batch,
+        "--stage": training.stage,
+        "--rate": RATE,
+        "--max-length": MAX_LENGTH,
+    }
+    settings = [str(word) for pair in numbers.items() for word in pair] + ([] if training.pack else ["--no-pack"])
+    finished = run(
+        ["torchrun", "--standalone", "--nproc-per-node", str(WORKERS), *script, *settings],
+        folder=work.model.parent,
+        env={**environment(cache), **(extra or {})},
+        timeout_s=training.timeout_s,
+    )
+    return printed_curve(finished.lines)
+
+
+def printed_curve(lines: Sequence[Line]) -> Curve:
+    """The run of a side that prints one JSON object a step, at the end of the step, between other lines."""
+    steps = [line for line in lines if line.text.startswith('{"step":')]
+    return curve(_json_rows([line.text for line in steps]), [line.at for line in steps])
+
+
+def _json_rows(lines: Sequence[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,123 @@
+"""A made-up job for all sides of a comparison: rows of GSM8K's lengths, a tokenizer for them, a small LLaMA. No download."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 4096
+MAX_LENGTH = 512
+"""Tokens; no row is longer."""
+
+_CORRELATION = 0.5
+"""Of the logarithms of the two lengths of a GSM8K row: long questions have long answers."""
+_LEXICON = 3000
+_TOKENIZER_ROWS = 1500
+
+
+@dataclass(frozen=True)
+class Length:
+    """A log-normal number of words. Most words made here are one token."""
+
+    log_mean: float
+    log_std: float
+    most: int
+
+    def draw(self, deviation: float) -> int:
+        return max(1, min(round(math.exp(self.log_mean + self.log_std * deviation)), self.most))
+
+
+# As a tokenizer of 4,096 tokens that was trained on GSM8K cuts its training rows.
+PROMPT = Length(4.05, 0.38, 200)
+COMPLETION = Length(4.50, 0.43, 300)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Model folder (with tokenizer) and rows of prompt and completion."""
+
+    model: Path
+    rows: Path
+
+
+def make(folder: Path, num_rows: int, seed: int = 17) -> Workload:
+    """Write a workload into `folder`. Equal arguments, equal rows."""
+    work = Workload(folder / "model", folder / "rows.jsonl")
+    made = list(rows(num_rows, seed))
+    work.rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    _save_model(work.model, [text for row in made[:_TOKENIZER_ROWS] for text in row.values()], seed)
+    return work
+
+
+def rows(count: int, seed: int) -> Iterator[dict[str, str]]:
+    """Prompt and completion of made-up words, the frequent ones frequent as in a language (Zipf)."""
+    chance = random.Random(seed)
+    lexicon = _lexicon(chance)
+    weights = [1 / rank for rank in range(1, len(lexicon) + 1)]
+    for _ in range(count):
+        prompt, completion = _lengths(chance)
+        words = chance.choices(lexicon, weights, k=prompt + completion)
+        # A token does not go across the line break, so that all sides cut a row alike.
+        yield {"prompt": " ".join(words[:prompt]) + "\n", "completion": " ".join(words[prompt:])}
+
+
+def _lengths(chance: random.Random) -> tuple[int, int]:
+    """Words of a prompt and of its completion."""
+    shared = math.sqrt(_CORRELATION) * chance.gauss(0, 1)
+    rest = math.sqrt(1 - _CORRELATION)
+    return PROMPT.draw(shared + rest * chance.gauss(0, 1)), COMPLETION.draw(shared + rest * chance.gauss(0, 1))
+
+
+def _lexicon(chance: random.Random) -> list[str]:
+    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "in", "on")]
+    words = {"".join(chance.choices(syllables, k=chance.choice((1, 2, 2, 3)))) for _ in range(2 * _LEXICON)}
+    return sorted(words, key=lambda word: (len(word), word))[:_LEXICON]
+
+
+def _save_model(folder: Path, texts: list[str], seed: int) -> None:
+    tokenizer = _tokenizer(texts)
+    tokenizer.save_pretrained(folder)
+    _model(tokenizer, seed).save_pretrained(folder)
+
+
+def _tokenizer(texts: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=MAX_LENGTH, **special)
+
+
+def _model(tokenizer: Any, seed: int) -> Any:
+    """A LLaMA of 15.5 million parameters, random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=7,
+        num_attention_heads=6,
+        max_position_embeddings=MAX_LENGTH,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)

@@ -1,0 +1,233 @@
+"""`muster run` as a person uses it: the real command, real workers on a real Ray, and everything gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.cpu
+
+MUSTER = [sys.executable, "-m", "launcher.cli"]
+LIMIT_S = 240
+JOB = """
+model: {path: MODEL, dtype: fp32}
+resources: {workers: 2}
+sharding: {stage: 2}
+seed: 3
+phases:
+  sft:
+    data: {train: TRAIN, eval: EVAL}
+    batch: 16
+    max_steps: STEPS
+    learning_rate: 3e-3
+    eval_every: 10
+    checkpoint: {every: 10}
+"""
+
+
+@pytest.fixture
+def folder(tiny, tmp_path, monkeypatch) -> Path:
+    """A folder to run in, with a job file; the storage is in it too."""
+    return make_folder(tiny, tmp_path)
+
+
+def make_folder(tiny: Path, path: Path, steps: int = 20) -> Path:
+    text = JOB.replace("MODEL", str(tiny / "model")).replace("TRAIN", str(tiny / "train.jsonl"))
+    (path / "job.yaml").write_text(text.replace("EVAL", str(tiny / "eval.jsonl")).replace("STEPS", str(steps)))
+    return path
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    env = {**os.environ, "MUSTER_CACHE": str(folder / "cache"), **environment}
+    return subprocess.Popen(
+        [*MUSTER, *arguments], cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    try:
+        out, _ = process.communicate(timeout=LIMIT_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    return process.returncode, out
+
+
+def muster(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    return finish(start(folder, *arguments, **environment))
+
+
+def metrics(folder: Path, run: str = "job") -> list[dict]:
+    return [json.loads(line) for line in (folder / "runs" / run / "sft" / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path, run: str = "job") -> list[float]:
+    return [row["loss"] for row in metrics(folder, run) if "loss" in row]
+
+
+def events(folder: Path, run: str = "job") -> list[str]:
+    return [json.loads(line)["event"] for line in (folder / "runs" / run / "events.jsonl").read_text().splitlines()]
+
+
+def wait_for(condition, what: str, limit_s: float = 120) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come within {limit_s} s"
+        time.sleep(0.1)
+
+
+def steps_done(folder: Path, run: str = "job") -> int:
+    path = folder / "runs" / run / "sft" / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+def ray_processes() -> set[int]:
+    found = set()
+    for process in psutil.process_iter(["name", "cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if process.info["name"] in ("raylet", "gcs_server") or command.startswith("ray::") or "site-packages/ray/" in command:
+            found.add(process.pid)
+    return found
+
+
+@pytest.fixture
+def nothing_left():
+    """Asserts after the test that no Ray process, no folder in /tmp and no shared memory stayed behind."""
+    before = ray_processes(), set(Path("/tmp").glob("muster-*")), set(Path("/dev/shm").iterdir())
+    yield
+    wait_for(lambda: ray_processes() <= before[0], "the end of Ray's processes", 20)
+    assert set(Path("/tmp").glob("muster-*")) <= before[1]
+    assert set(Path("/dev/shm").iterdir()) <= before[2]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """An undisturbed run: its folder and what it printed."""
+    folder = make_folder(tiny, tmp_path_factory.mktemp("whole"))
+    status, out = muster(folder, "run", "job.yaml")
+    assert status == 0, out
+    return folder, out
+
+
+def test_a_run_leaves_what_the_design_promises(whole):
+    folder, out = whole
+    run = folder / "runs" / "job"
+    assert [row["step"] for row in metrics(folder) if "loss" in row] == list(range(1, 21))
+    assert [row["step"] for row in metrics(folder) if "eval_loss" in row] == [10, 20]
+    assert all(row["attempt"] == 1 for row in metrics(folder))
+    assert {path.name for path in (run / "sft" / "checkpoints").iterdir()} == {"step-00000010", "step-00000020"}
+    assert list((run / "sft" / "tensorboard").glob("events*"))
+    for rank in (0, 1):
+        assert (run / "sft" / "logs" / "attempt-1" / f"rank-{rank}.log").exists()
+    assert events(folder)[0] == "started"
+    assert events(folder)[-2:] == ["phase_finished", "done"]
+    assert re.search(r"sft  step +20/20  loss \d\.\d+  lr .*tokens/s .*GiB  left 0:00", out)
+
+
+def test_the_model_loads_in_transformers_and_has_learnt(whole):
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = whole
+    model = AutoModelForCausalLM.from_pretrained(folder / "runs/job/sft/model")
+    assert model.num_parameters() > 50_000
+    assert losses(folder)[-1] < 0.8 * losses(folder)[0]
+
+
+def test_the_resolved_job_runs_as_it_stands(whole):
+    from launcher import job as jobs
+
+    folder, _ = whole
+    assert jobs.differences(jobs.load(folder / "job.yaml"), jobs.load(folder / "runs/job/job.yaml")) == []
+
+
+def test_a_finished_run_is_not_run_again(whole):
+    folder, _ = whole
+    status, out = muster(folder, "run", "job.yaml")
+    assert status == 2
+    assert "this run is finished" in out
+
+
+def test_inline_gives_the_same_curve_in_this_process(whole, tiny, tmp_path):
+    folder = make_folder(tiny, tmp_path)
+    status, out = muster(folder, "run", "job.yaml", "resources.workers=1", "--inline")
+    assert status == 0, out
+    assert losses(folder) == pytest.approx(losses(whole[0]), rel=1e-5)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_ctrl_c_finishes_the_step_saves_and_goes_on_later_bit_for_bit(whole, folder):
+    process = start(folder, "run", "job.yaml")
+    wait_for(lambda: steps_done(folder) >= 3, "step 3")
+    process.send_signal(signal.SIGINT)
+    status, out = finish(process)
+    assert status == 130, out
+    assert "muster resume" in out
+    assert events(folder)[-1] == "interrupted"
+    done = steps_done(folder)
+    status, out = muster(folder, "resume", "job")
+    assert status == 0, out
+    if done < 20:
+        assert f"goes on after step {done}" in out
+    assert losses(folder) == losses(whole[0])
+    assert [row["step"] for row in metrics(folder) if "loss" in row] == list(range(1, 21))
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_ctrl_c_twice_stops_at_once(folder):
+    process = start(folder, "run", "job.yaml", "phases.sft.max_steps=100000")
+    wait_for(lambda: steps_done(folder) >= 1, "step 1")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    status, out = finish(process)
+    assert status == 130, out
+    assert "Traceback" not in out
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_killed_worker_is_named_and_the_run_can_be_resumed(whole, folder):
+    process = start(folder, "run", "job.yaml")
+    wait_for(lambda: steps_done(folder) >= 11, "step 11")
+    worker = next(p for p in psutil.Process(process.pid).children(recursive=True) if "_Process" in " ".join(p.cmdline()))
+    worker.kill()
+    status, out = finish(process)
+    assert status == 1, out
+    assert re.search(r"worker [01] died", out)
+    assert "Traceback" not in out
+    assert events(folder)[-1] == "failed"
+    status, out = muster(folder, "resume", "job")
+    assert status == 0, out
+    assert losses(folder) == losses(whole[0])
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_killed_driver_takes_its_workers_with_it(folder):
+    process = start(folder, "run", "job.yaml", "phases.sft.max_steps=100000")
+    wait_for(lambda: steps_done(folder) >= 1, "step 1")
+    own = {p.pid for p in psutil.Process(process.pid).children(recursive=True)}
+    assert own
+    process.kill()
+    finish(process)
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in own), "the end of the workers", 60)
+    for leftover in Path("/tmp").glob("muster-*"):  # what nobody was left to remove
+        subprocess.run(["rm", "-rf", str(leftover)], check=True)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_two_jobs_side_by_side_do_not_disturb_each_other(whole, folder):
+    processes = [start(folder, "run", "job.yaml", f"name={name}") for name in ("one", "two")]
+    for process in processes:
+        status, out = finish(process)
+        assert status == 0, out
+    assert losses(folder, "one") == losses(folder, "two") == losses(whole[0])
