@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -36,11 +36,17 @@ def cache_folder() -> Path:
 
 
 class Interrupts:
-    """Ctrl-C once asks for an orderly end, twice ends at once. SIGTERM asks too. For the length of a `with` block."""
+    """What Ctrl-C and SIGTERM do for the length of a `with` block.
+
+    While a phase trains, the first asks for an orderly end and a second Ctrl-C ends at once; at other times the first
+    does, since there is nothing to save. Once the end has begun, nothing interrupts the tidying up.
+    """
 
     def __init__(self, say: Callable[[str], None]):
         self.say = say
         self.requested = False
+        self.training = False
+        self._ending = False
 
     def __enter__(self) -> Interrupts:
         self.before = {number: signal.signal(number, self._received) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -51,7 +57,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._ending:
+            return
+        if not self.training or (self.requested and number == signal.SIGINT):
+            self._ending = True
             raise KeyboardInterrupt
         if not self.requested:
             self.say("stopping: the step in hand is finished and saved; Ctrl-C again to stop at once")
@@ -91,6 +100,7 @@ class PhaseRun:
         )
         self.event("training", step=step, total_steps=facts.total_steps, parameters=facts.num_parameters)
         self._forget_after(step)
+        self.interrupts.training = True
         self.progress.start(facts.total_steps, step)
 
     def _forget_after(self, step: int) -> None:
@@ -107,6 +117,7 @@ class PhaseRun:
         return self.interrupts.requested
 
     def close(self) -> None:
+        self.interrupts.training = False
         self.progress.close()
         for tracker in self.trackers:
             tracker.close()
@@ -136,7 +147,8 @@ def run_job(job: Job, *, inline: bool, console: Console) -> int:
             say("stopped at once; `muster resume` goes on from the last checkpoint")
             return INTERRUPTED
         except (MusterError, OSError) as error:
-            run.event("failed", error=str(error))
+            with suppress(OSError):  # the disk may be what has failed
+                run.event("failed", error=str(error))
             say(f"{job.name} failed\n{error}\n`muster resume {run.folder}` goes on from the last checkpoint")
             return FAILED
         run.event("done" if done else "interrupted")

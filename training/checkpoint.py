@@ -15,6 +15,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,12 +131,16 @@ class Checkpoints:
         self.root = root
         self.attempt = attempt
 
-    def stage(self, step: int) -> Path:
-        """An empty folder to write the shards of a step into; not a checkpoint until it is committed."""
+    @contextmanager
+    def staging(self, step: int) -> Iterator[Path]:
+        """An empty folder to write the shards of a step into and commit within the block; nothing is left if that fails."""
         folder = self.root / f".tmp-{_name(step)}.attempt-{self.attempt}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        return folder
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, staged: Path, manifest: Manifest) -> Path:
         """Write the manifest and give the folder its name, in one atomic step. Replaces an older one of the same step."""

@@ -103,7 +103,7 @@ class Trainer:
         self.limits = self._limits()
 
     def _limits(self) -> Limits:
-        phase, longest = self.phase, int(self.store.lengths.max())
+        phase, longest = self.phase, min(self.store.meta.longest, self.phase.data.max_length)
         tokens = max(_MICRO_TOKENS, longest) if phase.micro_tokens == "auto" else phase.micro_tokens
         varlen = self.attention.startswith("flash_attention")
         row = tokens if varlen else min(tokens, max(_ROW_TOKENS_WITHOUT_VARLEN, longest))
@@ -142,7 +142,7 @@ class Trainer:
         targets = int(self.store.target_counts[samples].sum())
         rate = learning_rate(self.phase.learning_rate, self.phase.schedule, step, self.total_steps)
         loss, norm = self.engine.step(list(self._hand(self.store, samples)), targets=targets, learning_rate=rate)
-        tokens, seconds = int(self.store.lengths[samples].sum()), time.perf_counter() - began
+        tokens, seconds = int(self.store.lengths_of(samples).sum()), time.perf_counter() - began
         return {
             "step": step,
             "loss": 0.0,
@@ -162,7 +162,7 @@ class Trainer:
 
     def _hand(self, store: TokenStore, samples: np.ndarray) -> Iterator[dict[str, Tensor | None]]:
         """This worker's micro-batches of a global batch."""
-        lengths = store.lengths[samples].tolist()
+        lengths = store.lengths_of(samples).tolist()
         for rows in deal(lengths, self.seat.size, self.limits)[self.seat.rank]:
             yield collate([[store[int(samples[i])] for i in row] for row in rows])
 
@@ -191,7 +191,11 @@ class Trainer:
             for fragment in self.engine.owned()
             for kind, view in fragment.tensors.items()
         )
-        file = write_shard(Path(staged) / f"worker-{self.seat.rank:05d}.safetensors", tensors)
+        path = Path(staged) / f"worker-{self.seat.rank:05d}.safetensors"
+        try:
+            file = write_shard(path, tensors)
+        except OSError as error:
+            raise TrainingError(f"the checkpoint cannot be written: {error.strerror}: {path}") from error
         return {
             "file": asdict(file),
             "optimizer_step": self.engine.optimizer_step,

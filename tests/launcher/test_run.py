@@ -94,7 +94,11 @@ def ray_processes() -> set[int]:
     found = set()
     for process in psutil.process_iter(["name", "cmdline"]):
         command = " ".join(process.info["cmdline"] or [])
-        if process.info["name"] in ("raylet", "gcs_server") or command.startswith("ray::") or "site-packages/ray/" in command:
+        if (
+            process.info["name"] in ("raylet", "gcs_server")
+            or command.startswith("ray::")
+            or "site-packages/ray/" in command
+        ):
             found.add(process.pid)
     return found
 
@@ -199,7 +203,9 @@ def test_ctrl_c_twice_stops_at_once(folder):
 def test_a_killed_worker_is_named_and_the_run_can_be_resumed(whole, folder):
     process = start(folder, "run", "job.yaml")
     wait_for(lambda: steps_done(folder) >= 11, "step 11")
-    worker = next(p for p in psutil.Process(process.pid).children(recursive=True) if "_Process" in " ".join(p.cmdline()))
+    worker = next(
+        p for p in psutil.Process(process.pid).children(recursive=True) if "_Process" in " ".join(p.cmdline())
+    )
     worker.kill()
     status, out = finish(process)
     assert status == 1, out

@@ -95,7 +95,9 @@ def train(tiny, tmp_path_factory):
     from tests.fork_group import ForkGroup
     from training.recipes import supervised
 
-    def run(workers: int = 1, checkpoints: Path | None = None, stop_after: int | None = None, **settings: Any) -> Recorder:
+    def run(
+        workers: int = 1, checkpoints: Path | None = None, stop_after: int | None = None, **settings: Any
+    ) -> Recorder:
         phase = sft_phase(tiny, workers=workers, **settings)
         hooks = Recorder(checkpoints or tmp_path_factory.mktemp("checkpoints"), stop_after)
         with ForkGroup(workers, "training.recipes.sft:SFTTrainer", phase, str(tiny / "cache")) as group:

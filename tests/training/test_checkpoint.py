@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,22 +13,22 @@ from training.checkpoint import CheckpointError, Checkpoints, Manifest, Reader, 
 def save(root, step, *, world_size=2, metrics=None, attempt=1):
     """A checkpoint of one parameter `w` [4, 5] that holds 0..19 plus the step, written by `world_size` workers."""
     checkpoints = Checkpoints(root, attempt=attempt)
-    staged = checkpoints.stage(step)
     values = np.arange(20, dtype=np.float32) + step
     cuts = [20 * rank // world_size for rank in range(world_size + 1)]
-    files = [
-        write_shard(
-            staged / f"worker-{rank}.safetensors",
-            [(f"fp32/w@{a}", values[a:b]), (f"exp_avg/w@{a}", -values[a:b])],
-        )
-        for rank, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
-    ]
-    manifest = Manifest(
-        phase="sft", step=step, samples=step * 8, optimizer_step=step, attempt=attempt, world_size=world_size,
-        zero_stage=2, dtype="float32", formats={}, job_hash="j", data_hash="d", metrics=metrics or {},
-        parameters={"w": [4, 5]}, files=files, versions={}, created="2026-01-01",
-    )  # fmt: skip
-    return checkpoints.commit(staged, manifest)
+    with checkpoints.staging(step) as staged:
+        files = [
+            write_shard(
+                staged / f"worker-{rank}.safetensors",
+                [(f"fp32/w@{a}", values[a:b]), (f"exp_avg/w@{a}", -values[a:b])],
+            )
+            for rank, (a, b) in enumerate(pairwise(cuts))
+        ]
+        manifest = Manifest(
+            phase="sft", step=step, samples=step * 8, optimizer_step=step, attempt=attempt, world_size=world_size,
+            zero_stage=2, dtype="float32", formats={}, job_hash="j", data_hash="d", metrics=metrics or {},
+            parameters={"w": [4, 5]}, files=files, versions={}, created="2026-01-01",
+        )  # fmt: skip
+        return checkpoints.commit(staged, manifest)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -59,10 +60,19 @@ def test_what_is_not_there_is_an_error_not_garbage(tmp_path):
 
 def test_shards_without_a_manifest_are_no_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    write_shard(checkpoints.stage(3) / "worker-0.safetensors", [])
+    leftover = tmp_path / ".tmp-step-00000003.attempt-1"  # as a process leaves it that is killed while it saves
+    leftover.mkdir()
+    write_shard(leftover / "worker-0.safetensors", [])
     assert checkpoints.folders() == []
     assert checkpoints.newest_whole() == (None, [])
     checkpoints.sweep()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(OSError), Checkpoints(tmp_path).staging(3) as staged:
+        (staged / "worker-0.safetensors").write_bytes(b"half")
+        raise OSError("No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 

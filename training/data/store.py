@@ -105,6 +105,10 @@ class TokenStore:
         """[samples] tokens of each."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of these samples, without looking at the others. [n] -> [n]"""
+        return self.offsets[samples + 1] - self.offsets[samples]
+
     @property
     def source_sizes(self) -> list[int]:
         """Samples of each source; they lie one source after the other."""

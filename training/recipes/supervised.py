@@ -6,7 +6,7 @@ Between two calls nothing is in flight, so this is where evaluation, checkpoints
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -131,15 +131,29 @@ def _save(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, progress: _P
     if progress.step == progress.saved:
         return
     began = time.monotonic()
-    staged = hooks.checkpoints.stage(progress.step)
-    shards = results(trainer.call("save", str(staged)), SETUP_S)
-    manifest = Manifest(
+    with hooks.checkpoints.staging(progress.step) as staged:
+        shards = results(trainer.call("save", str(staged)), SETUP_S)
+        folder = hooks.checkpoints.commit(staged, _manifest(phase, trainer.size, hooks, facts, progress, shards))
+    progress.saved = progress.step
+    hooks.event("checkpoint", step=progress.step, checkpoint=str(folder), seconds=round(time.monotonic() - began, 3))
+    best = phase.checkpoint.best
+    hooks.checkpoints.retain(
+        phase.checkpoint.keep,
+        best=best.metric if best else None,
+        smaller_is_better=best is None or best.mode == "min",
+    )
+
+
+def _manifest(
+    phase: Phase, num_workers: int, hooks: Hooks, facts: Facts, progress: _Progress, shards: Sequence[Mapping[str, Any]]
+) -> Manifest:
+    return Manifest(
         phase=phase.recipe,
         step=progress.step,
         samples=progress.step * phase.batch,
         optimizer_step=shards[0]["optimizer_step"],
         attempt=hooks.checkpoints.attempt,
-        world_size=trainer.size,
+        world_size=num_workers,
         zero_stage=phase.sharding.stage,
         dtype=facts.dtype,
         formats=facts.formats,
@@ -150,13 +164,4 @@ def _save(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, progress: _P
         files=[File(**shard["file"]) for shard in shards],
         versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "muster-train")},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    folder = hooks.checkpoints.commit(staged, manifest)
-    progress.saved = progress.step
-    hooks.event("checkpoint", step=progress.step, checkpoint=str(folder), seconds=round(time.monotonic() - began, 3))
-    best = phase.checkpoint.best
-    hooks.checkpoints.retain(
-        phase.checkpoint.keep,
-        best=best.metric if best else None,
-        smaller_is_better=best is None or best.mode == "min",
     )

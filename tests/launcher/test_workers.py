@@ -1,0 +1,118 @@
+"""Worker groups on a real Ray: gangs, seats, calls that fail as a whole, logs, and nothing left."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import pytest
+
+from training.config import Resources
+from training.errors import InputError, TrainingError
+from training.group import results
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def group(ray_cluster, tmp_path):
+    """Two workers with the role Probe."""
+    from launcher.workers import WorkerGroup
+
+    workers = WorkerGroup(Resources(workers=2), tmp_path / "logs", lambda line: None)
+    yield workers.build("probe", "tests.roles:Probe")
+    workers.close()
+
+
+def test_workers_know_their_seats_and_reach_each_other(group):
+    seats = results(group.call("who"), 60)
+    assert [(seat.rank, seat.size, seat.local_rank, seat.local_size) for seat in seats] == [(0, 2, 0, 2), (1, 2, 1, 2)]
+    assert {seat.host for seat in seats} == {"127.0.0.1"}
+    assert [future.result(60) for future in group.map("add_up", [3, 4])] == [7, 7]
+
+
+def test_a_worker_computes_with_its_share_of_the_cores(group):
+    cores = len(psutil.Process().cpu_affinity())
+    assert results(group.call("threads"), 60) == [max(1, cores // 2)] * 2
+
+
+def test_one_shard_a_worker(group):
+    with pytest.raises(ValueError, match="3 shards for a group of 2 workers"):
+        group.map("add_up", [1, 2, 3])
+
+
+def test_an_exception_names_the_worker_and_shows_where(group):
+    with pytest.raises(TrainingError) as caught:
+        results(group.call("fail", 1), 60)
+    text = str(caught.value)
+    assert text.startswith("worker 1 raised: ValueError: row 7 of data.jsonl made worker 1 fail")
+    assert "in fail" in text
+    assert "rank-1.log" in text
+
+
+def test_errors_meant_for_people_arrive_as_they_are(group):
+    with pytest.raises(TrainingError, match="^step 3: the loss is nan$"):
+        results(group.call("refuse", 0), 60)
+    with pytest.raises(InputError, match="^data.jsonl:4: no answer$"):
+        results(group.call("refuse_input"), 60)
+
+
+def test_the_victim_is_blamed_and_the_survivor_is_collateral(group):
+    began = time.monotonic()
+    with pytest.raises(TrainingError, match="worker 1 died") as caught:
+        results(group.call("die_while_others_wait", 1), 60)
+    assert time.monotonic() - began < 20, "the survivor's time limit was waited for"
+    assert "workers 0 failed because of it" in str(caught.value) or "worker 0" not in str(caught.value)
+
+
+def test_a_call_that_takes_too_long_names_those_who_did_not_answer(group):
+    with pytest.raises(TrainingError, match="sleep did not answer within 1 s on workers 1"):
+        results(group.call("sleep", 1, 30), 1)
+
+
+def test_logs_can_be_read_while_the_worker_is_busy(group):
+    results(group.call("say", "hello from a worker"), 60)
+    group.call("sleep", 0, 5)
+    began = time.monotonic()
+    assert b"hello from a worker" in group.workers.read_log(0, 0)
+    assert time.monotonic() - began < 3
+    assert "hello" in group.workers.log_of(1).read_text()
+
+
+def test_closing_ends_the_processes_and_gives_the_places_back(ray_cluster, tmp_path):
+    import ray
+
+    from launcher.workers import WorkerGroup
+
+    before = ray.available_resources()["CPU"]
+    workers = WorkerGroup(Resources(workers=2), tmp_path, lambda line: None)
+    pids = workers.pids
+    assert ray.available_resources()["CPU"] <= before - 2
+    workers.close()
+    end = time.monotonic() + 15
+    while any(psutil.pid_exists(pid) for pid in pids) or ray.available_resources().get("CPU", 0) < before:
+        assert time.monotonic() < end, "workers or places are still there"
+        time.sleep(0.1)
+
+
+def test_a_gang_that_does_not_fit_waits_says_what_is_missing_and_gives_up(ray_cluster, tmp_path, monkeypatch):
+    from launcher import workers
+
+    monkeypatch.setattr(workers, "GATHER_S", 2.0)
+    said = []
+    with pytest.raises(
+        TrainingError, match=r"did not come within 2 s: 999 workers wanted with 1 CPU each; the cluster has \d+ CPUs"
+    ):
+        workers.WorkerGroup(Resources(workers=999), tmp_path, said.append)
+
+
+def test_two_groups_do_not_meet(ray_cluster, tmp_path):
+    from launcher.workers import WorkerGroup
+
+    groups = [WorkerGroup(Resources(workers=1), tmp_path / name, lambda line: None) for name in "ab"]
+    try:
+        roles = [group.build("probe", "tests.roles:Probe") for group in groups]
+        assert [results(role.call("add_up", 5), 60) for role in roles] == [[5], [5]]
+    finally:
+        for group in groups:
+            group.close()
