@@ -17,7 +17,7 @@ import psutil
 
 _GRACE_S = 15.0
 """How long a process that was asked to stop may take before it is killed."""
-_TAIL = 30
+_TAIL = 100
 
 
 @dataclass(frozen=True)

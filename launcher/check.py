@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher import capacity
+from launcher import capacity, trackers
 from launcher import job as jobs
 from launcher.driver import cache_folder
 from launcher.job import Job
@@ -21,6 +21,7 @@ from training.recipes import RECIPES
 def load(file: Path, overrides: Sequence[str], *, inline: bool = False) -> Job:
     """The job in a file, checked against this machine too. Raises InputError with every problem."""
     job = jobs.load(file, overrides)
+    trackers.check(job.track, where=str(job.file))
     capacity.check(job, inline=inline)
     return job
 

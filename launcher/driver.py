@@ -24,7 +24,7 @@ from training.recipes import RECIPES, resolve
 
 if TYPE_CHECKING:
     from launcher.workers import WorkerGroup
-    from training.trainer import Facts
+    from training.facts import Facts
 
 DONE, FAILED, INPUT_WRONG, INTERRUPTED = 0, 1, 2, 130
 _NOT_FOR_TRACKERS = ("step", "attempt", "workers")

@@ -22,13 +22,23 @@ def export(run: RunFolder, *, phase: str | None, step: int | None, out: Path | N
         raise InputError.of(str(run.folder), "no checkpoint was saved yet")
     name = candidates[-1]
     folder = _checkpoint(Checkpoints(run.checkpoints(name)), step)
+    if out is not None:
+        _refuse_to_overwrite(out)
     target = out or run.phase(name) / f"model-{step_of(folder)}"
-    if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
-        raise InputError.of(str(target), "the folder holds something else than a model; choose another --out")
     from training.export import export as write
 
-    write(folder, target, with_its_start(job.phases[name], run))
+    try:
+        write(folder, target, with_its_start(job.phases[name], run))
+    except OSError as error:
+        raise InputError.of(str(target), f"cannot be written: {error}; make room, or choose another --out") from error
     return {"phase": name, "step": step_of(folder), "model": str(target)}
+
+
+def _refuse_to_overwrite(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError.of(str(out), "is a file; choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError.of(str(out), "the folder is not empty; choose another --out, or remove it first")
 
 
 def _checkpoint(checkpoints: Checkpoints, step: int | None) -> Path:

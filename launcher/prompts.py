@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.runs import JOB, RunFolder, find
+from training import modelfiles
 from training.errors import InputError, Problem
+
+SHOWN_PROBLEMS = 20
 
 
 def answer(
@@ -20,6 +23,8 @@ def answer(
         rows += _read(file, limit)
     if not rows:
         raise InputError.of("command line", "no prompt; give --prompt TEXT or --file FILE")
+    if not all(prompts):
+        raise InputError.of("command line", "a prompt is empty; give it some text", "--prompt")
     path = _model(model)
     from training.generate import generate
 
@@ -29,21 +34,31 @@ def answer(
 
 def _read(file: Path, limit: int | None) -> list[dict[str, Any]]:
     if not file.is_file():
-        raise InputError.of(str(file), "no such file")
+        raise InputError.of(str(file), "is a folder; give a JSONL file" if file.is_dir() else "no such file")
     rows: list[dict[str, Any]] = []
     problems: list[Problem] = []
-    with file.open() as lines_of_file:
+    with file.open("rb") as lines_of_file:
         for number, line in enumerate(lines_of_file, 1):
-            if limit is not None and len(rows) == limit:
+            if len(rows) == limit or len(problems) == SHOWN_PROBLEMS:
                 break
-            try:
-                row = json.loads(line)
-                rows.append({"prompt": row["prompt"], **_expected(row)})
-            except (ValueError, KeyError, TypeError):
-                problems.append(Problem(f"{file}:{number}", "", "expected a JSON object with a text `prompt`"))
+            row = _row(line)
+            if row is None:
+                message = "expected a JSON object with a text `prompt` that is not empty"
+                problems.append(Problem(f"{file}:{number}", "", message))
+            else:
+                rows.append(row)
     if problems:
-        raise InputError(problems[:20])
+        raise InputError(problems)
     return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    return {"prompt": prompt, **_expected(row)} if isinstance(prompt, str) and prompt else None
 
 
 def _expected(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,6 +69,7 @@ def _model(text: str) -> str:
     """The Hugging Face folder that is meant: a folder itself, or the newest model of a run."""
     folder = Path(text)
     if (folder / "config.json").exists():
+        modelfiles.inspect(folder)
         return text
     if folder.is_dir() and not (folder / JOB).exists():
         raise InputError.of(text, "neither a run nor a model folder (no job.yaml, no config.json)")

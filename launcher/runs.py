@@ -20,19 +20,21 @@ from launcher import job as jobs
 from launcher.job import Job
 from training.errors import InputError
 
+RUNS = Path("runs")
+"""Where runs are looked for when a name alone is given."""
 JOB, EVENTS, METRICS, LOCK = "job.yaml", "events.jsonl", "metrics.jsonl", ".lock"
 
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file that is perhaps being written: what is missing or cut at the end is left out."""
+    """The rows of a JSONL file that is perhaps being written: rows that were cut short are left out."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open("rb") as file:
         for line in file:
             try:
                 yield json.loads(line)
             except ValueError:
-                return
+                continue
 
 
 class RunFolder:
@@ -83,7 +85,7 @@ class RunFolder:
         return endings[last]
 
 
-def find(text: str, storage: Path = Path("runs")) -> RunFolder:
+def find(text: str, storage: Path = RUNS) -> RunFolder:
     """The run that a person means: a folder, or a name under `storage`. Raises InputError that lists those that exist."""
     for folder in (Path(text), storage / text):
         if (folder / JOB).exists():
@@ -116,31 +118,54 @@ class OpenRun(RunFolder):
 def begin(job: Job) -> OpenRun:
     """Make the run folder of a job, or go on in the one it has.
 
-    Raises InputError if the folder holds something else, another job, a finished run, or is being worked on.
+    Raises InputError as `check` does, and if the folder cannot be written or is being worked on.
     """
-    folder = Path(job.storage) / job.name
+    check(job)
+    folder = _folder(job)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(folder / LOCK)
+        try:
+            return _begin(folder, job, lock)
+        except BaseException:
+            lock.close()
+            raise
     except OSError as error:
-        raise InputError.of(
-            str(folder), f"cannot write the run folder: {error.strerror}; choose another `storage`"
-        ) from error
-    try:
-        _refuse_others(folder, job)
-        (folder / JOB).write_text(jobs.dump(job))
-    except BaseException:
-        lock.close()
-        raise
+        message = f"cannot write the run folder: {error.strerror}; make room, or choose another `storage`"
+        raise InputError.of(str(folder), message) from error
+
+
+def _begin(folder: Path, job: Job, lock: IO[str]) -> OpenRun:
+    check(job)  # once more: another process may have come before the lock
+    _replace(folder / JOB, jobs.dump(job))
     run = OpenRun(folder, RunFolder(folder).attempts() + 1, lock)
     run.event("started", host=socket.gethostname(), pid=os.getpid())
     return run
 
 
+def check(job: Job) -> None:
+    """Raises InputError if the run folder of a job holds something else, another job or a finished run. Writes nothing."""
+    if "://" in job.storage:
+        raise InputError.of(str(job.file), f"{job.storage} is not a folder; runs are kept in a folder", "storage")
+    if _folder(job).is_dir():
+        _refuse_others(_folder(job), job)
+
+
+def _folder(job: Job) -> Path:
+    return Path(job.storage) / job.name
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file such that a full disk or a crash leaves the old one."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
 def _refuse_others(folder: Path, job: Job) -> None:
     held = RunFolder(folder)
     if not (folder / JOB).exists():
-        if strangers := sorted(p.name for p in folder.iterdir() if p.name != LOCK):
+        if strangers := sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, f".{JOB}")):
             raise InputError.of(
                 str(folder),
                 f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or storage",
@@ -187,8 +212,9 @@ def _is_locked(path: Path) -> bool:
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
     """Add one row to a JSONL file, in one write, so that a reader sees it whole or not at all."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    with path.open("ab+") as file:
+        torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # a full disk cut the row before
+        file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
 
 
 def now() -> str:

@@ -40,7 +40,14 @@ def _joined(address: str) -> Iterator[None]:
 def _local(num_workers: int) -> Iterator[None]:
     """A Ray of this process alone: bound to loopback, opened by a token nobody else has, its files in a folder of its own."""
     folder = tempfile.mkdtemp(prefix="muster-", dir="/tmp")  # short: Ray's socket names must fit in 107 characters
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": folder}
+    own = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_TMPDIR": folder,
+        # Where Ray does not expect other hosts it binds every port to loopback. The name speaks of other systems; what it
+        # does on Linux is asserted by tests/launcher/test_workers.py.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
     import ray

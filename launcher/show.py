@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.progress import duration
-from launcher.runs import RunFolder, runs_in
+from launcher.runs import RUNS, RunFolder, runs_in
 from training.checkpoint import CheckpointError, Checkpoints, Manifest, step_of, verify
+from training.errors import InputError
 
 
 def status(run: RunFolder) -> dict[str, Any]:
@@ -72,8 +73,24 @@ def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def listing(storage: Path) -> list[dict[str, Any]]:
-    """All runs in a folder, the newest last."""
-    return [status(run) for run in runs_in(storage)]
+    """All runs in a folder, the newest last. Raises InputError if there is no such folder, unless it is the default one."""
+    if not storage.is_dir() and (storage.exists() or storage != RUNS):
+        raise InputError.of(str(storage), "is a file; give a folder of runs" if storage.exists() else "no such folder")
+    return [_status_or_problem(run) for run in runs_in(storage)]
+
+
+def _status_or_problem(run: RunFolder) -> dict[str, Any]:
+    """One run that cannot be read must not hide the others."""
+    try:
+        return status(run)
+    except InputError as error:
+        return {
+            "name": run.name,
+            "folder": str(run.folder),
+            "state": "unreadable",
+            "phases": {},
+            "problems": [str(error)],
+        }
 
 
 def listing_lines(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -81,7 +98,9 @@ def listing_lines(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "no runs"
     for run in runs:
         steps = ", ".join(f"{name} {p['step']}/{p['total_steps'] or '?'}" for name, p in run["phases"].items())
-        yield f"{run['name']:<24} {run['state']:<12} {steps}"
+        yield f"{run['name']:<24} {run['state']:<12} {steps}".rstrip()
+        if run["state"] == "unreadable":
+            yield from (f"  {problem}" for problem in run["problems"])
 
 
 def checkpoints(run: RunFolder, *, deep: bool) -> list[dict[str, Any]]:

@@ -79,13 +79,13 @@ TRACKERS: dict[str, Callable[[str, str, Path, Mapping[str, Any]], Tracker]] = {
 }
 
 
-def check(names: Sequence[str]) -> None:
+def check(names: Sequence[str], where: str = "job") -> None:
     """Raises InputError for trackers whose package is not installed."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise InputError(
             [
-                Problem("job", "track", f"{name} is not installed: pip install 'muster-train[{name}]'")
+                Problem(where, "track", f"{name} is not installed: pip install 'muster-train[{name}]'")
                 for name in missing
             ]
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from pathlib import Path
 
 from training.distributed import Seat
 from training.errors import InputError, TrainingError
@@ -57,3 +59,66 @@ class Probe:
         if self.seat.rank == rank:
             time.sleep(seconds)
         return self.seat.rank
+
+
+class LoadProbe:
+    """Loads a model as training does, and watches the memory that is this process's own (mapped files do not count)."""
+
+    def __init__(self, seat: Seat):
+        self.seat = seat
+
+    def load(self, path: str, stage: int) -> int:
+        """Bytes by which memory grew at most while the model was loaded."""
+        from training import engine
+        from training.config import SFT
+        from training.model import TokenLoss, load
+
+        phase = SFT.model_validate(
+            {"recipe": "sft", "model": {"path": path}, "data": {"train": "-"}, "sharding": {"stage": stage}}
+        )
+        engine._start_deepspeed(self.seat)
+
+        def build(dtype):
+            return TokenLoss(load(phase.model, dtype, "cpu"))
+
+        with _Peak() as peak:
+            if stage == 3:
+                self.module = engine._built_sharded(
+                    build, torch_float32(), engine.derive_config(phase, self.seat, torch_float32())
+                )
+            else:
+                self.module = build(torch_float32())
+                for parameter in self.module.parameters():  # from the mapped file into memory, as the first step does
+                    parameter.data = parameter.data.clone()
+        return peak.bytes
+
+
+def torch_float32():
+    import torch
+
+    return torch.float32
+
+
+class _Peak:
+    """Peak growth of a process's anonymous memory within a block, looked at every 2 ms."""
+
+    def __enter__(self):
+        self.before = self.bytes = _anonymous_bytes()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        while not self.ended.wait(0.002):
+            self.bytes = max(self.bytes, _anonymous_bytes())
+
+    def __exit__(self, *exc):
+        self.ended.set()
+        self.thread.join()
+        self.bytes -= self.before
+
+
+def _anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])

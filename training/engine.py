@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from training.config import Optimizer, Phase
 from training.data.collate import to_device
 from training.distributed import Seat, limit_waits
+from training.memory import freed_memory_given_back
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _WRAPPER_PREFIX = "lm."
@@ -298,7 +299,8 @@ def _built_sharded(build: Callable[[torch.dtype], nn.Module], dtype: torch.dtype
     from transformers.integrations import HfDeepSpeedConfig
 
     shards_while_loading = HfDeepSpeedConfig(config)  # transformers shards for as long as this object lives
-    module = build(dtype)
+    with freed_memory_given_back():
+        module = build(dtype)
     del shards_while_loading
     return module
 

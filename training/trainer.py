@@ -7,10 +7,9 @@ them: evaluate, save, stop. No state but the model's and the optimizer's is kept
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ from training.data.stores import open_stores
 from training.distributed import Seat
 from training.engine import Engine
 from training.errors import TrainingError
+from training.facts import Facts
+from training.memory import peak_bytes
 from training.schedule import learning_rate, total_samples, total_steps
 from training.seeding import seed_for
 
@@ -37,22 +38,6 @@ GIB = 1 << 30
 _MICRO_TOKENS = 4096
 _ROW_TOKENS_WITHOUT_VARLEN = 512
 """Without a kernel for packed rows, attention pays for the whole row: longer packs cost more than they save."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a phase turned out to be once its data and model were there."""
-
-    total_steps: int
-    num_samples: int
-    num_eval_samples: int
-    num_parameters: int
-    dtype: str
-    attention: str
-    device: str
-    data_hash: str
-    formats: dict[str, int]
-    notes: list[str]
 
 
 class Trainer:
@@ -180,7 +165,7 @@ class Trainer:
     def _memory_gib(self) -> float:
         if self.seat.device == "cuda":
             return torch.cuda.max_memory_allocated() / GIB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        return peak_bytes() / GIB
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -14,14 +16,23 @@ from training.group import results
 pytestmark = pytest.mark.cpu
 
 
-@pytest.fixture
-def group(ray_cluster, tmp_path):
+@contextmanager
+def probes(folder):
     """Two workers with the role Probe."""
     from launcher.workers import WorkerGroup
 
-    workers = WorkerGroup(Resources(workers=2), tmp_path / "logs", lambda line: None)
-    yield workers.build("probe", "tests.roles:Probe")
-    workers.close()
+    workers = WorkerGroup(Resources(workers=2), folder / "logs", lambda line: None)
+    try:
+        yield workers.build("probe", "tests.roles:Probe")
+    finally:
+        workers.close()
+
+
+@pytest.fixture(scope="module")
+def group(ray_cluster, tmp_path_factory):
+    """For tests that leave the workers alive."""
+    with probes(tmp_path_factory.mktemp("group")) as group:
+        yield group
 
 
 def test_workers_know_their_seats_and_reach_each_other(group):
@@ -29,6 +40,14 @@ def test_workers_know_their_seats_and_reach_each_other(group):
     assert [(seat.rank, seat.size, seat.local_rank, seat.local_size) for seat in seats] == [(0, 2, 0, 2), (1, 2, 1, 2)]
     assert {seat.host for seat in seats} == {"127.0.0.1"}
     assert [future.result(60) for future in group.map("add_up", [3, 4])] == [7, 7]
+
+
+def test_nothing_listens_beyond_loopback(group):
+    group.call("add_up", 1)
+    own = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in own]
+    assert len(listening) > 4, "the ports of Ray and its workers are not seen"
+    assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} == {"127.0.0.1"}
 
 
 def test_a_worker_computes_with_its_share_of_the_cores(group):
@@ -57,17 +76,18 @@ def test_errors_meant_for_people_arrive_as_they_are(group):
         results(group.call("refuse_input"), 60)
 
 
-def test_the_victim_is_blamed_and_the_survivor_is_collateral(group):
-    began = time.monotonic()
-    with pytest.raises(TrainingError, match="worker 1 died") as caught:
-        results(group.call("die_while_others_wait", 1), 60)
+def test_the_victim_is_blamed_and_the_survivor_is_collateral(ray_cluster, tmp_path):
+    with probes(tmp_path) as group:
+        began = time.monotonic()
+        with pytest.raises(TrainingError, match="worker 1 died") as caught:
+            results(group.call("die_while_others_wait", 1), 60)
     assert time.monotonic() - began < 20, "the survivor's time limit was waited for"
     assert "workers 0 failed because of it" in str(caught.value) or "worker 0" not in str(caught.value)
 
 
 def test_a_call_that_takes_too_long_names_those_who_did_not_answer(group):
     with pytest.raises(TrainingError, match="sleep did not answer within 1 s on workers 1"):
-        results(group.call("sleep", 1, 30), 1)
+        results(group.call("sleep", 1, 3), 1)
 
 
 def test_logs_can_be_read_while_the_worker_is_busy(group):
@@ -84,13 +104,20 @@ def test_closing_ends_the_processes_and_gives_the_places_back(ray_cluster, tmp_p
 
     from launcher.workers import WorkerGroup
 
-    before = ray.available_resources()["CPU"]
-    workers = WorkerGroup(Resources(workers=2), tmp_path, lambda line: None)
-    pids = workers.pids
-    assert ray.available_resources()["CPU"] <= before - 2
+    def free():
+        return ray.available_resources().get("CPU", 0)
+
+    before = free()
+    workers = WorkerGroup(Resources(workers=1), tmp_path, lambda line: None)
+    assert all(psutil.pid_exists(pid) for pid in workers.pids)
+    wait_until(lambda: free() == before - 1)
     workers.close()
-    end = time.monotonic() + 15
-    while any(psutil.pid_exists(pid) for pid in pids) or ray.available_resources().get("CPU", 0) < before:
+    wait_until(lambda: free() == before and not any(psutil.pid_exists(pid) for pid in workers.pids))
+
+
+def wait_until(condition):
+    end = time.monotonic() + 20
+    while not condition():
         assert time.monotonic() < end, "workers or places are still there"
         time.sleep(0.1)
 

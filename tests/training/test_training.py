@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.training.conftest import sft_phase
+from tests.training_fixtures import sft_phase
 
 pytestmark = pytest.mark.cpu
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from training.config import Data
 from training.data import files, templates
@@ -26,6 +27,8 @@ VERSION = 1
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
 SHOWN_PROBLEMS = 20
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 @dataclass
@@ -96,12 +99,12 @@ def prepare(
     from training.data.store import TokenStore
 
     parser = Parser(data.format, data.columns, formats)
-    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
-    renderer = Renderer(tokenizer, data.template, base)
     try:
-        folder = cache / _key(sources, data, formats, tokenizer, base, memo=cache / "digests")
+        words = _tokenizer_content(tokenizer_path, trust_remote_code)
+        folder = cache / _key(sources, data, formats, words, base, memo=cache / "digests")
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
+            renderer = Renderer(load_tokenizer(tokenizer_path, trust_remote_code), data.template, base)
             _build(folder, sources, data, parser, renderer)
         return TokenStore.open(folder)
     except OSError as error:
@@ -118,11 +121,23 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _key(sources: Sequence[Located], data: Data, formats: Sequence[str], tokenizer: Any, base: Path, memo: Path) -> str:
+def _tokenizer_content(path: str, trust_remote_code: bool) -> str:
+    """A hash of what the tokenizer does. Of a folder its files are read, which is quick; of a hub id what was loaded."""
+    if os.path.isdir(path):
+        files_there = (Path(path) / name for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS))
+        content = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files_there if file.is_file()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    from training.data.render import load_tokenizer
+
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    text = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _key(sources: Sequence[Located], data: Data, formats: Sequence[str], words: str, base: Path, memo: Path) -> str:
     """Names a store by everything that its tokens depend on, and nothing else: equal on every machine, wherever files lie."""
     content = [[files.digest(part, memo) for part in source.parts] for source in sources]
-    vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    words = [vocabulary, tokenizer.chat_template, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
     template = [data.template, templates.load(data.template, base)]
     settings = [data.format, data.columns, list(formats), data.max_length, data.overlong]
     text = json.dumps([VERSION, content, words, template, settings], sort_keys=True)

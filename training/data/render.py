@@ -21,6 +21,7 @@ from training.data import templates
 from training.data.files import RowError, one_line
 from training.data.formats import Chat, Example, PromptCompletion, Text
 from training.errors import InputError
+from training.modelfiles import has_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,7 +31,6 @@ Span = tuple[int, int]  # characters [start, end) of a rendered text
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TODAY_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 FIXED_DATE = date(2024, 1, 1)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 class Sample(NamedTuple):
@@ -69,7 +69,7 @@ def _check_folder(path: str) -> None:
     folder = Path(path)
     if not folder.exists() and (folder.is_absolute() or path.startswith(".")):
         raise InputError.of(path, "no such folder")
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if folder.is_dir() and not has_tokenizer(folder):
         there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         message = f"the folder has no tokenizer: it needs tokenizer.json and tokenizer_config.json, it holds {there}"
         raise InputError.of(path, f"{message}; copy them there or set model.tokenizer")

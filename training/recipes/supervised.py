@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from training.checkpoint import Checkpoints, File, Manifest, step_of
 from training.config import Phase
+from training.facts import Facts
 from training.group import Group, results
-from training.trainer import Facts
 
 SETUP_S = 3600.0
 """Longest time for loading a model, writing a checkpoint, or an evaluation."""

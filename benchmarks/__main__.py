@@ -1,0 +1,83 @@
+"""`python -m benchmarks [NAME ...]`: measure, print one JSON line each, and append it to results/<machine>.jsonl."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.options import Options, Skipped
+from benchmarks.processes import CommandFailed
+from benchmarks.record import conditions, keep
+
+
+class Benchmark(NamedTuple):
+    """One row of the table."""
+
+    module: str
+    """Has `measure(options, folder) -> figures`. (Not named after a peer: scripts beside it import the peer by name.)"""
+    what: str
+
+
+BENCHMARKS = {
+    "step": Benchmark(
+        "benchmarks.step", "step time against a hand-written loop under torchrun + DeepSpeed (target: at most 1.05)"
+    ),
+    "start": Benchmark(
+        "benchmarks.start", "from the command to the first finished step, against that loop (target: at most 1.3)"
+    ),
+    "trl": Benchmark(
+        "benchmarks.peer_trl", "SFT tokens/s against TRL under accelerate + ZeRO-2 (target: packed at least 1.0)"
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 if a benchmark failed. A benchmark that a machine cannot run is no failure."""
+    parsed = _parser().parse_args(arguments)
+    if parsed.list:
+        print("\n".join(f"{name:<8}{benchmark.what}" for name, benchmark in BENCHMARKS.items()))
+        return 0
+    options = Options(
+        rounds=parsed.rounds, steps=parsed.steps, stage=parsed.stage, timeout_s=parsed.timeout, only=parsed.only
+    )
+    return max([_run(name, options) for name in parsed.names or BENCHMARKS])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all if none is given")
+    parser.add_argument("--list", action="store_true", help="say what there is")
+    parser.add_argument("--rounds", type=int, default=Options.rounds, help="how often each side runs (%(default)s)")
+    parser.add_argument("--steps", type=int, default=Options.steps, help="steps that count in a run (%(default)s)")
+    parser.add_argument("--stage", type=int, default=Options.stage, choices=(1, 2, 3), help="ZeRO (%(default)s)")
+    parser.add_argument("--only", choices=("packed", "unpacked"), help="one half of trl")
+    parser.add_argument("--timeout", type=float, default=Options.timeout_s, help="s, of one run (%(default)s)")
+    return parser
+
+
+def _run(name: str, options: Options) -> int:
+    if name not in BENCHMARKS:
+        print(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    row: dict[str, Any] = {"benchmark": name, **conditions()}
+    try:
+        with tempfile.TemporaryDirectory(prefix="muster-bench-") as folder:
+            row |= import_module(BENCHMARKS[name].module).measure(options, Path(folder))
+    except Skipped as reason:
+        row["skipped"] = str(reason)
+    except CommandFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(row), flush=True)
+    keep(row)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

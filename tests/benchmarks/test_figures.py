@@ -1,0 +1,58 @@
+"""Benchmarks: from what the sides print and write to the figures that are told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import sft, start, step, workload
+from benchmarks.processes import Finished, Line
+
+
+def curve(step_s: float, steps: int = 8, first_step_s: float = 10.0) -> sft.Curve:
+    """A first step that is slow, as it always is, and then steady ones."""
+    return sft.Curve(
+        losses=[8.0 - n for n in range(steps)],
+        step_s=[9.0, *[step_s] * (steps - 1)],
+        tokens=[100] * steps,
+        first_step_s=first_step_s,
+        rest_s=1.1 * step_s * (steps - 1),
+    )
+
+
+def test_a_printed_curve_is_read_from_between_other_lines():
+    texts = ["noise", '{"step": 1, "loss": 8.0, "step_s": 2.0, "tokens": 30}', "more", '{"step": 2, "loss": 7.0, "step_s": 1.0, "tokens": 50}']  # fmt: skip
+    read = sft.printed_curve([Line(float(at), text) for at, text in enumerate(texts)])
+    assert read.losses == [8.0, 7.0]
+    assert (read.first_step_s, read.rest_s) == (1.0, 2.0)
+    assert read.tokens_per_s == 25.0  # the first step's tokens do not count: its time holds the start
+
+
+def test_the_step_ratio_leaves_the_warm_up_out():
+    figures = step.summary([curve(1.0), curve(3.0)], {"dealt": [curve(0.5), curve(1.5)], "padded": [curve(2.0), curve(6.0)]})  # fmt: skip
+    assert figures["ratio"]["median"] == 2.0
+    assert figures["ratio_to_padded"]["max"] == 0.5
+    assert figures["dealt_loss_difference"] == 0.0
+    assert figures["muster_step_s"] == {"median": 2.0, "min": 1.0, "max": 3.0}
+
+
+def test_a_start_is_cut_at_the_events():
+    times = {"started": "2026-01-01T00:00:03+00:00", "phase_started": "2026-01-01T00:00:05.500+00:00"}
+    times |= {"training": "2026-01-01T00:00:09+00:00", "done": "2026-01-01T00:01:00+00:00"}
+    events = [{"event": name, "time": time} for name, time in times.items()]
+    began = 1767225600.0  # 2026-01-01 00:00 UTC
+    run = sft.MusterRun(curve=curve(1.0), finished=Finished(began, 70.0), events=events)
+    assert start.parts(run) == pytest.approx(
+        {"command line, job and data": 3, "ray": 2.5, "workers, imports, model, engine": 3.5, "first step": 1}
+    )
+
+
+def test_rows_are_equal_for_equal_seeds_and_long_as_those_of_gsm8k():
+    made = list(workload.rows(500, seed=1))
+    assert made == list(workload.rows(500, seed=1))
+    assert made != list(workload.rows(500, seed=2))
+    words = [len(json.dumps(row).split()) for row in made]
+    assert 140 < sum(words) / len(words) < 180
+    assert max(words) < workload.MAX_LENGTH
+    assert all(row["prompt"].endswith("\n") and row["completion"] for row in made)

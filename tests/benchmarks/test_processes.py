@@ -1,0 +1,52 @@
+"""Benchmarks: commands are timed, and ended with all that they started."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import psutil
+import pytest
+
+from benchmarks.processes import CommandFailed, run
+
+FAMILY = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_lines_carry_the_time_at_which_they_came(tmp_path):
+    code = "import time; print('first', flush=True); time.sleep(0.5); print('second')"
+    finished = run(python(code), folder=tmp_path, env={}, timeout_s=30)
+    first, second = finished.lines
+    assert (first.text, second.text) == ("first", "second")
+    assert 0.4 < second.at - first.at < 5
+    assert finished.seconds >= second.at
+
+
+def test_env_is_laid_over_the_environment(tmp_path):
+    finished = run(python("import os; print(os.environ['X'], 'PATH' in os.environ)"), folder=tmp_path, env={"X": "1"}, timeout_s=30)  # fmt: skip
+    assert finished.lines[0].text == "1 True"
+
+
+def test_a_failure_shows_the_last_lines(tmp_path):
+    with pytest.raises(CommandFailed, match=r"status 3(.|\n)*the reason"):
+        run(python("print('the reason'); raise SystemExit(3)"), folder=tmp_path, env={}, timeout_s=30)
+
+
+def test_a_command_that_takes_too_long_is_ended_with_its_descendants(tmp_path):
+    """Also those that have left its process group."""
+    with pytest.raises(CommandFailed, match="did not end within 2 s") as caught:
+        run(python(FAMILY), folder=tmp_path, env={}, timeout_s=2)
+    child = int(str(caught.value).splitlines()[-1])
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the grandchild lives on"
+        time.sleep(0.05)

@@ -1,0 +1,25 @@
+"""What a phase turned out to be once its data and model were there. Free of torch: the process that drives reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """The answer of a trainer's set-up."""
+
+    total_steps: int
+    num_samples: int
+    """In an epoch."""
+    num_eval_samples: int
+    num_parameters: int
+    """That are trained."""
+    dtype: str
+    attention: str
+    device: str
+    data_hash: str
+    formats: dict[str, int]
+    """Rows of the training data, by format."""
+    notes: list[str]
+    """What the user should be told."""
