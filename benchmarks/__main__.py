@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all if none is given")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", type=_name, help=f"{', '.join(BENCHMARKS)}; all if none is given"
+    )
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--rounds", type=int, default=Options.rounds, help="how often each side runs (%(default)s)")
     parser.add_argument("--steps", type=int, default=Options.steps, help="steps that count in a run (%(default)s)")
@@ -61,10 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _name(text: str) -> str:
+    if text not in BENCHMARKS:
+        raise argparse.ArgumentTypeError(f"there is no benchmark {text}; there are {', '.join(BENCHMARKS)}")
+    return text
+
+
 def _run(name: str, options: Options) -> int:
-    if name not in BENCHMARKS:
-        print(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
-        return 2
     row: dict[str, Any] = {"benchmark": name, **conditions()}
     try:
         with tempfile.TemporaryDirectory(prefix="muster-bench-") as folder:

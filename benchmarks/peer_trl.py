@@ -109,5 +109,7 @@ def _trl(work: workload.Workload, training: sft.Training, python: Path, folder: 
     }
     settings = [str(word) for pair in numbers.items() for word in pair] + (["--pack"] if training.pack else [])
     env = sft.environment(folder / "cache") | {"DS_ACCELERATOR": "cpu"}
-    finished = run([*launch, *processes, *zero, *script, *settings], folder=folder, env=env, timeout_s=training.timeout_s)
+    finished = run(
+        [*launch, *processes, *zero, *script, *settings], folder=folder, env=env, timeout_s=training.timeout_s
+    )
     return sft.printed_curve(finished.lines)

@@ -137,7 +137,7 @@ def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     samples = read_samples(args.rows, AutoTokenizer.from_pretrained(args.model), args.max_length)
-    batches = {"padded": PaddedBatches, "dealt": DealtBatches}[args.layout](args)
+    batches: Any = (PaddedBatches if args.layout == "padded" else DealtBatches)(args)
     engine = start_engine(batches.module, args)
     for step in range(1, args.steps + 1):
         began = time.perf_counter()
@@ -147,7 +147,12 @@ def main() -> None:
         dist.all_reduce(loss)
         if dist.get_rank() == 0:
             targets = sum(int(learnt.sum()) for _, learnt in batch)
-            row = {"step": step, "loss": loss.item() / targets, "step_s": seconds, "tokens": sum(len(i) for i, _ in batch)}
+            row = {
+                "step": step,
+                "loss": loss.item() / targets,
+                "step_s": seconds,
+                "tokens": sum(len(i) for i, _ in batch),
+            }
             print(json.dumps(row), flush=True)
     dist.destroy_process_group()
 

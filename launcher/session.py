@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 _OBJECT_STORE_BYTES = 128 << 20
 """Calls carry metrics and file names, never weights."""
+_LONGEST_TEMPORARY = 24
+"""Characters: the names of Ray's sockets begin with it and must fit in 107."""
 
 
 @contextmanager
@@ -39,7 +41,9 @@ def _joined(address: str) -> Iterator[None]:
 @contextmanager
 def _local(num_workers: int) -> Iterator[None]:
     """A Ray of this process alone: bound to loopback, opened by a token nobody else has, its files in a folder of its own."""
-    folder = tempfile.mkdtemp(prefix="muster-", dir="/tmp")  # short: Ray's socket names must fit in 107 characters
+    temporary = tempfile.gettempdir()
+    short_enough = len(temporary) <= _LONGEST_TEMPORARY
+    folder = tempfile.mkdtemp(prefix="muster-", dir=temporary if short_enough else "/tmp")
     own = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -126,7 +126,7 @@ def _write_model(folder: Path, vocabulary: int = 260, hidden: int = 16, layers: 
               "mlp.gate_proj": wide, "mlp.up_proj": wide, "mlp.down_proj": wide[::-1],
               "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}  # fmt: skip
     names = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in shapes.items()}
-    names |= {name: (vocabulary, hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    names |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))
     names |= {"model.norm.weight": (hidden,)}
     random = np.random.default_rng(0)
     weights = {

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -90,27 +92,30 @@ def steps_done(folder: Path, run: str = "job") -> int:
     return path.read_text().count('"loss"') if path.exists() else 0
 
 
-def ray_processes() -> set[int]:
+def processes_of(temporary: str) -> set[int]:
+    """Processes that were started with this folder for temporary files."""
     found = set()
-    for process in psutil.process_iter(["name", "cmdline"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if (
-            process.info["name"] in ("raylet", "gcs_server")
-            or command.startswith("ray::")
-            or "site-packages/ray/" in command
-        ):
-            found.add(process.pid)
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TMPDIR") == temporary:
+                found.add(process.pid)
+        except psutil.Error:
+            continue
     return found
 
 
 @pytest.fixture
-def nothing_left():
-    """Asserts after the test that no Ray process, no folder in /tmp and no shared memory stayed behind."""
-    before = ray_processes(), set(Path("/tmp").glob("muster-*")), set(Path("/dev/shm").iterdir())
-    yield
-    wait_for(lambda: ray_processes() <= before[0], "the end of Ray's processes", 20)
-    assert set(Path("/tmp").glob("muster-*")) <= before[1]
-    assert set(Path("/dev/shm").iterdir()) <= before[2]
+def nothing_left(monkeypatch):
+    """Asserts after the test that no process, no temporary file and no shared memory stayed behind."""
+    temporary = tempfile.mkdtemp(prefix="mt-", dir="/tmp")
+    monkeypatch.setenv("TMPDIR", temporary)
+    before = set(Path("/dev/shm").iterdir())
+    yield Path(temporary)
+    wait_for(lambda: not processes_of(temporary), "the end of all processes", 30)
+    left = list(Path(temporary).iterdir())
+    shutil.rmtree(temporary)
+    assert left == []
+    assert set(Path("/dev/shm").iterdir()) <= before
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +222,7 @@ def test_a_killed_worker_is_named_and_the_run_can_be_resumed(whole, folder):
     assert losses(folder) == losses(whole[0])
 
 
-@pytest.mark.usefixtures("nothing_left")
-def test_a_killed_driver_takes_its_workers_with_it(folder):
+def test_a_killed_driver_takes_its_workers_with_it(folder, nothing_left):
     process = start(folder, "run", "job.yaml", "phases.sft.max_steps=100000")
     wait_for(lambda: steps_done(folder) >= 1, "step 1")
     own = {p.pid for p in psutil.Process(process.pid).children(recursive=True)}
@@ -226,8 +230,8 @@ def test_a_killed_driver_takes_its_workers_with_it(folder):
     process.kill()
     finish(process)
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in own), "the end of the workers", 60)
-    for leftover in Path("/tmp").glob("muster-*"):  # what nobody was left to remove
-        subprocess.run(["rm", "-rf", str(leftover)], check=True)
+    for leftover in nothing_left.glob("muster-*"):  # Ray's log files, which nobody was left to remove
+        shutil.rmtree(leftover)
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -1,0 +1,73 @@
+"""One phase of a run while it is driven: where its metrics and events go, when it should stop."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from launcher import runs, trackers
+from launcher.interrupts import Interrupts
+from launcher.job import Job, job_hash
+from launcher.progress import PhaseProgress
+from training.checkpoint import Checkpoints
+from training.facts import Facts
+
+_NOT_FOR_TRACKERS = ("step", "attempt", "workers")
+
+
+class PhaseRun:
+    """What a recipe's driver is offered while it runs one phase (the `Hooks` of training/recipes)."""
+
+    def __init__(self, run: runs.OpenRun, job: Job, name: str, interrupts: Interrupts, progress: PhaseProgress):
+        self.run, self.name, self.interrupts, self.progress = run, name, interrupts, progress
+        self.folder = run.phase(name)
+        self.job_hash = job_hash(job)
+        self.checkpoints = Checkpoints(run.checkpoints(name), attempt=run.attempt)
+        self.trackers = trackers.open_all(job.track, job.name, name, self.folder, job.phases[name].model_dump())
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        runs.append(self.folder / runs.METRICS, {**row, "attempt": self.run.attempt})
+        self.progress.row(row)
+        numbers = {name: value for name, value in row.items() if name not in _NOT_FOR_TRACKERS}
+        for tracker in self.trackers:
+            tracker.log(row["step"], numbers)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        self.run.event(kind, phase=self.name, **facts)
+        if kind == "checkpoint_damaged":
+            self.progress.say(f"{facts['finding']}; looking at the one before")
+        elif kind == "restored":
+            self.progress.say(f"{self.name}: goes on after step {facts['step']}")
+
+    def started(self, facts: Facts, step: int) -> None:
+        for note in facts.notes:
+            self.progress.say(f"{self.name}: {note}")
+        self.progress.say(
+            f"{self.name}: {facts.num_parameters:,} parameters, {facts.dtype} on {facts.device}, {facts.attention} attention; "
+            f"{facts.num_samples:,} samples, {facts.total_steps:,} steps"
+        )
+        self.event("training", step=step, total_steps=facts.total_steps, parameters=facts.num_parameters)
+        self._forget_after(step)
+        self.interrupts.training = True
+        self.progress.start(facts.total_steps, step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop metrics of steps that will be done again: the file is the curve, each step in it once."""
+        path = self.folder / runs.METRICS
+        rows = list(runs.json_rows(path))
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            rewritten = path.with_suffix(".tmp")
+            rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(rewritten, path)
+
+    def stop_requested(self) -> bool:
+        return self.interrupts.requested
+
+    def close(self) -> None:
+        self.interrupts.training = False
+        self.progress.close()
+        for tracker in self.trackers:
+            tracker.close()

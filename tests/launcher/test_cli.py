@@ -1,0 +1,160 @@
+"""The verbs: what they print, as text and as JSON, and the status they exit with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher import cli
+from training.errors import InputError, TrainingError
+
+VERBS = ("init", "check", "run", "resume", "list", "status", "checkpoints", "export", "generate")
+
+
+@pytest.fixture
+def run(place):
+    """A run that has begun and is at rest."""
+    from launcher import job as jobs
+    from launcher import runs
+
+    opened = runs.begin(jobs.load(Path("job.yaml")))
+    opened.close()
+    return opened
+
+
+def test_help_names_every_verb_with_what_it_does(muster):
+    answer = muster("--help")
+    assert answer.status == 0
+    told = {words[0]: len(words) for line in answer.out.splitlines() if (words := line.split())}
+    assert all(told.get(verb, 0) > 3 for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(muster, verb):
+    answer = muster(verb, "--help")
+    assert answer.status == 0
+    assert "Usage:" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "err"),
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (130, 130, ""),
+        (InputError.of("a.yaml:1", "no"), 2, "a.yaml:1: no\n"),
+        (TrainingError("worker 1 died"), 1, "worker 1 died\n"),
+        (OSError(28, "No space left on device", "runs/x"), 1, "[Errno 28] No space left on device: 'runs/x'\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=str,
+)
+def test_exit_status(muster, monkeypatch, outcome, status, err):
+    from launcher import check, driver
+
+    def run_job(*_: object, **__: object) -> int | None:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(check, "load", lambda *_, **__: None)
+    monkeypatch.setattr(driver, "run_job", run_job)
+    answer = muster("run", "job.yaml")
+    assert (answer.status, answer.err) == (status, err)
+
+
+def test_an_error_in_the_program_keeps_its_stack_trace(muster, monkeypatch):
+    from launcher import check
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(check, "load", broken)
+    with pytest.raises(ZeroDivisionError):
+        muster("run", "job.yaml")
+
+
+def test_check_counts_rows_and_tokens(muster, place):
+    answer = muster("check", "job.yaml")
+    assert answer.status == 0, answer
+    lines = answer.out.splitlines()
+    assert lines[0].startswith("sft: train: 40 samples of 40 rows, ")
+    assert lines[1].startswith("sft: eval: 8 samples of 8 rows, ")
+    assert lines[-1] == "sums: ok"
+    assert not (place / "runs").exists()
+
+
+def test_check_as_json_has_the_same_counts(muster, place):
+    report = json.loads(muster("check", "job.yaml", "--json").out)
+    assert report["name"] == "sums"
+    train = report["phases"]["sft"]["train"]
+    rows = [json.loads(line) for line in (place / "data" / "train.jsonl").read_text().splitlines()]
+    characters = sum(len(row["prompt"]) + len(row["completion"]) for row in rows)
+    assert train["tokens"] == characters + len(rows), "a token a byte, and an EOS a row"
+    assert train["target_tokens"] == sum(len(row["completion"]) + 1 for row in rows)
+
+
+def test_check_of_data_on_the_hub_says_that_it_has_not_read_it(muster, place):
+    answer = muster("check", "job.yaml", "phases.sft.data.train=openai/gsm8k", "phases.sft.data.eval=null")
+    assert answer.out.splitlines() == [
+        "sft: openai/gsm8k is on the hub; its rows are read when the job runs",
+        "sums: ok",
+    ]
+
+
+def test_list_and_status_of_a_run(muster, run):
+    assert muster("list").out == f"{'sums':<24} {'lost':<12} sft 0/?\n"
+    assert muster("status", "sums").out.splitlines()[1] == "  sft: not begun"
+    assert json.loads(muster("status", "sums", "--json").out)["state"] == "lost"
+    assert [entry["name"] for entry in json.loads(muster("list", "--json").out)] == ["sums"]
+
+
+def test_list_of_nothing(muster, place):
+    assert muster("list").out == "no runs\n"
+    assert json.loads(muster("list", "--json").out) == []
+
+
+def test_a_damaged_checkpoint_is_exit_status_1(muster, run):
+    assert muster("checkpoints", "sums").status == 0
+    (run.checkpoints("sft") / "step-00000002").mkdir(parents=True)
+    answer = muster("checkpoints", "sums")
+    assert answer.status == 1
+    assert answer.out.splitlines()[0] == "sft step       2  DAMAGED"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "err"),
+    [
+        (("export", "sums"), "runs/sums: no checkpoint was saved yet"),
+        (("export", "sums", "--phase", "ppo"), "runs/sums: no phase ppo; there are: sft"),
+        (("export", "sums", "--phase", "sft", "--step", "3"), "runs/sums/sft/checkpoints: no checkpoint of step 3; there are: none"),
+        (("generate", "sums", "-p", "x"), "runs/sums: the run has no model yet; `muster export runs/sums` makes one from a checkpoint"),
+        (("resume", "smus"), "smus: no such run: neither a run folder nor a name in runs/ (there: sums)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_what_a_young_run_does_not_have(muster, run, arguments, err):
+    answer = muster(*arguments)
+    assert (answer.status, answer.err) == (2, f"{err}\n")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("job.yaml", "is a file"), ("data", "the folder is not empty"), ("model", "the folder is not empty")],
+)
+def test_an_export_writes_over_nothing(muster, run, monkeypatch, out, message):
+    from launcher import exports
+
+    monkeypatch.setattr(exports, "_checkpoint", lambda *_: Path("step-00000002"))
+    answer = muster("export", "sums", "--phase", "sft", "--out", out)
+    assert answer.status == 2
+    assert answer.err.startswith(f"{out}: {message}; choose another --out")
+
+
+def test_the_entry_point_is_the_app(monkeypatch):
+    called = []
+    monkeypatch.setattr(cli, "app", lambda: called.append(True))
+    cli.main()
+    assert called

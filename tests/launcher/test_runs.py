@@ -1,0 +1,185 @@
+"""The run folder: who may work in it, what is written down, and what survives a crash or a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from launcher import job as jobs
+from launcher import runs
+from training.errors import InputError
+
+
+@pytest.fixture
+def job(place) -> jobs.Job:
+    return jobs.load(Path("job.yaml"))
+
+
+def changed(*overrides: str) -> jobs.Job:
+    return jobs.load(Path("job.yaml"), overrides)
+
+
+def folder_of(job: jobs.Job) -> Path:
+    return Path(job.storage) / job.name
+
+
+def test_a_new_run_holds_the_job_as_resolved_and_one_event(job):
+    with_run = runs.begin(job)
+    assert (with_run.folder, with_run.attempt) == (folder_of(job), 1)
+    assert jobs.differences(with_run.job(), job) == []
+    (event,) = with_run.events()
+    assert (event["event"], event["attempt"], event["pid"]) == ("started", 1, os.getpid())
+    assert sorted(path.name for path in with_run.folder.iterdir()) == [".lock", "events.jsonl", "job.yaml"]
+    with_run.close()
+
+
+def test_every_start_is_a_new_attempt(job):
+    for attempt in (1, 2, 3):
+        run = runs.begin(job)
+        assert run.attempt == attempt
+        run.close()
+
+
+def test_two_processes_cannot_work_on_one_run(job):
+    run = runs.begin(job)
+    with pytest.raises(InputError, match=f"this run is being worked on by process {os.getpid()} on "):
+        runs.begin(job)
+    assert run.attempts() == 1
+    run.close()
+    runs.begin(job).close()
+
+
+def test_a_folder_that_holds_another_job_is_refused_with_what_differs(job):
+    runs.begin(job).close()
+    before = (folder_of(job) / "job.yaml").read_bytes()
+    with pytest.raises(InputError) as caught:
+        runs.begin(changed("phases.sft.learning_rate=2e-3", "phases.sft.log_every=5"))
+    first, *differences = str(caught.value).splitlines()
+    assert first.startswith(f"{folder_of(job)}: this run folder holds another job; choose another `name:`")
+    assert differences == ["  phases.sft.learning_rate: 0.001 -> 0.002"]
+    assert (folder_of(job) / "job.yaml").read_bytes() == before
+
+
+def test_a_run_may_go_on_with_other_machines_and_the_new_values_are_kept(job):
+    runs.begin(job).close()
+    run = runs.begin(changed("resources.workers=2", "sharding.stage=3", "phases.sft.checkpoint.every=1"))
+    assert run.job().phases["sft"].resources.workers == 2
+    run.close()
+
+
+def test_a_finished_run_is_refused(job):
+    run = runs.begin(job)
+    run.event("phase_finished", phase="sft")
+    run.close()
+    with pytest.raises(InputError, match="this run is finished"):
+        runs.begin(job)
+
+
+def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(job):
+    folder_of(job).mkdir(parents=True)
+    (folder_of(job) / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match=r"not a run folder, and not empty \(it holds thesis.tex\)"):
+        runs.begin(job)
+    assert [path.name for path in folder_of(job).iterdir()] == ["thesis.tex"]
+
+
+def test_a_check_writes_nothing(job):
+    runs.check(job)
+    assert not Path(job.storage).exists()
+
+
+def test_a_storage_that_is_no_folder_is_refused_and_nothing_is_made_of_its_name(job):
+    with pytest.raises(InputError, match="s3://bucket/x is not a folder"):
+        runs.begin(changed("storage=s3://bucket/x"))
+    assert not Path("s3:").exists()
+
+
+def test_a_full_disk_at_the_start_leaves_the_run_as_it_was(job, monkeypatch):
+    runs.begin(job).close()
+    before = (folder_of(job) / "job.yaml").read_text()
+
+    def full(path: Path, text: str, **_: object) -> int:
+        with path.open("w") as file:
+            file.write(text[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match="cannot write the run folder: No space left on device; make room"):
+        runs.begin(job)
+    monkeypatch.undo()
+    assert (folder_of(job) / "job.yaml").read_text() == before
+    runs.begin(job).close()
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ([], "new"),
+        (["started"], "lost"),
+        (["started", "done"], "done"),
+        (["started", "failed"], "failed"),
+        (["started", "interrupted"], "interrupted"),
+        (["started", "failed", "started"], "lost"),
+        (["started", "checkpoint", "phase_finished"], "lost"),
+    ],
+    ids=" ".join,
+)
+def test_the_state_is_what_the_last_attempt_came_to(tmp_path, events, state):
+    for event in events:
+        runs.append(tmp_path / "events.jsonl", {"event": event})
+    assert runs.RunFolder(tmp_path).state() == state
+
+
+def test_a_run_is_running_while_its_process_holds_the_lock(job):
+    run = runs.begin(job)
+    assert runs.RunFolder(run.folder).state() == "running"
+    run.close()
+    assert runs.RunFolder(run.folder).state() == "lost"
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "text": "ä\n"}]
+    for row in rows:
+        runs.append(tmp_path / "m.jsonl", row)
+    assert list(runs.json_rows(tmp_path / "m.jsonl")) == rows
+    assert list(runs.json_rows(tmp_path / "none.jsonl")) == []
+
+
+def test_a_torn_row_costs_itself_alone(tmp_path):
+    path = tmp_path / "m.jsonl"
+    runs.append(path, {"step": 1})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')  # what a full disk or a power cut leaves
+    assert list(runs.json_rows(path)) == [{"step": 1}]
+    runs.append(path, {"step": 2})
+    assert list(runs.json_rows(path)) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_run_is_found_by_folder_or_by_name_under_the_storage(job):
+    runs.begin(job).close()
+    assert runs.find(str(folder_of(job))).folder == folder_of(job)
+    assert runs.find("sums").folder == Path("runs/sums")
+    with pytest.raises(InputError, match=r"no such run: .* \(there: sums\)"):
+        runs.find("smus")
+
+
+def test_runs_are_listed_in_the_order_in_which_they_began(job):
+    for name, time in (("b", 10), ("a", 20), ("c", 5)):
+        runs.begin(changed(f"name={name}")).close()
+        os.utime(Path("runs") / name / "job.yaml", (time, time))
+    (Path("runs") / "no-run").mkdir()
+    assert [run.name for run in runs.runs_in(Path("runs"))] == ["c", "b", "a"]
+
+
+def test_finished_phases_and_metrics_are_read_from_the_files(job):
+    run = runs.begin(job)
+    run.event("phase_finished", phase="sft")
+    run.phase("sft").mkdir()
+    runs.append(run.phase("sft") / "metrics.jsonl", {"step": 1, "loss": 2.0})
+    assert run.finished_phases() == {"sft"}
+    assert run.metrics("sft") == [{"step": 1, "loss": 2.0}]
+    assert json.loads((run.folder / "events.jsonl").read_text().splitlines()[0])["event"] == "started"
+    run.close()

@@ -1,0 +1,122 @@
+"""Who may import whom, and what must not be loaded to answer quickly."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("launcher", "training", "cluster")
+FORBIDDEN = {
+    "training": {"launcher", "cluster", "ray"},
+    "cluster": {"launcher", "training", "torch"},
+    "launcher": set(),
+}
+HEAVY = ("torch", "ray", "deepspeed", "transformers", "datasets", "tensorboard", "pyarrow")
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Top-level names of all imports in a file, also of those inside functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_downwards(package):
+    for file in sources(package):
+        assert not FORBIDDEN[package] & set(imported(file)), file
+
+
+def test_the_scan_sees_imports_inside_functions():
+    assert {"rich", "typer", "training"} <= set(imported(ROOT / "launcher" / "cli.py"))
+
+
+@pytest.mark.parametrize(
+    ("library", "files"),
+    [("deepspeed", {"training/engine.py"}), ("ray", {"launcher/session.py", "launcher/workers.py"})],
+)
+def test_a_library_is_known_in_few_files(library, files):
+    users = {
+        file.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for file in sources(package)
+        if library in imported(file)
+    }
+    assert users == files
+
+
+def test_only_workers_calls_actors():
+    callers = [
+        file.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for file in sources(package)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "remote"
+    ]
+    assert set(callers) == {"launcher/workers.py"}
+
+
+def test_every_file_says_what_it_is():
+    for package in PACKAGES:
+        for file in sources(package):
+            text = file.read_text()
+            assert not text.strip() or ast.get_docstring(ast.parse(text)), file
+
+
+def test_the_packages_are_those_of_the_import_contracts():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert tuple(settings["tool"]["importlinter"]["root_packages"]) == PACKAGES
+
+
+def loaded_after(code: str, folder: Path) -> set[str]:
+    """The heavy libraries that are loaded after the code ran in a fresh interpreter."""
+    report = f"import sys; print('|'.join(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split("|")) - {""}
+
+
+@pytest.mark.parametrize(
+    "module", ["launcher.cli", "launcher.check", "launcher.runs", "launcher.show", "training.config"]
+)
+def test_looking_at_jobs_and_runs_loads_nothing_heavy(module):
+    assert loaded_after(f"import {module}", ROOT) == set()
+
+
+def verb(*arguments: str) -> str:
+    return f"from launcher import cli\ntry: cli.app({arguments!r})\nexcept SystemExit as end: assert not end.code, end.code"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "job.yaml", "phases.sft.data.train=openai/gsm8k", "phases.sft.data.eval=null"),
+        ("list",),
+    ],
+    ids=" ".join,
+)
+def test_verbs_that_read_no_rows_load_nothing_heavy(place, arguments):
+    assert loaded_after(verb(*arguments), place) == set()
+
+
+def test_the_check_of_rows_with_a_tokenizer_on_the_hub_loads_nothing_heavy(place):
+    assert loaded_after(verb("check", "job.yaml", "model.path=org/model"), place) <= {"pyarrow"}
+
+
+@pytest.mark.cpu
+def test_check_never_loads_ray_or_deepspeed(place):
+    assert not {"ray", "deepspeed"} & loaded_after(verb("check", "job.yaml"), place)
