@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = Options(
         rounds=parsed.rounds, steps=parsed.steps, stage=parsed.stage, timeout_s=parsed.timeout, only=parsed.only
     )
-    return max([_run(name, options) for name in parsed.names or BENCHMARKS])
+    return max([_run(name, options, record=not parsed.no_record) for name in parsed.names or BENCHMARKS])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", type=int, default=Options.stage, choices=(1, 2, 3), help="ZeRO (%(default)s)")
     parser.add_argument("--only", choices=("packed", "unpacked"), help="one half of trl")
     parser.add_argument("--timeout", type=float, default=Options.timeout_s, help="s, of one run (%(default)s)")
+    parser.add_argument("--no-record", action="store_true", help="print the line, do not append it to the results")
     return parser
 
 
@@ -69,7 +70,7 @@ def _name(text: str) -> str:
     return text
 
 
-def _run(name: str, options: Options) -> int:
+def _run(name: str, options: Options, *, record: bool) -> int:
     row: dict[str, Any] = {"benchmark": name, **conditions()}
     try:
         with tempfile.TemporaryDirectory(prefix="muster-bench-") as folder:
@@ -80,7 +81,8 @@ def _run(name: str, options: Options) -> int:
         print(error, file=sys.stderr)
         return 1
     print(json.dumps(row), flush=True)
-    keep(row)
+    if record:
+        keep(row)
     return 0
 
 

@@ -6,6 +6,7 @@ One process works on a run at a time; a lock says which.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -131,8 +132,8 @@ def begin(job: Job) -> OpenRun:
             lock.close()
             raise
     except OSError as error:
-        message = f"cannot write the run folder: {error.strerror}; make room, or choose another `storage`"
-        raise InputError.of(str(folder), message) from error
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another `storage`"
+        raise InputError.of(str(folder), f"cannot write the run folder: {error.strerror}; {advice}") from error
 
 
 def _begin(folder: Path, job: Job, lock: IO[str]) -> OpenRun:
