@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import psutil
 
 from launcher.job import Job
+from training.config import Resources
 from training.errors import InputError, Problem
 
 _WORKER_BYTES = 450 << 20
@@ -23,33 +25,42 @@ def num_gpus() -> int:
 
 
 def check(job: Job, *, inline: bool) -> None:
-    """Raises InputError for phases that ask for more workers than this machine can hold."""
-    if inline:
-        _raise(
-            job,
-            lambda workers: (
-                f"--inline has one worker, the job asks for {workers}; say resources.workers=1" if workers > 1 else None
-            ),
-        )
+    """Raises InputError for phases that ask for more workers than this machine can hold, or a cluster that is not there."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address and not inline:
+        _reach(address)
         return
-    if "RAY_ADDRESS" in os.environ:
-        return
-    _raise(job, _too_many)
-
-
-def _raise(job: Job, wrong_with) -> None:
     problems = []
     for name, phase in job.phases.items():
-        if wrong := wrong_with(phase.resources.workers):
+        if wrong := _more_than_one(phase.resources) if inline else _too_many(phase.resources):
             problems.append(Problem(str(job.file), f"phases.{name}.resources.workers", wrong))
     if problems:
         raise InputError(problems)
 
 
-def _too_many(workers: int) -> str | None:
-    gpus = num_gpus()
+def _reach(address: str) -> None:
+    """Raises InputError if nobody answers at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].partition(":")
+    if not port.isdigit():
+        return  # a form that Ray understands by itself, such as `auto`
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        message = f"no Ray cluster answers there ({error}); start one, correct RAY_ADDRESS, or unset it to run on this machine"
+        raise InputError.of(f"RAY_ADDRESS={address}", message) from error
+
+
+def _more_than_one(resources: Resources) -> str | None:
+    workers = resources.workers
+    return f"--inline has one worker, the job asks for {workers}; say resources.workers=1" if workers > 1 else None
+
+
+def _too_many(resources: Resources) -> str | None:
+    workers, gpus = resources.workers, num_gpus() if resources.gpus_per_worker != 0 else 0
     if gpus:
         return f"{workers} workers need a GPU each, this machine has {gpus}" if workers > gpus else None
+    if resources.gpus_per_worker == 1:
+        return "gpus_per_worker is 1, this machine has no GPU; leave it at auto to train on CPUs"
     available = psutil.virtual_memory().available
     most = available // _WORKER_BYTES
     if workers <= most:

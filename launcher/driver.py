@@ -9,18 +9,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launcher import runs, trackers
+from launcher import runs
 from launcher.groups import groups_of
 from launcher.interrupts import Interrupts
 from launcher.job import Job
 from launcher.phase_run import PhaseRun
 from launcher.progress import PhaseProgress
 from training.config import Phase
-from training.errors import MusterError
+from training.errors import InputError, MusterError, Problem
 from training.group import Group, results
 from training.recipes import RECIPES, resolve
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130
+DONE, FAILED, INPUT_WRONG, INTERRUPTED = 0, 1, 2, 130
 _EXPORT_S = 3600.0
 
 
@@ -31,7 +31,7 @@ def cache_folder() -> Path:
 
 def run_job(job: Job, *, inline: bool, console: Console) -> int:
     """Run a job to its end, or go on with it; returns the exit status. Raises InputError before anything is started."""
-    trackers.check(job.track)
+    runs.check(job)
     prepare(job)
     run = runs.begin(job)
 
@@ -49,16 +49,16 @@ def run_job(job: Job, *, inline: bool, console: Console) -> int:
                 stack.enter_context(ray_session(max(phase.resources.workers for phase in job.phases.values())))
             done = all(_run_phase(run, job, name, interrupts, console, inline) for name in _unfinished(run, job))
         except KeyboardInterrupt:
-            run.event("interrupted", orderly=False)
+            with suppress(OSError):
+                run.event("interrupted", orderly=False)
             say("stopped at once; `muster resume` goes on from the last checkpoint")
             return INTERRUPTED
         except (MusterError, OSError) as error:
-            with suppress(OSError):  # the disk may be what has failed
-                run.event("failed", error=str(error))
-            say(f"{job.name} failed\n{error}\n`muster resume {run.folder}` goes on from the last checkpoint")
-            return FAILED
+            _record_failure(run, error)
+            say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.folder}` goes on")
+            return INPUT_WRONG if isinstance(error, InputError) else FAILED
         except Exception as error:  # a defect: recorded, and shown with its traceback
-            run.event("failed", error=repr(error))
+            _record_failure(run, error)
             raise
         run.event("done" if done else "interrupted")
         if not done:
@@ -66,12 +66,23 @@ def run_job(job: Job, *, inline: bool, console: Console) -> int:
         return DONE if done else INTERRUPTED
 
 
+def _record_failure(run: runs.OpenRun, error: Exception) -> None:
+    with suppress(OSError):  # the disk may be what has failed
+        run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
+
+
 def prepare(job: Job) -> None:
-    """Check and tokenise the data of every phase, once. Raises InputError with the bad rows."""
+    """Check and tokenise the data of every phase, once. Raises InputError with the bad rows of all of them."""
     from training.data.stores import open_stores
 
+    problems: list[Problem] = []
     for phase in job.phases.values():
-        open_stores(phase, cache_folder())
+        try:
+            open_stores(phase, cache_folder())
+        except InputError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise InputError(problems)
 
 
 def _unfinished(run: runs.OpenRun, job: Job) -> Iterator[str]:

@@ -50,7 +50,7 @@ def first_cause(failures: Sequence[WorkerError | MusterError]) -> Exception:
 
 def _how_likely_collateral(failure: WorkerError | MusterError) -> tuple[int, int, int]:
     if not isinstance(failure, WorkerError):
-        return (0, 0, 0)
+        return (-1, 0, 0)
     complains_of_others = failure.how == "raised" and any(word in failure.message for word in _COLLATERAL)
     return (int(complains_of_others), _ORDER.index(failure.how), failure.rank)
 

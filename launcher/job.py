@@ -27,14 +27,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from launcher import yamlfile
-from launcher.explain import REQUIRED, UNKNOWN_KEY, validated
+from launcher.explain import REQUIRED, UNKNOWN_KEY, did_you_mean, validated
 from launcher.overrides import overlaid
 from launcher.phases import absolute, base_folder, origin, phases_of
 from launcher.problems import Report
 from launcher.yamlfile import Document, KeyPath, dotted
 from training import modelfiles
 from training.config import Model, Phase, Resources, Settings, Sharding
-from training.data import files
+from training.data import files, templates
 from training.errors import InputError
 
 NEUTRAL = (
@@ -66,7 +66,7 @@ class Job:
     file: Path = field(compare=False)
     """The job file as the user gave it."""
     storage: str
-    """Folder of the runs: an absolute path or a URL."""
+    """Folder of the runs, an absolute path."""
     seed: int
     track: list[str]
     """Where metrics go beside metrics.jsonl."""
@@ -139,10 +139,12 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     name = _name(document, file, report)
     _check_shared(document.data, report)
     phases = phases_of(document, file, report)
+    if top is not None and "://" in top.storage:
+        report.add(("storage",), f"{top.storage} is not a folder; runs are kept in a folder")
     report.raise_any()
     assert top is not None, "its problems were raised"
     track: list[str] = [top.track] if isinstance(top.track, str) else [*dict.fromkeys(top.track)]
-    storage = top.storage if "://" in top.storage else absolute(top.storage, base_folder(document, ("storage",), file))
+    storage = absolute(top.storage, base_folder(document, ("storage",), file))
     return Job(name=name, file=file, storage=storage, seed=top.seed, track=track, phases=phases), report, document
 
 
@@ -183,8 +185,8 @@ def _missing_files(job: Job) -> Iterator[tuple[KeyPath, str]]:
         for key, source in (("train", data.train), ("eval", data.eval)):
             for inner, message in _source_problems(source, job.file.parent) if source is not None else ():
                 yield (*prefix, "data", key, *inner), message
-        if os.path.isabs(data.template) and not os.path.isfile(data.template):
-            yield (*prefix, "data", "template"), f"no such file: {data.template}"
+        if problem := _template_problem(data.template):
+            yield (*prefix, "data", "template"), problem
         if phase.from_ is None and os.path.isabs(phase.model.path):
             for problem in _model_problems(phase.model):
                 yield (*prefix, "model", "path"), problem
@@ -203,6 +205,15 @@ def _source_problems(source: Any, folder: Path) -> Iterator[tuple[KeyPath, str]]
         for problem in error.problems:
             index = re.fullmatch(r"\[(\d+)\]", problem.what)  # of the list's entry
             yield (int(index[1]),) if index else (), problem.message
+
+
+def _template_problem(template: str) -> str | None:
+    if os.path.isabs(template):
+        return None if os.path.isfile(template) else f"no such file: {template}"
+    names = ("auto", "none", *templates.TEMPLATES)
+    if template in names:
+        return None
+    return f"no template {template}; there are {', '.join(names)}, or name a Jinja file{did_you_mean(template, names)}"
 
 
 def _model_problems(model: Model) -> list[str]:

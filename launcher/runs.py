@@ -146,8 +146,6 @@ def _begin(folder: Path, job: Job, lock: IO[str]) -> OpenRun:
 
 def check(job: Job) -> None:
     """Raises InputError if the run folder of a job holds something else, another job or a finished run. Writes nothing."""
-    if "://" in job.storage:
-        raise InputError.of(str(job.file), f"{job.storage} is not a folder; runs are kept in a folder", "storage")
     if _folder(job).is_dir():
         _refuse_others(_folder(job), job)
 

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from training.errors import TrainingError
+
 _OBJECT_STORE_BYTES = 128 << 20
 """Calls carry metrics and file names, never weights."""
 _LONGEST_TEMPORARY = 24
@@ -31,7 +33,13 @@ def _joined(address: str) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_AUTH_TOKEN" not in os.environ else "token")
     import ray
 
-    ray.init(address=address, namespace="muster", log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address=address, namespace="muster", log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError) as error:
+        raise TrainingError(
+            f"the Ray cluster at {address} does not let us in: {error}; is RAY_AUTH_TOKEN its token, and Ray "
+            f"{ray.__version__} its version?"
+        ) from error
     try:
         yield
     finally:

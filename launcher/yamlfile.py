@@ -86,11 +86,16 @@ def parse_value(text: str) -> Any:
 
 def dump(data: dict[str, Any]) -> str:
     """YAML text that `parse` reads back as equal data. Text that YAML 1.1 would misread is quoted as well."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    if not _ODD_BREAKS.search(text):
+        return text
+    # Line breaks of other alphabets are folded away even inside quotes, so the whole text goes out escaped.
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 
 
 # Reading: text -> nodes -> checks on nodes -> plain data
 
+_ODD_BREAKS = re.compile("[\x85\u2028\u2029]")
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(
     r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",

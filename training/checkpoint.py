@@ -151,7 +151,8 @@ class Checkpoints:
             os.fsync(file.fileno())
         _sync(staged)
         final = self.root / _name(manifest.step)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _remove(final)
         staged.rename(final)
         _sync(self.root)
         return final
@@ -186,9 +187,7 @@ class Checkpoints:
             kept.add(winner)
         gone = [folder for folder in folders if folder not in kept]
         for folder in gone:
-            # Away from its name first: a deletion that is cut short must not leave a checkpoint with holes.
-            doomed = folder.rename(folder.with_name(f".old-{folder.name}"))
-            shutil.rmtree(doomed)
+            _remove(folder)
         return gone
 
     def best(self, metric: str, *, smaller_is_better: bool = True) -> Path | None:
@@ -207,6 +206,13 @@ class Checkpoints:
         """Remove what interrupted saves and deletions left behind."""
         for leftover in [*self.root.glob(".tmp-*"), *self.root.glob(".old-*")]:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Away from its name first: a deletion that is cut short must not leave a checkpoint with holes."""
+    doomed = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(folder.rename(doomed))
 
 
 def _name(step: int) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from training.data.render import load_tokenizer
 from training.errors import InputError
-from training.model import resolve_dtype
+from training.model import refuse_holes, resolve_dtype
 
 
 @torch.inference_mode()
@@ -34,9 +35,13 @@ def generate(
     tokenizer: Any = load_tokenizer(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        lm: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError.of(path, f"cannot load the model: {error}") from error
+    lm, info = loaded
+    refuse_holes(path, info)
     if device == "cuda":
         lm.to(device, resolve_dtype("auto", device))
     texts = [_as_chat(tokenizer, path, prompt) for prompt in prompts] if chat else list(prompts)

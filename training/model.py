@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from training.config import Model
-from training.errors import InputError
+from training.errors import InputError, Problem
 
 # Models whose logits are not simply head(hidden): they say so in one of these settings.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -45,20 +47,37 @@ def load(model: Model, dtype: torch.dtype, device: str) -> nn.Module:
     attention = resolve_attention(model.attention, device)
     try:
         config = load_config(model)
-        lm = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model.path,
             config=config,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, all at once
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError.of(model.path, f"cannot load the model: {error}", "model") from error
+    lm, info = loaded
+    refuse_holes(model.path, info)
     if model.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     lm.train()
     return lm
+
+
+def refuse_holes(path: str, info: Mapping[str, Any]) -> None:
+    """Raises InputError if weights are missing or of another shape: transformers would go on with random ones."""
+    missing = sorted(info["missing_keys"])
+    misfits = sorted(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])
+    problems = []
+    for keys, what in ((missing, "are not in the weights"), (misfits, "have another shape than config.json says")):
+        if keys:
+            named = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            problems.append(Problem(path, "model", f"{named} {what}; copy the model again or correct config.json"))
+    if problems:
+        raise InputError(problems)
 
 
 def load_config(model: Model) -> Any:

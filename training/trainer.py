@@ -70,8 +70,16 @@ class Trainer:
             device=torch.cuda.get_device_name() if self.seat.device == "cuda" else "cpu",
             data_hash=self.store.folder.name,
             formats=self.store.meta.formats,
-            notes=self.store.meta.notes,
+            notes=[*self.store.meta.notes, *self._longer_than_the_model()],
         )
+
+    def _longer_than_the_model(self) -> list[str]:
+        longest, positions = self.longest, self.positions
+        if positions is None or longest <= positions:
+            return []
+        return [
+            f"the longest sample has {longest:,} tokens, the model was made for {positions:,} positions: set data.max_length to {positions}"
+        ]
 
     def _open_data(self) -> None:
         # The first worker of a node prepares what its node does not have yet; the others then find it there.
@@ -85,17 +93,20 @@ class Trainer:
         )
         self.total_samples = total_samples(self.phase, self.order.epoch_size)
         self.total_steps = total_steps(self.phase, self.order.epoch_size)
+        self.longest = min(self.store.meta.longest, self.phase.data.max_length)
         self.limits = self._limits()
 
     def _limits(self) -> Limits:
-        phase, longest = self.phase, min(self.store.meta.longest, self.phase.data.max_length)
+        phase, longest = self.phase, self.longest
         tokens = max(_MICRO_TOKENS, longest) if phase.micro_tokens == "auto" else phase.micro_tokens
         varlen = self.attention.startswith("flash_attention")
         row = tokens if varlen else min(tokens, max(_ROW_TOKENS_WITHOUT_VARLEN, longest))
         return Limits(micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if phase.data.pack else None)
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
-        return self.loss_module(models.load(self.phase.model, dtype, self.seat.device))
+        lm: Any = models.load(self.phase.model, dtype, self.seat.device)
+        self.positions: int | None = getattr(lm.config, "max_position_embeddings", None)
+        return self.loss_module(lm)
 
     # -- training -------------------------------------------------------------------------------------------------------
 

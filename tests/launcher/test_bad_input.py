@@ -160,7 +160,7 @@ FILES: dict[str, tuple[str, list[str]]] = {
     "an empty file": ("", ["job.yaml: the file is empty"]),
     "a storage that is no folder": (
         "storage: s3://bucket/runs\nmodel: {path: model}\nphases: {sft: {data: {train: data/train.jsonl, template: none}}}\n",
-        ["job.yaml: storage: s3://bucket/runs is not a folder; runs are kept in a folder"],
+        ["job.yaml:1: storage: s3://bucket/runs is not a folder; runs are kept in a folder"],
     ),
 }
 

@@ -92,10 +92,6 @@ def test_relative_paths_start_at_the_job_file_and_on_the_command_line_at_the_cur
     assert (data.template, data.eval) == (str(project / "chat.jinja"), str(here / "a.jsonl"))
 
 
-def test_a_storage_url_stays_as_it_is(folder):
-    assert load("storage: s3://bucket/runs\n" + HEAD).storage == "s3://bucket/runs"
-
-
 def test_one_tracker_may_be_given_without_a_list(folder):
     assert load("track: wandb\n" + HEAD).track == ["wandb"]
 
@@ -409,7 +405,7 @@ def test_what_to_use_instead_of_owned_deepspeed_settings_exists(folder):
 
 def test_a_dumped_job_reads_back_equal_from_anywhere(folder, tmp_path_factory):
     loaded = load(
-        "seed: 2\ntrack: [wandb, mlflow]\nstorage: s3://b/runs\ndeepspeed: {x: {y: [1, 1e-9]}}\nmodel: {path: org/m}\n"
+        "seed: 2\ntrack: [wandb, mlflow]\nstorage: /b/runs\ndeepspeed: {x: {y: [1, 1e-9]}}\nmodel: {path: org/m}\n"
         "phases:\n  sft:\n    max_steps: 7\n    clip: null\n    learning_rate: 3e-7\n"
         "    data: {train: [{path: a.jsonl, weight: 0.1}], columns: {prompt: '1e5', completion: 'no'}}\n"
         "  two: {recipe: sft, data: {train: owner/set, eval: a.jsonl}}\n"

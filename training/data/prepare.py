@@ -108,7 +108,9 @@ def prepare(
             _build(folder, sources, data, parser, renderer)
         return TokenStore.open(folder)
     except OSError as error:
-        raise InputError.of(str(cache), f"cannot read the data or write the token cache: {error}") from error
+        raise InputError.of(
+            str(cache), f"cannot read the data or write the token cache (MUSTER_CACHE names another folder): {error}"
+        ) from error
 
 
 def _is_whole(folder: Path) -> bool:

@@ -55,7 +55,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     except Exception as error:  # a broken file, an unknown hub id, remote code: the loader has no common base
         lacks = Path(path).is_dir() and not (Path(path) / "tokenizer.json").exists()
         advice = "; the folder has no tokenizer.json, which a fast tokenizer saves" if lacks else ""
-        raise InputError.of(path, f"the tokenizer cannot be loaded: {one_line(error)}{advice}") from error
+        what = "the tokenizer" if Path(path).is_dir() else "there is no such folder, and as a name on the hub it"
+        raise InputError.of(path, f"{what} cannot be loaded: {one_line(error)}{advice}") from error
     if not getattr(tokenizer, "is_fast", False):
         message = "only a slow tokenizer, which cannot tell where a token lies in the text; save tokenizer.json with it"
         raise InputError.of(path, message)

@@ -9,6 +9,7 @@ from training.config import Phase, Source
 from training.data import files
 from training.data.prepare import prepare
 from training.data.store import TokenStore
+from training.errors import InputError, Problem
 from training.recipes import RECIPES
 
 
@@ -24,8 +25,17 @@ class Stores:
 
 def open_stores(phase: Phase, cache: Path) -> Stores:
     """Raises InputError for rows that cannot be used, in training or evaluation data."""
-    train = _open(phase, phase.data.train, cache)
-    held_out = _open(phase, phase.data.eval, cache) if phase.data.eval is not None else None
+    stores: list[TokenStore | None] = []
+    problems: list[Problem] = []
+    for source in (phase.data.train, phase.data.eval):
+        try:
+            stores.append(_open(phase, source, cache) if source is not None else None)
+        except InputError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise InputError(problems)
+    train, held_out = stores
+    assert train is not None, "a phase has data to train on"
     return Stores(train, held_out, _weights(phase.data.train))
 
 
