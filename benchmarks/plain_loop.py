@@ -57,7 +57,7 @@ def read_samples(path: Path, tokenizer: Any, max_length: int) -> list[Sample]:
 class PaddedBatches:
     """One micro-batch a step and the model's own loss."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, samples: list[Sample]):
         self.lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
         self.module = self.lm
 
@@ -80,16 +80,17 @@ class PaddedBatches:
 class DealtBatches:
     """Muster's layout and loss."""
 
-    def __init__(self, args: argparse.Namespace):
-        from training.data.dealing import Limits
+    def __init__(self, args: argparse.Namespace, samples: list[Sample]):
+        from training.config import SFT
         from training.model import TokenLoss
-        from training.trainer import _MICRO_TOKENS, _ROW_TOKENS_WITHOUT_VARLEN
+        from training.trainer import limits_for
 
         lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
         lm.train()
         self.module = TokenLoss(lm)
-        row_tokens = max(_ROW_TOKENS_WITHOUT_VARLEN, args.max_length) if args.pack else None
-        self.limits = Limits(micro_tokens=_MICRO_TOKENS, row_tokens=row_tokens)
+        data = {"train": str(args.rows), "max_length": args.max_length, "pack": args.pack}
+        phase = SFT.model_validate({"recipe": "sft", "model": {"path": str(args.model)}, "data": data})
+        self.limits = limits_for(phase, max(len(ids) for ids, _ in samples), "cpu", "sdpa")
 
     def micro_batches(self, samples: list[Sample]) -> Iterator[dict[str, Any]]:
         from training.data.collate import collate
@@ -137,7 +138,7 @@ def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     samples = read_samples(args.rows, AutoTokenizer.from_pretrained(args.model), args.max_length)
-    batches: Any = (PaddedBatches if args.layout == "padded" else DealtBatches)(args)
+    batches: Any = (PaddedBatches if args.layout == "padded" else DealtBatches)(args, samples)
     engine = start_engine(batches.module, args)
     for step in range(1, args.steps + 1):
         began = time.perf_counter()

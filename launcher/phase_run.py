@@ -25,7 +25,9 @@ class PhaseRun:
         self.folder = run.phase(name)
         self.job_hash = job_hash(job)
         self.checkpoints = Checkpoints(run.checkpoints(name), attempt=run.attempt)
-        self.trackers = trackers.open_all(job.track, job.name, name, self.folder, job.phases[name].model_dump())
+        self.trackers = trackers.open_all(
+            job.track, job.name, name, self.folder, job.phases[name].model_dump(), progress.say
+        )
 
     def log(self, row: Mapping[str, Any]) -> None:
         runs.append(self.folder / runs.METRICS, {**row, "attempt": self.run.attempt})

@@ -91,6 +91,39 @@ def check(names: Sequence[str], where: str = "job") -> None:
         )
 
 
-def open_all(names: Sequence[str], run: str, phase: str, folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers of one phase."""
-    return [TRACKERS[name](run, phase, folder, settings) for name in names]
+def open_all(
+    names: Sequence[str], run: str, phase: str, folder: Path, settings: Mapping[str, Any], say: Callable[[str], None]
+) -> list[Tracker]:
+    """The trackers of one phase. Raises InputError for one that cannot be set up."""
+    opened: list[Tracker] = []
+    for name in names:
+        try:
+            opened.append(_Careful(name, TRACKERS[name](run, phase, folder, settings), say))
+        except Exception as error:  # a service's own: no key, no server, no such store
+            for tracker in opened:
+                tracker.close()
+            raise InputError.of(name, f"cannot be set up: {error}", "track") from error
+    return opened
+
+
+class _Careful:
+    """A tracker that cannot stop the training: when its service fails it is told once, and left."""
+
+    def __init__(self, name: str, tracker: Tracker, say: Callable[[str], None]):
+        self.name, self.tracker, self.say = name, tracker, say
+        self.works = True
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._attempt(lambda: self.tracker.log(step, values))
+
+    def close(self) -> None:
+        self._attempt(self.tracker.close)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        if not self.works:
+            return
+        try:
+            action()
+        except Exception as error:
+            self.works = False
+            self.say(f"{self.name} failed and gets no more metrics ({error}); metrics.jsonl has them all")

@@ -288,8 +288,9 @@ def _start_deepspeed(seat: Seat) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of what DeepSpeed calls
     # DeepSpeed compiles a CPU op at first use, minutes of silence, and waits for ever on the lock of a killed compilation.
-    # Only its inference collectives need the op; its own table of usable ops is the switch.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Only its inference collectives need the op. Its table of usable ops is the switch; given empty, it is not probed for
+    # either, which would run the compiler.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(
         dist_backend="nccl" if seat.device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )

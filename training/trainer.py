@@ -36,8 +36,20 @@ from training.seeding import seed_for
 
 GIB = 1 << 30
 _MICRO_TOKENS = 4096
-_ROW_TOKENS_WITHOUT_VARLEN = 512
+_MICRO_TOKENS_PADDED_CPU = 1024
+"""A CPU gains nothing from large micro-batches, and without packing small ones have less padding."""
+_ROW_TOKENS_WITHOUT_VARLEN = 320
 """Without a kernel for packed rows, attention pays for the whole row: longer packs cost more than they save."""
+
+
+def limits_for(phase: Phase, longest: int, device: str, attention: str) -> Limits:
+    """What a micro-batch may hold, from the settings and, where they say auto, from the hardware."""
+    packs = phase.data.pack
+    auto = _MICRO_TOKENS if packs or device != "cpu" else _MICRO_TOKENS_PADDED_CPU
+    tokens = max(auto, longest) if phase.micro_tokens == "auto" else phase.micro_tokens
+    varlen = attention.startswith("flash_attention")
+    row = tokens if varlen else min(tokens, max(_ROW_TOKENS_WITHOUT_VARLEN, longest))
+    return Limits(micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if packs else None)
 
 
 class Trainer:
@@ -94,14 +106,7 @@ class Trainer:
         self.total_samples = total_samples(self.phase, self.order.epoch_size)
         self.total_steps = total_steps(self.phase, self.order.epoch_size)
         self.longest = min(self.store.meta.longest, self.phase.data.max_length)
-        self.limits = self._limits()
-
-    def _limits(self) -> Limits:
-        phase, longest = self.phase, self.longest
-        tokens = max(_MICRO_TOKENS, longest) if phase.micro_tokens == "auto" else phase.micro_tokens
-        varlen = self.attention.startswith("flash_attention")
-        row = tokens if varlen else min(tokens, max(_ROW_TOKENS_WITHOUT_VARLEN, longest))
-        return Limits(micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if phase.data.pack else None)
+        self.limits = limits_for(self.phase, self.longest, self.seat.device, self.attention)
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
         lm: Any = models.load(self.phase.model, dtype, self.seat.device)

@@ -34,27 +34,36 @@ def deal(lengths: Sequence[int], num_workers: int, limits: Limits) -> list[list[
     """
     turns = [
         _micro_batches(_rows(share, lengths, limits.row_tokens), lengths, limits)
-        for share in _shares(lengths, num_workers)
+        for share in _even(range(len(lengths)), lengths, num_workers)
     ]
     num_turns = max(map(len, turns))
     return [_stretch(worker_turns, num_turns) for worker_turns in turns]
 
 
-def _shares(lengths: Sequence[int], num_workers: int) -> list[list[int]]:
-    """Samples of each worker, longest first: the next sample goes to the worker with the fewest tokens so far."""
-    shares: list[list[int]] = [[] for _ in range(num_workers)]
-    loads = [(0, worker) for worker in range(num_workers)]
-    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, worker = heapq.heappop(loads)
-        shares[worker].append(sample)
-        heapq.heappush(loads, (load + lengths[sample], worker))
-    return shares
+def _even(samples: Sequence[int], lengths: Sequence[int], num_parts: int) -> list[list[int]]:
+    """`num_parts` parts with nearly the same number of tokens: the longest sample left goes to the emptiest part."""
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    loads = [(0, part) for part in range(num_parts)]
+    for sample in sorted(samples, key=lambda i: (-lengths[i], i)):
+        load, part = heapq.heappop(loads)
+        parts[part].append(sample)
+        heapq.heappush(loads, (load + lengths[sample], part))
+    return parts
 
 
 def _rows(share: list[int], lengths: Sequence[int], row_tokens: int | None) -> list[Row]:
-    """Pack samples (longest first) into rows: each goes to the fullest row that still has room (best fit)."""
+    """Pack samples (longest first) into as few rows as best fit needs, and those as even as they come."""
     if row_tokens is None:
         return [[sample] for sample in share]
+    rows = _best_fit(share, lengths, row_tokens)
+    # The same number of rows, dealt again: even rows need less padding.
+    even = _even(share, lengths, len(rows))
+    longest_even = max((sum(lengths[i] for i in row) for row in even), default=0)
+    return even if longest_even <= max(row_tokens, lengths[share[0]] if share else 0) else rows
+
+
+def _best_fit(share: list[int], lengths: Sequence[int], row_tokens: int) -> list[Row]:
+    """Each sample goes to the fullest row that still has room."""
     rows: list[Row] = []
     room: list[int] = []
     for sample in share:
