@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -28,8 +29,7 @@ def groups_of(
     (role, target), *_ = RECIPES[phase.recipe].roles.items()
     arguments = (phase, str(cache))
     if inline:
-        with _inline_group(phase, role, target, arguments) as group:
-            yield {role: group}
+        yield {role: _inline_group(phase, role, target, arguments)}
         return
     from launcher.workers import WorkerGroup
 
@@ -48,22 +48,22 @@ def _warn_of_few_cores(phase: Phase, say: Callable[[str], None]) -> None:
         say(f"{phase.resources.workers} workers share {cores} cores: they take turns")
 
 
-@contextmanager
-def _inline_group(phase: Phase, role: str, target: str, arguments: tuple) -> Iterator[Group]:
+def _inline_group(phase: Phase, role: str, target: str, arguments: tuple) -> Group:
+    """The role in this process. Its process group of one is made once and kept: DeepSpeed remembers groups for good."""
+    import torch.distributed as dist
+
     from training.distributed import Seat, join, leave, set_environment
     from training.group import InlineGroup, Worker
 
     threads = phase.resources.threads if phase.resources.threads != "auto" else os.cpu_count() or 1
-    device = _inline_device(phase)
-    seat = Seat(rank=0, size=1, threads=threads, device=device)
-    set_environment(seat)
-    join(seat)
-    try:
-        worker = Worker(seat)
-        worker.build(role, target, *arguments)
-        yield InlineGroup(worker, role)
-    finally:
-        leave()
+    seat = Seat(rank=0, size=1, threads=threads, device=_inline_device(phase))
+    if not dist.is_initialized():
+        set_environment(seat)
+        join(seat)
+        atexit.register(leave)
+    worker = Worker(seat)
+    worker.build(role, target, *arguments)
+    return InlineGroup(worker, role)
 
 
 def _inline_device(phase: Phase) -> Any:

@@ -143,7 +143,15 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, staged: Path, manifest: Manifest) -> Path:
-        """Write the manifest and give the folder its name, in one atomic step. Replaces an older one of the same step."""
+        """Write the manifest and give the folder its name, in one atomic step. Replaces an older one of the same step.
+
+        Raises CheckpointError if a shard is not there: written by a machine that does not share this folder.
+        """
+        for file in manifest.files:
+            if wrong := _wrong_with(staged, file, deep=False):
+                raise CheckpointError(
+                    f"{staged / file.name}: {wrong}; `storage` must be a folder that all machines share"
+                )
         text = json.dumps(asdict(manifest), indent=1)
         with (staged / MANIFEST).open("w") as file:
             file.write(text)

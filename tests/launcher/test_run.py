@@ -240,3 +240,21 @@ def test_two_jobs_side_by_side_do_not_disturb_each_other(whole, folder):
         status, out = finish(process)
         assert status == 0, out
     assert losses(folder, "one") == losses(folder, "two") == losses(whole[0])
+
+
+def test_phases_of_one_job_follow_each_other_inline_too(tiny, tmp_path):
+    phase = (
+        "{recipe: sft, data: {train: TRAIN}, batch: 16, max_steps: 3, learning_rate: 3e-3, sharding: {stage: STAGE}}"
+    )
+    phase = phase.replace("TRAIN", str(tiny / "train.jsonl"))
+    (tmp_path / "job.yaml").write_text(
+        f"model: {{path: {tiny / 'model'}, dtype: fp32}}\nphases:\n"
+        f"  first: {phase.replace('STAGE', '3')}\n  second: {phase.replace('STAGE', '1')}\n"
+    )
+    status, out = muster(tmp_path, "run", "job.yaml", "--inline")
+    assert status == 0, out
+    first, second = (
+        [json.loads(line)["loss"] for line in (tmp_path / f"runs/job/{name}/metrics.jsonl").open()]
+        for name in ("first", "second")
+    )
+    assert second[0] < first[-1], "the second phase does not start where the first ended"

@@ -144,3 +144,14 @@ def test_a_step_that_does_not_exist_lists_those_that_do(tmp_path):
     save(tmp_path, 9)
     with pytest.raises(CheckpointError, match="no checkpoint of step 6; there are: 5, 9"):
         Checkpoints(tmp_path).at(6)
+
+
+def test_a_shard_that_another_machine_keeps_to_itself_is_no_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    manifest = Manifest.read(save(tmp_path / "elsewhere", 4))
+    with (
+        pytest.raises(CheckpointError, match="worker-0.safetensors: missing; `storage` must be"),
+        checkpoints.staging(4) as staged,
+    ):
+        checkpoints.commit(staged, manifest)
+    assert checkpoints.folders() == []
