@@ -147,10 +147,10 @@ class Checkpoints:
 
         Raises CheckpointError if a shard is not there: written by a machine that does not share this folder.
         """
-        for file in manifest.files:
-            if wrong := _wrong_with(staged, file, deep=False):
+        for shard in manifest.shards:
+            if wrong := _wrong_with(staged, shard, deep=False):
                 raise CheckpointError(
-                    f"{staged / file.name}: {wrong}; `storage` must be a folder that all machines share"
+                    f"{staged / shard.name}: {wrong}; `storage` must be a folder that all machines share"
                 )
         text = json.dumps(asdict(manifest), indent=1)
         with (staged / MANIFEST).open("w") as file:
