@@ -147,7 +147,7 @@ class Checkpoints:
 
         Raises CheckpointError if a shard is not there: written by a machine that does not share this folder.
         """
-        for shard in manifest.shards:
+        for shard in manifest.files:
             if wrong := _wrong_with(staged, shard, deep=False):
                 raise CheckpointError(
                     f"{staged / shard.name}: {wrong}; `storage` must be a folder that all machines share"
