@@ -40,6 +40,10 @@ class PhaseRun:
         self.run.event(kind, phase=self.name, **facts)
         if kind == "checkpoint_damaged":
             self.progress.say(f"{facts['finding']}; looking at the one before")
+        elif kind == "save_failed":
+            self.progress.say(
+                f"the checkpoint of step {facts['step']} was not saved ({facts['error']}); trying once more"
+            )
         elif kind == "restored":
             self.progress.say(f"{self.name}: goes on after step {facts['step']}")
 

@@ -15,7 +15,6 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,16 +130,16 @@ class Checkpoints:
         self.root = root
         self.attempt = attempt
 
-    @contextmanager
-    def staging(self, step: int) -> Iterator[Path]:
-        """An empty folder to write the shards of a step into and commit within the block; nothing is left if that fails."""
+    def stage(self, step: int) -> Path:
+        """An empty folder to write the shards of a step into; not a checkpoint until it is committed."""
         folder = self.root / f".tmp-{_name(step)}.attempt-{self.attempt}"
-        shutil.rmtree(folder, ignore_errors=True)
+        self.discard(folder)
         folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    def discard(self, staged: Path) -> None:
+        """Remove a staged folder that will not be committed."""
+        shutil.rmtree(staged, ignore_errors=True)
 
     def commit(self, staged: Path, manifest: Manifest) -> Path:
         """Write the manifest and give the folder its name, in one atomic step. Replaces an older one of the same step.

@@ -4,6 +4,7 @@ MusterError
 ├── InputError      the job, its data or a folder is wrong; nothing was started            exit status 2
 │   └── (holds Problems, one a line, all that were found)
 └── TrainingError   a worker or the training itself failed                                 exit status 1
+    └── SaveError   a checkpoint could not be written; tried again once
 """
 
 from __future__ import annotations
@@ -52,3 +53,7 @@ class TrainingError(MusterError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class SaveError(TrainingError):
+    """A checkpoint could not be written. The training itself is well and may try again."""

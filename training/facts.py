@@ -10,6 +10,8 @@ class Facts:
     """The answer of a trainer's set-up."""
 
     total_steps: int
+    total_samples: int
+    """That the phase trains on in all."""
     num_samples: int
     """In an epoch."""
     num_eval_samples: int

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import model as models
-from training.checkpoint import Reader, write_shard
+from training.checkpoint import File, Reader
 from training.config import Phase
 from training.data.collate import collate
 from training.data.dealing import Limits, deal
@@ -33,6 +32,7 @@ from training.facts import Facts
 from training.memory import peak_bytes
 from training.schedule import learning_rate, total_samples, total_steps
 from training.seeding import seed_for
+from training.snapshot import ShardWriter
 
 GIB = 1 << 30
 _MICRO_TOKENS = 4096
@@ -61,6 +61,7 @@ class Trainer:
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
         self.attention = models.resolve_attention(phase.model.attention, seat.device)
+        self.writer = ShardWriter()
 
     def loss_module(self, lm: nn.Module) -> nn.Module:
         """The module to train: holds the language model as `lm`, returns the summed loss of a micro-batch."""
@@ -74,6 +75,7 @@ class Trainer:
         self.engine = Engine(self._build, self.phase, self.seat, self.dtype)
         return Facts(
             total_steps=self.total_steps,
+            total_samples=self.total_samples,
             num_samples=self.order.epoch_size,
             num_eval_samples=len(self.eval_store) if self.eval_store is not None else 0,
             num_parameters=sum(math.prod(shape) for shape in self.engine.shapes.values()),
@@ -185,23 +187,29 @@ class Trainer:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------
 
-    def save(self, staged: str) -> dict[str, Any]:
-        """Write this worker's shard into a staged checkpoint; answers with what the manifest needs to know of it."""
+    def begin_save(self, staged: str) -> dict[str, Any]:
+        """Copy this worker's share of the state and begin to write it into a staged checkpoint.
+
+        Answers with what the manifest needs to know of the state.
+        """
         tensors = (
-            (f"{kind}/{fragment.name}@{fragment.start}", view.detach().cpu().numpy())
+            (f"{kind}/{fragment.name}@{fragment.start}", view)
             for fragment in self.engine.owned()
             for kind, view in fragment.tensors.items()
         )
-        path = Path(staged) / f"worker-{self.seat.rank:05d}.safetensors"
-        try:
-            file = write_shard(path, tensors)
-        except OSError as error:
-            raise TrainingError(f"the checkpoint cannot be written: {error.strerror}: {path}") from error
+        self.writer.begin(Path(staged) / f"worker-{self.seat.rank:05d}.safetensors", tensors)
         return {
-            "file": asdict(file),
             "optimizer_step": self.engine.optimizer_step,
             "parameters": {name: list(shape) for name, shape in self.engine.shapes.items()},
         }
+
+    def is_saving(self) -> bool:
+        """Whether the shard is still being written."""
+        return self.writer.busy
+
+    def finish_save(self) -> File | None:
+        """Wait until the shard is written. Raises SaveError if it could not be."""
+        return self.writer.finish()
 
     def restore(self, folder: str) -> None:
         """Take the training state from a checkpoint, whatever number of workers and ZeRO stage wrote it."""

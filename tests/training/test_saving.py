@@ -1,0 +1,128 @@
+"""Saving beside the training: one save at a time, committed when all have written, tried again once when it fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.training_fixtures import Recorder
+from training.checkpoint import File, verify, write_shard
+from training.config import SFT
+from training.errors import SaveError
+from training.facts import Facts
+from training.group import Done
+from training.recipes.saving import Saver
+from training.snapshot import ShardWriter
+
+FACTS = Facts(
+    total_steps=100, total_samples=800, num_samples=100, num_eval_samples=0, num_parameters=4, dtype="float32",
+    attention="sdpa", device="cpu", data_hash="d", formats={}, notes=[],
+)  # fmt: skip
+
+
+class Workers:
+    """A group whose two workers write when they are told to, or fail."""
+
+    size = 2
+
+    def __init__(self):
+        self.writing, self.broken, self.calls = True, 0, []
+
+    def call(self, method, *args):
+        self.calls.append(method)
+        return [Done(getattr(self, method)(rank, *args)) for rank in range(self.size)]
+
+    def begin_save(self, rank, staged):
+        from pathlib import Path
+
+        self.staged = Path(staged)
+        return {"optimizer_step": 1, "parameters": {"w": [4]}}
+
+    def is_saving(self, rank):
+        return self.writing and rank == 1
+
+    def finish_save(self, rank) -> File:
+        if self.broken:
+            self.broken -= 1
+            raise SaveError("the checkpoint cannot be written: No space left on device")
+        values = torch.arange(2 * rank, 2 * rank + 2, dtype=torch.float32).numpy()
+        return write_shard(self.staged / f"worker-{rank}.safetensors", [(f"fp32/w@{2 * rank}", values)])
+
+
+@pytest.fixture
+def saver(tmp_path):
+    phase = SFT.model_validate({"recipe": "sft", "model": {"path": "-"}, "data": {"train": "-"}, "batch": 8})
+    return Saver(phase, Workers(), Recorder(tmp_path), FACTS, newest=0)
+
+
+def committed(saver):
+    return [folder.name for folder in saver.hooks.checkpoints.folders()]
+
+
+def test_nothing_is_committed_before_all_have_written(saver):
+    saver.save(5, {"eval_loss": 2.0})
+    saver.poll()
+    assert committed(saver) == []
+    saver.trainer.writing = False
+    saver.poll()
+    assert committed(saver) == ["step-00000005"]
+    assert verify(saver.hooks.checkpoints.at(5)) == []
+
+
+def test_the_next_save_waits_for_the_one_before(saver):
+    saver.save(5, {})
+    saver.save(6, {})
+    assert saver.trainer.calls == ["begin_save", "finish_save", "begin_save"]
+    assert committed(saver) == ["step-00000005"]
+
+
+def test_a_step_is_saved_once(saver):
+    saver.save(5, {})
+    saver.save(5, {})
+    saver.finish()
+    assert saver.trainer.calls.count("begin_save") == 1
+
+
+def test_a_failed_save_is_told_leaves_nothing_and_is_due_again(saver):
+    saver.trainer.broken = 1
+    saver.save(5, {})
+    saver.finish()
+    assert saver.failed
+    assert committed(saver) == []
+    assert list(saver.hooks.checkpoints.root.iterdir()) == []
+    assert saver.hooks.events[-1][0] == "save_failed"
+    saver.save(5, {})
+    saver.finish()
+    assert not saver.failed
+    assert committed(saver) == ["step-00000005"]
+
+
+def test_a_second_failure_in_a_row_ends_the_run(saver):
+    saver.trainer.broken = 2
+    saver.save(5, {})
+    saver.finish()
+    with pytest.raises(SaveError, match="No space left on device"):
+        saver.save(6, {})
+        saver.finish()
+
+
+def test_the_state_that_is_saved_is_that_of_the_moment(tmp_path):
+    from safetensors.numpy import load_file
+
+    state = torch.zeros(1_000_000)
+    writer = ShardWriter()
+    writer.begin(tmp_path / "shard", [("a", state[:10]), ("b", state[10:])])
+    state.fill_(7)  # the training goes on while the file is written
+    file = writer.finish()
+    saved = load_file(tmp_path / "shard")
+    assert file.size == (tmp_path / "shard").stat().st_size
+    assert saved["a"].tolist() == [0.0] * 10
+    assert saved["b"].max() == 0
+
+
+def test_a_full_disk_is_told_when_the_save_is_finished(tmp_path):
+    writer = ShardWriter()
+    writer.begin(tmp_path / "no" / "such" / "folder", [("a", torch.zeros(3))])
+    with pytest.raises(SaveError, match="the checkpoint cannot be written: No such file or directory"):
+        writer.finish()
+    assert writer.finish() is None

@@ -1,0 +1,115 @@
+"""Saves a group's checkpoints beside its training: workers write, this process commits when all have written.
+
+One save at a time; the next waits for it. A save that fails is told and tried again; a second failure in a row ends the run,
+since from then on everything that is trained could be lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from training.checkpoint import CheckpointError, File, Manifest
+from training.config import Phase
+from training.errors import SaveError
+from training.facts import Facts
+from training.group import Group, results
+from training.recipes.hooks import Hooks
+
+SAVE_S = 3600.0
+"""Longest time for writing a checkpoint."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    metrics: Mapping[str, float]
+    staged: Path
+    copied: Mapping[str, Any]
+    """What worker 0 says of the state that it copied."""
+    began: float
+    stall_s: float
+    """How long training waited for the copies."""
+
+
+class Saver:
+    """The checkpoints of one phase, from the first that this attempt makes."""
+
+    def __init__(self, phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, newest: int):
+        self.phase, self.trainer, self.hooks, self.facts = phase, trainer, hooks, facts
+        self.newest = newest
+        """Step of the newest checkpoint that is committed or under way."""
+        self.failed = False
+        """The last save failed: another is due now."""
+        self._pending: _Pending | None = None
+
+    def save(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Begin to save the state after `step`, of which `metrics` are the evaluation. Returns when it is copied."""
+        self.finish()
+        if step == self.newest and not self.failed:
+            return
+        began = time.monotonic()
+        staged = self.hooks.checkpoints.stage(step)
+        copied = results(self.trainer.call("begin_save", str(staged)), SAVE_S)[0]
+        self._pending = _Pending(step, metrics, staged, copied, began, time.monotonic() - began)
+        self.newest = step
+
+    def poll(self) -> None:
+        """Commit the save under way if all workers have written."""
+        if self._pending is not None and not any(results(self.trainer.call("is_saving"), SAVE_S)):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save under way and commit it. Raises the error of a second failure in a row."""
+        if (pending := self._pending) is None:
+            return
+        self._pending = None
+        try:
+            shards = results(self.trainer.call("finish_save"), SAVE_S)
+            folder = self.hooks.checkpoints.commit(pending.staged, self._manifest(pending, shards))
+        except (SaveError, CheckpointError, OSError) as error:
+            self.hooks.checkpoints.discard(pending.staged)
+            if self.failed:
+                raise
+            self.failed = True
+            self.hooks.event("save_failed", step=pending.step, error=str(error))
+            return
+        self.failed = False
+        took, stall = time.monotonic() - pending.began, pending.stall_s
+        self.hooks.event(
+            "checkpoint", step=pending.step, checkpoint=str(folder), seconds=round(took, 3), stall_s=round(stall, 3)
+        )
+        self._retain()
+
+    def _retain(self) -> None:
+        keep, best = self.phase.checkpoint.keep, self.phase.checkpoint.best
+        if best is None:
+            self.hooks.checkpoints.retain(keep)
+        else:
+            self.hooks.checkpoints.retain(keep, best=best.metric, smaller_is_better=best.mode == "min")
+
+    def _manifest(self, pending: _Pending, shards: Sequence[File]) -> Manifest:
+        facts, phase = self.facts, self.phase
+        return Manifest(
+            phase=phase.recipe,
+            step=pending.step,
+            samples=min(pending.step * phase.batch, facts.total_samples),
+            optimizer_step=pending.copied["optimizer_step"],
+            attempt=self.hooks.checkpoints.attempt,
+            world_size=self.trainer.size,
+            zero_stage=phase.sharding.stage,
+            dtype=facts.dtype,
+            formats=facts.formats,
+            job_hash=self.hooks.job_hash,
+            data_hash=facts.data_hash,
+            metrics=dict(pending.metrics),
+            parameters=pending.copied["parameters"],
+            files=list(shards),
+            versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "muster-train")},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
