@@ -21,9 +21,14 @@ from training.recipes import RECIPES
 def load(file: Path, overrides: Sequence[str], *, inline: bool = False) -> Job:
     """The job in a file, checked against this machine too. Raises InputError with every problem."""
     job = jobs.load(file, overrides)
+    machine(job, inline=inline)
+    return job
+
+
+def machine(job: Job, *, inline: bool) -> None:
+    """Raises InputError if this machine lacks a package or the room that the job needs."""
     trackers.check(job.track, where=str(job.file))
     capacity.check(job, inline=inline)
-    return job
 
 
 def check(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -98,8 +98,8 @@ def resume(run: RunName, overrides: Overrides = None, inline: Inline = False) ->
     """Go on with a run from its last checkpoint."""
     from launcher import check, driver, runs
 
-    folder = runs.find(run)
-    job = check.load(folder.folder / runs.JOB, overrides or [], inline=inline)
+    job = runs.find(run).job_here(overrides or [])
+    check.machine(job, inline=inline)
     return driver.run_job(job, inline=inline, console=_console())
 
 

@@ -41,7 +41,7 @@ def run_job(job: Job, *, inline: bool, console: Console) -> int:
     say(f"run {run.folder}, attempt {run.attempt}")
     with ExitStack() as stack:
         stack.callback(run.close)
-        interrupts = stack.enter_context(Interrupts(say))
+        interrupts = stack.enter_context(Interrupts())
         try:
             if not inline:
                 from launcher.session import ray_session
@@ -92,6 +92,8 @@ def _unfinished(run: runs.OpenRun, job: Job) -> Iterator[str]:
 
 def _run_phase(run: runs.OpenRun, job: Job, name: str, interrupts: Interrupts, console: Console, inline: bool) -> bool:
     """Whether the phase came to its end; False when it was asked to stop."""
+    if interrupts.requested:
+        return False
     phase = with_its_start(job.phases[name], run)
     progress = PhaseProgress(name, console, phase.log_every)
     run.phase(name).mkdir(exist_ok=True)
@@ -112,11 +114,11 @@ def _run_phase(run: runs.OpenRun, job: Job, name: str, interrupts: Interrupts, c
 
 
 def with_its_start(phase: Phase, run: runs.RunFolder) -> Phase:
-    """The phase with the model of the phase that it starts from."""
+    """The phase with the model of the phase that it starts from, and the tokenizer that its data was checked with."""
     if phase.from_ is None:
         return phase
-    start = str(run.model(phase.from_))
-    return phase.model_copy(update={"model": phase.model.model_copy(update={"path": start, "tokenizer": None})})
+    changes = {"path": str(run.model(phase.from_)), "tokenizer": phase.model.tokenizer or phase.model.path}
+    return phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
 
 
 def _export(group: Group, checkpoint: Path, out: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.driver import with_its_start
 from launcher.runs import RunFolder
-from training.checkpoint import CheckpointError, Checkpoints, step_of
+from training.checkpoint import CheckpointError, Checkpoints, step_of, verify
 from training.errors import InputError
 
 
@@ -44,13 +44,16 @@ def _refuse_to_overwrite(out: Path) -> None:
 def _checkpoint(checkpoints: Checkpoints, step: int | None) -> Path:
     if step is not None:
         try:
-            return checkpoints.at(step)
+            folder = checkpoints.at(step)
         except CheckpointError as error:
             raise InputError.of("", str(error)) from error
-    folder, findings = checkpoints.newest_whole()
-    if folder is None:
+        if wrong := verify(folder):
+            raise CheckpointError("\n".join(wrong))
+        return folder
+    newest, findings = checkpoints.newest_whole()
+    if newest is None:
         raise CheckpointError("\n".join([f"{checkpoints.root}: no whole checkpoint", *findings]))
-    return folder
+    return newest
 
 
 def lines(done: Mapping[str, Any]) -> Iterator[str]:

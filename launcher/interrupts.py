@@ -1,27 +1,29 @@
-"""What Ctrl-C and SIGTERM mean while a job runs."""
+"""What Ctrl-C, SIGTERM and a closed terminal mean while a job runs."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable
 from types import FrameType
 
 
 class Interrupts:
-    """What Ctrl-C and SIGTERM do for the length of a `with` block.
+    """What Ctrl-C, SIGTERM and SIGHUP do for the length of a `with` block.
 
     While a phase trains, the first asks for an orderly end and a second Ctrl-C ends at once; at other times the first
     does, since there is nothing to save. Once the end has begun, nothing interrupts the tidying up.
     """
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say = say
+    def __init__(self) -> None:
         self.requested = False
         self.training = False
         self._ending = False
 
     def __enter__(self) -> Interrupts:
-        self.before = {number: signal.signal(number, self._received) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._received) for number in numbers}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -35,5 +37,6 @@ class Interrupts:
             self._ending = True
             raise KeyboardInterrupt
         if not self.requested:
-            self.say("stopping: the step in hand is finished and saved; Ctrl-C again to stop at once")
+            # Not by print: the main thread may be in the middle of one, and that cannot be entered twice.
+            os.write(2, b"\nstopping: the step in hand is finished and saved; Ctrl-C again to stop at once\n")
         self.requested = True

@@ -78,12 +78,24 @@ def _model(text: str) -> str:
 
 
 def _newest_model(run: RunFolder) -> Path:
-    models = [run.model(name) for name in run.job().phases if run.model(name).exists()]
+    phases = [run.phase(name) for name in run.job().phases]
+    models = [
+        path
+        for phase in phases
+        for path in (*sorted(phase.glob("model-*"), key=_step), phase / "model")
+        if path.exists()
+    ]
     if not models:
         raise InputError.of(
             str(run.folder), f"the run has no model yet; `muster export {run.folder}` makes one from a checkpoint"
         )
     return models[-1]
+
+
+def _step(folder: Path) -> int:
+    """Of a model that `muster export` wrote from a checkpoint."""
+    step = folder.name.removeprefix("model-")
+    return int(step) if step.isdigit() else -1
 
 
 def lines(answers: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -11,8 +11,9 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -53,6 +54,16 @@ class RunFolder:
         if not (self.folder / JOB).exists():
             raise InputError.of(str(self.folder), "not a run folder (there is no job.yaml in it)")
         return jobs.read(self.folder / JOB)
+
+    def job_here(self, overrides: Sequence[str] = ()) -> Job:
+        """The job to go on with, in the folder where it lies now. Raises InputError for overrides that would move it."""
+        moved = [override for override in overrides if override.partition("=")[0] in ("name", "storage")]
+        if moved:
+            raise InputError.of(
+                "command line", "a run keeps its folder; `muster run` with another name begins a new one", moved[0]
+            )
+        here = self.folder.resolve()
+        return replace(jobs.load(self.folder / JOB, overrides), name=here.name, storage=str(here.parent))
 
     def phase(self, name: str) -> Path:
         return self.folder / name
@@ -123,7 +134,7 @@ def begin(job: Job) -> OpenRun:
     """
     check(job)
     folder = _folder(job)
-    try:
+    with _told_as_input(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(folder / LOCK)
         try:
@@ -131,9 +142,15 @@ def begin(job: Job) -> OpenRun:
         except BaseException:
             lock.close()
             raise
+
+
+@contextmanager
+def _told_as_input(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another `storage`"
-        raise InputError.of(str(folder), f"cannot write the run folder: {error.strerror}; {advice}") from error
+        raise InputError.of(str(folder), f"cannot use the run folder: {error.strerror}; {advice}") from error
 
 
 def _begin(folder: Path, job: Job, lock: IO[str]) -> OpenRun:
@@ -146,8 +163,9 @@ def _begin(folder: Path, job: Job, lock: IO[str]) -> OpenRun:
 
 def check(job: Job) -> None:
     """Raises InputError if the run folder of a job holds something else, another job or a finished run. Writes nothing."""
-    if _folder(job).is_dir():
-        _refuse_others(_folder(job), job)
+    with _told_as_input(_folder(job)):
+        if _folder(job).is_dir():
+            _refuse_others(_folder(job), job)
 
 
 def _folder(job: Job) -> Path:
@@ -170,7 +188,7 @@ def _refuse_others(folder: Path, job: Job) -> None:
                 f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or storage",
             )
         return
-    if changes := jobs.differences(held.job(), job):
+    if changes := jobs.differences(replace(held.job(), name=job.name), job):
         raise InputError.of(
             str(folder),
             "this run folder holds another job; choose another `name:`, or remove the folder. What differs:\n  "

@@ -9,6 +9,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from training.errors import TrainingError
 
@@ -30,16 +32,25 @@ def ray_session(num_workers: int) -> Iterator[None]:
 
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_AUTH_TOKEN" not in os.environ else "token")
+    token_file = Path.home() / ".ray" / "auth_token"
+    has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or token_file.exists()
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+    with _connected(
+        f"the Ray cluster at {address} does not let us in", "is RAY_AUTH_TOKEN its token?", address=address
+    ):
+        yield
+
+
+@contextmanager
+def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
     import ray
+    from ray.exceptions import RayError
 
     try:
-        ray.init(address=address, namespace="muster", log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
-        raise TrainingError(
-            f"the Ray cluster at {address} does not let us in: {error}; is RAY_AUTH_TOKEN its token, and Ray "
-            f"{ray.__version__} its version?"
-        ) from error
+        ray.init(namespace="muster", log_to_driver=False, logging_level=logging.ERROR, **settings)
+    except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
+        ray.shutdown()
+        raise TrainingError(f"{failure}: {error}; {advice} (this is Ray {ray.__version__})") from error
     try:
         yield
     finally:
@@ -62,24 +73,19 @@ def _local(num_workers: int) -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
-    import ray
-
+    settings = {
+        # Workers on CPUs may outnumber the cores; Ray's CPUs are places to sit, not cores.
+        "num_cpus": max(num_workers, os.cpu_count() or 1),
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_node_ip_address": "127.0.0.1",
+        "_temp_dir": folder,
+    }
     try:
-        ray.init(
-            address="local",
-            # Workers on CPUs may outnumber the cores; Ray's CPUs are places to sit, not cores.
-            num_cpus=max(num_workers, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            namespace="muster",
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
-        yield
+        advice = f"is there room in {folder} and /dev/shm?"
+        with _connected("Ray did not start on this machine", advice, address="local", **settings):
+            yield
     finally:
-        ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
         for name, value in before.items():
             if value is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,14 @@ class TensorBoard:
         self.writer.close()
 
 
+def _identity(folder: Path) -> str:
+    """A random name of this phase of this run, so that a service goes on with it and never with another of the same name."""
+    note = folder / ".tracker-id"
+    if not note.exists():
+        note.write_text(uuid.uuid4().hex)
+    return note.read_text()
+
+
 class WandB:
     """One W&B run a phase; goes on in the same one after a resume. Key and mode come from W&B's own environment variables."""
 
@@ -41,7 +50,7 @@ class WandB:
         import wandb
 
         self.run = wandb.init(
-            project="muster", group=run, name=f"{run}/{phase}", id=f"{run}-{phase}", resume="allow",
+            project="muster", group=run, name=f"{run}/{phase}", id=_identity(folder), resume="allow",
             dir=folder, config=dict(settings),
         )  # fmt: skip
 
@@ -60,9 +69,11 @@ class MLflow:
 
         self.mlflow = mlflow
         mlflow.set_experiment(run)
-        earlier = mlflow.search_runs(filter_string=f"tags.mlflow.runName = '{phase}'", output_format="list")
+        identity = _identity(folder)
+        earlier = mlflow.search_runs(filter_string=f"tags.muster_id = '{identity}'", output_format="list")
         mlflow.start_run(run_id=earlier[0].info.run_id if earlier else None, run_name=None if earlier else phase)
         if not earlier:
+            mlflow.set_tag("muster_id", identity)
             mlflow.log_params({name: str(value)[:500] for name, value in settings.items()})
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

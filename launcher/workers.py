@@ -12,7 +12,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher.failures import WorkerError, first_cause
@@ -25,6 +30,7 @@ GATHER_S = 600.0
 """Longest wait for machines."""
 START_S = 300.0
 """Longest time for starting the processes and making the process group."""
+_PASSED_ON = ("HF_", "NCCL_", "MUSTER_")
 _GRACE_S = 2.0
 """After a first error, how long to wait for others: a victim's death is often seen after its survivors' complaints."""
 
@@ -32,7 +38,8 @@ _GRACE_S = 2.0
 class _Process:
     """What runs in the worker's process: one worker, its log file, and answers while it is busy."""
 
-    def __init__(self, log: str):
+    def __init__(self, log: str, environment: dict[str, str]):
+        os.environ.update(environment)
         self.log = Path(log)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -81,16 +88,18 @@ class _Call:
         self.refs = list(refs)
         self.group = group
         self.method = method
+        self.began = time.monotonic()
+        self.waiting = list(refs)
 
     def wait(self, ref: ray.ObjectRef, timeout_s: float | None) -> Any:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        waiting = list(self.refs)
-        while ref in waiting:
-            left = None if deadline is None else deadline - time.monotonic()
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+        """The answer of one worker, within `timeout_s` of the call. Raises the first cause as soon as any worker fails."""
+        while ref in self.waiting:
+            left = None if timeout_s is None else max(0.0, self.began + timeout_s - time.monotonic())
+            ready, waiting = ray.wait(self.waiting, num_returns=1, timeout=left)
             if not ready:
                 raise TrainingError(f"{self.method} did not answer within {timeout_s:.0f} s on {self._ranks(waiting)}")
             self._check(ready[0])
+            self.waiting = waiting
         return ray.get(ref)
 
     def _check(self, ref: ray.ObjectRef) -> None:
@@ -158,15 +167,18 @@ class WorkerGroup:
             raise
 
     def _start(self, resources: Resources, gpus: int) -> None:
+        # Ranks of one node are neighbours: a ring then crosses between nodes as seldom as it can.
+        nodes = placement_group_table(self.placement)["bundles_to_node_id"]
+        bundles = sorted(range(self.size), key=lambda bundle: (nodes[bundle], bundle))
         process: Any = ray.remote(concurrency_groups={"control": 1})(_Process)  # type: ignore[call-overload]
         self.actors = [
             process.options(
                 num_cpus=1,
                 num_gpus=gpus,
                 max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, rank),
-            ).remote(str(self.log_of(rank)))
-            for rank in range(self.size)
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, bundle),
+            ).remote(str(self.log_of(rank)), _passed_on())
+            for rank, bundle in enumerate(bundles)
         ]
         places = self._all("place")
         self.pids = [place["pid"] for place in places]
@@ -233,6 +245,11 @@ class RoleGroup:
         return [_RayFuture(call, ref) for ref in refs]
 
 
+def _passed_on() -> dict[str, str]:
+    """What workers on other machines need of this process's environment; an argument, since Ray shows runtime environments."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+
+
 def _gpus_per_worker(resources: Resources) -> int:
     if resources.gpus_per_worker == "auto":
         return 1 if ray.cluster_resources().get("GPU", 0) else 0
@@ -245,11 +262,7 @@ def _gather(bundle: dict[str, float], count: int, say: Callable[[str], None]) ->
     patience = 3.0
     while not group.wait(patience):
         waited = time.monotonic() - began
-        kind = "GPU" if "GPU" in bundle else "CPU"
-        there, free = (r.get(kind, 0) for r in (ray.cluster_resources(), ray.available_resources()))
-        state = (
-            f"{count} workers wanted with 1 {kind} each; the cluster has {there:.0f} {kind}s, {free:.0f} of them free"
-        )
+        state = _shortage(bundle, count)
         if waited > GATHER_S:
             remove_placement_group(group)
             raise TrainingError(
@@ -258,6 +271,13 @@ def _gather(bundle: dict[str, float], count: int, say: Callable[[str], None]) ->
         say(f"waiting for machines since {waited:.0f} s: {state}")
         patience = 15.0
     return group
+
+
+def _shortage(bundle: dict[str, float], count: int) -> str:
+    wanted = [kind for kind in bundle if kind != "CPU"] or ["CPU"]
+    there, free = ray.cluster_resources(), ray.available_resources()
+    has = ", ".join(f"{there.get(kind, 0):.0f} {kind} ({free.get(kind, 0):.0f} free)" for kind in wanted)
+    return f"{count} workers wanted, each with one {' and one '.join(wanted)}; the cluster has {has}"
 
 
 def seats_for(places: Sequence[dict], resources: Resources, device: Any, host: str, port: int) -> list[Seat]:

@@ -113,6 +113,7 @@ def sft_phase(tiny: Path, *, workers: int = 1, stage: int = 0, dtype: str = "fp3
     draft = {
         "recipe": "sft", "seed": 5, "model": {"path": str(tiny / "model"), "dtype": dtype}, "data": data, "batch": 16,
         "max_steps": 8, "learning_rate": 3e-3, "optimizer": {"weight_decay": 0.1}, "clip": 1.0,
-        "schedule": {"warmup": 2}, "sharding": {"stage": stage}, "resources": {"workers": workers}, **settings,
+        "schedule": {"warmup": 2}, "sharding": {"stage": stage}, "resources": {"workers": workers},
+        **settings,
     }  # fmt: skip
     return SFT.model_validate(draft)

@@ -81,6 +81,8 @@ class Manifest:
             return cls(**{**raw, "files": [File(**entry) for entry in raw["files"]]})
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {MANIFEST}: the checkpoint was never finished") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a readable manifest ({error})") from None
 
@@ -89,7 +91,7 @@ class Manifest:
 
 
 def write_shard(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> File:
-    """Write fp32 arrays as one safetensors file, flushed to the disk. Holds one array at a time beside the caller's."""
+    """Write fp32 arrays as one safetensors file, flushed to the disk."""
     tensors = list(tensors)
     header: dict[str, Any] = {}
     end = 0
@@ -197,6 +199,14 @@ class Checkpoints:
             _remove(folder)
         return gone
 
+    def set_aside(self, after: int) -> None:
+        """Take checkpoints of later steps out of the count: a resumed run passed over them and does their steps again."""
+        for folder in self.folders():
+            if step_of(folder) > after:
+                target = folder.with_name(f"damaged-{folder.name}.attempt-{self.attempt}")
+                shutil.rmtree(target, ignore_errors=True)
+                folder.rename(target)
+
     def best(self, metric: str, *, smaller_is_better: bool = True) -> Path | None:
         """The checkpoint with the best value of an evaluation metric; the earliest of equals."""
         scored = []
@@ -255,7 +265,13 @@ def verify(folder: Path, *, deep: bool = True) -> list[str]:
 
 
 def _wrong_with(folder: Path, file: File, deep: bool) -> str | None:
-    path = folder / file.name
+    try:
+        return _difference(folder / file.name, file, deep)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _difference(path: Path, file: File, deep: bool) -> str | None:
     if not path.exists():
         return "missing"
     if (size := path.stat().st_size) != file.size:

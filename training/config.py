@@ -213,6 +213,10 @@ class Phase(Settings):
             )
         if self.checkpoint.best is not None and self.data.eval is None:
             yield "checkpoint.best", "checkpoint.best needs data.eval to measure on"
+        if self.eval_every is not None and self.data.eval is None:
+            yield "eval_every", "eval_every needs data.eval to measure on"
+        if self.sharding.offload != "none" and self.sharding.stage == 0:
+            yield "sharding.offload", "there is nothing to offload at stage 0; choose stage 1, 2 or 3"
         if isinstance(self.micro_tokens, int) and self.micro_tokens < self.data.max_length:
             yield (
                 "micro_tokens",
@@ -223,3 +227,9 @@ class Phase(Settings):
 
 class SFT(Phase):
     """Supervised fine-tuning: loss on the outputs only. Defaults of LLaMA-2 where it names them (arXiv:2307.09288)."""
+
+    def combinations(self) -> Iterator[tuple[str, str]]:
+        yield from super().combinations()
+        best = self.checkpoint.best
+        if best is not None and best.metric != "eval_loss":
+            yield "checkpoint.best.metric", f"sft measures eval_loss, not {best.metric}"

@@ -53,7 +53,8 @@ def derive_config(phase: Phase, seat: Seat, dtype: torch.dtype) -> dict[str, Any
         # The micro-batches of a step differ in size and number; Muster scales the loss and marks the last one itself.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": phase.clip or 0.0,
+        # Without ZeRO the optimizer is plain torch; Muster clips for it, to know the norm.
+        "gradient_clipping": (phase.clip or 0.0) if phase.sharding.stage > 0 else 0.0,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
@@ -144,7 +145,7 @@ class Engine:
             return self.ds(**to_device(micro, self.device))
 
     def _norm_of_unsharded(self) -> Tensor:
-        """Clip and measure the gradients of ZeRO-0: its optimizer is plain torch, which DeepSpeed leaves alone."""
+        """Clip and measure the gradients of ZeRO-0: DeepSpeed clips those too, but does not tell their norm."""
         limit = self.clip if self.clip is not None else float("inf")
         return nn.utils.clip_grad_norm_(self.ds.module.parameters(), limit)
 

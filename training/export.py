@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from training.checkpoint import Reader
 from training.config import Phase
+from training.errors import TrainingError
 
 SHARD_BYTES = 4 << 30
 _PLAIN_FORMATS = {"text", "prompt_completion"}
@@ -27,15 +29,24 @@ def export(checkpoint: Path, out: Path, phase: Phase, *, shard_bytes: int = SHAR
     """Write the model of a checkpoint to folder `out` (replaced if it exists) in the type that it was trained in."""
     staged = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    try:
+        staged.mkdir(parents=True)
+        _write(staged, checkpoint, phase, shard_bytes)
+        shutil.rmtree(out, ignore_errors=True)
+        staged.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"the model cannot be written: {error}: {out}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return out
+
+
+def _write(staged: Path, checkpoint: Path, phase: Phase, shard_bytes: int) -> None:
     reader = Reader(checkpoint)
     dtype = getattr(torch, reader.manifest.dtype)
     _write_weights(staged, _weights(reader, dtype), shard_bytes)
     _write_config(staged, phase, dtype)
     _write_tokenizer(staged, phase, learnt_chats=bool(reader.manifest.formats.keys() - _PLAIN_FORMATS))
-    shutil.rmtree(out, ignore_errors=True)
-    staged.rename(out)
-    return out
 
 
 def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -28,7 +28,7 @@ class ShardWriter:
         self._path: Path | None = None
         self._thread: threading.Thread | None = None
         self._file: File | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     def begin(self, path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy named 1-D fp32 tensors and begin to write them to `path`. Waits for the shard before, if there is one."""
@@ -52,7 +52,7 @@ class ShardWriter:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         try:
             self._file = write_shard(path, arrays)
-        except OSError as error:
+        except Exception as error:  # it belongs to the thread that asks for the result
             self._error = error
 
     @property
@@ -67,5 +67,6 @@ class ShardWriter:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise SaveError(f"the checkpoint cannot be written: {error.strerror or error}: {self._path}")
+            reason = getattr(error, "strerror", None) or error
+            raise SaveError(f"the checkpoint cannot be written: {reason}: {self._path}")
         return self._file

@@ -49,7 +49,9 @@ def limits_for(phase: Phase, longest: int, device: str, attention: str) -> Limit
     tokens = max(auto, longest) if phase.micro_tokens == "auto" else phase.micro_tokens
     varlen = attention.startswith("flash_attention")
     row = tokens if varlen else min(tokens, max(_ROW_TOKENS_WITHOUT_VARLEN, longest))
-    return Limits(micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if packs else None)
+    return Limits(
+        micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if packs else None, one_row=varlen and packs
+    )
 
 
 class Trainer:
@@ -72,6 +74,7 @@ class Trainer:
     def setup(self) -> Facts:
         """Open the data, load the model, start the engine."""
         self._open_data()
+        self._agree()
         self.engine = Engine(self._build, self.phase, self.seat, self.dtype)
         return Facts(
             total_steps=self.total_steps,
@@ -86,6 +89,18 @@ class Trainer:
             formats=self.store.meta.formats,
             notes=[*self.store.meta.notes, *self._longer_than_the_model()],
         )
+
+    def _agree(self) -> None:
+        """Raises TrainingError unless all workers see the same data and compute alike: else their deals would differ."""
+        held_out = self.eval_store.folder.name if self.eval_store is not None else ""
+        mine = (self.store.folder.name, held_out, str(self.dtype), self.attention)
+        all_of_them: list[Any] = [None] * self.seat.size
+        dist.all_gather_object(all_of_them, mine)
+        if odd := [rank for rank, other in enumerate(all_of_them) if other != all_of_them[0]]:
+            raise TrainingError(
+                f"workers {', '.join(map(str, odd))} have other data, precision or attention than worker 0 "
+                f"({all_of_them[odd[0]]}, {all_of_them[0]}); give all machines the same files and packages"
+            )
 
     def _longer_than_the_model(self) -> list[str]:
         longest, positions = self.longest, self.positions

@@ -335,13 +335,13 @@ def test_a_run_folder_that_holds_something_else_stays_as_it_is(muster, place):
 
 def test_a_storage_that_is_a_file(muster, place):
     (line,) = refused(muster, place, (*RUN, "storage=job.yaml"))
-    assert line.startswith(f"{place}/job.yaml/sums: cannot write the run folder: Not a directory;")
+    assert line.startswith(f"{place}/job.yaml/sums: cannot use the run folder: Not a directory;")
 
 
 def test_a_storage_on_a_disk_that_cannot_be_written(muster, place):
     """/sys takes no folders, from root neither; a chmod would not stop root."""
     (line,) = refused(muster, place, (*RUN, "storage=/sys/kernel"))
-    assert line.startswith("/sys/kernel/sums: cannot write the run folder: ")
+    assert line.startswith("/sys/kernel/sums: cannot use the run folder: ")
     assert "choose another `storage`" in line
 
 

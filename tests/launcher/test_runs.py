@@ -107,7 +107,7 @@ def test_a_full_disk_at_the_start_leaves_the_run_as_it_was(job, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(InputError, match="cannot write the run folder: No space left on device; make room"):
+    with pytest.raises(InputError, match="cannot use the run folder: No space left on device; make room"):
         runs.begin(job)
     monkeypatch.undo()
     assert (folder_of(job) / "job.yaml").read_text() == before

@@ -82,7 +82,8 @@ def test_the_victim_is_blamed_and_the_survivor_is_collateral(ray_cluster, tmp_pa
         with pytest.raises(TrainingError, match="worker 1 died") as caught:
             results(group.call("die_while_others_wait", 1), 60)
     assert time.monotonic() - began < 20, "the survivor's time limit was waited for"
-    assert "workers 0 failed because of it" in str(caught.value) or "worker 0" not in str(caught.value)
+    assert caught.value.rank == 1
+    assert caught.value.collateral in ((), (0,))
 
 
 def test_a_call_that_takes_too_long_names_those_who_did_not_answer(group):
@@ -128,7 +129,7 @@ def test_a_gang_that_does_not_fit_waits_says_what_is_missing_and_gives_up(ray_cl
     monkeypatch.setattr(workers, "GATHER_S", 2.0)
     said = []
     with pytest.raises(
-        TrainingError, match=r"did not come within 2 s: 999 workers wanted with 1 CPU each; the cluster has \d+ CPUs"
+        TrainingError, match=r"did not come within 2 s: 999 workers wanted, each with one CPU; the cluster has \d+ CPU"
     ):
         workers.WorkerGroup(Resources(workers=999), tmp_path, said.append)
 

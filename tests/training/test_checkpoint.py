@@ -145,3 +145,25 @@ def test_a_shard_that_another_machine_keeps_to_itself_is_no_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="worker-0.safetensors: missing; `storage` must be"):
         checkpoints.commit(checkpoints.stage(4), manifest)
     assert checkpoints.folders() == []
+
+
+def test_what_resuming_passed_over_does_not_count_when_old_checkpoints_are_deleted(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (200, 300, 400):
+        folder = save(tmp_path, step)
+        if step > 200:
+            _flip_a_bit(folder / "worker-1.safetensors")
+    found, _ = checkpoints.newest_whole()
+    checkpoints.set_aside(after=200)
+    save(tmp_path, 230)
+    checkpoints.retain(2)
+    assert found.name == "step-00000200"
+    assert [folder.name[-3:] for folder in checkpoints.folders()] == ["200", "230"]
+    assert checkpoints.newest_whole()[0].name == "step-00000230"
+
+
+def test_a_disk_that_cannot_be_read_counts_as_damage(tmp_path, monkeypatch):
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    (newer / "worker-0.safetensors").unlink()
+    (newer / "worker-0.safetensors").mkdir()
+    assert Checkpoints(tmp_path).newest_whole()[0] == older

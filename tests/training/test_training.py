@@ -183,3 +183,38 @@ def test_the_exported_model_is_the_trained_one(train, tiny, tmp_path):
         assert torch.equal(parameter, torch.from_numpy(reader.whole(name))), name
     ids = AutoTokenizer.from_pretrained(out)("Q: 1 + 2 = ", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_a_run_does_not_go_on_with_other_data(train, tiny, tmp_path):
+    from training.checkpoint import CheckpointError
+
+    data = tmp_path / "rows.jsonl"
+    rows = (tiny / "train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(rows))
+    train(1, checkpoints=tmp_path / "c", stop_after=3, data={"train": str(data)})
+    data.write_text("".join(rows[1:]))
+    with pytest.raises(CheckpointError, match="it was trained on other data"):
+        train(1, checkpoints=tmp_path / "c", data={"train": str(data)})
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(train, tmp_path):
+    from training.checkpoint import CheckpointError
+
+    run = train(1, checkpoints=tmp_path)
+    (run.last / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        train(1, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_small_clip_is_the_same_at_every_stage(train, plain, stage):
+    expected = train(1, stage=1, clip=0.01).losses
+    assert_same_curve(train(1, stage=stage, clip=0.01).losses, expected)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_optimizer_states_in_host_memory_change_nothing_and_are_saved_too(train, plain, tmp_path, stage):
+    settings = {"sharding": {"stage": stage, "offload": "cpu"}}
+    first = train(2, checkpoints=tmp_path, stop_after=4, **settings)
+    second = train(2, checkpoints=tmp_path, **settings)
+    assert_same_curve(first.losses + second.losses, plain[0])

@@ -24,6 +24,8 @@ class Limits:
     """Samples in a micro-batch; if given, micro_tokens is not looked at."""
     row_tokens: int | None = None
     """Length up to which samples are packed into one row. None: one sample in a row."""
+    one_row: bool = False
+    """A micro-batch is one row: kernels that tell packed samples apart by position take no more."""
 
 
 def deal(lengths: Sequence[int], num_workers: int, limits: Limits) -> list[list[list[Row]]]:
@@ -33,7 +35,7 @@ def deal(lengths: Sequence[int], num_workers: int, limits: Limits) -> list[list[
     because the collectives of ZeRO-3 count on all workers.
     """
     turns = [
-        _micro_batches(_rows(share, lengths, limits.row_tokens), lengths, limits)
+        _micro_batches(_rows(share, lengths, limits), lengths, limits)
         for share in _even(range(len(lengths)), lengths, num_workers)
     ]
     num_turns = max(map(len, turns))
@@ -51,24 +53,25 @@ def _even(samples: Sequence[int], lengths: Sequence[int], num_parts: int) -> lis
     return parts
 
 
-def _rows(share: list[int], lengths: Sequence[int], row_tokens: int | None) -> list[Row]:
+def _rows(share: list[int], lengths: Sequence[int], limits: Limits) -> list[Row]:
     """Pack samples (longest first) into as few rows as best fit needs, and those as even as they come."""
-    if row_tokens is None:
+    if limits.row_tokens is None:
         return [[sample] for sample in share]
-    rows = _best_fit(share, lengths, row_tokens)
+    most = limits.micro_batch or len(share)
+    rows = _best_fit(share, lengths, limits.row_tokens, most)
     # The same number of rows, dealt again: even rows need less padding.
     even = _even(share, lengths, len(rows))
-    longest_even = max((sum(lengths[i] for i in row) for row in even), default=0)
-    return even if longest_even <= max(row_tokens, lengths[share[0]] if share else 0) else rows
+    longest, longest_even = (max((sum(lengths[i] for i in row) for row in each), default=0) for each in (rows, even))
+    return even if longest_even <= longest and max(map(len, even), default=0) <= most else rows
 
 
-def _best_fit(share: list[int], lengths: Sequence[int], row_tokens: int) -> list[Row]:
+def _best_fit(share: list[int], lengths: Sequence[int], row_tokens: int, row_samples: int) -> list[Row]:
     """Each sample goes to the fullest row that still has room."""
     rows: list[Row] = []
     room: list[int] = []
     for sample in share:
         length = lengths[sample]
-        fitting = [i for i, free in enumerate(room) if free >= length]
+        fitting = [i for i, free in enumerate(room) if free >= length and len(rows[i]) < row_samples]
         if fitting:
             best = min(fitting, key=lambda i: (room[i], i))
             rows[best].append(sample)
@@ -92,6 +95,8 @@ def _micro_batches(rows: list[Row], lengths: Sequence[int], limits: Limits) -> l
 
 
 def _fits(rows: list[Row], lengths: Sequence[int], limits: Limits) -> bool:
+    if limits.one_row:
+        return False
     if limits.micro_batch is not None:
         return sum(map(len, rows)) <= limits.micro_batch
     return len(rows) * sum(lengths[i] for i in rows[0]) <= limits.micro_tokens  # rows[0] is the longest

@@ -17,6 +17,7 @@ from training.data import files, templates
 from training.data.files import Located, Row, RowError
 from training.data.formats import Chat, Example, Parser, PromptCompletion, Text
 from training.errors import InputError, Problem
+from training.modelfiles import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from training.data.render import Renderer, Sample
@@ -27,8 +28,14 @@ VERSION = 1
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
 SHOWN_PROBLEMS = 20
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+TOKENIZER_SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_templates/*.jinja",
+)
 
 
 @dataclass
@@ -126,8 +133,8 @@ def _is_whole(folder: Path) -> bool:
 def _tokenizer_content(path: str, trust_remote_code: bool) -> str:
     """A hash of what the tokenizer does. Of a folder its files are read, which is quick; of a hub id what was loaded."""
     if os.path.isdir(path):
-        files_there = (Path(path) / name for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS))
-        content = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files_there if file.is_file()]
+        found = {file for pattern in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS) for file in Path(path).glob(pattern)}
+        content = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in sorted(found)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
     from training.data.render import load_tokenizer
 

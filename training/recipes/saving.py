@@ -7,7 +7,8 @@ since from then on everything that is trained could be lost.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,13 +17,15 @@ from typing import Any
 
 from training.checkpoint import CheckpointError, File, Manifest
 from training.config import Phase
-from training.errors import SaveError
+from training.errors import MusterError, SaveError, TrainingError
 from training.facts import Facts
 from training.group import Group, results
 from training.recipes.hooks import Hooks
 
 SAVE_S = 3600.0
 """Longest time for writing a checkpoint."""
+_LAST_S = 60.0
+"""The same, of a group that has failed."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,13 @@ class Saver:
         if self._pending is not None and not any(results(self.trainer.call("is_saving"), SAVE_S)):
             self.finish()
 
-    def finish(self) -> None:
+    def finish(self, timeout_s: float = SAVE_S) -> None:
         """Wait for the save under way and commit it. Raises the error of a second failure in a row."""
         if (pending := self._pending) is None:
             return
         self._pending = None
         try:
-            shards = results(self.trainer.call("finish_save"), SAVE_S)
+            shards = results(self.trainer.call("finish_save"), timeout_s)
             folder = self.hooks.checkpoints.commit(pending.staged, self._manifest(pending, shards))
         except (SaveError, CheckpointError, OSError) as error:
             self.hooks.checkpoints.discard(pending.staged)
@@ -85,6 +88,16 @@ class Saver:
             "checkpoint", step=pending.step, checkpoint=str(folder), seconds=round(took, 3), stall_s=round(stall, 3)
         )
         self._retain()
+
+    @contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """If the block fails, a save that is under way is still committed where that can be: its state was good."""
+        try:
+            yield
+        except TrainingError:
+            with suppress(MusterError, OSError):
+                self.finish(timeout_s=_LAST_S)
+            raise
 
     def _retain(self) -> None:
         keep, best = self.phase.checkpoint.keep, self.phase.checkpoint.best

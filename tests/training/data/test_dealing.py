@@ -39,7 +39,7 @@ def test_a_micro_batch_keeps_its_limits(limits):
     for hand in deal(lengths, 4, limits):
         for rows in hand:
             if limits.micro_batch:
-                assert sum(map(len, rows)) <= limits.micro_batch or len(rows) == 1
+                assert sum(map(len, rows)) <= limits.micro_batch
             elif rows:
                 longest = max(sum(lengths[i] for i in row) for row in rows)
                 assert len(rows) * longest <= limits.micro_tokens or len(rows) == 1
@@ -66,3 +66,9 @@ def test_packing_leaves_little_padding():
 def test_a_worker_without_samples_still_takes_its_turns():
     hands = deal([10, 10], 3, Limits(micro_tokens=100))
     assert sorted(len(rows) for hand in hands for rows in hand) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("micro_batch", [None, 32])
+def test_kernels_for_packed_rows_get_one_row_at_a_time(micro_batch):
+    limits = Limits(micro_tokens=2048, micro_batch=micro_batch, row_tokens=2048, one_row=True)
+    assert all(len(rows) <= 1 for hand in deal(skewed(200), 2, limits) for rows in hand)
