@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,9 +87,18 @@ def _local(num_workers: int) -> Iterator[None]:
         with _connected("Ray did not start on this machine", advice, address="local", **settings):
             yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _remove(folder: str) -> None:
+    """Remove Ray's folder. Its last processes may still be writing a log as they end."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return
+        time.sleep(0.1)

@@ -22,6 +22,7 @@ os.environ.update(  # before Ray or a Hugging Face library is imported
     RAY_AUTH_MODE="token",
     RAY_AUTH_TOKEN=secrets.token_hex(32),
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
 )
 for _variable in ("RAY_ADDRESS", "HF_HOME", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
     os.environ.pop(_variable, None)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.cpu
 
 MUSTER = [sys.executable, "-m", "launcher.cli"]
 LIMIT_S = 240
+STEPS = 120
 JOB = """
 model: {path: MODEL, dtype: fp32}
 resources: {workers: 2}
@@ -31,8 +32,8 @@ phases:
     batch: 16
     max_steps: STEPS
     learning_rate: 3e-3
-    eval_every: 10
-    checkpoint: {every: 10}
+    eval_every: 40
+    checkpoint: {every: 40}
 """
 
 
@@ -42,7 +43,7 @@ def folder(tiny, tmp_path, monkeypatch) -> Path:
     return make_folder(tiny, tmp_path)
 
 
-def make_folder(tiny: Path, path: Path, steps: int = 20) -> Path:
+def make_folder(tiny: Path, path: Path, steps: int = STEPS) -> Path:
     text = JOB.replace("MODEL", str(tiny / "model")).replace("TRAIN", str(tiny / "train.jsonl"))
     (path / "job.yaml").write_text(text.replace("EVAL", str(tiny / "eval.jsonl")).replace("STEPS", str(steps)))
     return path
@@ -51,8 +52,14 @@ def make_folder(tiny: Path, path: Path, steps: int = 20) -> Path:
 def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     env = {**os.environ, "MUSTER_CACHE": str(folder / "cache"), **environment}
     return subprocess.Popen(
-        [*MUSTER, *arguments], cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        [*MUSTER, *arguments], cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def ctrl_c(process: subprocess.Popen) -> None:
+    """As a terminal does it: to every process of the command's group."""
+    os.killpg(process.pid, signal.SIGINT)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -130,16 +137,20 @@ def whole(tiny, tmp_path_factory):
 def test_a_run_leaves_what_the_design_promises(whole):
     folder, out = whole
     run = folder / "runs" / "job"
-    assert [row["step"] for row in metrics(folder) if "loss" in row] == list(range(1, 21))
-    assert [row["step"] for row in metrics(folder) if "eval_loss" in row] == [10, 20]
+    assert [row["step"] for row in metrics(folder) if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in metrics(folder) if "eval_loss" in row] == [40, 80, 120]
     assert all(row["attempt"] == 1 for row in metrics(folder))
-    assert {path.name for path in (run / "sft" / "checkpoints").iterdir()} == {"step-00000010", "step-00000020"}
+    assert {path.name for path in (run / "sft" / "checkpoints").iterdir()} == {
+        "step-00000040",
+        "step-00000080",
+        "step-00000120",
+    }
     assert list((run / "sft" / "tensorboard").glob("events*"))
     for rank in (0, 1):
         assert (run / "sft" / "logs" / "attempt-1" / f"rank-{rank}.log").exists()
     assert events(folder)[0] == "started"
     assert events(folder)[-2:] == ["phase_finished", "done"]
-    assert re.search(r"sft  step +20/20  loss \d\.\d+  lr .*tokens/s .*GiB  left 0:00", out)
+    assert re.search(r"sft  step +120/120  loss \d\.\d+  lr .*tokens/s .*GiB  left 0:00", out)
 
 
 def test_the_model_loads_in_transformers_and_has_learnt(whole):
@@ -176,29 +187,27 @@ def test_inline_gives_the_same_curve_in_this_process(whole, tiny, tmp_path):
 def test_ctrl_c_finishes_the_step_saves_and_goes_on_later_bit_for_bit(whole, folder):
     process = start(folder, "run", "job.yaml")
     wait_for(lambda: steps_done(folder) >= 3, "step 3")
-    process.send_signal(signal.SIGINT)
+    ctrl_c(process)
     status, out = finish(process)
     assert status == 130, out
     assert "muster resume" in out
     assert events(folder)[-1] == "interrupted"
     done = steps_done(folder)
+    assert done < STEPS
     status, out = muster(folder, "resume", "job")
     assert status == 0, out
-    if done < 20:
-        assert f"goes on after step {done}" in out
+    assert f"goes on after step {done}" in out
     assert losses(folder) == losses(whole[0])
-    assert [row["step"] for row in metrics(folder) if "loss" in row] == list(range(1, 21))
+    assert [row["step"] for row in metrics(folder) if "loss" in row] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.usefixtures("nothing_left")
 def test_ctrl_c_twice_stops_at_once(folder):
     process = start(folder, "run", "job.yaml", "phases.sft.max_steps=100000")
     wait_for(lambda: steps_done(folder) >= 1, "step 1")
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+    for _ in range(3):
+        ctrl_c(process)
+        time.sleep(0.2)
     status, out = finish(process)
     assert status == 130, out
     assert "Traceback" not in out
@@ -207,7 +216,7 @@ def test_ctrl_c_twice_stops_at_once(folder):
 @pytest.mark.usefixtures("nothing_left")
 def test_a_killed_worker_is_named_and_the_run_can_be_resumed(whole, folder):
     process = start(folder, "run", "job.yaml")
-    wait_for(lambda: steps_done(folder) >= 11, "step 11")
+    wait_for(lambda: steps_done(folder) >= 41, "step 41")
     worker = next(
         p for p in psutil.Process(process.pid).children(recursive=True) if "_Process" in " ".join(p.cmdline())
     )

@@ -30,14 +30,14 @@ def trained(run: runs.OpenRun, steps: int) -> None:
 
 def saved(run: runs.OpenRun, step: int, **metrics: float) -> Path:
     checkpoints = Checkpoints(run.checkpoints("sft"))
-    with checkpoints.staging(step) as staged:
-        file = write_shard(staged / "worker-00000.safetensors", [("fp32/w@0", np.ones(1000, np.float32))])
-        manifest = Manifest(
-            phase="sft", step=step, samples=4 * step, optimizer_step=step, attempt=1, world_size=2, zero_stage=3, dtype="float32",
-            formats={}, job_hash="0", data_hash="0", metrics=metrics, parameters={"w": [1000]}, files=[file], versions={},
-            created="2026-01-01T00:00:00+00:00",
-        )  # fmt: skip
-        return checkpoints.commit(staged, manifest)
+    staged = checkpoints.stage(step)
+    file = write_shard(staged / "worker-00000.safetensors", [("fp32/w@0", np.ones(1000, np.float32))])
+    manifest = Manifest(
+        phase="sft", step=step, samples=4 * step, optimizer_step=step, attempt=1, world_size=2, zero_stage=3, dtype="float32",
+        formats={}, job_hash="0", data_hash="0", metrics=metrics, parameters={"w": [1000]}, files=[file], versions={},
+        created="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
+    return checkpoints.commit(staged, manifest)
 
 
 def test_a_run_that_has_just_begun(run):

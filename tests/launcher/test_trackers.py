@@ -42,8 +42,13 @@ def test_wandb_goes_on_in_the_same_run_after_a_resume(monkeypatch, tmp_path):
     tracker.log(3, {"loss": 1.0})
     tracker.close()
     settings, *rest = calls
-    assert (settings["id"], settings["resume"], settings["config"]) == ("sums-sft", "allow", {"batch": 4})
+    assert (settings["name"], settings["resume"], settings["config"]) == ("sums/sft", "allow", {"batch": 4})
     assert rest == [(3, {"loss": 1.0}), "end"]
+    trackers.open_all(["wandb"], "sums", "sft", tmp_path, {"batch": 4}, print)
+    assert calls[-1]["id"] == settings["id"], "a resumed run goes on in the same history"
+    (tmp_path / "other").mkdir()
+    trackers.open_all(["wandb"], "sums", "sft", tmp_path / "other", {"batch": 4}, print)
+    assert calls[-1]["id"] != settings["id"], "another run of the same name has a history of its own"
 
 
 class FakeMLflow:
