@@ -98,10 +98,15 @@ def _step(folder: Path) -> int:
     return int(step) if step.isdigit() else -1
 
 
+def _printable(text: str) -> str:
+    """The text without characters that move a terminal's cursor or worse: a model may say anything."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
 def lines(answers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in answers:
         yield f"prompt:   {row['prompt'].rstrip()}"
-        yield f"response: {row['response'].strip()}"
+        yield f"response: {_printable(row['response'].strip())}"
         if "expected" in row:
             yield f"expected: {str(row['expected']).strip()}"
         yield ""
