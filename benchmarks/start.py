@@ -65,8 +65,7 @@ def parts(run: sft.MusterRun) -> dict[str, float]:
     """Seconds from the command to the first step, cut at the events that the run wrote down."""
     came = {event["event"]: datetime.fromisoformat(event["time"]).timestamp() for event in run.events}
     ends = {
-        "command line, job and data": came["started"] - run.finished.began,
-        "ray": came["phase_started"] - run.finished.began,
+        "command line, data, Ray": came["started"] - run.finished.began,
         "workers, imports, model, engine": came["training"] - run.finished.began,
         "first step": run.curve.first_step_s,
     }

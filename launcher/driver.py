@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -30,40 +31,74 @@ def cache_folder() -> Path:
 
 
 def run_job(job: Job, *, inline: bool, console: Console) -> int:
-    """Run a job to its end, or go on with it; returns the exit status. Raises InputError before anything is started."""
-    runs.check(job)
-    prepare(job)
-    run = runs.begin(job)
+    """Run a job to its end, or go on with it; returns the exit status.
 
+    Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
+    """
+    runs.check(job)
+    with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
+        _get_ready(job, stack, inline=inline)
+        run = runs.begin(job)
+        stack.callback(run.close)
+        status = _run_phases(run, job, interrupts, console, inline=inline)
+        interrupts.end()
+        return status
+
+
+def _get_ready(job: Job, stack: ExitStack, *, inline: bool) -> None:
+    """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile."""
+    wait_for_data = _in_background(lambda: prepare(job))
+    if not inline:
+        from launcher.session import ray_session
+
+        stack.enter_context(ray_session(max(phase.resources.workers for phase in job.phases.values())))
+    wait_for_data()
+
+
+def _in_background(function: Callable[[], None]) -> Callable[[], None]:
+    """Begin a call in a thread that ends with the process; returns what waits for it and raises its error."""
+    errors: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    def wait() -> None:
+        thread.join()
+        if errors:
+            raise errors[0]
+
+    thread = threading.Thread(target=attempt, daemon=True)  # Ctrl-C need not wait for it
+    thread.start()
+    return wait
+
+
+def _run_phases(run: runs.OpenRun, job: Job, interrupts: Interrupts, console: Console, *, inline: bool) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"run {run.folder}, attempt {run.attempt}")
-    with ExitStack() as stack:
-        stack.callback(run.close)
-        interrupts = stack.enter_context(Interrupts())
-        try:
-            if not inline:
-                from launcher.session import ray_session
-
-                stack.enter_context(ray_session(max(phase.resources.workers for phase in job.phases.values())))
-            done = all(_run_phase(run, job, name, interrupts, console, inline) for name in _unfinished(run, job))
-        except KeyboardInterrupt:
-            with suppress(OSError):
-                run.event("interrupted", orderly=False)
-            say("stopped at once; `muster resume` goes on from the last checkpoint")
-            return INTERRUPTED
-        except (MusterError, OSError) as error:
-            _record_failure(run, error)
-            say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.folder}` goes on")
-            return INPUT_WRONG if isinstance(error, InputError) else FAILED
-        except Exception as error:  # a defect: recorded, and shown with its traceback
-            _record_failure(run, error)
-            raise
-        run.event("done" if done else "interrupted")
-        if not done:
-            say(f"stopped; `muster resume {run.folder}` goes on")
-        return DONE if done else INTERRUPTED
+    try:
+        done = all(_run_phase(run, job, name, interrupts, console, inline) for name in _unfinished(run, job))
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            run.event("interrupted", orderly=False)
+        say(f"stopped at once; `muster resume {run.folder}` goes on from the last checkpoint")
+        return INTERRUPTED
+    except (MusterError, OSError) as error:
+        _record_failure(run, error)
+        say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.folder}` goes on")
+        return INPUT_WRONG if isinstance(error, InputError) else FAILED
+    except Exception as error:  # a defect: recorded, and shown with its traceback
+        _record_failure(run, error)
+        raise
+    run.event("done" if done else "interrupted")
+    if not done:
+        say(f"stopped; `muster resume {run.folder}` goes on")
+    return DONE if done else INTERRUPTED
 
 
 def _record_failure(run: runs.OpenRun, error: Exception) -> None:

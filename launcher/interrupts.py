@@ -30,8 +30,12 @@ class Interrupts:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def end(self) -> None:
+        """From here on there is only tidying up."""
+        self._ending = True
+
     def _received(self, number: int, frame: FrameType | None) -> None:
-        if self._ending:
+        if self._ending or (self.requested and not self.training):
             return
         if not self.training or (self.requested and number == signal.SIGINT):
             self._ending = True

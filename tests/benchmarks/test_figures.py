@@ -44,7 +44,7 @@ def test_a_start_is_cut_at_the_events():
     began = 1767225600.0  # 2026-01-01 00:00 UTC
     run = sft.MusterRun(curve=curve(1.0), finished=Finished(began, 70.0), events=events)
     assert start.parts(run) == pytest.approx(
-        {"command line, job and data": 3, "ray": 2.5, "workers, imports, model, engine": 3.5, "first step": 1}
+        {"command line, data, Ray": 3, "workers, imports, model, engine": 6, "first step": 1}
     )
 
 
