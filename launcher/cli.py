@@ -94,13 +94,29 @@ def run(job: JobFile, overrides: Overrides = None, inline: Inline = False) -> in
 
 
 @verb
-def resume(run: RunName, overrides: Overrides = None, inline: Inline = False) -> int:
-    """Go on with a run from its last checkpoint."""
+def resume(
+    run: RunName,
+    overrides: Overrides = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Step of the checkpoint to go back to. Default: the newest whole one.")
+    ] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="Phase of --step. Default: the last one that has a checkpoint.")
+    ] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on though the job or its data are not what they were.")
+    ] = False,
+    inline: Inline = False,
+) -> int:
+    """Go on with a run from its last checkpoint, or from an earlier one."""
     from launcher import check, driver, runs
 
-    job = runs.find(run).job_here(overrides or [])
+    found = runs.find(run)
+    job = found.job_here(overrides or [])
     check.machine(job, inline=inline)
-    return driver.run_job(job, inline=inline, console=_console())
+    rewind = runs.rewinding(found, step, phase) if step is not None else {}
+    go_on = runs.GoOn(rewind=rewind, accept_changes=accept_changes)
+    return driver.run_job(job, inline=inline, console=_console(), go_on=go_on)
 
 
 Storage = Annotated[Path, typer.Option(help="Folder of the runs.")]
@@ -126,12 +142,12 @@ def status(run: RunName, as_json: Json = False) -> None:
 def checkpoints(
     run: RunName,
     as_json: Json = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Look at files and sizes only, do not read them.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte, not file sizes alone.")] = False,
 ) -> int:
-    """The checkpoints of a run, each verified. Exit status 1 if one is damaged."""
+    """The checkpoints of a run. Exit status 1 if one is damaged."""
     from launcher import runs, show
 
-    found = show.checkpoints(runs.find(run), deep=not quick)
+    found = show.checkpoints(runs.find(run), deep=verify)
     _show(found, show.checkpoint_lines, as_json)
     return int(not all(entry["whole"] for entry in found))
 

@@ -16,10 +16,12 @@ from launcher.interrupts import Interrupts
 from launcher.job import Job
 from launcher.phase_run import PhaseRun
 from launcher.progress import PhaseProgress
+from launcher.runs import GoOn
 from training.config import Phase
 from training.errors import InputError, MusterError, Problem
 from training.group import Group, results
 from training.recipes import RECIPES, resolve
+from training.storage import Place
 
 DONE, FAILED, INPUT_WRONG, INTERRUPTED = 0, 1, 2, 130
 _EXPORT_S = 3600.0
@@ -30,16 +32,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MUSTER_CACHE") or Path.home() / ".cache" / "muster")
 
 
-def run_job(job: Job, *, inline: bool, console: Console) -> int:
+def run_job(job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn()) -> int:
     """Run a job to its end, or go on with it; returns the exit status.
 
     Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
     """
-    runs.check(job)
+    runs.check(job, go_on)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         _get_ready(job, stack, inline=inline)
-        run = runs.begin(job)
+        run = runs.begin(job, go_on)
         stack.callback(run.close)
         status = _run_phases(run, job, interrupts, console, inline=inline)
         interrupts.end()
@@ -156,5 +158,5 @@ def with_its_start(phase: Phase, run: runs.RunFolder) -> Phase:
     return phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
 
 
-def _export(group: Group, checkpoint: Path, out: Path) -> None:
+def _export(group: Group, checkpoint: Place, out: Path) -> None:
     results(group.call("export", str(checkpoint), str(out)), _EXPORT_S)

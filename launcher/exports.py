@@ -7,28 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from launcher.driver import with_its_start
-from launcher.runs import RunFolder
-from training.checkpoint import CheckpointError, Checkpoints, step_of, verify
+from launcher.runs import RunFolder, phase_with_checkpoints
+from training.checkpoint import CheckpointError, verify
+from training.checkpoints import Checkpoints, step_of
 from training.errors import InputError
+from training.storage import Place, place
 
 
 def export(run: RunFolder, *, phase: str | None, step: int | None, out: Path | None) -> dict[str, Any]:
     """Raises InputError for a phase or step that is not there, CheckpointError if no checkpoint is whole."""
     job = run.job()
-    if phase is not None and phase not in job.phases:
-        raise InputError.of(str(run.folder), f"no phase {phase}; there are: {', '.join(job.phases)}")
-    candidates = [phase] if phase else [name for name in job.phases if Checkpoints(run.checkpoints(name)).folders()]
-    if not candidates:
-        raise InputError.of(str(run.folder), "no checkpoint was saved yet")
-    name = candidates[-1]
-    folder = _checkpoint(Checkpoints(run.checkpoints(name)), step)
+    name = phase_with_checkpoints(run, phase)
+    folder = _checkpoint(Checkpoints(place(run.checkpoints(name))), step)
     if out is not None:
         _refuse_to_overwrite(out)
     target = out or run.phase(name) / f"model-{step_of(folder)}"
     from training.export import export as write
 
     try:
-        write(folder, target, with_its_start(job.phases[name], run))
+        write(folder, place(target), with_its_start(job.phases[name], run))
     except OSError as error:
         raise InputError.of(str(target), f"cannot be written: {error}; make room, or choose another --out") from error
     return {"phase": name, "step": step_of(folder), "model": str(target)}
@@ -41,7 +38,7 @@ def _refuse_to_overwrite(out: Path) -> None:
         raise InputError.of(str(out), "the folder is not empty; choose another --out, or remove it first")
 
 
-def _checkpoint(checkpoints: Checkpoints, step: int | None) -> Path:
+def _checkpoint(checkpoints: Checkpoints, step: int | None) -> Place:
     if step is not None:
         try:
             folder = checkpoints.at(step)

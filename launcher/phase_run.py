@@ -11,8 +11,9 @@ from launcher import runs, trackers
 from launcher.interrupts import Interrupts
 from launcher.job import Job, job_hash
 from launcher.progress import PhaseProgress
-from training.checkpoint import Checkpoints
+from training.checkpoints import opened
 from training.facts import Facts
+from training.storage import place
 
 _NOT_FOR_TRACKERS = ("step", "attempt", "workers")
 
@@ -24,7 +25,9 @@ class PhaseRun:
         self.run, self.name, self.interrupts, self.progress = run, name, interrupts, progress
         self.folder = run.phase(name)
         self.job_hash = job_hash(job)
-        self.checkpoints = Checkpoints(run.checkpoints(name), attempt=run.attempt)
+        self.resume_at = run.rewound_to().get(name)
+        self.accepted_before = run.accepted_before()
+        self.checkpoints = opened(place(run.checkpoints(name)), run.attempt)
         self.trackers = trackers.open_all(
             job.track, job.name, name, self.folder, job.phases[name].model_dump(), progress.say
         )
@@ -40,12 +43,17 @@ class PhaseRun:
         self.run.event(kind, phase=self.name, **facts)
         if kind == "checkpoint_damaged":
             self.progress.say(f"{facts['finding']}; looking at the one before")
+        elif kind == "checkpoint_set_aside":
+            self.progress.say(f"{self.name}: the checkpoint of step {facts['step']} is set aside")
         elif kind == "save_failed":
             self.progress.say(
                 f"the checkpoint of step {facts['step']} was not saved ({facts['error']}); trying once more"
             )
         elif kind == "restored":
             self.progress.say(f"{self.name}: goes on after step {facts['step']}")
+
+    def flush(self) -> None:
+        """In a folder it is kept already."""
 
     def started(self, facts: Facts, step: int) -> None:
         for note in facts.notes:
@@ -75,5 +83,6 @@ class PhaseRun:
     def close(self) -> None:
         self.interrupts.training = False
         self.progress.close()
+        self.checkpoints.close()
         for tracker in self.trackers:
             tracker.close()

@@ -13,14 +13,17 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 from launcher import job as jobs
 from launcher.job import Job
+from training.checkpoint import CheckpointError
+from training.checkpoints import Checkpoints
 from training.errors import InputError
+from training.storage import place
 
 RUNS = Path("runs")
 """Where runs are looked for when a name alone is given."""
@@ -81,7 +84,27 @@ class RunFolder:
         return list(json_rows(self.folder / EVENTS))
 
     def finished_phases(self) -> set[str]:
-        return {event["phase"] for event in self.events() if event["event"] == "phase_finished"}
+        finished: set[str] = set()
+        for event in self.events():
+            if event["event"] == "phase_finished":
+                finished.add(event["phase"])
+            elif event["event"] == "rewound":
+                finished -= event["to"].keys()
+        return finished
+
+    def rewound_to(self) -> dict[str, int]:
+        """Steps to which phases were taken back and from which they have not gone on yet, by phase; 0: their beginning."""
+        to: dict[str, int] = {}
+        for event in self.events():
+            if event["event"] == "rewound":
+                to |= event["to"]
+            elif event["event"] == "training":
+                to.pop(event["phase"], None)
+        return to
+
+    def accepted_before(self) -> int:
+        """The last attempt that accepted changes of job or data: checkpoints of attempts before it may differ. 0: none."""
+        return max((e["attempt"] for e in self.events() if e["event"] == "changes_accepted"), default=0)
 
     def attempts(self) -> int:
         return sum(event["event"] == "started" for event in self.events())
@@ -127,18 +150,55 @@ class OpenRun(RunFolder):
         self._lock.close()
 
 
-def begin(job: Job) -> OpenRun:
+@dataclass(frozen=True, kw_only=True)
+class GoOn:
+    """How to go on with a run, beyond going on where it stopped."""
+
+    rewind: Mapping[str, int] = field(default_factory=dict)
+    """Steps to take phases back to; 0 is the beginning."""
+    accept_changes: bool = False
+    """Go on though the job or its data are no longer what the checkpoints were trained on."""
+
+
+def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, int]:
+    """What it takes to go on from a checkpoint: its phase (None: the last that has any) there, later ones at their beginning.
+
+    Raises InputError if there is no such phase or checkpoint.
+    """
+    name = phase_with_checkpoints(run, phase)
+    try:
+        Checkpoints(place(run.checkpoints(name))).at(step)
+    except CheckpointError as error:
+        raise InputError.of("", str(error)) from error
+    names = list(run.job().phases)
+    return {name: step, **dict.fromkeys(names[names.index(name) + 1 :], 0)}
+
+
+def phase_with_checkpoints(run: RunFolder, phase: str | None) -> str:
+    """The phase that is asked for, or the last that has checkpoints. Raises InputError if there is none."""
+    names = list(run.job().phases)
+    if phase is not None and phase not in names:
+        raise InputError.of(str(run.folder), f"no phase {phase}; there are: {', '.join(names)}")
+    if phase is not None:
+        return phase
+    saved = [name for name in names if Checkpoints(place(run.checkpoints(name))).folders()]
+    if not saved:
+        raise InputError.of(str(run.folder), "no checkpoint was saved yet")
+    return saved[-1]
+
+
+def begin(job: Job, go_on: GoOn = GoOn()) -> OpenRun:
     """Make the run folder of a job, or go on in the one it has.
 
     Raises InputError as `check` does, and if the folder cannot be written or is being worked on.
     """
-    check(job)
+    check(job, go_on)
     folder = _folder(job)
     with _told_as_input(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(folder / LOCK)
         try:
-            return _begin(folder, job, lock)
+            return _begin(folder, job, lock, go_on)
         except BaseException:
             lock.close()
             raise
@@ -153,19 +213,29 @@ def _told_as_input(folder: Path) -> Iterator[None]:
         raise InputError.of(str(folder), f"cannot use the run folder: {error.strerror}; {advice}") from error
 
 
-def _begin(folder: Path, job: Job, lock: IO[str]) -> OpenRun:
-    check(job)  # once more: another process may have come before the lock
+def _begin(folder: Path, job: Job, lock: IO[str], go_on: GoOn) -> OpenRun:
+    check(job, go_on)  # once more: another process may have come before the lock
+    held = RunFolder(folder)
+    changes = _changes(held, job) if (folder / JOB).exists() else []
     _replace(folder / JOB, jobs.dump(job))
-    run = OpenRun(folder, RunFolder(folder).attempts() + 1, lock)
+    run = OpenRun(folder, held.attempts() + 1, lock)
     run.event("started", host=socket.gethostname(), pid=os.getpid())
+    if go_on.accept_changes:
+        run.event("changes_accepted", changes=changes)
+    if go_on.rewind:
+        run.event("rewound", to=dict(go_on.rewind))
     return run
 
 
-def check(job: Job) -> None:
+def _changes(held: RunFolder, job: Job) -> list[str]:
+    return jobs.differences(replace(held.job(), name=job.name), job)
+
+
+def check(job: Job, go_on: GoOn = GoOn()) -> None:
     """Raises InputError if the run folder of a job holds something else, another job or a finished run. Writes nothing."""
     with _told_as_input(_folder(job)):
         if _folder(job).is_dir():
-            _refuse_others(_folder(job), job)
+            _refuse_others(_folder(job), job, go_on)
 
 
 def _folder(job: Job) -> Path:
@@ -179,7 +249,7 @@ def _replace(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def _refuse_others(folder: Path, job: Job) -> None:
+def _refuse_others(folder: Path, job: Job, go_on: GoOn) -> None:
     held = RunFolder(folder)
     if not (folder / JOB).exists():
         if strangers := sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, f".{JOB}")):
@@ -188,15 +258,17 @@ def _refuse_others(folder: Path, job: Job) -> None:
                 f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or storage",
             )
         return
-    if changes := jobs.differences(replace(held.job(), name=job.name), job):
+    if not go_on.accept_changes and (changes := _changes(held, job)):
         raise InputError.of(
             str(folder),
-            "this run folder holds another job; choose another `name:`, or remove the folder. What differs:\n  "
-            + "\n  ".join(changes),
+            "this run folder holds another job; choose another `name:`, remove the folder, or go on with it all the same: "
+            "`muster resume RUN --accept-changes key=value ...`. What differs:\n  " + "\n  ".join(changes),
         )
-    if held.finished_phases() >= set(job.phases):
+    if not go_on.rewind and held.finished_phases() >= set(job.phases):
         raise InputError.of(
-            str(folder), "this run is finished; choose another `name:`, or remove the folder to run it again"
+            str(folder),
+            "this run is finished; choose another `name:`, remove the folder to run it again, or go back with "
+            "`muster resume RUN --step N`",
         )
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from launcher.progress import duration
 from launcher.runs import RUNS, RunFolder, runs_in
-from training.checkpoint import CheckpointError, Checkpoints, Manifest, step_of, verify
+from training.checkpoint import CheckpointError, Manifest, verify
+from training.checkpoints import Checkpoints, step_of
 from training.errors import InputError
+from training.storage import Place, place
 
 
 def status(run: RunFolder) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def _phase(run: RunFolder, name: str, finished: bool, events: Sequence[Mapping[s
         "tokens_per_s": last.get("tokens_per_s"),
         "left_s": left,
         "evaluation": {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")} if evaluations else {},
-        "checkpoints": [step_of(folder) for folder in Checkpoints(run.checkpoints(name)).folders()],
+        "checkpoints": [step_of(folder) for folder in Checkpoints(place(run.checkpoints(name))).folders()],
         "model": str(run.model(name)) if run.model(name).exists() else None,
     }
 
@@ -107,12 +109,12 @@ def checkpoints(run: RunFolder, *, deep: bool) -> list[dict[str, Any]]:
     """Every checkpoint of a run; with `deep`, every byte of it is read."""
     found = []
     for phase in run.job().phases:
-        for folder in Checkpoints(run.checkpoints(phase)).folders():
+        for folder in Checkpoints(place(run.checkpoints(phase))).folders():
             found.append({"phase": phase, "step": step_of(folder), "folder": str(folder), **_contents(folder, deep)})
     return found
 
 
-def _contents(folder: Path, deep: bool) -> dict[str, Any]:
+def _contents(folder: Place, deep: bool) -> dict[str, Any]:
     try:
         manifest = Manifest.read(folder)
     except CheckpointError as error:

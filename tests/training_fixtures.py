@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from training.checkpoint import Checkpoints
+from training.checkpoints import opened
 from training.config import SFT
+from training.storage import place
 
 VOCABULARY = 300
+_attempts = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -64,12 +67,17 @@ class Recorder:
     """The hooks of a run, remembering what it was told."""
 
     job_hash = "0" * 16
+    resume_at: int | None = None
+    accepted_before = 0
 
-    def __init__(self, folder: Path, stop_after: int | None = None):
-        self.checkpoints = Checkpoints(folder)
+    def __init__(self, folder: Path | str, stop_after: int | None = None):
+        self.checkpoints = opened(place(folder), next(_attempts))
         self.stop_after = stop_after
         self.rows: list[dict] = []
         self.events: list[tuple[str, dict]] = []
+
+    def flush(self) -> None:
+        """It is kept in memory."""
 
     def log(self, row) -> None:
         self.rows.append(dict(row))
@@ -96,10 +104,14 @@ def train(tiny, tmp_path_factory):
     from training.recipes import supervised
 
     def run(
-        workers: int = 1, checkpoints: Path | None = None, stop_after: int | None = None, **settings: Any
+        workers: int = 1, checkpoints: Path | str | None = None, stop_after: int | None = None, **settings: Any
     ) -> Recorder:
+        of_the_run = {
+            name: settings.pop(name) for name in ("job_hash", "resume_at", "accepted_before") if name in settings
+        }
         phase = sft_phase(tiny, workers=workers, **settings)
         hooks = Recorder(checkpoints or tmp_path_factory.mktemp("checkpoints"), stop_after)
+        vars(hooks).update(of_the_run)
         with ForkGroup(workers, "training.recipes.sft:SFTTrainer", phase, str(tiny / "cache")) as group:
             hooks.last = supervised.run(phase, {"trainer": group}, hooks)
         return hooks

@@ -1,45 +1,56 @@
-"""Checkpoints: a folder of shards, one a worker, and a manifest written last. No manifest, no checkpoint.
+"""One checkpoint: a folder of shards, one a worker, and a manifest written last. No manifest, no checkpoint.
 
 A shard is a safetensors file of stretches of parameters in fp32, `fp32/NAME@START` and its moments `exp_avg/NAME@START`,
 [count] each. It does not say which worker or ZeRO stage wrote it, so any number of workers at any stage can read what
 they need: a reader asks for elements a..b of a parameter and gets them from wherever they are.
+
+Every byte is under a checksum: the manifest has that of a shard's header, the header has those of the shard's blocks. So a
+stretch can be checked without reading the rest of the file.
 
 Knows files and tensors, never DeepSpeed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from training.errors import MusterError
+from training.storage import Place
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-_CHUNK = 8 << 20
+FORMAT = 2
+BLOCK_BYTES = 4 << 20
+_BLOCKS_AT_ONCE = 8
+_METADATA, _BLOCK_SIZE, _CHECKSUMS = "__metadata__", "block_bytes", "xxh128"
 
 
 class CheckpointError(MusterError):
     """A checkpoint cannot be read: what is wrong with it, one finding a line."""
 
 
+class NewerFormat(CheckpointError):
+    """A checkpoint is well, and of a version of Muster that this one does not understand."""
+
+
 @dataclass(frozen=True)
 class File:
-    """One file of a checkpoint."""
+    """One shard of a checkpoint."""
 
     name: str
+    """Its path below the checkpoint's folder."""
     size: int
     """Bytes."""
-    sha256: str
+    header: int
+    """Bytes before the first tensor."""
+    xxh128: str
+    """Checksum of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +80,11 @@ class Manifest:
     format: int = FORMAT
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Raises CheckpointError when it is missing, cut, or of a newer format."""
+    def read(cls, folder: Place) -> Manifest:
+        """Raises CheckpointError when it is missing or cut, NewerFormat when it is of a later Muster."""
         path = folder / MANIFEST
         try:
-            raw = json.loads(path.read_text())
-            if raw.get("format", 0) > FORMAT:
-                raise CheckpointError(
-                    f"{path}: written by a newer Muster (format {raw['format']}); this one reads {FORMAT}"
-                )
-            return cls(**{**raw, "files": [File(**entry) for entry in raw["files"]]})
+            return cls._parse(path)
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {MANIFEST}: the checkpoint was never finished") from None
         except OSError as error:
@@ -86,246 +92,190 @@ class Manifest:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a readable manifest ({error})") from None
 
+    @classmethod
+    def _parse(cls, path: Place) -> Manifest:
+        raw = json.loads(path.read())
+        if raw["format"] != FORMAT:
+            age, error = ("a newer", NewerFormat) if raw["format"] > FORMAT else ("an older", CheckpointError)
+            raise error(f"{path}: written by {age} Muster (format {raw['format']}); this one reads {FORMAT}")
+        return cls(**{**raw, "files": [File(**entry) for entry in raw["files"]]})
+
+    def dumped(self) -> bytes:
+        """As it stands in the file."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    def below(self, prefix: str) -> Manifest:
+        """The same with its files in the folder `prefix`."""
+        return replace(self, files=[replace(file, name=f"{prefix}/{file.name}") for file in self.files])
+
 
 # -- writing ------------------------------------------------------------------------------------------------------------
 
 
-def write_shard(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> File:
-    """Write fp32 arrays as one safetensors file, flushed to the disk."""
-    tensors = list(tensors)
-    header: dict[str, Any] = {}
+def write_shard(path: Place, layout: Sequence[tuple[str, int]], data: np.ndarray) -> File:
+    """Write fp32 `data` [n] as one safetensors file; `layout` says what it is, as (name, count) one after the other."""
+    raw = data.view(np.uint8).data
+    blocks = [raw[start : start + BLOCK_BYTES] for start in range(0, len(raw), BLOCK_BYTES)]
+    header = _header(layout, [xxhash.xxh3_128_hexdigest(block) for block in blocks])
+    path.write_blocks([header, *blocks])
+    return File(path.name, len(header) + len(raw), len(header), xxhash.xxh3_128_hexdigest(header))
+
+
+def _header(layout: Sequence[tuple[str, int]], checksums: Sequence[str]) -> bytes:
+    header: dict[str, Any] = {_METADATA: {_BLOCK_SIZE: str(BLOCK_BYTES), _CHECKSUMS: " ".join(checksums)}}
     end = 0
-    for name, array in tensors:
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
+    for name, count in layout:
+        header[name] = {"dtype": "F32", "shape": [count], "data_offsets": [end, end + 4 * count]}
+        end += 4 * count
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as file:
-        for block in _blocks([len(text).to_bytes(8, "little") + text], tensors):
-            digest.update(block)
-            size += _write_all(file, block)
-        os.fsync(file.fileno())
-    return File(path.name, size, digest.hexdigest())
-
-
-def _blocks(first: list[bytes], tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[memoryview]:
-    for data in first:
-        yield memoryview(data)
-    for _, array in tensors:
-        view = np.ascontiguousarray(array, dtype=np.float32).data.cast("B")
-        for start in range(0, len(view), _CHUNK):
-            yield view[start : start + _CHUNK]
-
-
-def _write_all(file: Any, block: memoryview) -> int:
-    done = 0
-    while done < len(block):
-        done += file.write(block[done:])
-    return done
-
-
-class Checkpoints:
-    """The checkpoints of one phase of a run, in one folder. One process commits; workers write shards."""
-
-    def __init__(self, root: Path, *, attempt: int = 1):
-        self.root = root
-        self.attempt = attempt
-
-    def stage(self, step: int) -> Path:
-        """An empty folder to write the shards of a step into; not a checkpoint until it is committed."""
-        folder = self.root / f".tmp-{_name(step)}.attempt-{self.attempt}"
-        self.discard(folder)
-        folder.mkdir(parents=True)
-        return folder
-
-    def discard(self, staged: Path) -> None:
-        """Remove a staged folder that will not be committed."""
-        shutil.rmtree(staged, ignore_errors=True)
-
-    def commit(self, staged: Path, manifest: Manifest) -> Path:
-        """Write the manifest and give the folder its name, in one atomic step. Replaces an older one of the same step.
-
-        Raises CheckpointError if a shard is not there: written by a machine that does not share this folder.
-        """
-        for shard in manifest.files:
-            if wrong := _wrong_with(staged, shard, deep=False):
-                raise CheckpointError(
-                    f"{staged / shard.name}: {wrong}; `storage` must be a folder that all machines share"
-                )
-        text = json.dumps(asdict(manifest), indent=1)
-        with (staged / MANIFEST).open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(staged)
-        final = self.root / _name(manifest.step)
-        if final.exists():
-            _remove(final)
-        staged.rename(final)
-        _sync(self.root)
-        return final
-
-    def folders(self) -> list[Path]:
-        """Committed checkpoints, oldest first."""
-        return sorted(path for path in self.root.glob("step-*") if path.is_dir())
-
-    def at(self, step: int) -> Path:
-        """The checkpoint of a step. Raises CheckpointError that lists those that exist."""
-        folder = self.root / _name(step)
-        if not folder.is_dir():
-            steps = ", ".join(str(step_of(path)) for path in self.folders()) or "none"
-            raise CheckpointError(f"{self.root}: no checkpoint of step {step}; there are: {steps}")
-        return folder
-
-    def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose every byte is as written, and what was wrong with newer ones."""
-        findings: list[str] = []
-        for folder in reversed(self.folders()):
-            wrong = verify(folder)
-            if not wrong:
-                return folder, findings
-            findings += wrong
-        return None, findings
-
-    def retain(self, keep: int, best: str | None = None, *, smaller_is_better: bool = True) -> list[Path]:
-        """Delete all but the newest `keep` and the best by metric `best`; returns what was deleted."""
-        folders = self.folders()
-        kept = set(folders[-keep:])
-        if best is not None and (winner := self.best(best, smaller_is_better=smaller_is_better)) is not None:
-            kept.add(winner)
-        gone = [folder for folder in folders if folder not in kept]
-        for folder in gone:
-            _remove(folder)
-        return gone
-
-    def set_aside(self, after: int) -> None:
-        """Take checkpoints of later steps out of the count: a resumed run passed over them and does their steps again."""
-        for folder in self.folders():
-            if step_of(folder) > after:
-                target = folder.with_name(f"damaged-{folder.name}.attempt-{self.attempt}")
-                shutil.rmtree(target, ignore_errors=True)
-                folder.rename(target)
-
-    def best(self, metric: str, *, smaller_is_better: bool = True) -> Path | None:
-        """The checkpoint with the best value of an evaluation metric; the earliest of equals."""
-        scored = []
-        for folder in self.folders():
-            try:
-                value = Manifest.read(folder).metrics.get(metric)
-            except CheckpointError:
-                continue
-            if value is not None:
-                scored.append((value if smaller_is_better else -value, folder))
-        return min(scored)[1] if scored else None
-
-    def sweep(self) -> None:
-        """Remove what interrupted saves and deletions left behind."""
-        for leftover in [*self.root.glob(".tmp-*"), *self.root.glob(".old-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _remove(folder: Path) -> None:
-    """Away from its name first: a deletion that is cut short must not leave a checkpoint with holes."""
-    doomed = folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    shutil.rmtree(folder.rename(doomed))
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return len(text).to_bytes(8, "little") + text
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------
 
 
-def verify(folder: Path, *, deep: bool = True) -> list[str]:
+def verify(folder: Place, *, deep: bool = True) -> list[str]:
     """What is wrong with a checkpoint, one finding each; empty if every byte is as it was written.
 
-    Not `deep`: files and sizes alone, without reading the content.
+    Not `deep`: files and sizes alone, without reading the content. Raises NewerFormat.
     """
     try:
         manifest = Manifest.read(folder)
+    except NewerFormat:
+        raise
     except CheckpointError as error:
         return [str(error)]
-    return [f"{folder / file.name}: {wrong}" for file in manifest.files if (wrong := _wrong_with(folder, file, deep))]
+    findings = missing(folder, manifest)
+    return findings if findings or not deep else _wrong_content(folder, manifest)
 
 
-def _wrong_with(folder: Path, file: File, deep: bool) -> str | None:
+def missing(folder: Place, manifest: Manifest) -> list[str]:
+    """Shards that are not there with their whole size, one finding each."""
+    sizes: dict[str, int | None] = {}
+    for prefix in {file.name.rpartition("/")[0] for file in manifest.files}:
+        inside = (folder / prefix if prefix else folder).children()
+        sizes |= {f"{prefix}/{name}" if prefix else name: size for name, size in inside.items()}
+    found = ((file, sizes.get(file.name)) for file in manifest.files)
+    return [f"{folder / file.name}: {_size_problem(file, size)}" for file, size in found if size != file.size]
+
+
+def _size_problem(file: File, size: int | None) -> str:
+    return "missing" if size is None else f"{size:,} bytes, {file.size:,} were written"
+
+
+def _wrong_content(folder: Place, manifest: Manifest) -> list[str]:
+    findings = []
+    for file in manifest.files:
+        try:
+            _Shard.open(folder, file).check()
+        except CheckpointError as error:
+            findings.append(str(error))
+    return findings
+
+
+def _read(folder: Place, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     try:
-        return _difference(folder / file.name, file, deep)
+        return folder.read_ranges(ranges)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: a file of {', '.join(sorted({r[0] for r in ranges}))} is missing") from None
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        raise CheckpointError(f"{folder / ranges[0][0]}: cannot be read: {error.strerror}") from None
 
 
-def _difference(path: Path, file: File, deep: bool) -> str | None:
-    if not path.exists():
-        return "missing"
-    if (size := path.stat().st_size) != file.size:
-        return f"{size:,} bytes, {file.size:,} were written"
-    if not deep:
-        return None
-    with path.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
-            return "the content has changed since it was written (checksum)"
-    return None
+class _Shard:
+    """One shard, read in blocks; no byte of it is given out before its block was checked."""
+
+    def __init__(self, folder: Place, file: File, header: bytes):
+        """Raises CheckpointError if the header is not as it was written."""
+        if xxhash.xxh3_128_hexdigest(header) != file.xxh128:
+            raise CheckpointError(f"{folder / file.name}: the header has changed since it was written (checksum)")
+        self.folder = folder
+        self.file = file
+        self.tensors: dict[str, Any] = json.loads(header[8:])
+        metadata = self.tensors.pop(_METADATA)
+        self._block_bytes = int(metadata[_BLOCK_SIZE])
+        self._checksums = metadata[_CHECKSUMS].split()
+        self._last: tuple[int, bytes] = (-1, b"")
+
+    @classmethod
+    def open(cls, folder: Place, file: File) -> _Shard:
+        return cls(folder, file, *_read(folder, [(file.name, 0, file.header)]))
+
+    def check(self) -> None:
+        """Read all of it. Raises CheckpointError if a byte has changed."""
+        for _ in self._blocks(0, len(self._checksums)):
+            pass
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (uint8) [n] with bytes start..start+n-1 after the header."""
+        stop, size = start + len(out), self._block_bytes
+        for number, block in self._blocks(start // size, -(-stop // size)):
+            low, high = max(start, number * size), min(stop, number * size + len(block))
+            out[low - start : high - start] = np.frombuffer(block, np.uint8, high - low, low - number * size)
+
+    def _blocks(self, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        """Blocks first..stop-1, checked. The last is remembered: the next stretch often begins in it."""
+        if first == self._last[0]:
+            yield self._last
+            first += 1
+        for begin in range(first, stop, _BLOCKS_AT_ONCE):
+            numbers = range(begin, min(begin + _BLOCKS_AT_ONCE, stop))
+            for number, block in zip(numbers, _read(self.folder, [self._range(i) for i in numbers]), strict=True):
+                if xxhash.xxh3_128_hexdigest(block) != self._checksums[number]:
+                    raise CheckpointError(
+                        f"{self.folder / self.file.name}: the content has changed since it was written (checksum)"
+                    )
+                self._last = (number, block)
+                yield self._last
+
+    def _range(self, number: int) -> tuple[str, int, int]:
+        start = self.file.header + number * self._block_bytes
+        return self.file.name, start, min(start + self._block_bytes, self.file.size)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where a stretch of a parameter lies in a file."""
+    """Where a stretch of a parameter lies."""
 
     start: int
     count: int
-    path: Path
+    shard: _Shard
     offset: int
-    """Bytes from the start of the file."""
+    """Bytes from the end of the shard's header."""
 
 
 class Reader:
     """Reads any stretch of any parameter of a checkpoint, whoever wrote it. Reads headers once, then only what is asked."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Place):
+        """Raises CheckpointError if the manifest or a header is damaged, or a shard is not there in its whole size."""
         self.manifest = Manifest.read(folder)
+        if findings := missing(folder, self.manifest):
+            raise CheckpointError("\n".join(findings))
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
-        for file in self.manifest.files:
-            self._index(folder / file.name)
+        files = self.manifest.files
+        headers = _read(folder, [(file.name, 0, file.header) for file in files])
+        for file, header in zip(files, headers, strict=True):
+            self._index(_Shard(folder, file, header))
 
-    def _index(self, path: Path) -> None:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        for key, entry in header.items():
-            kind, _, place = key.partition("/")
-            name, _, start = place.rpartition("@")
-            offset = 8 + length + entry["data_offsets"][0]
-            self._pieces[kind, name].append(_Piece(int(start), entry["shape"][0], path, offset))
+    def _index(self, shard: _Shard) -> None:
+        for key, entry in shard.tensors.items():
+            kind, _, where = key.partition("/")
+            name, _, start = where.rpartition("@")
+            self._pieces[kind, name].append(_Piece(int(start), entry["shape"][0], shard, entry["data_offsets"][0]))
 
     def read(self, kind: str, name: str, start: int, out: np.ndarray) -> None:
-        """Fill `out` [n] with elements start..start+n-1 of the flattened parameter.
+        """Fill `out` (fp32, contiguous) [n] with elements start..start+n-1 of the flattened parameter.
 
-        Raises CheckpointError if the checkpoint does not hold all of them.
+        Raises CheckpointError if a byte of them has changed or the checkpoint does not hold all of them.
         """
         stop, found = start + len(out), 0
         for piece in self._pieces.get((kind, name), ()):
             low, high = max(start, piece.start), min(stop, piece.start + piece.count)
             if low < high:
-                with piece.path.open("rb") as stream:
-                    stream.seek(piece.offset + 4 * (low - piece.start))
-                    out[low - start : high - start] = np.fromfile(stream, dtype=np.float32, count=high - low)
+                target = out[low - start : high - start].view(np.uint8)
+                piece.shard.read(piece.offset + 4 * (low - piece.start), target)
                 found += high - low
         if found != len(out):
             raise CheckpointError(f"{kind} of {name}: {found:,} of {len(out):,} elements are in the checkpoint")

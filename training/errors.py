@@ -4,7 +4,9 @@ MusterError
 ├── InputError      the job, its data or a folder is wrong; nothing was started            exit status 2
 │   └── (holds Problems, one a line, all that were found)
 └── TrainingError   a worker or the training itself failed                                 exit status 1
-    └── SaveError   a checkpoint could not be written; tried again once
+    ├── SaveError       a checkpoint could not be written; tried again once
+    ├── StorageError    a bucket did not answer for as long as we had patience
+    └── Superseded      a later attempt works on this run; this one must not write any more
 """
 
 from __future__ import annotations
@@ -57,3 +59,11 @@ class TrainingError(MusterError):
 
 class SaveError(TrainingError):
     """A checkpoint could not be written. The training itself is well and may try again."""
+
+
+class StorageError(TrainingError):
+    """Object storage did not answer, again and again."""
+
+
+class Superseded(TrainingError):
+    """A later attempt has taken the run over: nothing of this one may be committed any more."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,28 @@ from torch import Tensor
 from training.checkpoint import Reader
 from training.config import Phase
 from training.errors import TrainingError
+from training.storage import Local, Place, upload
 
 SHARD_BYTES = 4 << 30
 _PLAIN_FORMATS = {"text", "prompt_completion"}
 
 
-def export(checkpoint: Path, out: Path, phase: Phase, *, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write the model of a checkpoint to folder `out` (replaced if it exists) in the type that it was trained in."""
+def export(checkpoint: Place, out: Place, phase: Phase, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the model of a checkpoint to folder `out` (replaced if it exists) in the type that it was trained in.
+
+    Raises CheckpointError if the checkpoint is damaged, TrainingError if the model cannot be written.
+    """
+    if isinstance(out, Local):
+        _export(checkpoint, out.path, phase, shard_bytes)
+        return
+    with tempfile.TemporaryDirectory(prefix="muster-export-") as folder:
+        local = Path(folder) / "model"
+        _export(checkpoint, local, phase, shard_bytes)
+        out.remove()
+        upload(local, out)
+
+
+def _export(checkpoint: Place, out: Path, phase: Phase, shard_bytes: int) -> None:
     staged = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -38,10 +54,9 @@ def export(checkpoint: Path, out: Path, phase: Phase, *, shard_bytes: int = SHAR
         raise TrainingError(f"the model cannot be written: {error}: {out}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return out
 
 
-def _write(staged: Path, checkpoint: Path, phase: Phase, shard_bytes: int) -> None:
+def _write(staged: Path, checkpoint: Place, phase: Phase, shard_bytes: int) -> None:
     reader = Reader(checkpoint)
     dtype = getattr(torch, reader.manifest.dtype)
     _write_weights(staged, _weights(reader, dtype), shard_bytes)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import model as models
-from training.checkpoint import File, Reader
+from training.checkpoint import CheckpointError, File, Reader
 from training.config import Phase
 from training.data.collate import collate
 from training.data.dealing import Limits, deal
@@ -26,13 +26,14 @@ from training.data.order import Order
 from training.data.store import TokenStore
 from training.data.stores import open_stores
 from training.distributed import Seat
-from training.engine import Engine
+from training.engine import Engine, Fragment
 from training.errors import TrainingError
 from training.facts import Facts
 from training.memory import peak_bytes
 from training.schedule import learning_rate, total_samples, total_steps
 from training.seeding import seed_for
 from training.snapshot import ShardWriter
+from training.storage import place, why_not_writable
 
 GIB = 1 << 30
 _MICRO_TOKENS = 4096
@@ -63,7 +64,7 @@ class Trainer:
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
         self.attention = models.resolve_attention(phase.model.attention, seat.device)
-        self.writer = ShardWriter()
+        self.writer = ShardWriter(pinned=seat.device == "cuda")
 
     def loss_module(self, lm: nn.Module) -> nn.Module:
         """The module to train: holds the language model as `lm`, returns the summed loss of a micro-batch."""
@@ -76,6 +77,7 @@ class Trainer:
         self._open_data()
         self._agree()
         self.engine = Engine(self._build, self.phase, self.seat, self.dtype)
+        self.writer.reserve(3 * sum(fragment.count for fragment in self.engine.owned()))  # weights and two moments
         return Facts(
             total_steps=self.total_steps,
             total_samples=self.total_samples,
@@ -202,6 +204,10 @@ class Trainer:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------
 
+    def cannot_save_to(self, address: str) -> str | None:
+        """Why this worker cannot write below an address, if it cannot."""
+        return why_not_writable(place(address), f"worker-{self.seat.rank:05d}")
+
     def begin_save(self, staged: str) -> dict[str, Any]:
         """Copy this worker's share of the state and begin to write it into a staged checkpoint.
 
@@ -212,7 +218,7 @@ class Trainer:
             for fragment in self.engine.owned()
             for kind, view in fragment.tensors.items()
         )
-        self.writer.begin(Path(staged) / f"worker-{self.seat.rank:05d}.safetensors", tensors)
+        self.writer.begin(place(staged) / f"worker-{self.seat.rank:05d}.safetensors", tensors)
         return {
             "optimizer_step": self.engine.optimizer_step,
             "parameters": {name: list(shape) for name, shape in self.engine.shapes.items()},
@@ -226,15 +232,30 @@ class Trainer:
         """Wait until the shard is written. Raises SaveError if it could not be."""
         return self.writer.finish()
 
-    def restore(self, folder: str) -> None:
-        """Take the training state from a checkpoint, whatever number of workers and ZeRO stage wrote it."""
-        reader = Reader(Path(folder))
-        self.engine.begin_restore(reader.manifest.optimizer_step)
-        for fragment in self.engine.fragments():
-            for kind, view in fragment.tensors.items():
-                values = np.empty(fragment.count, dtype=np.float32)
-                reader.read(kind, fragment.name, fragment.start, values)
-                view.copy_(torch.from_numpy(values))
+    def restore(self, checkpoint: str) -> str | None:
+        """Read this worker's share of a checkpoint, whatever number of workers and ZeRO stage wrote it.
+
+        Answers with the damage that it came upon, None if all it needs was as written. The workers check every byte
+        between them. When all are content, `publish` makes it the state to train on.
+        """
+        try:
+            reader = Reader(place(checkpoint))
+            self.engine.begin_restore(reader.manifest.optimizer_step)
+            for fragment in self.engine.fragments():
+                for kind, view in fragment.tensors.items():
+                    self._fill(view, reader, kind, fragment)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    def _fill(self, view: Tensor, reader: Reader, kind: str, fragment: Fragment) -> None:
+        values = view if view.device.type == "cpu" else torch.empty(fragment.count)
+        reader.read(kind, fragment.name, fragment.start, values.numpy())
+        if values is not view:
+            view.copy_(values)
+
+    def publish(self) -> None:
+        """Train on from what was restored."""
         self.engine.publish()
 
     def export(self, checkpoint: str, out: str) -> None:
@@ -242,4 +263,4 @@ class Trainer:
         if self.seat.rank == 0:
             from training.export import export
 
-            export(Path(checkpoint), Path(out), self.phase)
+            export(place(checkpoint), place(out), self.phase)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from launcher import job as jobs
 from launcher import runs, show
-from training.checkpoint import Checkpoints, Manifest, write_shard
+from tests.made_checkpoints import save_in
 
 
 @pytest.fixture
@@ -29,15 +28,8 @@ def trained(run: runs.OpenRun, steps: int) -> None:
 
 
 def saved(run: runs.OpenRun, step: int, **metrics: float) -> Path:
-    checkpoints = Checkpoints(run.checkpoints("sft"))
-    staged = checkpoints.stage(step)
-    file = write_shard(staged / "worker-00000.safetensors", [("fp32/w@0", np.ones(1000, np.float32))])
-    manifest = Manifest(
-        phase="sft", step=step, samples=4 * step, optimizer_step=step, attempt=1, world_size=2, zero_stage=3, dtype="float32",
-        formats={}, job_hash="0", data_hash="0", metrics=metrics, parameters={"w": [1000]}, files=[file], versions={},
-        created="2026-01-01T00:00:00+00:00",
-    )  # fmt: skip
-    return checkpoints.commit(staged, manifest)
+    folder = save_in(run.checkpoints("sft"), step, metrics=metrics)
+    return Path(str(folder))
 
 
 def test_a_run_that_has_just_begun(run):
@@ -99,12 +91,12 @@ def test_a_whole_checkpoint_is_told_with_its_size_and_makers(run):
     (entry,) = show.checkpoints(run, deep=True)
     assert (entry["phase"], entry["step"], entry["whole"], entry["world_size"]) == ("sft", 2, True, 2)
     (line,) = show.checkpoint_lines([entry])
-    assert line.startswith("sft step       2  whole  0.0 MiB  2 workers, ZeRO-3")
+    assert line.startswith("sft step       2  whole  0.0 MiB  2 workers, ZeRO-2")
     assert line.endswith("eval_loss 1.5000")
 
 
 def test_a_changed_byte_is_found_by_reading_and_a_cut_file_by_its_size(run):
-    shard = saved(run, 2) / "worker-00000.safetensors"
+    shard = saved(run, 2) / "worker-0.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)

@@ -13,6 +13,7 @@ from training.facts import Facts
 from training.group import Done
 from training.recipes.saving import Saver
 from training.snapshot import ShardWriter
+from training.storage import place
 
 FACTS = Facts(
     total_steps=100, total_samples=800, num_samples=100, num_eval_samples=0, num_parameters=4, dtype="float32",
@@ -33,9 +34,7 @@ class Workers:
         return [Done(getattr(self, method)(rank, *args)) for rank in range(self.size)]
 
     def begin_save(self, rank, staged):
-        from pathlib import Path
-
-        self.staged = Path(staged)
+        self.staged = place(staged)
         return {"optimizer_step": 1, "parameters": {"w": [4]}}
 
     def is_saving(self, rank):
@@ -46,7 +45,7 @@ class Workers:
             self.broken -= 1
             raise SaveError("the checkpoint cannot be written: No space left on device")
         values = torch.arange(2 * rank, 2 * rank + 2, dtype=torch.float32).numpy()
-        return write_shard(self.staged / f"worker-{rank}.safetensors", [(f"fp32/w@{2 * rank}", values)])
+        return write_shard(self.staged / f"worker-{rank}.safetensors", [(f"fp32/w@{2 * rank}", 2)], values)
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def test_a_failed_save_is_told_leaves_nothing_and_is_due_again(saver):
     saver.finish()
     assert saver.failed
     assert committed(saver) == []
-    assert list(saver.hooks.checkpoints.root.iterdir()) == []
+    assert saver.hooks.checkpoints.staging.children() == {}
     assert saver.hooks.events[-1][0] == "save_failed"
     saver.save(5, {})
     saver.finish()
@@ -111,7 +110,7 @@ def test_the_state_that_is_saved_is_that_of_the_moment(tmp_path):
 
     state = torch.zeros(1_000_000)
     writer = ShardWriter()
-    writer.begin(tmp_path / "shard", [("a", state[:10]), ("b", state[10:])])
+    writer.begin(place(tmp_path / "shard"), [("a", state[:10]), ("b", state[10:])])
     state.fill_(7)  # the training goes on while the file is written
     file = writer.finish()
     saved = load_file(tmp_path / "shard")
@@ -122,7 +121,7 @@ def test_the_state_that_is_saved_is_that_of_the_moment(tmp_path):
 
 def test_a_full_disk_is_told_when_the_save_is_finished(tmp_path):
     writer = ShardWriter()
-    writer.begin(tmp_path / "no" / "such" / "folder", [("a", torch.zeros(3))])
+    writer.begin(place(tmp_path / "no" / "such" / "folder"), [("a", torch.zeros(3))])
     with pytest.raises(SaveError, match="the checkpoint cannot be written: No such file or directory"):
         writer.finish()
     assert writer.finish() is None

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from training.checkpoint import Checkpoints
+from training.checkpoints import OpenCheckpoints
 from training.facts import Facts
 
 
 class Hooks(Protocol):
     """One phase of a run."""
 
-    checkpoints: Checkpoints
+    checkpoints: OpenCheckpoints
     job_hash: str
+    resume_at: int | None
+    """Step of the checkpoint to go on from, 0 for the beginning; None for the newest whole one."""
+    accepted_before: int
+    """Checkpoints of attempts before this one may be of another job or other data: the user wants to go on with them."""
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One row of metrics."""
@@ -21,6 +25,10 @@ class Hooks(Protocol):
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that happened, for the record and the terminal."""
+        ...
+
+    def flush(self) -> None:
+        """Make sure that what was logged is kept where the checkpoints are. Raises StorageError or OSError."""
         ...
 
     def started(self, facts: Facts, step: int) -> None:

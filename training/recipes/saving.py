@@ -12,15 +12,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from training.checkpoint import CheckpointError, File, Manifest
 from training.config import Phase
-from training.errors import MusterError, SaveError, TrainingError
+from training.errors import MusterError, SaveError, StorageError, TrainingError
 from training.facts import Facts
 from training.group import Group, results
 from training.recipes.hooks import Hooks
+from training.storage import Place
 
 SAVE_S = 3600.0
 """Longest time for writing a checkpoint."""
@@ -32,7 +32,7 @@ _LAST_S = 60.0
 class _Pending:
     step: int
     metrics: Mapping[str, float]
-    staged: Path
+    staged: Place
     copied: Mapping[str, Any]
     """What worker 0 says of the state that it copied."""
     began: float
@@ -74,9 +74,11 @@ class Saver:
         self._pending = None
         try:
             shards = results(self.trainer.call("finish_save"), timeout_s)
+            self.hooks.flush()  # no step of a checkpoint may be missing from the curve
             folder = self.hooks.checkpoints.commit(pending.staged, self._manifest(pending, shards))
-        except (SaveError, CheckpointError, OSError) as error:
-            self.hooks.checkpoints.discard(pending.staged)
+        except (SaveError, StorageError, CheckpointError, OSError) as error:
+            with suppress(StorageError, OSError):
+                pending.staged.remove()
             if self.failed:
                 raise
             self.failed = True
@@ -101,10 +103,14 @@ class Saver:
 
     def _retain(self) -> None:
         keep, best = self.phase.checkpoint.keep, self.phase.checkpoint.best
-        if best is None:
-            self.hooks.checkpoints.retain(keep)
-        else:
-            self.hooks.checkpoints.retain(keep, best=best.metric, smaller_is_better=best.mode == "min")
+        smaller_is_better = best is None or best.mode == "min"
+        self.hooks.checkpoints.retain(
+            keep, best.metric if best else None, smaller_is_better=smaller_is_better, counts=self._is_due
+        )
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a checkpoint of this step is one that the job asks for, not one made because of an interruption."""
+        return step % self.phase.checkpoint.every == 0 or step == self.facts.total_steps
 
     def _manifest(self, pending: _Pending, shards: Sequence[File]) -> Manifest:
         facts, phase = self.facts, self.phase

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
-from training.checkpoint import CheckpointError, Manifest, step_of
 from training.config import Phase
 from training.facts import Facts
 from training.group import Group, results
 from training.recipes.hooks import Hooks
+from training.recipes.resuming import SETUP_S, resume
 from training.recipes.saving import Saver
+from training.storage import Place
 
-SETUP_S = 3600.0
-"""Longest time for loading a model or a checkpoint, or for an evaluation."""
 CALL_S = 1800.0
 """Longest time for one call of a few steps."""
 _TARGET_CALL_S = 2.0
 
 
-def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Path | None:
+def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     """Train the phase to its end; returns its last checkpoint, or None if it was asked to stop before."""
     trainer = groups["trainer"]
     facts: Facts = results(trainer.call("setup"), SETUP_S)[0]
-    step = _resume(trainer, hooks, facts)
+    step = resume(trainer, hooks, facts)
     saver = Saver(phase, trainer, hooks, facts, newest=step)
     hooks.started(facts, step)
     pace = 0.0  # seconds a step, of the last call
@@ -69,39 +67,6 @@ def _evaluates(phase: Phase, facts: Facts, step: int) -> bool:
     for_choice = phase.checkpoint.best is not None and step % phase.checkpoint.every == 0
     on_time = phase.eval_every is not None and step % phase.eval_every == 0
     return step == facts.total_steps or on_time or for_choice
-
-
-def _resume(trainer: Group, hooks: Hooks, facts: Facts) -> int:
-    """Restore the newest whole checkpoint; returns its step, 0 if none was ever saved.
-
-    Raises CheckpointError if there are checkpoints and none is whole, or if it was trained on other data.
-    """
-    hooks.checkpoints.sweep()
-    folder, findings = hooks.checkpoints.newest_whole()
-    for finding in findings:
-        hooks.event("checkpoint_damaged", finding=finding)
-    if folder is None:
-        if findings:
-            raise CheckpointError(f"{hooks.checkpoints.root}: no checkpoint is whole; remove the folder to begin again")
-        return 0
-    _refuse_change(folder, facts)
-    hooks.checkpoints.set_aside(after=step_of(folder))
-    results(trainer.call("restore", str(folder)), SETUP_S)
-    hooks.event("restored", step=step_of(folder), checkpoint=str(folder))
-    return step_of(folder)
-
-
-def _refuse_change(folder: Path, facts: Facts) -> None:
-    manifest = Manifest.read(folder)
-    if manifest.data_hash != facts.data_hash:
-        raise CheckpointError(
-            f"{folder}: it was trained on other data: the rows, the tokenizer or the template have changed since; bring "
-            "them back, or begin a run under another name"
-        )
-    if manifest.dtype != facts.dtype:
-        raise CheckpointError(
-            f"{folder}: it was computed in {manifest.dtype}, these workers would go on in {facts.dtype}; set model.dtype"
-        )
 
 
 def _train(trainer: Group, hooks: Hooks, done: int, num_steps: int) -> None:

@@ -1,0 +1,304 @@
+"""The checkpoints of one phase of a run: staged, committed, found, kept, deleted. One process commits; workers write shards.
+
+In a folder an attempt stages inside a folder of its own, `.attempt-2`, and a commit is the renaming of what is staged. A later
+attempt takes that folder away before it looks for checkpoints: from then on nothing of the older one can be committed, and
+what it has committed is seen.
+
+In a bucket nothing can be renamed: the shards of attempt 2 are under `step-.../attempt-2/`, and the manifest, written last,
+makes a checkpoint of them. Whoever finds a later attempt's claim does not write it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from training.checkpoint import MANIFEST, CheckpointError, Manifest, missing, verify
+from training.errors import Superseded
+from training.storage import Local, Place, flush_folder
+
+_STEP, _ATTEMPT, _DOOMED, _ASIDE = "step-", ".attempt-", ".old-", "aside-"
+_CLAIMS = ".attempts"
+
+
+def step_of(folder: Place) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix(_STEP))
+
+
+def _name(step: int) -> str:
+    return f"{_STEP}{step:08d}"
+
+
+class Checkpoints:
+    """The checkpoints of a phase, to look at. `opened` makes them ready to be written."""
+
+    def __init__(self, root: Place):
+        self.root = root
+
+    def folders(self) -> list[Place]:
+        """Committed checkpoints, oldest first."""
+        names = sorted(n for n, size in self.root.children().items() if n.startswith(_STEP) and size is None)
+        return [self.root / name for name in names]
+
+    def at(self, step: int) -> Place:
+        """The checkpoint of a step. Raises CheckpointError that lists those that exist."""
+        folders = {step_of(folder): folder for folder in self.folders()}
+        if step not in folders:
+            there = ", ".join(map(str, folders)) or "none"
+            raise CheckpointError(f"{self.root}: no checkpoint of step {step}; there are: {there}")
+        return folders[step]
+
+    def newest_whole(self) -> tuple[Place | None, list[str]]:
+        """The newest checkpoint whose every byte is as written, and what was wrong with newer ones."""
+        findings: list[str] = []
+        for folder in reversed(self.folders()):
+            wrong = verify(folder)
+            if not wrong:
+                return folder, findings
+            findings += wrong
+        return None, findings
+
+    def best(self, metric: str, *, smaller_is_better: bool = True) -> Place | None:
+        """The checkpoint with the best value of an evaluation metric; the earliest of equals."""
+        scored = []
+        for folder in self.folders():
+            with suppress(CheckpointError):
+                if (value := Manifest.read(folder).metrics.get(metric)) is not None:
+                    scored.append((value if smaller_is_better else -value, folder.name, folder))
+        return min(scored)[2] if scored else None
+
+
+class OpenCheckpoints(Checkpoints, ABC):
+    """The checkpoints of a phase while attempt number `attempt` works on it. Older attempts cannot commit any more."""
+
+    def __init__(self, root: Place, attempt: int):
+        """Raises Superseded if a later attempt has opened them, or another process this same one."""
+        super().__init__(root)
+        self.attempt = attempt
+
+    @property
+    @abstractmethod
+    def staging(self) -> Place:
+        """A folder that every worker must be able to write to."""
+
+    @abstractmethod
+    def stage(self, step: int) -> Place:
+        """An empty folder to write the shards of a step into; not a checkpoint until it is committed. Raises Superseded."""
+
+    @abstractmethod
+    def commit(self, staged: Place, manifest: Manifest) -> Place:
+        """Make a checkpoint of a staged folder, in one atomic step. Replaces an older one of the same step.
+
+        The names of `manifest.files` are relative to the staged folder. Raises Superseded, and CheckpointError if a shard
+        is not there: written by a machine that does not share this folder.
+        """
+
+    @abstractmethod
+    def set_aside(self, folder: Place) -> None:
+        """Take a checkpoint out of the count, without deleting it."""
+
+    @abstractmethod
+    def _remove(self, folder: Place) -> None:
+        """Delete a checkpoint; cut short, it must not leave one with holes."""
+
+    def retain(
+        self,
+        keep: int,
+        best: str | None = None,
+        *,
+        smaller_is_better: bool = True,
+        counts: Callable[[int], bool] = lambda step: True,
+    ) -> list[Place]:
+        """Delete all but the newest, the newest `keep` of those that count, and the best; returns what was deleted.
+
+        `counts(step)` is false for a checkpoint that was made because of an interruption alone. As long as the newest is
+        not whole nothing is deleted.
+        """
+        folders = self.folders()
+        if not folders or verify(folders[-1], deep=False):
+            return []
+        kept = {folders[-1], *[folder for folder in folders if counts(step_of(folder))][-keep:]}
+        if best is not None and (winner := self.best(best, smaller_is_better=smaller_is_better)) is not None:
+            kept.add(winner)
+        gone = [folder for folder in folders if folder not in kept]
+        for folder in gone:
+            self._remove(folder)
+        return gone
+
+    def close(self) -> None:
+        """This attempt writes no more."""
+
+
+def refuse_newer(folder: Place, attempt: int) -> None:
+    """Raises Superseded if a checkpoint was committed by a later attempt."""
+    with suppress(CheckpointError):
+        if (newer := Manifest.read(folder).attempt) > attempt:
+            raise Superseded(f"{folder}: attempt {newer} has committed this step; this is attempt {attempt}")
+
+
+def opened(root: Place, attempt: int) -> OpenCheckpoints:
+    """The checkpoints at `root`, for attempt number `attempt` to work on. Raises Superseded."""
+    return _InFolder(root, attempt) if isinstance(root, Local) else _InBucket(root, attempt)
+
+
+class _InFolder(OpenCheckpoints):
+    def __init__(self, root: Local, attempt: int):
+        super().__init__(root, attempt)
+        self.root: Local = root
+        root.path.mkdir(parents=True, exist_ok=True)
+        self.own = root / f"{_ATTEMPT}{attempt}"
+        self._refuse_if_superseded()
+        try:
+            self.own.path.mkdir()
+        except FileExistsError:
+            raise Superseded(f"{root}: attempt {attempt} is being worked on by another process") from None
+        for name in root.children():
+            if name.startswith(_ATTEMPT) and name != self.own.name:
+                self._delete(root / name)
+            elif name.startswith(_DOOMED):
+                with suppress(OSError):
+                    (root / name).remove()
+
+    @property
+    def staging(self) -> Local:
+        return self.own
+
+    def _refuse_if_superseded(self) -> None:
+        attempts = [int(name.removeprefix(_ATTEMPT)) for name in self.root.children() if name.startswith(_ATTEMPT)]
+        if later := [attempt for attempt in attempts if attempt > self.attempt]:
+            raise Superseded(f"{self.root}: attempt {max(later)} has taken over; this is attempt {self.attempt}")
+
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        """In the block a folder that is not there means that a later attempt has taken it away."""
+        self._refuse_if_superseded()
+        try:
+            yield
+        except FileNotFoundError:
+            if self.own.path.exists():
+                raise
+            raise Superseded(f"{self.root}: a later attempt has taken over; this is attempt {self.attempt}") from None
+
+    def stage(self, step: int) -> Local:
+        staged = self.own / _name(step)
+        with self._ours():
+            staged.remove()
+            staged.path.mkdir()
+        return staged
+
+    def commit(self, staged: Place, manifest: Manifest) -> Local:
+        assert isinstance(staged, Local)
+        with self._ours():
+            if wrong := missing(staged, manifest):
+                raise CheckpointError(f"{wrong[0]}; `storage` must be a folder that all machines share, or a bucket")
+            (staged / MANIFEST).write(manifest.dumped())
+            final = self.root / _name(manifest.step)
+            if final.path.exists():
+                refuse_newer(final, self.attempt)
+                self._delete(final)
+            staged.path.rename(final.path)
+        flush_folder(self.root.path)
+        return final
+
+    def set_aside(self, folder: Place) -> None:
+        assert isinstance(folder, Local)
+        target = self.root / f"{_ASIDE}{folder.name}.attempt-{self.attempt}"
+        target.remove()
+        folder.path.rename(target.path)
+
+    def _remove(self, folder: Place) -> None:
+        self._delete(folder)
+
+    def _delete(self, folder: Place) -> None:
+        """Away from its name first."""
+        assert isinstance(folder, Local)
+        doomed = self.root / f"{_DOOMED}{folder.name}"
+        doomed.remove()
+        folder.path.rename(doomed.path)
+        with suppress(OSError):  # what is left goes when the next attempt opens
+            doomed.remove()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.own.remove()
+
+
+class _InBucket(OpenCheckpoints):
+    def __init__(self, root: Place, attempt: int):
+        super().__init__(root, attempt)
+        self.claim = Claim(root / _CLAIMS, attempt)
+        for name in self._steps():
+            self._sweep(root / name)
+
+    @property
+    def staging(self) -> Place:
+        return self.root
+
+    def _steps(self) -> list[str]:
+        return [name for name, size in self.root.children().items() if name.startswith(_STEP) and size is None]
+
+    def folders(self) -> list[Place]:
+        return [folder for folder in super().folders() if MANIFEST in folder.children()]
+
+    def _sweep(self, folder: Place) -> None:
+        """Remove shards that interrupted saves left behind."""
+        inside = folder.children()
+        used: set[str] = set()
+        if MANIFEST in inside:
+            try:
+                used = {file.name.partition("/")[0] for file in Manifest.read(folder).files}
+            except CheckpointError:
+                return  # to be told and set aside when someone looks for the newest
+        if any(name.startswith(_ASIDE) for name in inside):
+            return
+        for name, size in inside.items():
+            if size is None and name not in used:
+                (folder / name).remove()
+
+    def stage(self, step: int) -> Place:
+        self.claim.check()
+        staged = self.root / _name(step) / f"attempt-{self.attempt}"
+        staged.remove()
+        return staged
+
+    def commit(self, staged: Place, manifest: Manifest) -> Place:
+        final = self.root / _name(manifest.step)
+        whole = manifest.below(staged.name)
+        if wrong := missing(final, whole):
+            raise CheckpointError("\n".join(wrong))
+        self.claim.check()
+        path = final / MANIFEST
+        if not path.create(whole.dumped()):
+            refuse_newer(final, self.attempt)
+            path.write(whole.dumped())
+        return final
+
+    def set_aside(self, folder: Place) -> None:
+        data = (folder / MANIFEST).read()
+        (folder / f"{_ASIDE}attempt-{self.attempt}.json").write(data)
+        (folder / MANIFEST).remove()
+
+    def _remove(self, folder: Place) -> None:
+        (folder / MANIFEST).remove()
+        folder.remove()
+
+
+class Claim:
+    """One attempt's claim on what it writes in a bucket; a later attempt's claim ends it."""
+
+    def __init__(self, claims: Place, attempt: int):
+        """Raises Superseded if a later attempt is there, or another process has claimed this one."""
+        self.claims = claims
+        self.attempt = attempt
+        self.check()
+        if not (claims / f"{attempt:05d}").create(uuid.uuid4().hex.encode()):
+            raise Superseded(f"{claims}: attempt {attempt} is being worked on by another process")
+
+    def check(self) -> None:
+        """Raises Superseded if a later attempt has claimed."""
+        newest = max(map(int, self.claims.children()), default=0)
+        if newest > self.attempt:
+            raise Superseded(f"{self.claims}: attempt {newest} has taken over; this is attempt {self.attempt}")

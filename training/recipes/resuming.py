@@ -1,0 +1,96 @@
+"""Finds the checkpoint to go on from and restores it on the workers, who check what they read between them."""
+
+from __future__ import annotations
+
+import time
+
+from training.checkpoint import CheckpointError, Manifest, NewerFormat
+from training.checkpoints import step_of
+from training.errors import InputError
+from training.facts import Facts
+from training.group import Group, results
+from training.recipes.hooks import Hooks
+from training.storage import Place
+
+SETUP_S = 3600.0
+"""Longest time for loading a model or a checkpoint, or for an evaluation."""
+
+
+def resume(trainer: Group, hooks: Hooks, facts: Facts) -> int:
+    """Restore the checkpoint that the run asks for, or the newest whole one; returns its step, 0 if there is none.
+
+    Raises InputError if a worker cannot write checkpoints, or the one to go on from was trained on another job or other data;
+    CheckpointError if there are checkpoints and none is whole.
+    """
+    _refuse_unwritable(trainer, hooks)
+    candidates = _candidates(hooks)
+    for folder in candidates:
+        findings = _restored(trainer, hooks, facts, folder)
+        if not findings:
+            return step_of(folder)
+        for finding in findings:
+            hooks.event("checkpoint_damaged", finding=finding)
+    if candidates:
+        which = "no checkpoint is" if hooks.resume_at is None else f"the checkpoint of step {hooks.resume_at} is not"
+        raise CheckpointError(f"{hooks.checkpoints.root}: {which} whole; remove the folder to begin again")
+    _set_aside(hooks, after=0)
+    return 0
+
+
+def _refuse_unwritable(trainer: Group, hooks: Hooks) -> None:
+    """Now, not at the first save, hours later."""
+    answers = results(trainer.call("cannot_save_to", str(hooks.checkpoints.staging)), SETUP_S)
+    if problems := list(dict.fromkeys(answer for answer in answers if answer)):
+        advice = "`storage` must be a folder that all machines share, or a bucket (s3://, gs://) that all may write"
+        raise InputError.of("storage", "\n".join([*problems, advice]))
+
+
+def _candidates(hooks: Hooks) -> list[Place]:
+    """What may be gone on from, the likeliest first. Raises CheckpointError if the one that is asked for is not there."""
+    if hooks.resume_at is None:
+        return hooks.checkpoints.folders()[::-1]
+    return [hooks.checkpoints.at(hooks.resume_at)] if hooks.resume_at else []
+
+
+def _restored(trainer: Group, hooks: Hooks, facts: Facts, folder: Place) -> list[str]:
+    """Damage that was found, none if the workers go on from this checkpoint."""
+    try:
+        manifest = Manifest.read(folder)
+    except NewerFormat:
+        raise
+    except CheckpointError as error:
+        return [str(error)]
+    if manifest.attempt >= hooks.accepted_before:
+        _refuse_change(folder, manifest, hooks, facts)
+    began = time.monotonic()
+    answers = results(trainer.call("restore", str(folder)), SETUP_S)
+    if findings := list(dict.fromkeys(answer for answer in answers if answer)):
+        return findings
+    results(trainer.call("publish"), SETUP_S)
+    _set_aside(hooks, after=manifest.step)
+    seconds = round(time.monotonic() - began, 3)
+    hooks.event("restored", step=manifest.step, checkpoint=str(folder), seconds=seconds)
+    return []
+
+
+def _set_aside(hooks: Hooks, after: int) -> None:
+    """What lies after the step to go on from is damaged, or not wanted: its steps are done again."""
+    for folder in hooks.checkpoints.folders():
+        if step_of(folder) > after:
+            hooks.checkpoints.set_aside(folder)
+            hooks.event("checkpoint_set_aside", step=step_of(folder))
+
+
+def _refuse_change(folder: Place, manifest: Manifest, hooks: Hooks, facts: Facts) -> None:
+    changes = []
+    if manifest.job_hash != hooks.job_hash:
+        changes.append("it belongs to another job: a setting that shapes the curve is another one")
+    if manifest.data_hash != facts.data_hash:
+        changes.append("it was trained on other data: the rows, the tokenizer or the template have changed since")
+    if manifest.dtype != facts.dtype:
+        changes.append(
+            f"it was computed in {manifest.dtype}, these workers would go on in {facts.dtype}; set model.dtype"
+        )
+    if changes:
+        advice = "bring back what it was, begin a run under another name, or go on all the same: muster resume RUN --accept-changes"
+        raise InputError.of(str(folder), "\n  ".join([*changes, advice]))
