@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from training.distributed import Seat, join, leave, listen, set_environment
+from training.errors import MusterError, TrainingError
 from training.group import Worker
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -15,15 +19,21 @@ _TIMEOUT_S = 120
 
 
 class _Answer:
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: Any, number: int = 0):
         self.pipe = pipe
+        self.number = number
 
     def result(self, timeout_s: float | None = None) -> Any:
-        if not self.pipe.poll(_TIMEOUT_S):
-            raise TimeoutError("a test worker did not answer")
-        ok, value = self.pipe.recv()
+        answered = -1
+        while answered < self.number:  # nobody has asked for the answers to earlier calls
+            if not self.pipe.poll(_TIMEOUT_S):
+                raise TimeoutError("a test worker did not answer")
+            try:
+                answered, ok, value = self.pipe.recv()
+            except (EOFError, ConnectionError):
+                raise TrainingError("a worker died") from None
         if not ok:
-            raise value
+            raise value if isinstance(value, MusterError) else TrainingError(f"a worker failed: {value!r}") from value
         return value
 
 
@@ -32,10 +42,12 @@ class ForkGroup:
 
     def __init__(self, size: int, target: str, *args: Any, threads: int = 1):
         self.size = size
+        self.calls = 0
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(theirs, rank, size, threads, target, args), daemon=True)
+            start = (theirs, rank, size, threads, target, args, _environment())
+            process = _CONTEXT.Process(target=_serve, args=start, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -47,14 +59,17 @@ class ForkGroup:
             _Answer(pipe).result()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[_Answer]:
-        for pipe in self.pipes:
-            pipe.send((method, args, kwargs))
-        return [_Answer(pipe) for pipe in self.pipes]
+        return self._send([(method, args, kwargs)] * self.size)
 
     def map(self, method: str, shards: Any, *args: Any) -> list[_Answer]:
-        for pipe, shard in zip(self.pipes, shards, strict=True):
-            pipe.send((method, (shard, *args), {}))
-        return [_Answer(pipe) for pipe in self.pipes]
+        return self._send([(method, (shard, *args), {}) for shard in shards])
+
+    def _send(self, calls: Sequence[tuple]) -> list[_Answer]:
+        self.calls += 1
+        for pipe, call in zip(self.pipes, calls, strict=True):
+            with suppress(ConnectionError):  # it died; its answer says so
+                pipe.send((self.calls, *call))
+        return [_Answer(pipe, self.calls) for pipe in self.pipes]
 
     def __enter__(self) -> ForkGroup:
         return self
@@ -65,24 +80,32 @@ class ForkGroup:
             process.join()
 
 
-def _serve(pipe: Any, rank: int, size: int, threads: int, target: str, args: tuple) -> None:
+def _environment() -> dict[str, str]:
+    """What the parent of all workers could not know when it started: where the storage is."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MUSTER_"))}
+
+
+def _serve(
+    pipe: Any, rank: int, size: int, threads: int, target: str, args: tuple, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)
     listener = listen("127.0.0.1") if rank == 0 else None
     if listener is not None:
-        pipe.send((True, listener.getsockname()[1]))
+        pipe.send((0, True, listener.getsockname()[1]))
     seat = Seat(rank=rank, size=size, local_rank=rank, local_size=size, threads=threads, port=pipe.recv(), timeout_s=60)
     set_environment(seat)
     join(seat, listener)
     worker = Worker(seat)
     worker.build("role", target, *args)
-    pipe.send((True, None))
+    pipe.send((0, True, None))
     while True:
         try:
-            method, call_args, kwargs = pipe.recv()
+            number, method, call_args, kwargs = pipe.recv()
         except EOFError:
             break
         try:
-            pipe.send((True, worker.call("role", method, *call_args, **kwargs)))
+            pipe.send((number, True, worker.call("role", method, *call_args, **kwargs)))
         except Exception as error:
             traceback.print_exc()
-            pipe.send((False, error))
+            pipe.send((number, False, error))
     leave()

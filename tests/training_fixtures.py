@@ -109,8 +109,9 @@ def train(tiny, tmp_path_factory):
         of_the_run = {
             name: settings.pop(name) for name in ("job_hash", "resume_at", "accepted_before") if name in settings
         }
+        kind = settings.pop("hooks", Recorder)
         phase = sft_phase(tiny, workers=workers, **settings)
-        hooks = Recorder(checkpoints or tmp_path_factory.mktemp("checkpoints"), stop_after)
+        hooks = kind(checkpoints or tmp_path_factory.mktemp("checkpoints"), stop_after)
         vars(hooks).update(of_the_run)
         with ForkGroup(workers, "training.recipes.sft:SFTTrainer", phase, str(tiny / "cache")) as group:
             hooks.last = supervised.run(phase, {"trainer": group}, hooks)
