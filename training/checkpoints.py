@@ -39,9 +39,12 @@ class Checkpoints:
         self.root = root
 
     def folders(self) -> list[Place]:
-        """Committed checkpoints, oldest first."""
-        names = sorted(n for n, size in self.root.children().items() if n.startswith(_STEP) and size is None)
-        return [self.root / name for name in names]
+        """Committed checkpoints, oldest first. In a bucket shards without a manifest are those of an unfinished save."""
+        folders = [self.root / name for name in sorted(self._steps())]
+        return folders if isinstance(self.root, Local) else [f for f in folders if MANIFEST in f.children()]
+
+    def _steps(self) -> list[str]:
+        return [name for name, size in self.root.children().items() if name.startswith(_STEP) and size is None]
 
     def at(self, step: int) -> Place:
         """The checkpoint of a step. Raises CheckpointError that lists those that exist."""
@@ -230,18 +233,13 @@ class _InBucket(OpenCheckpoints):
     def __init__(self, root: Place, attempt: int):
         super().__init__(root, attempt)
         self.claim = Claim(root / _CLAIMS, attempt)
+        self._staged: Place | None = None
         for name in self._steps():
             self._sweep(root / name)
 
     @property
     def staging(self) -> Place:
         return self.root
-
-    def _steps(self) -> list[str]:
-        return [name for name, size in self.root.children().items() if name.startswith(_STEP) and size is None]
-
-    def folders(self) -> list[Place]:
-        return [folder for folder in super().folders() if MANIFEST in folder.children()]
 
     def _sweep(self, folder: Place) -> None:
         """Remove shards that interrupted saves left behind."""
@@ -261,12 +259,18 @@ class _InBucket(OpenCheckpoints):
     def stage(self, step: int) -> Place:
         self.claim.check()
         staged = self.root / _name(step) / f"attempt-{self.attempt}"
-        staged.remove()
+        for leftover in {
+            staged,
+            self._staged or staged,
+        }:  # of a save that failed, perhaps because nothing could be reached
+            leftover.remove()
+        self._staged = staged
         return staged
 
     def commit(self, staged: Place, manifest: Manifest) -> Place:
         final = self.root / _name(manifest.step)
         whole = manifest.below(staged.name)
+        self.claim.check()  # its sweep may have taken our shards
         if wrong := missing(final, whole):
             raise CheckpointError("\n".join(wrong))
         self.claim.check()
@@ -274,6 +278,7 @@ class _InBucket(OpenCheckpoints):
         if not path.create(whole.dumped()):
             refuse_newer(final, self.attempt)
             path.write(whole.dumped())
+        self._staged = None
         return final
 
     def set_aside(self, folder: Place) -> None:
