@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher import capacity, trackers
 from launcher import job as jobs
-from launcher.driver import cache_folder
+from launcher.cache import cache_folder
 from launcher.job import Job
 from training.config import Phase
 from training.data import files

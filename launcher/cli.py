@@ -20,7 +20,10 @@ app = typer.Typer(
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file.", show_default=False)]
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="Run folder, or its name under ./runs.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RUN", help="Run folder, its name under ./runs, or its address (s3://...).", show_default=False
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -109,21 +112,21 @@ def resume(
     inline: Inline = False,
 ) -> int:
     """Go on with a run from its last checkpoint, or from an earlier one."""
-    from launcher import check, driver, runs
+    from launcher import attempts, check, driver, runs
 
     found = runs.find(run)
     job = found.job_here(overrides or [])
     check.machine(job, inline=inline)
-    rewind = runs.rewinding(found, step, phase) if step is not None else {}
-    go_on = runs.GoOn(rewind=rewind, accept_changes=accept_changes)
+    rewind = attempts.rewinding(found, step, phase) if step is not None else {}
+    go_on = attempts.GoOn(rewind=rewind, accept_changes=accept_changes)
     return driver.run_job(job, inline=inline, console=_console(), go_on=go_on)
 
 
-Storage = Annotated[Path, typer.Option(help="Folder of the runs.")]
+Storage = Annotated[str, typer.Option(help="Folder of the runs, or address in a bucket.")]
 
 
 @verb
-def list_(storage: Storage = Path("runs"), as_json: Json = False) -> None:
+def list_(storage: Storage = "runs", as_json: Json = False) -> None:
     """The runs in a storage folder."""
     from launcher import show
 
@@ -156,7 +159,7 @@ def checkpoints(
 def export(
     run: RunName,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write. Default: model-STEP in the phase's folder.")
+        str | None, typer.Option("--out", help="Folder to write. Default: model-STEP in the phase's folder.")
     ] = None,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest whole one.")] = None,
     phase: Annotated[str | None, typer.Option(help="Phase. Default: the last one that has a checkpoint.")] = None,

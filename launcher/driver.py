@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 from rich.console import Console
 
-from launcher import runs
+from launcher import attempts
+from launcher.attempts import GoOn, OpenRun
+from launcher.cache import cache_folder
 from launcher.groups import groups_of
 from launcher.interrupts import Interrupts
 from launcher.job import Job
 from launcher.phase_run import PhaseRun
 from launcher.progress import PhaseProgress
-from launcher.runs import GoOn
+from launcher.runs import RunFolder
 from training.config import Phase
 from training.errors import InputError, MusterError, Problem
 from training.group import Group, results
@@ -27,21 +27,16 @@ DONE, FAILED, INPUT_WRONG, INTERRUPTED = 0, 1, 2, 130
 _EXPORT_S = 3600.0
 
 
-def cache_folder() -> Path:
-    """Where tokenised data is kept between runs."""
-    return Path(os.environ.get("MUSTER_CACHE") or Path.home() / ".cache" / "muster")
-
-
 def run_job(job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn()) -> int:
     """Run a job to its end, or go on with it; returns the exit status.
 
     Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
     """
-    runs.check(job, go_on)
+    attempts.check(job, go_on)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         _get_ready(job, stack, inline=inline)
-        run = runs.begin(job, go_on)
+        run = attempts.begin(job, go_on)
         stack.callback(run.close)
         status = _run_phases(run, job, interrupts, console, inline=inline)
         interrupts.end()
@@ -78,32 +73,32 @@ def _in_background(function: Callable[[], None]) -> Callable[[], None]:
     return wait
 
 
-def _run_phases(run: runs.OpenRun, job: Job, interrupts: Interrupts, console: Console, *, inline: bool) -> int:
+def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console, *, inline: bool) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    say(f"run {run.folder}, attempt {run.attempt}")
+    say(f"run {run.address}, attempt {run.attempt}")
     try:
         done = all(_run_phase(run, job, name, interrupts, console, inline) for name in _unfinished(run, job))
     except KeyboardInterrupt:
         with suppress(OSError):
             run.event("interrupted", orderly=False)
-        say(f"stopped at once; `muster resume {run.folder}` goes on from the last checkpoint")
+        say(f"stopped at once; `muster resume {run.address}` goes on from the last checkpoint")
         return INTERRUPTED
     except (MusterError, OSError) as error:
         _record_failure(run, error)
-        say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.folder}` goes on")
+        say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.address}` goes on")
         return INPUT_WRONG if isinstance(error, InputError) else FAILED
     except Exception as error:  # a defect: recorded, and shown with its traceback
         _record_failure(run, error)
         raise
     run.event("done" if done else "interrupted")
     if not done:
-        say(f"stopped; `muster resume {run.folder}` goes on")
+        say(f"stopped; `muster resume {run.address}` goes on")
     return DONE if done else INTERRUPTED
 
 
-def _record_failure(run: runs.OpenRun, error: Exception) -> None:
+def _record_failure(run: OpenRun, error: Exception) -> None:
     with suppress(OSError):  # the disk may be what has failed
         run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
 
@@ -122,12 +117,12 @@ def prepare(job: Job) -> None:
         raise InputError(problems)
 
 
-def _unfinished(run: runs.OpenRun, job: Job) -> Iterator[str]:
+def _unfinished(run: OpenRun, job: Job) -> Iterator[str]:
     finished = run.finished_phases()
     return (name for name in job.phases if name not in finished)
 
 
-def _run_phase(run: runs.OpenRun, job: Job, name: str, interrupts: Interrupts, console: Console, inline: bool) -> bool:
+def _run_phase(run: OpenRun, job: Job, name: str, interrupts: Interrupts, console: Console, inline: bool) -> bool:
     """Whether the phase came to its end; False when it was asked to stop."""
     if interrupts.requested:
         return False
@@ -150,7 +145,7 @@ def _run_phase(run: runs.OpenRun, job: Job, name: str, interrupts: Interrupts, c
     return True
 
 
-def with_its_start(phase: Phase, run: runs.RunFolder) -> Phase:
+def with_its_start(phase: Phase, run: RunFolder) -> Phase:
     """The phase with the model of the phase that it starts from, and the tokenizer that its data was checked with."""
     if phase.from_ is None:
         return phase
@@ -158,5 +153,5 @@ def with_its_start(phase: Phase, run: runs.RunFolder) -> Phase:
     return phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
 
 
-def _export(group: Group, checkpoint: Place, out: Path) -> None:
+def _export(group: Group, checkpoint: Place, out: Place) -> None:
     results(group.call("export", str(checkpoint), str(out)), _EXPORT_S)

@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from launcher.cache import cache_folder
 from launcher.driver import with_its_start
-from launcher.runs import RunFolder, phase_with_checkpoints
+from launcher.runs import PATIENCE_S, RunFolder, phase_with_checkpoints
 from training.checkpoint import CheckpointError, verify
 from training.checkpoints import Checkpoints, step_of
 from training.errors import InputError
-from training.storage import Place, place
+from training.modelfiles import at_hand
+from training.storage import Local, Place, place
 
 
-def export(run: RunFolder, *, phase: str | None, step: int | None, out: Path | None) -> dict[str, Any]:
+def export(run: RunFolder, *, phase: str | None, step: int | None, out: str | None) -> dict[str, Any]:
     """Raises InputError for a phase or step that is not there, CheckpointError if no checkpoint is whole."""
     job = run.job()
     name = phase_with_checkpoints(run, phase)
-    folder = _checkpoint(Checkpoints(place(run.checkpoints(name))), step)
+    folder = _checkpoint(Checkpoints(run.checkpoints(name)), step)
     if out is not None:
-        _refuse_to_overwrite(out)
-    target = out or run.phase(name) / f"model-{step_of(folder)}"
+        _refuse_to_overwrite(place(out, patience_s=PATIENCE_S))
+    target = place(out) if out is not None else run.root / name / f"model-{step_of(folder)}"
     from training.export import export as write
 
+    start = at_hand(with_its_start(job.phases[name], run), cache_folder())
+
     try:
-        write(folder, place(target), with_its_start(job.phases[name], run))
+        write(folder, target, start)
     except OSError as error:
         raise InputError.of(str(target), f"cannot be written: {error}; make room, or choose another --out") from error
     return {"phase": name, "step": step_of(folder), "model": str(target)}
 
 
-def _refuse_to_overwrite(out: Path) -> None:
-    if out.exists() and not out.is_dir():
+def _refuse_to_overwrite(out: Place) -> None:
+    if isinstance(out, Local) and out.path.is_file():
         raise InputError.of(str(out), "is a file; choose another --out")
-    if out.is_dir() and any(out.iterdir()):
+    if out.children():
         raise InputError.of(str(out), "the folder is not empty; choose another --out, or remove it first")
 
 

@@ -36,6 +36,7 @@ from training import modelfiles
 from training.config import Model, Phase, Resources, Settings, Sharding
 from training.data import files, templates
 from training.errors import InputError
+from training.storage import is_remote, place
 
 NEUTRAL = (
     "storage",
@@ -66,7 +67,7 @@ class Job:
     file: Path = field(compare=False)
     """The job file as the user gave it."""
     storage: str
-    """Folder of the runs, an absolute path."""
+    """Folder of the runs: an absolute path, or an address in a bucket."""
     seed: int
     track: list[str]
     """Where metrics go beside metrics.jsonl."""
@@ -139,13 +140,26 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     name = _name(document, file, report)
     _check_shared(document.data, report)
     phases = phases_of(document, file, report)
-    if top is not None and "://" in top.storage:
-        report.add(("storage",), f"{top.storage} is not a folder; runs are kept in a folder")
+    if top is not None and (wrong := _storage_problem(top.storage)):
+        report.add(("storage",), wrong)
     report.raise_any()
     assert top is not None, "its problems were raised"
     track: list[str] = [top.track] if isinstance(top.track, str) else [*dict.fromkeys(top.track)]
-    storage = absolute(top.storage, base_folder(document, ("storage",), file))
+    base = base_folder(document, ("storage",), file)
+    storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     return Job(name=name, file=file, storage=storage, seed=top.seed, track=track, phases=phases), report, document
+
+
+def _storage_problem(storage: str) -> str | None:
+    if not is_remote(storage):
+        return None
+    if not storage.partition("://")[2].strip("/"):
+        return f"{storage} names no bucket; write s3://BUCKET/FOLDER"
+    try:
+        place(storage)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _redirected(path: KeyPath, message: str) -> str:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher import runs, trackers
+from launcher.attempts import OpenRun
 from launcher.interrupts import Interrupts
 from launcher.job import Job, job_hash
 from launcher.progress import PhaseProgress
 from training.checkpoints import opened
 from training.facts import Facts
-from training.storage import place
 
 _NOT_FOR_TRACKERS = ("step", "attempt", "workers")
 
@@ -21,13 +21,13 @@ _NOT_FOR_TRACKERS = ("step", "attempt", "workers")
 class PhaseRun:
     """What a recipe's driver is offered while it runs one phase (the `Hooks` of training/recipes)."""
 
-    def __init__(self, run: runs.OpenRun, job: Job, name: str, interrupts: Interrupts, progress: PhaseProgress):
+    def __init__(self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, progress: PhaseProgress):
         self.run, self.name, self.interrupts, self.progress = run, name, interrupts, progress
         self.folder = run.phase(name)
         self.job_hash = job_hash(job)
         self.resume_at = run.rewound_to().get(name)
         self.accepted_before = run.accepted_before()
-        self.checkpoints = opened(place(run.checkpoints(name)), run.attempt)
+        self.checkpoints = opened(run.checkpoints(name), run.attempt)
         self.trackers = trackers.open_all(
             job.track, job.name, name, self.folder, job.phases[name].model_dump(), progress.say
         )
@@ -53,7 +53,7 @@ class PhaseRun:
             self.progress.say(f"{self.name}: goes on after step {facts['step']}")
 
     def flush(self) -> None:
-        """In a folder it is kept already."""
+        self.run.flush()
 
     def started(self, facts: Facts, step: int) -> None:
         for note in facts.notes:

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.runs import JOB, RunFolder, find
+from launcher.cache import cache_folder
+from launcher.runs import JOB, PATIENCE_S, RunFolder, find, told_as_input
 from training import modelfiles
 from training.errors import InputError, Problem
+from training.storage import Place, is_remote, local_copy, place
 
 SHOWN_PROBLEMS = 20
 
@@ -67,35 +69,38 @@ def _expected(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model(text: str) -> str:
     """The Hugging Face folder that is meant: a folder itself, or the newest model of a run."""
-    folder = Path(text)
+    folder = _at_hand(text) if is_remote(text) else Path(text)
+    if folder is None:
+        return str(local_copy(_newest_model(find(text)), cache_folder()))
     if (folder / "config.json").exists():
         modelfiles.inspect(folder)
-        return text
+        return str(folder)
     if folder.is_dir() and not (folder / JOB).exists():
         raise InputError.of(text, "neither a run nor a model folder (no job.yaml, no config.json)")
-    run = find(text)
-    return str(_newest_model(run))
+    return str(_newest_model(find(text)))
 
 
-def _newest_model(run: RunFolder) -> Path:
-    phases = [run.phase(name) for name in run.job().phases]
-    models = [
-        path
-        for phase in phases
-        for path in (*sorted(phase.glob("model-*"), key=_step), phase / "model")
-        if path.exists()
-    ]
-    if not models:
-        raise InputError.of(
-            str(run.folder), f"the run has no model yet; `muster export {run.folder}` makes one from a checkpoint"
-        )
-    return models[-1]
+def _at_hand(address: str) -> Path | None:
+    """A copy of the model at an address in a bucket; None if there is no model but perhaps a run."""
+    folder = place(address, patience_s=PATIENCE_S)
+    with told_as_input(address):
+        return local_copy(folder, cache_folder()) if "config.json" in folder.children() else None
 
 
-def _step(folder: Path) -> int:
-    """Of a model that `muster export` wrote from a checkpoint."""
-    step = folder.name.removeprefix("model-")
-    return int(step) if step.isdigit() else -1
+def _newest_model(run: RunFolder) -> Place:
+    for phase in reversed(run.job().phases):
+        inside = [name for name, size in (run.root / phase).children().items() if size is None]
+        if models := [name for name in inside if name == "model" or name.startswith("model-")]:
+            return run.root / phase / max(models, key=_step)
+    raise InputError.of(
+        run.address, f"the run has no model yet; `muster export {run.address}` makes one from a checkpoint"
+    )
+
+
+def _step(name: str) -> float:
+    """Of a model that `muster export` wrote from a checkpoint; the model of the end comes after all of them."""
+    step = name.removeprefix("model-")
+    return int(step) if step.isdigit() else float("inf") if name == "model" else -1
 
 
 def _printable(text: str) -> str:

@@ -11,7 +11,7 @@ from launcher.runs import RUNS, RunFolder, runs_in
 from training.checkpoint import CheckpointError, Manifest, verify
 from training.checkpoints import Checkpoints, step_of
 from training.errors import InputError
-from training.storage import Place, place
+from training.storage import Place, is_remote
 
 
 def status(run: RunFolder) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def status(run: RunFolder) -> dict[str, Any]:
     told = ("failed", "checkpoint_damaged")
     return {
         "name": run.name,
-        "folder": str(run.folder),
+        "folder": run.address,
         "state": run.state(),
         "attempts": run.attempts(),
         "started": events[0]["time"] if events else None,
@@ -46,8 +46,8 @@ def _phase(run: RunFolder, name: str, finished: bool, events: Sequence[Mapping[s
         "tokens_per_s": last.get("tokens_per_s"),
         "left_s": left,
         "evaluation": {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")} if evaluations else {},
-        "checkpoints": [step_of(folder) for folder in Checkpoints(place(run.checkpoints(name))).folders()],
-        "model": str(run.model(name)) if run.model(name).exists() else None,
+        "checkpoints": [step_of(folder) for folder in Checkpoints(run.checkpoints(name)).folders()],
+        "model": str(run.model(name)) if run.model(name).children() else None,
     }
 
 
@@ -74,10 +74,12 @@ def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {problem}"
 
 
-def listing(storage: Path) -> list[dict[str, Any]]:
-    """All runs in a folder, the newest last. Raises InputError if there is no such folder, unless it is the default one."""
-    if not storage.is_dir() and (storage.exists() or storage != RUNS):
-        raise InputError.of(str(storage), "is a file; give a folder of runs" if storage.exists() else "no such folder")
+def listing(storage: str) -> list[dict[str, Any]]:
+    """All runs in a folder, the newest last, or in a bucket. Raises InputError if there is no such folder, unless it is the
+    default one."""
+    folder = Path(storage)
+    if not is_remote(storage) and not folder.is_dir() and (folder.exists() or folder != RUNS):
+        raise InputError.of(storage, "is a file; give a folder of runs" if folder.exists() else "no such folder")
     return [_status_or_problem(run) for run in runs_in(storage)]
 
 
@@ -88,7 +90,7 @@ def _status_or_problem(run: RunFolder) -> dict[str, Any]:
     except InputError as error:
         return {
             "name": run.name,
-            "folder": str(run.folder),
+            "folder": run.address,
             "state": "unreadable",
             "phases": {},
             "problems": [str(error)],
@@ -106,10 +108,10 @@ def listing_lines(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def checkpoints(run: RunFolder, *, deep: bool) -> list[dict[str, Any]]:
-    """Every checkpoint of a run; with `deep`, every byte of it is read."""
+    """Every checkpoint of a run; with `deep`, every byte of it is read, else it is whole if every file has its size."""
     found = []
     for phase in run.job().phases:
-        for folder in Checkpoints(place(run.checkpoints(phase))).folders():
+        for folder in Checkpoints(run.checkpoints(phase)).folders():
             found.append({"phase": phase, "step": step_of(folder), "folder": str(folder), **_contents(folder, deep)})
     return found
 
@@ -122,6 +124,7 @@ def _contents(folder: Place, deep: bool) -> dict[str, Any]:
     problems = verify(folder, deep=deep)
     return {
         "whole": not problems,
+        "verified": deep,
         "problems": problems,
         "bytes": sum(file.size for file in manifest.files),
         "world_size": manifest.world_size,
@@ -143,4 +146,5 @@ def checkpoint_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             continue
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in entry["metrics"].items())
         size = entry["bytes"] / 2**20
-        yield f"{head}  whole  {size:,.1f} MiB  {entry['world_size']} workers, ZeRO-{entry['zero_stage']}  {entry['created']}  {metrics}".rstrip()
+        state = "verified" if entry["verified"] else "complete"
+        yield f"{head}  {state}  {size:,.1f} MiB  {entry['world_size']} workers, ZeRO-{entry['zero_stage']}  {entry['created']}  {metrics}".rstrip()

@@ -30,7 +30,7 @@ GATHER_S = 600.0
 """Longest wait for machines."""
 START_S = 300.0
 """Longest time for starting the processes and making the process group."""
-_PASSED_ON = ("HF_", "NCCL_", "MUSTER_")
+_PASSED_ON = ("HF_", "NCCL_", "MUSTER_", "AWS_", "GOOGLE_", "FSSPEC_")
 _GRACE_S = 2.0
 """After a first error, how long to wait for others: a victim's death is often seen after its survivors' complaints."""
 

@@ -46,9 +46,9 @@ def save(checkpoints: OpenCheckpoints, step: int, **settings) -> Place:
     return checkpoints.commit(*staged(checkpoints, step, **settings))
 
 
-def save_in(folder: Path | str, step: int, *, attempt: int = 1, **settings) -> Place:
+def save_in(folder: Place | Path | str, step: int, *, attempt: int = 1, **settings) -> Place:
     """A committed checkpoint of an attempt that then ends."""
-    checkpoints = opened(place(folder), attempt)
+    checkpoints = opened(place(str(folder)), attempt)
     try:
         return save(checkpoints, step, **settings)
     finally:

@@ -20,7 +20,8 @@ from training.errors import Superseded
 from training.storage import Local, Place, flush_folder
 
 _STEP, _ATTEMPT, _DOOMED, _ASIDE = "step-", ".attempt-", ".old-", "aside-"
-_CLAIMS = ".attempts"
+CLAIMS = ".attempts"
+"""Of attempts at what is kept in a bucket."""
 
 
 def step_of(folder: Place) -> int:
@@ -232,7 +233,7 @@ class _InFolder(OpenCheckpoints):
 class _InBucket(OpenCheckpoints):
     def __init__(self, root: Place, attempt: int):
         super().__init__(root, attempt)
-        self.claim = Claim(root / _CLAIMS, attempt)
+        self.claim = Claim(root / CLAIMS, attempt)
         self._staged: Place | None = None
         for name in self._steps():
             self._sweep(root / name)
@@ -304,6 +305,10 @@ class Claim:
 
     def check(self) -> None:
         """Raises Superseded if a later attempt has claimed."""
-        newest = max(map(int, self.claims.children()), default=0)
-        if newest > self.attempt:
+        if (newest := newest_claim(self.claims)) > self.attempt:
             raise Superseded(f"{self.claims}: attempt {newest} has taken over; this is attempt {self.attempt}")
+
+
+def newest_claim(claims: Place) -> int:
+    """The latest attempt that has claimed, 0 if none has."""
+    return max(map(int, claims.children()), default=0)

@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from training.config import Phase
 from training.errors import InputError, Problem
+from training.storage import is_remote, local_copy, place
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -276,3 +278,11 @@ def _some(names: Any, most: int = 5) -> str:
     names = list(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def at_hand(phase: Phase, cache: Path) -> Phase:
+    """The phase with its model as a local folder, copied into `cache` if it lies in a bucket."""
+    if not is_remote(phase.model.path):
+        return phase
+    folder = local_copy(place(phase.model.path), cache)
+    return phase.model_copy(update={"model": phase.model.model_copy(update={"path": str(folder)})})

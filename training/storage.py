@@ -8,12 +8,15 @@ Knows nothing of checkpoints or runs.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import mmap
 import os
 import random
 import shutil
 import socket
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +38,10 @@ _TOLD_AFTER_S = 3.0
 _PART_BYTES = 32 << 20
 """Of a multipart upload; S3 takes 10,000 parts, so a file may have 320 GB."""
 _S3_OPTIONS = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}}
+_OF_THIS_PROCESS = ("file", "local", "memory", "data", "http", "https")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_CHANGING = ("size", "ETag", "etag", "LastModified", "updated", "mtime", "created")
+"""What file systems say of a file that changes with its content; each has names of its own."""
 _HOPELESS = (
     FileNotFoundError,
     FileExistsError,
@@ -274,6 +280,12 @@ class Remote(Place):
         with suppress(FileNotFoundError):
             self._patiently(lambda: self.filesystem.rm(self._path, recursive=True))
 
+    def fingerprint(self) -> str:
+        """Another one whenever a file below this place is written anew."""
+        files = self._patiently(lambda: self.filesystem.find(self._path, detail=True, refresh=True))
+        states = sorted((name, *(str(entry.get(key)) for key in _CHANGING)) for name, entry in files.items())
+        return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:32]
+
     def _patiently(self, operation: Callable[[], _T]) -> _T:
         """Do it, again and again while it fails and might not. Raises StorageError when that has lasted too long."""
         began, pause, told = time.monotonic(), 0.2, False
@@ -284,7 +296,9 @@ class Remote(Place):
                 raise
             except Exception as error:  # every storage has errors of its own for a network that does not work
                 waited = time.monotonic() - began
-                if type(error).__name__ in _HOPELESS_BY_NAME or waited + pause > self.patience_s:
+                if type(error).__name__ in _HOPELESS_BY_NAME:
+                    raise StorageError(f"{self.address}: {_reason(error)}") from error
+                if waited + pause > self.patience_s:
                     raise StorageError(f"{self.address}: the storage does not answer: {_reason(error)}") from error
                 if waited > _TOLD_AFTER_S and not told:
                     told = True
@@ -296,9 +310,15 @@ class Remote(Place):
 def upload(folder: Path, target: Place) -> None:
     """Copy every file of a local folder to a place."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            blocks = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-            (target / str(path.relative_to(folder))).write_blocks(_in_parts(memoryview(blocks)))
+        upload_file(path, target / str(path.relative_to(folder)))
+
+
+def upload_file(path: Path, target: Place) -> None:
+    """Copy a local file to a place."""
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        data = memoryview(content)
+        target.write_blocks([data[start : start + _PART_BYTES] for start in range(0, len(data), _PART_BYTES)])
 
 
 def download(source: Place, folder: Path) -> None:
@@ -317,8 +337,22 @@ def _download_file(source: Place, name: str, size: int, path: Path) -> None:
             file.write(*source.read_ranges([(name, start, min(start + _PART_BYTES, size))]))
 
 
-def _in_parts(data: memoryview) -> list[memoryview]:
-    return [data[start : start + _PART_BYTES] for start in range(0, len(data), _PART_BYTES)]
+def local_copy(source: Place, cache: Path) -> Path:
+    """The folder itself, or a copy of a bucket's in `cache`, made once for every state that the original is in."""
+    if isinstance(source, Local):
+        return source.path
+    assert isinstance(source, Remote)
+    copy = cache / "copies" / source.fingerprint()
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".tmp-") as beside:
+            download(source, Path(beside) / "copy")
+            try:
+                (Path(beside) / "copy").rename(copy)
+            except OSError:
+                if not copy.exists():  # else another process was faster
+                    raise
+    return copy
 
 
 _LOG = logging.getLogger("muster.storage")
@@ -330,6 +364,8 @@ def _reason(error: Exception) -> str:
 
 def _filesystem(address: str) -> Any:
     protocol = address.partition("://")[0]
+    if protocol in _OF_THIS_PROCESS:
+        raise InputError.of(address, f"{protocol}:// is not storage that workers share; use a folder, s3:// or gs://")
     options = _S3_OPTIONS if _EXTRAS.get(protocol) == "s3" else {}
     try:
         filesystem, _ = fsspec.core.url_to_fs(address, use_listings_cache=False, **options)

@@ -30,6 +30,7 @@ from training.engine import Engine, Fragment
 from training.errors import TrainingError
 from training.facts import Facts
 from training.memory import peak_bytes
+from training.modelfiles import at_hand
 from training.schedule import learning_rate, total_samples, total_steps
 from training.seeding import seed_for
 from training.snapshot import ShardWriter
@@ -116,7 +117,9 @@ class Trainer:
         # The first worker of a node prepares what its node does not have yet; the others then find it there.
         if self.seat.local_rank == 0:
             open_stores(self.phase, self.cache)
+            at_hand(self.phase, self.cache)
         dist.barrier()
+        self.phase = at_hand(self.phase, self.cache)
         stores = open_stores(self.phase, self.cache)
         self.store, self.eval_store = stores.train, stores.eval
         self.order = Order(

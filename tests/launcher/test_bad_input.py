@@ -159,8 +159,10 @@ FILES: dict[str, tuple[str, list[str]]] = {
     ),
     "an empty file": ("", ["job.yaml: the file is empty"]),
     "a storage that is no folder": (
-        "storage: s3://bucket/runs\nmodel: {path: model}\nphases: {sft: {data: {train: data/train.jsonl, template: none}}}\n",
-        ["job.yaml:1: storage: s3://bucket/runs is not a folder; runs are kept in a folder"],
+        "storage: no-such://bucket/runs\nmodel: {path: model}\nphases: {sft: {data: {train: data/train.jsonl, template: none}}}\n",
+        [
+            "job.yaml:1: storage: no-such://bucket/runs: no-such:// cannot be used (Protocol not known: no-such); use a folder, s3:// or gs://"
+        ],
     ),
 }
 

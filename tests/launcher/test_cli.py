@@ -16,10 +16,10 @@ VERBS = ("init", "check", "run", "resume", "list", "status", "checkpoints", "exp
 @pytest.fixture
 def run(place):
     """A run that has begun and is at rest."""
+    from launcher import attempts
     from launcher import job as jobs
-    from launcher import runs
 
-    opened = runs.begin(jobs.load(Path("job.yaml")))
+    opened = attempts.begin(jobs.load(Path("job.yaml")))
     opened.close()
     return opened
 
@@ -118,7 +118,7 @@ def test_list_of_nothing(muster, place):
 
 def test_a_damaged_checkpoint_is_exit_status_1(muster, run):
     assert muster("checkpoints", "sums").status == 0
-    (run.checkpoints("sft") / "step-00000002").mkdir(parents=True)
+    (run.phase("sft") / "checkpoints" / "step-00000002").mkdir(parents=True)
     answer = muster("checkpoints", "sums")
     assert answer.status == 1
     assert answer.out.splitlines()[0] == "sft step       2  DAMAGED"

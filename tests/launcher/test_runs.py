@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher import attempts, runs
 from launcher import job as jobs
-from launcher import runs
 from training.errors import InputError
 
 
@@ -27,7 +27,7 @@ def folder_of(job: jobs.Job) -> Path:
 
 
 def test_a_new_run_holds_the_job_as_resolved_and_one_event(job):
-    with_run = runs.begin(job)
+    with_run = attempts.begin(job)
     assert (with_run.folder, with_run.attempt) == (folder_of(job), 1)
     assert jobs.differences(with_run.job(), job) == []
     (event,) = with_run.events()
@@ -38,25 +38,25 @@ def test_a_new_run_holds_the_job_as_resolved_and_one_event(job):
 
 def test_every_start_is_a_new_attempt(job):
     for attempt in (1, 2, 3):
-        run = runs.begin(job)
+        run = attempts.begin(job)
         assert run.attempt == attempt
         run.close()
 
 
 def test_two_processes_cannot_work_on_one_run(job):
-    run = runs.begin(job)
+    run = attempts.begin(job)
     with pytest.raises(InputError, match=f"this run is being worked on by process {os.getpid()} on "):
-        runs.begin(job)
+        attempts.begin(job)
     assert run.attempts() == 1
     run.close()
-    runs.begin(job).close()
+    attempts.begin(job).close()
 
 
 def test_a_folder_that_holds_another_job_is_refused_with_what_differs(job):
-    runs.begin(job).close()
+    attempts.begin(job).close()
     before = (folder_of(job) / "job.yaml").read_bytes()
     with pytest.raises(InputError) as caught:
-        runs.begin(changed("phases.sft.learning_rate=2e-3", "phases.sft.log_every=5"))
+        attempts.begin(changed("phases.sft.learning_rate=2e-3", "phases.sft.log_every=5"))
     first, *differences = str(caught.value).splitlines()
     assert first.startswith(f"{folder_of(job)}: this run folder holds another job; choose another `name:`")
     assert differences == ["  phases.sft.learning_rate: 0.001 -> 0.002"]
@@ -64,41 +64,42 @@ def test_a_folder_that_holds_another_job_is_refused_with_what_differs(job):
 
 
 def test_a_run_may_go_on_with_other_machines_and_the_new_values_are_kept(job):
-    runs.begin(job).close()
-    run = runs.begin(changed("resources.workers=2", "sharding.stage=3", "phases.sft.checkpoint.every=1"))
+    attempts.begin(job).close()
+    run = attempts.begin(changed("resources.workers=2", "sharding.stage=3", "phases.sft.checkpoint.every=1"))
     assert run.job().phases["sft"].resources.workers == 2
     run.close()
 
 
 def test_a_finished_run_is_refused(job):
-    run = runs.begin(job)
+    run = attempts.begin(job)
     run.event("phase_finished", phase="sft")
     run.close()
     with pytest.raises(InputError, match="this run is finished"):
-        runs.begin(job)
+        attempts.begin(job)
 
 
 def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(job):
     folder_of(job).mkdir(parents=True)
     (folder_of(job) / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match=r"not a run folder, and not empty \(it holds thesis.tex\)"):
-        runs.begin(job)
+        attempts.begin(job)
     assert [path.name for path in folder_of(job).iterdir()] == ["thesis.tex"]
 
 
 def test_a_check_writes_nothing(job):
-    runs.check(job)
+    attempts.check(job)
     assert not Path(job.storage).exists()
 
 
 def test_a_storage_that_is_no_folder_is_refused_and_nothing_is_made_of_its_name(job):
-    with pytest.raises(InputError, match="s3://bucket/x is not a folder"):
-        runs.begin(changed("storage=s3://bucket/x"))
+    for storage in ("s3://", "no-such://bucket/x", "file:///tmp/x"):
+        with pytest.raises(InputError, match=storage):
+            changed(f"storage={storage}")
     assert not Path("s3:").exists()
 
 
 def test_a_full_disk_at_the_start_leaves_the_run_as_it_was(job, monkeypatch):
-    runs.begin(job).close()
+    attempts.begin(job).close()
     before = (folder_of(job) / "job.yaml").read_text()
 
     def full(path: Path, text: str, **_: object) -> int:
@@ -108,10 +109,10 @@ def test_a_full_disk_at_the_start_leaves_the_run_as_it_was(job, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(InputError, match="cannot use the run folder: No space left on device; make room"):
-        runs.begin(job)
+        attempts.begin(job)
     monkeypatch.undo()
     assert (folder_of(job) / "job.yaml").read_text() == before
-    runs.begin(job).close()
+    attempts.begin(job).close()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_the_state_is_what_the_last_attempt_came_to(tmp_path, events, state):
 
 
 def test_a_run_is_running_while_its_process_holds_the_lock(job):
-    run = runs.begin(job)
+    run = attempts.begin(job)
     assert runs.RunFolder(run.folder).state() == "running"
     run.close()
     assert runs.RunFolder(run.folder).state() == "lost"
@@ -159,7 +160,7 @@ def test_a_torn_row_costs_itself_alone(tmp_path):
 
 
 def test_a_run_is_found_by_folder_or_by_name_under_the_storage(job):
-    runs.begin(job).close()
+    attempts.begin(job).close()
     assert runs.find(str(folder_of(job))).folder == folder_of(job)
     assert runs.find("sums").folder == Path("runs/sums")
     with pytest.raises(InputError, match=r"no such run: .* \(there: sums\)"):
@@ -168,14 +169,14 @@ def test_a_run_is_found_by_folder_or_by_name_under_the_storage(job):
 
 def test_runs_are_listed_in_the_order_in_which_they_began(job):
     for name, time in (("b", 10), ("a", 20), ("c", 5)):
-        runs.begin(changed(f"name={name}")).close()
+        attempts.begin(changed(f"name={name}")).close()
         os.utime(Path("runs") / name / "job.yaml", (time, time))
     (Path("runs") / "no-run").mkdir()
-    assert [run.name for run in runs.runs_in(Path("runs"))] == ["c", "b", "a"]
+    assert [run.name for run in runs.runs_in("runs")] == ["c", "b", "a"]
 
 
 def test_finished_phases_and_metrics_are_read_from_the_files(job):
-    run = runs.begin(job)
+    run = attempts.begin(job)
     run.event("phase_finished", phase="sft")
     run.phase("sft").mkdir()
     runs.append(run.phase("sft") / "metrics.jsonl", {"step": 1, "loss": 2.0})

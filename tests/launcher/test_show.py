@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from launcher import attempts, runs, show
 from launcher import job as jobs
-from launcher import runs, show
 from tests.made_checkpoints import save_in
 
 
 @pytest.fixture
 def run(place):
-    opened = runs.begin(jobs.load(Path("job.yaml")))
+    opened = attempts.begin(jobs.load(Path("job.yaml")))
     opened.phase("sft").mkdir()
     yield opened
     opened.close()
 
 
-def trained(run: runs.OpenRun, steps: int) -> None:
+def trained(run: attempts.OpenRun, steps: int) -> None:
     run.event("training", phase="sft", step=0, total_steps=10)
     for step in range(1, steps + 1):
         row = {"step": step, "loss": 3.0 / step, "tokens_per_s": 1000.0, "step_s": 2.0}
@@ -27,7 +27,7 @@ def trained(run: runs.OpenRun, steps: int) -> None:
     runs.append(run.phase("sft") / "metrics.jsonl", {"step": steps, "eval_loss": 1.25})
 
 
-def saved(run: runs.OpenRun, step: int, **metrics: float) -> Path:
+def saved(run: attempts.OpenRun, step: int, **metrics: float) -> Path:
     folder = save_in(run.checkpoints("sft"), step, metrics=metrics)
     return Path(str(folder))
 
@@ -53,7 +53,8 @@ def test_status_tells_step_loss_evaluation_time_left_and_checkpoints(run):
 
 def test_a_finished_phase_has_no_time_left_and_names_its_model(run):
     trained(run, 10)
-    run.model("sft").mkdir()
+    (run.phase("sft") / "model").mkdir()
+    (run.phase("sft") / "model" / "config.json").touch()
     run.event("phase_finished", phase="sft")
     run.event("done")
     facts = show.status(run)
@@ -75,7 +76,7 @@ def test_a_listing_has_a_line_a_run_and_one_that_cannot_be_read_hides_no_other(r
     broken = Path("runs/broken")
     broken.mkdir()
     (broken / "job.yaml").write_text("{")
-    listing = {entry["name"]: entry for entry in show.listing(Path("runs"))}
+    listing = {entry["name"]: entry for entry in show.listing("runs")}
     assert (listing["sums"]["state"], listing["broken"]["state"]) == ("running", "unreadable")
     lines = list(show.listing_lines(list(listing.values())))
     assert f"{'sums':<24} {'running':<12} sft 4/10" in lines
@@ -83,7 +84,7 @@ def test_a_listing_has_a_line_a_run_and_one_that_cannot_be_read_hides_no_other(r
 
 
 def test_a_default_storage_that_is_not_there_yet_has_no_runs(place):
-    assert list(show.listing_lines(show.listing(Path("runs")))) == ["no runs"]
+    assert list(show.listing_lines(show.listing("runs"))) == ["no runs"]
 
 
 def test_a_whole_checkpoint_is_told_with_its_size_and_makers(run):
@@ -91,7 +92,7 @@ def test_a_whole_checkpoint_is_told_with_its_size_and_makers(run):
     (entry,) = show.checkpoints(run, deep=True)
     assert (entry["phase"], entry["step"], entry["whole"], entry["world_size"]) == ("sft", 2, True, 2)
     (line,) = show.checkpoint_lines([entry])
-    assert line.startswith("sft step       2  whole  0.0 MiB  2 workers, ZeRO-2")
+    assert line.startswith("sft step       2  verified  0.0 MiB  2 workers, ZeRO-2")
     assert line.endswith("eval_loss 1.5000")
 
 
@@ -100,7 +101,9 @@ def test_a_changed_byte_is_found_by_reading_and_a_cut_file_by_its_size(run):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    assert [entry["whole"] for entry in show.checkpoints(run, deep=False)] == [True]
+    (entry,) = show.checkpoints(run, deep=False)
+    assert entry["whole"]
+    assert next(show.checkpoint_lines([entry])).startswith("sft step       2  complete  0.0 MiB")
     (entry,) = show.checkpoints(run, deep=True)
     assert not entry["whole"]
     assert "the content has changed" in entry["problems"][0]

@@ -1,0 +1,176 @@
+"""Beginning to work on a run: alone, in a folder that holds this job and nothing else.
+
+One process works on a run at a time: in a folder a lock says which, in a bucket the claim of the latest attempt.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+from launcher import job as jobs
+from launcher import mirror
+from launcher.job import Job
+from launcher.mirror import Mirror
+from launcher.runs import EVENTS, JOB, LOCK, PATIENCE_S, RunFolder, append, now, phase_with_checkpoints, told_as_input
+from training.checkpoint import CheckpointError
+from training.checkpoints import CLAIMS, Checkpoints, Claim, newest_claim
+from training.errors import InputError
+from training.storage import Place, is_remote, place
+
+
+class OpenRun(RunFolder):
+    """A run that this process works on: what happens is written down."""
+
+    def __init__(self, folder: Path, attempt: int, lock: IO[str], remote: Place | None = None):
+        super().__init__(folder, remote)
+        self.attempt = attempt
+        self._lock = lock
+        self._mirror = None if remote is None else Mirror(folder, remote, Claim(remote / CLAIMS, attempt))
+
+    def event(self, kind: str, **facts: Any) -> None:
+        append(self.folder / EVENTS, {"time": now(), "attempt": self.attempt, "event": kind, **facts})
+        if self._mirror is not None:
+            self._mirror.wake()
+
+    def flush(self) -> None:
+        """Make sure that what was written is where the run is kept. Raises StorageError, OSError, Superseded."""
+        if self._mirror is not None:
+            self._mirror.flush()
+
+    def close(self) -> None:
+        """Raises as `flush` does, if the rest could not be copied to where the run is kept."""
+        try:
+            if self._mirror is not None:
+                self._mirror.close()
+        finally:
+            self._lock.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoOn:
+    """How to go on with a run, beyond going on where it stopped."""
+
+    rewind: Mapping[str, int] = field(default_factory=dict)
+    """Steps to take phases back to; 0 is the beginning."""
+    accept_changes: bool = False
+    """Go on though the job or its data are no longer what the checkpoints were trained on."""
+
+
+def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, int]:
+    """What it takes to go on from a checkpoint: its phase (None: the last that has any) there, later ones at their beginning.
+
+    Raises InputError if there is no such phase or checkpoint.
+    """
+    name = phase_with_checkpoints(run, phase)
+    try:
+        Checkpoints(run.checkpoints(name)).at(step)
+    except CheckpointError as error:
+        raise InputError.of("", str(error)) from error
+    names = list(run.job().phases)
+    return {name: step, **dict.fromkeys(names[names.index(name) + 1 :], 0)}
+
+
+def begin(job: Job, go_on: GoOn = GoOn()) -> OpenRun:
+    """Make the run folder of a job, or go on in the one it has.
+
+    Raises InputError as `check` does, and if the folder cannot be written or is being worked on.
+    """
+    check(job, go_on)
+    remote = place(_address(job)) if is_remote(job.storage) else None
+    folder = Path(job.storage) / job.name if remote is None else mirror.working_folder(remote)
+    with told_as_input(_address(job)):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(folder / LOCK)
+        try:
+            if remote is not None:
+                mirror.fetch(remote, folder)
+            return _begin(RunFolder(folder, remote), job, lock, go_on)
+        except BaseException:
+            lock.close()
+            raise
+
+
+def _begin(held: RunFolder, job: Job, lock: IO[str], go_on: GoOn) -> OpenRun:
+    _refuse_others(held, job, go_on)  # once more: another process may have come before the lock
+    changes = _changes(held, job) if (held.folder / JOB).exists() else []
+    _replace(held.folder / JOB, jobs.dump(job))
+    claimed = newest_claim(held.remote / CLAIMS) if held.remote else 0
+    run = OpenRun(held.folder, max(held.attempts(), claimed) + 1, lock, held.remote)
+    run.event("started", host=socket.gethostname(), pid=os.getpid())
+    if go_on.accept_changes:
+        run.event("changes_accepted", changes=changes)
+    if go_on.rewind:
+        run.event("rewound", to=dict(go_on.rewind))
+    run.flush()
+    return run
+
+
+def _changes(held: RunFolder, job: Job) -> list[str]:
+    return jobs.differences(replace(held.job(), name=job.name), job)
+
+
+def check(job: Job, go_on: GoOn = GoOn()) -> None:
+    """Raises InputError if the run folder of a job holds something else, another job or a finished run. Writes nothing."""
+    address = _address(job)
+    with told_as_input(address):
+        if not is_remote(address):
+            if Path(address).is_dir():
+                _refuse_others(RunFolder(Path(address)), job, go_on)
+        else:
+            remote = place(address, patience_s=PATIENCE_S)
+            _refuse_others(RunFolder(mirror.view(remote), remote), job, go_on)
+
+
+def _address(job: Job) -> str:
+    return f"{job.storage.rstrip('/')}/{job.name}"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file such that a full disk or a crash leaves the old one."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _refuse_others(held: RunFolder, job: Job, go_on: GoOn) -> None:
+    if not (held.folder / JOB).exists():
+        if strangers := sorted(name for name in held.root.children() if name not in (LOCK, f".{JOB}", CLAIMS)):
+            raise InputError.of(
+                held.address,
+                f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or storage",
+            )
+        return
+    if not go_on.accept_changes and (changes := _changes(held, job)):
+        raise InputError.of(
+            held.address,
+            "this run folder holds another job; choose another `name:`, remove the folder, or go on with it all the same: "
+            "`muster resume RUN --accept-changes key=value ...`. What differs:\n  " + "\n  ".join(changes),
+        )
+    if not go_on.rewind and held.finished_phases() >= set(job.phases):
+        raise InputError.of(
+            held.address,
+            "this run is finished; choose another `name:`, remove the folder to run it again, or go back with "
+            "`muster resume RUN --step N`",
+        )
+
+
+def _take_lock(path: Path) -> IO[str]:
+    lock = path.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise InputError.of(str(path.parent), f"this run is being worked on by {holder}") from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
