@@ -81,7 +81,7 @@ class LoadProbe:
         def build(dtype):
             return TokenLoss(load(phase.model, dtype, "cpu"))
 
-        with _Peak() as peak:
+        with Peak() as peak:
             if stage == 3:
                 self.module = engine._built_sharded(
                     build, torch_float32(), engine.derive_config(phase, self.seat, torch_float32())
@@ -99,7 +99,7 @@ def torch_float32():
     return torch.float32
 
 
-class _Peak:
+class Peak:
     """Peak growth of a process's anonymous memory within a block, looked at every 2 ms."""
 
     def __enter__(self):

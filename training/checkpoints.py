@@ -23,6 +23,8 @@ _STEP, _ATTEMPT, _DOOMED, _ASIDE = "step-", ".attempt-", ".old-", "aside-"
 CLAIMS = ".attempts"
 """Of attempts at what is kept in a bucket."""
 
+Counts = Callable[[int], bool]
+
 
 def step_of(folder: Place) -> int:
     """The step in a checkpoint's name."""
@@ -65,12 +67,13 @@ class Checkpoints:
             findings += wrong
         return None, findings
 
-    def best(self, metric: str, *, smaller_is_better: bool = True) -> Place | None:
-        """The checkpoint with the best value of an evaluation metric; the earliest of equals."""
+    def best(self, metric: str, *, smaller_is_better: bool = True, counts: Counts = lambda step: True) -> Place | None:
+        """The checkpoint that counts with the best value of an evaluation metric; the earliest of equals."""
         scored = []
         for folder in self.folders():
             with suppress(CheckpointError):
-                if (value := Manifest.read(folder).metrics.get(metric)) is not None:
+                value = Manifest.read(folder).metrics.get(metric)
+                if value is not None and counts(step_of(folder)):
                     scored.append((value if smaller_is_better else -value, folder.name, folder))
         return min(scored)[2] if scored else None
 
@@ -114,18 +117,18 @@ class OpenCheckpoints(Checkpoints, ABC):
         best: str | None = None,
         *,
         smaller_is_better: bool = True,
-        counts: Callable[[int], bool] = lambda step: True,
+        counts: Counts = lambda step: True,
     ) -> list[Place]:
         """Delete all but the newest, the newest `keep` of those that count, and the best; returns what was deleted.
 
-        `counts(step)` is false for a checkpoint that was made because of an interruption alone. As long as the newest is
-        not whole nothing is deleted.
+        `counts(step)` is false for a checkpoint that was made because of an interruption alone: what remains must not depend
+        on those. As long as the newest is not whole nothing is deleted.
         """
         folders = self.folders()
         if not folders or verify(folders[-1], deep=False):
             return []
         kept = {folders[-1], *[folder for folder in folders if counts(step_of(folder))][-keep:]}
-        if best is not None and (winner := self.best(best, smaller_is_better=smaller_is_better)) is not None:
+        if best is not None and (winner := self.best(best, smaller_is_better=smaller_is_better, counts=counts)):
             kept.add(winner)
         gone = [folder for folder in folders if folder not in kept]
         for folder in gone:
