@@ -31,6 +31,10 @@ BENCHMARKS = {
     "start": Benchmark(
         "benchmarks.start", "from the command to the first finished step, against that loop (target: at most 1.3)"
     ),
+    "save": Benchmark(
+        "benchmarks.save",
+        "stall, restore and size of checkpoints against DeepSpeed's own (targets: 0.1; 1.2; 1.1 of 12 bytes a parameter)",
+    ),
     "trl": Benchmark(
         "benchmarks.peer_trl", "SFT tokens/s against TRL under accelerate + ZeRO-2 (target: packed at least 1.0)"
     ),

@@ -27,6 +27,8 @@ class Training:
     batch: int = 16
     stage: int = 2
     pack: bool = True
+    save_every: int | None = None
+    """Steps. None: never but at the end."""
     timeout_s: float = 300.0
 
 
@@ -100,10 +102,22 @@ def muster(work: Workload, training: Training, folder: Path, cache: Path) -> Mus
     job.write_text(json.dumps(_job(work, training)))
     finished = run(["muster", "run", str(job)], folder=folder, env=environment(cache), timeout_s=training.timeout_s)
     rows = _json_rows((folder / "runs/bench/sft/metrics.jsonl").read_text().splitlines())
-    events = _json_rows((folder / "runs/bench/events.jsonl").read_text().splitlines())
     # The first call to the workers is one step long; its line and the last step's come when the call has ended.
     ends = [line.at for line in finished.lines if line.text.startswith("sft  step")]
-    return MusterRun(curve=curve(rows, ends), finished=finished, events=events)
+    return MusterRun(curve=curve(rows, ends), finished=finished, events=_events(folder))
+
+
+def muster_one_more(training: Training, folder: Path, cache: Path, workers: int) -> list[dict[str, Any]]:
+    """The step after a run in `folder`, resumed on so many workers: what was written down. Raises CommandFailed."""
+    before = len(_events(folder))
+    changes = [f"resources.workers={workers}", f"phases.sft.max_steps={training.steps + 1}"]
+    command = ["muster", "resume", "bench", "--step", str(training.steps), "--accept-changes", *changes]
+    run(command, folder=folder, env=environment(cache), timeout_s=training.timeout_s)
+    return _events(folder)[before:]
+
+
+def _events(folder: Path) -> list[dict[str, Any]]:
+    return _json_rows((folder / "runs/bench/events.jsonl").read_text().splitlines())
 
 
 def _job(work: Workload, training: Training) -> dict[str, Any]:
@@ -122,7 +136,7 @@ def _job(work: Workload, training: Training) -> dict[str, Any]:
         "schedule": _RATE_OF_CHANGE,
         "optimizer": {"betas": [0.9, 0.999], "weight_decay": 0.0},
         "clip": 1.0,
-        "checkpoint": {"every": 1_000_000},
+        "checkpoint": {"every": training.save_every or 1_000_000},
     }
     return {
         "name": "bench",
@@ -140,6 +154,23 @@ def plain_loop(
     work: Workload, training: Training, layout: str, cache: Path, extra: dict[str, str] | None = None
 ) -> Curve:
     """benchmarks/plain_loop.py under torchrun. Raises CommandFailed."""
+    return printed_curve(_plain_loop(work, training, layout, cache, extra=extra).lines)
+
+
+def plain_loop_checkpoints(work: Workload, training: Training, folder: Path, cache: Path) -> list[dict[str, float]]:
+    """What the loop prints of its checkpoints in `folder`: loading, if there is one, and each save. Raises CommandFailed."""
+    finished = _plain_loop(work, training, "dealt", cache, settings=["--checkpoints", str(folder)])
+    return _json_rows([line.text for line in finished.lines if line.text.startswith(('{"load_s":', '{"save_s":'))])
+
+
+def _plain_loop(
+    work: Workload,
+    training: Training,
+    layout: str,
+    cache: Path,
+    settings: Sequence[str] = (),
+    extra: dict[str, str] | None = None,
+) -> Finished:
     script = [str(ROOT / "benchmarks" / "plain_loop.py"), str(work.model), str(work.rows), "--layout", layout]
     numbers = {
         "--steps": training.steps,
@@ -148,14 +179,15 @@ def plain_loop(
         "--rate": RATE,
         "--max-length": MAX_LENGTH,
     }
-    settings = [str(word) for pair in numbers.items() for word in pair] + ([] if training.pack else ["--no-pack"])
-    finished = run(
-        ["torchrun", "--standalone", "--nproc-per-node", str(WORKERS), *script, *settings],
+    if training.save_every:
+        numbers["--save-every"] = training.save_every
+    words = [str(word) for pair in numbers.items() for word in pair] + ([] if training.pack else ["--no-pack"])
+    return run(
+        ["torchrun", "--standalone", "--nproc-per-node", str(WORKERS), *script, *words, *settings],
         folder=work.model.parent,
         env={**environment(cache), **(extra or {})},
         timeout_s=training.timeout_s,
     )
-    return printed_curve(finished.lines)
 
 
 def printed_curve(lines: Sequence[Line]) -> Curve:

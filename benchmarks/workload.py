@@ -38,6 +38,22 @@ COMPLETION = Length(4.50, 0.43, 300)
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Of a LLaMA."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+
+
+SMALL = Shape(384, 1024, 7, 6)
+"""15.5 million parameters."""
+LARGE = Shape(768, 2048, 13, 12)
+"""98.3 million parameters."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """Model folder (with tokenizer) and rows of prompt and completion."""
 
@@ -45,12 +61,12 @@ class Workload:
     rows: Path
 
 
-def make(folder: Path, num_rows: int, seed: int = 17) -> Workload:
+def make(folder: Path, num_rows: int, seed: int = 17, shape: Shape = SMALL) -> Workload:
     """Write a workload into `folder`. Equal arguments, equal rows."""
     work = Workload(folder / "model", folder / "rows.jsonl")
     made = list(rows(num_rows, seed))
     work.rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-    _save_model(work.model, [text for row in made[:_TOKENIZER_ROWS] for text in row.values()], seed)
+    _save_model(work.model, [text for row in made[:_TOKENIZER_ROWS] for text in row.values()], seed, shape)
     return work
 
 
@@ -79,10 +95,10 @@ def _lexicon(chance: random.Random) -> list[str]:
     return sorted(words, key=lambda word: (len(word), word))[:_LEXICON]
 
 
-def _save_model(folder: Path, texts: list[str], seed: int) -> None:
+def _save_model(folder: Path, texts: list[str], seed: int, shape: Shape) -> None:
     tokenizer = _tokenizer(texts)
     tokenizer.save_pretrained(folder)
-    _model(tokenizer, seed).save_pretrained(folder)
+    _model(tokenizer, seed, shape).save_pretrained(folder)
 
 
 def _tokenizer(texts: list[str]) -> Any:
@@ -103,18 +119,18 @@ def _tokenizer(texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=MAX_LENGTH, **special)
 
 
-def _model(tokenizer: Any, seed: int) -> Any:
-    """A LLaMA of 15.5 million parameters, random weights."""
+def _model(tokenizer: Any, seed: int, shape: Shape) -> Any:
+    """A LLaMA with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=7,
-        num_attention_heads=6,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
         max_position_embeddings=MAX_LENGTH,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -9,11 +9,13 @@ from pathlib import Path
 import psutil
 
 from launcher.job import Job
-from training.config import Resources
+from training.config import Phase, Resources
 from training.errors import InputError, Problem
+from training.modelfiles import inspect
 
 _WORKER_BYTES = 450 << 20
 """Memory of a worker that has loaded torch, DeepSpeed and transformers and nothing else (measured: 0.41 GiB)."""
+_FP32, _BF16 = 4, 2
 
 
 def num_gpus() -> int:
@@ -32,8 +34,11 @@ def check(job: Job, *, inline: bool) -> None:
         return
     problems = []
     for name, phase in job.phases.items():
-        if wrong := _more_than_one(phase.resources) if inline else _too_many(phase.resources):
-            problems.append(Problem(str(job.file), f"phases.{name}.resources.workers", wrong))
+        key = f"phases.{name}.resources.workers"
+        if inline and (wrong := _one_inline(phase.resources)):
+            problems.append(Problem(str(job.file), key, wrong))
+        elif wrong := _too_few_gpus(phase.resources) or _too_little_memory(phase):
+            problems.append(Problem(str(job.file), key, wrong))
     if problems:
         raise InputError(problems)
 
@@ -50,20 +55,58 @@ def _reach(address: str) -> None:
         raise InputError.of(f"RAY_ADDRESS={address}", message) from error
 
 
-def _more_than_one(resources: Resources) -> str | None:
+def _one_inline(resources: Resources) -> str | None:
     workers = resources.workers
     return f"--inline has one worker, the job asks for {workers}; say resources.workers=1" if workers > 1 else None
 
 
-def _too_many(resources: Resources) -> str | None:
-    workers, gpus = resources.workers, num_gpus() if resources.gpus_per_worker != 0 else 0
-    if gpus:
-        return f"{workers} workers need a GPU each, this machine has {gpus}" if workers > gpus else None
-    if resources.gpus_per_worker == 1:
+def _too_few_gpus(resources: Resources) -> str | None:
+    gpus = num_gpus()
+    if not gpus and resources.gpus_per_worker == 1:
         return "gpus_per_worker is 1, this machine has no GPU; leave it at auto to train on CPUs"
+    if gpus and resources.gpus_per_worker != 0 and resources.workers > gpus:
+        return f"{resources.workers} workers need a GPU each, this machine has {gpus}"
+    return None
+
+
+def _too_little_memory(phase: Phase) -> str | None:
+    on_gpus = phase.resources.gpus_per_worker != 0 and num_gpus() > 0
+    needs = host_bytes(phase, _num_parameters(phase.model.path), on_gpus=on_gpus)
     available = psutil.virtual_memory().available
-    most = available // _WORKER_BYTES
-    if workers <= most:
+    if sum(needs.values()) <= available:
         return None
-    need, there = workers * _WORKER_BYTES / 2**30, available / 2**30
-    return f"{workers} workers need {need:,.0f} GiB before they load a model, this machine has {there:,.0f} GiB free; at most {most} fit"
+    parts = ", ".join(f"{what} {_gib(need)}" for what, need in needs.items())
+    return (
+        f"needs at least {_gib(sum(needs.values()))} GiB of memory ({parts}), this machine has {_gib(available)} GiB free; "
+        "take fewer workers, a smaller model or a higher sharding.stage, or set RAY_ADDRESS to train on more machines"
+    )
+
+
+def host_bytes(phase: Phase, num_parameters: int, *, on_gpus: bool) -> dict[str, int]:
+    """Memory of the machine that a phase with all its workers there is certain to take, by what for.
+
+    Gradients, activations and buffers come on top.
+    """
+    workers, stage = phase.resources.workers, phase.sharding.stage
+    optimizer_here = not on_gpus or phase.sharding.offload == "cpu"
+    weights_here = not on_gpus or (optimizer_here and stage == 3)
+    full_precision = phase.model.dtype == "fp32"
+    needs = {"workers": workers * _WORKER_BYTES, "copy for saving": 3 * _FP32 * num_parameters}
+    if weights_here:
+        needs["weights"] = (_FP32 if full_precision else _BF16) * num_parameters * (1 if stage == 3 else workers)
+    if optimizer_here:
+        # Two moments, and master weights beside weights of another type.
+        needs["optimizer"] = (2 if full_precision else 3) * _FP32 * num_parameters * (workers if stage == 0 else 1)
+    return needs
+
+
+def _num_parameters(model: str) -> int:
+    """0 for a model that is not here to be looked at."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return 0
+    return inspect(folder, tokenizer_elsewhere=True, trust_remote_code=True).num_parameters
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f}"

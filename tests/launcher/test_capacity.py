@@ -26,23 +26,55 @@ def machine(place, monkeypatch):
     return pretend
 
 
-def job_of(workers: int) -> jobs.Job:
-    return jobs.load(Path("job.yaml"), [f"resources.workers={workers}", "phases.sft.batch=5000"])
+def job_of(workers: int, *overrides: str) -> jobs.Job:
+    return jobs.load(Path("job.yaml"), [f"resources.workers={workers}", "phases.sft.batch=5000", *overrides])
 
 
-def refusal(workers: int, inline: bool = False) -> str:
+def refusal(workers: int, *overrides: str, inline: bool = False) -> str:
     with pytest.raises(InputError) as caught:
-        capacity.check(job_of(workers), inline=inline)
+        capacity.check(job_of(workers, *overrides), inline=inline)
     return str(caught.value)
 
 
 def test_workers_may_outnumber_the_cores_as_far_as_memory_reaches(machine):
     machine(gpus=0, gib=4.5)
     capacity.check(job_of(10), inline=False)
-    assert refusal(1000) == (
-        "job.yaml: phases.sft.resources.workers: 1000 workers need 439 GiB before they load a model, this machine has 4 GiB free; "
-        "at most 10 fit"
+    told = refusal(1000, "sharding.stage=3")
+    assert told.startswith(
+        "job.yaml: phases.sft.resources.workers: needs at least 439.5 GiB of memory (workers 439.5, "
     )
+    assert "this machine has 4.5 GiB free; take fewer workers, " in told
+
+
+def test_a_model_counts_with_its_copy_for_saving_before_anything_starts(machine, monkeypatch):
+    """What shows otherwise hours later or, on some machines, as a worker that the system kills."""
+    monkeypatch.setattr(capacity, "_num_parameters", lambda _: GIB)
+    machine(gpus=0, gib=4 * 0.44 + 12 + 8 + 4 * 4 + 0.1)  # workers, copy, moments, weights of four
+    capacity.check(job_of(4, "sharding.stage=2"), inline=False)
+    assert "copy for saving 12.0, weights 20.0, optimizer 8.0" in refusal(5, "sharding.stage=2")
+    assert "copy for saving 12.0, weights 16.0, optimizer 32.0" in refusal(4, "sharding.stage=0")
+    capacity.check(job_of(5, "sharding.stage=3"), inline=False)
+    machine(gpus=0, gib=23)
+    assert "at least 24.4 GiB" in refusal(1, "sharding.stage=3", inline=True)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "needs"),
+    [
+        ("{stage: 3}", {"copy for saving": 12}),
+        ("{stage: 2, offload: cpu}", {"copy for saving": 12, "optimizer": 12}),
+        ("{stage: 3, offload: cpu}", {"copy for saving": 12, "weights": 2, "optimizer": 12}),
+    ],
+)
+def test_beside_gpus_the_host_holds_the_copy_for_saving_and_what_is_offloaded(place, sharding, needs):
+    phase = jobs.load(Path("job.yaml"), [f"sharding={sharding}", "model.dtype=bf16"]).phases["sft"]
+    found = capacity.host_bytes(phase, 1000, on_gpus=True)
+    assert found == {"workers": 450 << 20} | {what: count * 1000 for what, count in needs.items()}
+
+
+def test_a_model_that_is_not_here_is_not_counted(machine):
+    machine(gpus=0, gib=1)
+    capacity.check(jobs.load(Path("job.yaml"), ["model.path=meta-llama/Llama-2-70b-hf"]), inline=False)
 
 
 def test_on_gpus_a_worker_has_one_to_itself(machine):

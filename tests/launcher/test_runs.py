@@ -10,6 +10,7 @@ import pytest
 
 from launcher import attempts, runs
 from launcher import job as jobs
+from tests.made_checkpoints import save_in
 from training.errors import InputError
 
 
@@ -184,3 +185,78 @@ def test_finished_phases_and_metrics_are_read_from_the_files(job):
     assert run.metrics("sft") == [{"step": 1, "loss": 2.0}]
     assert json.loads((run.folder / "events.jsonl").read_text().splitlines()[0])["event"] == "started"
     run.close()
+
+
+# Going back
+
+
+TWO = """\
+name: two
+model: {path: model, dtype: fp32}
+resources: {gpus_per_worker: 0}
+phases:
+  first: {recipe: sft, data: {train: data/train.jsonl, max_length: 32}, max_steps: 4}
+  second: {recipe: sft, data: {train: data/train.jsonl, max_length: 32}, max_steps: 4}
+"""
+
+
+@pytest.fixture
+def finished(place):
+    """A run of two phases that is done, with checkpoints of steps 2 and 4 of both."""
+    Path("two.yaml").write_text(TWO)
+    run = attempts.begin(jobs.load(Path("two.yaml")))
+    for phase in ("first", "second"):
+        run.event("training", phase=phase, step=0)
+        for step in (2, 4):
+            save_in(run.checkpoints(phase), step)
+        run.event("phase_finished", phase=phase)
+    run.event("done")
+    run.close()
+    return runs.find("two")
+
+
+def rewound(run: runs.RunFolder, step: int, phase: str | None = None) -> attempts.OpenRun:
+    return attempts.begin(run.job_here(), attempts.GoOn(rewind=attempts.rewinding(run, step, phase)))
+
+
+def test_going_back_in_the_last_phase_leaves_the_earlier_ones_finished(finished):
+    assert attempts.rewinding(finished, 2) == {"second": 2}
+    rewound(finished, 2).close()
+    assert finished.finished_phases() == {"first"}
+    assert finished.rewound_to() == {"second": 2}
+
+
+def test_going_back_in_an_earlier_phase_does_the_later_ones_again_from_their_beginning(finished):
+    assert attempts.rewinding(finished, 4, "first") == {"first": 4, "second": 0}
+    rewound(finished, 4, "first").close()
+    assert finished.finished_phases() == set()
+    assert finished.rewound_to() == {"first": 4, "second": 0}
+
+
+def test_a_phase_that_has_gone_on_is_no_longer_taken_back_and_one_that_has_not_still_is(finished):
+    """The attempt that went back may be lost between two phases; the next goes on with what is left to do."""
+    run = rewound(finished, 2, "first")
+    run.event("training", phase="first", step=2)
+    run.close()
+    assert finished.rewound_to() == {"second": 0}
+    attempts.begin(finished.job_here()).close()
+    assert finished.rewound_to() == {"second": 0}
+
+
+def test_a_step_or_phase_that_is_not_there_is_refused_with_what_is(finished):
+    before = finished.events()
+    with pytest.raises(InputError, match=r"step 3.*\b2, 4"):
+        attempts.rewinding(finished, 3)
+    with pytest.raises(InputError, match="no phase third; there are: first, second"):
+        attempts.rewinding(finished, 2, "third")
+    assert finished.events() == before
+
+
+def test_accepting_changes_keeps_the_new_job_and_writes_down_what_was_another(job):
+    attempts.begin(job).close()
+    run = attempts.begin(changed("phases.sft.learning_rate=2e-3"), attempts.GoOn(accept_changes=True))
+    assert run.job().phases["sft"].learning_rate == 2e-3
+    assert run.events()[-1]["changes"] == ["phases.sft.learning_rate: 0.001 -> 0.002"]
+    assert run.accepted_before() == 2
+    run.close()
+    assert attempts.begin(changed("phases.sft.learning_rate=2e-3")).accepted_before() == 2

@@ -37,7 +37,7 @@ class _Pending:
     """What worker 0 says of the state that it copied."""
     began: float
     stall_s: float
-    """How long training waited for the copies."""
+    """How long training waited: for the save before, and for the copies."""
 
 
 class Saver:
@@ -53,10 +53,10 @@ class Saver:
 
     def save(self, step: int, metrics: Mapping[str, float]) -> None:
         """Begin to save the state after `step`, of which `metrics` are the evaluation. Returns when it is copied."""
+        began = time.monotonic()
         self.finish()
         if step == self.newest and not self.failed:
             return
-        began = time.monotonic()
         staged = self.hooks.checkpoints.stage(step)
         copied = results(self.trainer.call("begin_save", str(staged)), SAVE_S)[0]
         self._pending = _Pending(step, metrics, staged, copied, began, time.monotonic() - began)
