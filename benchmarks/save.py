@@ -43,7 +43,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         loaded = sft.plain_loop_checkpoints(work, loop, there, cache)
         peers.append({"save_s": median(row["save_s"] for row in saved), "load_s": loaded[0]["load_s"]})
         for workers in restored:
-            restored[workers].append(sft.muster_one_more(saving, here, cache, workers))
+            restored[workers].append(sft.muster_from(2 * EVERY, saving, here, cache, workers))
     newest = sorted((folder / "saving-0/runs/bench/sft/checkpoints").glob("step-*"))[-1]
     sizes = [file.stat().st_size for file in newest.iterdir()]
     return {

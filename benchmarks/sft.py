@@ -107,11 +107,10 @@ def muster(work: Workload, training: Training, folder: Path, cache: Path) -> Mus
     return MusterRun(curve=curve(rows, ends), finished=finished, events=_events(folder))
 
 
-def muster_one_more(training: Training, folder: Path, cache: Path, workers: int) -> list[dict[str, Any]]:
-    """The step after a run in `folder`, resumed on so many workers: what was written down. Raises CommandFailed."""
+def muster_from(step: int, training: Training, folder: Path, cache: Path, workers: int) -> list[dict[str, Any]]:
+    """The end of the run in `folder` once more, from a step, on so many workers: what was written down. Raises CommandFailed."""
     before = len(_events(folder))
-    changes = [f"resources.workers={workers}", f"phases.sft.max_steps={training.steps + 1}"]
-    command = ["muster", "resume", "bench", "--step", str(training.steps), "--accept-changes", *changes]
+    command = ["muster", "resume", "bench", "--step", str(step), f"resources.workers={workers}"]
     run(command, folder=folder, env=environment(cache), timeout_s=training.timeout_s)
     return _events(folder)[before:]
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import sft, start, step, workload
+from benchmarks import save, sft, start, step, workload
 from benchmarks.processes import Finished, Line
 
 
@@ -56,3 +56,18 @@ def test_rows_are_equal_for_equal_seeds_and_long_as_those_of_gsm8k():
     assert 140 < sum(words) / len(words) < 180
     assert max(words) < workload.MAX_LENGTH
     assert all(row["prompt"].endswith("\n") and row["completion"] for row in made)
+
+
+def test_checkpoint_ratios_compare_a_round_with_itself():
+    events = [
+        {"event": "training", "parameters": 1000},
+        *({"event": "checkpoint", "stall_s": s} for s in (0.1, 0.3, 9.0)),
+    ]
+    runs = [sft.MusterRun(curve=curve(step_s), finished=Finished(0.0, 1.0), events=events) for step_s in (1.0, 1.1)]
+    restored = {n: [[{"event": "restored", "seconds": n * 1.0}]] for n in (2, 1, 3)}
+    figures = save.summary(runs[:1], runs[1:], [{"save_s": 2.0, "load_s": 4.0}], restored, 12_600, 1000)
+    assert figures["stall_ratio"]["median"] == 0.1  # the save after the last step holds nothing up
+    assert figures["restore_ratio"]["median"] == 0.5
+    assert (figures["restore_1_workers_ratio"]["max"], figures["restore_3_workers_ratio"]["max"]) == (0.25, 0.75)
+    assert figures["size_ratio"] == 1.05
+    assert figures["step_ratio"]["median"] == pytest.approx(1.1)

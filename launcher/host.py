@@ -1,0 +1,231 @@
+"""One worker's place on a node: keeps its process, watches it from outside, and begins a new one in a moment when it is gone.
+
+Lives in a Ray actor (workers.py) and knows nothing of Ray. The process is a fork of a nursery that has imported everything, so
+that a worker that was killed costs the time of a fork, not of the imports; the actor beside it answers whatever the worker does.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from launcher.failures import Raised, WorkerDied
+from launcher.nursery import STACKS
+from training import pulse
+
+_BIRTH_S = 300.0
+"""Longest time for the imports of a nursery, on a machine that is busy with many."""
+_STACKS_S = 2.0
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What is seen of a worker from outside."""
+
+    pulse: pulse.Pulse | None
+    """None: it does not live."""
+    state: str
+    """The kernel's letter: R runs, S sleeps, D waits for a disk, T is stopped, Z is dead."""
+    memory: float
+    """Fraction of the machine's memory that is in use."""
+
+
+class Host:
+    """The place of one worker. `begin` starts its process; everything else is asked of that. `device`: cpu or cuda."""
+
+    def __init__(self, device: str):
+        self.nursery = _Nursery(device)
+        self.worker: _Worker | None = None
+
+    def begin(self, log: str, environment: dict[str, str]) -> int:
+        """Start a process, after ending the one there is. Answers with its pid."""
+        self.end()
+        self.worker = self.nursery.fork()
+        return self.worker.ask("begin", log, environment)
+
+    def ask(self, name: str, *args: Any) -> Any:
+        """Have the worker do something (a function of nursery.Life). Raises Raised, WorkerDied, or a MusterError that it raised."""
+        if self.worker is None:
+            raise WorkerDied(0, "it was not started")
+        return self.worker.ask(name, *args)
+
+    def end(self) -> None:
+        """Kill the worker, if there is one, whatever it does. Returns when it is gone."""
+        if self.worker is not None:
+            self.worker.kill()
+            self.worker = None
+
+    def signs(self) -> Signs:
+        """Answers while the worker is busy."""
+        import psutil
+
+        memory = psutil.virtual_memory().percent / 100
+        if (worker := self.worker) is None or worker.gone.is_set():
+            return Signs(None, "Z", memory)
+        return Signs(pulse.read(worker.memory), _state(worker.pid), memory)
+
+    def stacks(self, log: Path) -> str:
+        """The Python stacks of the worker's threads, as it writes them to its log. Empty if it does not answer."""
+        if (worker := self.worker) is None or worker.gone.is_set():
+            return ""
+        before = log.stat().st_size
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, STACKS)
+        return _what_is_added(log, before)
+
+    def close(self) -> None:
+        self.end()
+        self.nursery.close()
+
+
+class _Worker:
+    """A forked process: its pipe, its pulse, and how it ended."""
+
+    def __init__(self, pid: int, pipe: Connection, memory: mmap.mmap):
+        self.pid, self.pipe, self.memory = pid, pipe, memory
+        self.gone = threading.Event()
+        self.status = 0
+        self._end, self._ended = os.pipe()
+        self._oom_kills = _oom_kills()
+
+    def ask(self, name: str, *args: Any) -> Any:
+        try:
+            self.pipe.send((name, args))
+            wait([self.pipe, self._end])  # type: ignore[list-item]
+            if not self.pipe.poll():
+                raise EOFError
+            ok, value, trace = self.pipe.recv()
+        except (EOFError, ConnectionError, OSError):
+            raise self._death() from None
+        if ok:
+            return value
+        raise Raised.of(value, trace)
+
+    def _death(self) -> WorkerDied:
+        self.gone.wait(5)
+        return WorkerDied(self.status, "the kernel was short of memory" if _oom_kills() > self._oom_kills else "")
+
+    def ended(self, status: int) -> None:
+        """The nursery says so."""
+        self.status = status
+        self.gone.set()
+        os.close(self._ended)
+
+    def kill(self) -> None:
+        if not self.gone.is_set():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.gone.wait(10)
+
+
+class _Nursery:
+    """The process that forks workers, and the thread that hears from it."""
+
+    def __init__(self, device: str):
+        self.control, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "launcher.nursery", str(theirs.fileno()), device]
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment(device)
+        )
+        theirs.close()
+        self.ready = threading.Event()
+        self.born = threading.Event()
+        self.pid = 0
+        self.workers: dict[int, _Worker] = {}
+        self._ended_before_known: dict[int, int] = {}
+        threading.Thread(target=self._listen, name="nursery", daemon=True).start()
+
+    def fork(self) -> _Worker:
+        """A new worker. Raises WorkerDied if the nursery is gone."""
+        if not self.ready.wait(_BIRTH_S) or self.process.poll() is not None:
+            raise WorkerDied(self.process.poll() or 0, "its imports failed or took too long")
+        ours, theirs = socket.socketpair()
+        descriptor = os.memfd_create("pulse")
+        os.ftruncate(descriptor, pulse.SIZE)
+        memory = mmap.mmap(descriptor, pulse.SIZE)
+        self.born.clear()
+        socket.send_fds(self.control, [b"f"], [theirs.fileno(), descriptor])
+        theirs.close()
+        os.close(descriptor)
+        if not self.born.wait(60) or self.process.poll() is not None:
+            raise WorkerDied(self.process.poll() or 0, "no process could be forked")
+        worker = _Worker(self.pid, Connection(ours.detach()), memory)
+        self.workers[worker.pid] = worker
+        if (status := self._ended_before_known.pop(worker.pid, None)) is not None:
+            worker.ended(status)
+        return worker
+
+    def _listen(self) -> None:
+        with self.control.makefile("r") as lines:
+            with suppress(OSError):
+                for line in lines:
+                    self._told(json.loads(line))
+        self.process.wait()
+        self.ready.set()
+        self.born.set()
+        for worker in list(self.workers.values()):  # the kernel kills them with their parent
+            worker.ended(-signal.SIGKILL)
+
+    def _told(self, facts: dict[str, Any]) -> None:
+        if "ready" in facts:
+            self.ready.set()
+        elif "born" in facts:
+            self.pid = facts["born"]
+            self.born.set()
+        elif (worker := self.workers.pop(facts["gone"], None)) is not None:
+            worker.ended(facts["status"])
+        else:
+            self._ended_before_known[facts["gone"]] = facts["status"]
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        self.process.kill()
+
+
+def _environment(device: str) -> dict[str, str]:
+    # One thread while importing; a worker sets what it computes with when it knows its seat.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since the machine started, in any control group."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def _what_is_added(log: Path, before: int) -> str:
+    """What a process appends to a file within a moment, until it has nothing more to say."""
+    deadline, size, still = time.monotonic() + _STACKS_S, before, 0
+    while time.monotonic() < deadline and still < 3:
+        time.sleep(0.05)
+        now = log.stat().st_size
+        still = still + 1 if now == size > before else 0
+        size = now
+    with log.open("rb") as file:
+        file.seek(before)
+        return file.read().decode(errors="replace")
