@@ -78,7 +78,6 @@ class Trainer:
         self._open_data()
         self._agree()
         self.engine = Engine(self._build, self.phase, self.seat, self.dtype)
-        self.writer.reserve(3 * sum(fragment.count for fragment in self.engine.owned()))  # weights and two moments
         return Facts(
             total_steps=self.total_steps,
             total_samples=self.total_samples,
@@ -260,6 +259,10 @@ class Trainer:
     def publish(self) -> None:
         """Train on from what was restored."""
         self.engine.publish()
+
+    def get_ready(self) -> None:
+        """Begin to take the memory that saving needs, beside the first steps."""
+        self.writer.reserve(3 * sum(fragment.count for fragment in self.engine.owned()))  # weights and two moments
 
     def export(self, checkpoint: str, out: str) -> None:
         """Worker 0 writes the model of a checkpoint as a Hugging Face folder."""

@@ -151,7 +151,21 @@ class Lab:
         for machine in self.machines.values():
             name, space = machine.name, machine.space
             _sh("ip", "netns", "add", space)
-            _sh("ip", "-n", self.switch, "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", space)
+            _sh(
+                "ip",
+                "-n",
+                self.switch,
+                "link",
+                "add",
+                f"to-{name}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                space,
+            )
             _sh("ip", "-n", self.switch, "link", "set", f"to-{name}", "master", "br0", "up")
             _sh("ip", "-n", space, "addr", "add", f"{machine.address}/24", "dev", "eth0")
             for device in ("eth0", "lo"):
@@ -190,7 +204,11 @@ class Lab:
         """Start Ray on a machine, and wait until it is up."""
         machine = self.machines[name]
         log = self.folder / f"ray-{name}-{time.monotonic_ns()}.log"
-        where = ["--head", f"--port={PORT}", "--include-dashboard=false"] if name == self.head else [f"--address={self.address}"]
+        where = (
+            ["--head", f"--port={PORT}", "--include-dashboard=false"]
+            if name == self.head
+            else [f"--address={self.address}"]
+        )
         machine.run(
             "ray", "start", *where, f"--node-ip-address={machine.address}", f"--num-cpus={cpus}", "--block",
             f"--temp-dir={machine.folder}", "--object-store-memory=100000000", log=log,

@@ -26,6 +26,7 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     trainer = groups["trainer"]
     facts: Facts = results(trainer.call("setup"), SETUP_S)[0]
     step = resume(trainer, hooks, facts)
+    results(trainer.call("get_ready"), SETUP_S)
     saver = Saver(phase, trainer, hooks, facts, newest=step)
     hooks.started(facts, step)
     pace = 0.0  # seconds a step, of the last call
