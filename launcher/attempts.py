@@ -33,6 +33,13 @@ class OpenRun(RunFolder):
         self._lock = lock
         self._mirror = None if remote is None else Mirror(folder, remote, Claim(remote / CLAIMS, attempt))
 
+    def go_on(self) -> None:
+        """Begin the next attempt in this process, after one that has failed or was to move. Raises Superseded."""
+        if self.remote is not None and self._mirror is not None:
+            self._mirror.claim = Claim(self.remote / CLAIMS, self.attempt + 1)
+        self.attempt += 1
+        self.event("started", host=socket.gethostname(), pid=os.getpid(), by_itself=True)
+
     def event(self, kind: str, **facts: Any) -> None:
         append(self.folder / EVENTS, {"time": now(), "attempt": self.attempt, "event": kind, **facts})
         if self._mirror is not None:

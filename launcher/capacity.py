@@ -34,11 +34,9 @@ def check(job: Job, *, inline: bool) -> None:
         return
     problems = []
     for name, phase in job.phases.items():
-        key = f"phases.{name}.resources.workers"
-        if inline and (wrong := _one_inline(phase.resources)):
-            problems.append(Problem(str(job.file), key, wrong))
-        elif wrong := _too_few_gpus(phase.resources) or _too_little_memory(phase):
-            problems.append(Problem(str(job.file), key, wrong))
+        wrong = (inline and _one_inline(phase.resources)) or _too_few_gpus(phase.resources) or _too_little_memory(phase)
+        if wrong:
+            problems.append(Problem(str(job.file), f"phases.{name}.resources.workers", wrong))
     if problems:
         raise InputError(problems)
 

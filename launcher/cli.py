@@ -122,6 +122,24 @@ def resume(
     return driver.run_job(job, inline=inline, console=_console(), go_on=go_on)
 
 
+@verb
+def chaos(
+    run: RunName,
+    kill: Annotated[str, typer.Option(help="rank, node or driver.")] = "rank",
+    every: Annotated[float, typer.Option(min=1, help="Seconds between two kills.")] = 60.0,
+    times: Annotated[int | None, typer.Option(min=1, help="How many. Default: until the run ends.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+) -> None:
+    """A drill: kill a random worker, machine or the driver of a running job, again and again."""
+    from launcher import chaos as drills
+    from launcher import runs
+
+    if kill not in ("rank", "node", "driver"):
+        raise InputError.of("--kill", f"{kill} is none of rank, node, driver")
+    killed = drills.drill(runs.find(run), kill, every_s=every, times=times, seed=seed, say=print)  # type: ignore[arg-type]
+    print(f"{killed} killed")
+
+
 Storage = Annotated[str, typer.Option(help="Folder of the runs, or address in a bucket.")]
 
 

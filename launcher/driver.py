@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 
 from rich.console import Console
 
 from launcher import attempts
 from launcher.attempts import GoOn, OpenRun
 from launcher.cache import cache_folder
-from launcher.groups import groups_of
+from launcher.failures import NoMachines
+from launcher.gang import Gang, gang_of
 from launcher.interrupts import Interrupts
 from launcher.job import Job
 from launcher.phase_run import PhaseRun
 from launcher.progress import PhaseProgress
+from launcher.recovery import Recovery
 from launcher.runs import RunFolder
 from training.config import Phase
 from training.errors import InputError, MusterError, Problem
@@ -23,7 +26,8 @@ from training.group import Group, results
 from training.recipes import RECIPES, resolve
 from training.storage import Place
 
-DONE, FAILED, INPUT_WRONG, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, INPUT_WRONG, RESUME_ME, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit statuses. RESUME_ME (EX_TEMPFAIL of sysexits.h): nothing is wrong with the job, start it again when there are machines."""
 _EXPORT_S = 3600.0
 
 
@@ -88,6 +92,8 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
     except (MusterError, OSError) as error:
         _record_failure(run, error)
         say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.address}` goes on")
+        if isinstance(error, NoMachines):
+            return RESUME_ME
         return INPUT_WRONG if isinstance(error, InputError) else FAILED
     except Exception as error:  # a defect: recorded, and shown with its traceback
         _record_failure(run, error)
@@ -95,7 +101,9 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
     run.event("done" if done else "interrupted")
     if not done:
         say(f"stopped; `muster resume {run.address}` goes on")
-    return DONE if done else INTERRUPTED
+    if done:
+        return DONE
+    return RESUME_ME if interrupts.number == signal.SIGTERM else INTERRUPTED
 
 
 def _record_failure(run: OpenRun, error: Exception) -> None:
@@ -130,19 +138,39 @@ def _run_phase(run: OpenRun, job: Job, name: str, interrupts: Interrupts, consol
     progress = PhaseProgress(name, console, phase.log_every)
     run.phase(name).mkdir(exist_ok=True)
     run.event("phase_started", phase=name)
-    hooks = PhaseRun(run, job, name, interrupts, progress)
-    logs = run.phase(name) / "logs" / f"attempt-{run.attempt}"
-    try:
-        with groups_of(phase, name, logs, cache_folder(), progress.say, inline=inline) as groups:
-            last = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
-            if last is None:
-                return False
-            _export(next(iter(groups.values())), last, run.model(name))
-    finally:
-        hooks.close()
+    recovery = Recovery(run, name, phase, progress.say)
+    with gang_of(phase, name, cache_folder(), progress.say, inline=inline) as gang:
+        while True:
+            hooks = PhaseRun(run, job, name, interrupts, progress, gang, recovery.skipped())
+            try:
+                with closing(hooks):
+                    last = _attempt(run, phase, name, hooks, gang)
+            except MusterError as error:
+                if inline:
+                    raise
+                decision = recovery.after(error, step=hooks.step_in_hand(), checkpoint=hooks.saved_step)
+                gang.avoid(decision.avoid)
+            else:
+                if last is not None:
+                    break
+                if interrupts.requested:
+                    return False
+                run.event("moved", phase=name, why=gang.why_moved)
+                progress.say(f"{name}: saved; {gang.why_moved}, so the workers are gathered anew")
+            run.go_on()
     run.event("phase_finished", phase=name, checkpoint=str(last), model=str(run.model(name)))
     progress.say(f"{name}: done; the model is in {run.model(name)}")
     return True
+
+
+def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang) -> Place | None:
+    """One attempt at a phase, from its newest checkpoint: its last checkpoint, None if it was stopped before."""
+    with gang.attempt(run.phase(name) / "logs" / f"attempt-{run.attempt}") as groups:
+        run.event("workers", phase=name, workers=gang.members())
+        last = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
+        if last is not None:
+            _export(next(iter(groups.values())), last, run.model(name))
+        return last
 
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:

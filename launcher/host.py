@@ -144,7 +144,9 @@ class _Nursery:
         self.born = threading.Event()
         self.pid = 0
         self.workers: dict[int, _Worker] = {}
-        self._ended_before_known: dict[int, int] = {}
+        self._gone_early: dict[int, int] = {}
+        """How workers ended that died before they were known here."""
+        self._lock = threading.Lock()
         threading.Thread(target=self._listen, name="nursery", daemon=True).start()
 
     def fork(self) -> _Worker:
@@ -162,16 +164,17 @@ class _Nursery:
         if not self.born.wait(60) or self.process.poll() is not None:
             raise WorkerDied(self.process.poll() or 0, "no process could be forked")
         worker = _Worker(self.pid, Connection(ours.detach()), memory)
-        self.workers[worker.pid] = worker
-        if (status := self._ended_before_known.pop(worker.pid, None)) is not None:
+        with self._lock:
+            self.workers[worker.pid] = worker
+            status = self._gone_early.pop(worker.pid, None)
+        if status is not None:
             worker.ended(status)
         return worker
 
     def _listen(self) -> None:
-        with self.control.makefile("r") as lines:
-            with suppress(OSError):
-                for line in lines:
-                    self._told(json.loads(line))
+        with self.control.makefile("r") as lines, suppress(OSError):
+            for line in lines:
+                self._told(json.loads(line))
         self.process.wait()
         self.ready.set()
         self.born.set()
@@ -184,10 +187,13 @@ class _Nursery:
         elif "born" in facts:
             self.pid = facts["born"]
             self.born.set()
-        elif (worker := self.workers.pop(facts["gone"], None)) is not None:
-            worker.ended(facts["status"])
         else:
-            self._ended_before_known[facts["gone"]] = facts["status"]
+            with self._lock:
+                worker = self.workers.pop(facts["gone"], None)
+                if worker is None:
+                    self._gone_early[facts["gone"]] = facts["status"]
+            if worker is not None:
+                worker.ended(facts["status"])
 
     def close(self) -> None:
         with suppress(OSError):

@@ -16,6 +16,8 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
+        self.number = 0
+        """The signal that asked."""
         self.training = False
         self._ending = False
 
@@ -43,4 +45,4 @@ class Interrupts:
         if not self.requested:
             # Not by print: the main thread may be in the middle of one, and that cannot be entered twice.
             os.write(2, b"\nstopping: the step in hand is finished and saved; Ctrl-C again to stop at once\n")
-        self.requested = True
+        self.requested, self.number = True, number

@@ -46,6 +46,8 @@ NEUTRAL = (
     "phases.*.micro_tokens",
     "phases.*.micro_batch",
     "phases.*.log_every",
+    "phases.*.on_divergence",
+    "phases.*.loss_limit",
     "phases.*.checkpoint",
     "phases.*.data.pack",
     "phases.*.model.attention",

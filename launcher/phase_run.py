@@ -9,6 +9,7 @@ from typing import Any
 
 from launcher import runs, trackers
 from launcher.attempts import OpenRun
+from launcher.gang import Gang
 from launcher.interrupts import Interrupts
 from launcher.job import Job, job_hash
 from launcher.progress import PhaseProgress
@@ -21,8 +22,13 @@ _NOT_FOR_TRACKERS = ("step", "attempt", "workers")
 class PhaseRun:
     """What a recipe's driver is offered while it runs one phase (the `Hooks` of training/recipes)."""
 
-    def __init__(self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, progress: PhaseProgress):
-        self.run, self.name, self.interrupts, self.progress = run, name, interrupts, progress
+    def __init__(
+        self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, progress: PhaseProgress, gang: Gang, skipped: frozenset[int]
+    ):  # fmt: skip
+        self.run, self.name, self.interrupts, self.progress, self.gang = run, name, interrupts, progress, gang
+        self.skipped = skipped
+        self.step = self.saved_step = 0
+        self.training = False
         self.folder = run.phase(name)
         self.job_hash = job_hash(job)
         self.resume_at = run.rewound_to().get(name)
@@ -34,6 +40,7 @@ class PhaseRun:
 
     def log(self, row: Mapping[str, Any]) -> None:
         runs.append(self.folder / runs.METRICS, {**row, "attempt": self.run.attempt})
+        self.step = row["step"]
         self.progress.row(row)
         numbers = {name: value for name, value in row.items() if name not in _NOT_FOR_TRACKERS}
         for tracker in self.trackers:
@@ -49,7 +56,11 @@ class PhaseRun:
             self.progress.say(
                 f"the checkpoint of step {facts['step']} was not saved ({facts['error']}); trying once more"
             )
+        elif kind == "checkpoint":
+            self.saved_step = facts["step"]
+            self.gang.saved()
         elif kind == "restored":
+            self.step = self.saved_step = facts["step"]
             self.progress.say(f"{self.name}: goes on after step {facts['step']}")
 
     def flush(self) -> None:
@@ -64,6 +75,7 @@ class PhaseRun:
         )
         self.event("training", step=step, total_steps=facts.total_steps, parameters=facts.num_parameters)
         self._forget_after(step)
+        self.step, self.training = step, True
         self.interrupts.training = True
         self.progress.start(facts.total_steps, step)
 
@@ -78,7 +90,11 @@ class PhaseRun:
             os.replace(rewritten, path)
 
     def stop_requested(self) -> bool:
-        return self.interrupts.requested
+        return self.interrupts.requested or self.gang.reason_to_move() is not None
+
+    def step_in_hand(self) -> int:
+        """The step that was under way at last; the one that is done if none was."""
+        return max(self.step + 1, self.gang.step_in_hand()) if self.training else self.step
 
     def close(self) -> None:
         self.interrupts.training = False

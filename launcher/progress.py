@@ -41,6 +41,8 @@ class PhaseProgress:
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Show one row of metrics."""
+        if "skipped" in row:
+            return self.say(f"{self.phase}  step {row['step']:>6}/{self.total}  skipped")
         if "loss" not in row:
             values = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key.startswith("eval_"))
             return self.say(f"{self.phase}  step {row['step']:>6}/{self.total}  {values}")

@@ -34,7 +34,7 @@ def status(run: RunFolder) -> dict[str, Any]:
 def _phase(run: RunFolder, name: str, finished: bool, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = run.metrics(name)
     steps = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "loss" not in row]
+    evaluations = [row for row in rows if any(name.startswith("eval_") for name in row)]
     total = next((e["total_steps"] for e in reversed(events) if e["event"] == "training" and e["phase"] == name), None)
     last = steps[-1] if steps else {}
     left = (total - last["step"]) * _median_step_s(steps) if steps and total and not finished else None

@@ -1,33 +1,27 @@
-"""Workers on Ray: one placement group, one actor a worker, driven as a Group. The only file that says `.remote(`."""
+"""Workers on Ray: one placement group, one actor a worker, driven as a Group."""
 
 from __future__ import annotations
 
 import os
-import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launcher.failures import WorkerError, first_cause
+from launcher import machines
+from launcher.failures import Kind, Raised, WorkerDied, WorkerError, first_cause, worker_error
+from launcher.host import Host, Signs
+from launcher.watch import Watch
 from training.config import Resources
-from training.distributed import Seat, join, listen, set_environment
-from training.errors import MusterError, TrainingError
-from training.group import Future, Worker
+from training.distributed import Seat
+from training.errors import MusterError
+from training.group import Future
 
-GATHER_S = 600.0
-"""Longest wait for machines."""
 START_S = 300.0
 """Longest time for starting the processes and making the process group."""
 _PASSED_ON = ("HF_", "NCCL_", "MUSTER_", "AWS_", "GOOGLE_", "FSSPEC_")
@@ -35,18 +29,13 @@ _GRACE_S = 2.0
 """After a first error, how long to wait for others: a victim's death is often seen after its survivors' complaints."""
 
 
-class _Process:
-    """What runs in the worker's process: one worker, its log file, and answers while it is busy."""
+class _Place:
+    """The actor: a worker's host, and what Ray knows of where it is. Its control methods answer while the worker is busy."""
 
-    def __init__(self, log: str, environment: dict[str, str]):
+    def __init__(self, device: str, environment: dict[str, str]):
         os.environ.update(environment)
-        self.log = Path(log)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        self.listener: socket.socket | None = None
+        self.host = Host(device)
+        self.log = Path()
 
     def place(self) -> dict[str, Any]:
         return {
@@ -54,25 +43,26 @@ class _Process:
             "address": ray.util.get_node_ip_address(),
             "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
             "cores": len(os.sched_getaffinity(0)),
-            "pid": os.getpid(),
         }
 
-    def listen(self, host: str) -> int:
-        self.listener = listen(host)
-        return self.listener.getsockname()[1]
+    def begin(self, log: str) -> int:
+        self.log = Path(log)
+        return self.host.begin(log, {})
 
-    def join(self, seat: Seat, visible_gpus: str | None) -> None:
-        if visible_gpus is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
-        set_environment(seat)
-        join(seat, self.listener)
-        self.worker = Worker(seat)
+    def ask(self, name: str, *args: Any) -> Any:
+        return self.host.ask(name, *args)
 
-    def build(self, role: str, target: str, args: tuple) -> None:
-        self.worker.build(role, target, *args)
+    @ray.method(concurrency_group="control")
+    def end(self) -> None:
+        self.host.end()
 
-    def call(self, role: str, method: str, args: tuple, kwargs: dict) -> Any:
-        return self.worker.call(role, method, *args, **kwargs)
+    @ray.method(concurrency_group="control")
+    def signs(self) -> Signs:
+        return self.host.signs()
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        return self.host.stacks(self.log)
 
     @ray.method(concurrency_group="control")
     def read_log(self, offset: int) -> bytes:
@@ -95,11 +85,14 @@ class _Call:
         """The answer of one worker, within `timeout_s` of the call. Raises the first cause as soon as any worker fails."""
         while ref in self.waiting:
             left = None if timeout_s is None else max(0.0, self.began + timeout_s - time.monotonic())
-            ready, waiting = ray.wait(self.waiting, num_returns=1, timeout=left)
-            if not ready:
-                raise TrainingError(f"{self.method} did not answer within {timeout_s:.0f} s on {self._ranks(waiting)}")
-            self._check(ready[0])
-            self.waiting = waiting
+            patience = self.group.watch.every_s if left is None else min(self.group.watch.every_s, left)
+            ready, waiting = ray.wait(self.waiting, num_returns=1, timeout=patience)
+            if ready:
+                self._check(ready[0])
+                self.waiting = waiting
+            elif left is not None and left <= patience:
+                raise self.group.watch.overdue(self.method, timeout_s or 0, [self.refs.index(late) for late in waiting])
+            self.group.watch.look(self.method, time.monotonic() - self.began)
         return ray.get(ref)
 
     def _check(self, ref: ray.ObjectRef) -> None:
@@ -120,20 +113,21 @@ class _Call:
                 failures.append(self._failure(other, late))
         return first_cause(failures)
 
-    def _failure(self, ref: ray.ObjectRef, error: RayError) -> WorkerError | MusterError:
+    def _failure(self, ref: ray.ObjectRef, error: RayError) -> MusterError:
         rank = self.refs.index(ref)
+        log, node = self.group.log_of(rank), self.group.node_of(rank)
         if isinstance(error, RayTaskError):
+            if isinstance(error.cause, Raised | WorkerDied):
+                return worker_error(rank, error.cause, log, node)
             if isinstance(error.cause, MusterError):
                 return error.cause
-            return WorkerError(
-                rank, "raised", f"{type(error.cause).__name__}: {error.cause}", self.group.log_of(rank), str(error)
-            )
+            message = f"raised: {type(error.cause).__name__}: {error.cause}"
+            return WorkerError(rank, Kind.PROGRAM, message, log, node=node, trace=str(error))
+        if isinstance(error, OutOfMemoryError):
+            return WorkerError(rank, Kind.MEMORY, "was ended by Ray: the machine was short of memory", log, node=node)
         if isinstance(error, RayActorError):
-            return WorkerError(rank, "died", str(error).strip(), self.group.log_of(rank))
-        return WorkerError(rank, "failed", f"{type(error).__name__}: {error}", self.group.log_of(rank))
-
-    def _ranks(self, refs: Sequence[ray.ObjectRef]) -> str:
-        return "workers " + ", ".join(str(self.refs.index(ref)) for ref in refs)
+            return self.group.watch.lost(rank, error)
+        return WorkerError(rank, Kind.CONNECTION, f"{type(error).__name__}: {error}", log, node=node)
 
 
 class _RayFuture:
@@ -146,60 +140,88 @@ class _RayFuture:
 
 
 class WorkerGroup:
-    """N workers on a Ray cluster, started together or not at all.
+    """N workers on a Ray cluster, placed together or not at all. Between `begin` and `end` their processes live.
 
-    `say` receives a line when gathering takes time. Raises TrainingError if the machines do not come.
+    `say` receives a line when gathering takes time. Raises NoMachines if they do not come.
     """
 
-    def __init__(self, resources: Resources, logs: Path, say: Callable[[str], None]):
-        self.size = resources.workers
-        self.logs = logs
-        gpus = _gpus_per_worker(resources)
-        bundle = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 1.0}
-        if resources.accelerator:
-            bundle[f"accelerator_type:{resources.accelerator}"] = 0.001
+    def __init__(
+        self, resources: Resources, say: Callable[[str], None], *, avoid: frozenset[str] = frozenset(), wait_s: float | None = None
+    ):  # fmt: skip
+        self.resources = resources
+        self.gpus = machines.gpus_per_worker(resources)
+        self.bundle = machines.bundle(resources, self.gpus)
+        least = resources.min_workers or resources.workers
+        self.avoid = machines.avoidable(self.bundle, least, avoid)
+        self.logs = Path()
         self.actors: list[Any] = []
-        self.placement = _gather(bundle, self.size, say)
+        self.placement: PlacementGroup = machines.gather(
+            self.bundle,
+            wanted=resources.workers,
+            least=least,
+            wait_s=resources.wait_for_machines if wait_s is None else wait_s,
+            avoid=self.avoid,
+            say=say,
+        )
+        self.size = self.placement.bundle_count
         try:
-            self._start(resources, gpus)
+            self._settle()
         except BaseException:
             self.close()
             raise
 
-    def _start(self, resources: Resources, gpus: int) -> None:
+    def _settle(self) -> None:
         # Ranks of one node are neighbours: a ring then crosses between nodes as seldom as it can.
         nodes = placement_group_table(self.placement)["bundles_to_node_id"]
         bundles = sorted(range(self.size), key=lambda bundle: (nodes[bundle], bundle))
-        process: Any = ray.remote(concurrency_groups={"control": 1})(_Process)  # type: ignore[call-overload]
+        place: Any = ray.remote(concurrency_groups={"control": 2})(_Place)  # type: ignore[call-overload]
+        self.places: list[dict[str, Any]] = []
         self.actors = [
-            process.options(
+            place.options(
                 num_cpus=1,
-                num_gpus=gpus,
+                num_gpus=self.gpus,
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, bundle),
-            ).remote(str(self.log_of(rank)), _passed_on())
-            for rank, bundle in enumerate(bundles)
+            ).remote("cuda" if self.gpus else "cpu", _passed_on())
+            for bundle in bundles
         ]
-        places = self._all("place")
-        self.pids = [place["pid"] for place in places]
-        host = places[0]["address"]
-        (port,) = self._results([self.actors[0].listen.remote(host)], "listen")
-        seats = seats_for(places, resources, "cuda" if gpus else "cpu", host, port)
-        joins = []
-        for actor, seat, place in zip(self.actors, seats, places, strict=True):
-            joins.append(actor.join.remote(seat, _visible_gpus(places, place["node"]) if gpus else None))
-        self._results(joins, "join")
+        self.watch = Watch(self)
+        self.places = self._all("place")
+        self.watch.met()
+
+    def begin(self, logs: Path) -> None:
+        """Start a process for every worker and make the process group. Their output goes to files in `logs`."""
+        self.logs = logs
+        self.pids = self._each("begin", [(str(self.log_of(rank)),) for rank in range(self.size)])
+        host = self.places[0]["address"]
+        (port,) = self._results([self.actors[0].ask.remote("listen", host)], "listen")
+        seats = seats_for(self.places, self.resources, "cuda" if self.gpus else "cpu", host, port)
+        self._each(
+            "ask",
+            [
+                ("join", seat, _visible_gpus(self.places, place["node"]) if self.gpus else None)
+                for seat, place in zip(seats, self.places, strict=True)
+            ],
+        )
 
     def log_of(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
+    def node_of(self, rank: int) -> str:
+        """Address of the machine of a worker, empty as long as it is not known."""
+        return self.places[rank]["address"] if self.places else ""
+
     def build(self, role: str, target: str, *args: Any) -> RoleGroup:
         """Make a role on every worker; returns the group that drives it."""
-        self._all("build", role, target, args)
+        self._all("ask", "build", role, target, args)
         return RoleGroup(self, role)
 
     def _all(self, method: str, *args: Any) -> list[Any]:
-        return self._results([getattr(actor, method).remote(*args) for actor in self.actors], method)
+        return self._each(method, [args] * self.size)
+
+    def _each(self, method: str, args: Sequence[tuple]) -> list[Any]:
+        refs = [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, args, strict=True)]
+        return self._results(refs, str(args[0][0]) if method == "ask" else method)
 
     def _results(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
         call = _Call(refs, self, method)
@@ -209,15 +231,37 @@ class WorkerGroup:
         """What worker `rank` has written to its log since byte `offset`; works while it is busy. Empty if it is gone."""
         try:
             return ray.get(self.actors[rank].read_log.remote(offset), timeout=5)
-        except (RayError, GetTimeoutError):
+        except (RayError, GetTimeoutError, IndexError):
             return b""
 
+    def can_avoid(self, nodes: frozenset[str]) -> bool:
+        """Whether some of the workers are on these machines, and there are others for them."""
+        least = self.resources.min_workers or self.resources.workers
+        mine = {place["address"] for place in self.places}
+        return bool(nodes & mine) and bool(machines.avoidable(self.bundle, least, nodes))
+
+    def could_grow(self) -> bool:
+        """Whether there are free machines for more of the workers that the job asks for."""
+        return self.size < self.resources.workers and machines.fitting(self.bundle, self.avoid) > 0
+
+    def end(self) -> bool:
+        """End the processes now, also those that hang. Whether all places are still there, to begin again."""
+        try:
+            ray.get([actor.end.remote() for actor in self.actors], timeout=_END_S)
+        except (RayError, GetTimeoutError):
+            return False
+        return True
+
     def close(self) -> None:
-        """End the workers now, also those that hang, and give the machines back."""
+        """End all there is of the workers and give the machines back."""
         for actor in self.actors:
             ray.kill(actor)
         remove_placement_group(self.placement)
         self.actors = []
+
+
+_END_S = 10.0
+"""Longest time for ending processes on machines that answer."""
 
 
 class RoleGroup:
@@ -238,7 +282,7 @@ class RoleGroup:
 
     def _futures(self, method: str, args: Sequence[tuple], kwargs: dict) -> list[Future]:
         refs = [
-            actor.call.remote(self.role, method, own, kwargs)
+            actor.ask.remote("call", self.role, method, own, kwargs)
             for actor, own in zip(self.workers.actors, args, strict=True)
         ]
         call = _Call(refs, self.workers, method)
@@ -248,36 +292,6 @@ class RoleGroup:
 def _passed_on() -> dict[str, str]:
     """What workers on other machines need of this process's environment; an argument, since Ray shows runtime environments."""
     return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-
-
-def _gpus_per_worker(resources: Resources) -> int:
-    if resources.gpus_per_worker == "auto":
-        return 1 if ray.cluster_resources().get("GPU", 0) else 0
-    return resources.gpus_per_worker
-
-
-def _gather(bundle: dict[str, float], count: int, say: Callable[[str], None]) -> PlacementGroup:
-    group = placement_group([bundle] * count, strategy="PACK")
-    began = time.monotonic()
-    patience = 3.0
-    while not group.wait(patience):
-        waited = time.monotonic() - began
-        state = _shortage(bundle, count)
-        if waited > GATHER_S:
-            remove_placement_group(group)
-            raise TrainingError(
-                f"the machines did not come within {GATHER_S:.0f} s: {state}; ask for fewer resources.workers"
-            )
-        say(f"waiting for machines since {waited:.0f} s: {state}")
-        patience = 15.0
-    return group
-
-
-def _shortage(bundle: dict[str, float], count: int) -> str:
-    wanted = [kind for kind in bundle if kind != "CPU"] or ["CPU"]
-    there, free = ray.cluster_resources(), ray.available_resources()
-    has = ", ".join(f"{there.get(kind, 0):.0f} {kind} ({free.get(kind, 0):.0f} free)" for kind in wanted)
-    return f"{count} workers wanted, each with one {' and one '.join(wanted)}; the cluster has {has}"
 
 
 def seats_for(places: Sequence[dict], resources: Resources, device: Any, host: str, port: int) -> list[Seat]:

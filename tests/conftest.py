@@ -27,7 +27,7 @@ os.environ.update(  # before Ray or a Hugging Face library is imported
 for _variable in ("RAY_ADDRESS", "HF_HOME", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
     os.environ.pop(_variable, None)
 
-pytest_plugins = ["tests.training_fixtures", "tests.s3_server"]
+pytest_plugins = ["tests.training_fixtures", "tests.s3_server", "tests.disturbed"]
 
 MARKED_FOLDERS = ("cluster", "gpu")
 """Tests in a folder of this name have the mark of this name."""

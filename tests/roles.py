@@ -55,6 +55,17 @@ class Probe:
             os.kill(os.getpid(), signal.SIGKILL)
         self.add_up(1)
 
+    def leave(self, status: int) -> None:
+        os._exit(status)
+
+    def progress(self, step: int) -> None:
+        from training import pulse
+
+        pulse.progressed(step)
+
+    def something_that_cannot_be_pickled(self):
+        return lambda: None
+
     def sleep(self, rank: int, seconds: float) -> int:
         if self.seat.rank == rank:
             time.sleep(seconds)

@@ -69,6 +69,7 @@ class Recorder:
     job_hash = "0" * 16
     resume_at: int | None = None
     accepted_before = 0
+    skipped: frozenset[int] = frozenset()
 
     def __init__(self, folder: Path | str, stop_after: int | None = None):
         self.checkpoints = opened(place(folder), next(_attempts))
@@ -107,7 +108,9 @@ def train(tiny, tmp_path_factory):
         workers: int = 1, checkpoints: Path | str | None = None, stop_after: int | None = None, **settings: Any
     ) -> Recorder:
         of_the_run = {
-            name: settings.pop(name) for name in ("job_hash", "resume_at", "accepted_before") if name in settings
+            name: settings.pop(name)
+            for name in ("job_hash", "resume_at", "accepted_before", "skipped")
+            if name in settings
         }
         kind = settings.pop("hooks", Recorder)
         phase = sft_phase(tiny, workers=workers, **settings)

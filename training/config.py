@@ -149,6 +149,12 @@ class Resources(Settings):
 
     workers: PositiveInt = 1
     """One worker is one process with one GPU (one CPU process where there are none)."""
+    min_workers: PositiveInt | None = None
+    """May go on with as few, when machines are lost or do not come. None: waits for all."""
+    wait_for_machines: PositiveFloat = 600.0
+    """Seconds to wait for machines before going on with fewer, or giving up."""
+    hang_after: PositiveFloat = 600.0
+    """Seconds without any progress of any worker after which they are restarted."""
     gpus_per_worker: Literal["auto", 0, 1] = "auto"
     """auto: 1 where the cluster has GPUs, else 0."""
     threads: Literal["auto"] | PositiveInt = "auto"
@@ -183,6 +189,10 @@ class Phase(Settings):
     optimizer: Optimizer = Optimizer()
     clip: PositiveFloat | None = 1.0
     """Largest gradient norm. null: no clipping."""
+    on_divergence: Literal["stop", "skip"] = "stop"
+    """When the loss diverges. skip: go back to the last checkpoint and leave out the batch that did it."""
+    loss_limit: PositiveFloat | None = None
+    """A loss above it has diverged. None: only one that is no number."""
     log_every: PositiveInt = 1
     """Steps between two lines on the terminal. metrics.jsonl has every step."""
     eval_every: PositiveInt | None = None
@@ -211,6 +221,8 @@ class Phase(Settings):
                 f"a batch of {self.batch} samples cannot be dealt to {self.resources.workers} workers; "
                 f"choose batch >= {self.resources.workers} or fewer workers",
             )
+        if (least := self.resources.min_workers) is not None and least > self.resources.workers:
+            yield "resources.min_workers", f"min_workers {least} is more than workers {self.resources.workers}"
         if self.checkpoint.best is not None and self.data.eval is None:
             yield "checkpoint.best", "checkpoint.best needs data.eval to measure on"
         if self.eval_every is not None and self.data.eval is None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training import pulse
 from training.config import Optimizer, Phase
 from training.data.collate import to_device
 from training.distributed import Seat, limit_waits
@@ -136,6 +137,7 @@ class Engine:
             loss = self._loss(micro)
             self.ds.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
+            pulse.progressed()
         norm = self._norm_of_unsharded() if self.stage == 0 else None
         self.ds.step()
         return total, torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm).detach()
@@ -156,6 +158,7 @@ class Engine:
         total = torch.zeros((), device=self.device)
         for micro in micro_batches:
             total += self._loss(micro)
+            pulse.progressed()
         self.ds.train()
         return total
 

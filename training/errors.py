@@ -5,6 +5,7 @@ MusterError
 │   └── (holds Problems, one a line, all that were found)
 └── TrainingError   a worker or the training itself failed                                 exit status 1
     ├── SaveError       a checkpoint could not be written; tried again once
+    ├── Diverged        the loss is no number any more
     ├── StorageError    a bucket did not answer for as long as we had patience
     └── Superseded      a later attempt works on this run; this one must not write any more
 """
@@ -59,6 +60,15 @@ class TrainingError(MusterError):
 
 class SaveError(TrainingError):
     """A checkpoint could not be written. The training itself is well and may try again."""
+
+
+class Diverged(TrainingError):
+    """The loss or the gradient of a step is not a finite number, or the loss is above the limit."""
+
+    def __init__(self, message: str, step: int = 0):
+        super().__init__(message)
+        self.args = (message, step)
+        self.step = step
 
 
 class StorageError(TrainingError):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import model as models
+from training import pulse
 from training.checkpoint import CheckpointError, File, Reader
 from training.config import Phase
 from training.data.collate import collate
@@ -27,7 +28,7 @@ from training.data.store import TokenStore
 from training.data.stores import open_stores
 from training.distributed import Seat
 from training.engine import Engine, Fragment
-from training.errors import TrainingError
+from training.errors import Diverged, TrainingError
 from training.facts import Facts
 from training.memory import peak_bytes
 from training.modelfiles import at_hand
@@ -65,6 +66,7 @@ class Trainer:
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
         self.attention = models.resolve_attention(phase.model.attention, seat.device)
+        self.skipped: frozenset[int] = frozenset()
         self.writer = ShardWriter(pinned=seat.device == "cuda")
 
     def loss_module(self, lm: nn.Module) -> nn.Module:
@@ -143,19 +145,26 @@ class Trainer:
         """
         rows, losses = [], []
         for step in range(done + 1, done + num_steps + 1):
-            row, loss = self._step(step)
+            pulse.progressed(step)
+            row, loss = self._skipped(step) if step in self.skipped else self._step(step)
             rows.append(row)
             losses.append(loss)
         means = self.engine.sum_over_workers(torch.stack(losses)).tolist()
         for row, total in zip(rows, means, strict=True):
+            if "skipped" in row:
+                continue
             row["loss"] = total / row["target_tokens"]
             row["grad_norm"] = float(row["grad_norm"])
-            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                raise TrainingError(
-                    f"step {row['step']}: the loss is {row['loss']}, the gradient norm {row['grad_norm']}: training has "
-                    "diverged; lower learning_rate, or look at the rows of this step"
-                )
+            self._check_finite(row)
         return {"rows": rows if self.seat.rank == 0 else [], "memory_gib": self._memory_gib()}
+
+    def _check_finite(self, row: dict[str, Any]) -> None:
+        limit = math.inf if self.phase.loss_limit is None else self.phase.loss_limit
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) and row["loss"] <= limit):
+            raise Diverged(
+                f"step {row['step']}: the loss is {row['loss']}, the gradient norm {row['grad_norm']}: training has diverged",
+                step=row["step"],
+            )
 
     def _step(self, step: int) -> tuple[dict[str, Any], Tensor]:
         began = time.perf_counter()
@@ -176,6 +185,10 @@ class Trainer:
             "step_s": seconds,
             "tokens_per_s": tokens / seconds,
         }, loss
+
+    def _skipped(self, step: int) -> tuple[dict[str, Any], Tensor]:
+        """A step that leaves everything as it is."""
+        return {"step": step, "skipped": True}, torch.zeros((), device=self.engine.device)
 
     def samples_of(self, step: int) -> np.ndarray:
         """Numbers of the samples of a step's global batch."""
@@ -253,6 +266,7 @@ class Trainer:
     def _fill(self, view: Tensor, reader: Reader, kind: str, fragment: Fragment) -> None:
         values = view if view.device.type == "cpu" else torch.empty(fragment.count)
         reader.read(kind, fragment.name, fragment.start, values.numpy())
+        pulse.progressed()
         if values is not view:
             view.copy_(values)
 
@@ -260,8 +274,9 @@ class Trainer:
         """Train on from what was restored."""
         self.engine.publish()
 
-    def get_ready(self) -> None:
-        """Begin to take the memory that saving needs, beside the first steps."""
+    def get_ready(self, skipped: frozenset[int]) -> None:
+        """Leave out the batches of some steps. Begin to take the memory that saving needs, beside the first steps."""
+        self.skipped = skipped
         self.writer.reserve(3 * sum(fragment.count for fragment in self.engine.owned()))  # weights and two moments
 
     def export(self, checkpoint: str, out: str) -> None:

@@ -193,9 +193,9 @@ class Lab:
         return f"{self.machines[self.head].address}:{PORT}"
 
     def start_ray(self, head: str, cpus: int = 2) -> None:
-        """A Ray cluster of all machines; of the head nothing but its own place for one worker."""
+        """A Ray cluster of all machines. The head, where the driver runs, has no place for workers."""
         self.head = head
-        self.join(head, cpus)
+        self.join(head, 0)
         for name in self.machines:
             if name != head:
                 self.join(name, cpus)

@@ -19,6 +19,9 @@ class Hooks(Protocol):
     accepted_before: int
     """Checkpoints of attempts before this one may be of another job or other data: the user wants to go on with them."""
 
+    skipped: frozenset[int]
+    """Steps whose batches are not trained on, because the loss diverged there."""
+
     def log(self, row: Mapping[str, Any]) -> None:
         """One row of metrics."""
         ...

@@ -62,6 +62,11 @@ class Saver:
         self._pending = _Pending(step, metrics, staged, copied, began, time.monotonic() - began)
         self.newest = step
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None
+
     def poll(self) -> None:
         """Commit the save under way if all workers have written."""
         if self._pending is not None and not any(results(self.trainer.call("is_saving"), SAVE_S)):

@@ -19,6 +19,8 @@ from training.storage import Place
 CALL_S = 1800.0
 """Longest time for one call of a few steps."""
 _TARGET_CALL_S = 2.0
+_SAVING_CALL_S = 0.25
+"""The same while a checkpoint is being written: the sooner it is committed, the less a failure costs."""
 
 
 def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
@@ -26,13 +28,13 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     trainer = groups["trainer"]
     facts: Facts = results(trainer.call("setup"), SETUP_S)[0]
     step = resume(trainer, hooks, facts)
-    results(trainer.call("get_ready"), SETUP_S)
+    results(trainer.call("get_ready", hooks.skipped), SETUP_S)
     saver = Saver(phase, trainer, hooks, facts, newest=step)
     hooks.started(facts, step)
     pace = 0.0  # seconds a step, of the last call
     evaluated: dict[str, float] = {}  # the evaluation at `step`, if there was one
     while step < facts.total_steps and not hooks.stop_requested():
-        num_steps = min(_next_stop(phase, facts, step) - step, _steps_in_a_call(pace))
+        num_steps = min(_next_stop(phase, facts, step) - step, _steps_in_a_call(pace, saving=saver.is_saving))
         began = time.monotonic()
         with saver.kept_on_failure():
             _train(trainer, hooks, step, num_steps)
@@ -50,8 +52,8 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     return hooks.checkpoints.at(step) if step == facts.total_steps else None
 
 
-def _steps_in_a_call(pace: float) -> int:
-    return max(1, int(_TARGET_CALL_S / pace)) if pace else 1
+def _steps_in_a_call(pace: float, *, saving: bool) -> int:
+    return max(1, int((_SAVING_CALL_S if saving else _TARGET_CALL_S) / pace)) if pace else 1
 
 
 def _next_stop(phase: Phase, facts: Facts, step: int) -> int:

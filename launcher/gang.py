@@ -1,0 +1,217 @@
+"""The workers of one phase over all its attempts: gathered on Ray or one in this process, kept where they still serve, given back.
+
+After a failure only the processes are ended. Their places, with everything imported, begin the next attempt, unless a place is
+gone or its machine is to be avoided: then new machines are gathered.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from training.config import Phase
+from training.group import Group
+from training.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from launcher.workers import WorkerGroup
+
+_GROW_S = 30.0
+"""How long to wait for machines that were seen free."""
+_FOLLOWED = 8
+"""Of more workers than this only the first one's output is shown; every log file has its own."""
+
+
+class Gang(Protocol):
+    """The workers of a phase."""
+
+    why_moved: str | None
+    """Why the last attempt was to go on elsewhere."""
+
+    def attempt(self, logs: Path) -> Any:
+        """For the length of a `with` block: the groups by role, with the roles built. Their output goes to files in `logs`."""
+        ...
+
+    def members(self) -> list[dict[str, Any]]:
+        """Rank, address of the machine and process id there, of every worker."""
+        ...
+
+    def avoid(self, nodes: frozenset[str]) -> None:
+        """Do not use these machines any more."""
+        ...
+
+    def step_in_hand(self) -> int:
+        """The latest step that a worker was seen at, 0 if none was."""
+        ...
+
+    def saved(self) -> None:
+        """A checkpoint was committed: a good moment to go on with other machines."""
+        ...
+
+    def reason_to_move(self) -> str | None:
+        """Why the phase should be saved and go on elsewhere, if it should."""
+        ...
+
+
+@contextmanager
+def gang_of(phase: Phase, name: str, cache: Path, say: Callable[[str], None], *, inline: bool) -> Iterator[Gang]:
+    """The workers for a phase. `say` receives lines for the terminal."""
+    if inline:
+        yield _InlineGang(phase, cache)
+        return
+    _warn_of_few_cores(phase, say)
+    gang = _RayGang(phase, name, cache, say)
+    try:
+        yield gang
+    finally:
+        gang.close()
+
+
+class _RayGang:
+    def __init__(self, phase: Phase, name: str, cache: Path, say: Callable[[str], None]):
+        self.phase, self.name, self.cache, self.say = phase, name, cache, say
+        self.workers: WorkerGroup | None = None
+        self._avoided: frozenset[str] = frozenset()
+        self._grow = False
+        self.why_moved: str | None = None
+
+    @contextmanager
+    def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
+        from launcher.workers import WorkerGroup
+
+        (role, target), *_ = RECIPES[self.phase.recipe].roles.items()
+        if self.workers is None:
+            wait_s = _GROW_S if self._grow else None
+            self.workers = WorkerGroup(self.phase.resources, self.say, avoid=self._avoided, wait_s=wait_s)
+        workers = self.workers
+        self._grow = False
+        try:
+            workers.begin(logs)
+            with _following(workers, f"{self.name}/{role}", self.say):
+                yield {role: workers.build(role, target, self.phase, str(self.cache))}
+        finally:
+            self.why_moved = self.reason_to_move()
+            if self.why_moved is not None or not workers.end():
+                self.close()
+
+    def members(self) -> list[dict[str, Any]]:
+        assert self.workers is not None
+        places = zip(self.workers.places, self.workers.pids, strict=True)
+        return [{"rank": rank, "machine": place["address"], "pid": pid} for rank, (place, pid) in enumerate(places)]
+
+    def avoid(self, nodes: frozenset[str]) -> None:
+        self._avoided = nodes
+        if self.workers is not None and self.workers.can_avoid(nodes):
+            self.close()
+
+    def step_in_hand(self) -> int:
+        return max(self.workers.watch.steps().values(), default=0) if self.workers is not None else 0
+
+    def saved(self) -> None:
+        if self.workers is not None:
+            self._grow = self.workers.could_grow()
+
+    def reason_to_move(self) -> str | None:
+        if self.workers is None:
+            return None
+        leaving = self.workers.watch.leaving
+        return leaving or ("there are machines for more workers" if self._grow else None)
+
+    def close(self) -> None:
+        if self.workers is not None:
+            self.workers.close()
+            self.workers = None
+
+
+def _warn_of_few_cores(phase: Phase, say: Callable[[str], None]) -> None:
+    cores = os.cpu_count() or 1
+    if "RAY_ADDRESS" not in os.environ and phase.resources.workers > cores and phase.resources.gpus_per_worker != 1:
+        say(f"{phase.resources.workers} workers share {cores} cores: they take turns")
+
+
+class _InlineGang:
+    """One worker in this process. Nobody watches over it: what fails, fails."""
+
+    why_moved: str | None = None
+
+    def __init__(self, phase: Phase, cache: Path):
+        self.phase, self.cache = phase, cache
+
+    @contextmanager
+    def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
+        (role, target), *_ = RECIPES[self.phase.recipe].roles.items()
+        yield {role: _inline_group(self.phase, role, target, (self.phase, str(self.cache)))}
+
+    def members(self) -> list[dict[str, Any]]:
+        return [{"rank": 0, "machine": "127.0.0.1", "pid": os.getpid()}]
+
+    def avoid(self, nodes: frozenset[str]) -> None:
+        """There is one machine."""
+
+    def step_in_hand(self) -> int:
+        return 0
+
+    def saved(self) -> None:
+        """Nothing will change."""
+
+    def reason_to_move(self) -> str | None:
+        return None
+
+
+def _inline_group(phase: Phase, role: str, target: str, arguments: tuple) -> Group:
+    """The role in this process. Its process group of one is made once and kept: DeepSpeed remembers groups for good."""
+    import torch.distributed as dist
+
+    from training.distributed import Seat, join, leave, set_environment
+    from training.group import InlineGroup, Worker
+
+    threads = phase.resources.threads if phase.resources.threads != "auto" else os.cpu_count() or 1
+    seat = Seat(rank=0, size=1, threads=threads, device=_inline_device(phase))
+    if not dist.is_initialized():
+        set_environment(seat)
+        join(seat)
+        atexit.register(leave)
+    worker = Worker(seat)
+    worker.build(role, target, *arguments)
+    return InlineGroup(worker, role)
+
+
+def _inline_device(phase: Phase) -> Any:
+    import torch
+
+    return "cuda" if phase.resources.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _following(workers: WorkerGroup, label: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Show what workers print, with their names, while the block runs."""
+    ended = threading.Event()
+    followed = range(workers.size if workers.size <= _FOLLOWED else 1)
+    offsets = dict.fromkeys(followed, 0)
+
+    def show() -> None:
+        for rank in followed:
+            text = workers.read_log(rank, offsets[rank])
+            whole = text[: text.rfind(b"\n") + 1]
+            offsets[rank] += len(whole)
+            for line in whole.decode(errors="replace").splitlines():
+                if line.strip():
+                    say(f"{label}-{rank} | {line}")
+
+    def follow() -> None:
+        while not ended.wait(1.0):
+            show()
+
+    thread = threading.Thread(target=follow, name="log-follower", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(10)
+        show()

@@ -1,0 +1,147 @@
+"""The machines of a Ray cluster: what there is, what is free, and a gang of places on it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from launcher.failures import NoMachines
+from training.config import Resources
+
+_SETTLE_S = 30.0
+"""Longest time for a gang of places on machines that are there and free."""
+
+
+def gpus_per_worker(resources: Resources) -> int:
+    if resources.gpus_per_worker == "auto":
+        return 1 if ray.cluster_resources().get("GPU", 0) else 0
+    return resources.gpus_per_worker
+
+
+def bundle(resources: Resources, gpus: int) -> dict[str, float]:
+    """What one worker takes, in Ray's words."""
+    needs = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 1.0}
+    return needs | ({f"accelerator_type:{resources.accelerator}": 0.001} if resources.accelerator else {})
+
+
+def node(node_id: str) -> dict[str, Any]:
+    """What Ray knows of a machine; empty if it does not."""
+    return next((found for found in ray.nodes() if found["NodeID"] == node_id), {})
+
+
+def draining() -> dict[str, float]:
+    """Machines that are being taken back, by id, with the time (Unix, s; 0: not said) when they will be gone."""
+    from ray._private.state import state
+
+    return {node_id: deadline_ms / 1000 for node_id, deadline_ms in state.get_draining_nodes().items()}
+
+
+def fitting(needs: Mapping[str, float], avoid: frozenset[str] = frozenset()) -> int:
+    """How many workers that need this would find a free place."""
+    from ray._private.state import available_resources_per_node
+
+    leaving = draining()
+    addresses = {found["NodeID"]: found["NodeManagerAddress"] for found in ray.nodes() if found["Alive"]}
+    usable = {
+        node_id: free
+        for node_id, free in available_resources_per_node().items()
+        if addresses.get(node_id, "") not in avoid and node_id in addresses and node_id not in leaving
+    }
+    return sum(_places(free, needs) for free in usable.values())
+
+
+def avoidable(needs: Mapping[str, float], least: int, avoid: frozenset[str]) -> frozenset[str]:
+    """The machines to avoid, none if `least` workers would not find a place without them."""
+    others = [found for found in ray.nodes() if found["Alive"] and found["NodeManagerAddress"] not in avoid]
+    return avoid if sum(_places(found["Resources"], needs) for found in others) >= least else frozenset()
+
+
+def _places(resources: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    """How many workers find a place in so much of everything."""
+    return min(int((resources.get(kind, 0.0) + 1e-6) // amount) for kind, amount in needs.items())
+
+
+def gather(
+    needs: Mapping[str, float],
+    *,
+    wanted: int,
+    least: int,
+    wait_s: float,
+    avoid: frozenset[str],
+    say: Callable[[str], None],
+) -> PlacementGroup:
+    """Places for `wanted` workers, or after `wait_s` for as many as there is room for, if those are `least` or more.
+
+    `avoid`: addresses of machines that are not to be used. Raises NoMachines.
+    """
+    began = time.monotonic()
+    group = _request(needs, wanted, avoid)
+    patience = 3.0
+    try:
+        while not group.wait(min(patience, max(0.1, began + wait_s - time.monotonic()))):
+            waited = time.monotonic() - began
+            state = _shortage(needs, wanted)
+            if waited >= wait_s:
+                remove_placement_group(group)
+                return _smaller(needs, wanted, least, avoid, f"{state}, after {waited:.0f} s", say)
+            say(f"waiting for machines since {waited:.0f} s: {state}")
+            patience = 15.0
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def _request(needs: Mapping[str, float], count: int, avoid: frozenset[str]) -> PlacementGroup:
+    selector = [{"ray.io/node-id": f"!in({','.join(sorted(ids))})"}] * count if (ids := _ids(avoid)) else None
+    return placement_group([dict(needs)] * count, strategy="PACK", bundle_label_selector=selector)
+
+
+def _ids(addresses: frozenset[str]) -> list[str]:
+    return [found["NodeID"] for found in ray.nodes() if found["NodeManagerAddress"] in addresses] if addresses else []
+
+
+def _smaller(
+    needs: Mapping[str, float], wanted: int, least: int, avoid: frozenset[str], state: str, say: Callable[[str], None]
+) -> PlacementGroup:
+    count = min(wanted, fitting(needs, avoid))
+    if count < least:
+        fewer = "" if least == wanted else f", resources.min_workers is {least}"
+        raise NoMachines(f"the machines did not come: {state}{fewer}; ask for fewer resources.workers")
+    group = _request(needs, count, avoid)
+    if not group.wait(_SETTLE_S):
+        remove_placement_group(group)
+        raise NoMachines(f"the machines that were free are free no longer: {_shortage(needs, count)}")
+    say(f"going on with {count} of {wanted} workers: {state}")
+    return group
+
+
+def _shortage(needs: Mapping[str, float], count: int) -> str:
+    wanted = [kind for kind in needs if kind != "CPU"] or ["CPU"]
+    there, free = ray.cluster_resources(), ray.available_resources()
+    has = ", ".join(f"{there.get(kind, 0):.0f} {kind} ({free.get(kind, 0):.0f} free)" for kind in wanted)
+    return f"{count} workers wanted, each with one {' and one '.join(wanted)}; the cluster has {has}"
+
+
+def kill_on(address: str, pid: int | None) -> None:
+    """Kill a process on a machine by its id there; None: Ray itself, and all that it runs there. For drills."""
+    node_id = next(
+        found["NodeID"] for found in ray.nodes() if found["NodeManagerAddress"] == address and found["Alive"]
+    )
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill)  # type: ignore[call-overload]
+    with suppress(RayError):  # it may be its own end
+        ray.get(task.remote(pid), timeout=30)
+
+
+def _kill(pid: int | None) -> None:
+    os.kill(os.getppid() if pid is None else pid, signal.SIGKILL)

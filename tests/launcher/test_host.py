@@ -1,0 +1,174 @@
+"""A worker's place, without Ray: it begins processes, sees them from outside, and leaves none behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.failures import Raised, WorkerDied
+from launcher.host import Host
+from training.distributed import Seat
+from training.errors import InputError
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def shared():
+    host = Host("cpu")
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def host(shared, tmp_path):
+    """A place with a worker of one, that hosts a Probe."""
+    shared.pid = begin(shared, tmp_path)
+    yield shared
+    shared.end()
+
+
+def begin(host: Host, folder: Path) -> int:
+    pid = host.begin(str(folder / "rank-0.log"), {"GREETING": "hello"})
+    host.ask("join", Seat(rank=0, size=1), None)
+    host.ask("build", "probe", "tests.roles:Probe", ())
+    return pid
+
+
+def call(host: Host, method: str, *args):
+    return host.ask("call", "probe", method, args, {})
+
+
+def wait_for(condition, what: str, limit_s: float = 10) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def test_a_worker_answers_with_its_environment_and_writes_to_its_log(host, tmp_path):
+    assert call(host, "environment", "GREETING") == {"GREETING": "hello"}
+    call(host, "say", "hello")
+    assert (tmp_path / "rank-0.log").read_text() == "hello\n"
+
+
+def test_errors_arrive_with_the_workers_own_traceback(host):
+    with pytest.raises(Raised) as caught:
+        call(host, "fail", 0)
+    assert (caught.value.name, caught.value.message) == ("ValueError", "row 7 of data.jsonl made worker 0 fail")
+    assert "roles.py" in caught.value.trace
+    with pytest.raises(InputError, match="no answer"):
+        call(host, "refuse_input")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_death_is_seen_at_once_with_the_signal(host, number):
+    os.kill(host.pid, number)
+    began = time.monotonic()
+    with pytest.raises(WorkerDied) as caught:
+        call(host, "who")
+    assert caught.value.status == -number
+    assert time.monotonic() - began < 2
+
+
+def test_an_exit_is_seen_with_its_status(host):
+    with pytest.raises(WorkerDied) as caught:
+        call(host, "leave", 3)
+    assert caught.value.status == 3
+
+
+def test_after_a_death_another_begins_without_the_imports(host, tmp_path):
+    os.kill(host.pid, signal.SIGKILL)
+    began = time.monotonic()
+    begin(host, tmp_path)
+    assert call(host, "threads") >= 1
+    assert time.monotonic() - began < 2, "it has imported torch anew"
+
+
+def test_a_worker_is_watched_while_it_is_busy(host):
+    from threading import Thread
+
+    busy = Thread(target=call, args=(host, "sleep", 0, 1.5))
+    busy.start()
+    time.sleep(1.2)
+    signs = host.signs()
+    assert signs.pulse is not None
+    assert signs.pulse.beat_s < 1
+    assert signs.state in "SR"
+    assert 0 < signs.memory < 1
+    busy.join()
+
+
+def test_a_stopped_worker_has_no_heartbeat(host):
+    os.kill(host.pid, signal.SIGSTOP)
+    wait_for(lambda: host.signs().pulse.beat_s > 1.5, "the heart beats on")
+    assert host.signs().state == "T"
+    os.kill(host.pid, signal.SIGCONT)
+    wait_for(lambda: host.signs().pulse.beat_s < 1, "the heart does not beat again")
+
+
+def test_progress_is_counted_with_the_step_in_hand(host):
+    before = host.signs().pulse
+    call(host, "progress", 12)
+    after = host.signs().pulse
+    assert (after.count, after.step) == (before.count + 1, 12)
+    assert after.progress_s < 1
+
+
+def test_the_stacks_of_a_busy_worker_say_what_it_does(host, tmp_path):
+    from threading import Thread
+
+    busy = Thread(target=call, args=(host, "sleep", 0, 2))
+    busy.start()
+    time.sleep(0.3)
+    assert "in sleep" in host.stacks(tmp_path / "rank-0.log")
+    busy.join()
+
+
+def test_a_stopped_worker_has_no_stacks_and_is_ended_all_the_same(host, tmp_path):
+    os.kill(host.pid, signal.SIGSTOP)
+    assert host.stacks(tmp_path / "rank-0.log") == ""
+    host.end()
+    assert not psutil.pid_exists(host.pid)
+    assert host.signs().pulse is None
+
+
+def test_what_cannot_be_sent_is_an_error_of_the_call_alone(host):
+    with pytest.raises(Raised, match="cannot be sent"):
+        call(host, "something_that_cannot_be_pickled")
+    assert call(host, "who").rank == 0
+
+
+HOLDER = """
+import sys, time
+from launcher.host import Host
+host = Host("cpu")
+print(host.nursery.process.pid, host.begin(sys.argv[1], {}), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("victim", ["the place", "the nursery"])
+def test_nobody_outlives_the_place_or_the_nursery(tmp_path, victim):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            nursery, worker = map(int, holder.stdout.readline().split())
+            os.kill(worker, signal.SIGSTOP)  # it cannot help
+            os.kill(holder.pid if victim == "the place" else nursery, signal.SIGKILL)
+            wait_for(lambda: not _lives(worker), "the worker lives on")
+            wait_for(lambda: not _lives(nursery), "the nursery lives on")
+        finally:
+            holder.kill()
+
+
+def _lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
