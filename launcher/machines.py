@@ -11,12 +11,15 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launcher.failures import NoMachines
 from training.config import Resources
 
+_FIRST_WORD_S, _NEXT_WORD_S = 3.0, 15.0
+"""How long to wait silently."""
+_LOOK_S = 0.1
 _SETTLE_S = 30.0
 """Longest time for a gang of places on machines that are there and free."""
 
@@ -85,20 +88,30 @@ def gather(
     """
     began = time.monotonic()
     group = _request(needs, wanted, avoid)
-    patience = 3.0
+    patience = _FIRST_WORD_S
     try:
-        while not group.wait(min(patience, max(0.1, began + wait_s - time.monotonic()))):
+        while not _comes(group, min(patience, began + wait_s - time.monotonic())):
             waited = time.monotonic() - began
             state = _shortage(needs, wanted)
             if waited >= wait_s:
                 remove_placement_group(group)
                 return _smaller(needs, wanted, least, avoid, f"{state}, after {waited:.0f} s", say)
             say(f"waiting for machines since {waited:.0f} s: {state}")
-            patience = 15.0
+            patience = _NEXT_WORD_S
     except BaseException:
         remove_placement_group(group)
         raise
     return group
+
+
+def _comes(group: PlacementGroup, within_s: float) -> bool:
+    """Whether a gang has its places within a time. (Its own `wait` takes whole seconds.)"""
+    deadline = time.monotonic() + within_s
+    while placement_group_table(group).get("state") != "CREATED":
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_LOOK_S)
+    return True
 
 
 def _request(needs: Mapping[str, float], count: int, avoid: frozenset[str]) -> PlacementGroup:
@@ -118,7 +131,7 @@ def _smaller(
         fewer = "" if least == wanted else f", resources.min_workers is {least}"
         raise NoMachines(f"the machines did not come: {state}{fewer}; ask for fewer resources.workers")
     group = _request(needs, count, avoid)
-    if not group.wait(_SETTLE_S):
+    if not _comes(group, _SETTLE_S):
         remove_placement_group(group)
         raise NoMachines(f"the machines that were free are free no longer: {_shortage(needs, count)}")
     say(f"going on with {count} of {wanted} workers: {state}")

@@ -42,6 +42,8 @@ class Watch:
         self._answered: dict[int, float] = {}
         self._last = 0.0
         self._nodes: list[dict[str, Any]] = []
+        self.lost: set[int] = set()
+        """Workers that are gone with their places."""
         self.leaving: str | None = None
         """Which machine is about to be taken back, if one is."""
 
@@ -61,6 +63,7 @@ class Watch:
         self._look_for_leaving()
         for rank, when in self._answered.items():
             if now - when > _SILENCE_S and not self._can_reach(rank):
+                self.lost.add(rank)
                 message = f"cannot be reached for {now - when:.0f} s, nor can its machine"
                 raise self._error(rank, Kind.MACHINE, message)
         hang_after = self.group.resources.hang_after
@@ -140,8 +143,9 @@ class Watch:
         message = f"has not answered `{method}` within {timeout_s:.0f} s (workers {who}); the stacks of all workers: {self._save_stacks()}"
         return self._error(ranks[0], Kind.HANG, message)
 
-    def lost(self, rank: int, error: RayActorError) -> WorkerError:
+    def died(self, rank: int, error: RayActorError) -> WorkerError:
         """What became of a worker whose place has died."""
+        self.lost.add(rank)
         if not self._nodes:
             return self._error(rank, Kind.KILLED, f"was killed before it began: {_first_line(error)}")
         if getattr(error, "preempted", False):

@@ -126,7 +126,7 @@ class _Call:
         if isinstance(error, OutOfMemoryError):
             return WorkerError(rank, Kind.MEMORY, "was ended by Ray: the machine was short of memory", log, node=node)
         if isinstance(error, RayActorError):
-            return self.group.watch.lost(rank, error)
+            return self.group.watch.died(rank, error)
         return WorkerError(rank, Kind.CONNECTION, f"{type(error).__name__}: {error}", log, node=node)
 
 
@@ -229,8 +229,10 @@ class WorkerGroup:
 
     def read_log(self, rank: int, offset: int) -> bytes:
         """What worker `rank` has written to its log since byte `offset`; works while it is busy. Empty if it is gone."""
+        if rank in self.watch.lost:
+            return b""
         try:
-            return ray.get(self.actors[rank].read_log.remote(offset), timeout=5)
+            return ray.get(self.actors[rank].read_log.remote(offset), timeout=2)
         except (RayError, GetTimeoutError, IndexError):
             return b""
 
@@ -246,8 +248,11 @@ class WorkerGroup:
 
     def end(self) -> bool:
         """End the processes now, also those that hang. Whether all places are still there, to begin again."""
+        ends = [actor.end.remote() for actor in self.actors]
+        if self.watch.lost:
+            return False
         try:
-            ray.get([actor.end.remote() for actor in self.actors], timeout=_END_S)
+            ray.get(ends, timeout=_END_S)
         except (RayError, GetTimeoutError):
             return False
         return True

@@ -105,7 +105,7 @@ class Machine:
 
     def switch_off(self) -> None:
         """Every process of it is gone at once, as without power."""
-        with suppress(ProcessLookupError):
+        if self.outer.poll() is None:
             os.kill(self.init, signal.SIGKILL)
         self.outer.wait(10)
         for process in self.processes:
@@ -121,6 +121,7 @@ class Lab:
         environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # the tests' own Ray is told to stay on loopback by this
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
         }
@@ -179,6 +180,13 @@ class Lab:
         for space in self.spaces:
             subprocess.run(["ip", "netns", "delete", space], capture_output=True, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def renew(self, name: str, cpus: int = 1) -> None:
+        """Whatever was done to a machine: switch it off and on, and have it join the cluster."""
+        self.heal(name)
+        self.machines[name].switch_off()
+        self.machines[name].boot()
+        self.join(name, cpus)
 
     def cut(self, name: str) -> None:
         """Pull the cable: nobody is told."""

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import disturbed
 from tests.cluster import lab as labs
 from tests.cluster.lab import Lab
-from tests.launcher.test_run import STEPS, make_folder, whole
 
-__all__ = ["whole"]
 pytestmark = pytest.mark.skipif(labs.why_not() is not None, reason=str(labs.why_not()))
 
 DRIVER, WORKING = "a", "bcd"
-SETTINGS = ("resources.threads=1", "phases.sft.checkpoint.every=20", "resources.gpus_per_worker=0")
-LIMIT_S = 180
 
 
 @pytest.fixture(scope="module")
@@ -31,159 +30,110 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
-class Run:
-    """`muster run` on the driver's machine, for as long as a test lasts."""
+class LabRun(disturbed.Run):
+    """`muster run` on the driver's machine."""
 
-    def __init__(self, lab: Lab, folder: Path):
-        self.lab, self.folder, self.log = lab, folder, folder / "out.txt"
+    def __init__(self, lab: Lab, tiny: Path, folder: Path):
+        super().__init__(tiny, folder)
+        self.lab = lab
 
-    def start(self, *settings: str) -> None:
-        self.process = self.lab[DRIVER].run(
-            sys.executable, "-m", "launcher.cli", "run", str(self.folder / "job.yaml"), f"storage={self.folder}/runs",
-            *SETTINGS, *settings, log=self.log, RAY_ADDRESS=self.lab.address, MUSTER_CACHE=str(self.folder / "cache"),
-        )  # fmt: skip
-
-    def rows(self, file: str) -> list[dict]:
-        path = self.folder / "runs/job" / file
-        return [json.loads(line) for line in path.open()] if path.exists() else []
-
-    def events(self, kind: str) -> list[dict]:
-        return [row for row in self.rows("events.jsonl") if row["event"] == kind]
-
-    @property
-    def steps(self) -> list[dict]:
-        return [row for row in self.rows("sft/metrics.jsonl") if "loss" in row]
-
-    def wait_for(self, condition, what: str, limit_s: float = LIMIT_S) -> None:
-        deadline = time.monotonic() + limit_s
-        while not condition():
-            assert time.monotonic() < deadline, f"{what} did not come:\n{self.log.read_text()}"
-            assert self.process.poll() is None, f"it ended before {what}:\n{self.log.read_text()}"
-            time.sleep(0.2)
-
-    def reach(self, step: int) -> None:
-        self.wait_for(lambda: self.steps and self.steps[-1]["step"] >= step, f"step {step}")
+    def popen(self, command: list[str]) -> subprocess.Popen:
+        return self.lab[DRIVER].run(*command, log=self.log, RAY_ADDRESS=self.lab.address, **self.environment)
 
     def machine_of(self, rank: int) -> str:
         """Name of the machine of a worker."""
-        address = self.events("workers")[-1]["workers"][rank]["machine"]
+        address = self.worker(rank)["machine"]
         return next(name for name, machine in self.lab.machines.items() if machine.address == address)
 
-    def finish(self) -> str:
-        """What it printed, once it has ended well."""
-        status = self.process.wait(LIMIT_S)
-        out = self.log.read_text()
-        assert status == 0, out
-        return out
-
-    @property
-    def losses(self) -> list[float]:
-        return [row["loss"] for row in self.steps]
-
-    @property
-    def weights(self) -> bytes:
-        return (self.folder / "runs/job/sft/model/model.safetensors").read_bytes()
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.lab[DRIVER].run("pkill", "-9", "-f", "launcher.cli", log=self.log).wait(10)
+            self.process.wait(10)
 
 
 @pytest.fixture
-def run(lab, tiny, tmp_path) -> Iterator[Run]:
-    run = Run(lab, make_folder(tiny, tmp_path))
+def run(lab, tiny, tmp_path) -> Iterator[LabRun]:
+    run = LabRun(lab, tiny, tmp_path)
     yield run
-    if run.process.poll() is None:
-        lab[DRIVER].run("pkill", "-9", "-f", "launcher.cli", log=run.log).wait(10)
+    run.close()
 
 
-def undisturbed(whole) -> tuple[list[float], bytes]:
-    folder, _ = whole
-    rows = map(json.loads, (folder / "runs/job/sft/metrics.jsonl").open())
-    return [row["loss"] for row in rows if "loss" in row], (
-        folder / "runs/job/sft/model/model.safetensors"
-    ).read_bytes()
+@pytest.fixture
+def victim(lab, run) -> Iterator[str]:
+    """A machine with a worker, once the run trains; as good as new after the test."""
+    run.start()
+    run.reach(20)
+    name = run.machine_of(1)
+    yield name
+    lab.renew(name)
 
 
-def test_a_machine_that_is_switched_off_is_replaced(lab, run, whole):
-    run.start("resources.workers=2")
-    run.reach(25)
-    lost = run.machine_of(1)
-    began = time.monotonic()
-    lab[lost].switch_off()
+def test_a_machine_that_is_switched_off_is_replaced(lab, run, victim, undisturbed):
+    lab[victim].switch_off()
     run.wait_for(lambda: run.events("incident"), "the loss", 15)
-    noticed = time.monotonic() - began
     out = run.finish()
-    print(f"noticed after {noticed:.1f} s")
-    (incident,) = run.events("incident")
-    assert (incident["class"], incident["node"]) == ("lost machine", lab[lost].address), out
+    assert (run.incident["class"], run.incident["node"]) == ("lost machine", lab[victim].address), out
     assert len(run.events("started")) == 2
-    assert (run.losses, run.weights) == undisturbed(whole)
-    lab[lost].boot()
-    lab.join(lost, cpus=1)
+    assert run.result == undisturbed
 
 
-def test_a_machine_that_is_cut_off_is_replaced_and_cannot_commit_when_it_is_back(lab, run, whole):
-    run.start("resources.workers=2")
-    run.reach(25)
-    lost = run.machine_of(1)
-    lab.cut(lost)
+def test_a_machine_whose_ray_is_killed_is_replaced(lab, run, victim, undisturbed):
+    for pid in lab[victim].processes_with("raylet/raylet"):
+        os.kill(pid, signal.SIGKILL)
     run.wait_for(lambda: run.events("incident"), "the loss", 15)
-    run.wait_for(lambda: run.events("restored"), "the second attempt")
-    lab.heal(lost)
     run.finish()
-    (incident,) = run.events("incident")
-    assert (incident["class"], incident["node"]) == ("lost machine", lab[lost].address)
-    assert (run.losses, run.weights) == undisturbed(whole)
-    wait_until(lambda: not lab[lost].processes_with("launcher.nursery"), "the cut-off worker lives on")
-    rejoin(lab, lost)
+    assert (run.incident["class"], run.incident["node"]) == ("lost machine", lab[victim].address)
+    assert run.result == undisturbed
 
 
-def wait_until(condition, what: str, limit_s: float = 90) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
-
-
-def rejoin(lab: Lab, name: str) -> None:
-    """Start Ray anew on a machine that the cluster has given up."""
-    subprocess.run(["kill", "-9", *map(str, lab[name].processes_with("raylet"))], check=False, capture_output=True)
-    wait_until(lambda: not lab[name].processes_with("ray start"), "ray start is still there")
-    lab.join(name, cpus=1)
-
-
-def test_fewer_machines_go_on_and_the_run_grows_again_when_they_are_back(lab, run, whole):
-    run.start("resources.workers=3", "resources.min_workers=2", "resources.wait_for_machines=5")
-    run.reach(25)
-    lost = run.machine_of(2)
-    lab[lost].switch_off()
-    run.wait_for(lambda: len(run.events("restored")) == 1, "going on with two")
-    run.reach(45)
-    assert run.steps[-1]["workers"] == 2
-    lab[lost].boot()
-    lab.join(lost, cpus=1)
-    run.wait_for(lambda: run.events("moved"), "growing")
+def test_a_machine_that_is_cut_off_is_replaced_and_its_worker_does_not_stay(lab, run, victim, undisturbed):
+    lab.cut(victim)
+    run.wait_for(lambda: run.events("incident"), "the loss", 15)
+    run.wait_for(lambda: len(run.events("training")) == 2, "the second attempt")
+    lab.heal(victim)
     run.finish()
-    assert run.steps[-1]["workers"] == 3
-    losses, _ = undisturbed(whole)
-    assert run.losses == pytest.approx(losses, rel=1e-4)  # the sums of two, three and two workers round differently
-    assert len(run.losses) == STEPS
+    assert (run.incident["class"], run.incident["node"]) == ("lost machine", lab[victim].address)
+    assert run.result == undisturbed
+    wait_until(lambda: not lab[victim].processes_with("launcher.nursery"), "the worker that was cut off lives on")
 
 
-def test_a_machine_that_is_drained_is_left_before_it_goes(lab, run, whole):
-    run.start("resources.workers=2")
-    run.reach(25)
-    leaving = run.machine_of(1)
-    node = next(n for n in nodes(run) if n["address"] == lab[leaving].address)["id"]
+def test_a_machine_that_is_drained_is_left_before_it_goes(lab, run, victim, undisturbed):
+    node = next(node for node in nodes(run) if node["address"] == lab[victim].address)["id"]
     lab[DRIVER].run(
         "ray", "drain-node", "--address", lab.address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
         "--reason-message", "spot", "--deadline-remaining-seconds", "60", log=run.folder / "drain.txt",
     ).wait(60)  # fmt: skip
     run.wait_for(lambda: run.events("moved"), "the move")
     run.finish()
-    assert not run.events("incident")
-    assert leaving not in {run.machine_of(0), run.machine_of(1)}
-    assert (run.losses, run.weights) == undisturbed(whole)
+    assert run.events("incident") == []
+    assert victim not in {run.machine_of(0), run.machine_of(1)}
+    assert run.result == undisturbed
 
 
-def nodes(run: Run) -> list[dict]:
+def test_fewer_machines_go_on_and_the_run_grows_again_when_they_are_back(lab, run, undisturbed):
+    slow = "phases.sft.micro_batch=4"
+    run.start("resources.workers=3", "resources.min_workers=2", "resources.wait_for_machines=5", slow)
+    run.reach(20)
+    lost = run.machine_of(2)
+    lab[lost].switch_off()
+    run.wait_for(lambda: len(run.events("training")) == 2, "going on with two")
+    lab.renew(lost)
+    run.wait_for(lambda: run.events("moved"), "growing")
+    run.finish()
+    assert [len(event["workers"]) for event in run.events("workers")] == [3, 2, 3]
+    assert run.result.losses == pytest.approx(
+        undisturbed.losses, rel=1e-4
+    )  # sums of two and three workers round differently
+
+
+def wait_until(condition: Callable[[], object], what: str, limit_s: float = 90) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def nodes(run: LabRun) -> list[dict]:
     """Machines of the cluster: id and address."""
     code = (
         "import ray, json; ray.init(logging_level='ERROR', log_to_driver=False); "
