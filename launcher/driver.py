@@ -40,6 +40,7 @@ def run_job(job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn()) -
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         _get_ready(job, stack, inline=inline)
+        interrupts.take()
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
         status = _run_phases(run, job, interrupts, console, inline=inline)
@@ -88,7 +89,7 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
         with suppress(OSError):
             run.event("interrupted", orderly=False)
         say(f"stopped at once; `muster resume {run.address}` goes on from the last checkpoint")
-        return INTERRUPTED
+        return _stopped(interrupts)
     except (MusterError, OSError) as error:
         _record_failure(run, error)
         say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.address}` goes on")
@@ -101,8 +102,11 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
     run.event("done" if done else "interrupted")
     if not done:
         say(f"stopped; `muster resume {run.address}` goes on")
-    if done:
-        return DONE
+    return DONE if done else _stopped(interrupts)
+
+
+def _stopped(interrupts: Interrupts) -> int:
+    """SIGTERM is how schedulers take machines back: the one who sent it may want to start the job again elsewhere."""
     return RESUME_ME if interrupts.number == signal.SIGTERM else INTERRUPTED
 
 

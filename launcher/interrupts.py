@@ -25,12 +25,18 @@ class Interrupts:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             numbers.append(signal.SIGHUP)
-        self.before = {number: signal.signal(number, self._received) for number in numbers}
+        self.before = {number: signal.getsignal(number) for number in numbers}
+        self.take()
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def take(self) -> None:
+        """Be the one who is told of signals. Once more after Ray was started, which takes SIGTERM for itself."""
+        for number in self.before:
+            signal.signal(number, self._received)
 
     def end(self) -> None:
         """From here on there is only tidying up."""
@@ -40,7 +46,7 @@ class Interrupts:
         if self._ending or (self.requested and not self.training):
             return
         if not self.training or (self.requested and number == signal.SIGINT):
-            self._ending = True
+            self._ending, self.number = True, number
             raise KeyboardInterrupt
         if not self.requested:
             # Not by print: the main thread may be in the middle of one, and that cannot be entered twice.
