@@ -35,6 +35,9 @@ BENCHMARKS = {
         "benchmarks.save",
         "stall, restore and size of checkpoints against DeepSpeed's own (targets: 0.1; 1.2; 1.1 of 12 bytes a parameter)",
     ),
+    "recover": Benchmark(
+        "benchmarks.recover", "from a killed worker to the next finished step, against a cold start (target: 1.0)"
+    ),
     "trl": Benchmark(
         "benchmarks.peer_trl", "SFT tokens/s against TRL under accelerate + ZeRO-2 (target: packed at least 1.0)"
     ),

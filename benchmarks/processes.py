@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +42,15 @@ class CommandFailed(RuntimeError):
     """A command that ended with an error or did not end in time. Carries the last lines of its output."""
 
 
-def run(command: Sequence[str], *, folder: Path, env: Mapping[str, str], timeout_s: float) -> Finished:
-    """Run `command` in `folder` with `env` laid over the environment. Raises CommandFailed."""
+def run(
+    command: Sequence[str],
+    *,
+    folder: Path,
+    env: Mapping[str, str],
+    timeout_s: float,
+    on_line: Callable[[Line], None] = lambda line: None,
+) -> Finished:
+    """Run `command` in `folder` with `env` laid over the environment. `on_line` sees each line as it comes. Raises CommandFailed."""
     began, clock = time.time(), time.monotonic()
     process = subprocess.Popen(
         command,
@@ -57,7 +64,7 @@ def run(command: Sequence[str], *, folder: Path, env: Mapping[str, str], timeout
     )
     assert process.stdout is not None
     lines: list[Line] = []
-    reader = threading.Thread(target=_read, args=(process.stdout, lines, clock), daemon=True)
+    reader = threading.Thread(target=_read, args=(process.stdout, lines, clock, on_line), daemon=True)
     reader.start()
     try:
         status = process.wait(timeout_s)
@@ -71,9 +78,10 @@ def run(command: Sequence[str], *, folder: Path, env: Mapping[str, str], timeout
     return Finished(began, time.monotonic() - clock, lines)
 
 
-def _read(output: IO[str], lines: list[Line], clock: float) -> None:
+def _read(output: IO[str], lines: list[Line], clock: float, on_line: Callable[[Line], None]) -> None:
     for text in output:
         lines.append(Line(time.monotonic() - clock, text.rstrip("\n")))
+        on_line(lines[-1])
 
 
 def _report(command: Sequence[str], what: str, lines: Sequence[Line]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,27 +95,40 @@ class MusterRun:
     events: list[dict[str, Any]]
 
 
-def muster(work: Workload, training: Training, folder: Path, cache: Path) -> MusterRun:
-    """`muster run` in the new folder `folder`. Raises CommandFailed."""
+def muster(
+    work: Workload,
+    training: Training,
+    folder: Path,
+    cache: Path,
+    on_line: Callable[[Line], None] = lambda line: None,
+) -> MusterRun:
+    """`muster run` in the new folder `folder`. `on_line` sees each line of its output as it comes. Raises CommandFailed."""
     folder.mkdir()
     job = folder / "job.yaml"
     job.write_text(json.dumps(_job(work, training)))
-    finished = run(["muster", "run", str(job)], folder=folder, env=environment(cache), timeout_s=training.timeout_s)
+    finished = run(
+        ["muster", "run", str(job)],
+        folder=folder,
+        env=environment(cache),
+        timeout_s=training.timeout_s,
+        on_line=on_line,
+    )
     rows = _json_rows((folder / "runs/bench/sft/metrics.jsonl").read_text().splitlines())
     # The first call to the workers is one step long; its line and the last step's come when the call has ended.
     ends = [line.at for line in finished.lines if line.text.startswith("sft  step")]
-    return MusterRun(curve=curve(rows, ends), finished=finished, events=_events(folder))
+    return MusterRun(curve=curve(rows, ends), finished=finished, events=events(folder))
 
 
 def muster_from(step: int, training: Training, folder: Path, cache: Path, workers: int) -> list[dict[str, Any]]:
     """The end of the run in `folder` once more, from a step, on so many workers: what was written down. Raises CommandFailed."""
-    before = len(_events(folder))
+    before = len(events(folder))
     command = ["muster", "resume", "bench", "--step", str(step), f"resources.workers={workers}"]
     run(command, folder=folder, env=environment(cache), timeout_s=training.timeout_s)
-    return _events(folder)[before:]
+    return events(folder)[before:]
 
 
-def _events(folder: Path) -> list[dict[str, Any]]:
+def events(folder: Path) -> list[dict[str, Any]]:
+    """What the run in a folder has written down so far."""
     return _json_rows((folder / "runs/bench/events.jsonl").read_text().splitlines())
 
 

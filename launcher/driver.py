@@ -142,8 +142,13 @@ def _run_phase(run: OpenRun, job: Job, name: str, interrupts: Interrupts, consol
     progress = PhaseProgress(name, console, phase.log_every)
     run.phase(name).mkdir(exist_ok=True)
     run.event("phase_started", phase=name)
+
+    def warn(what: str) -> None:
+        run.event("warning", phase=name, what=what)
+        progress.say(f"{name}: {what}")
+
     recovery = Recovery(run, name, phase, progress.say)
-    with gang_of(phase, name, cache_folder(), progress.say, inline=inline) as gang:
+    with gang_of(phase, name, cache_folder(), progress.say, warn, inline=inline) as gang:
         while True:
             hooks = PhaseRun(run, job, name, interrupts, progress, gang, recovery.skipped())
             try:

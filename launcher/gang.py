@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,13 +60,15 @@ class Gang(Protocol):
 
 
 @contextmanager
-def gang_of(phase: Phase, name: str, cache: Path, say: Callable[[str], None], *, inline: bool) -> Iterator[Gang]:
-    """The workers for a phase. `say` receives lines for the terminal."""
+def gang_of(
+    phase: Phase, name: str, cache: Path, say: Callable[[str], None], warn: Callable[[str], None], *, inline: bool
+) -> Iterator[Gang]:
+    """The workers for a phase. `say` receives lines for the terminal, `warn` what is also worth remembering."""
     if inline:
         yield _InlineGang(phase, cache)
         return
     _warn_of_few_cores(phase, say)
-    gang = _RayGang(phase, name, cache, say)
+    gang = _RayGang(phase, name, cache, say, warn)
     try:
         yield gang
     finally:
@@ -73,11 +76,11 @@ def gang_of(phase: Phase, name: str, cache: Path, say: Callable[[str], None], *,
 
 
 class _RayGang:
-    def __init__(self, phase: Phase, name: str, cache: Path, say: Callable[[str], None]):
-        self.phase, self.name, self.cache, self.say = phase, name, cache, say
+    def __init__(self, phase: Phase, name: str, cache: Path, say: Callable[[str], None], warn: Callable[[str], None]):
+        self.phase, self.name, self.cache, self.say, self.warn = phase, name, cache, say, warn
         self.workers: WorkerGroup | None = None
         self._avoided: frozenset[str] = frozenset()
-        self._grow = False
+        self._grow, self._size, self._no_growth_before = False, 0, 0.0
         self.why_moved: str | None = None
 
     @contextmanager
@@ -87,9 +90,11 @@ class _RayGang:
         (role, target), *_ = RECIPES[self.phase.recipe].roles.items()
         if self.workers is None:
             wait_s = _GROW_S if self._grow else None
-            self.workers = WorkerGroup(self.phase.resources, self.say, avoid=self._avoided, wait_s=wait_s)
+            self.workers = WorkerGroup(self.phase.resources, self.say, self.warn, avoid=self._avoided, wait_s=wait_s)
+            if self._grow and self.workers.size <= self._size:  # free, but not in the right places
+                self._no_growth_before = time.monotonic() + self.phase.resources.wait_for_machines
         workers = self.workers
-        self._grow = False
+        self._grow, self._size = False, workers.size
         try:
             workers.begin(logs)
             with _following(workers, f"{self.name}/{role}", self.say):
@@ -113,7 +118,7 @@ class _RayGang:
         return max(self.workers.watch.steps().values(), default=0) if self.workers is not None else 0
 
     def saved(self) -> None:
-        if self.workers is not None:
+        if self.workers is not None and time.monotonic() >= self._no_growth_before:
             self._grow = self.workers.could_grow()
 
     def reason_to_move(self) -> str | None:

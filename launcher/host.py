@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.failures import Raised, WorkerDied
+from launcher.notices import Listener
 from launcher.nursery import STACKS
 from training import pulse
 
@@ -40,6 +41,8 @@ class Signs:
     """The kernel's letter: R runs, S sleeps, D waits for a disk, T is stopped, Z is dead."""
     memory: float
     """Fraction of the machine's memory that is in use."""
+    notice: str | None
+    """What its cloud says of the machine's end, if it says something."""
 
 
 class Host:
@@ -47,6 +50,7 @@ class Host:
 
     def __init__(self, device: str):
         self.nursery = _Nursery(device)
+        self.notices = Listener()
         self.worker: _Worker | None = None
 
     def begin(self, log: str, environment: dict[str, str]) -> int:
@@ -73,8 +77,8 @@ class Host:
 
         memory = psutil.virtual_memory().percent / 100
         if (worker := self.worker) is None or worker.gone.is_set():
-            return Signs(None, "Z", memory)
-        return Signs(pulse.read(worker.memory), _state(worker.pid), memory)
+            return Signs(None, "Z", memory, self.notices.said)
+        return Signs(pulse.read(worker.memory), _state(worker.pid), memory, self.notices.said)
 
     def stacks(self, log: Path) -> str:
         """The Python stacks of the worker's threads, as it writes them to its log. Empty if it does not answer."""

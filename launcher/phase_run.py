@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher import runs, trackers
@@ -13,6 +13,7 @@ from launcher.gang import Gang
 from launcher.interrupts import Interrupts
 from launcher.job import Job, job_hash
 from launcher.progress import PhaseProgress
+from launcher.stragglers import Stragglers
 from training.checkpoints import opened
 from training.facts import Facts
 
@@ -29,6 +30,7 @@ class PhaseRun:
         self.skipped = skipped
         self.step = self.saved_step = 0
         self.training = False
+        self.stragglers = Stragglers()
         self.folder = run.phase(name)
         self.job_hash = job_hash(job)
         self.resume_at = run.rewound_to().get(name)
@@ -45,6 +47,15 @@ class PhaseRun:
         numbers = {name: value for name, value in row.items() if name not in _NOT_FOR_TRACKERS}
         for tracker in self.trackers:
             tracker.log(row["step"], numbers)
+
+    def paces(self, seconds_a_token: Sequence[float]) -> None:
+        for rank, times in self.stragglers.look(seconds_a_token).items():
+            machine = self.gang.members()[rank]["machine"]
+            self.warn(f"worker {rank} on {machine} takes {times:.1f} times as long as the others, who wait for it")
+
+    def warn(self, what: str) -> None:
+        self.event("warning", what=what)
+        self.progress.say(f"{self.name}: {what}")
 
     def event(self, kind: str, **facts: Any) -> None:
         self.run.event(kind, phase=self.name, **facts)

@@ -19,7 +19,6 @@ def status(run: RunFolder) -> dict[str, Any]:
     events = run.events()
     finished = run.finished_phases()
     phases = {name: _phase(run, name, name in finished, events) for name in run.job().phases}
-    told = ("failed", "checkpoint_damaged")
     return {
         "name": run.name,
         "folder": run.address,
@@ -27,8 +26,20 @@ def status(run: RunFolder) -> dict[str, Any]:
         "attempts": run.attempts(),
         "started": events[0]["time"] if events else None,
         "phases": phases,
-        "problems": [event.get("error") or event.get("finding") for event in events if event["event"] in told][-3:],
+        "workers": next((len(event["workers"]) for event in reversed(events) if event["event"] == "workers"), None),
+        "problems": [words for event in events if (words := _problem(event))][-3:],
     }
+
+
+def _problem(event: Mapping[str, Any]) -> str | None:
+    """What a person should know of an event, if it is of that kind."""
+    if event["event"] == "incident":
+        who = "" if event["rank"] is None else f"worker {event['rank']} on {event['node']} "
+        what = "tried again" if event["retry"] else "given up"
+        return f"{event['time'][:19]} step {event['step']}: {event['class']}: {who}{event['message']}; {what}: {event['why']}"
+    if event["event"] == "warning":
+        return f"{event['time'][:19]} {event['what']}"
+    return event.get("error") if event["event"] == "failed" else event.get("finding")
 
 
 def _phase(run: RunFolder, name: str, finished: bool, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -57,7 +68,8 @@ def _median_step_s(steps: Sequence[Mapping[str, Any]]) -> float:
 
 
 def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{facts['name']}: {facts['state']}, attempt {facts['attempts']}, began {facts['started']}"
+    workers = f", {facts['workers']} workers" if facts["workers"] else ""
+    yield f"{facts['name']}: {facts['state']}, attempt {facts['attempts']}{workers}, began {facts['started']}"
     for name, phase in facts["phases"].items():
         if not phase["step"]:
             yield f"  {name}: not begun"

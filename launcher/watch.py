@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +28,16 @@ _REACH_S = 2.0
 _COUNTED = ("train", "evaluate", "restore")
 """Calls in which workers tell of every small thing that they have done."""
 _STACKS_S = 10.0
+_FULL = 0.95
+"""Fraction of a machine's memory in use that is worth a warning."""
 
 
 class Watch:
     """Keeps the latest signs of every worker."""
 
-    def __init__(self, group: WorkerGroup):
+    def __init__(self, group: WorkerGroup, warn: Callable[[str], None]):
         self.group = group
+        self.warn = warn
         self.every_s = max(1.0, group.size / 200)
         """Seconds between two looks; a look is one short call a worker."""
         self.signs: dict[int, Signs] = {}
@@ -44,6 +47,7 @@ class Watch:
         self._nodes: list[dict[str, Any]] = []
         self.lost: set[int] = set()
         """Workers that are gone with their places."""
+        self._warned: set[str] = set()
         self.leaving: str | None = None
         """Which machine is about to be taken back, if one is."""
 
@@ -61,6 +65,7 @@ class Watch:
         self._hear()
         self._ask()
         self._look_for_leaving()
+        self._look_for_full_memory()
         for rank, when in self._answered.items():
             if now - when > _SILENCE_S and not self._can_reach(rank):
                 self.lost.add(rank)
@@ -86,11 +91,21 @@ class Watch:
                 self._asked[rank] = actor.signs.remote()
 
     def _look_for_leaving(self) -> None:
-        if self.leaving is None:
-            leaving = machines.draining()
-            for node in self._nodes:
-                if node["NodeID"] in leaving:
-                    self.leaving = f"{node['NodeManagerAddress']} is about to be taken back"
+        if self.leaving is not None:
+            return
+        leaving = machines.draining()
+        for node in self._nodes:
+            if node["NodeID"] in leaving:
+                self.leaving = f"{node['NodeManagerAddress']} is about to be taken back"
+        for rank, signs in self.signs.items():
+            if signs.notice is not None:
+                self.leaving = f"{self.group.node_of(rank)} is about to be taken back ({signs.notice})"
+
+    def _look_for_full_memory(self) -> None:
+        for rank, signs in self.signs.items():
+            if signs.memory > _FULL and (node := self.group.node_of(rank)) not in self._warned:
+                self._warned.add(node)
+                self.warn(f"{signs.memory:.0%} of the memory of {node} is in use; a worker there may be killed for it")
 
     def _can_reach(self, rank: int) -> bool:
         """Whether the machine of a worker answers, and Ray has not given it up."""

@@ -142,13 +142,21 @@ class _RayFuture:
 class WorkerGroup:
     """N workers on a Ray cluster, placed together or not at all. Between `begin` and `end` their processes live.
 
-    `say` receives a line when gathering takes time. Raises NoMachines if they do not come.
+    `say` receives a line when gathering takes time, `warn` one when a machine is in a bad way. Raises NoMachines if they
+    do not come.
     """
 
     def __init__(
-        self, resources: Resources, say: Callable[[str], None], *, avoid: frozenset[str] = frozenset(), wait_s: float | None = None
-    ):  # fmt: skip
+        self,
+        resources: Resources,
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+        *,
+        avoid: frozenset[str] = frozenset(),
+        wait_s: float | None = None,
+    ):
         self.resources = resources
+        self.warn = warn
         self.gpus = machines.gpus_per_worker(resources)
         self.bundle = machines.bundle(resources, self.gpus)
         least = resources.min_workers or resources.workers
@@ -185,13 +193,14 @@ class WorkerGroup:
             ).remote("cuda" if self.gpus else "cpu", _passed_on())
             for bundle in bundles
         ]
-        self.watch = Watch(self)
+        self.watch = Watch(self, self.warn)
         self.places = self._all("place")
         self.watch.met()
 
     def begin(self, logs: Path) -> None:
         """Start a process for every worker and make the process group. Their output goes to files in `logs`."""
         self.logs = logs
+        self.watch.signs.clear()
         self.pids = self._each("begin", [(str(self.log_of(rank)),) for rank in range(self.size)])
         host = self.places[0]["address"]
         (port,) = self._results([self.actors[0].ask.remote("listen", host)], "listen")

@@ -55,6 +55,19 @@ class Probe:
             os.kill(os.getpid(), signal.SIGKILL)
         self.add_up(1)
 
+    def train(self, absent: int) -> None:
+        """A step in which one worker never comes to the collective."""
+        from training import pulse
+
+        pulse.progressed(step=7)
+        if self.seat.rank == absent:
+            time.sleep(600)
+        pulse.progressed()
+        self.add_up(1)
+
+    def take_memory(self, count: int) -> int:
+        return len(bytearray(b"x") * count)
+
     def leave(self, status: int) -> None:
         os._exit(status)
 

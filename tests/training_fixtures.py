@@ -80,6 +80,9 @@ class Recorder:
     def flush(self) -> None:
         """It is kept in memory."""
 
+    def paces(self, seconds_a_token) -> None:
+        self.paces_seen = list(seconds_a_token)
+
     def log(self, row) -> None:
         self.rows.append(dict(row))
 

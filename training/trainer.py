@@ -67,6 +67,7 @@ class Trainer:
         self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
         self.attention = models.resolve_attention(phase.model.attention, seat.device)
         self.skipped: frozenset[int] = frozenset()
+        self.own_tokens = 0
         self.writer = ShardWriter(pinned=seat.device == "cuda")
 
     def loss_module(self, lm: nn.Module) -> nn.Module:
@@ -139,7 +140,7 @@ class Trainer:
     # -- training -------------------------------------------------------------------------------------------------------
 
     def train(self, done: int, num_steps: int) -> dict[str, Any]:
-        """Steps done+1 .. done+num_steps. Worker 0 answers with their metrics; every worker with its peak memory.
+        """Steps done+1 .. done+num_steps. Worker 0 answers with their metrics; every worker with its peak memory and pace.
 
         Raises TrainingError when a loss is not a finite number; the weights are then not to be trusted.
         """
@@ -156,7 +157,7 @@ class Trainer:
             row["loss"] = total / row["target_tokens"]
             row["grad_norm"] = float(row["grad_norm"])
             self._check_finite(row)
-        return {"rows": rows if self.seat.rank == 0 else [], "memory_gib": self._memory_gib()}
+        return {"rows": rows if self.seat.rank == 0 else [], "memory_gib": self._memory_gib(), "pace": self._pace()}
 
     def _check_finite(self, row: dict[str, Any]) -> None:
         limit = math.inf if self.phase.loss_limit is None else self.phase.loss_limit
@@ -172,7 +173,9 @@ class Trainer:
         samples = self.samples_of(step)
         targets = int(self.store.target_counts[samples].sum())
         rate = learning_rate(self.phase.learning_rate, self.phase.schedule, step, self.total_steps)
-        loss, norm = self.engine.step(list(self._hand(self.store, samples)), targets=targets, learning_rate=rate)
+        hand = list(self._hand(self.store, samples))
+        self.own_tokens += sum(micro["input_ids"].numel() for micro in hand if micro["input_ids"] is not None)
+        loss, norm = self.engine.step(hand, targets=targets, learning_rate=rate)
         tokens, seconds = int(self.store.lengths_of(samples).sum()), time.perf_counter() - began
         return {
             "step": step,
@@ -211,6 +214,12 @@ class Trainer:
             total += self.engine.evaluate(list(self._hand(store, samples)))
         loss = float(self.engine.sum_over_workers(total.view(1))) / int(store.target_counts.sum())
         return {"eval_loss": loss}
+
+    def _pace(self) -> float:
+        """Seconds of this worker's forward passes a token, since it was last asked. 0: not known."""
+        seconds, tokens = self.engine.stopwatch.read(), self.own_tokens
+        self.own_tokens = 0
+        return seconds / tokens if tokens and self.phase.sharding.stage < 3 else 0.0
 
     def _memory_gib(self) -> float:
         if self.seat.device == "cuda":

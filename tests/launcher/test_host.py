@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -82,6 +84,33 @@ def test_an_exit_is_seen_with_its_status(host):
     with pytest.raises(WorkerDied) as caught:
         call(host, "leave", 3)
     assert caught.value.status == 3
+
+
+@pytest.fixture
+def little_memory(host) -> Iterator[None]:
+    """The worker may take 100 MB more than it has, no swap."""
+    root = Path("/sys/fs/cgroup")
+    version_1 = (root / "memory").is_dir()
+    group = root / ("memory" if version_1 else ".") / f"muster-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit = "memory.limit_in_bytes" if version_1 else "memory.max"
+        (group / limit).write_text(str(100 << 20))
+        (group / "cgroup.procs").write_text(str(host.pid))
+    except OSError as error:
+        with suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"cannot limit the memory of a process: {error}")
+    yield
+    host.end()
+    group.rmdir()
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_worker_that_the_kernel_kills_for_memory_is_told_as_such(host):
+    with pytest.raises(WorkerDied) as caught:
+        call(host, "take_memory", 400 << 20)
+    assert (caught.value.status, caught.value.reason) == (-signal.SIGKILL, "the kernel was short of memory")
 
 
 def test_after_a_death_another_begins_without_the_imports(host, tmp_path):

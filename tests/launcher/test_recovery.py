@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import subprocess
 import time
 
 import psutil
 import pytest
 
+from tests.disturbed import COMMAND
 from tests.launcher.test_run import nothing_left
 
 __all__ = ["nothing_left"]
@@ -116,6 +119,31 @@ def test_a_diverged_loss_stops_the_run_or_its_batch_is_left_out(run, undisturbed
     assert [row["step"] for row in run.rows("sft/metrics.jsonl") if "skipped" in row] == [worst]
     assert run.result.losses[: worst - 1] == undisturbed.losses[: worst - 1]
     assert len(run.result.losses) == len(undisturbed.losses) - 1
+
+
+def test_a_drill_costs_nothing(run, undisturbed):
+    """`muster chaos`, with a checkpoint in between so that it is no matter of chance whether the run is given up."""
+    run.start("phases.sft.checkpoint.every=4", "phases.sft.micro_batch=4")
+    run.reach(8)
+    drill = subprocess.run(
+        [*COMMAND, "chaos", str(run.folder / "runs/job"), "--every", "3", "--times", "3"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    run.finish()
+    killed = re.findall(r"killed worker (\d), process (\d+)", drill.stdout)
+    assert drill.stdout.endswith("3 killed\n")
+    assert [str(incident["rank"]) for incident in run.events("incident")] == [rank for rank, _ in killed]
+    assert run.result.losses == pytest.approx(undisturbed.losses, rel=1e-5)  # micro-batches round differently
+
+
+def test_a_drill_needs_a_run_at_work(run):
+    run.start("phases.sft.max_steps=2")
+    run.finish()
+    for what in ("rank", "driver", "everything"):
+        command = [*COMMAND, "chaos", str(run.folder / "runs/job"), "--kill", what]
+        drill = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert drill.returncode == 2
+        assert ("is not running (it is done)" if what != "everything" else "none of rank, node, driver") in drill.stderr
 
 
 def test_a_killed_driver_leaves_a_run_that_resumes(run, undisturbed, nothing_left):

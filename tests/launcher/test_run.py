@@ -213,24 +213,6 @@ def test_ctrl_c_twice_stops_at_once(folder):
     assert "Traceback" not in out
 
 
-@pytest.mark.usefixtures("nothing_left")
-def test_a_killed_worker_is_named_and_the_run_can_be_resumed(whole, folder):
-    process = start(folder, "run", "job.yaml")
-    wait_for(lambda: steps_done(folder) >= 41, "step 41")
-    worker = next(
-        p for p in psutil.Process(process.pid).children(recursive=True) if "_Process" in " ".join(p.cmdline())
-    )
-    worker.kill()
-    status, out = finish(process)
-    assert status == 1, out
-    assert re.search(r"worker [01] died", out)
-    assert "Traceback" not in out
-    assert events(folder)[-1] == "failed"
-    status, out = muster(folder, "resume", "job")
-    assert status == 0, out
-    assert losses(folder) == losses(whole[0])
-
-
 def test_a_killed_driver_takes_its_workers_with_it(folder, nothing_left):
     process = start(folder, "run", "job.yaml", "phases.sft.max_steps=100000")
     wait_for(lambda: steps_done(folder) >= 1, "step 1")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from launcher.failures import Kind, NoMachines
+from launcher.failures import Kind, NoMachines, WorkerError
 from training.config import Resources
 from training.errors import InputError, TrainingError
 from training.group import results
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.cpu
 
 
 @contextmanager
-def probes(folder):
+def probes(folder, **resources):
     """Two workers with the role Probe."""
     from launcher.workers import WorkerGroup
 
-    workers = WorkerGroup(Resources(workers=2), lambda line: None)
+    workers = WorkerGroup(Resources(workers=2, **resources), print, print)
     try:
         workers.begin(folder / "logs")
         yield workers.build("probe", "tests.roles:Probe")
@@ -88,6 +88,32 @@ def test_the_victim_is_blamed_and_the_survivor_is_collateral(ray_cluster, tmp_pa
     assert caught.value.collateral in ((), (0,))
 
 
+def test_a_collective_that_one_worker_never_enters_is_a_hang(ray_cluster, tmp_path):
+    hang_after = 2.0
+    with probes(tmp_path, hang_after=hang_after) as group:
+        began = time.monotonic()
+        with pytest.raises(WorkerError, match="does not get on with step 7") as caught:
+            results(group.call("train", 0), 60)
+        took = time.monotonic() - began
+    assert (caught.value.rank, caught.value.kind) == (0, Kind.HANG)
+    assert hang_after < took < hang_after + 5
+    absent, waiting = (tmp_path / "logs/stacks.txt").read_text().split("== worker 1")
+    assert "in train" in absent
+    assert "all_reduce" in waiting
+
+
+def test_the_places_begin_again_at_once(ray_cluster, tmp_path):
+    with probes(tmp_path) as group:
+        with pytest.raises(WorkerError):
+            results(group.call("die_while_others_wait", 1), 60)
+        began = time.monotonic()
+        assert group.workers.end()
+        group.workers.begin(tmp_path / "again")
+        again = group.workers.build("probe", "tests.roles:Probe")
+        assert results(again.call("add_up", 2), 60) == [4, 4]
+        assert time.monotonic() - began < 5, "torch was imported anew"
+
+
 def test_a_call_that_takes_too_long_names_those_who_did_not_answer(group):
     with pytest.raises(TrainingError, match=r"has not answered `sleep` within 1 s \(workers 1\)"):
         results(group.call("sleep", 1, 3), 1)
@@ -111,7 +137,7 @@ def test_closing_ends_the_processes_and_gives_the_places_back(ray_cluster, tmp_p
         return ray.available_resources().get("CPU", 0)
 
     before = free()
-    workers = WorkerGroup(Resources(workers=1), lambda line: None)
+    workers = WorkerGroup(Resources(workers=1), print, print)
     workers.begin(tmp_path)
     assert all(psutil.pid_exists(pid) for pid in workers.pids)
     wait_until(lambda: free() == before - 1)
@@ -132,14 +158,14 @@ def test_a_gang_that_does_not_fit_waits_says_what_is_missing_and_gives_up(ray_cl
     with pytest.raises(
         NoMachines, match=r"did not come: 999 workers wanted, each with one CPU; the cluster has \d+ CPU .*, after 2 s"
     ):
-        WorkerGroup(Resources(workers=999, wait_for_machines=2.0), lambda line: None)
+        WorkerGroup(Resources(workers=999, wait_for_machines=2.0), print, print)
 
 
 def test_a_gang_that_may_be_smaller_takes_what_there_is(ray_cluster):
     from launcher.workers import WorkerGroup
 
     said: list[str] = []
-    workers = WorkerGroup(Resources(workers=999, min_workers=1, wait_for_machines=1.0), said.append)
+    workers = WorkerGroup(Resources(workers=999, min_workers=1, wait_for_machines=1.0), said.append, print)
     try:
         assert 1 <= workers.size < 999
         assert said[-1].startswith(f"going on with {workers.size} of 999 workers")
@@ -151,7 +177,7 @@ def test_a_gang_that_may_be_smaller_takes_what_there_is(ray_cluster):
 def test_two_groups_do_not_meet(ray_cluster, tmp_path):
     from launcher.workers import WorkerGroup
 
-    groups = [WorkerGroup(Resources(workers=1), lambda line: None) for _ in "ab"]
+    groups = [WorkerGroup(Resources(workers=1), print, print) for _ in "ab"]
     try:
         for name, group in zip("ab", groups, strict=True):
             group.begin(tmp_path / name)

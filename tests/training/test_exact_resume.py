@@ -30,6 +30,7 @@ def a_step_a_call():
     """So that a run can be stopped after any step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervised, "_TARGET_CALL_S", 0.0)
+        patch.setattr(supervised, "_SAVING_CALL_S", 0.0)
         yield
 
 

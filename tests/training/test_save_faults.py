@@ -87,7 +87,12 @@ def _save_for_ever(root: str, attempt: int, first: int, environment: dict[str, s
     told.send([step_of(folder) for folder in checkpoints.folders()])
     try:
         for step in range(first, first + 100_000):
-            save(checkpoints, step, world_size=4)
+            try:
+                save(checkpoints, step, world_size=4)
+            except (
+                FileNotFoundError
+            ):  # its staging folder was taken away under a worker; it is told when it begins the next
+                continue
             checkpoints.retain(2)
             told.send(step)
     except Superseded as error:

@@ -22,7 +22,10 @@ def test_evaluation_is_the_loss_per_target_token_of_all_held_out_rows(train, tin
 
 
 def test_metrics_have_what_the_design_promises(train):
-    row = train(2, stage=2).rows[0]
+    hooks = train(2, stage=2)
+    row = hooks.rows[0]
+    assert len(hooks.paces_seen) == 2
+    assert min(hooks.paces_seen) > 0
     assert row.keys() >= {
         "step", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "samples", "step_s", "tokens_per_s",
         "memory_gib", "workers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from training.checkpoints import OpenCheckpoints
@@ -24,6 +24,10 @@ class Hooks(Protocol):
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One row of metrics."""
+        ...
+
+    def paces(self, seconds_a_token: Sequence[float]) -> None:
+        """How fast each worker computed of late, in rank order; 0: not known."""
         ...
 
     def event(self, kind: str, **facts: Any) -> None:
