@@ -126,6 +126,49 @@ def test_fewer_machines_go_on_and_the_run_grows_again_when_they_are_back(lab, ru
     )  # sums of two and three workers round differently
 
 
+METADATA = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Taken(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"TRUE")
+HTTPServer(("127.0.0.1", 8123), Taken).serve_forever()
+"""
+
+
+@pytest.mark.slow
+def test_a_spot_machine_is_left_when_its_cloud_says_so(lab, run, undisturbed, monkeypatch):
+    """The metadata service of one machine says that it is preempted; those of the others do not answer."""
+    monkeypatch.setenv("MUSTER_CLOUD", "gcp")
+    monkeypatch.setenv("MUSTER_METADATA_URL", "http://127.0.0.1:8123")
+    run.start("phases.sft.micro_batch=4")
+    run.reach(8)
+    victim = run.machine_of(1)
+    service = lab[victim].run(sys.executable, "-c", METADATA, log=run.folder / "metadata.txt")
+    run.wait_for(lambda: run.events("moved"), "the move")
+    # The place is free again and its machine still there: the run would come back to it, were it not for the other one.
+    assert "(GCP preempts it)" in run.events("moved")[0]["why"]
+    lab[victim].switch_off()
+    service.wait(10)
+    run.finish()
+    lab.renew(victim)
+    assert run.result.losses == pytest.approx(undisturbed.losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_when_all_is_lost_but_the_storage_the_run_resumes_on_another_cluster(lab, run, undisturbed):
+    run.start("phases.sft.micro_batch=4")
+    run.wait_for(lambda: run.events("checkpoint"), "a checkpoint")
+    for machine in lab.machines.values():
+        machine.switch_off()
+    for machine in lab.machines.values():
+        machine.boot()
+    lab.start_ray(DRIVER, cpus=1)
+    run.start(verb="resume")
+    run.finish()
+    assert run.events("restored")
+    assert run.result.losses == pytest.approx(undisturbed.losses, rel=1e-5)
+
+
 def wait_until(condition: Callable[[], object], what: str, limit_s: float = 90) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():

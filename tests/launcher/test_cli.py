@@ -153,6 +153,19 @@ def test_an_export_writes_over_nothing(muster, run, monkeypatch, out, message):
     assert answer.err.startswith(f"{out}: {message}; choose another --out")
 
 
+@pytest.mark.parametrize(
+    ("kill", "err"),
+    [
+        ("rank", "is not running (it is lost); a drill needs a run at work"),
+        ("all", "all is none of rank, node, driver"),
+    ],
+)
+def test_a_drill_needs_a_run_at_work(muster, run, kill, err):
+    answer = muster("chaos", "sums", "--kill", kill)
+    assert answer.status == 2
+    assert err in answer.err
+
+
 def test_the_entry_point_is_the_app(monkeypatch):
     called = []
     monkeypatch.setattr(cli, "app", lambda: called.append(True))

@@ -76,6 +76,7 @@ def test_a_stopped_worker_is_a_hang_with_the_stacks_of_the_others(run, undisturb
     assert run.result == undisturbed
 
 
+@pytest.mark.slow
 def test_a_slow_save_and_a_slow_worker_are_no_hang(run, undisturbed):
     """Stopped for less than hang_after, again and again."""
     run.start("resources.hang_after=4")
@@ -121,6 +122,7 @@ def test_a_diverged_loss_stops_the_run_or_its_batch_is_left_out(run, undisturbed
     assert len(run.result.losses) == len(undisturbed.losses) - 1
 
 
+@pytest.mark.slow
 def test_a_drill_costs_nothing(run, undisturbed):
     """`muster chaos`, with a checkpoint in between so that it is no matter of chance whether the run is given up."""
     run.start("phases.sft.checkpoint.every=4", "phases.sft.micro_batch=4")
@@ -134,16 +136,6 @@ def test_a_drill_costs_nothing(run, undisturbed):
     assert drill.stdout.endswith("3 killed\n")
     assert [str(incident["rank"]) for incident in run.events("incident")] == [rank for rank, _ in killed]
     assert run.result.losses == pytest.approx(undisturbed.losses, rel=1e-5)  # micro-batches round differently
-
-
-def test_a_drill_needs_a_run_at_work(run):
-    run.start("phases.sft.max_steps=2")
-    run.finish()
-    for what in ("rank", "driver", "everything"):
-        command = [*COMMAND, "chaos", str(run.folder / "runs/job"), "--kill", what]
-        drill = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert drill.returncode == 2
-        assert ("is not running (it is done)" if what != "everything" else "none of rank, node, driver") in drill.stderr
 
 
 def test_a_killed_driver_leaves_a_run_that_resumes(run, undisturbed, nothing_left):
