@@ -80,6 +80,8 @@ class _RayGang:
         self.phase, self.name, self.cache, self.say, self.warn = phase, name, cache, say, warn
         self.workers: WorkerGroup | None = None
         self._avoided: frozenset[str] = frozenset()
+        self._leaving: frozenset[str] = frozenset()
+        """Ids of machines that are about to go."""
         self._grow, self._size, self._no_growth_before = False, 0, 0.0
         self.why_moved: str | None = None
 
@@ -90,7 +92,9 @@ class _RayGang:
         (role, target), *_ = RECIPES[self.phase.recipe].roles.items()
         if self.workers is None:
             wait_s = _GROW_S if self._grow else None
-            self.workers = WorkerGroup(self.phase.resources, self.say, self.warn, avoid=self._avoided, wait_s=wait_s)
+            self.workers = WorkerGroup(
+                self.phase.resources, self.say, self.warn, avoid=self._avoided, never=self._leaving, wait_s=wait_s
+            )
             if self._grow and self.workers.size <= self._size:  # free, but not in the right places
                 self._no_growth_before = time.monotonic() + self.phase.resources.wait_for_machines
         workers = self.workers
@@ -101,6 +105,8 @@ class _RayGang:
                 yield {role: workers.build(role, target, self.phase, str(self.cache))}
         finally:
             self.why_moved = self.reason_to_move()
+            if (node := workers.watch.leaving_node) is not None:
+                self._leaving |= {node}
             if self.why_moved is not None or not workers.end():
                 self.close()
 

@@ -49,15 +49,15 @@ def draining() -> dict[str, float]:
 
 
 def fitting(needs: Mapping[str, float], avoid: frozenset[str] = frozenset()) -> int:
-    """How many workers that need this would find a free place."""
+    """How many workers that need this would find a free place on other machines than those to avoid (ids)."""
     from ray._private.state import available_resources_per_node
 
     leaving = draining()
-    addresses = {found["NodeID"]: found["NodeManagerAddress"] for found in ray.nodes() if found["Alive"]}
+    alive = {found["NodeID"] for found in ray.nodes() if found["Alive"]}
     usable = {
         node_id: free
         for node_id, free in available_resources_per_node().items()
-        if addresses.get(node_id, "") not in avoid and node_id in addresses and node_id not in leaving
+        if node_id in alive and node_id not in avoid and node_id not in leaving
     }
     return sum(_places(free, needs) for free in usable.values())
 
@@ -66,6 +66,12 @@ def avoidable(needs: Mapping[str, float], least: int, avoid: frozenset[str]) -> 
     """The machines to avoid, none if `least` workers would not find a place without them."""
     others = [found for found in ray.nodes() if found["Alive"] and found["NodeManagerAddress"] not in avoid]
     return avoid if sum(_places(found["Resources"], needs) for found in others) >= least else frozenset()
+
+
+def ids(addresses: frozenset[str]) -> frozenset[str]:
+    """Of the machines with these addresses."""
+    found = ray.nodes() if addresses else []
+    return frozenset(node["NodeID"] for node in found if node["NodeManagerAddress"] in addresses)
 
 
 def _places(resources: Mapping[str, float], needs: Mapping[str, float]) -> int:
@@ -84,7 +90,7 @@ def gather(
 ) -> PlacementGroup:
     """Places for `wanted` workers, or after `wait_s` for as many as there is room for, if those are `least` or more.
 
-    `avoid`: addresses of machines that are not to be used. Raises NoMachines.
+    `avoid`: ids of machines that are not to be used. Raises NoMachines.
     """
     began = time.monotonic()
     group = _request(needs, wanted, avoid)
@@ -115,12 +121,8 @@ def _comes(group: PlacementGroup, within_s: float) -> bool:
 
 
 def _request(needs: Mapping[str, float], count: int, avoid: frozenset[str]) -> PlacementGroup:
-    selector = [{"ray.io/node-id": f"!in({','.join(sorted(ids))})"}] * count if (ids := _ids(avoid)) else None
+    selector = [{"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}] * count if avoid else None
     return placement_group([dict(needs)] * count, strategy="PACK", bundle_label_selector=selector)
-
-
-def _ids(addresses: frozenset[str]) -> list[str]:
-    return [found["NodeID"] for found in ray.nodes() if found["NodeManagerAddress"] in addresses] if addresses else []
 
 
 def _smaller(

@@ -49,7 +49,9 @@ class Watch:
         """Workers that are gone with their places."""
         self._warned: set[str] = set()
         self.leaving: str | None = None
-        """Which machine is about to be taken back, if one is."""
+        """Which machine is about to be taken back, if one is: in words."""
+        self.leaving_node: str | None = None
+        """Its id."""
 
     def met(self) -> None:
         """All places have answered for the first time. Remembers how to reach their machines while Ray can tell."""
@@ -93,13 +95,13 @@ class Watch:
     def _look_for_leaving(self) -> None:
         if self.leaving is not None:
             return
-        leaving = machines.draining()
-        for node in self._nodes:
-            if node["NodeID"] in leaving:
-                self.leaving = f"{node['NodeManagerAddress']} is about to be taken back"
-        for rank, signs in self.signs.items():
-            if signs.notice is not None:
-                self.leaving = f"{self.group.node_of(rank)} is about to be taken back ({signs.notice})"
+        draining = machines.draining()
+        for rank, node in enumerate(self._nodes):
+            notice = self.signs[rank].notice if rank in self.signs else None
+            if notice is not None or node["NodeID"] in draining:
+                why = notice or "it is being drained"
+                self.leaving = f"{node['NodeManagerAddress']} is about to be taken back ({why})"
+                self.leaving_node = node["NodeID"]
 
     def _look_for_full_memory(self) -> None:
         for rank, signs in self.signs.items():

@@ -142,6 +142,7 @@ class _RayFuture:
 class WorkerGroup:
     """N workers on a Ray cluster, placed together or not at all. Between `begin` and `end` their processes live.
 
+    `avoid`: addresses of machines that are used only if there are no others; `never`: ids of some that are not used at all.
     `say` receives a line when gathering takes time, `warn` one when a machine is in a bad way. Raises NoMachines if they
     do not come.
     """
@@ -153,6 +154,7 @@ class WorkerGroup:
         warn: Callable[[str], None],
         *,
         avoid: frozenset[str] = frozenset(),
+        never: frozenset[str] = frozenset(),
         wait_s: float | None = None,
     ):
         self.resources = resources
@@ -160,7 +162,7 @@ class WorkerGroup:
         self.gpus = machines.gpus_per_worker(resources)
         self.bundle = machines.bundle(resources, self.gpus)
         least = resources.min_workers or resources.workers
-        self.avoid = machines.avoidable(self.bundle, least, avoid)
+        self.avoid = machines.ids(machines.avoidable(self.bundle, least, avoid)) | never
         self.logs = Path()
         self.actors: list[Any] = []
         self.placement: PlacementGroup = machines.gather(

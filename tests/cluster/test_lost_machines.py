@@ -126,6 +126,20 @@ def test_fewer_machines_go_on_and_the_run_grows_again_when_they_are_back(lab, ru
     )  # sums of two and three workers round differently
 
 
+@pytest.mark.slow
+def test_a_machine_on_which_two_workers_died_is_avoided(lab, run, victim, undisturbed):
+    for attempt in (1, 2):
+        run.wait_for(lambda attempt=attempt: len(run.events("training")) == attempt, f"attempt {attempt}")
+        rank = next(rank for rank in (0, 1) if run.machine_of(rank) == victim)
+        run.reach(20 * attempt)
+        lab[victim].run("kill", "-9", str(run.worker(rank)["pid"]), log=run.log).wait(10)
+        run.wait_for(lambda attempt=attempt: len(run.events("incident")) == attempt, f"incident {attempt}")
+    out = run.finish()
+    assert f"avoided from now on: {lab[victim].address}" in out
+    assert victim not in {run.machine_of(0), run.machine_of(1)}
+    assert run.result == undisturbed
+
+
 METADATA = """
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Taken(BaseHTTPRequestHandler):
@@ -145,12 +159,11 @@ def test_a_spot_machine_is_left_when_its_cloud_says_so(lab, run, undisturbed, mo
     victim = run.machine_of(1)
     service = lab[victim].run(sys.executable, "-c", METADATA, log=run.folder / "metadata.txt")
     run.wait_for(lambda: run.events("moved"), "the move")
-    # The place is free again and its machine still there: the run would come back to it, were it not for the other one.
-    assert "(GCP preempts it)" in run.events("moved")[0]["why"]
-    lab[victim].switch_off()
-    service.wait(10)
     run.finish()
+    service.kill()
     lab.renew(victim)
+    (moved,) = run.events("moved")  # not back to it, though its place was free again
+    assert "(GCP preempts it)" in moved["why"]
     assert run.result.losses == pytest.approx(undisturbed.losses, rel=1e-5)
 
 
