@@ -44,6 +44,8 @@ class Result(NamedTuple):
 class Run:
     """`muster run` of a job on two workers that takes some seconds, in a folder of its own."""
 
+    settings: tuple[str, ...] = ()
+
     def __init__(self, tiny: Path, folder: Path):
         self.folder, self.log = folder, folder / "out.txt"
         (folder / "job.yaml").write_text(_JOB.format(tiny=tiny, folder=folder, steps=STEPS))
@@ -66,9 +68,13 @@ class Run:
     def environment(self) -> dict[str, str]:
         return {"MUSTER_CACHE": str(self.folder / "cache")}
 
-    def rows(self, file: str) -> list[dict]:
+    def read(self, file: str) -> bytes:
+        """A file of the run, empty if it is not there."""
         path = self.folder / "runs/job" / file
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+        return path.read_bytes() if path.exists() else b""
+
+    def rows(self, file: str) -> list[dict]:
+        return [json.loads(line) for line in self.read(file).split(b"\n")[:-1]]
 
     def events(self, kind: str) -> list[dict]:
         return [row for row in self.rows("events.jsonl") if row["event"] == kind]
@@ -107,8 +113,7 @@ class Run:
 
     @property
     def result(self) -> Result:
-        model = self.folder / "runs/job/sft/model/model.safetensors"
-        return Result([row["loss"] for row in self.steps], model.read_bytes())
+        return Result([row["loss"] for row in self.steps], self.read("sft/model/model.safetensors"))
 
     def close(self) -> None:
         if hasattr(self, "process") and self.process.poll() is None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from training.recipes.sft import SFTTrainer
 
@@ -30,17 +27,35 @@ class RecordingTrainer(SFTTrainer):
             file.write(json.dumps(row) + "\n")
         return answer
 
-    def _hand(self, store, samples: np.ndarray) -> Iterator[dict]:
+    def _collated(self, store, rows: list[list[int]]) -> dict:
         # What is collated is what is trained on: samples are known by their tokens' place in the store.
         if store is self.store:
             opened, trainer = store, self
 
             class Watched:
-                lengths_of = staticmethod(opened.lengths_of)
-
                 def __getitem__(self, index: int):
                     trainer.fed.append(index)
                     return opened[index]
 
             store = Watched()
-        yield from super()._hand(store, samples)
+        return super()._collated(store, rows)
+
+
+class FailingTrainer(SFTTrainer):
+    """Its model raises at the second micro-batch of a step."""
+
+    def setup(self):
+        facts = super().setup()
+        loss = self.engine._loss
+
+        def fail(micro):
+            if self.engine.micro_in_hand == 2:
+                raise ValueError("index out of range")
+            return loss(micro)
+
+        self.engine._loss = fail
+        return facts
+
+    def second_micro_batch(self) -> list[str]:
+        """Where its samples come from, in the first step."""
+        return [self.store.where(sample) for row in self._deal(self.store, self.samples_of(1))[1] for sample in row]

@@ -117,6 +117,8 @@ class Engine:
         }
         self.ds = _initialize(module, config, phase.optimizer)
         limit_waits(seat.timeout_s)
+        self.micro_in_hand = 0
+        """Number of the micro-batch that `step` has begun last, from 1."""
         self.stopwatch = Stopwatch(self.device)
         """Of the forward passes of `step`: below ZeRO-3 a worker waits for no other in them."""
 
@@ -136,6 +138,7 @@ class Engine:
         scale = self.size / targets
         total = torch.zeros((), device=self.device)
         for number, micro in enumerate(micro_batches, 1):
+            self.micro_in_hand = number
             self.ds.set_gradient_accumulation_boundary(number == len(micro_batches))
             with self.stopwatch:
                 loss = self._loss(micro)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from training.snapshot import ShardWriter
 from training.storage import place, why_not_writable
 
 GIB = 1 << 30
+_TOLD_ROWS = 5
 _MICRO_TOKENS = 4096
 _MICRO_TOKENS_PADDED_CPU = 1024
 """A CPU gains nothing from large micro-batches, and without packing small ones have less padding."""
@@ -163,7 +164,8 @@ class Trainer:
         limit = math.inf if self.phase.loss_limit is None else self.phase.loss_limit
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) and row["loss"] <= limit):
             raise Diverged(
-                f"step {row['step']}: the loss is {row['loss']}, the gradient norm {row['grad_norm']}: training has diverged",
+                f"step {row['step']}: the loss is {row['loss']}, the gradient norm {row['grad_norm']}: training has "
+                f"diverged; the batch: {self._told(self.samples_of(row['step']).tolist())}",
                 step=row["step"],
             )
 
@@ -173,9 +175,15 @@ class Trainer:
         samples = self.samples_of(step)
         targets = int(self.store.target_counts[samples].sum())
         rate = learning_rate(self.phase.learning_rate, self.phase.schedule, step, self.total_steps)
-        hand = list(self._hand(self.store, samples))
+        mine = self._deal(self.store, samples)
+        hand = [self._collated(self.store, rows) for rows in mine]
         self.own_tokens += sum(micro["input_ids"].numel() for micro in hand if micro["input_ids"] is not None)
-        loss, norm = self.engine.step(hand, targets=targets, learning_rate=rate)
+        try:
+            loss, norm = self.engine.step(hand, targets=targets, learning_rate=rate)
+        except Exception as error:
+            told = [sample for row in mine[self.engine.micro_in_hand - 1] for sample in row]
+            error.add_note(f"in step {step}, with the rows {self._told(told)}")
+            raise
         tokens, seconds = int(self.store.lengths_of(samples).sum()), time.perf_counter() - began
         return {
             "step": step,
@@ -200,9 +208,21 @@ class Trainer:
 
     def _hand(self, store: TokenStore, samples: np.ndarray) -> Iterator[dict[str, Tensor | None]]:
         """This worker's micro-batches of a global batch."""
-        lengths = store.lengths_of(samples).tolist()
-        for rows in deal(lengths, self.seat.size, self.limits)[self.seat.rank]:
-            yield collate([[store[int(samples[i])] for i in row] for row in rows])
+        return (self._collated(store, rows) for rows in self._deal(store, samples))
+
+    def _deal(self, store: TokenStore, samples: np.ndarray) -> list[list[list[int]]]:
+        """This worker's micro-batches: rows of sample numbers."""
+        mine = deal(store.lengths_of(samples).tolist(), self.seat.size, self.limits)[self.seat.rank]
+        return [[[int(samples[i]) for i in row] for row in rows] for rows in mine]
+
+    def _collated(self, store: TokenStore, rows: list[list[int]]) -> dict[str, Tensor | None]:
+        return collate([[store[sample] for sample in row] for row in rows])
+
+    def _told(self, samples: Sequence[int]) -> str:
+        """Where samples came from: `data/sft.jsonl:42, data/sft.jsonl:7 and 3 more`."""
+        first = ", ".join(self.store.where(sample) for sample in samples[:_TOLD_ROWS])
+        more = len(samples) - _TOLD_ROWS
+        return f"{first} and {more} more" if more > 0 else first
 
     def evaluate(self) -> dict[str, float]:
         """Loss per target token over all of `data.eval`."""

@@ -5,57 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from tests import disturbed
-from tests.cluster import lab as labs
-from tests.cluster.lab import Lab
-
-pytestmark = pytest.mark.skipif(labs.why_not() is not None, reason=str(labs.why_not()))
-
-DRIVER, WORKING = "a", "bcd"
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    """A machine for the driver, and three with a place for one worker each."""
-    with Lab(DRIVER + WORKING) as lab:
-        lab.start_ray(DRIVER, cpus=1)
-        yield lab
-
-
-class LabRun(disturbed.Run):
-    """`muster run` on the driver's machine."""
-
-    def __init__(self, lab: Lab, tiny: Path, folder: Path):
-        super().__init__(tiny, folder)
-        self.lab = lab
-
-    def popen(self, command: list[str]) -> subprocess.Popen:
-        return self.lab[DRIVER].run(*command, log=self.log, RAY_ADDRESS=self.lab.address, **self.environment)
-
-    def machine_of(self, rank: int) -> str:
-        """Name of the machine of a worker."""
-        address = self.worker(rank)["machine"]
-        return next(name for name, machine in self.lab.machines.items() if machine.address == address)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.lab[DRIVER].run("pkill", "-9", "-f", "launcher.cli", log=self.log).wait(10)
-            self.process.wait(10)
-
-
-@pytest.fixture
-def run(lab, tiny, tmp_path) -> Iterator[LabRun]:
-    run = LabRun(lab, tiny, tmp_path)
-    yield run
-    run.close()
+from tests.cluster.conftest import DRIVER, LabRun
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import time
 import psutil
 import pytest
 
-from tests.disturbed import COMMAND
+from tests.disturbed import COMMAND, Run
 from tests.launcher.test_run import nothing_left
+from training.storage import place
 
 __all__ = ["nothing_left"]
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nothing_left")]
@@ -135,6 +136,34 @@ def test_a_drill_costs_nothing(run, undisturbed):
     killed = re.findall(r"killed worker (\d), process (\d+)", drill.stdout)
     assert drill.stdout.endswith("3 killed\n")
     assert [str(incident["rank"]) for incident in run.events("incident")] == [rank for rank, _ in killed]
+    assert run.result.losses == pytest.approx(undisturbed.losses, rel=1e-5)  # micro-batches round differently
+
+
+class RunInBucket(Run):
+    """What it writes is read from the bucket alone."""
+
+    storage: str
+
+    def read(self, file: str) -> bytes:
+        try:
+            return place(f"{self.storage}/job/{file}").read()
+        except FileNotFoundError:
+            return b""
+
+
+def test_a_run_in_a_bucket_goes_on_too(s3, tiny, tmp_path, undisturbed):
+    run = RunInBucket(tiny, tmp_path)
+    run.storage = f"{s3.url}/runs"
+    try:
+        run.start(f"storage={run.storage}", "phases.sft.micro_batch=4")
+        run.wait_for(lambda: run.events("checkpoint"), "a checkpoint in the bucket")
+        os.kill(run.worker(1)["pid"], signal.SIGKILL)
+        run.finish()
+    finally:
+        run.close()
+    assert run.incident["class"] == "killed"
+    assert run.incident["checkpoint"] >= 20
+    assert [row["attempt"] for row in run.events("started")] == [1, 2]
     assert run.result.losses == pytest.approx(undisturbed.losses, rel=1e-5)  # micro-batches round differently
 
 

@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+from tests.fork_group import ForkGroup
 from tests.training_fixtures import sft_phase
+from training.errors import Diverged, TrainingError
+from training.group import results
 
 pytestmark = pytest.mark.cpu
 
@@ -40,11 +43,23 @@ def test_a_smaller_last_batch_ends_the_epoch(train):
 
 
 def test_a_loss_that_is_not_a_number_ends_the_training(train, tmp_path):
-    from training.errors import TrainingError
-
-    with pytest.raises(TrainingError, match=r"step \d+: the loss is (nan|inf)"):
+    with pytest.raises(
+        Diverged, match=r"step \d+: the loss is (nan|inf).*; the batch: .*train.jsonl:\d+.* and 11 more"
+    ):
         train(2, stage=2, learning_rate=1e30, clip=None, checkpoints=tmp_path)
     assert list(tmp_path.glob("step-*")) == [], "weights that are not numbers were saved"
+
+
+def test_an_error_in_the_model_names_the_step_and_the_rows(tiny):
+    phase = sft_phase(tiny, micro_batch=4)
+    with ForkGroup(1, "tests.recording_trainer:FailingTrainer", phase, str(tiny / "cache")) as group:
+        results(group.call("setup"))
+        (rows,) = results(group.call("second_micro_batch"))
+        with pytest.raises(TrainingError) as caught:
+            results(group.call("train", 0, 1))
+    assert len(rows) == 4
+    assert caught.value.__cause__.__notes__ == [f"in step 1, with the rows {', '.join(rows)}"]
+    assert all(row.startswith(f"{tiny}/train.jsonl:") for row in rows)
 
 
 def test_the_exported_model_is_the_trained_one(train, tiny, tmp_path):

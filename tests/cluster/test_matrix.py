@@ -1,0 +1,134 @@
+"""Every fault at every moment, and many at random: on real machines, with the weights of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.cluster.conftest import DRIVER, LabRun
+from tests.cluster.lab import Lab
+from tests.disturbed import Result, Run
+
+pytestmark = pytest.mark.slow
+
+HANG_AFTER_S = 4
+
+
+def kill_worker(lab: Lab, run: LabRun, victim: str) -> None:
+    _signal(lab, victim, signal.SIGKILL, run)
+
+
+def stop_worker(lab: Lab, run: LabRun, victim: str) -> None:
+    _signal(lab, victim, signal.SIGSTOP, run)
+
+
+def _signal(lab: Lab, victim: str, number: signal.Signals, run: LabRun) -> None:
+    pids = [
+        worker["pid"] for worker in run.events("workers")[-1]["workers"] if worker["machine"] == lab[victim].address
+    ]
+    lab[victim].run("kill", f"-{number.value}", str(pids[0]), log=run.log).wait(10)
+
+
+def kill_place(lab: Lab, run: LabRun, victim: str) -> None:
+    _kill(lab[victim].processes_with("ray::"))
+
+
+def kill_raylet(lab: Lab, run: LabRun, victim: str) -> None:
+    _kill(lab[victim].processes_with("raylet/raylet"))
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def switch_off(lab: Lab, run: LabRun, victim: str) -> None:
+    lab[victim].switch_off()
+
+
+def cut_off(lab: Lab, run: LabRun, victim: str) -> None:
+    lab.cut(victim)
+
+
+def kill_driver(lab: Lab, run: LabRun, victim: str) -> None:
+    _kill(lab[DRIVER].processes_with("launcher.cli"))
+    run.process.wait(10)
+    run.start(*run.settings, verb="resume")
+
+
+FAULTS: dict[str, Callable[[Lab, LabRun, str], None]] = {
+    "worker killed": kill_worker,
+    "worker stopped": stop_worker,
+    "place killed": kill_place,
+    "Ray of a machine killed": kill_raylet,
+    "machine switched off": switch_off,
+    "machine cut off": cut_off,
+    "driver killed": kill_driver,
+}
+MOMENTS = {"training": "phases.sft.checkpoint.every=20", "saving": "phases.sft.checkpoint.every=1"}
+"""With a save after every step there is always one under way."""
+
+
+def start(run: LabRun, *settings: str) -> None:
+    run.settings = (f"resources.hang_after={HANG_AFTER_S}", *settings)
+    run.start(*run.settings)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_run_comes_to_the_same_end(lab, run, undisturbed, fault, moment):
+    start(run, MOMENTS[moment])
+    run.reach(40)
+    victim = run.machine_of(1)
+    FAULTS[fault](lab, run, victim)
+    out = run.finish()
+    assert len(run.events("started")) == 2, out
+    assert run.result == undisturbed
+    lab.renew(victim)
+
+
+SOAK_STEPS = int(os.environ.get("MUSTER_SOAK_STEPS", "400"))
+"""About a fifth of a second each, and the faults."""
+SOAK = (f"phases.sft.max_steps={SOAK_STEPS}", "phases.sft.micro_batch=4", "phases.sft.eval_every=100")
+
+
+@pytest.fixture
+def calm(tiny, tmp_path_factory) -> Result:
+    run = Run(tiny, tmp_path_factory.mktemp("calm"))
+    run.start(*SOAK)
+    run.process.wait(3600)
+    return run.result
+
+
+@pytest.mark.timeout(7200)
+def test_faults_at_random_lose_nothing(lab, run, calm):
+    """A fault every 5 to 20 s until the run is done. A machine that was hurt is renewed before the next."""
+    rng = random.Random(int(os.environ.get("MUSTER_SOAK_SEED", "1")))
+    start(run, *SOAK)
+    struck = []
+    while run.process.poll() is None:
+        seen = len(run.steps)
+        try:
+            run.wait_for(lambda seen=seen: len(run.steps) > seen, "a step", 300)
+        except AssertionError:
+            if run.process.poll() == 0:
+                break
+            raise
+        time.sleep(rng.uniform(5, 20))
+        if run.process.poll() is not None:
+            break
+        fault, victim = rng.choice(list(FAULTS)), run.machine_of(rng.choice((0, 1)))
+        struck.append(fault)
+        attempts = len(run.events("started"))
+        FAULTS[fault](lab, run, victim)
+        run.wait_for(lambda n=attempts: len(run.events("started")) > n, f"the attempt after: {fault}", 120)
+        lab.renew(victim)
+    out = run.finish()
+    assert [row["step"] for row in run.steps] == list(range(1, SOAK_STEPS + 1)), out
+    assert run.result == calm
+    print(f"{len(struck)} faults: {struck}")
