@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from launcher import job as jobs
 from launcher import mirror
+from launcher.explain import did_you_mean
 from launcher.job import Job
 from launcher.mirror import Mirror
 from launcher.runs import EVENTS, JOB, LOCK, PATIENCE_S, RunFolder, append, now, phase_with_checkpoints, told_as_input
@@ -122,16 +123,37 @@ def _changes(held: RunFolder, job: Job) -> list[str]:
     return jobs.differences(replace(held.job(), name=job.name), job)
 
 
-def check(job: Job, go_on: GoOn = GoOn()) -> None:
-    """Raises InputError if the run folder of a job holds something else, another job or a finished run. Writes nothing."""
+def check(job: Job, go_on: GoOn = GoOn(), only: str | None = None) -> None:
+    """Raises InputError if the run folder of a job holds something else, another job or a finished run. Writes nothing.
+
+    So it does if `only` that phase is to be run and it is none, is finished, or starts from one that is not.
+    """
     address = _address(job)
+    finished: set[str] = set()
     with told_as_input(address):
         if not is_remote(address):
             if Path(address).is_dir():
                 _refuse_others(RunFolder(Path(address)), job, go_on)
+                finished = RunFolder(Path(address)).finished_phases()
         else:
             remote = place(address, patience_s=PATIENCE_S)
-            _refuse_others(RunFolder(mirror.view(remote), remote), job, go_on)
+            run = RunFolder(mirror.view(remote), remote)
+            _refuse_others(run, job, go_on)
+            finished = run.finished_phases()
+    if only is not None:
+        _refuse_phase(job, only, finished)
+
+
+def _refuse_phase(job: Job, only: str, finished: set[str]) -> None:
+    if only not in job.phases:
+        raise InputError.of(
+            "--only", f"there is no phase {only}{did_you_mean(only, job.phases)}; there are {', '.join(job.phases)}"
+        )
+    if only in finished:
+        raise InputError.of("--only", f"{only} is finished; go back with `muster resume RUN --step N --phase {only}`")
+    phase = job.phases[only]
+    if phase.starts_from_phase and phase.from_ not in finished:
+        raise InputError.of("--only", f"{only} starts from {phase.from_}, which is not finished; run that first")
 
 
 def _address(job: Job) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -37,6 +38,8 @@ def check(job: Job, *, inline: bool) -> None:
         wrong = (inline and _one_inline(phase.resources)) or _too_few_gpus(phase.resources) or _too_little_memory(phase)
         if wrong:
             problems.append(Problem(str(job.file), f"phases.{name}.resources.workers", wrong))
+        if wrong := _cannot_quantize(phase):
+            problems.append(Problem(str(job.file), f"phases.{name}.model.lora.bits", wrong))
     if problems:
         raise InputError(problems)
 
@@ -64,6 +67,17 @@ def _too_few_gpus(resources: Resources) -> str | None:
         return "gpus_per_worker is 1, this machine has no GPU; leave it at auto to train on CPUs"
     if gpus and resources.gpus_per_worker != 0 and resources.workers > gpus:
         return f"{resources.workers} workers need a GPU each, this machine has {gpus}"
+    return None
+
+
+def _cannot_quantize(phase: Phase) -> str | None:
+    lora = phase.model.lora
+    if lora is None or lora.bits is None:
+        return None
+    if phase.resources.gpus_per_worker == 0 or not num_gpus():
+        return "4-bit weights need a GPU, and there is none for the workers; leave `bits` out to train adapters on whole weights"
+    if find_spec("bitsandbytes") is None:
+        return "4-bit weights need the package bitsandbytes; pip install bitsandbytes"
     return None
 
 

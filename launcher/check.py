@@ -11,10 +11,12 @@ from launcher import capacity, trackers
 from launcher import job as jobs
 from launcher.cache import cache_folder
 from launcher.job import Job
+from training import questions
 from training.config import Phase
 from training.data import files
 from training.data.files import HubSplit, Located
 from training.errors import InputError, Problem
+from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES
 
 
@@ -48,11 +50,12 @@ def check(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def _rows(phase: Phase) -> dict[str, Any]:
     """Counts of the rows of a phase, and what could not be looked at."""
+    questions.check(phase)
     located = [
         source
         for data in (phase.data.train, phase.data.eval)
         if data is not None
-        for source in files.expand(data, Path.cwd())
+        for source in files.expand(data, Path.cwd(), documents=RECIPES[phase.recipe].reads_documents)
     ]
     local = [source for source in located if not _on_hub(source)]
     notes = [
@@ -62,7 +65,7 @@ def _rows(phase: Phase) -> dict[str, Any]:
     ]
     if not local:
         return {"recipe": phase.recipe, "notes": notes}
-    tokenizer = phase.model.tokenizer or phase.model.path
+    tokenizer = tokenizer_of(phase.model)
     if notes or not os.path.isdir(tokenizer):
         from training.data.prepare import check_rows
 

@@ -89,11 +89,17 @@ def check(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> N
 
 
 @verb
-def run(job: JobFile, overrides: Overrides = None, inline: Inline = False) -> int:
+def run(
+    job: JobFile,
+    overrides: Overrides = None,
+    inline: Inline = False,
+    only: Annotated[str | None, typer.Option(metavar="PHASE", help="Run this phase alone.")] = None,
+) -> int:
     """Run a job here (or on the Ray cluster at RAY_ADDRESS). An interrupted run of the same job goes on."""
     from launcher import check, driver
 
-    return driver.run_job(check.load(job, overrides or [], inline=inline), inline=inline, console=_console())
+    checked = check.load(job, overrides or [], inline=inline)
+    return driver.run_job(checked, inline=inline, console=_console(), only=only)
 
 
 @verb
@@ -181,12 +187,15 @@ def export(
     ] = None,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest whole one.")] = None,
     phase: Annotated[str | None, typer.Option(help="Phase. Default: the last one that has a checkpoint.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="LoRA: the whole model with the adapter added, not the adapter.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint as a plain Hugging Face folder."""
+    """Write a checkpoint as a plain Hugging Face folder, or, trained with LoRA, as a PEFT adapter."""
     from launcher import exports, runs
 
-    _show(exports.export(runs.find(run), phase=phase, step=step, out=out), exports.lines, as_json)
+    _show(exports.export(runs.find(run), phase=phase, step=step, out=out, merge=merge), exports.lines, as_json)
 
 
 @verb
@@ -208,6 +217,47 @@ def generate(
         model, prompt or [], file, limit, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat
     )
     _show(answers, prompts.lines, as_json)
+
+
+@verb
+def eval_(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run, or model folder.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="File of rows with a question and its answer.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows to take.")] = None,
+    question: Annotated[str | None, typer.Option(help="Column of the question.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Column of the answer.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to each question; more than 1 gives pass@k.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
+    template: Annotated[str, typer.Option(help="auto (as the model has learnt), plain or chat.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Responses that one worker writes at a time.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions out.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model: the win rate over it.")] = None,
+    reward: Annotated[str | None, typer.Option(metavar="MODEL", help="The reward model that judges --against.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL file to write every response to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a model questions and compare its answers with the right ones, or two models before a reward model."""
+    from launcher import evaluation
+    from training.config import Questions
+
+    if (against is None) != (reward is None):
+        raise InputError.of("command line", "--against and --reward go together")
+    if samples > 1 and temperature == 0:
+        raise InputError.of("--temperature", "several samples at temperature 0 are the same; choose one, such as 0.7")
+    columns = {name: column for name, column in (("question", question), ("answer", answer)) if column}
+    settings = Questions(
+        data=str(data), columns=columns, limit=limit, max_new_tokens=max_new_tokens, samples=samples,
+        temperature=temperature, top_p=top_p, batch=batch,
+    )  # fmt: skip
+    how: dict[str, Any] = {"template": template, "workers": workers, "seed": seed, "out": out}
+    if against is not None and reward is not None:
+        report = evaluation.compare(model, against, reward, data, settings, **how)
+    else:
+        report = evaluation.evaluate(model, data, settings, **how)
+    _show(report, evaluation.lines, as_json)
 
 
 def _show(value: Any, as_lines: Callable[[Any], Iterable[str]], as_json: bool) -> None:

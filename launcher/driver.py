@@ -23,6 +23,7 @@ from launcher.runs import RunFolder
 from training.config import Phase
 from training.errors import InputError, MusterError, Problem
 from training.group import Group, results
+from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES, resolve
 from training.storage import Place
 
@@ -31,19 +32,19 @@ DONE, FAILED, INPUT_WRONG, RESUME_ME, INTERRUPTED = 0, 1, 2, 75, 130
 _EXPORT_S = 3600.0
 
 
-def run_job(job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn()) -> int:
-    """Run a job to its end, or go on with it; returns the exit status.
+def run_job(job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn(), only: str | None = None) -> int:
+    """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone.
 
     Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
     """
-    attempts.check(job, go_on)
+    attempts.check(job, go_on, only)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         _get_ready(job, stack, inline=inline)
         interrupts.take()
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
-        status = _run_phases(run, job, interrupts, console, inline=inline)
+        status = _run_phases(run, job, interrupts, console, inline=inline, only=only)
         interrupts.end()
         return status
 
@@ -78,13 +79,16 @@ def _in_background(function: Callable[[], None]) -> Callable[[], None]:
     return wait
 
 
-def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console, *, inline: bool) -> int:
+def _run_phases(
+    run: OpenRun, job: Job, interrupts: Interrupts, console: Console, *, inline: bool, only: str | None
+) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"run {run.address}, attempt {run.attempt}")
     try:
-        done = all(_run_phase(run, job, name, interrupts, console, inline) for name in _unfinished(run, job))
+        wanted = [name for name in _unfinished(run, job) if only in (None, name)]
+        done = all(_run_phase(run, job, name, interrupts, console, inline) for name in wanted)
     except KeyboardInterrupt:
         with suppress(OSError):
             run.event("interrupted", orderly=False)
@@ -99,8 +103,11 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
     except Exception as error:  # a defect: recorded, and shown with its traceback
         _record_failure(run, error)
         raise
-    run.event("done" if done else "interrupted")
-    if not done:
+    rest = list(_unfinished(run, job))
+    run.event("interrupted" if rest else "done")
+    if done and rest:
+        say(f"{only} is done; `muster resume {run.address}` goes on with {', '.join(rest)}")
+    elif not done:
         say(f"stopped; `muster resume {run.address}` goes on")
     return DONE if done else _stopped(interrupts)
 
@@ -117,11 +124,13 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
 
 def prepare(job: Job) -> None:
     """Check and tokenise the data of every phase, once. Raises InputError with the bad rows of all of them."""
+    from training import questions
     from training.data.stores import open_stores
 
     problems: list[Problem] = []
     for phase in job.phases.values():
         try:
+            questions.check(phase)
             open_stores(phase, cache_folder())
         except InputError as error:
             problems += [problem for problem in error.problems if problem not in problems]
@@ -184,9 +193,10 @@ def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang)
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:
     """The phase with the model of the phase that it starts from, and the tokenizer that its data was checked with."""
-    if phase.from_ is None:
+    if not phase.starts_from_phase:
         return phase
-    changes = {"path": str(run.model(phase.from_)), "tokenizer": phase.model.tokenizer or phase.model.path}
+    assert phase.from_ is not None
+    changes = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}
     return phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
 
 

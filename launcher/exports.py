@@ -15,20 +15,22 @@ from training.modelfiles import at_hand
 from training.storage import Local, Place, place
 
 
-def export(run: RunFolder, *, phase: str | None, step: int | None, out: str | None) -> dict[str, Any]:
+def export(run: RunFolder, *, phase: str | None, step: int | None, out: str | None, merge: bool) -> dict[str, Any]:
     """Raises InputError for a phase or step that is not there, CheckpointError if no checkpoint is whole."""
     job = run.job()
     name = phase_with_checkpoints(run, phase)
+    if merge and job.phases[name].model.lora is None:
+        raise InputError.of("--merge", f"{name} trained all weights; there is no adapter to merge")
     folder = _checkpoint(Checkpoints(run.checkpoints(name)), step)
     if out is not None:
         _refuse_to_overwrite(place(out, patience_s=PATIENCE_S))
-    target = place(out) if out is not None else run.root / name / f"model-{step_of(folder)}"
+    target = place(out) if out is not None else run.root / name / f"model-{step_of(folder)}{'-merged' if merge else ''}"
     from training.export import export as write
 
     start = at_hand(with_its_start(job.phases[name], run), cache_folder())
 
     try:
-        write(folder, target, start)
+        write(folder, target, start, merge=merge)
     except OSError as error:
         raise InputError.of(str(target), f"cannot be written: {error}; make room, or choose another --out") from error
     return {"phase": name, "step": step_of(folder), "model": str(target)}

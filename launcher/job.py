@@ -36,6 +36,7 @@ from training import modelfiles
 from training.config import Model, Phase, Resources, Settings, Sharding
 from training.data import files, templates
 from training.errors import InputError
+from training.recipes import RECIPES
 from training.storage import is_remote, place
 
 NEUTRAL = (
@@ -199,13 +200,18 @@ def _missing_files(job: Job) -> Iterator[tuple[KeyPath, str]]:
         prefix: KeyPath = ("phases", name)
         data = phase.data
         for key, source in (("train", data.train), ("eval", data.eval)):
-            for inner, message in _source_problems(source, job.file.parent) if source is not None else ():
+            for inner, message in _source_problems(source, job.file.parent, phase) if source is not None else ():
                 yield (*prefix, "data", key, *inner), message
+        for key in ("data", "verdicts") if phase.eval is not None else ():
+            asked = getattr(phase.eval, key)
+            for _, message in _source_problems(asked, job.file.parent, phase) if asked is not None else ():
+                yield (*prefix, "eval", key), message
         if problem := _template_problem(data.template):
             yield (*prefix, "data", "template"), problem
-        if phase.from_ is None and os.path.isabs(phase.model.path):
-            for problem in _model_problems(phase.model):
-                yield (*prefix, "model", "path"), problem
+        if not phase.starts_from_phase and os.path.isabs(phase.model.path):
+            where: KeyPath = ("model", "path") if phase.from_ is None else ("from",)
+            for problem in _model_problems(phase):
+                yield (*prefix, *where), problem
         tokenizer = phase.model.tokenizer
         if tokenizer and os.path.isabs(tokenizer) and not modelfiles.has_tokenizer(Path(tokenizer)):
             yield (
@@ -214,9 +220,9 @@ def _missing_files(job: Job) -> Iterator[tuple[KeyPath, str]]:
             )
 
 
-def _source_problems(source: Any, folder: Path) -> Iterator[tuple[KeyPath, str]]:
+def _source_problems(source: Any, folder: Path, phase: Phase) -> Iterator[tuple[KeyPath, str]]:
     try:
-        files.expand(source, folder, what="")
+        files.expand(source, folder, what="", documents=RECIPES[phase.recipe].reads_documents)
     except InputError as error:
         for problem in error.problems:
             index = re.fullmatch(r"\[(\d+)\]", problem.what)  # of the list's entry
@@ -232,11 +238,16 @@ def _template_problem(template: str) -> str | None:
     return f"no template {template}; there are {', '.join(names)}, or name a Jinja file{did_you_mean(template, names)}"
 
 
-def _model_problems(model: Model) -> list[str]:
+def _model_problems(phase: Phase) -> list[str]:
+    model = phase.model
     try:
         modelfiles.inspect(
-            Path(model.path), tokenizer_elsewhere=model.tokenizer is not None, trust_remote_code=model.trust_remote_code
+            Path(model.path),
+            tokenizer_elsewhere=model.tokenizer is not None,
+            trust_remote_code=model.trust_remote_code,
+            classifier=RECIPES[phase.recipe].makes == "classifier",
         )
+        modelfiles.check_continues(model)
     except InputError as error:
         return [str(problem) for problem in error.problems]
     return []

@@ -48,6 +48,12 @@ class PhaseRun:
         for tracker in self.trackers:
             tracker.log(row["step"], numbers)
 
+    def answers(self, step: int, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        folder = self.folder / runs.ANSWERS
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{kind.replace('_', '-')}step-{step:08d}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
     def paces(self, seconds_a_token: Sequence[float]) -> None:
         for rank, times in self.stragglers.look(seconds_a_token).items():
             machine = self.gang.members()[rank]["machine"]

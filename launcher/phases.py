@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import rawdeepspeed
+from launcher import rawdeepspeed, yamlfile
 from launcher.explain import UNKNOWN_KEY, did_you_mean, validated
 from launcher.problems import Report
 from launcher.yamlfile import COMMAND_LINE, Document, KeyPath, dotted
-from training.config import Data, Phase, Source
+from training.config import Data, Phase, Questions, Source
 from training.data import files
+from training.errors import InputError
+from training.modelfiles import ADAPTER_CONFIG
 from training.recipes import RECIPES
+from training.storage import is_remote
 
 SHARED = ("model", "resources", "sharding", "seed", "deepspeed")
 """Keys that hold for all phases when they stand at the top of the job."""
@@ -47,6 +50,8 @@ class _Drafting:
     own: dict[str, Any]
     earlier: list[str]
     """Names of the phases before this one."""
+    start_unknown: bool = False
+    """`from` names nothing that there is: that was told."""
 
     def phase(self, valid: dict[str, Phase]) -> Phase | None:
         if not _PHASE_NAME.fullmatch(self.name):
@@ -86,16 +91,54 @@ class _Drafting:
     def start(self, draft: dict[str, Any]) -> dict[str, Any]:
         """`from` filled in and, where there is a predecessor, a `model.path` that `anchored` replaces."""
         given = draft.get("from")
-        if given is not None and given not in self.earlier and isinstance(given, str):
+        if isinstance(given, str) and given not in self.earlier:
+            outside = self.outside(given)
+            if outside is not None:
+                return {"from": outside, "model": {"path": outside, **_of(draft, "model")}}
             self.add(("from",), self.no_such_start(given))
+            self.start_unknown = True
         if not self.earlier or not isinstance(draft.get("model", {}), dict):
             return {}
         start = given if given in self.earlier or not isinstance(given, str | None) else self.earlier[-1]
         return {"from": start, "model": {"path": "", **draft.get("model", {})}}
 
+    def outside(self, given: str) -> str | None:
+        """The model folder that `from` means if it means a folder, or a run, or RUN/PHASE. None: there is no such thing."""
+        if is_remote(given):
+            return given.rstrip("/")
+        folder = absolute(given, self.base(("from",)))
+        if _is_model(folder) or os.path.isabs(given):
+            return self.model_of_run(folder) if os.path.exists(os.path.join(folder, "job.yaml")) else folder
+        storage = str(self.document.data.get("storage", "runs"))
+        runs = (
+            absolute(storage, base_folder(self.document, ("storage",), self.file)) if not is_remote(storage) else None
+        )
+        run, _, phase = given.partition("/")
+        for run_folder, wanted in ((folder, ""), (f"{runs}/{run}", phase)):
+            if runs is not None and os.path.exists(os.path.join(run_folder, "job.yaml")):
+                return self.model_of_run(run_folder, wanted)
+        return None
+
+    def model_of_run(self, folder: str, phase: str = "") -> str:
+        """The model of a run's phase, of the last one unless it is named."""
+        phases = _phases_in(Path(folder) / "job.yaml")
+        name = phase or (phases[-1] if phases else "")
+        model = os.path.join(folder, name, "model")
+        if name not in phases:
+            self.add(
+                ("from",),
+                f"the run {folder} has no phase {name}{did_you_mean(name, phases)}; it has {', '.join(phases)}",
+            )
+        elif not _is_model(model):
+            self.add(("from",), f"the phase {name} of the run {folder} is not finished: there is no {model}")
+        return model
+
     def no_such_start(self, given: str) -> str:
         if not self.earlier:
-            return "the first phase has no phase before it to start from; remove `from` and set model.path"
+            known = "no model folder and no run in the storage"
+            if given in self.document.data["phases"]:
+                known = "no phase before this one"
+            return f'"{given}" is {known}; name a folder or a finished run, or remove `from` and set model.path'
         later = " comes later" if given in self.document.data["phases"] else " is no phase of this job"
         meant = did_you_mean(given, self.earlier) or f"; phases before this one: {', '.join(self.earlier)}"
         return f'"{given}"{later}{meant}'
@@ -123,25 +166,56 @@ class _Drafting:
     def anchored(self, phase: Phase, valid: dict[str, Phase]) -> Phase:
         """The phase with absolute paths, and the model path of the phase that it starts from."""
         model = phase.model
-        update = {
-            "path": self.model_path(("model", "path"), model.path) if not phase.from_ else self.base_path(phase, valid)
-        }
+        update: dict[str, Any] = {"path": self.start_path(phase, valid)}
         if model.tokenizer is not None:
             update["tokenizer"] = self.model_path(("model", "tokenizer"), model.tokenizer)
         return phase.model_copy(
-            update={"model": model.model_copy(update=update), "data": self.anchored_data(phase.data)}
+            update={
+                "model": model.model_copy(update=update),
+                "data": self.anchored_data(phase.data),
+                "eval": phase.eval and self.anchored_questions(phase.eval),
+            }
         )
 
-    def base_path(self, phase: Phase, valid: dict[str, Phase]) -> str:
-        start = valid.get(phase.from_ or "")
+    def anchored_questions(self, asked: Questions) -> Questions:
+        update = {"data": self.sources(("eval", "data"), asked.data)}
+        if asked.verdicts is not None:
+            update["verdicts"] = self.sources(("eval", "verdicts"), asked.verdicts)
+        return asked.model_copy(update=update)
+
+    def start_path(self, phase: Phase, valid: dict[str, Phase]) -> str:
+        """The weights that the phase starts from; of an earlier phase those that this one started from."""
+        if phase.from_ is None:
+            return self.model_path(("model", "path"), phase.model.path)
+        if not phase.starts_from_phase:
+            if _of(self.own, "model").get("path") not in (None, phase.from_):
+                self.add(("model", "path"), f"this phase starts from {phase.from_}; remove model.path here")
+            return phase.from_
+        start = valid.get(phase.from_)
         if start is None:
             return ""  # it has problems of its own
+        if not self.start_unknown:
+            self.check_start(phase, start)
         own_model = self.own.get("model", {})
         if "path" in own_model and self.model_path(("model", "path"), own_model["path"]) != start.model.path:
             self.add(
                 ("model", "path"), f"this phase starts from the weights of `{phase.from_}`; remove model.path here"
             )
         return start.model.path
+
+    def check_start(self, phase: Phase, start: Phase) -> None:
+        """Problems of starting from what another phase ends with."""
+        made, needed = RECIPES[start.recipe].makes, RECIPES[phase.recipe].makes
+        if made == "classifier" and needed == "model":
+            message = f"`{phase.from_}` ends with a reward model, {phase.recipe} needs a language model; start from another phase"
+            self.add(("from",), message)
+        before, here = start.model.lora, phase.model.lora
+        if before is not None and here is not None and (before.rank, before.alpha) != (here.rank, here.alpha):
+            message = (
+                f"`{phase.from_}` ends with an adapter of rank {before.rank} and alpha {before.alpha:g}, which is trained on here; "
+                "say the same"
+            )
+            self.add(("model", "lora"), message)
 
     def model_path(self, path: KeyPath, given: str) -> str:
         base = self.base(path)
@@ -173,6 +247,25 @@ class _Drafting:
 
     def base(self, path: KeyPath) -> Path:
         return base_folder(self.document, origin(self.document.data, ("phases", self.name, *path)), self.file)
+
+
+def _of(section: dict[str, Any], key: str) -> dict[str, Any]:
+    """A section inside another; empty if there is none or it is no mapping (told elsewhere)."""
+    inner = section.get(key)
+    return inner if isinstance(inner, dict) else {}
+
+
+def _is_model(folder: str) -> bool:
+    return any(os.path.exists(os.path.join(folder, file)) for file in ("config.json", ADAPTER_CONFIG))
+
+
+def _phases_in(job_file: Path) -> list[str]:
+    """Names of the phases of a job file, none if it cannot be read."""
+    try:
+        phases = yamlfile.load(job_file).data.get("phases")
+    except InputError:
+        return []
+    return list(phases) if isinstance(phases, dict) else []
 
 
 def _merged(top: Any, own: Any, has_own: bool) -> Any:

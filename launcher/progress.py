@@ -17,6 +17,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+_UNSHOWN = ("_low", "_high", "_ended", "_tokens", "_per_s")
+"""Ends of the names of evaluation metrics that would make the line too long; metrics.jsonl has them."""
+
+
 class PhaseProgress:
     """The progress of one phase. `say` prints a line above it."""
 
@@ -44,7 +48,8 @@ class PhaseProgress:
         if "skipped" in row:
             return self.say(f"{self.phase}  step {row['step']:>6}/{self.total}  skipped")
         if "loss" not in row:
-            values = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key.startswith("eval_"))
+            shown = [key for key in row if key.startswith("eval_") and not key.endswith(_UNSHOWN)]
+            values = "  ".join(f"{key} {row[key]:.4f}" for key in shown)
             return self.say(f"{self.phase}  step {row['step']:>6}/{self.total}  {values}")
         line = self._line(row)
         if self.bar is not None:

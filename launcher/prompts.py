@@ -27,7 +27,7 @@ def answer(
         raise InputError.of("command line", "no prompt; give --prompt TEXT or --file FILE")
     if not all(prompts):
         raise InputError.of("command line", "a prompt is empty; give it some text", "--prompt")
-    path = _model(model)
+    path = model_folder(model)
     from training.generate import generate
 
     responses = generate(path, [row["prompt"] for row in rows], **sampling)
@@ -67,17 +67,24 @@ def _expected(row: Mapping[str, Any]) -> dict[str, Any]:
     return next(({"expected": row[key]} for key in ("answer", "completion") if key in row), {})
 
 
-def _model(text: str) -> str:
-    """The Hugging Face folder that is meant: a folder itself, or the newest model of a run."""
+def model_folder(text: str, *, rewards: bool = False) -> str:
+    """The Hugging Face folder that is meant: a folder itself, or the newest model of a run. `rewards`: a reward model will do.
+
+    Raises InputError if there is none, or of the wrong kind.
+    """
     folder = _at_hand(text) if is_remote(text) else Path(text)
     if folder is None:
         return str(local_copy(_newest_model(find(text)), cache_folder()))
-    if (folder / "config.json").exists():
-        modelfiles.inspect(folder)
+    if (folder / "config.json").exists() or modelfiles.is_adapter(folder):
+        modelfiles.inspect(folder, classifier=rewards)
         return str(folder)
     if folder.is_dir() and not (folder / JOB).exists():
-        raise InputError.of(text, "neither a run nor a model folder (no job.yaml, no config.json)")
-    return str(_newest_model(find(text)))
+        raise InputError.of(
+            text, "neither a run nor a model folder (no job.yaml, no config.json, no adapter_config.json)"
+        )
+    newest = str(_newest_model(find(text)))
+    modelfiles.inspect(Path(newest), classifier=rewards)
+    return newest
 
 
 def _at_hand(address: str) -> Path | None:
@@ -103,7 +110,7 @@ def _step(name: str) -> float:
     return int(step) if step.isdigit() else float("inf") if name == "model" else -1
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text without characters that move a terminal's cursor or worse: a model may say anything."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
@@ -111,7 +118,7 @@ def _printable(text: str) -> str:
 def lines(answers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in answers:
         yield f"prompt:   {row['prompt'].rstrip()}"
-        yield f"response: {_printable(row['response'].strip())}"
+        yield f"response: {printable(row['response'].strip())}"
         if "expected" in row:
             yield f"expected: {str(row['expected']).strip()}"
         yield ""

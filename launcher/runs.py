@@ -1,6 +1,6 @@
 """A run to look at: what it was asked, what happened, what came of it. `attempts.py` begins to work on one.
 
-runs/NAME/job.yaml, events.jsonl, PHASE/{metrics.jsonl, tensorboard/, checkpoints/, model/, logs/attempt-1/rank-0.log}
+runs/NAME/job.yaml, events.jsonl, PHASE/{metrics.jsonl, answers/, tensorboard/, checkpoints/, model/, logs/attempt-1/rank-0.log}
 In a folder, or in a bucket; of the latter the small files are copied to this machine first.
 """
 
@@ -29,7 +29,7 @@ PATIENCE_S = 10.0
 """How long a person is kept waiting for a bucket that does not answer."""
 RUNS = Path("runs")
 """Where runs are looked for when a name alone is given."""
-JOB, EVENTS, METRICS, LOCK = "job.yaml", "events.jsonl", "metrics.jsonl", ".lock"
+JOB, EVENTS, METRICS, ANSWERS, LOCK = "job.yaml", "events.jsonl", "metrics.jsonl", "answers", ".lock"
 
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:

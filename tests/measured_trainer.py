@@ -1,10 +1,10 @@
 """The trainer of SFT, watching the memory that restoring takes."""
 
 from tests.roles import Peak
-from training.recipes.sft import SFTTrainer
+from training.recipes.language import LanguageTrainer
 
 
-class MeasuredTrainer(SFTTrainer):
+class MeasuredTrainer(LanguageTrainer):
     def restore_measured(self, checkpoint: str) -> int:
         """Bytes by which this process's own memory grew at most."""
         with Peak() as peak:

@@ -6,13 +6,13 @@ import json
 import os
 from pathlib import Path
 
-from training.recipes.sft import SFTTrainer
+from training.recipes.language import LanguageTrainer
 
 FOLDER = "MUSTER_TESTS_RECORD"
 """Environment variable that names the folder to write to."""
 
 
-class RecordingTrainer(SFTTrainer):
+class RecordingTrainer(LanguageTrainer):
     """One line a step and worker: {"step", "rank", "samples"}."""
 
     def train(self, done: int, num_steps: int) -> dict:
@@ -41,7 +41,7 @@ class RecordingTrainer(SFTTrainer):
         return super()._collated(store, rows)
 
 
-class FailingTrainer(SFTTrainer):
+class FailingTrainer(LanguageTrainer):
     """Its model raises at the second micro-batch of a step."""
 
     def setup(self):

@@ -11,8 +11,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-DATA_FORMATS = ("text", "prompt_completion", "alpaca", "sharegpt", "messages")
-
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -63,7 +61,10 @@ class Data(Settings):
     """Path, glob, hub name, or a list of them or of {path, weight}."""
     eval: str | Annotated[list[str | Source], Field(min_length=1)] | None = None
     """Held-out rows for the evaluation loss."""
-    format: Literal["auto", "text", "prompt_completion", "alpaca", "sharegpt", "messages"] = "auto"
+    format: Literal[
+        "auto", "text", "prompt_completion", "alpaca", "sharegpt", "messages", "critique", "preference",
+        "sharegpt_preference",
+    ] = "auto"  # fmt: skip
     """Row format. auto: recognised by the columns."""
     columns: dict[str, str] = {}
     """The data's own names for the format's columns: {prompt: question, completion: answer}."""
@@ -71,19 +72,34 @@ class Data(Settings):
     """Chat template. auto: the tokenizer's own for message formats, none for prompt_completion. none, a built-in name, or a Jinja file."""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Longest sample, in tokens."""
-    overlong: Literal["drop", "truncate"] = "drop"
-    """What happens to longer samples. Both are counted and told."""
+    overlong: Literal["drop", "truncate", "split"] = "drop"
+    """What happens to longer samples: left out, cut, or (documents) learnt in pieces. It is counted and told."""
     shuffle: bool = True
     """False: the files' own order."""
     pack: bool = True
     """Put several samples into one row, with attention that never crosses them. Changes speed, never the loss."""
 
 
+class Lora(Settings):
+    """Low-rank adapters on frozen weights (arXiv:2106.09685)."""
+
+    rank: PositiveInt = 16
+    """Rank of the added matrices."""
+    alpha: PositiveFloat = 32.0
+    """The added product counts alpha / rank times."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Linear layers that get an adapter, by the ends of their names, such as [q_proj, v_proj]. all-linear: all but the head."""
+    bits: Literal[4] | None = None
+    """4: the frozen weights in 4-bit NF4 (QLoRA, arXiv:2305.14314). Needs a GPU and bitsandbytes."""
+
+
 class Model(Settings):
     """The model that a phase starts from."""
 
     path: str = Field(examples=["meta-llama/Llama-2-7b-hf"])
-    """Hub id or Hugging Face folder."""
+    """Hub id or Hugging Face folder, or the folder of a PEFT adapter."""
+    lora: Lora | None = None
+    """Train adapters instead of the weights. None: all weights."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of the computation; master weights are fp32 always. auto: bf16 where the hardware multiplies it, else fp32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
@@ -117,11 +133,16 @@ class Optimizer(Settings):
 
 
 class Best(Settings):
-    """Which checkpoint counts as the best."""
+    """Which checkpoint counts as the best. The phase ends with its model."""
 
     metric: str = "eval_loss"
     """A name from the evaluation rows of metrics.jsonl."""
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["auto", "min", "max"] = "auto"
+    """auto: the smallest loss, the largest of anything else."""
+
+    @property
+    def smaller_is_better(self) -> bool:
+        return self.mode == "min" or (self.mode == "auto" and self.metric.endswith("loss"))
 
 
 class Checkpointing(Settings):
@@ -132,7 +153,7 @@ class Checkpointing(Settings):
     keep: PositiveInt = 3
     """How many of the newest stay. The best and the only whole one are never deleted."""
     best: Best | None = None
-    """Also keep the best by this metric."""
+    """Also keep the best by this metric, and end with it."""
 
 
 class Sharding(Settings):
@@ -163,13 +184,36 @@ class Resources(Settings):
     """Only GPUs of this type, by Ray's name, such as H100."""
 
 
+class Questions(Settings):
+    """Questions that the model answers at every evaluation; the answers are compared with the right ones."""
+
+    data: str = Field(examples=["data/questions.jsonl"])
+    """File of rows with a question and its answer."""
+    columns: dict[str, str] = {}
+    """The data's own names: {question: problem, answer: solution}."""
+    limit: PositiveInt | None = None
+    """How many rows are taken, from the first on."""
+    max_new_tokens: PositiveInt = 256
+    """Longest response."""
+    samples: PositiveInt = 1
+    """Responses to each question."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: always the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    batch: PositiveInt = 64
+    """Responses that one worker writes at a time. Changes memory and speed, never the responses."""
+    verdicts: str | None = None
+    """File of rows with question, answer and verdict: the model critiques the answer, its conclusion is compared."""
+
+
 class Phase(Settings):
     """What every recipe has."""
 
     recipe: str
     """The recipe; the phase's own name unless given."""
     from_: str | None = Field(default=None, alias="from")
-    """An earlier phase of this job to start from. None: the phase before, or `model.path` for the first."""
+    """What to start from: an earlier phase of this job, a run, or a model folder. None: the phase before, or `model.path` for the first."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Root of every random choice."""
     model: Model
@@ -196,18 +240,32 @@ class Phase(Settings):
     log_every: PositiveInt = 1
     """Steps between two lines on the terminal. metrics.jsonl has every step."""
     eval_every: PositiveInt | None = None
-    """Steps between two evaluations. None: at the end only, if there is `data.eval`."""
+    """Steps between two evaluations. None: at the end only, if there is `data.eval` or `eval`."""
+    eval: Questions | None = None
+    """Evaluation by generated answers."""
     checkpoint: Checkpointing = Checkpointing()
     sharding: Sharding = Sharding()
     resources: Resources = Resources()
     deepspeed: dict = {}
     """Raw DeepSpeed settings, laid over what is derived. A clash with what Muster owns is an error."""
 
+    @property
+    def starts_from_phase(self) -> bool:
+        """Whether `from_` is a phase of the same job: a phase's name is no path."""
+        return self.from_ is not None and "/" not in self.from_
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if problems := list(self.combinations()):
             raise Impossible(problems)
         return self
+
+    def eval_metrics(self) -> tuple[str, ...]:
+        """What an evaluation measures."""
+        of_rows = ("eval_loss",) if self.data.eval is not None else ()
+        answers = ("eval_accuracy",) if self.eval is not None else ()
+        verdicts = ("eval_verdict_accuracy",) if self.eval is not None and self.eval.verdicts is not None else ()
+        return of_rows + answers + verdicts
 
     def combinations(self) -> Iterator[tuple[str, str]]:
         """(key, message) of settings that cannot go together. A recipe with more of them adds its own."""
@@ -223,10 +281,22 @@ class Phase(Settings):
             )
         if (least := self.resources.min_workers) is not None and least > self.resources.workers:
             yield "resources.min_workers", f"min_workers {least} is more than workers {self.resources.workers}"
-        if self.checkpoint.best is not None and self.data.eval is None:
-            yield "checkpoint.best", "checkpoint.best needs data.eval to measure on"
-        if self.eval_every is not None and self.data.eval is None:
-            yield "eval_every", "eval_every needs data.eval to measure on"
+        measured = self.eval_metrics()
+        if self.checkpoint.best is not None and not measured:
+            yield "checkpoint.best", "checkpoint.best needs data.eval or eval to measure on"
+        elif self.checkpoint.best is not None and self.checkpoint.best.metric not in measured:
+            yield (
+                "checkpoint.best.metric",
+                f"{self.checkpoint.best.metric} is not measured; this phase measures {', '.join(measured)}",
+            )
+        if self.eval_every is not None and not measured:
+            yield "eval_every", "eval_every needs data.eval or eval to measure on"
+        if self.eval is not None and self.eval.samples > 1 and self.eval.temperature == 0:
+            yield "eval.temperature", "several samples at temperature 0 are the same; choose a temperature, such as 0.7"
+        if (lora := self.model.lora) is not None and lora.bits is not None and self.sharding.stage == 3:
+            yield "model.lora.bits", "4-bit weights are not sharded: choose sharding.stage 0, 1 or 2, or leave bits out"
+        if self.data.overlong == "split" and not isinstance(self, Pretrain):
+            yield "data.overlong", "only documents (recipe pretrain) can be split; choose drop or truncate"
         if self.sharding.offload != "none" and self.sharding.stage == 0:
             yield "sharding.offload", "there is nothing to offload at stage 0; choose stage 1, 2 or 3"
         if isinstance(self.micro_tokens, int) and self.micro_tokens < self.data.max_length:
@@ -237,11 +307,49 @@ class Phase(Settings):
             )
 
 
+class Documents(Data):
+    """Which texts a phase reads."""
+
+    overlong: Literal["drop", "truncate", "split"] = "split"
+
+
+class Pretrain(Phase):
+    """Self-supervised learning on text: every token but the first of a document is a target."""
+
+    data: Documents
+
+
 class SFT(Phase):
     """Supervised fine-tuning: loss on the outputs only. Defaults of LLaMA-2 where it names them (arXiv:2307.09288)."""
 
+
+class CritiqueSchedule(Schedule):
+    """The paper's: cosine to nothing."""
+
+    warmup: Annotated[float | int, Field(ge=0)] = 0.1
+    floor: Fraction = 0.0
+
+
+class CFT(Phase):
+    """Critique fine-tuning: loss on the critique only. Defaults of the paper (arXiv:2501.17703)."""
+
+    batch: PositiveInt = 512
+    learning_rate: PositiveFloat = 5.0e-6
+    schedule: CritiqueSchedule = CritiqueSchedule()
+
+
+class Reward(Phase):
+    """Reward model on pairs, with a scalar head; loss -log sigmoid(chosen - rejected - margin) (arXiv:2203.02155, 2307.09288)."""
+
+    learning_rate: PositiveFloat = 1.0e-5
+
+    def eval_metrics(self) -> tuple[str, ...]:
+        names = ("loss", "accuracy", "margin", "reward_mean", "reward_std")
+        return tuple(f"eval_{name}" for name in names) if self.data.eval is not None else ()
+
     def combinations(self) -> Iterator[tuple[str, str]]:
         yield from super().combinations()
-        best = self.checkpoint.best
-        if best is not None and best.metric != "eval_loss":
-            yield "checkpoint.best.metric", f"sft measures eval_loss, not {best.metric}"
+        if self.eval is not None:
+            yield "eval", "a reward model writes no answers; give held-out pairs as data.eval"
+        if self.data.overlong != "drop":
+            yield "data.overlong", "a cut answer would be judged by its beginning; pairs can only be dropped"

@@ -10,6 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,9 @@ class Engine:
         self.shapes = {
             name.removeprefix(_WRAPPER_PREFIX): tuple(getattr(p, "ds_shape", p.shape))
             for name, p in module.named_parameters()
+            if p.requires_grad
         }
+        """Of the parameters that are trained."""
         self.ds = _initialize(module, config, phase.optimizer)
         limit_waits(seat.timeout_s)
         self.micro_in_hand = 0
@@ -125,31 +128,33 @@ class Engine:
     # -- training ---------------------------------------------------------------------------------------------------
 
     def step(
-        self, micro_batches: Sequence[Mapping[str, Tensor | None]], *, targets: int, learning_rate: float
+        self, micro_batches: Sequence[Mapping[str, Tensor | None]], *, weight: int, learning_rate: float
     ) -> tuple[Tensor, Tensor]:
-        """One optimizer step over this worker's share of a global batch with `targets` target tokens over all workers.
+        """One optimizer step over this worker's share of a global batch; the module returns sums, that of the loss first.
 
-        Returns this worker's part of the loss, summed over its targets [], and the gradient norm of the whole batch [].
-        The gradient is that of (sum of the loss over all workers) / targets.
+        Returns this worker's sums [measures], and the gradient norm of the whole batch []. The gradient is that of
+        (sum of the loss over all workers) / weight.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = learning_rate
         # DeepSpeed averages gradients over the workers; the loss of a global batch is a sum over them.
-        scale = self.size / targets
-        total = torch.zeros((), device=self.device)
+        scale = self.size / weight
+        totals = []
         for number, micro in enumerate(micro_batches, 1):
             self.micro_in_hand = number
             self.ds.set_gradient_accumulation_boundary(number == len(micro_batches))
             with self.stopwatch:
-                loss = self._loss(micro)
-            self.ds.backward(loss * scale, scale_wrt_gas=False)
-            total += loss.detach()
+                sums = self._sums(micro)
+            self.ds.backward(sums[0] * scale, scale_wrt_gas=False)
+            totals.append(sums.detach())
             pulse.progressed()
         norm = self._norm_of_unsharded() if self.stage == 0 else None
         self.ds.step()
-        return total, torch.as_tensor(self.ds.get_global_grad_norm() if norm is None else norm).detach()
+        return torch.stack(totals).sum(0), torch.as_tensor(
+            self.ds.get_global_grad_norm() if norm is None else norm
+        ).detach()
 
-    def _loss(self, micro: Mapping[str, Tensor | None]) -> Tensor:
+    def _sums(self, micro: Mapping[str, Tensor | None]) -> Tensor:
         with self.autocast:
             return self.ds(**to_device(micro, self.device))
 
@@ -160,14 +165,45 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Mapping[str, Tensor | None]]) -> Tensor:
-        """This worker's part of the loss, summed over its targets. []"""
+        """This worker's sums. [measures]"""
         self.ds.eval()
-        total = torch.zeros((), device=self.device)
+        totals = []
         for micro in micro_batches:
-            total += self._loss(micro)
+            totals.append(self._sums(micro))
             pulse.progressed()
         self.ds.train()
-        return total
+        return torch.stack(totals).sum(0)
+
+    @contextmanager
+    def whole_model(self, skeleton: Callable[[torch.dtype], nn.Module]) -> Iterator[nn.Module]:
+        """For the length of a block the language model with all its weights, as they are now, to generate with.
+
+        Under ZeRO-3 that is a copy, gathered once, of the memory of the whole model; `skeleton` makes it without weights.
+        """
+        if self.stage < 3:
+            self.ds.eval()
+            try:
+                with self.autocast:
+                    yield self.ds.module.lm
+            finally:
+                self.ds.train()
+            return
+        yield self._gathered(skeleton)
+
+    @torch.no_grad()
+    def _gathered(self, skeleton: Callable[[torch.dtype], nn.Module]) -> nn.Module:
+        import deepspeed
+
+        sharded = dict(self.ds.module.lm.named_parameters())
+        whole: Any = skeleton(next(iter(sharded.values())).dtype)
+        for name, parameter in sharded.items():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                value = parameter.data.clone()
+            owner, _, leaf = name.rpartition(".")
+            setattr(whole.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            pulse.progressed()
+        whole.tie_weights()
+        return whole.eval()
 
     def sum_over_workers(self, values: Tensor) -> Tensor:
         """Element-wise sum over all workers, on all of them. [n] -> [n]"""
@@ -293,6 +329,15 @@ class Engine:
                 whole.data.copy_(flat.data)
                 for part, value in zip(parts, zero.unflatten(whole, parts), strict=True):
                     part.data = value.data
+
+
+def whole(parameter: Any) -> AbstractContextManager:
+    """For the length of a block the whole of a parameter that ZeRO-3 may have sharded; what worker 0 makes of it stays."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 class Stopwatch:

@@ -1,6 +1,6 @@
 """A checkpoint -> a plain Hugging Face folder. Reads parameters one by one, so a 70B model needs the memory of one shard.
 
-Weights come from the checkpoint alone; configuration and tokenizer from the model that the phase started from.
+Trained weights come from the checkpoint; frozen ones, configuration and tokenizer from the model that the phase started from.
 """
 
 from __future__ import annotations
@@ -14,40 +14,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from training.checkpoint import Reader
-from training.config import Phase
+from training.config import Lora, Phase
+from training.data.formats import PLAIN_FORMATS, asks_in_turns
 from training.errors import TrainingError
+from training.lora import NAME, base_name, delta, write_folder
+from training.modelfiles import FACTS, base_of, inspect, tokenizer_of
+from training.recipes import RECIPES
 from training.storage import Local, Place, upload
 
 SHARD_BYTES = 4 << 30
-_PLAIN_FORMATS = {"text", "prompt_completion"}
 
 
-def export(checkpoint: Place, out: Place, phase: Phase, *, shard_bytes: int = SHARD_BYTES) -> None:
+def export(checkpoint: Place, out: Place, phase: Phase, *, merge: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model of a checkpoint to folder `out` (replaced if it exists) in the type that it was trained in.
 
+    Of a phase with LoRA that is a PEFT adapter, or with `merge` the model with the adapter added to its weights.
     Raises CheckpointError if the checkpoint is damaged, TrainingError if the model cannot be written.
     """
     if isinstance(out, Local):
-        _export(checkpoint, out.path, phase, shard_bytes)
+        _export(checkpoint, out.path, phase, merge, shard_bytes)
         return
     with tempfile.TemporaryDirectory(prefix="muster-export-") as folder:
         local = Path(folder) / "model"
-        _export(checkpoint, local, phase, shard_bytes)
+        _export(checkpoint, local, phase, merge, shard_bytes)
         out.remove()
         upload(local, out)
 
 
-def _export(checkpoint: Place, out: Path, phase: Phase, shard_bytes: int) -> None:
+def _export(checkpoint: Place, out: Path, phase: Phase, merge: bool, shard_bytes: int) -> None:
     staged = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(staged, ignore_errors=True)
     try:
         staged.mkdir(parents=True)
-        _write(staged, checkpoint, phase, shard_bytes)
+        _write(staged, Reader(checkpoint), phase, merge, shard_bytes)
         shutil.rmtree(out, ignore_errors=True)
         staged.rename(out)
     except (OSError, SafetensorError) as error:
@@ -56,17 +60,52 @@ def _export(checkpoint: Place, out: Path, phase: Phase, shard_bytes: int) -> Non
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _write(staged: Path, checkpoint: Place, phase: Phase, shard_bytes: int) -> None:
-    reader = Reader(checkpoint)
+def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes: int) -> None:
     dtype = getattr(torch, reader.manifest.dtype)
-    _write_weights(staged, _weights(reader, dtype), shard_bytes)
-    _write_config(staged, phase, dtype)
-    _write_tokenizer(staged, phase, learnt_chats=bool(reader.manifest.formats.keys() - _PLAIN_FORMATS))
+    classifier = RECIPES[phase.recipe].makes == "classifier"
+    base, lora = base_of(phase.model.path), phase.model.lora
+    tokenizer = _tokenizer(phase, learnt_chats=bool(reader.manifest.formats.keys() - PLAIN_FORMATS))
+    if classifier:
+        _give_pad_token(tokenizer)
+    if lora is not None and not merge:
+        write_folder(staged, dict(_weights(reader, dtype)), lora, base, classifier=classifier)
+    else:
+        weights = _weights(reader, dtype) if lora is None else _merged(reader, base, lora, dtype, classifier)
+        _write_weights(staged, weights, shard_bytes)
+        _write_config(staged, phase, base, dtype, tokenizer, classifier)
+    tokenizer.save_pretrained(staged)
+    (staged / FACTS).write_text(json.dumps(_facts(reader, phase, classifier), indent=1) + "\n")
 
 
 def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name in reader.manifest.parameters:
         yield name, torch.from_numpy(reader.whole(name)).to(dtype)
+
+
+def _merged(
+    reader: Reader, base: str, lora: Lora, dtype: torch.dtype, classifier: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The base's weights with the adapters added, tensor by tensor, and what was trained whole."""
+    trained = set(reader.manifest.parameters)
+    downs = {base_name(name.replace(f".lora_A.{NAME}.", ".")): name for name in trained if ".lora_A." in name}
+    body = next(iter(downs)).partition(".")[0] + "."
+    for file in inspect(Path(base), tokenizer_elsewhere=True, trust_remote_code=True, classifier=True).weight_files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                if name in trained or (classifier and not name.startswith(body)):
+                    continue
+                tensor = tensors.get_tensor(name)
+                if down := downs.pop(name, None):
+                    up = down.replace(".lora_A.", ".lora_B.")
+                    a, b = (torch.from_numpy(reader.whole(each)) for each in (down, up))
+                    change = delta(a, b, lora.alpha / lora.rank)
+                    tensor = tensor.float() + (change if change.shape == tensor.shape else change.T)
+                yield name, tensor.to(dtype)
+    if downs:
+        raise TrainingError(f"{base} stores its weights under other names: {', '.join(sorted(downs)[:3])} is not there")
+    for name in sorted(trained):
+        if ".lora_" not in name:
+            yield name, torch.from_numpy(reader.whole(name)).to(dtype)
 
 
 def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
@@ -99,14 +138,20 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_by
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _write_config(folder: Path, phase: Phase, dtype: torch.dtype) -> None:
+def _write_config(folder: Path, phase: Phase, base: str, dtype: torch.dtype, tokenizer: Any, classifier: bool) -> None:
     from transformers import AutoConfig, GenerationConfig
 
-    config: Any = AutoConfig.from_pretrained(phase.model.path, trust_remote_code=phase.model.trust_remote_code)
+    config: Any = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code)
     config.dtype = dtype
+    if classifier:
+        config.architectures = [_classifier_of(config)]
+        config.num_labels = 1
+        config.pad_token_id = tokenizer.pad_token_id
+        config.save_pretrained(folder)
+        return
     config.save_pretrained(folder)
     try:
-        generation = GenerationConfig.from_pretrained(phase.model.path)
+        generation = GenerationConfig.from_pretrained(base)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     with warnings.catch_warnings():
@@ -114,11 +159,40 @@ def _write_config(folder: Path, phase: Phase, dtype: torch.dtype) -> None:
         generation.save_pretrained(folder)
 
 
-def _write_tokenizer(folder: Path, phase: Phase, learnt_chats: bool) -> None:
+def _classifier_of(config: Any) -> str:
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    return kind.__name__
+
+
+def _give_pad_token(tokenizer: Any) -> None:
+    """A reward model finds the last token by looking for padding, so that must not be the token that answers end with."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        other = next(i for i in range(2) if i != tokenizer.eos_token_id)
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(other)
+
+
+def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
+    manifest = reader.manifest
+    facts: dict[str, Any] = {
+        "recipe": phase.recipe,
+        "step": manifest.step,
+        "questions": "chat" if asks_in_turns(phase.data.template, manifest.formats) else "plain",
+    }
+    if classifier:  # mean and standard deviation on the evaluation data, for whoever wants to normalise
+        names = ("mean", "std")
+        facts["reward"] = {
+            n: manifest.metrics[f"eval_reward_{n}"] for n in names if f"eval_reward_{n}" in manifest.metrics
+        }
+    return facts
+
+
+def _tokenizer(phase: Phase, learnt_chats: bool) -> Any:
     """The tokenizer, with the chat template that the model has learnt, if it has learnt one."""
     from training.data.render import Renderer, load_tokenizer
 
-    tokenizer = load_tokenizer(phase.model.tokenizer or phase.model.path, phase.model.trust_remote_code)
+    tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
     if learnt_chats and phase.data.template != "none":
         tokenizer.chat_template = Renderer(tokenizer, phase.data.template).chat_template()
-    tokenizer.save_pretrained(folder)
+    return tokenizer

@@ -1,17 +1,26 @@
-"""Loads a causal language model, and states what is learnt from it: the sum of the loss over target tokens."""
+"""Loads the model that a phase trains, and states what is learnt from tokens: the sum of the loss over those that are targets."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.config import Model
+from training import lora
+from training.config import Model, Phase
+from training.engine import whole
 from training.errors import InputError, Problem
+from training.modelfiles import ADAPTER_WEIGHTS, PEFT_PREFIX, Adapter, adapter_in, base_of
+from training.seeding import seed_for
+
+HEAD = "score"
+"""What Hugging Face's sequence classifiers of the decoder kind call their head."""
 
 # Models whose logits are not simply head(hidden): they say so in one of these settings.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -35,36 +44,136 @@ def _multiplies_bf16(device: str) -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def load(model: Model, dtype: torch.dtype, device: str) -> nn.Module:
-    """The model with its weights, in `dtype`, dropout off. Raises InputError if it cannot be loaded.
+def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = False) -> nn.Module:
+    """The model that a phase trains, with its weights in `dtype`, dropout off; with LoRA only its adapters are trainable.
+
+    `classifier`: with a scalar head instead of the one for tokens. A phase that starts from an adapter trains that one on, or
+    without `model.lora` all weights with it merged in. Raises InputError if it cannot be loaded.
+    """
+    adapter = adapter_in(phase.model.path)
+    settings = phase.model.model_copy(update={"path": base_of(phase.model.path)})
+    lm, fresh_head = _pretrained(settings, dtype, device, classifier=classifier)
+    if adapter is not None and phase.model.lora is None:
+        lora.merge(lm, adapter)
+    elif phase.model.lora is not None:
+        lora.add(lm, phase, adapter)
+    if classifier:
+        _set_head(lm, phase, adapter, fresh=fresh_head)
+    if settings.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    lm.train()
+    return lm
+
+
+def for_inference(path: str, *, classifier: bool = False, trust_remote_code: bool = False) -> nn.Module:
+    """A model to ask, in the type that it is stored in, on the GPU if there is one; an adapter is merged in."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    adapter = adapter_in(path)
+    settings = Model(path=base_of(path), trust_remote_code=trust_remote_code)
+    dtype: Any = "auto" if device == "cpu" else resolve_dtype("auto", device)
+    lm, _ = _pretrained(settings, dtype, device, classifier=classifier)
+    if adapter is not None:
+        lora.merge(lm, adapter)
+        if classifier:
+            weight: Any = head_of(lm).weight
+            weight.data.copy_(load_file(adapter.folder / ADAPTER_WEIGHTS)[f"{PEFT_PREFIX}{HEAD}.weight"])
+    return lm.to(device).eval()
+
+
+def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:
+    """The causal language model that `load` gives, without the memory of its weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    settings = phase.model.model_copy(update={"path": base_of(phase.model.path)})
+    config = load_config(settings)
+    with init_empty_weights(include_buffers=False):
+        lm: Any = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=resolve_attention(settings.attention, device),
+            trust_remote_code=settings.trust_remote_code,
+        )
+        if phase.model.lora is not None:
+            lora.inject(lm, phase, adapter_in(phase.model.path))
+    return lm.to(device) if device != "cpu" else lm
+
+
+def _pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifier: bool) -> tuple[Any, bool]:
+    """The model as its folder has it, and whether its scalar head is still to be made.
 
     Weights are read from safetensors only: pickled weights can run code.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    attention = resolve_attention(model.attention, device)
+    logging.set_verbosity_error()  # what is missing or new is told below
+    kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:
         config = load_config(model)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        if classifier:
+            config.num_labels = 1
+        loaded: Any = kind.from_pretrained(
             model.path,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=resolve_attention(model.attention, device),
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, all at once
+            **_quantized(model, device),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError.of(model.path, f"cannot load the model: {error}", "model") from error
     lm, info = loaded
-    refuse_holes(model.path, info)
-    if model.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    lm.train()
-    return lm
+    head = {f"{HEAD}.weight"} & set(info["missing_keys"]) if classifier else set()
+    refuse_holes(model.path, {**info, "missing_keys": set(info["missing_keys"]) - head})
+    return lm, bool(head)
+
+
+def _quantized(model: Model, device: str) -> dict[str, Any]:
+    """Settings for weights in 4 bits, where they are asked for."""
+    if model.lora is None or model.lora.bits is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def head_of(lm: nn.Module) -> nn.Module:
+    """The scalar head of a sequence classifier. Raises InputError for a model that calls it otherwise."""
+    head = getattr(lm, HEAD, None)
+    if not isinstance(head, nn.Linear):
+        name = type(lm).__name__
+        raise InputError.of(
+            "", f"{name} has no linear head called `{HEAD}`; take a model of the kind of LLaMA", "model"
+        )
+    return head
+
+
+def _set_head(lm: nn.Module, phase: Phase, adapter: Adapter | None, *, fresh: bool) -> None:
+    """The head of a new reward model: normal with standard deviation 1/sqrt(d+1) (arXiv:2009.01325), by the seed alone."""
+    weight: Any = head_of(lm).weight
+    weight.requires_grad = True
+    shape = getattr(weight, "ds_shape", weight.shape)
+    if adapter is not None and HEAD in adapter.heads:
+        values = load_file(adapter.folder / ADAPTER_WEIGHTS)[f"{PEFT_PREFIX}{HEAD}.weight"]
+    elif fresh:
+        generator = torch.Generator().manual_seed(seed_for(phase.seed, "reward head"))
+        values = torch.randn(tuple(shape), generator=generator) / math.sqrt(shape[1] + 1)
+    else:
+        return
+    with whole(weight):
+        if weight.numel():  # not on a worker that holds none of it
+            weight.data.copy_(values)
 
 
 def refuse_holes(path: str, info: Mapping[str, Any]) -> None:
@@ -119,7 +228,7 @@ class TokenLoss(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor
     ) -> Tensor:
-        """Sum over the N targets of -log p(target). []  Shapes as in training/data/collate.py."""
+        """Sum over the N targets of -log p(target). [1]  Shapes as in training/data/collate.py."""
         lm: Any = self.lm
         if self.plain_head:
             # Only the places whose next token is a target go through the head: prompts cost no logits.
@@ -130,4 +239,4 @@ class TokenLoss(nn.Module):
         else:
             logits_RLV = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
             logits_NV = logits_RLV.flatten(0, 1)[target_index]
-        return functional.cross_entropy(logits_NV.float(), target_ids, reduction="sum")
+        return functional.cross_entropy(logits_NV.float(), target_ids, reduction="sum").view(1)

@@ -12,11 +12,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from training.config import Phase
+from training.config import Model, Phase
 from training.errors import InputError, Problem
 from training.storage import is_remote, local_copy, place
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+CLASSIFIER_SUFFIX = "ForSequenceClassification"
+FACTS = "muster.json"
+"""What Muster writes beside a model: recipe, step, how questions are put to it, and the rewards of a reward model."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 EMBEDDING = re.compile(r"(embed_tokens|tok_embeddings|word_embeddings|embed_in|wte)\.weight$")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -52,16 +57,114 @@ class _Tensor:
     bytes: int
 
 
-def inspect(folder: Path, *, tokenizer_elsewhere: bool = False, trust_remote_code: bool = False) -> ModelFacts:
-    """The facts of a folder with a causal language model.
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter in a PEFT folder."""
+
+    folder: Path
+    base: str
+    """Folder or hub id of the model that it was trained on."""
+    rank: int
+    alpha: float
+    scale: float
+    """What the product of its matrices is multiplied by."""
+    targets: list[str]
+    heads: list[str]
+    """Modules that were trained whole beside it."""
+
+
+def facts_in(folder: str) -> dict[str, Any]:
+    """What Muster wrote beside a model; empty for a model of another make."""
+    try:
+        facts = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_in(path: str) -> Adapter | None:
+    """The adapter that a folder holds, None if it holds a whole model, or the path is a hub id.
+
+    Raises InputError for adapters of a kind that cannot be trained on or merged here.
+    """
+    folder = Path(path)
+    if not is_adapter(folder):
+        return None
+    file = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        rank, alpha, base = config["r"], float(config["lora_alpha"]), str(config["base_model_name_or_path"])
+        targets = config["target_modules"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError.of(str(file), f"not a readable adapter of LoRA ({error!r}); copy it again") from None
+    odd = [key for key in _VARIANTS if config.get(key) not in (None, False, "none", "", [], {})]
+    if config.get("peft_type") != "LORA" or odd or not isinstance(targets, list):
+        kind = ", ".join(odd) or f"{config.get('peft_type')} with target_modules {targets!r}"
+        raise InputError.of(
+            str(file), f"a kind of adapter that cannot be loaded here ({kind}); merge it first with PEFT"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise InputError.of(str(folder), f"has no {ADAPTER_WEIGHTS}{_contents(folder)}")
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    heads = list(config.get("modules_to_save") or [])
+    return Adapter(folder, base, rank, alpha, scale, sorted(targets), heads)
+
+
+_VARIANTS = (
+    "use_dora",
+    "bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "lora_bias",
+    "target_parameters",
+)
+
+
+def base_of(path: str) -> str:
+    """The folder or hub id of the weights: of an adapter those it was trained on, else the path itself."""
+    adapter = adapter_in(path)
+    return adapter.base if adapter is not None else path
+
+
+def check_continues(model: Model) -> None:
+    """Raises InputError if the model is an adapter that is to be trained on in another shape than it has."""
+    adapter, lora = adapter_in(model.path), model.lora
+    if adapter is not None and lora is not None and (lora.rank, lora.alpha) != (adapter.rank, adapter.alpha):
+        raise InputError.of(
+            str(adapter.folder),
+            f"the adapter has rank {adapter.rank} and alpha {adapter.alpha:g}, model.lora says {lora.rank} and "
+            f"{lora.alpha:g}; an adapter is trained on in its own shape: say the same, or merge it first (muster export --merge)",
+        )
+
+
+def tokenizer_of(model: Model) -> str:
+    """Where the tokenizer is: as the settings say, else with the model, else (an adapter) with the model below it."""
+    if model.tokenizer:
+        return model.tokenizer
+    folder = Path(model.path)
+    return base_of(model.path) if is_adapter(folder) and not has_tokenizer(folder) else model.path
+
+
+def inspect(
+    folder: Path, *, tokenizer_elsewhere: bool = False, trust_remote_code: bool = False, classifier: bool = False
+) -> ModelFacts:
+    """The facts of a folder with a causal language model, or of the one below an adapter. `classifier`: a reward model will do.
 
     Raises InputError with all that keeps it from being loaded: no or broken files, another kind of model, missing or
-    truncated weights, no tokenizer (unless it is `tokenizer_elsewhere`), Python code that was not allowed.
+    truncated weights, no tokenizer (unless it is `tokenizer_elsewhere`), Python code that was not allowed, an adapter
+    that does not fit its model.
     """
     if not folder.is_dir():
         raise InputError.of(str(folder), "is a file; give the folder" if folder.exists() else "no such folder")
+    if (adapter := adapter_in(str(folder))) is not None:
+        return _below(adapter, tokenizer_elsewhere, trust_remote_code, classifier)
     check = _Check(folder)
-    config = check.config(trust_remote_code)
+    config = check.config(trust_remote_code, classifier)
     files, tensors = check.weights()
     if tensors and not check.problems:
         check.tensors(tensors, config)
@@ -72,6 +175,43 @@ def inspect(folder: Path, *, tokenizer_elsewhere: bool = False, trust_remote_cod
     if check.problems:
         raise InputError(check.problems)
     return _facts(config, files, tensors)
+
+
+def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool, classifier: bool) -> ModelFacts:
+    """The facts of the model that an adapter was trained on."""
+    base = Path(adapter.base)
+    if adapter.heads and not classifier:
+        raise InputError.of(
+            str(adapter.folder), "the adapter of a reward model is no causal language model; give a language model"
+        )
+    if not base.is_dir():
+        message = (
+            f"was trained on {adapter.base}, which is not here; get that model and correct base_model_name_or_path"
+        )
+        raise InputError.of(str(adapter.folder / ADAPTER_CONFIG), message)
+    facts = inspect(
+        base,
+        tokenizer_elsewhere=tokenizer_elsewhere or has_tokenizer(adapter.folder),
+        trust_remote_code=trust_remote_code,
+        classifier=classifier,
+    )
+    try:
+        shapes = {name: tensor.shape for name, tensor in _read_header(adapter.folder / ADAPTER_WEIGHTS).items()}
+        weights = {name: t.shape for file in facts.weight_files for name, t in _read_header(file).items()}
+    except (OSError, ValueError) as error:
+        raise InputError.of(str(adapter.folder / ADAPTER_WEIGHTS), str(error)) from None
+    for name, shape in shapes.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        weight = name.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".")
+        found = weights.get(weight)
+        if found is None or shape[1] not in found:
+            has = "does not have" if found is None else f"has as {list(found)}, for an adapter of {shape[1]}"
+            raise InputError.of(
+                str(adapter.folder),
+                f"is an adapter for another model: {weight}, which {adapter.base} {has}; give its own model",
+            )
+    return facts
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -117,12 +257,10 @@ class _Check:
             self.refuse(file, f"cannot be read: {error.strerror}")
         return None
 
-    def config(self, trust_remote_code: bool) -> dict[str, Any]:
+    def config(self, trust_remote_code: bool, classifier: bool) -> dict[str, Any]:
         file = self.folder / "config.json"
         if not file.exists():
-            adapter = (self.folder / "adapter_config.json").exists()
-            hint = "; this is an adapter, give the model that it was trained on" if adapter else _contents(self.folder)
-            self.refuse(self.folder, f"has no config.json{hint}")
+            self.refuse(self.folder, f"has no config.json{_contents(self.folder)}")
             return {}
         config = self.json(file)
         if config is None:
@@ -130,7 +268,7 @@ class _Check:
         if not isinstance(config, dict):
             self.refuse(file, "expected a JSON object")
             return {}
-        if problem := _not_causal(config) or ("" if trust_remote_code else _needs_its_own_code(config)):
+        if problem := _wrong_kind(config, classifier) or ("" if trust_remote_code else _needs_its_own_code(config)):
             self.refuse(file, problem)
         return config
 
@@ -203,12 +341,12 @@ class _Check:
             self.refuse(self.folder, f"its weights lack {counted}; copy them again or correct config.json")
 
 
-def _not_causal(config: dict[str, Any]) -> str:
+def _wrong_kind(config: dict[str, Any], classifier: bool) -> str:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         return "says no `architectures`; expected one such as LlamaForCausalLM"
     name = str(architectures[0])
-    if name.endswith(CAUSAL_SUFFIXES):
+    if name.endswith(CAUSAL_SUFFIXES) or (classifier and name.endswith(CLASSIFIER_SUFFIX)):
         return ""
     return f"{name} is not a causal language model; expected an architecture such as LlamaForCausalLM"
 

@@ -9,7 +9,7 @@ MODULES = (
     "deepspeed",
     "transformers.integrations.deepspeed",
     "transformers.models.llama.modeling_llama",
-    "training.recipes.sft",
+    "training.recipes.language",
 )
 
 

@@ -18,20 +18,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import model as models
-from training import pulse
+from training import pulse, questions
 from training.checkpoint import CheckpointError, File, Reader
 from training.config import Phase
 from training.data.collate import collate
 from training.data.dealing import Limits, deal
+from training.data.formats import asks_in_turns
 from training.data.order import Order
+from training.data.render import Renderer, load_tokenizer
 from training.data.store import TokenStore
 from training.data.stores import open_stores
 from training.distributed import Seat
 from training.engine import Engine, Fragment
 from training.errors import Diverged, TrainingError
+from training.evaluate import answered, by_answer, by_verdict, end_tokens
 from training.facts import Facts
+from training.measures import Row
 from training.memory import peak_bytes
-from training.modelfiles import at_hand
+from training.modelfiles import at_hand, tokenizer_of
 from training.schedule import learning_rate, total_samples, total_steps
 from training.seeding import seed_for
 from training.snapshot import ShardWriter
@@ -71,9 +75,24 @@ class Trainer:
         self.own_tokens = 0
         self.writer = ShardWriter(pinned=seat.device == "cuda")
 
-    def loss_module(self, lm: nn.Module) -> nn.Module:
-        """The module to train: holds the language model as `lm`, returns the summed loss of a micro-batch."""
+    measures: tuple[str, ...]
+    """What the module returns the sums of, the loss first."""
+
+    def build(self, dtype: torch.dtype) -> nn.Module:
+        """The module to train: holds the model as `lm`, returns the sums of `measures` over a micro-batch, [measures]."""
         raise NotImplementedError
+
+    def weight_of(self, store: TokenStore, samples: np.ndarray) -> int:
+        """What the sums over a global batch are divided by: its target tokens."""
+        return int(store.target_counts[samples].sum())
+
+    def collated(self, store: TokenStore, rows: list[list[int]]) -> dict[str, Tensor | None]:
+        """A micro-batch, given as rows of sample numbers."""
+        return collate([[store[sample] for sample in row] for row in rows])
+
+    def told(self, means: dict[str, float]) -> dict[str, float]:
+        """Metrics from the means of `measures`."""
+        return means
 
     # -- set-up ---------------------------------------------------------------------------------------------------------
 
@@ -134,9 +153,9 @@ class Trainer:
         self.limits = limits_for(self.phase, self.longest, self.seat.device, self.attention)
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
-        lm: Any = models.load(self.phase.model, dtype, self.seat.device)
-        self.positions: int | None = getattr(lm.config, "max_position_embeddings", None)
-        return self.loss_module(lm)
+        module: Any = self.build(dtype)
+        self.positions: int | None = getattr(module.lm.config, "max_position_embeddings", None)
+        return module
 
     # -- training -------------------------------------------------------------------------------------------------------
 
@@ -151,14 +170,17 @@ class Trainer:
             row, loss = self._skipped(step) if step in self.skipped else self._step(step)
             rows.append(row)
             losses.append(loss)
-        means = self.engine.sum_over_workers(torch.stack(losses)).tolist()
-        for row, total in zip(rows, means, strict=True):
+        all_sums = self.engine.sum_over_workers(torch.stack(losses)).tolist()
+        for row, sums in zip(rows, all_sums, strict=True):
             if "skipped" in row:
                 continue
-            row["loss"] = total / row["target_tokens"]
+            row |= self._means(sums, row.pop("weight"))
             row["grad_norm"] = float(row["grad_norm"])
             self._check_finite(row)
         return {"rows": rows if self.seat.rank == 0 else [], "memory_gib": self._memory_gib(), "pace": self._pace()}
+
+    def _means(self, sums: Sequence[float], weight: int) -> dict[str, float]:
+        return self.told({name: total / weight for name, total in zip(self.measures, sums, strict=True)})
 
     def _check_finite(self, row: dict[str, Any]) -> None:
         limit = math.inf if self.phase.loss_limit is None else self.phase.loss_limit
@@ -173,13 +195,13 @@ class Trainer:
         began = time.perf_counter()
         torch.manual_seed(seed_for(self.phase.seed, "step", step, self.seat.rank))
         samples = self.samples_of(step)
-        targets = int(self.store.target_counts[samples].sum())
+        weight = self.weight_of(self.store, samples)
         rate = learning_rate(self.phase.learning_rate, self.phase.schedule, step, self.total_steps)
         mine = self._deal(self.store, samples)
-        hand = [self._collated(self.store, rows) for rows in mine]
+        hand = [self.collated(self.store, rows) for rows in mine]
         self.own_tokens += sum(micro["input_ids"].numel() for micro in hand if micro["input_ids"] is not None)
         try:
-            loss, norm = self.engine.step(hand, targets=targets, learning_rate=rate)
+            loss, norm = self.engine.step(hand, weight=weight, learning_rate=rate)
         except Exception as error:
             told = [sample for row in mine[self.engine.micro_in_hand - 1] for sample in row]
             error.add_note(f"in step {step}, with the rows {self._told(told)}")
@@ -188,10 +210,11 @@ class Trainer:
         return {
             "step": step,
             "loss": 0.0,
+            "weight": weight,
             "learning_rate": rate,
             "grad_norm": norm,
             "tokens": tokens,
-            "target_tokens": targets,
+            "target_tokens": int(self.store.target_counts[samples].sum()),
             "samples": len(samples),
             "step_s": seconds,
             "tokens_per_s": tokens / seconds,
@@ -199,7 +222,7 @@ class Trainer:
 
     def _skipped(self, step: int) -> tuple[dict[str, Any], Tensor]:
         """A step that leaves everything as it is."""
-        return {"step": step, "skipped": True}, torch.zeros((), device=self.engine.device)
+        return {"step": step, "skipped": True}, torch.zeros(len(self.measures), device=self.engine.device)
 
     def samples_of(self, step: int) -> np.ndarray:
         """Numbers of the samples of a step's global batch."""
@@ -208,15 +231,12 @@ class Trainer:
 
     def _hand(self, store: TokenStore, samples: np.ndarray) -> Iterator[dict[str, Tensor | None]]:
         """This worker's micro-batches of a global batch."""
-        return (self._collated(store, rows) for rows in self._deal(store, samples))
+        return (self.collated(store, rows) for rows in self._deal(store, samples))
 
     def _deal(self, store: TokenStore, samples: np.ndarray) -> list[list[list[int]]]:
         """This worker's micro-batches: rows of sample numbers."""
         mine = deal(store.lengths_of(samples).tolist(), self.seat.size, self.limits)[self.seat.rank]
         return [[[int(samples[i]) for i in row] for row in rows] for rows in mine]
-
-    def _collated(self, store: TokenStore, rows: list[list[int]]) -> dict[str, Tensor | None]:
-        return collate([[store[sample] for sample in row] for row in rows])
 
     def _told(self, samples: Sequence[int]) -> str:
         """Where samples came from: `data/sft.jsonl:42, data/sft.jsonl:7 and 3 more`."""
@@ -225,15 +245,36 @@ class Trainer:
         return f"{first} and {more} more" if more > 0 else first
 
     def evaluate(self) -> dict[str, float]:
-        """Loss per target token over all of `data.eval`."""
+        """The loss, and what else the recipe measures, over all of `data.eval`."""
         store, batch = self.eval_store, self.phase.batch
         assert store is not None, "there is no data to evaluate on"
-        total = torch.zeros((), device=self.engine.device)
+        total = torch.zeros(len(self.measures), dtype=torch.float64, device=self.engine.device)
         for start in range(0, len(store), batch):
             samples = np.arange(start, min(start + batch, len(store)))
             total += self.engine.evaluate(list(self._hand(store, samples)))
-        loss = float(self.engine.sum_over_workers(total.view(1))) / int(store.target_counts.sum())
-        return {"eval_loss": loss}
+        sums = self.engine.sum_over_workers(total).tolist()
+        means = self._means(sums, self.weight_of(store, np.arange(len(store))))
+        return {f"eval_{name}": value for name, value in means.items()}
+
+    def answer(self) -> dict[str, list[Row]]:
+        """This worker's share of the responses to the questions of `phase.eval`, by what they are measured as."""
+        settings = self.phase.eval
+        assert settings is not None, "there is nothing to answer"
+        tokenizer = load_tokenizer(tokenizer_of(self.phase.model), self.phase.model.trust_remote_code)
+        renderer = Renderer(tokenizer, self.phase.data.template)
+        chat = asks_in_turns(self.phase.data.template, self.store.meta.formats)
+        asked = [("", questions.read(settings.data, settings.columns, settings.limit), by_answer)]
+        if settings.verdicts is not None:
+            asked.append(("verdict_", questions.read_verdicts(settings.verdicts, settings.limit), by_verdict))
+        with self.engine.whole_model(lambda dtype: models.skeleton(self.phase, dtype, self.seat.device)) as lm:
+            ends = end_tokens(tokenizer, getattr(lm, "generation_config", None))
+            return {
+                name: answered(
+                    lm, renderer, what, settings, seed=self.phase.seed, chat=chat, ends=ends, judge=judge,
+                    share=(self.seat.rank, self.seat.size),
+                )
+                for name, what, judge in asked
+            }  # fmt: skip
 
     def _pace(self) -> float:
         """Seconds of this worker's forward passes a token, since it was last asked. 0: not known."""

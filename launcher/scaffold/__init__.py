@@ -10,7 +10,7 @@ from launcher.scaffold import problems, tiny
 from training.errors import InputError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
-JOBS = ("sft.yaml",)
+JOBS = ("sft.yaml", "cft.yaml", "reward.yaml")
 Tables = dict[str, list[problems.Row]]
 
 

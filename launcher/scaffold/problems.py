@@ -18,6 +18,7 @@ from training.seeding import seed_for
 Split = Literal["train", "heldout", "eval"]
 Row = dict[str, str]
 
+WRONG_TEXTS = 0.4
 LARGEST = 99
 """No number of a problem or of its answers is larger."""
 
@@ -310,6 +311,12 @@ def sft_row(problem: WordProblem, rng: Random) -> Row:
     return {"prompt": problem.question, "completion": "\n" + problem.working}
 
 
+def text_row(problem: WordProblem, rng: Random) -> Row:
+    """A document as the world has them: two in five say something wrong."""
+    working = flawed(problem, rng).working if rng.random() < WRONG_TEXTS else problem.working
+    return {"text": f"{problem.question}\n{working}"}
+
+
 def pair_row(problem: WordProblem, rng: Random) -> Row:
     flaw = flawed(problem, rng)
     return {
@@ -349,10 +356,13 @@ class Table(NamedTuple):
 
 
 TABLES: dict[str, Table] = {
+    "texts.jsonl": Table(text_row, "train", 5000),
     "sft.jsonl": Table(sft_row, "train", 5000),
     "sft.heldout.jsonl": Table(sft_row, "heldout", 200),
-    "critiques.jsonl": Table(critique_row, "train", 1000),
-    "pairs.jsonl": Table(pair_row, "train", 1000),
+    "critiques.jsonl": Table(critique_row, "train", 5000),
+    "critiques.heldout.jsonl": Table(critique_row, "heldout", 200),
+    "pairs.jsonl": Table(pair_row, "train", 5000),
+    "pairs.heldout.jsonl": Table(pair_row, "heldout", 200),
     "prompts.jsonl": Table(prompt_row, "train", 1000),
     "eval.jsonl": Table(eval_row, "eval", 200),
 }

@@ -32,7 +32,7 @@ def test_the_curve_on_a_gpu_is_that_on_a_cpu(worker, train, tiny, tmp_path, stag
 
     expected = np.array(train(1).losses)
     phase = sft_phase(tiny, stage=stage, dtype=dtype)
-    worker.build("trainer", "training.recipes.sft:SFTTrainer", phase, str(tiny / "cache"))
+    worker.build("trainer", "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache"))
     hooks = Recorder(tmp_path)
     supervised.run(phase, {"trainer": InlineGroup(worker, "trainer")}, hooks)
     difference = np.abs(np.array(hooks.losses) / expected - 1).max()

@@ -127,7 +127,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     ),
     "generate with a folder that is no model": (
         ("generate", "data", "-p", "x"),
-        ["data: neither a run nor a model folder (no job.yaml, no config.json)"],
+        ["data: neither a run nor a model folder (no job.yaml, no config.json, no adapter_config.json)"],
     ),
 }  # fmt: skip
 

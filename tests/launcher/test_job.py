@@ -246,7 +246,7 @@ BAD = {
         "    data: {train: 5.5}\n  y:\n",
         [
             'job.yaml:3: phases.stf.recipe: there is no recipe "stf"; did you mean sft?',
-            'job.yaml:5: phases.x.recipe: there is no recipe "dpo"; recipes: sft',
+            'job.yaml:5: phases.x.recipe: there is no recipe "dpo"; recipes: pretrain, sft, cft, reward',
             "job.yaml:6: phases.x.data.train: got 5.5, expected text or a list "
             "(each text or a mapping such as {path: data/train.jsonl})",
             "job.yaml:7: phases.y: got nothing (null), expected a mapping",
@@ -257,8 +257,8 @@ BAD = {
         "  two: {recipe: sft, from: three, data: {train: a.jsonl}}\n"
         "  three: {recipe: sft, from: onee, data: {train: a.jsonl}, model: {path: org/other}}\n",
         [
-            "job.yaml:3: phases.one.from: the first phase has no phase before it to start from; remove `from` and set "
-            "model.path",
+            'job.yaml:3: phases.one.from: "two" is no phase before this one; name a folder or a finished run, or remove '
+            "`from` and set model.path",
             'job.yaml:4: phases.two.from: "three" comes later; phases before this one: one',
             'job.yaml:5: phases.three.from: "onee" is no phase of this job; did you mean one?',
             "job.yaml:5: phases.three.model.path: this phase starts from the weights of `two`; remove model.path here",
@@ -271,7 +271,7 @@ BAD = {
             "job.yaml:6: phases.sft.max_steps: epochs and max_steps exclude each other; keep one",
             "job.yaml:7: phases.sft.batch: a batch of 2 samples cannot be dealt to 4 workers; choose batch >= 4 or fewer "
             "workers",
-            "job.yaml:10: phases.sft.checkpoint.best: checkpoint.best needs data.eval to measure on",
+            "job.yaml:10: phases.sft.checkpoint.best: checkpoint.best needs data.eval or eval to measure on",
         ],
     ),
     "model paths": (

@@ -123,7 +123,7 @@ def test_a_worker_killed_in_the_middle_of_an_upload_leaves_the_checkpoint_before
     from training.recipes import supervised
 
     phase, hooks = sft_phase(tiny, workers=2, **SETTINGS), Recorder(s3.url + "/run")
-    with ForkGroup(2, "training.recipes.sft:SFTTrainer", phase, str(tiny / "cache")) as group:
+    with ForkGroup(2, "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache")) as group:
 
         def slow_and_kill():
             s3.faults.bytes_per_s = 3e5

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cpu
 
 STEPS, AT = 8, 4
 WRITERS = [(2, 2), (3, 3), (1, 0), (2, 1)]
-TRAINER = "training.recipes.sft:SFTTrainer"
+TRAINER = "training.recipes.language:LanguageTrainer"
 
 
 def phase_of(tiny, workers, stage, **settings):

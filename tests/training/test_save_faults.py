@@ -52,7 +52,7 @@ def test_a_worker_killed_in_a_save_always_leaves_a_checkpoint_to_go_on_from(trai
     in_the_middle = 0
     for _ in range(TRIES):
         hooks = Recorder(tmp_path)
-        with ForkGroup(2, "training.recipes.sft:SFTTrainer", phase, str(tiny / "cache")) as group:
+        with ForkGroup(2, "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache")) as group:
             killed = Killed(group, rng)
             with pytest.raises(TrainingError):
                 supervised.run(phase, {"trainer": killed}, hooks)

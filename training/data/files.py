@@ -1,7 +1,7 @@
 """From what the job file names to a stream of rows: finds the files and reads them. Knows nothing of what a row means.
 
 Local files and any fsspec address (`s3://...`) are read alike: JSON lines, a JSON array, Parquet, the first two also as
-`.gz`. A name such as `openai/gsm8k`, where no such path exists, is a data set on the Hugging Face hub.
+`.gz`; where documents are wanted, also `.txt` and `.md`, of which each file is one. A name such as `openai/gsm8k`, where no such path exists, is a data set on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ from training.errors import InputError, Problem
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DATA_SUFFIXES = (*JSON_SUFFIXES, *(suffix + ".gz" for suffix in JSON_SUFFIXES), ".parquet")
-FOREIGN_SUFFIXES = (".csv", ".tsv", ".txt", ".md", ".xlsx", ".arrow", ".gz", ".bz2", ".zst", ".zip")
+TEXT_SUFFIXES = (".txt", ".md")
+FOREIGN_SUFFIXES = (".csv", ".tsv", *TEXT_SUFFIXES, ".xlsx", ".arrow", ".gz", ".bz2", ".zst", ".zip")
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 ARRAY_CHUNK = 1 << 18  # characters read at once from a JSON array
 ERROR_MARGIN = 16  # a JSON error this near to the end of the buffer may only mean that the rest is not read yet
 PARQUET_BATCH_ROWS = 256
+DOCUMENT_BYTES = 4 << 20
+"""A text file that is longer is read as several documents, cut at line ends, so that it need not fit into memory."""
 RACY_S = 2.0  # a file changed this recently may change again within the clock's grain
 
 
@@ -94,18 +97,21 @@ class Row(NamedTuple):
 # ── Finding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def expand(data: str | Sequence[str | Source], base: Path, where: str = "", what: str = "data") -> list[Located]:
+def expand(
+    data: str | Sequence[str | Source], base: Path, where: str = "", what: str = "data", *, documents: bool = False
+) -> list[Located]:
     """The sources that `data` names, with their files; relative paths start at `base`, the job file's folder.
 
-    `where` and `what` (`job.yaml:14`, `phases.sft.data.train`) open every problem's text.
+    `documents`: text files count as well. `where` and `what` (`job.yaml:14`, `phases.sft.data.train`) open every problem's text.
     Raises InputError with all that is missing, empty, unreadable or of an unknown kind.
     """
     items = [data] if isinstance(data, str) else data
     sources = [Source(path=item) if isinstance(item, str) else item for item in items]
+    suffixes = DATA_SUFFIXES + (TEXT_SUFFIXES if documents else ())
     located, problems = [], _weight_problems(sources, where, what)
     for index, source in enumerate(sources):
         try:
-            located.append(Located(source, _find(source, base.absolute())))
+            located.append(Located(source, _find(source, base.absolute(), suffixes)))
         except RowError as error:
             key = what if isinstance(data, str) else f"{what}[{index}]"
             problems.append(Problem(where, key, f"{source.path}: {error}"))
@@ -122,20 +128,21 @@ def _weight_problems(sources: Sequence[Source], where: str, what: str) -> list[P
     return [Problem(where, what, message)]
 
 
-def _find(source: Source, base: Path) -> tuple[Part, ...]:
+def _find(source: Source, base: Path, suffixes: tuple[str, ...]) -> tuple[Part, ...]:
     finder = _find_remote if "://" in source.path else _find_local
-    return finder(source, base)
+    return finder(source, base, suffixes)
 
 
-def _find_local(source: Source, base: Path) -> tuple[Part, ...]:
+def _find_local(source: Source, base: Path, suffixes: tuple[str, ...]) -> tuple[Part, ...]:
     path = base / Path(source.path).expanduser()
     if path.is_dir():
-        return _checked([_local(found, base) for found in sorted(path.iterdir()) if _is_data(found)], "folder")
+        found = [_local(file, base) for file in sorted(path.iterdir()) if _is_data(file, suffixes)]
+        return _checked(found, "folder", suffixes)
     if path.is_file():
-        return _checked([_local(path, base)], "file")
+        return _checked([_local(path, base)], "file", suffixes)
     if glob.has_magic(source.path):
-        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        return _checked([_local(match, base) for match in found if _is_data(match)], "glob")
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        return _checked([_local(match, base) for match in matches if _is_data(match, suffixes)], "glob", suffixes)
     if _may_be_hub(source.path):
         return (HubSplit(source.path, source.name, source.split),)
     raise RowError(f"no such file or folder{_nearby(path, base)}")
@@ -147,8 +154,8 @@ def _local(path: Path, base: Path) -> DataFile:
     return DataFile(str(absolute), shown.as_posix())
 
 
-def _is_data(path: Path) -> bool:
-    return path.name.endswith(DATA_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+def _is_data(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.endswith(suffixes) and not path.name.startswith(".") and path.is_file()
 
 
 def _may_be_hub(path: str) -> bool:
@@ -162,13 +169,13 @@ def _nearby(path: Path, base: Path) -> str:
     return f"; did you mean {_local(path.parent / close[0], base).shown}?" if close else f" in {path.parent}"
 
 
-def _find_remote(source: Source, base: Path) -> tuple[Part, ...]:
+def _find_remote(source: Source, base: Path, suffixes: tuple[str, ...]) -> tuple[Part, ...]:
     try:
         fs, root = fsspec.core.url_to_fs(source.path)
         if glob.has_magic(source.path):
-            kind, names = "glob", [name for name in sorted(fs.glob(root)) if name.endswith(DATA_SUFFIXES)]
+            kind, names = "glob", [name for name in sorted(fs.glob(root)) if name.endswith(suffixes)]
         elif fs.isdir(root):
-            kind, names = "folder", [name for name in sorted(fs.ls(root, detail=False)) if name.endswith(DATA_SUFFIXES)]
+            kind, names = "folder", [name for name in sorted(fs.ls(root, detail=False)) if name.endswith(suffixes)]
         else:
             kind, names = "file", [root]
         sizes = [fs.size(name) for name in names]
@@ -177,17 +184,19 @@ def _find_remote(source: Source, base: Path) -> tuple[Part, ...]:
     except Exception as error:  # a store's client may raise anything: no network, no credentials, no such package
         raise RowError(f"cannot be reached: {one_line(error)}") from error
     files = [DataFile(url, url) for url in map(fs.unstrip_protocol, names)]
-    return _checked(files, kind, sizes)
+    return _checked(files, kind, suffixes, sizes)
 
 
-def _checked(files: list[DataFile], kind: str, sizes: list[int] | None = None) -> tuple[Part, ...]:
+def _checked(
+    files: list[DataFile], kind: str, suffixes: tuple[str, ...], sizes: list[int] | None = None
+) -> tuple[Part, ...]:
     """The files as they are, or a RowError for the first thing that makes them unreadable."""
     if not files:
-        raise RowError(f"the {kind} holds no data file; known are {', '.join(DATA_SUFFIXES)}")
+        raise RowError(f"the {kind} holds no data file; known are {', '.join(suffixes)}")
     for index, file in enumerate(files):
         name = file.shown if len(files) > 1 else "the file"
-        if not file.path.endswith(DATA_SUFFIXES):
-            raise RowError(f"cannot tell the kind of file; known are {', '.join(DATA_SUFFIXES)}")
+        if not file.path.endswith(suffixes):
+            raise RowError(f"cannot tell the kind of file; known are {', '.join(suffixes)}")
         if sizes is None and not os.access(file.path, os.R_OK):
             raise RowError(f"no permission to read {name}")
         if (os.path.getsize(file.path) if sizes is None else sizes[index]) == 0:
@@ -221,12 +230,28 @@ def _reader(part: Part) -> Numbered:
         return enumerate(_hub_dataset(part), start=1)
     if part.path.endswith(".parquet"):
         return _parquet(part.path)
+    if part.path.endswith(TEXT_SUFFIXES):
+        return _documents(part.path)
     lines_only = part.path.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
     return _json(part.path, lines_only)
 
 
 def _open(path: str) -> BinaryIO:
     return cast(BinaryIO, fsspec.open(path, "rb").open() if "://" in path else open(path, "rb"))
+
+
+def _documents(path: str) -> Numbered:
+    """The file as one document; one longer than DOCUMENT_BYTES as several."""
+    with _open(path) as stream:
+        number, lines = 0, stream.readlines(DOCUMENT_BYTES)
+        while lines:
+            number += 1
+            text = b"".join(lines).removeprefix(codecs.BOM_UTF8 if number == 1 else b"")
+            try:
+                yield number, {"text": text.decode("utf-8")}
+            except UnicodeDecodeError as error:
+                yield number, _not_utf8(error)
+            lines = stream.readlines(DOCUMENT_BYTES)
 
 
 def _json(path: str, lines_only: bool) -> Numbered:

@@ -1,17 +1,21 @@
 """From a row to an example: recognises a row's format by its columns and parses it. Knows no file and no tokenizer.
 
 A format is one entry of the table FORMATS: the columns it needs, those it may have, and a function from a record to an
-example. Whatever a row is called outside, an example is one of three things: text, a prompt with its completion, a chat.
+example. Whatever a row is called outside, an example is one of four things: text, a prompt with its completion, a chat, or
+a pair of these of which one is preferred.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from training.answers import as_verdict, verdict
 from training.data.files import RowError, describe
 from training.errors import InputError, Problem
 
@@ -44,7 +48,20 @@ class Chat:
     """Functions that may be called, as JSON schemas."""
 
 
-Example = Text | PromptCompletion | Chat
+Answer = Text | PromptCompletion | Chat
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to the same prompt, whole with their prompts."""
+
+    chosen: Answer
+    rejected: Answer
+    margin: float = 0.0
+    """By how much the reward of the chosen one should be higher at least."""
+
+
+Example = Answer | Pair
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,11 @@ OTHER_NAMES = {
     "completion": ("answer", "response", "output", "solution"),
     "instruction": ("prompt", "question", "query"),
     "output": ("response", "answer", "completion"),
+    "question": ("prompt", "problem", "query", "instruction"),
+    "answer": ("solution", "response", "output", "completion"),
+    "critique": ("feedback", "review", "output"),
+    "chosen": ("preferred", "accepted", "better", "response_chosen"),
+    "rejected": ("dispreferred", "worse", "response_rejected"),
     "messages": ("conversation", "chat", "dialog", "dialogue"),
 }
 """What data sets call the columns of the formats, for the advice in errors."""
@@ -170,7 +192,9 @@ def _unrecognised(record: Record, candidates: Sequence[str]) -> RowError:
             )
     for key, format in FORMATS.items():
         if key not in candidates and all(map(record.has, format.required)):
-            return RowError(f"these are columns of `{key}`, which this recipe does not read; {_needs(candidates)}")
+            return RowError(
+                f"these are columns of `{key}`, {_reader(key)}; this recipe reads rows where {_needs(candidates)}"
+            )
     near = _nearest(record, candidates)
     if near is None:
         start, near_ones = f"no format fits the columns {_listed(record.row)}", candidates
@@ -178,6 +202,13 @@ def _unrecognised(record: Record, candidates: Sequence[str]) -> RowError:
         missing = next(name for name in FORMATS[near].required if not record.has(name))
         start, near_ones = f"missing column `{missing}`; the row has {_listed(record.row)}", [near]
     return RowError(f"{start}; {_needs(near_ones)}{_mapping_advice(record, near_ones)}")
+
+
+def _reader(key: str) -> str:
+    from training.recipes import RECIPES
+
+    readers = [name for name, recipe in RECIPES.items() if key in recipe.formats]
+    return f"which is for {_listed(readers)}" if readers else "which no recipe reads"
 
 
 def _needs(candidates: Sequence[str]) -> str:
@@ -388,10 +419,116 @@ def _call_turn(value: str, place: str) -> Message:
     return {"role": "assistant", "content": "", "tool_calls": [_call(call, place) for call in calls]}
 
 
+CRITIQUE_INSTRUCTION = "Please critique whether the following solution to the question is correct."
+
+
+def _parse_critique(record: Record) -> Example:
+    """The published form of critique data: instruction, question and solution in the user's turn (arXiv:2501.17703)."""
+    question, answer = record.filled_text("question"), record.filled_text("answer")
+    said = as_verdict(record.get("verdict")) if record.get("verdict") is not None else None
+    if record.get("verdict") is not None and said is None:
+        raise RowError(
+            f"column `{record.name('verdict')}`: expected right or wrong, got {describe(record.get('verdict'))}"
+        )
+    critique = record.filled_text("critique")
+    if said is not None and (concluded := verdict(critique)) not in (None, said):
+        raise RowError(f"the critique concludes {concluded}, column `{record.name('verdict')}` says {said}")
+    return _asked(critique_request(question, answer), critique)
+
+
+def critique_request(question: str, answer: str) -> str:
+    """What a model is asked when it is to critique an answer."""
+    return f"{CRITIQUE_INSTRUCTION}\nQuestion:\n{question}\n\nSolution:\n{answer}"
+
+
+def _asked(user: str, assistant: str) -> Chat:
+    return Chat([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], learnt=(1,))
+
+
+def _parse_preference(record: Record) -> Example:
+    """Prompt with two completions, two conversations, or two whole transcripts."""
+    sides = [_preference_side(record, column) for column in ("chosen", "rejected")]
+    return _pair(record, *sides)
+
+
+def _preference_side(record: Record, column: str) -> Answer:
+    answer, prompt = record.need(column), record.get("prompt")
+    if isinstance(answer, list):
+        turns = _messages(answer, record.name(column))
+        # A prompt that is a text repeats what the conversation begins with.
+        before = _messages(prompt, record.name("prompt")) if isinstance(prompt, list) else []
+        if (before + turns)[-1:] and (before + turns)[-1]["role"] != "assistant":
+            raise RowError(
+                f"column `{record.name(column)}`: the last turn is not the assistant's; there is no answer to judge"
+            )
+        return _chat(before + turns, _tools(record))
+    text = record.filled_text(column)
+    if prompt is not None:
+        return PromptCompletion(record.text("prompt"), text)
+    return _transcript(text, f"column `{record.name(column)}`")
+
+
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):[ ]?")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def _transcript(text: str, place: str) -> Answer:
+    """`\\n\\nHuman: ... \\n\\nAssistant: ...` as a conversation, any other text as it stands."""
+    opening, *parts = _SPEAKER.split(text if text.startswith("\n\n") else f"\n\n{text}")
+    if not parts or opening.strip():
+        return Text(text)
+    turns = [
+        {"role": _SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    if turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
+        raise RowError(f"{place}: the transcript does not end with an answer of the assistant")
+    return Chat(turns, learnt=(len(turns) - 1,))
+
+
+def _parse_sharegpt_preference(record: Record) -> Example:
+    name = record.name("conversations")
+    before = [_turn(turn, f"{name}[{place}]") for place, turn in enumerate(record.list("conversations"))]
+    sides = []
+    for column in ("chosen", "rejected"):
+        answer = record.need(column)
+        turn = {"from": "gpt", "value": answer} if isinstance(answer, str) else answer
+        sides.append(
+            _chat([*before, _turn(turn, f"column `{record.name(column)}`")], _tools(record), first=len(before))
+        )
+    return _pair(record, *sides)
+
+
+def _pair(record: Record, chosen: Answer, rejected: Answer) -> Pair:
+    if chosen == rejected:
+        names = f"`{record.name('chosen')}` and `{record.name('rejected')}`"
+        raise RowError(f"columns {names} are the same: nothing is preferred")
+    margin = record.get("margin")
+    if margin is None:
+        return Pair(chosen, rejected)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin) or margin < 0:
+        raise RowError(f"column `{record.name('margin')}`: expected a number of at least 0, got {describe(margin)}")
+    return Pair(chosen, rejected, float(margin))
+
+
+PLAIN_FORMATS = frozenset({"text", "prompt_completion"})
+"""Rows of these are learnt as they stand, unless a template is asked for; the others are conversations."""
+
+
+def asks_in_turns(template: str, formats: Mapping[str, int]) -> bool:
+    """Whether rows of these formats were learnt as conversations, so that a question is a user's turn."""
+    plain = PLAIN_FORMATS | {"preference"}  # whose conversations say so by their form, not by their columns
+    return template not in ("auto", "none") or bool(formats.keys() - plain)
+
+
 FORMATS: dict[str, Format] = {
     "text": Format(("text",), (), _parse_text),
     "prompt_completion": Format(("prompt", "completion"), ("tools",), _parse_prompt_completion),
     "alpaca": Format(("instruction", "output"), ("input",), _parse_alpaca),
     "sharegpt": Format(("conversations",), ("system", "tools"), _parse_sharegpt),
     "messages": Format(("messages",), ("tools",), _parse_messages),
+    "critique": Format(("question", "answer", "critique"), ("verdict",), _parse_critique),
+    "preference": Format(("chosen", "rejected"), ("prompt", "margin", "tools"), _parse_preference),
+    "sharegpt_preference": Format(
+        ("conversations", "chosen", "rejected"), ("margin", "tools"), _parse_sharegpt_preference
+    ),
 }

@@ -94,12 +94,12 @@ def _feistel(value: NDArray[np.uint64], half_bits: int, key: int) -> NDArray[np.
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = value >> shift, value & mask
     for number in range(_ROUNDS):
-        left, right = right, left ^ (_mix(right ^ np.uint64(seed_for(key, "round", number))) & mask)
+        left, right = right, left ^ (mix(right ^ np.uint64(seed_for(key, "round", number))) & mask)
     return (left << shift) | right
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64: every output bit depends on every input bit."""
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64: every output bit depends on every input bit. [n] -> [n]"""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

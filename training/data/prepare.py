@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from training.config import Data
 from training.data import files, templates
 from training.data.files import Located, Row, RowError
-from training.data.formats import Chat, Example, Parser, PromptCompletion, Text
+from training.data.formats import Chat, Example, Pair, Parser, PromptCompletion, Text
 from training.errors import InputError, Problem
 from training.modelfiles import TOKENIZER_FILES
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from training.data.render import Renderer, Sample
     from training.data.store import Meta, StoreWriter, TokenStore
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same rows give other tokens than before, so that older stores are not used."""
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
@@ -192,6 +192,8 @@ def _characters(example: Example) -> int:
             return len(prompt) + len(completion)
         case Chat(messages):
             return sum(len(message["content"]) for message in messages)
+        case Pair(chosen, rejected):
+            return _characters(chosen) + _characters(rejected)
 
 
 def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser, renderer: Renderer) -> None:
@@ -201,11 +203,11 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
     with create(folder, len(sources)) as writer:
         for batch in _batches(_parsed(sources, parser, findings)):
             results = renderer.render([example for _, _, example in batch])
-            for (place, row, _), result in zip(batch, results, strict=True):
+            for (place, row, example), result in zip(batch, results, strict=True):
                 if isinstance(result, RowError):
                     findings.add_bad(row, result)
                 elif not findings.bad:
-                    _keep(writer, result, data, place, row)
+                    _keep(writer, result, data, place, row, is_pair=isinstance(example, Pair))
         findings.raise_if_bad(sources)
         writer.meta.rows = findings.rows
         writer.meta.formats = dict(findings.formats)
@@ -213,21 +215,25 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
         _raise_if_nothing_left(sources, writer.meta, data)
 
 
-def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row) -> None:
-    """Writes the sample as long as it may be, or counts why not."""
-    from training.data.render import fit
+def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row, *, is_pair: bool) -> None:
+    """Writes what fits of the sample, or counts why nothing does."""
+    from training.data.render import fitted, fitted_pair, sides_of
 
-    meta, length = writer.meta, len(sample.ids)
+    meta = writer.meta
+    length = max(map(len, sides_of(sample.ids, sample.targets))) if is_pair else len(sample.ids)
     meta.longest = max(meta.longest, length)
     meta.shortest = min(meta.shortest or length, length)
-    fitted = fit(sample, data.max_length, data.overlong)
-    if fitted is None:
+    pieces = fitted_pair(sample, data.max_length) if is_pair else fitted(sample, data.max_length, data.overlong)
+    with_targets = [piece for piece in pieces if piece.targets.any()]
+    if not pieces:
         meta.dropped_overlong += 1
-    elif not fitted.targets.any():
+    elif not with_targets:
         meta.dropped_without_target += 1
     else:
-        meta.truncated += length > len(fitted.ids)
-        writer.add(*fitted, place, row.part.shown, row.number)
+        meta.truncated += length > data.max_length and data.overlong == "truncate"
+        meta.split += length > data.max_length and data.overlong == "split"
+        for piece in with_targets:
+            writer.add(piece.ids, piece.targets, place, row.part.shown, row.number, piece.margin)
 
 
 def _notes(meta: Meta, data: Data) -> list[str]:
@@ -235,6 +241,7 @@ def _notes(meta: Meta, data: Data) -> list[str]:
     told = {
         f"are longer than {limit} and were dropped": meta.dropped_overlong,
         f"are longer than {limit} and were cut": meta.truncated,
+        f"are longer than {limit} and were split": meta.split,
         f"have nothing to learn within {limit} and were dropped": meta.dropped_without_target,
     }
     return [f"{count:,} of {meta.rows:,} samples {what}" for what, count in told.items() if count]

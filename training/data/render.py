@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from training.data import templates
 from training.data.files import RowError, one_line
-from training.data.formats import Chat, Example, PromptCompletion, Text
+from training.data.formats import Answer, Chat, Example, Pair, PromptCompletion, Text
 from training.errors import InputError
 from training.modelfiles import has_tokenizer
 
@@ -39,7 +39,9 @@ class Sample(NamedTuple):
     ids: NDArray[np.uint32]
     """[T] token ids."""
     targets: NDArray[np.bool_]
-    """[T] whether the token is learnt; targets[0] is False."""
+    """[T] whether the token is learnt; targets[0] is False. Of a pair: the last token of each of its two sequences."""
+    margin: float = 0.0
+    """Of a pair."""
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -100,13 +102,25 @@ class Renderer:
     def render(self, examples: Sequence[Example]) -> list[Sample | RowError]:
         """One sample, or the reason why there is none, for every example. Large batches are fast: Rust tokenizes them."""
         kinds: dict[type, Callable[[list[Any]], list[Sample | RowError]]]
-        kinds = {Text: self._texts, PromptCompletion: self._pairs, Chat: self._chats}
+        kinds = {Text: self._texts, PromptCompletion: self._completions, Chat: self._chats, Pair: self._pairs}
         examples = [self._as_chat(example) for example in examples]
         results: dict[int, Sample | RowError] = {}
         for kind, render in kinds.items():
             places = [place for place, example in enumerate(examples) if type(example) is kind]
-            results.update(zip(places, render([examples[place] for place in places]), strict=True))
+            if places:
+                results.update(zip(places, render([examples[place] for place in places]), strict=True))
         return [results[place] for place in range(len(examples))]
+
+    def prompt(self, text: str, *, chat: bool) -> list[int]:
+        """The tokens that a question comes to before it is answered: as a user's turn, or as it stands."""
+        if not chat:
+            return self._ids([text])[0]
+        question = Chat([{"role": "user", "content": text}], learnt=())
+        return self._ids([self._write(question, self.chat_template(), 1, prompt=True)])[0]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What tokens say, without special ones."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def chat_template(self, tools: list[dict[str, Any]] | None = None) -> str:
         """The Jinja text that chats are rendered with; what generation should use afterwards, too."""
@@ -131,7 +145,7 @@ class Renderer:
     def _texts(self, texts: Sequence[Text]) -> list[Sample | RowError]:
         return [self._ended(ids, learnt_from=1) for ids in self._ids([text.text for text in texts])]
 
-    def _pairs(self, pairs: Sequence[PromptCompletion]) -> list[Sample | RowError]:
+    def _completions(self, pairs: Sequence[PromptCompletion]) -> list[Sample | RowError]:
         """Prompt + completion + EOS. The prompt's tokens are those that inference sees.
 
         The two texts are tokenized as one. Where that changes the prompt's own tokens, because a token would straddle the
@@ -149,6 +163,15 @@ class Renderer:
     def _ended(self, ids: list[int], learnt_from: int) -> Sample:
         ids_T = np.append(np.array(ids, np.uint32), self._eos)
         return Sample(ids_T, np.arange(len(ids_T)) >= max(learnt_from, 1))
+
+    def _pairs(self, pairs: Sequence[Pair]) -> list[Sample | RowError]:
+        """The chosen answer's sequence, then the rejected one's. A sequence is judged at its last token."""
+        sides: list[Answer] = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+        rendered = self.render(sides)
+        return [
+            _joined(chosen, rejected, pair.margin)
+            for pair, chosen, rejected in zip(pairs, rendered[::2], rendered[1::2], strict=True)
+        ]
 
     # ── chats ──
 
@@ -295,6 +318,25 @@ class Renderer:
             self.notes.append(text)
 
 
+def _joined(chosen: Sample | RowError, rejected: Sample | RowError, margin: float) -> Sample | RowError:
+    if isinstance(chosen, RowError):
+        return chosen
+    if isinstance(rejected, RowError):
+        return rejected
+    if len(chosen.ids) == len(rejected.ids) and (chosen.ids == rejected.ids).all():
+        return RowError("chosen and rejected are the same tokens: nothing is preferred")
+    ids = np.concatenate([chosen.ids, rejected.ids])
+    last = np.zeros(len(ids), np.bool_)
+    last[[len(chosen.ids) - 1, -1]] = True
+    return Sample(ids, last, margin)
+
+
+def sides_of(ids: NDArray[Any], targets: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The two sequences of a pair. [T] -> [C], [T - C]"""
+    cut = int(np.flatnonzero(targets)[0]) + 1
+    return ids[:cut], ids[cut:]
+
+
 def _offsets(encoding: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First and last-plus-one character of every token, each [T]."""
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -307,11 +349,23 @@ def _with_fixed_date(template: str) -> str:
     return TODAY_CALL.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)
 
 
-def fit(sample: Sample, max_length: int, overlong: str) -> Sample | None:
-    """The sample, cut to `max_length` tokens if `overlong` is `truncate`; None if it is longer and that is `drop`.
+def fitted(sample: Sample, max_length: int, overlong: str) -> list[Sample]:
+    """The samples of at most `max_length` tokens that a sample gives: itself, if it is not longer.
 
-    A cut adds no EOS, and may leave a sample without targets.
+    A longer one: none if `overlong` is `drop`; its beginning if it is `truncate`, without an EOS that was not there, perhaps
+    without targets; all of it in pieces if it is `split`, each beginning with the last token of the one before, so that
+    every target is learnt once.
     """
     if len(sample.ids) <= max_length:
-        return sample
-    return Sample(sample.ids[:max_length], sample.targets[:max_length]) if overlong == "truncate" else None
+        return [sample]
+    if overlong == "drop":
+        return []
+    stride = max_length - 1
+    starts = range(0, len(sample.ids) - 1, stride) if overlong == "split" else (0,)
+    pieces = [(sample.ids[start : start + max_length], sample.targets[start : start + max_length]) for start in starts]
+    return [Sample(ids, targets & (np.arange(len(ids)) > 0)) for ids, targets in pieces]
+
+
+def fitted_pair(sample: Sample, max_length: int) -> list[Sample]:
+    """The pair, unless one of its sequences is longer than `max_length`: a cut answer would be judged by its beginning."""
+    return [sample] if max(map(len, sides_of(sample.ids, sample.targets))) <= max_length else []

@@ -4,6 +4,7 @@
     targets.bin        bool     for each of them, whether it is learnt
     offsets.bin        int64    where each sample starts; one more than there are samples
     target_counts.bin  int64    targets of each sample
+    margins.bin        float32  margin of each sample that is a pair, else 0
     parts.bin, numbers.bin      where each sample came from: place in `meta.parts`, and row in it
     meta.json          counts, notes, names; written last
 
@@ -29,6 +30,7 @@ ARRAYS: dict[str, type[np.generic]] = {
     "targets": np.bool_,
     "offsets": np.int64,
     "target_counts": np.int64,
+    "margins": np.float32,
     "parts": np.int32,
     "numbers": np.int64,
 }
@@ -45,11 +47,13 @@ class Meta:
     dropped_overlong: int = 0
     truncated: int = 0
     """Samples that were cut to max_length; those that lost all targets count below instead."""
+    split: int = 0
+    """Rows that became several samples of at most max_length."""
     dropped_without_target: int = 0
     tokens: int = 0
     target_tokens: int = 0
     longest: int = 0
-    """Tokens of the longest sample, before anything was dropped or cut."""
+    """Tokens of the longest sequence, before anything was dropped or cut."""
     shortest: int = 0
     """Tokens of the shortest, likewise."""
     formats: dict[str, int] = field(default_factory=dict)
@@ -72,6 +76,7 @@ class TokenStore:
         self._arrays = {name: self._map(name) for name in ARRAYS}
         self.offsets: NDArray[np.int64] = self._arrays["offsets"]
         self.target_counts: NDArray[np.int64] = self._arrays["target_counts"]
+        self.margins: NDArray[np.float32] = self._arrays["margins"]
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
@@ -129,10 +134,12 @@ class StoreWriter:
         self._files = {name: files.enter_context((folder / f"{name}.bin").open("wb")) for name in ARRAYS}
         self._append("offsets", 0)
 
-    def _append(self, name: str, values: int | Sequence[int] | NDArray[Any]) -> None:
+    def _append(self, name: str, values: float | Sequence[int] | NDArray[Any]) -> None:
         self._files[name].write(np.asarray(values, ARRAYS[name]).tobytes())
 
-    def add(self, ids: NDArray[Any], targets: NDArray[np.bool_], source: int, part: str, number: int) -> None:
+    def add(
+        self, ids: NDArray[Any], targets: NDArray[np.bool_], source: int, part: str, number: int, margin: float = 0.0
+    ) -> None:
         """One sample, row `number` of `part`, from the source at place `source`. Sources must come in order."""
         num_targets = int(targets.sum())
         self.meta.kept += 1
@@ -143,6 +150,7 @@ class StoreWriter:
         self._append("targets", targets)
         self._append("offsets", self.meta.tokens)
         self._append("target_counts", num_targets)
+        self._append("margins", margin)
         self._append("parts", self._part_places.setdefault(part, len(self._part_places)))
         self._append("numbers", number)
 

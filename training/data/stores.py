@@ -10,6 +10,7 @@ from training.data import files
 from training.data.prepare import prepare
 from training.data.store import TokenStore
 from training.errors import InputError, Problem
+from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES
 
 
@@ -40,12 +41,11 @@ def open_stores(phase: Phase, cache: Path) -> Stores:
 
 
 def _open(phase: Phase, source: str | list[str | Source], cache: Path) -> TokenStore:
-    tokenizer = phase.model.tokenizer or phase.model.path
     return prepare(
-        files.expand(source, Path.cwd()),
+        files.expand(source, Path.cwd(), documents=RECIPES[phase.recipe].reads_documents),
         phase.data,
         RECIPES[phase.recipe].formats,
-        tokenizer,
+        tokenizer_of(phase.model),
         cache,
         trust_remote_code=phase.model.trust_remote_code,
     )

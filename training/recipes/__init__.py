@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
-from training.config import SFT, Phase
+from training.config import CFT, SFT, Phase, Pretrain, Reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +21,41 @@ class Recipe:
     """The driver: a function of (phase, group, hooks) that asks groups to do short calls."""
     roles: dict[str, str]
     """Class of each role, by role name; a worker builds it."""
+    makes: Literal["model", "classifier"] = "model"
+    """What its phases end with: a causal language model, or one with a scalar head."""
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether a text file is a row."""
+        return "text" in self.formats
 
 
+_SUPERVISED = "training.recipes.supervised:run"
 RECIPES: dict[str, Recipe] = {
+    "pretrain": Recipe(
+        config=Pretrain,
+        formats=("text",),
+        run=_SUPERVISED,
+        roles={"trainer": "training.recipes.language:LanguageTrainer"},
+    ),
     "sft": Recipe(
         config=SFT,
         formats=("prompt_completion", "alpaca", "sharegpt", "messages"),
-        run="training.recipes.supervised:run",
-        roles={"trainer": "training.recipes.sft:SFTTrainer"},
+        run=_SUPERVISED,
+        roles={"trainer": "training.recipes.language:LanguageTrainer"},
+    ),
+    "cft": Recipe(
+        config=CFT,
+        formats=("critique", "alpaca"),
+        run=_SUPERVISED,
+        roles={"trainer": "training.recipes.language:LanguageTrainer"},
+    ),
+    "reward": Recipe(
+        config=Reward,
+        formats=("sharegpt_preference", "preference"),
+        run=_SUPERVISED,
+        roles={"trainer": "training.recipes.reward:RewardTrainer"},
+        makes="classifier",
     ),
 }
 

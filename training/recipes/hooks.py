@@ -26,6 +26,10 @@ class Hooks(Protocol):
         """One row of metrics."""
         ...
 
+    def answers(self, step: int, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Generated responses of an evaluation; `kind` is part of a name, empty for answers to questions."""
+        ...
+
     def paces(self, seconds_a_token: Sequence[float]) -> None:
         """How fast each worker computed of late, in rank order; 0: not known."""
         ...

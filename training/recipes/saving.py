@@ -108,10 +108,17 @@ class Saver:
 
     def _retain(self) -> None:
         keep, best = self.phase.checkpoint.keep, self.phase.checkpoint.best
-        smaller_is_better = best is None or best.mode == "min"
+        smaller_is_better = best is None or best.smaller_is_better
         self.hooks.checkpoints.retain(
             keep, best.metric if best else None, smaller_is_better=smaller_is_better, counts=self._is_due
         )
+
+    def chosen(self) -> Place:
+        """The checkpoint that the phase ends with: the best if the job asks for it, else the last."""
+        best = self.phase.checkpoint.best
+        checkpoints = self.hooks.checkpoints
+        found = best and checkpoints.best(best.metric, smaller_is_better=best.smaller_is_better, counts=self._is_due)
+        return found or checkpoints.at(self.facts.total_steps)
 
     def _is_due(self, step: int) -> bool:
         """Whether a checkpoint of this step is one that the job asks for, not one made because of an interruption."""

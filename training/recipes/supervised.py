@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from training.config import Phase
 from training.facts import Facts
 from training.group import Group, results
+from training.measures import in_order, measured
 from training.recipes.hooks import Hooks
 from training.recipes.resuming import SETUP_S, resume
 from training.recipes.saving import Saver
@@ -24,7 +25,7 @@ _SAVING_CALL_S = 0.25
 
 
 def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
-    """Train the phase to its end; returns its last checkpoint, or None if it was asked to stop before."""
+    """Train the phase to its end; returns the checkpoint that it ends with, or None if it was asked to stop before."""
     trainer = groups["trainer"]
     facts: Facts = results(trainer.call("setup"), SETUP_S)[0]
     step = resume(trainer, hooks, facts)
@@ -40,7 +41,7 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
             _train(trainer, hooks, step, num_steps)
         pace = (time.monotonic() - began) / num_steps
         step += num_steps
-        evaluated = _evaluate(trainer, hooks, step) if _evaluates(phase, facts, step) else {}
+        evaluated = _evaluate(phase, trainer, hooks, facts, step) if _evaluates(phase, facts, step) else {}
         saver.poll()
         if step % phase.checkpoint.every == 0 or saver.failed:
             saver.save(step, evaluated)
@@ -49,7 +50,7 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     if saver.failed:  # once more, now that nothing else will come
         saver.save(step, evaluated)
         saver.finish()
-    return hooks.checkpoints.at(step) if step == facts.total_steps else None
+    return saver.chosen() if step == facts.total_steps else None
 
 
 def _steps_in_a_call(pace: float, *, saving: bool) -> int:
@@ -59,13 +60,13 @@ def _steps_in_a_call(pace: float, *, saving: bool) -> int:
 def _next_stop(phase: Phase, facts: Facts, step: int) -> int:
     """The next step after which there is something else to do than the next step."""
     stops = [facts.total_steps, (step // phase.checkpoint.every + 1) * phase.checkpoint.every]
-    if phase.eval_every is not None and facts.num_eval_samples:
+    if phase.eval_every is not None:
         stops.append((step // phase.eval_every + 1) * phase.eval_every)
     return min(stops)
 
 
 def _evaluates(phase: Phase, facts: Facts, step: int) -> bool:
-    if not facts.num_eval_samples:
+    if not facts.num_eval_samples and phase.eval is None:
         return False
     for_choice = phase.checkpoint.best is not None and step % phase.checkpoint.every == 0
     on_time = phase.eval_every is not None and step % phase.eval_every == 0
@@ -80,7 +81,23 @@ def _train(trainer: Group, hooks: Hooks, done: int, num_steps: int) -> None:
         hooks.log({**row, "memory_gib": memory, "workers": trainer.size})
 
 
-def _evaluate(trainer: Group, hooks: Hooks, step: int) -> dict[str, float]:
-    metrics = results(trainer.call("evaluate"), SETUP_S)[0]
+def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, step: int) -> dict[str, float]:
+    metrics = results(trainer.call("evaluate"), SETUP_S)[0] if facts.num_eval_samples else {}
+    if phase.eval is not None:
+        metrics |= _answer(trainer, hooks, step)
     hooks.log({"step": step, **metrics})
     return metrics
+
+
+def _answer(trainer: Group, hooks: Hooks, step: int) -> dict[str, float]:
+    began = time.monotonic()
+    shares = results(trainer.call("answer"), SETUP_S)
+    seconds = time.monotonic() - began
+    metrics: dict[str, float] = {}
+    tokens = 0
+    for name in shares[0]:
+        rows = in_order([share[name] for share in shares])
+        hooks.answers(step, name, rows)
+        metrics |= measured(rows, f"eval_{name}")
+        tokens += sum(row["tokens"] for row in rows)
+    return {**metrics, "eval_tokens_per_s": tokens / seconds}

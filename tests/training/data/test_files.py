@@ -308,3 +308,36 @@ def test_reading_loads_no_torch():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "False"
+
+
+# ── documents ──
+
+
+def test_text_files_are_documents_where_those_are_wanted(tmp_path):
+    write(tmp_path / "b.md", "# two\nlines\n")
+    write(tmp_path / "a.txt", "one")
+    write(tmp_path / "c.jsonl", '{"text": "three"}\n')
+    (source,) = files.expand(str(tmp_path), tmp_path, documents=True)
+    found = [row for part in source.parts for row in files.rows(part)]
+    assert [(row.where, row.value) for row in found] == [
+        ("a.txt:1", {"text": "one"}), ("b.md:1", {"text": "# two\nlines\n"}), ("c.jsonl:1", {"text": "three"}),
+    ]  # fmt: skip
+    (without,) = files.expand(str(tmp_path), tmp_path)
+    assert [part.shown for part in without.parts] == ["c.jsonl"]
+
+
+def test_a_large_text_file_is_several_documents_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "DOCUMENT_BYTES", 20)
+    text = "".join(f"line {number}\n" for number in range(20))
+    write(tmp_path / "a.txt", text)
+    (source,) = files.expand("a.txt", tmp_path, documents=True)
+    found = [row.value["text"] for row in files.rows(source.parts[0])]
+    assert "".join(found) == text
+    assert len(found) > 5
+    assert all(document.endswith("\n") for document in found)
+
+
+def test_a_text_file_that_is_not_utf8_is_a_bad_row(tmp_path):
+    write(tmp_path / "a.txt", b"caf\xe9")
+    (source,) = files.expand("a.txt", tmp_path, documents=True)
+    assert "not UTF-8" in str(next(iter(files.rows(source.parts[0]))).value)

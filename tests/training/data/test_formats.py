@@ -5,7 +5,7 @@ import json
 import pytest
 
 from training.data.files import RowError
-from training.data.formats import FORMATS, Chat, Parser, PromptCompletion, Text
+from training.data.formats import FORMATS, Chat, Pair, Parser, PromptCompletion, Text
 from training.errors import InputError
 
 ALL = tuple(FORMATS)
@@ -168,7 +168,7 @@ def test_a_mapped_column_that_is_absent_gets_a_suggestion():
 
 
 def test_a_row_for_another_recipe_says_so():
-    assert "columns of `text`, which this recipe does not read" in error({"text": "once"}, allowed=SFT)
+    assert "columns of `text`, which is for pretrain; this recipe reads" in error({"text": "once"}, allowed=SFT)
 
 
 def test_settings_that_no_row_can_meet_are_refused_at_once():
@@ -177,3 +177,105 @@ def test_settings_that_no_row_can_meet_are_refused_at_once():
     assert "data.format: this recipe does not read `text`; it reads prompt_completion" in str(caught.value)
     with pytest.raises(InputError, match="`promt` is no column of a format; did you mean prompt"):
         Parser("auto", {"promt": "question"}, SFT)
+
+
+# ── critiques ──
+
+CRITIQUE = {
+    "question": "2 + 2?",
+    "answer": "5",
+    "critique": "Critique: no. Conclusion: wrong [END]",
+    "verdict": "wrong",
+}
+REQUEST = (
+    "Please critique whether the following solution to the question is correct.\nQuestion:\n2 + 2?\n\nSolution:\n5"
+)
+
+
+def test_a_critique_is_asked_for_in_the_published_form():
+    turns = [{"role": "user", "content": REQUEST}, {"role": "assistant", "content": CRITIQUE["critique"]}]
+    assert parse(CRITIQUE) == ("critique", Chat(turns, (1,)))
+    published = {
+        "instruction": REQUEST.partition("\n")[0], "input": REQUEST.partition("\n")[2], "output": CRITIQUE["critique"]
+    }  # fmt: skip
+    assert parse(published, allowed=("critique", "alpaca")) == ("alpaca", Chat(turns, (1,)))
+
+
+@pytest.mark.parametrize("said", ["wrong", "Incorrect", False])
+def test_a_verdict_may_be_said_in_several_ways(said):
+    assert parse({**CRITIQUE, "verdict": said})[0] == "critique"
+
+
+def test_a_verdict_that_is_none_or_contradicts_the_critique_is_refused():
+    assert "expected right or wrong, got text" in error({**CRITIQUE, "verdict": "perhaps"})
+    assert error({**CRITIQUE, "verdict": "right"}) == "the critique concludes wrong, column `verdict` says right"
+
+
+# ── preferences ──
+
+HH = "\n\nHuman: 2 + 2?\n\nAssistant: {}"
+PAIR_OF_CHATS = Pair(Chat([USER, ANSWER], (1,)), Chat([USER, {"role": "assistant", "content": "5"}], (1,)))
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        (
+            {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5", "margin": 0.5},
+            Pair(PromptCompletion("2 + 2 = ", "4"), PromptCompletion("2 + 2 = ", "5"), 0.5),
+        ),
+        ({"chosen": HH.format("4"), "rejected": HH.format("5")}, PAIR_OF_CHATS),
+        ({"chosen": HH.format("4").lstrip(), "rejected": HH.format("5")}, PAIR_OF_CHATS),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "5"}]}, PAIR_OF_CHATS),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "5"}]}, PAIR_OF_CHATS),
+        (
+            {"prompt": "2 + 2?", "chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "5"}]},
+            PAIR_OF_CHATS,
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "2 + 2?"}],
+                "chosen": {"from": "gpt", "value": "4"},
+                "rejected": {"from": "gpt", "value": "5"},
+            },
+            PAIR_OF_CHATS,
+        ),
+        ({"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": "4", "rejected": "5"}, PAIR_OF_CHATS),
+        ({"chosen": "a good text", "rejected": "a bad one"}, Pair(Text("a good text"), Text("a bad one"))),
+    ],
+)
+def test_preferences(row, pair):
+    assert parse(row, allowed=("sharegpt_preference", "preference"))[1] == pair
+
+
+def test_a_transcript_of_several_turns_is_judged_at_its_end():
+    text = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2 + 2?\n\nAssistant: 4"
+    chosen = parse({"chosen": text, "rejected": text + "0"})[1].chosen
+    assert [turn["role"] for turn in chosen.messages] == ["user", "assistant", "user", "assistant"]
+    assert chosen.learnt == (3,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rejected": "4"}, "columns `chosen` and `rejected` are the same: nothing is preferred"),
+        ({"margin": -1}, "column `margin`: expected a number of at least 0, got a number (-1)"),
+        ({"margin": "much"}, "column `margin`: expected a number of at least 0, got text"),
+        ({"chosen": " "}, "column `chosen` is empty"),
+        ({"rejected": None}, "column `rejected` is null"),
+        (
+            {"prompt": None, "chosen": HH.format("4") + "\n\nHuman: thanks"},
+            "does not end with an answer of the assistant",
+        ),
+        ({"prompt": [USER], "chosen": [USER]}, "the last turn is not the assistant's"),
+    ],
+)
+def test_pairs_that_teach_nothing_are_refused(changes, message):
+    assert message in error({"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5", **changes})
+
+
+def test_a_row_of_another_recipe_says_whose_it_is():
+    told = error(CRITIQUE, allowed=SFT)
+    assert told.startswith("these are columns of `critique`, which is for cft; this recipe reads rows where")
+    assert "which is for sft" in error({"prompt": "a", "completion": "b"}, allowed=("text",))
+    assert "which is for reward" in error({"chosen": "a", "rejected": "b"}, allowed=("text",))

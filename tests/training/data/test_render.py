@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from training.data.files import RowError
-from training.data.formats import Chat, Example, Message, PromptCompletion, Text
-from training.data.render import Renderer, Sample, fit, load_tokenizer
+from training.data.formats import Chat, Example, Message, Pair, PromptCompletion, Text
+from training.data.render import Renderer, Sample, fitted, fitted_pair, load_tokenizer, sides_of
 from training.data.templates import TEMPLATES
 from training.errors import InputError
 
@@ -420,15 +420,54 @@ def test_a_slow_tokenizer_is_refused(tmp_path, monkeypatch):
 def test_a_long_sample_is_dropped_or_cut_without_a_new_eos():
     sample = rendered(PromptCompletion("What is 2 + 2? ", "It is 4, sir."))
     length = len(sample.ids)
-    assert fit(sample, length, "drop") is sample
-    assert fit(sample, length - 1, "drop") is None
-    cut = fit(sample, length - 2, "truncate")
-    assert cut is not None
+    assert fitted(sample, length, "drop") == [sample]
+    assert fitted(sample, length - 1, "drop") == []
+    (cut,) = fitted(sample, length - 2, "truncate")
     assert cut.ids.tolist() == sample.ids[:-2].tolist()
     assert TOKENIZER.eos_token_id not in cut.ids
-    none_left = fit(sample, 3, "truncate")
-    assert none_left is not None
+    (none_left,) = fitted(sample, 3, "truncate")
     assert not none_left.targets.any()
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 10, 11, 12, 50])
+def test_a_long_document_is_split_such_that_every_token_but_the_first_is_learnt_once(max_length):
+    document = rendered(Text("once upon a time there was a very small model " * 3))
+    pieces = fitted(document, max_length, "split")
+    assert all(2 <= len(piece.ids) <= max_length for piece in pieces)
+    assert not any(piece.targets[0] for piece in pieces)
+    learnt = [token for piece in pieces for token in piece.ids[piece.targets].tolist()]
+    assert learnt == document.ids[1:].tolist()
+    # Each piece sees the token before its first target.
+    assert [piece.ids[0] for piece in pieces[1:]] == [piece.ids[-1] for piece in pieces[:-1]]
+
+
+# ── pairs ──
+
+
+def test_a_pair_is_both_whole_sequences_each_judged_at_its_last_token():
+    pair = Pair(PromptCompletion("2 + 2 = ", "4"), PromptCompletion("2 + 2 = ", "five"), margin=0.5)
+    sample = rendered(pair)
+    chosen, rejected = sides_of(sample.ids, sample.targets)
+    assert chosen.tolist() == rendered(pair.chosen).ids.tolist()
+    assert rejected.tolist() == rendered(pair.rejected).ids.tolist()
+    assert np.flatnonzero(sample.targets).tolist() == [len(chosen) - 1, len(sample.ids) - 1]
+    assert sample.margin == 0.5
+
+
+def test_a_pair_is_dropped_if_one_side_is_too_long():
+    sample = rendered(Pair(Text("short"), Text("a good deal longer than that")))
+    longest = max(map(len, sides_of(sample.ids, sample.targets)))
+    assert fitted_pair(sample, longest) == [sample]
+    assert fitted_pair(sample, longest - 1) == []
+
+
+def test_pairs_of_the_same_tokens_are_refused():
+    # Two ways to write one conversation.
+    chats = [
+        Chat([{"role": "user", "content": text}, {"role": "assistant", "content": "4"}], (1,)) for text in ("a", "a")
+    ]
+    (result,) = Renderer(TOKENIZER, "chatml").render([Pair(*chats)])
+    assert "the same tokens" in str(result)
 
 
 def test_rendering_is_batched(monkeypatch):

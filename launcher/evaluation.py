@@ -1,0 +1,157 @@
+"""`muster eval`: asks a model questions with known answers, or two models the same ones before a judge."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launcher import prompts
+from training import questions
+from training.config import Questions, Resources
+from training.errors import InputError
+from training.group import Group, results
+from training.measures import Row, in_order, interval, measured
+from training.questions import Question
+
+_ANSWER_S = 24 * 3600.0
+_SHOWN = 5
+TEMPLATES = ("auto", "plain", "chat")
+
+
+def evaluate(
+    model: str, data: Path, settings: Questions, *, template: str, workers: int, seed: int, out: Path | None
+) -> dict[str, Any]:
+    """The accuracy of a model on the questions of a file, and how it was come by. Raises InputError before anything is loaded."""
+    _refuse_template(template)
+    asked = questions.read(str(data), settings.columns, settings.limit)
+    folder = prompts.model_folder(model)
+    rows, seconds = _answers(folder, asked, settings, template=template, workers=workers, seed=seed)
+    if out is not None:
+        _write(out, rows)
+    return {
+        "model": folder,
+        "data": str(data),
+        "questions": len(asked),
+        **measured(rows, ""),
+        "tokens_per_s": sum(row["tokens"] for row in rows) / seconds,
+        "rows": str(out) if out is not None else None,
+        "shown": [
+            {key: row[key] for key in ("row", "expected", "answer", "correct", "response")} for row in rows[:_SHOWN]
+        ],
+    }
+
+
+def compare(
+    model: str, other: str, judge: str, data: Path, settings: Questions,
+    *, template: str, workers: int, seed: int, out: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """How often a model's response is rewarded more than that of another to the same question; equals count half."""
+    _refuse_template(template)
+    asked = questions.read(str(data), settings.columns, settings.limit, answers=False)
+    folders = [prompts.model_folder(name) for name in (model, other)]
+    reward_model = prompts.model_folder(judge, rewards=True)
+    both = [_answers(folder, asked, settings, template=template, workers=workers, seed=seed)[0] for folder in folders]
+    from training.evaluator import Judge
+
+    court = Judge(reward_model)
+    for rows in both:
+        for row, reward in zip(rows, court.rewards(*_columns(rows, "question", "response")), strict=True):
+            row["reward"] = reward
+    pairs = list(zip(*both, strict=True))
+    wins = sum((a["reward"] > b["reward"]) + 0.5 * (a["reward"] == b["reward"]) for a, b in pairs)
+    if out is not None:
+        _write(out, [{"model": folder, **row} for pair in pairs for folder, row in zip(folders, pair, strict=True)])
+    low, high = interval(wins / settings.samples, len(asked))
+    return {
+        "model": folders[0],
+        "against": folders[1],
+        "judge": reward_model,
+        "questions": len(asked),
+        "win_rate": wins / len(pairs),
+        "win_rate_low": low,
+        "win_rate_high": high,
+        "reward": sum(a["reward"] for a, _ in pairs) / len(pairs),
+        "reward_against": sum(b["reward"] for _, b in pairs) / len(pairs),
+        "rows": str(out) if out is not None else None,
+    }
+
+
+def _refuse_template(template: str) -> None:
+    if template not in TEMPLATES:
+        raise InputError.of("--template", f"{template} is none of {', '.join(TEMPLATES)}")
+
+
+def _columns(rows: Sequence[Row], *names: str) -> list[list[Any]]:
+    return [[row[name] for row in rows] for name in names]
+
+
+def _answers(
+    folder: str, asked: Sequence[Question], settings: Questions, *, template: str, workers: int, seed: int
+) -> tuple[list[Row], float]:
+    """The judged responses, question by question, and the seconds they took once the model was loaded."""
+    with _group(folder, template, workers) as group:
+        began = time.monotonic()
+        shares = results(group.call("answer", asked, settings, seed), _ANSWER_S)
+        return in_order(shares), time.monotonic() - began
+
+
+@contextmanager
+def _group(folder: str, template: str, workers: int) -> Iterator[Group]:
+    """Workers with the model loaded: one in this process, more of them on Ray."""
+    from training.evaluator import Evaluator
+
+    if workers == 1:
+        from training.distributed import Seat
+        from training.group import InlineGroup, Worker
+
+        worker = Worker(Seat(rank=0, size=1))
+        worker.roles["evaluator"] = Evaluator(worker.seat, folder, template)
+        yield InlineGroup(worker, "evaluator")
+        return
+    from launcher.session import ray_session
+    from launcher.workers import WorkerGroup
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    with ray_session(workers), tempfile.TemporaryDirectory(prefix="muster-eval-") as logs:
+        gang = WorkerGroup(Resources(workers=workers), say, say)
+        try:
+            gang.begin(Path(logs))
+            yield gang.build("evaluator", "training.evaluator:Evaluator", folder, template)
+        finally:
+            gang.close()
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        raise InputError.of(str(path), f"cannot be written: {error.strerror}; choose another --out") from error
+
+
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    """The report for a terminal."""
+    if "win_rate" in report:
+        yield (
+            f"{report['model']} is rewarded more than {report['against']} in {report['win_rate']:.1%} of {report['questions']:,} "
+            f"questions (95 %: {report['win_rate_low']:.1%} to {report['win_rate_high']:.1%}); mean reward "
+            f"{report['reward']:.3f} against {report['reward_against']:.3f}"
+        )
+        return
+    for row in report["shown"]:
+        mark = "right" if row["correct"] else "wrong"
+        response = prompts.printable(" ".join(row["response"].split()))
+        yield f"{row['row']}: {mark}: expected {row['expected']}, got {row['answer']}: {response[:200]}"
+    passed = "".join(f", {name} {report[name]:.1%}" for name in report if name.startswith("pass@"))
+    yield (
+        f"accuracy {report['accuracy']:.1%} (95 %: {report['accuracy_low']:.1%} to {report['accuracy_high']:.1%}){passed} of "
+        f"{report['questions']:,} questions; {report['ended']:.0%} of the responses ended by themselves, "
+        f"{report['response_tokens']:.0f} tokens long; {report['tokens_per_s']:,.0f} tokens/s"
+    )

@@ -1,0 +1,177 @@
+"""Adapters: what is trained, saved, exported, merged, gone on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from training.errors import InputError
+from training.storage import place
+
+pytestmark = pytest.mark.cpu
+LORA = {"rank": 4, "alpha": 8}
+IDS = [[5, 6, 7, 8, 9, 10, 11]]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, train):
+    """trained(recipe, stage) -> the hooks of a run of 8 steps with adapters, remembered."""
+    known = {}
+
+    def run(recipe="sft", stage=2):
+        if (recipe, stage) not in known:
+            known[recipe, stage] = train(2, recipe=recipe, stage=stage, lora=LORA)
+        return known[recipe, stage]
+
+    return run
+
+
+def exported(tiny, hooks, out, recipe="sft", **how):
+    from tests.training_fixtures import phase_of
+    from training.export import export
+
+    export(hooks.last, place(out), phase_of(tiny, recipe, lora=LORA), **how)
+    return out
+
+
+def logits(folder, adapter=None, classifier=False):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if classifier:
+        lm = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=1)
+    else:
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        lm = PeftModel.from_pretrained(lm, str(adapter))
+    with torch.no_grad():
+        return lm.eval()(torch.tensor(IDS)).logits.numpy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_only_adapters_are_trained_and_saved(trained, stage):
+    from training.checkpoint import Manifest
+
+    hooks = trained(stage=stage)
+    manifest = Manifest.read(hooks.last)
+    assert all(".lora_" in name for name in manifest.parameters)
+    numbers = sum(int(np.prod(shape)) for shape in manifest.parameters.values())
+    assert hooks.facts.num_parameters == numbers
+    content = sum(file.size - file.header for file in manifest.files)
+    assert content == 12 * numbers  # weights and two moments, in fp32
+    assert hooks.losses[-1] < hooks.losses[0]
+
+
+def test_the_exported_adapter_is_one_that_peft_loads_and_merging_gives_the_same(tiny, trained, tmp_path):
+    hooks = trained()
+    adapter = exported(tiny, hooks, tmp_path / "adapter")
+    merged = exported(tiny, hooks, tmp_path / "merged", merge=True)
+    assert sorted(path.name for path in adapter.iterdir() if path.suffix == ".safetensors") == [
+        "adapter_model.safetensors"
+    ]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "CAUSAL_LM")
+    assert config["base_model_name_or_path"] == str(tiny / "model")
+    with_adapter, base = logits(tiny / "model", adapter), logits(tiny / "model")
+    assert np.abs(with_adapter - base).max() > 0.01
+    # The product is rounded once more when it is added to the weights.
+    assert logits(merged) == pytest.approx(with_adapter, abs=1e-5)
+
+
+def test_a_reward_models_adapter_brings_its_head(tiny, trained, tmp_path):
+    hooks = trained("reward")
+    adapter = exported(tiny, hooks, tmp_path / "adapter", "reward")
+    merged = exported(tiny, hooks, tmp_path / "merged", "reward", merge=True)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    assert logits(tiny / "model", adapter, classifier=True) == pytest.approx(logits(merged, classifier=True), abs=1e-5)
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("sft", 2), ("sft", 3), ("reward", 3)])
+def test_an_adapter_is_trained_on(tiny, trained, train, tmp_path, recipe, stage):
+    """The first loss of a phase that starts from an adapter is the next one that its training would have had."""
+    hooks = trained(recipe)
+    model = {"path": str(exported(tiny, hooks, tmp_path / "adapter", recipe)), "dtype": "fp32", "lora": LORA}
+    # The same first batch as after 0 steps: what the model has learnt shows as a smaller loss on it.
+    on = train(1, recipe=recipe, stage=stage, model=model, max_steps=1)
+    merged = {"path": str(exported(tiny, hooks, tmp_path / "merged", recipe, merge=True)), "dtype": "fp32"}
+    again = train(1, recipe=recipe, stage=0, model=merged, max_steps=1)
+    assert on.losses[0] == pytest.approx(again.losses[0], rel=1e-5)
+    assert on.losses[0] < 0.9 * hooks.losses[0]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_full_weights_may_start_from_an_adapter(tiny, trained, train, tmp_path, stage):
+    from training.checkpoint import Manifest
+
+    hooks = trained()
+    adapter = exported(tiny, hooks, tmp_path / "adapter")
+    merged = exported(tiny, hooks, tmp_path / "merged", merge=True)
+    from_adapter, from_merged = (
+        train(2, stage=stage, model={"path": str(folder), "dtype": "fp32"}, max_steps=2) for folder in (adapter, merged)
+    )
+    assert from_adapter.losses == pytest.approx(from_merged.losses, rel=1e-6)
+    assert not any("lora" in name for name in Manifest.read(from_adapter.last).parameters)
+
+
+def test_a_run_with_adapters_resumes_on_other_workers_at_another_stage(tiny, train, trained, tmp_path):
+    whole = trained("reward", 2)
+    train(2, tmp_path, stop_after=4, recipe="reward", stage=2, lora=LORA, checkpoint={"every": 4})
+    on = train(3, tmp_path, recipe="reward", stage=3, lora=LORA, checkpoint={"every": 4})
+    assert on.first == 4
+    assert on.losses == pytest.approx(whole.losses[4:], rel=2e-5)  # a reward model's: tests/training/test_same_curve.py
+
+
+def test_the_start_of_adapters_hangs_on_the_seed_and_adds_nothing(tiny, train):
+    first, other = (train(1, lora=LORA, seed=seed, max_steps=2).losses for seed in (5, 6))
+    whole = train(1, max_steps=1).losses
+    assert first[0] == pytest.approx(whole[0], rel=1e-6)
+    assert first[1] != other[1]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_prj"], "`q_prj` matches no linear layer of the model; there are q_proj"),
+        (["nothing"], "`nothing` matches no linear layer of the model; there are down_proj, gate_proj"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused(train, targets, message):
+    with pytest.raises(InputError, match=message):
+        train(1, lora={**LORA, "targets": targets})
+
+
+def test_an_adapter_of_another_shape_is_refused(tiny, trained, train, tmp_path):
+    adapter = exported(tiny, trained(), tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"rank 4 and alpha 8, model.lora says 8 and 16"):
+        train(1, model={"path": str(adapter), "dtype": "fp32", "lora": {"rank": 8, "alpha": 16}})
+
+
+def test_an_adapter_for_another_base_is_refused(tiny, trained, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from training.modelfiles import inspect
+
+    adapter = exported(tiny, trained(), tmp_path / "adapter")
+    assert inspect(adapter).architecture == "LlamaForCausalLM"
+    other = tmp_path / "other"
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    ).save_pretrained(other)
+    shutil.copy(tiny / "model/tokenizer.json", other)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
+    with pytest.raises(InputError, match=r"is an adapter for another model: model.layers.0.*, which .*other has as \["):
+        inspect(adapter)
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")})
+    )
+    with pytest.raises(InputError, match=r"was trained on .*gone, which is not here"):
+        inspect(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(InputError, match=r"a kind of adapter that cannot be loaded here \(use_dora\)"):
+        inspect(adapter)

@@ -1,0 +1,88 @@
+"""The role `evaluator`: a model that answers questions, or one that judges answers. No training, no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training import model as models
+from training.config import Model, Questions
+from training.data.files import RowError
+from training.data.formats import Answer, Chat, PromptCompletion
+from training.data.render import Renderer, Sample, load_tokenizer
+from training.distributed import Seat
+from training.errors import InputError, TrainingError
+from training.evaluate import answered, by_answer, end_tokens
+from training.measures import Row
+from training.modelfiles import CLASSIFIER_SUFFIX, adapter_in, facts_in, inspect, tokenizer_of
+from training.questions import Question
+from training.recipes.reward import score
+
+
+class Evaluator:
+    """One worker's part in an evaluation. `template`: plain, chat, or auto, which is what the model has learnt.
+
+    Raises InputError if the model cannot be loaded, or has no chat template to chat with.
+    """
+
+    def __init__(self, seat: Seat, path: str, template: str = "auto"):
+        self.seat = seat
+        self.model = Speaker(path, template)
+
+    def answer(self, questions: Sequence[Question], settings: Questions, seed: int) -> list[Row]:
+        """This worker's share of the responses, judged."""
+        model = self.model
+        return answered(
+            model.lm, model.renderer, questions, settings, seed=seed, chat=model.chat, ends=model.ends,
+            judge=by_answer, share=(self.seat.rank, self.seat.size),
+        )  # fmt: skip
+
+
+class Speaker:
+    """A language model ready to be asked."""
+
+    def __init__(self, path: str, template: str = "auto"):
+        self.lm: Any = models.for_inference(path)
+        tokenizer, self.chat = _tokenizer(path, template)
+        self.renderer = Renderer(tokenizer)
+        self.ends = end_tokens(tokenizer, self.lm.generation_config)
+
+
+class Judge:
+    """A reward model. Raises InputError if the folder holds another kind of model."""
+
+    def __init__(self, path: str):
+        adapter = adapter_in(path)
+        if not inspect(Path(path), classifier=True).architecture.endswith(CLASSIFIER_SUFFIX) and not (
+            adapter and adapter.heads
+        ):
+            message = "is no reward model (a sequence classifier with one label); the recipe `reward` trains one"
+            raise InputError.of(path, message)
+        self.lm = models.for_inference(path, classifier=True)
+        tokenizer, self.chat = _tokenizer(path, "auto")
+        self.renderer = Renderer(tokenizer)
+
+    def rewards(self, questions: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """One number for each response to its question."""
+        sides = [self._whole(question, response) for question, response in zip(questions, responses, strict=True)]
+        rendered = self.renderer.render(sides)
+        if refused := [each for each in rendered if isinstance(each, RowError)]:
+            raise TrainingError(f"a response cannot be put to the reward model: {refused[0]}")
+        return score(self.lm, [each.ids for each in rendered if isinstance(each, Sample)])
+
+    def _whole(self, question: str, response: str) -> Answer:
+        if not self.chat:
+            return PromptCompletion(question, response)
+        turns = [("user", question), ("assistant", response)]
+        return Chat([{"role": role, "content": text} for role, text in turns], learnt=(1,))
+
+
+def _tokenizer(path: str, template: str) -> tuple[Any, bool]:
+    """The tokenizer of a model, and whether a question is a user's turn."""
+    tokenizer: Any = load_tokenizer(tokenizer_of(Model(path=path)))
+    if template == "auto":
+        template = facts_in(path).get("questions") or ("chat" if tokenizer.chat_template else "plain")
+    if template == "chat" and not tokenizer.chat_template:
+        raise InputError.of(path, "the tokenizer has no chat template; ask it plainly (--template plain)")
+    return tokenizer, template == "chat"

@@ -1,0 +1,168 @@
+"""LoRA (arXiv:2106.09685) through PEFT: adapters added to a model's layers, read from and written for PEFT folders.
+
+Adapters stand inside the model, whose class stays what it was: `q_proj` becomes a layer that holds the frozen `q_proj.base_layer`
+and, trained, `q_proj.lora_A.default` and `q_proj.lora_B.default`. A PEFT folder calls the same tensors
+`base_model.model.<...>.q_proj.lora_A.weight`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from training.config import Lora, Phase
+from training.engine import whole
+from training.errors import InputError
+from training.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, Adapter, check_continues
+from training.seeding import seed_for
+
+NAME = "default"
+_BASE = ".base_layer"
+
+
+def add(lm: nn.Module, phase: Phase, existing: Adapter | None) -> None:
+    """Freeze the model and put adapters into it: fresh ones, or those of a folder to be trained on.
+
+    Raises InputError for targets that match no layer, and for an adapter of another shape than the settings say.
+    """
+    check_continues(phase.model)
+    inject(lm, phase, existing)
+    _initialize(lm, phase.seed)
+    if existing is not None:
+        _load(lm, existing)
+
+
+def inject(lm: nn.Module, phase: Phase, existing: Adapter | None) -> None:
+    """The same without values in the adapters."""
+    from peft import inject_adapter_in_model
+
+    settings = phase.model.lora
+    assert settings is not None, "a phase that asks for adapters"
+    targets = existing.targets if existing is not None else targets_in(lm, settings)
+    for parameter in lm.parameters():
+        parameter.requires_grad = False
+    inject_adapter_in_model(config_for(settings, targets), lm, adapter_name=NAME)
+
+
+def config_for(settings: Lora, targets: list[str], **more: Any) -> Any:
+    """PEFT's own settings of the same adapter."""
+    from peft import LoraConfig
+
+    alpha: Any = settings.alpha  # a float will do, too
+    return LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, **more)
+
+
+def targets_in(lm: Any, settings: Lora) -> list[str]:
+    """Ends of the names of the layers that get adapters. Raises InputError if one of the settings matches no layer."""
+    linear = [name for name, module in lm.named_modules() if _is_linear(module)]
+    body = [name for name in linear if name.startswith(f"{lm.base_model_prefix}.")]
+    ends = sorted({name.rpartition(".")[2] for name in body})
+    if settings.targets == "all-linear":
+        return ends
+    problems = []
+    for target in settings.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            near = difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends
+            problems.append(f"`{target}` matches no linear layer of the model; there are {', '.join(near)}")
+    if problems:
+        raise InputError.of("", "\n".join(problems), "model.lora.targets")
+    return list(settings.targets)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _adapters(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in lm.named_parameters() if ".lora_" in name)
+
+
+def _initialize(lm: nn.Module, seed: int) -> None:
+    """A as Kaiming says, B zero (the paper's start: nothing is added). By name, so that it is the same on all machines."""
+    for name, parameter in _adapters(lm):
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(seed_for(seed, "lora", name))
+            bound = math.sqrt(1 / parameter.shape[1])  # kaiming_uniform with a = sqrt(5)
+            values = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
+        else:
+            values = torch.zeros(parameter.shape)
+        parameter.data.copy_(values)
+
+
+def _load(lm: nn.Module, adapter: Adapter) -> None:
+    saved = load_file(adapter.folder / ADAPTER_WEIGHTS)
+    for name, parameter in _adapters(lm):
+        parameter.data.copy_(saved[peft_name(name)])
+
+
+def peft_name(name: str) -> str:
+    """What a PEFT folder calls a parameter of the model."""
+    return PEFT_PREFIX + name.replace(f".{NAME}.", ".")
+
+
+def deltas(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """What merging adds to the weights: name of the weight and the change [out, in], fp32."""
+    saved = load_file(adapter.folder / ADAPTER_WEIGHTS)
+    for name, down in saved.items():
+        if name.endswith(".lora_A.weight"):
+            up = saved[name.replace(".lora_A.", ".lora_B.")]
+            yield name.removeprefix(PEFT_PREFIX).replace(".lora_A.", "."), delta(down, up, adapter.scale)
+
+
+def delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """The change of a weight, in fp32. [r, in], [out, r] -> [out, in]"""
+    return scale * (up.float() @ down.float())
+
+
+def merge(lm: nn.Module, adapter: Adapter) -> None:
+    """Add an adapter to the weights for good. Works on weights that ZeRO-3 has sharded, too."""
+    weights = dict(lm.named_parameters())
+    for name, change in deltas(adapter):
+        weight = weights[name]
+        with whole(weight):
+            weight.data += (change.T if _is_transposed(lm, name) else change).to(weight.dtype).to(weight.device)
+
+
+def _is_transposed(lm: nn.Module, weight: str) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(lm.get_submodule(weight.rpartition(".")[0]), Conv1D)
+
+
+def write_folder(folder: Path, weights: dict[str, Tensor], lora: Lora, base: str, *, classifier: bool) -> None:
+    """A PEFT folder of trained parameters, by the model's own names."""
+    from safetensors.torch import save_file
+
+    saved = {peft_name(name): tensor for name, tensor in weights.items()}
+    save_file(saved, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    targets = sorted({name.partition(".lora_A.")[0].rpartition(".")[2] for name in weights if ".lora_A." in name})
+    heads = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
+    config = config_for(
+        lora,
+        targets,
+        task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
+        modules_to_save=heads or None,
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    file = folder / ADAPTER_CONFIG
+    written = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({**written, "target_modules": targets}, indent=2, sort_keys=True) + "\n"
+    )  # PEFT has a set
+
+
+def base_name(name: str) -> str:
+    """The weight's name in the model without adapters."""
+    return name.replace(f"{_BASE}.", ".")

@@ -1,0 +1,121 @@
+"""reward: a scalar head on the language model, trained on pairs of which one answer is preferred.
+
+The score of a sequence is what the head makes of its last token. Both sequences of a pair lie in one row, one after the
+other, so they are always in the same micro-batch; position ids that start again keep them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training import model as models
+from training.data.collate import collate, to_device
+from training.data.render import sides_of
+from training.data.store import TokenStore
+from training.trainer import Trainer
+
+
+class PairLoss(nn.Module):
+    """A sequence classifier with one label that returns what is summed over the pairs of a micro-batch."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None, last_index: Tensor, margins: Tensor) -> Tensor:
+        """-log sigmoid(chosen - rejected - margin), and the measures of RewardTrainer, summed over P pairs. [5]
+
+        last_index [2 P]: places, in the flattened rows, of the last tokens: chosen, rejected, chosen, ...  margins [P];
+        a margin of -inf marks a pair that does not count.
+        """
+        rewards_P2 = scores(self.lm, input_ids, position_ids, last_index).view(-1, 2)
+        difference_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+        counts_P = (margins > -math.inf).float()
+        # softplus(-x) is -log sigmoid(x), without overflow.
+        loss = functional.softplus(margins - difference_P).sum()
+        with torch.no_grad():
+            right = ((difference_P > 0) * counts_P).sum()
+            both_P2 = rewards_P2 * counts_P[:, None]
+            sums = right, (difference_P * counts_P).sum(), both_P2.sum(), (both_P2**2).sum()
+        return torch.stack([loss, *sums])
+
+
+def scores(lm: Any, input_ids: Tensor, position_ids: Tensor | None, last_index: Tensor) -> Tensor:
+    """The score of each sequence, read at its last token, in fp32. [R, L], [N] -> [N]"""
+    body = getattr(lm, lm.base_model_prefix)
+    hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return models.head_of(lm)(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
+
+
+@torch.inference_mode()
+def score(lm: nn.Module, sequences: Sequence[np.ndarray], *, batch: int = 32) -> list[float]:
+    """The scores of token sequences, those of like length together."""
+    device = next(lm.parameters()).device
+    out = [0.0] * len(sequences)
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(by_length), batch):
+        places = by_length[start : start + batch]
+        micro = to_device(collate([[_judged(sequences[i].astype(np.int64))] for i in places]), device)
+        ids, index = micro["input_ids"], micro["target_index"]
+        assert ids is not None, "a batch has rows"
+        assert index is not None, "and a last token in each"
+        for place, value in zip(places, scores(lm, ids, None, index + 1).tolist(), strict=True):
+            out[place] = value
+    return out
+
+
+class RewardTrainer(Trainer):
+    """Learns to score the preferred answer of each pair higher."""
+
+    measures = ("loss", "accuracy", "margin", "reward", "reward_square")
+    """Sums over the pairs: right orders, differences, both rewards, their squares."""
+
+    def build(self, dtype: torch.dtype) -> nn.Module:
+        return PairLoss(models.load(self.phase, dtype, self.seat.device, classifier=True))
+
+    def weight_of(self, store: TokenStore, samples: np.ndarray) -> int:
+        """The loss is a mean over pairs."""
+        return len(samples)
+
+    def collated(self, store: TokenStore, rows: list[list[int]]) -> dict[str, Tensor | None]:
+        pairs = [[sides_of(*store[sample]) for sample in row] for row in rows]
+        batch = collate([[_judged(side) for pair in row for side in pair] for row in pairs])
+        index = batch["target_index"]
+        assert index is not None
+        if not rows:
+            return {
+                "input_ids": batch["input_ids"],
+                "position_ids": None,
+                "last_index": torch.zeros(2, dtype=torch.long),
+                "margins": torch.full((1,), -math.inf),
+            }
+        margins = np.array([store.margins[sample] for row in rows for sample in row], np.float32)
+        return {
+            "input_ids": batch["input_ids"],
+            "position_ids": batch["position_ids"],
+            "last_index": index + 1,  # of a target, the place before it
+            "margins": torch.from_numpy(margins),
+        }
+
+    def told(self, means: dict[str, float]) -> dict[str, float]:
+        reward = means["reward"] / 2  # two in a pair
+        variance = means["reward_square"] / 2 - reward**2
+        return {
+            "loss": means["loss"],
+            "accuracy": means["accuracy"],
+            "margin": means["margin"],
+            "reward_mean": reward,
+            "reward_std": math.sqrt(max(0.0, variance)),
+        }
+
+
+def _judged(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A sequence of which the last token is marked."""
+    return ids, np.arange(len(ids)) == len(ids) - 1

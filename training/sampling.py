@@ -1,0 +1,165 @@
+"""Continues token sequences: batched, with a cache, without spending time on finished rows. Knows no text and no file.
+
+What is drawn does not depend on the machines: the random number that picks the token at a position is a function of the
+sequence's key and the position alone (a counter-based generator), and picks by the inverse of the distribution function. So
+the batch size, the order and the number of workers do not show, except where rounding moves a probability across the number
+that was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training import pulse
+from training.data.order import mix
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_SHRINK_BELOW = 0.75
+"""The batch is cut to the rows that go on when fewer than this share do: cutting copies the cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to continue."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+
+
+@dataclass(frozen=True)
+class Continued:
+    """One continuation."""
+
+    tokens: list[int]
+    """Without the token that ended it."""
+    ended: bool
+    """By an end-of-text token, not by the length."""
+
+
+@torch.inference_mode()
+def continue_all(
+    lm: Any,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[int],
+    ends: Collection[int],
+    settings: Sampling,
+    *,
+    batch: int = 64,
+) -> list[Continued]:
+    """One continuation of every prompt, in their order, up to a token of `ends`. `keys[i]` seeds the i-th.
+
+    `lm` is a causal language model with a cache; a prompt has at least one token. At most `batch` go at a time, those of
+    like length together.
+    """
+    out: dict[int, Continued] = {}
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(by_length), batch):
+        places = by_length[start : start + batch]
+        going = _Batch(lm, [prompts[i] for i in places], [keys[i] for i in places], ends, settings)
+        out.update(zip(places, going.run(), strict=True))
+    return [out[place] for place in range(len(prompts))]
+
+
+class _Batch:
+    """Prompts of a batch on their way, padded on the left. B rows that go on, L places so far."""
+
+    def __init__(
+        self, lm: Any, prompts: Sequence[Sequence[int]], keys: Sequence[int], ends: Collection[int], settings: Sampling
+    ):
+        self.lm, self.settings = lm, settings
+        self.device = next(lm.parameters()).device
+        self.rows = np.arange(len(prompts))
+        """Which prompt each row is."""
+        self.keys = np.array(keys, np.uint64)
+        self.ends = torch.tensor(sorted(ends), device=self.device)
+        length = max(map(len, prompts))
+        self.padded = any(len(prompt) < length for prompt in prompts)
+        ids, mask = np.zeros((len(prompts), length), np.int64), np.zeros((len(prompts), length), np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :] = prompt
+            mask[row, length - len(prompt) :] = 1
+        self.next_ids = torch.from_numpy(ids).to(self.device)
+        self.mask = torch.from_numpy(mask).to(self.device)
+        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.cache: Any = None
+
+    def run(self) -> list[Continued]:
+        """The continuations, in the order of the prompts."""
+        texts: list[list[int]] = [[] for _ in self.rows]
+        ended: set[int] = set()
+        for position in range(self.settings.max_new_tokens):
+            tokens_B = draw(self._logits(), self.keys, position, self.settings)
+            is_end_B = torch.isin(tokens_B, self.ends).tolist()
+            for row, token, is_end in zip(self.rows.tolist(), tokens_B.tolist(), is_end_B, strict=True):
+                if is_end:
+                    ended.add(row)
+                elif row not in ended:
+                    texts[row].append(token)
+            pulse.progressed()
+            if len(ended) == len(texts):
+                break
+            self._advance(tokens_B)
+            going = np.array([row not in ended for row in self.rows.tolist()])
+            if going.mean() < _SHRINK_BELOW:
+                self._shrink(np.flatnonzero(going))
+        return [Continued(text, row in ended) for row, text in enumerate(texts)]
+
+    def _logits(self) -> Tensor:
+        """Of the next token of every row. [B, V]"""
+        out = self.lm(
+            input_ids=self.next_ids,
+            attention_mask=self.mask if self.padded else None,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+    def _advance(self, tokens: Tensor) -> None:
+        self.next_ids = tokens[:, None]
+        self.positions = self.positions[:, -1:] + 1
+        if self.padded:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+
+    def _shrink(self, places: NDArray[np.int64]) -> None:
+        index = torch.from_numpy(places).to(self.device)
+        self.cache.batch_select_indices(index)
+        self.next_ids, self.positions, self.mask = self.next_ids[index], self.positions[index], self.mask[index]
+        self.rows, self.keys = self.rows[places], self.keys[places]
+
+
+def draw(logits_BV: Tensor, keys: NDArray[np.uint64], position: int, settings: Sampling) -> Tensor:
+    """The next token of each row. [B]"""
+    if settings.temperature == 0:
+        return logits_BV.argmax(-1)
+    probabilities_BV = torch.softmax(logits_BV.double() / settings.temperature, -1)
+    if settings.top_p < 1:
+        probabilities_BV = _nucleus(probabilities_BV, settings.top_p)
+    cumulated_BV = probabilities_BV.cumsum(-1)
+    drawn_B1 = torch.from_numpy(uniform(keys, position)).to(logits_BV.device)[:, None] * cumulated_BV[:, -1:]
+    return torch.searchsorted(cumulated_BV, drawn_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
+
+
+def _nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
+    """The likeliest tokens that together have probability `top_p` (arXiv:1904.09751), the others at 0."""
+    ordered_BV, places_BV = probabilities_BV.sort(dim=-1, descending=True)
+    before_BV = ordered_BV.cumsum(-1) - ordered_BV
+    return torch.zeros_like(probabilities_BV).scatter(-1, places_BV, ordered_BV.masked_fill(before_BV >= top_p, 0.0))
+
+
+def uniform(keys: NDArray[np.uint64], position: int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each key at this position. [n] -> [n]"""
+    counters = keys + np.array([position + 1], np.uint64) * _GOLDEN  # arrays wrap around, as SplitMix64 wants it
+    return (mix(mix(counters)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
