@@ -38,8 +38,17 @@ BENCHMARKS = {
     "recover": Benchmark(
         "benchmarks.recover", "from a killed worker to the next finished step, against a cold start (target: 1.0)"
     ),
+    "lora": Benchmark("benchmarks.lora", "step time and memory of a worker with LoRA against all weights"),
+    "generation": Benchmark(
+        "benchmarks.generation",
+        "generated tokens/s against transformers' generate with left padding (target: at least 1.0)",
+    ),
     "trl": Benchmark(
         "benchmarks.peer_trl", "SFT tokens/s against TRL under accelerate + ZeRO-2 (target: packed at least 1.0)"
+    ),
+    "trl-reward": Benchmark(
+        "benchmarks.peer_trl_reward",
+        "reward model pairs/s against TRL under accelerate + ZeRO-2 (target: at least 1.0)",
     ),
 }
 
@@ -48,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 if a benchmark failed. A benchmark that a machine cannot run is no failure."""
     parsed = _parser().parse_args(arguments)
     if parsed.list:
-        print("\n".join(f"{name:<8}{benchmark.what}" for name, benchmark in BENCHMARKS.items()))
+        print("\n".join(f"{name:<12}{benchmark.what}" for name, benchmark in BENCHMARKS.items()))
         return 0
     options = Options(
         rounds=parsed.rounds, steps=parsed.steps, stage=parsed.stage, timeout_s=parsed.timeout, only=parsed.only

@@ -34,7 +34,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     """Rounds of Muster and TRL, unpacked and packed."""
     python = environment(folder)
     work = workload.make(folder, ROWS)
-    (folder / "zero.json").write_text(json.dumps(_zero(options.stage)))
+    (folder / "zero.json").write_text(json.dumps(zero(options.stage)))
     kinds = [options.only] if options.only else ["unpacked", "packed"]
     figures = {kind: _compare(options, folder, work, python, kind == "packed") for kind in kinds}
     return {"stage": options.stage, "steps": options.steps, "peer": list(PINS), "target_packed": TARGET, **figures}
@@ -57,7 +57,8 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def _zero(stage: int) -> dict[str, Any]:
+def zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed's settings for TRL."""
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

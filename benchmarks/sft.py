@@ -1,4 +1,4 @@
-"""The same supervised fine-tuning, done by Muster and by the hand-written loop: commands, and what came of them."""
+"""The same training, done by Muster and by the hand-written loop (SFT alone): commands, and what came of them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class Training:
     batch: int = 16
     stage: int = 2
     pack: bool = True
+    recipe: str = "sft"
+    lora: dict[str, int] | None = None
     save_every: int | None = None
     """Steps. None: never but at the end."""
     timeout_s: float = 300.0
@@ -41,6 +43,8 @@ class Curve:
     """As the side itself measures its steps; empty if it does not."""
     tokens: list[int]
     """Non-padding tokens of each step."""
+    memory_gib: float = 0.0
+    """The most that a worker had resident; 0 where the side does not say."""
     first_step_s: float
     """From the command to the end of the first step."""
     rest_s: float
@@ -63,6 +67,7 @@ def curve(rows: Sequence[dict[str, Any]], ends: Sequence[float]) -> Curve:
         losses=[row["loss"] for row in rows],
         step_s=[row["step_s"] for row in rows if "step_s" in row],
         tokens=[row["tokens"] for row in rows],
+        memory_gib=max((row["memory_gib"] for row in rows if "memory_gib" in row), default=0.0),
         first_step_s=ends[0],
         rest_s=ends[-1] - ends[0],
     )
@@ -113,9 +118,9 @@ def muster(
         timeout_s=training.timeout_s,
         on_line=on_line,
     )
-    rows = _json_rows((folder / "runs/bench/sft/metrics.jsonl").read_text().splitlines())
+    rows = _json_rows((folder / f"runs/bench/{training.recipe}/metrics.jsonl").read_text().splitlines())
     # The first call to the workers is one step long; its line and the last step's come when the call has ended.
-    ends = [line.at for line in finished.lines if line.text.startswith("sft  step")]
+    ends = [line.at for line in finished.lines if line.text.startswith(f"{training.recipe}  step")]
     return MusterRun(curve=curve(rows, ends), finished=finished, events=events(folder))
 
 
@@ -140,7 +145,7 @@ def _job(work: Workload, training: Training) -> dict[str, Any]:
         "shuffle": False,
         "pack": training.pack,
     }
-    sft = {
+    phase = {
         "data": data,
         "max_steps": training.steps,
         "batch": training.batch,
@@ -152,10 +157,10 @@ def _job(work: Workload, training: Training) -> dict[str, Any]:
     }
     return {
         "name": "bench",
-        "model": {"path": str(work.model), "dtype": "fp32"},
+        "model": {"path": str(work.model), "dtype": "fp32", "lora": training.lora},
         "resources": {"workers": WORKERS, "threads": 1, "gpus_per_worker": 0},
         "sharding": {"stage": training.stage},
-        "phases": {"sft": sft},
+        "phases": {training.recipe: phase},
     }
 
 

@@ -34,18 +34,19 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
 
 def summary(ours: Sequence[sft.Curve], theirs: dict[str, list[sft.Curve]]) -> dict[str, Any]:
     """`ratio` is the claim: median step, the batch laid out alike. `wall_ratio` has what happens between steps as well."""
-    own = [_step_s(curve) for curve in ours]
+    own = [steady_step_s(curve) for curve in ours]
     figures: dict[str, Any] = {
-        "ratio": ratios(own, [_step_s(curve) for curve in theirs["dealt"]]),
+        "ratio": ratios(own, [steady_step_s(curve) for curve in theirs["dealt"]]),
         "wall_ratio": ratios([c.wall_step_s for c in ours], [c.wall_step_s for c in theirs["dealt"]]),
-        "ratio_to_padded": ratios(own, [_step_s(curve) for curve in theirs["padded"]]),
+        "ratio_to_padded": ratios(own, [steady_step_s(curve) for curve in theirs["padded"]]),
         "muster_step_s": spread(own),
     }
     for layout, curves in theirs.items():
-        figures[f"{layout}_step_s"] = spread([_step_s(curve) for curve in curves])
+        figures[f"{layout}_step_s"] = spread([steady_step_s(curve) for curve in curves])
         figures[f"{layout}_loss_difference"] = largest_difference(ours[0].losses, curves[0].losses)
     return figures
 
 
-def _step_s(curve: sft.Curve) -> float:
+def steady_step_s(curve: sft.Curve) -> float:
+    """Median of the steps, as the side measures them, without the first ones."""
     return median(curve.step_s[WARM_UP:])

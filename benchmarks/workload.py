@@ -82,6 +82,18 @@ def rows(count: int, seed: int) -> Iterator[dict[str, str]]:
         yield {"prompt": " ".join(words[:prompt]) + "\n", "completion": " ".join(words[prompt:])}
 
 
+def make_pairs(folder: Path, num_rows: int, seed: int = 17, shape: Shape = SMALL) -> Workload:
+    """The same with rows of prompt, chosen and rejected: two completions of a row's length each."""
+    work = make(folder, num_rows, seed, shape)
+    others = [row["completion"] for row in rows(num_rows, seed + 1)]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other}
+        for row, other in zip(rows(num_rows, seed), others, strict=True)
+    ]
+    work.rows.write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    return work
+
+
 def _lengths(chance: random.Random) -> tuple[int, int]:
     """Words of a prompt and of its completion."""
     shared = math.sqrt(_CORRELATION) * chance.gauss(0, 1)

@@ -97,18 +97,21 @@ def _too_little_memory(phase: Phase) -> str | None:
 def host_bytes(phase: Phase, num_parameters: int, *, on_gpus: bool) -> dict[str, int]:
     """Memory of the machine that a phase with all its workers there is certain to take, by what for.
 
-    Gradients, activations and buffers come on top.
+    Gradients, activations and buffers come on top; so do adapters, which are small beside the frozen weights.
     """
     workers, stage = phase.resources.workers, phase.sharding.stage
     optimizer_here = not on_gpus or phase.sharding.offload == "cpu"
     weights_here = not on_gpus or (optimizer_here and stage == 3)
     full_precision = phase.model.dtype == "fp32"
-    needs = {"workers": workers * _WORKER_BYTES, "copy for saving": 3 * _FP32 * num_parameters}
+    trained = num_parameters if phase.model.lora is None else 0
+    needs = {"workers": workers * _WORKER_BYTES}
+    if trained:
+        needs["copy for saving"] = 3 * _FP32 * trained
     if weights_here:
         needs["weights"] = (_FP32 if full_precision else _BF16) * num_parameters * (1 if stage == 3 else workers)
-    if optimizer_here:
+    if optimizer_here and trained:
         # Two moments, and master weights beside weights of another type.
-        needs["optimizer"] = (2 if full_precision else 3) * _FP32 * num_parameters * (workers if stage == 0 else 1)
+        needs["optimizer"] = (2 if full_precision else 3) * _FP32 * trained * (workers if stage == 0 else 1)
     return needs
 
 

@@ -17,6 +17,8 @@ from launcher.stragglers import Stragglers
 from training.checkpoints import opened
 from training.facts import Facts
 
+_NEARLY_FULL = 0.95
+"""Of a GPU's memory: above it a warning is due."""
 _NOT_FOR_TRACKERS = ("step", "attempt", "workers")
 
 
@@ -31,6 +33,7 @@ class PhaseRun:
         self.step = self.saved_step = 0
         self.training = False
         self.stragglers = Stragglers()
+        self.told_full: set[int] = set()
         self.folder = run.phase(name)
         self.job_hash = job_hash(job)
         self.resume_at = run.rewound_to().get(name)
@@ -58,6 +61,16 @@ class PhaseRun:
         for rank, times in self.stragglers.look(seconds_a_token).items():
             machine = self.gang.members()[rank]["machine"]
             self.warn(f"worker {rank} on {machine} takes {times:.1f} times as long as the others, who wait for it")
+
+    def gpus_full(self, fractions: Sequence[float]) -> None:
+        for rank, fraction in enumerate(fractions):
+            if fraction >= _NEARLY_FULL and rank not in self.told_full:
+                self.told_full.add(rank)
+                machine = self.gang.members()[rank]["machine"]
+                self.warn(
+                    f"worker {rank} on {machine} has taken {fraction:.0%} of its GPU's memory; a longer batch may not fit: "
+                    "smaller micro_tokens, gradient_checkpointing or a higher sharding.stage give room"
+                )
 
     def warn(self, what: str) -> None:
         self.event("warning", what=what)

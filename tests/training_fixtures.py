@@ -118,6 +118,9 @@ class Recorder:
     def paces(self, seconds_a_token) -> None:
         self.paces_seen = list(seconds_a_token)
 
+    def gpus_full(self, fractions) -> None:
+        self.gpus_seen = list(fractions)
+
     def log(self, row) -> None:
         self.rows.append(dict(row))
 

@@ -5,58 +5,105 @@ Workers share the questions out; each writes and judges its own. What a question
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from training import questions
 from training.answers import final_answer, same, verdict
-from training.config import Questions
-from training.data.render import Renderer
+from training.config import Phase, Questions
+from training.data.formats import asks_in_turns
+from training.data.render import Renderer, load_tokenizer
 from training.measures import Row
+from training.modelfiles import tokenizer_of
 from training.questions import Question
 from training.sampling import Sampling, continue_all
 from training.seeding import seed_for
 
+Judge = Callable[[str, str], tuple[str | None, bool]]
+"""From the expected answer and a response to the answer it gives, and whether that is right."""
 
-def answered(
-    lm: Any,
-    renderer: Renderer,
-    questions: Sequence[Question],
-    settings: Questions,
-    *,
-    seed: int,
-    chat: bool,
-    ends: Collection[int],
-    judge: Callable[[str, str], tuple[str | None, bool]],
-    share: tuple[int, int] = (0, 1),
-) -> list[Row]:
-    """The responses to questions rank, rank + size, ... for a `share` of (rank, size), judged."""
-    rank, size = share
-    mine = [(number, sample) for number in range(rank, len(questions), size) for sample in range(settings.samples)]
-    if not mine:
-        return []
-    ids = {number: renderer.prompt(questions[number].text, chat=chat) for number in dict(mine)}
-    sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p)
-    keys = [seed_for(seed, "sample", 0, number, sample) for number, sample in mine]
-    continued = continue_all(lm, [ids[number] for number, _ in mine], keys, ends, sampling, batch=settings.batch)
-    rows = []
-    for (number, sample), one in zip(mine, continued, strict=True):
-        question, response = questions[number], renderer.text(one.tokens)
-        answer, correct = judge(question.expected, response)
-        rows.append(
-            {
-                "number": number,
-                "row": question.where,
-                "question": question.text,
-                "expected": question.expected,
-                "sample": sample,
-                "response": response,
-                "answer": answer,
-                "correct": correct,
-                "ended": one.ended,
-                "tokens": len(one.tokens),
-            }
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How questions are put to a model."""
+
+    renderer: Renderer
+    tokenizer: Any
+    chat: bool
+    """As a user's turn, or as they stand."""
+    seed: int
+    settings: Questions
+
+    def answered(self, lm: Any, asked: Sequence[Question], judge: Judge, share: tuple[int, int] = (0, 1)) -> list[Row]:
+        """The responses to questions rank, rank + size, ... for a `share` of (rank, size), judged."""
+        rank, size = share
+        samples = range(self.settings.samples)
+        mine = [(number, sample) for number in range(rank, len(asked), size) for sample in samples]
+        ids = {number: self.renderer.prompt(asked[number].text, chat=self.chat) for number, _ in mine}
+        continued = continue_all(
+            lm,
+            [ids[number] for number, _ in mine],
+            [seed_for(self.seed, "sample", 0, number, sample) for number, sample in mine],
+            end_tokens(self.tokenizer, getattr(lm, "generation_config", None)),
+            Sampling(
+                max_new_tokens=self.settings.max_new_tokens,
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+            ),
+            batch=self.settings.batch,
         )
-    return rows
+        rows = []
+        for (number, sample), one in zip(mine, continued, strict=True):
+            question, response = asked[number], self.renderer.text(one.tokens)
+            answer, correct = judge(question.expected, response)
+            rows.append(
+                {
+                    "number": number,
+                    "row": question.where,
+                    "question": question.text,
+                    "expected": question.expected,
+                    "sample": sample,
+                    "response": response,
+                    "answer": answer,
+                    "correct": correct,
+                    "ended": one.ended,
+                    "tokens": len(one.tokens),
+                }
+            )
+        return rows
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What a phase is asked at every evaluation."""
+
+    asking: Asking
+    parts: Mapping[str, tuple[Sequence[Question], Judge]]
+    """By what they are measured as: nothing for answers, `verdict_` for conclusions of critiques."""
+
+    def responses(self, lm: Any, share: tuple[int, int]) -> dict[str, list[Row]]:
+        return {name: self.asking.answered(lm, asked, judge, share) for name, (asked, judge) in self.parts.items()}
+
+
+def exam_of(phase: Phase, formats: Mapping[str, int]) -> Exam:
+    """The exam of a phase that has learnt rows of these formats. Raises InputError for rows that cannot be asked."""
+    settings = phase.eval
+    assert settings is not None, "there is nothing to ask"
+    tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+    asking = Asking(
+        renderer=Renderer(tokenizer, phase.data.template),
+        tokenizer=tokenizer,
+        chat=asks_in_turns(phase.data.template, formats),
+        seed=phase.seed,
+        settings=settings,
+    )
+    parts: dict[str, tuple[Sequence[Question], Judge]] = {
+        "": (questions.read(settings.data, settings.columns, settings.limit), by_answer)
+    }
+    if settings.verdicts is not None:
+        parts["verdict_"] = (questions.read_verdicts(settings.verdicts, settings.limit), by_verdict)
+    return Exam(asking, parts)
 
 
 def by_answer(expected: str, response: str) -> tuple[str | None, bool]:

@@ -13,7 +13,7 @@ from training.data.formats import Answer, Chat, PromptCompletion
 from training.data.render import Renderer, Sample, load_tokenizer
 from training.distributed import Seat
 from training.errors import InputError, TrainingError
-from training.evaluate import answered, by_answer, end_tokens
+from training.evaluate import Asking, by_answer
 from training.measures import Row
 from training.modelfiles import CLASSIFIER_SUFFIX, adapter_in, facts_in, inspect, tokenizer_of
 from training.questions import Question
@@ -30,13 +30,13 @@ class Evaluator:
         self.seat = seat
         self.model = Speaker(path, template)
 
-    def answer(self, questions: Sequence[Question], settings: Questions, seed: int) -> list[Row]:
+    def answer(self, asked: Sequence[Question], settings: Questions, seed: int) -> list[Row]:
         """This worker's share of the responses, judged."""
         model = self.model
-        return answered(
-            model.lm, model.renderer, questions, settings, seed=seed, chat=model.chat, ends=model.ends,
-            judge=by_answer, share=(self.seat.rank, self.seat.size),
-        )  # fmt: skip
+        asking = Asking(
+            renderer=model.renderer, tokenizer=model.tokenizer, chat=model.chat, seed=seed, settings=settings
+        )
+        return asking.answered(model.lm, asked, by_answer, (self.seat.rank, self.seat.size))
 
 
 class Speaker:
@@ -44,9 +44,8 @@ class Speaker:
 
     def __init__(self, path: str, template: str = "auto"):
         self.lm: Any = models.for_inference(path)
-        tokenizer, self.chat = _tokenizer(path, template)
-        self.renderer = Renderer(tokenizer)
-        self.ends = end_tokens(tokenizer, self.lm.generation_config)
+        self.tokenizer, self.chat = _tokenizer(path, template)
+        self.renderer = Renderer(self.tokenizer)
 
 
 class Judge:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from training.evaluate import end_tokens
 from training.evaluator import Speaker
 from training.sampling import Sampling, continue_all
 from training.seeding import seed_for
@@ -26,5 +27,6 @@ def generate(
     model = Speaker(path, "chat" if chat else "plain")
     ids = [model.renderer.prompt(prompt, chat=chat) for prompt in prompts]
     keys = [seed_for(seed, "sample", 0, number, 0) for number in range(len(prompts))]
+    ends = end_tokens(model.tokenizer, model.lm.generation_config)
     settings = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-    return [model.renderer.text(one.tokens) for one in continue_all(model.lm, ids, keys, model.ends, settings)]
+    return [model.renderer.text(one.tokens) for one in continue_all(model.lm, ids, keys, ends, settings)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import model as models
-from training import pulse, questions
+from training import pulse
 from training.checkpoint import CheckpointError, File, Reader
 from training.config import Phase
 from training.data.collate import collate
 from training.data.dealing import Limits, deal
-from training.data.formats import asks_in_turns
 from training.data.order import Order
-from training.data.render import Renderer, load_tokenizer
 from training.data.store import TokenStore
 from training.data.stores import open_stores
 from training.distributed import Seat
 from training.engine import Engine, Fragment
 from training.errors import Diverged, TrainingError
-from training.evaluate import answered, by_answer, by_verdict, end_tokens
+from training.evaluate import Exam, exam_of
 from training.facts import Facts
 from training.measures import Row
 from training.memory import peak_bytes
-from training.modelfiles import at_hand, tokenizer_of
+from training.modelfiles import at_hand
 from training.schedule import learning_rate, total_samples, total_steps
 from training.seeding import seed_for
 from training.snapshot import ShardWriter
@@ -177,7 +176,12 @@ class Trainer:
             row |= self._means(sums, row.pop("weight"))
             row["grad_norm"] = float(row["grad_norm"])
             self._check_finite(row)
-        return {"rows": rows if self.seat.rank == 0 else [], "memory_gib": self._memory_gib(), "pace": self._pace()}
+        return {
+            "rows": rows if self.seat.rank == 0 else [],
+            "memory_gib": self._memory_gib(),
+            "gpu_full": self._gpu_full(),
+            "pace": self._pace(),
+        }
 
     def _means(self, sums: Sequence[float], weight: int) -> dict[str, float]:
         return self.told({name: total / weight for name, total in zip(self.measures, sums, strict=True)})
@@ -258,29 +262,24 @@ class Trainer:
 
     def answer(self) -> dict[str, list[Row]]:
         """This worker's share of the responses to the questions of `phase.eval`, by what they are measured as."""
-        settings = self.phase.eval
-        assert settings is not None, "there is nothing to answer"
-        tokenizer = load_tokenizer(tokenizer_of(self.phase.model), self.phase.model.trust_remote_code)
-        renderer = Renderer(tokenizer, self.phase.data.template)
-        chat = asks_in_turns(self.phase.data.template, self.store.meta.formats)
-        asked = [("", questions.read(settings.data, settings.columns, settings.limit), by_answer)]
-        if settings.verdicts is not None:
-            asked.append(("verdict_", questions.read_verdicts(settings.verdicts, settings.limit), by_verdict))
         with self.engine.whole_model(lambda dtype: models.skeleton(self.phase, dtype, self.seat.device)) as lm:
-            ends = end_tokens(tokenizer, getattr(lm, "generation_config", None))
-            return {
-                name: answered(
-                    lm, renderer, what, settings, seed=self.phase.seed, chat=chat, ends=ends, judge=judge,
-                    share=(self.seat.rank, self.seat.size),
-                )
-                for name, what, judge in asked
-            }  # fmt: skip
+            return self._exam.responses(lm, (self.seat.rank, self.seat.size))
+
+    @cached_property
+    def _exam(self) -> Exam:
+        return exam_of(self.phase, self.store.meta.formats)
 
     def _pace(self) -> float:
         """Seconds of this worker's forward passes a token, since it was last asked. 0: not known."""
         seconds, tokens = self.engine.stopwatch.read(), self.own_tokens
         self.own_tokens = 0
         return seconds / tokens if tokens and self.phase.sharding.stage < 3 else 0.0
+
+    def _gpu_full(self) -> float:
+        """The most of its GPU's memory that this worker has taken, as a fraction; 0 without a GPU."""
+        if self.seat.device != "cuda":
+            return 0.0
+        return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(self.engine.device).total_memory
 
     def _memory_gib(self) -> float:
         if self.seat.device == "cuda":

@@ -72,6 +72,13 @@ def test_beside_gpus_the_host_holds_the_copy_for_saving_and_what_is_offloaded(pl
     assert found == {"workers": 450 << 20} | {what: count * 1000 for what, count in needs.items()}
 
 
+def test_frozen_weights_are_neither_saved_nor_optimized(machine, monkeypatch):
+    monkeypatch.setattr(capacity, "_num_parameters", lambda _: GIB)
+    machine(gpus=0, gib=0.44 + 4 + 0.1)
+    capacity.check(job_of(1, "model.lora={}"), inline=True)
+    assert "(workers 0.4, copy for saving 12.0, weights 4.0, optimizer 8.0)" in refusal(1, inline=True)
+
+
 def test_a_model_that_is_not_here_is_not_counted(machine):
     machine(gpus=0, gib=1)
     capacity.check(jobs.load(Path("job.yaml"), ["model.path=meta-llama/Llama-2-70b-hf"]), inline=False)

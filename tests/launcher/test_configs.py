@@ -26,3 +26,16 @@ def test_there_is_a_job_for_each_size_and_the_large_ones_shard_their_weights():
         for size in ("7b", "13b", "70b")
     }
     assert stages == {"7b": 2, "13b": 3, "70b": 3}
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_job_loads_and_is_named_like_its_file(file):
+    loaded = job.load(file)
+    assert loaded.name == file.stem
+    assert all(phase.batch % phase.resources.workers == 0 for phase in loaded.phases.values())
+
+
+def test_the_cft_job_has_the_settings_of_the_paper():
+    cft = job.load(CONFIGS / "llama2-7b-cft.yaml").phases["cft"]
+    assert (cft.learning_rate, cft.batch, cft.epochs, cft.data.max_length) == (5e-6, 512, 1, 2048)
+    assert (cft.schedule.name, cft.schedule.warmup, cft.schedule.floor, cft.sharding.stage) == ("cosine", 0.1, 0.0, 3)

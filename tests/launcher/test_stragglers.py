@@ -31,3 +31,21 @@ def test_one_worker_has_nobody_to_be_compared_with():
 
 def test_no_work_is_no_pace():
     assert not any(looks(*[[0.0, 0.0, 1.0]] * 9))
+
+
+class Gang:
+    def members(self):
+        return [{"rank": rank, "machine": f"10.0.0.{rank}", "pid": 1} for rank in range(3)]
+
+
+def test_a_gpu_that_is_nearly_full_is_told_once(monkeypatch):
+    from launcher.phase_run import PhaseRun
+
+    told: list[str] = []
+    run = PhaseRun.__new__(PhaseRun)
+    run.gang, run.told_full = Gang(), set()
+    monkeypatch.setattr(run, "warn", told.append, raising=False)
+    for fractions in ([0.0, 0.9, 0.5], [0.0, 0.97, 0.5], [0.0, 0.99, 0.5]):
+        run.gpus_full(fractions)
+    assert len(told) == 1
+    assert told[0].startswith("worker 1 on 10.0.0.1 has taken 97% of its GPU's memory")

@@ -34,6 +34,10 @@ class Hooks(Protocol):
         """How fast each worker computed of late, in rank order; 0: not known."""
         ...
 
+    def gpus_full(self, fractions: Sequence[float]) -> None:
+        """How much of the memory of its GPU each worker has taken at most, in rank order; 0 without a GPU."""
+        ...
+
     def event(self, kind: str, **facts: Any) -> None:
         """Something that happened, for the record and the terminal."""
         ...

@@ -77,6 +77,7 @@ def _train(trainer: Group, hooks: Hooks, done: int, num_steps: int) -> None:
     answers = results(trainer.call("train", done, num_steps), CALL_S)
     memory = max(answer["memory_gib"] for answer in answers)
     hooks.paces([answer["pace"] for answer in answers])
+    hooks.gpus_full([answer["gpu_full"] for answer in answers])
     for row in answers[0]["rows"]:
         hooks.log({**row, "memory_gib": memory, "workers": trainer.size})
 
