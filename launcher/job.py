@@ -210,8 +210,11 @@ def _missing_files(job: Job) -> Iterator[tuple[KeyPath, str]]:
             yield (*prefix, "data", "template"), problem
         if not phase.starts_from_phase and os.path.isabs(phase.model.path):
             where: KeyPath = ("model", "path") if phase.from_ is None else ("from",)
-            for problem in _model_problems(phase):
+            problems = _model_problems(phase)
+            for problem in problems:
                 yield (*prefix, *where), problem
+            for problem in modelfiles.unmatched_targets(phase.model) if not problems else ():
+                yield (*prefix, "model", "lora", "targets"), problem
         tokenizer = phase.model.tokenizer
         if tokenizer and os.path.isabs(tokenizer) and not modelfiles.has_tokenizer(Path(tokenizer)):
             yield (

@@ -7,7 +7,6 @@ and, trained, `q_proj.lora_A.default` and `q_proj.lora_B.default`. A PEFT folder
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from training.config import Lora, Phase
 from training.engine import whole
 from training.errors import InputError
-from training.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, Adapter, check_continues
+from training.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, Adapter, check_continues, unmatched
 from training.seeding import seed_for
 
 NAME = "default"
@@ -67,12 +66,7 @@ def targets_in(lm: Any, settings: Lora) -> list[str]:
     ends = sorted({name.rpartition(".")[2] for name in body})
     if settings.targets == "all-linear":
         return ends
-    problems = []
-    for target in settings.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            near = difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends
-            problems.append(f"`{target}` matches no linear layer of the model; there are {', '.join(near)}")
-    if problems:
+    if problems := unmatched(settings.targets, linear):
         raise InputError.of("", "\n".join(problems), "model.lora.targets")
     return list(settings.targets)
 

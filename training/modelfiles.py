@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -140,6 +141,31 @@ def check_continues(model: Model) -> None:
             f"the adapter has rank {adapter.rank} and alpha {adapter.alpha:g}, model.lora says {lora.rank} and "
             f"{lora.alpha:g}; an adapter is trained on in its own shape: say the same, or merge it first (muster export --merge)",
         )
+
+
+def unmatched_targets(model: Model) -> list[str]:
+    """What is wrong with `lora.targets`, by the weights of the model's folder. Of a hub id nothing is known."""
+    folder = Path(base_of(model.path))
+    if model.lora is None or isinstance(model.lora.targets, str) or not folder.is_dir():
+        return []
+    matrices = [
+        name.removesuffix(".weight")
+        for file in inspect(folder, tokenizer_elsewhere=True, trust_remote_code=True, classifier=True).weight_files
+        for name, tensor in _read_header(file).items()
+        if len(tensor.shape) == 2 and not EMBEDDING.search(name)
+    ]
+    return unmatched(model.lora.targets, matrices)
+
+
+def unmatched(targets: Sequence[str], layers: Sequence[str]) -> list[str]:
+    """What is wrong with LoRA targets that are the end of no layer's name."""
+    ends = sorted({name.rpartition(".")[2] for name in layers})
+    return [
+        f"`{target}` matches no linear layer of the model; there are "
+        + ", ".join(difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends)
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in layers)
+    ]
 
 
 def tokenizer_of(model: Model) -> str:
