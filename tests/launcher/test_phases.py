@@ -126,6 +126,7 @@ def test_adapters_of_two_phases_must_have_one_shape(chain, muster):
 def test_lora_targets_that_match_nothing_are_told_by_their_names(chain, muster):
     arguments = edited(chain, ("dtype: fp32}", "dtype: fp32, lora: {targets: [q_proj, v_prj]}}"))
     lines = refused(muster, chain, arguments)
+    assert lines[0].startswith("edited.yaml:2: model.lora.targets: ")
     assert lines[0].endswith(
         "model.lora.targets: `v_prj` matches no linear layer of the model; there are v_proj, q_proj, o_proj"
     )
