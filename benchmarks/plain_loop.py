@@ -104,7 +104,7 @@ class DealtBatches:
             yield collate([[samples[i] for i in row] for row in rows])
 
     def loss_sum(self, engine: Any, micro: dict[str, Any]) -> torch.Tensor:
-        return engine(**micro)
+        return engine(**micro)[0]
 
 
 def start_engine(module: torch.nn.Module, args: argparse.Namespace) -> Any:

@@ -103,7 +103,7 @@ class LoadProbe:
         engine._start_deepspeed(self.seat)
 
         def build(dtype):
-            return TokenLoss(load(phase.model, dtype, "cpu"))
+            return TokenLoss(load(phase, dtype, "cpu"))
 
         with Peak() as peak:
             if stage == 3:
