@@ -73,8 +73,18 @@ def same(expected: str, given: str | None) -> bool:
         return math.isclose(numbers[0], numbers[1], rel_tol=1e-9, abs_tol=1e-12)
     from math_verify import verify
 
+    expected, given = _bare(expected), _bare(given)
     with _quiet():
         return bool(verify(_parsed(expected), _parsed(given), timeout_seconds=_COMPARE_S))
+
+
+_BOLD = re.compile(r"\\(?:textbf|mathbf)\{\s*\(?(.*?)\)?\s*\}")
+
+
+def _bare(text: str) -> str:
+    """Without bold face, and without the parentheses of a choice in it: `\\textbf{(73)}`."""
+    found = _BOLD.fullmatch(text.strip())
+    return found[1] if found else text
 
 
 def _plain(text: str) -> str:

@@ -28,7 +28,7 @@ class Evaluator:
 
     def __init__(self, seat: Seat, path: str, template: str = "auto"):
         self.seat = seat
-        self.model = Speaker(path, template)
+        self.model = Speaker(path, template, gpu=seat.local_rank)
 
     def answer(self, asked: Sequence[Question], settings: Questions, seed: int) -> list[Row]:
         """This worker's share of the responses, judged."""
@@ -42,8 +42,8 @@ class Evaluator:
 class Speaker:
     """A language model ready to be asked."""
 
-    def __init__(self, path: str, template: str = "auto"):
-        self.lm: Any = models.for_inference(path)
+    def __init__(self, path: str, template: str = "auto", *, gpu: int = 0):
+        self.lm: Any = models.for_inference(path, gpu=gpu)
         self.tokenizer, self.chat = _tokenizer(path, template)
         self.renderer = Renderer(self.tokenizer)
 

@@ -65,19 +65,18 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
     return lm
 
 
-def for_inference(path: str, *, classifier: bool = False, trust_remote_code: bool = False) -> nn.Module:
-    """A model to ask, in the type that it is stored in, on the GPU if there is one; an adapter is merged in."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Module:
+    """A model to ask, in the type that it is stored in, on GPU number `gpu` if there are GPUs; an adapter is merged in."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
     adapter = adapter_in(path)
-    settings = Model(path=base_of(path), trust_remote_code=trust_remote_code)
-    dtype: Any = "auto" if device == "cpu" else resolve_dtype("auto", device)
-    lm, _ = _pretrained(settings, dtype, device, classifier=classifier)
+    dtype: Any = "auto" if kind == "cpu" else resolve_dtype("auto", kind)
+    lm, _ = _pretrained(Model(path=base_of(path)), dtype, kind, classifier=classifier)
     if adapter is not None:
         lora.merge(lm, adapter)
         if classifier:
             weight: Any = head_of(lm).weight
             weight.data.copy_(load_file(adapter.folder / ADAPTER_WEIGHTS)[f"{PEFT_PREFIX}{HEAD}.weight"])
-    return lm.to(device).eval()
+    return lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
 
 
 def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:

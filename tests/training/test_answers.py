@@ -45,6 +45,8 @@ def test_a_data_set_gives_its_answer_in_a_solution_or_by_itself():
         ("\\frac{3}{4}", "\\dfrac{3}{4}"),
         ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"),
         ("p - q", "p-q"),
+        ("073", "\\textbf{(073)}"),
+        ("55", "\\textbf{(55) }"),
         ("x^2+2x+1", "(x+1)^2"),
         ("\\text{Evelyn}", "\\text{Evelyn}"),
     ],
