@@ -27,7 +27,7 @@ class RecordingTrainer(LanguageTrainer):
             file.write(json.dumps(row) + "\n")
         return answer
 
-    def _collated(self, store, rows: list[list[int]]) -> dict:
+    def collated(self, store, rows: list[list[int]]) -> dict:
         # What is collated is what is trained on: samples are known by their tokens' place in the store.
         if store is self.store:
             opened, trainer = store, self
@@ -38,7 +38,7 @@ class RecordingTrainer(LanguageTrainer):
                     return opened[index]
 
             store = Watched()
-        return super()._collated(store, rows)
+        return super().collated(store, rows)
 
 
 class FailingTrainer(LanguageTrainer):
@@ -46,14 +46,14 @@ class FailingTrainer(LanguageTrainer):
 
     def setup(self):
         facts = super().setup()
-        loss = self.engine._loss
+        sums = self.engine._sums
 
         def fail(micro):
             if self.engine.micro_in_hand == 2:
                 raise ValueError("index out of range")
-            return loss(micro)
+            return sums(micro)
 
-        self.engine._loss = fail
+        self.engine._sums = fail
         return facts
 
     def second_micro_batch(self) -> list[str]:
