@@ -113,7 +113,8 @@ class Run:
 
     @property
     def result(self) -> Result:
-        return Result([row["loss"] for row in self.steps], self.read("sft/model/model.safetensors"))
+        weights = self.read("sft/model/model.safetensors") or self.read("sft/model/adapter_model.safetensors")
+        return Result([row["loss"] for row in self.steps], weights)
 
     def close(self) -> None:
         if hasattr(self, "process") and self.process.poll() is None:

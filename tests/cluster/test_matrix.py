@@ -7,6 +7,8 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -79,15 +81,50 @@ def start(run: LabRun, *settings: str) -> None:
     run.start(*run.settings)
 
 
+KINDS: dict[str, tuple[str, str]] = {
+    "sft": ("sft", "null"),
+    "pretrain": ("pretrain", "null"),
+    "cft": ("cft", "null"),
+    "reward": ("reward", "null"),
+    "sft, LoRA": ("sft", "{rank: 4, alpha: 8}"),
+    "reward, LoRA": ("reward", "{rank: 4, alpha: 8}"),
+}
+"""Recipe and adapters. The phase is called sft whatever its recipe."""
+
+
+def settings_of(tiny: Path, kind: str) -> tuple[str, ...]:
+    recipe, lora = KINDS[kind]
+    prefix = f"{tiny}/" if recipe == "sft" else f"{tiny}/{recipe}."
+    data = (f"phases.sft.data.train={prefix}train.jsonl", f"phases.sft.data.eval={prefix}eval.jsonl")
+    return (f"phases.sft.recipe={recipe}", f"model.lora={lora}", *data)
+
+
+@pytest.fixture(scope="module")
+def calm_of(tiny, tmp_path_factory) -> Callable[[str], Result]:
+    """What a kind of run comes to when nobody disturbs it."""
+
+    @cache
+    def calm(kind: str) -> Result:
+        run = Run(tiny, tmp_path_factory.mktemp("calm"))
+        run.start(*settings_of(tiny, kind))
+        run.finish()
+        return run.result
+
+    return calm
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_run_comes_to_the_same_end(lab, run, undisturbed, fault, moment):
-    start(run, MOMENTS[moment])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_run_comes_to_the_same_end(lab, run, tiny, calm_of, kind, fault, moment):
+    undisturbed = calm_of(kind)
+    start(run, MOMENTS[moment], *settings_of(tiny, kind))
     run.reach(40)
     victim = run.machine_of(1)
     FAULTS[fault](lab, run, victim)
     out = run.finish()
     assert len(run.events("started")) == 2, out
+    assert undisturbed.weights
     assert run.result == undisturbed
     lab.renew(victim)
 
