@@ -25,7 +25,7 @@ from training.errors import MusterError
 from training.storage import Place
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 8
 _METADATA, _BLOCK_SIZE, _CHECKSUMS = "__metadata__", "block_bytes", "xxh128"
@@ -66,8 +66,8 @@ class Manifest:
     world_size: int
     zero_stage: int
     dtype: str
-    formats: dict[str, int]
-    """Rows of the training data, by format."""
+    chats: bool
+    """Whether the training data are conversations."""
     job_hash: str
     data_hash: str
     metrics: dict[str, float] = field(default_factory=dict)

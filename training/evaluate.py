@@ -12,7 +12,6 @@ from typing import Any
 from training import questions
 from training.answers import final_answer, same, verdict
 from training.config import Phase, Questions
-from training.data.formats import asks_in_turns
 from training.data.render import Renderer, load_tokenizer
 from training.measures import Row
 from training.modelfiles import tokenizer_of
@@ -86,15 +85,15 @@ class Exam:
         return {name: self.asking.answered(lm, asked, judge, share) for name, (asked, judge) in self.parts.items()}
 
 
-def exam_of(phase: Phase, formats: Mapping[str, int]) -> Exam:
-    """The exam of a phase that has learnt rows of these formats. Raises InputError for rows that cannot be asked."""
+def exam_of(phase: Phase, *, chats: bool) -> Exam:
+    """The exam of a phase that has learnt conversations, or texts as they stand. Raises InputError for rows that cannot be asked."""
     settings = phase.eval
     assert settings is not None, "there is nothing to ask"
     tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
     asking = Asking(
         renderer=Renderer(tokenizer, phase.data.template),
         tokenizer=tokenizer,
-        chat=asks_in_turns(phase.data.template, formats),
+        chat=chats,
         seed=phase.seed,
         settings=settings,
     )

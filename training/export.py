@@ -20,7 +20,6 @@ from torch import Tensor
 
 from training.checkpoint import Reader
 from training.config import Lora, Phase
-from training.data.formats import PLAIN_FORMATS, asks_in_turns
 from training.errors import TrainingError
 from training.lora import NAME, base_name, delta, write_folder
 from training.modelfiles import FACTS, base_of, inspect, tokenizer_of
@@ -64,11 +63,11 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     dtype = getattr(torch, reader.manifest.dtype)
     classifier = RECIPES[phase.recipe].makes == "classifier"
     base, lora = base_of(phase.model.path), phase.model.lora
-    tokenizer = _tokenizer(phase, learnt_chats=bool(reader.manifest.formats.keys() - PLAIN_FORMATS))
+    tokenizer = _tokenizer(phase, learnt_chats=reader.manifest.chats)
     if classifier:
         _give_pad_token(tokenizer)
     if lora is not None and not merge:
-        write_folder(staged, dict(_weights(reader, dtype)), lora, base, classifier=classifier)
+        write_folder(staged, dict(_weights(reader, dtype)), phase, classifier=classifier)
     else:
         weights = _weights(reader, dtype) if lora is None else _merged(reader, base, lora, dtype, classifier)
         _write_weights(staged, weights, shard_bytes)
@@ -178,7 +177,7 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "recipe": phase.recipe,
         "step": manifest.step,
-        "questions": "chat" if asks_in_turns(phase.data.template, manifest.formats) else "plain",
+        "questions": "chat" if manifest.chats else "plain",
     }
     if classifier:  # mean and standard deviation on the evaluation data, for whoever wants to normalise
         names = ("mean", "std")
@@ -193,6 +192,6 @@ def _tokenizer(phase: Phase, learnt_chats: bool) -> Any:
     from training.data.render import Renderer, load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
-    if learnt_chats and phase.data.template != "none":
+    if learnt_chats:
         tokenizer.chat_template = Renderer(tokenizer, phase.data.template).chat_template()
     return tokenizer

@@ -21,7 +21,7 @@ class Facts:
     attention: str
     device: str
     data_hash: str
-    formats: dict[str, int]
-    """Rows of the training data, by format."""
+    chats: bool
+    """Whether the training data are conversations, so that a question is a user's turn."""
     notes: list[str]
     """What the user should be told."""

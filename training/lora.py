@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from training.config import Lora, Phase
 from training.engine import whole
 from training.errors import InputError
-from training.modelfiles import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, Adapter, check_continues, unmatched
+from training.modelfiles import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PEFT_PREFIX,
+    Adapter,
+    adapter_in,
+    base_of,
+    check_continues,
+    unmatched,
+)
 from training.seeding import seed_for
 
 NAME = "default"
@@ -110,12 +119,17 @@ def deltas(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     for name, down in saved.items():
         if name.endswith(".lora_A.weight"):
             up = saved[name.replace(".lora_A.", ".lora_B.")]
-            yield name.removeprefix(PEFT_PREFIX).replace(".lora_A.", "."), delta(down, up, adapter.scale)
+            yield name.removeprefix(PEFT_PREFIX).replace(".lora_A.", "."), delta(down, up, adapter.alpha / adapter.rank)
 
 
 def delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
     """The change of a weight, in fp32. [r, in], [out, r] -> [out, in]"""
     return scale * (up.float() @ down.float())
+
+
+def head_in(adapter: Adapter, name: str) -> Tensor:
+    """The weights of a head that was trained whole beside an adapter. [labels, d]"""
+    return load_file(adapter.folder / ADAPTER_WEIGHTS)[f"{PEFT_PREFIX}{name}.weight"]
 
 
 def merge(lm: nn.Module, adapter: Adapter) -> None:
@@ -133,20 +147,27 @@ def _is_transposed(lm: nn.Module, weight: str) -> bool:
     return isinstance(lm.get_submodule(weight.rpartition(".")[0]), Conv1D)
 
 
-def write_folder(folder: Path, weights: dict[str, Tensor], lora: Lora, base: str, *, classifier: bool) -> None:
-    """A PEFT folder of trained parameters, by the model's own names."""
+def write_folder(folder: Path, weights: dict[str, Tensor], phase: Phase, *, classifier: bool) -> None:
+    """A PEFT folder of a phase's trained parameters, by the model's own names."""
     from safetensors.torch import save_file
 
     saved = {peft_name(name): tensor for name, tensor in weights.items()}
     save_file(saved, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    targets = sorted({name.partition(".lora_A.")[0].rpartition(".")[2] for name in weights if ".lora_A." in name})
+    settings, existing = phase.model.lora, adapter_in(phase.model.path)
+    assert settings is not None, "a phase that has trained adapters"
+    if existing is not None:
+        targets = existing.targets
+    elif settings.targets == "all-linear":
+        targets = sorted({name.partition(".lora_A.")[0].rpartition(".")[2] for name in weights if ".lora_A." in name})
+    else:
+        targets = sorted(settings.targets)
     heads = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
     config = config_for(
-        lora,
+        settings,
         targets,
         task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
         modules_to_save=heads or None,
-        base_model_name_or_path=base,
+        base_model_name_or_path=base_of(phase.model.path),
         inference_mode=True,
     )
     config.save_pretrained(str(folder))

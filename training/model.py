@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,7 +15,7 @@ from training import lora
 from training.config import Model, Phase
 from training.engine import whole
 from training.errors import InputError, Problem
-from training.modelfiles import ADAPTER_WEIGHTS, PEFT_PREFIX, Adapter, adapter_in, base_of
+from training.modelfiles import Adapter, adapter_in, base_of
 from training.seeding import seed_for
 
 HEAD = "score"
@@ -75,7 +74,7 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Mo
         lora.merge(lm, adapter)
         if classifier:
             weight: Any = head_of(lm).weight
-            weight.data.copy_(load_file(adapter.folder / ADAPTER_WEIGHTS)[f"{PEFT_PREFIX}{HEAD}.weight"])
+            weight.data.copy_(lora.head_in(adapter, HEAD))
     return lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
 
 
@@ -95,7 +94,10 @@ def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:
         )
         if phase.model.lora is not None:
             lora.inject(lm, phase, adapter_in(phase.model.path))
-    return lm.to(device) if device != "cpu" else lm
+    for module in lm.modules():  # parameters are nowhere; buffers are computed, so they are here
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    return lm
 
 
 def _pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifier: bool) -> tuple[Any, bool]:
@@ -164,7 +166,7 @@ def _set_head(lm: nn.Module, phase: Phase, adapter: Adapter | None, *, fresh: bo
     weight.requires_grad = True
     shape = getattr(weight, "ds_shape", weight.shape)
     if adapter is not None and HEAD in adapter.heads:
-        values = load_file(adapter.folder / ADAPTER_WEIGHTS)[f"{PEFT_PREFIX}{HEAD}.weight"]
+        values = lora.head_in(adapter, HEAD)
     elif fresh:
         generator = torch.Generator().manual_seed(seed_for(phase.seed, "reward head"))
         values = torch.randn(tuple(shape), generator=generator) / math.sqrt(shape[1] + 1)

@@ -67,8 +67,6 @@ class Adapter:
     """Folder or hub id of the model that it was trained on."""
     rank: int
     alpha: float
-    scale: float
-    """What the product of its matrices is multiplied by."""
     targets: list[str]
     heads: list[str]
     """Modules that were trained whole beside it."""
@@ -110,13 +108,12 @@ def adapter_in(path: str) -> Adapter | None:
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise InputError.of(str(folder), f"has no {ADAPTER_WEIGHTS}{_contents(folder)}")
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    heads = list(config.get("modules_to_save") or [])
-    return Adapter(folder, base, rank, alpha, scale, sorted(targets), heads)
+    return Adapter(folder, base, rank, alpha, sorted(targets), list(config.get("modules_to_save") or []))
 
 
 _VARIANTS = (
     "use_dora",
+    "use_rslora",
     "bias",
     "rank_pattern",
     "alpha_pattern",

@@ -110,7 +110,7 @@ class Trainer:
             attention=self.attention,
             device=torch.cuda.get_device_name() if self.seat.device == "cuda" else "cpu",
             data_hash=self.store.folder.name,
-            formats=self.store.meta.formats,
+            chats=self.store.meta.chats,
             notes=[*self.store.meta.notes, *self._longer_than_the_model()],
         )
 
@@ -267,7 +267,7 @@ class Trainer:
 
     @cached_property
     def _exam(self) -> Exam:
-        return exam_of(self.phase, self.store.meta.formats)
+        return exam_of(self.phase, chats=self.store.meta.chats)
 
     def _pace(self) -> float:
         """Seconds of this worker's forward passes a token, since it was last asked. 0: not known."""

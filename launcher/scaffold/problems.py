@@ -218,12 +218,13 @@ def flawed(problem: WordProblem, rng: Random) -> FlawedAnswer:
     """An answer with exactly one flaw, of a kind and at a step picked at random, that ends in a wrong result."""
     right = work(problem.steps)
     while True:
-        kind, index = rng.choice(list(FLAWS)), rng.randrange(len(right))
+        kind = rng.choice(list(FLAWS))
         alter, complain = FLAWS[kind]
-        lines = work(alter(problem, index, rng))
-        if _plausible(lines) and _goes_wrong_at(index, lines, right):
-            complaint = complain(problem.steps[index], right[index], lines[min(index, len(lines) - 1)])
-            return FlawedAnswer(kind, index, write_out(lines), complaint)
+        for index in rng.sample(range(len(right)), len(right)):
+            lines = work(alter(problem, index, rng))
+            if _plausible(lines) and _goes_wrong_at(index, lines, right):
+                complaint = complain(problem.steps[index], right[index], lines[min(index, len(lines) - 1)])
+                return FlawedAnswer(kind, index, write_out(lines), complaint)
 
 
 def _goes_wrong_at(index: int, lines: list[Line], right: list[Line]) -> bool:
@@ -236,7 +237,7 @@ def _change(steps: Steps, index: int, **changes: object) -> Steps:
 
 
 def _miscalculate(problem: WordProblem, index: int, rng: Random) -> Steps:
-    return _change(problem.steps, index, slip=rng.choice((-10, -2, -1, 1, 2, 10)))
+    return _change(problem.steps, index, slip=rng.choice((-30, -20, -10, 10, 20, 30)))
 
 
 def _mistake_operation(problem: WordProblem, index: int, rng: Random) -> Steps:
@@ -244,15 +245,14 @@ def _mistake_operation(problem: WordProblem, index: int, rng: Random) -> Steps:
 
 
 def _miscopy(problem: WordProblem, index: int, rng: Random) -> Steps:
-    """One number of the question is off by one or has its digits swapped. Nothing, where the step has no such number."""
+    """Instead of one number of the question another stands. Nothing, where the step has no such number."""
     step = problem.steps[index]
     sides = [side for side in ("left", "right") if isinstance(getattr(step, side), int)]
     if not sides:
         return ()
     side = rng.choice(sides)
-    number = getattr(step, side)
-    wrong = rng.choice((number - 1, number + 1, int(str(number)[::-1])))
-    return () if wrong in problem.numbers else _change(problem.steps, index, **{side: wrong})
+    wrong = rng.choice([number for number in range(2, 41) if number not in problem.numbers])
+    return _change(problem.steps, index, **{side: wrong})
 
 
 def _skip(problem: WordProblem, index: int, rng: Random) -> Steps:
@@ -361,8 +361,8 @@ TABLES: dict[str, Table] = {
     "sft.heldout.jsonl": Table(sft_row, "heldout", 200),
     "critiques.jsonl": Table(critique_row, "train", 5000),
     "critiques.heldout.jsonl": Table(critique_row, "heldout", 200),
-    "pairs.jsonl": Table(pair_row, "train", 5000),
-    "pairs.heldout.jsonl": Table(pair_row, "heldout", 200),
+    "pairs.jsonl": Table(pair_row, "train", 10_000),
+    "pairs.heldout.jsonl": Table(pair_row, "heldout", 400),
     "prompts.jsonl": Table(prompt_row, "train", 1000),
     "eval.jsonl": Table(eval_row, "eval", 200),
 }

@@ -38,3 +38,21 @@ def test_the_curve_on_a_gpu_is_that_on_a_cpu(worker, train, tiny, tmp_path, stag
     difference = np.abs(np.array(hooks.losses) / expected - 1).max()
     # fp32: other kernels, other order of sums. bf16: 8 bits, as on the CPU.
     assert difference < (1e-4 if dtype == "fp32" else 2 * 2**-8)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_answers_on_a_gpu_are_those_on_a_cpu(worker, train, tiny, tmp_path, stage):
+    """Under ZeRO-3 from a gathered copy, whose parameters are nowhere until it is filled."""
+    from training.group import InlineGroup
+    from training.recipes import supervised
+
+    questions = {"data": str(tiny / "eval.jsonl"), "limit": 12, "max_new_tokens": 12}
+    expected = train(1, eval=questions, eval_every=4)
+    phase = sft_phase(tiny, stage=stage, eval=questions, eval_every=4)
+    worker.build("trainer", "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache"))
+    hooks = Recorder(tmp_path)
+    supervised.run(phase, {"trainer": InlineGroup(worker, "trainer")}, hooks)
+    responses = [
+        {at: [row["response"] for row in rows] for at, rows in run.answered.items()} for run in (hooks, expected)
+    ]
+    assert responses[0] == responses[1]

@@ -121,7 +121,7 @@ def test_a_part_that_is_well_is_read_from_a_file_that_is_damaged_elsewhere(tmp_p
 def test_a_checkpoint_of_a_newer_muster_is_not_taken_for_damage(tmp_path):
     folder = save_in(tmp_path, 20)
     _edit_manifest(folder.path, format=99, something="new")
-    with pytest.raises(NewerFormat, match=r"a newer Muster \(format 99\); this one reads 2"):
+    with pytest.raises(NewerFormat, match=r"a newer Muster \(format 99\); this one reads 3"):
         verify(folder)
 
 

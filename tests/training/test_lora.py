@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from tests.training_fixtures import phase_of
 from training.errors import InputError
 from training.storage import place
 
@@ -29,11 +30,10 @@ def trained(tiny, train):
     return run
 
 
-def exported(tiny, hooks, out, recipe="sft", **how):
-    from tests.training_fixtures import phase_of
+def exported(tiny, hooks, out, recipe="sft", lora=LORA, **how):
     from training.export import export
 
-    export(hooks.last, place(out), phase_of(tiny, recipe, lora=LORA), **how)
+    export(hooks.last, place(out), phase_of(tiny, recipe, lora=lora), **how)
     return out
 
 
@@ -80,6 +80,16 @@ def test_the_exported_adapter_is_one_that_peft_loads_and_merging_gives_the_same(
     assert np.abs(with_adapter - base).max() > 0.01
     # The product is rounded once more when it is added to the weights.
     assert logits(merged) == pytest.approx(with_adapter, abs=1e-5)
+
+
+def test_an_adapter_of_some_layers_says_so(tiny, train, tmp_path):
+    """PEFT would find tensors missing, and merge nothing, in layers that the folder claims and does not hold."""
+    lora = {**LORA, "targets": ["layers.0.self_attn.q_proj", "v_proj"]}
+    hooks = train(1, max_steps=2, lora=lora)
+    adapter = exported(tiny, hooks, tmp_path / "adapter", lora=lora)
+    merged = exported(tiny, hooks, tmp_path / "merged", lora=lora, merge=True)
+    assert json.loads((adapter / "adapter_config.json").read_text())["target_modules"] == lora["targets"]
+    assert logits(merged) == pytest.approx(logits(tiny / "model", adapter), abs=1e-5)
 
 
 def test_a_reward_models_adapter_brings_its_head(tiny, trained, tmp_path):
@@ -172,6 +182,7 @@ def test_an_adapter_for_another_base_is_refused(tiny, trained, tmp_path):
     )
     with pytest.raises(InputError, match=r"was trained on .*gone, which is not here"):
         inspect(adapter)
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(InputError, match=r"a kind of adapter that cannot be loaded here \(use_dora\)"):
-        inspect(adapter)
+    for variant in ("use_dora", "use_rslora"):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, variant: True}))
+        with pytest.raises(InputError, match=rf"a kind of adapter that cannot be loaded here \({variant}\)"):
+            inspect(adapter)

@@ -91,6 +91,22 @@ def test_the_judge_scores_as_the_model_does(tiny, reward_model):
         Judge(str(tiny / "model"))
 
 
+def test_pairs_of_conversations_are_judged_as_conversations(tiny, train, tmp_path):
+    """Their columns are those of plain pairs; that they are conversations shows in what the columns hold."""
+    from training.evaluator import Judge
+
+    rows = [json.loads(line) for line in (tiny / "reward.train.jsonl").open()]
+    chats = [
+        {side: f"\n\nHuman: {r['prompt']}\n\nAssistant: {r[side]}" for side in ("chosen", "rejected")} for r in rows
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    data = {"train": str(tmp_path / "chats.jsonl")}
+    hooks = train(1, recipe="reward", max_steps=1, data=data)
+    folder = exported(tiny, hooks, tmp_path / "model", "reward", data=data)
+    assert json.loads((folder / "muster.json").read_text())["questions"] == "chat"
+    assert Judge(str(folder)).chat
+
+
 def test_a_reward_model_may_be_trained_on(tiny, train, reward_model):
     hooks, folder = reward_model
     on = train(1, recipe="reward", model={"path": str(folder), "dtype": "fp32"}, max_steps=1)

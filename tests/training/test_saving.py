@@ -17,7 +17,7 @@ from training.storage import place
 
 FACTS = Facts(
     total_steps=100, total_samples=800, num_samples=100, num_eval_samples=0, num_parameters=4, dtype="float32",
-    attention="sdpa", device="cpu", data_hash="d", formats={}, notes=[],
+    attention="sdpa", device="cpu", data_hash="d", chats=False, notes=[],
 )  # fmt: skip
 
 

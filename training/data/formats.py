@@ -510,16 +510,6 @@ def _pair(record: Record, chosen: Answer, rejected: Answer) -> Pair:
     return Pair(chosen, rejected, float(margin))
 
 
-PLAIN_FORMATS = frozenset({"text", "prompt_completion"})
-"""Rows of these are learnt as they stand, unless a template is asked for; the others are conversations."""
-
-
-def asks_in_turns(template: str, formats: Mapping[str, int]) -> bool:
-    """Whether rows of these formats were learnt as conversations, so that a question is a user's turn."""
-    plain = PLAIN_FORMATS | {"preference"}  # whose conversations say so by their form, not by their columns
-    return template not in ("auto", "none") or bool(formats.keys() - plain)
-
-
 FORMATS: dict[str, Format] = {
     "text": Format(("text",), (), _parse_text),
     "prompt_completion": Format(("prompt", "completion"), ("tools",), _parse_prompt_completion),

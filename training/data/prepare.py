@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from training.data.render import Renderer, Sample
     from training.data.store import Meta, StoreWriter, TokenStore
 
-VERSION = 2
+VERSION = 3
 """Raise it when the same rows give other tokens than before, so that older stores are not used."""
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
@@ -211,6 +211,7 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
         findings.raise_if_bad(sources)
         writer.meta.rows = findings.rows
         writer.meta.formats = dict(findings.formats)
+        writer.meta.chats = renderer.has_written_chats
         writer.meta.notes = renderer.notes + _notes(writer.meta, data)
         _raise_if_nothing_left(sources, writer.meta, data)
 

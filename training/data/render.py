@@ -94,6 +94,7 @@ class Renderer:
         self._newline = self._ids(["\n"])[0]
         self._eos = np.array([tokenizer.eos_token_id], np.uint32)
         self.notes: list[str] = []
+        self.has_written_chats = False
         if tokenizer.pad_token_id is None:
             self._note("the tokenizer has no pad token; none is needed, padding is masked by position")
         if self._named is not None:
@@ -183,6 +184,7 @@ class Renderer:
         return Chat([{"role": role, "content": text} for role, text in turns], learnt=(1,))
 
     def _chats(self, chats: Sequence[Chat]) -> list[Sample | RowError]:
+        self.has_written_chats = True
         rendered = [self._rendered(chat) for chat in chats]
         encodings = iter(self._encode([each[0] for each in rendered if not isinstance(each, RowError)]))
         return [each if isinstance(each, RowError) else self._masked(*each, next(encodings)) for each in rendered]

@@ -58,6 +58,8 @@ class Meta:
     """Tokens of the shortest, likewise."""
     formats: dict[str, int] = field(default_factory=dict)
     """Rows by format."""
+    chats: bool = False
+    """Whether any of them were written with a chat template."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user."""
     parts: list[str] = field(default_factory=list)

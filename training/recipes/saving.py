@@ -135,7 +135,7 @@ class Saver:
             world_size=self.trainer.size,
             zero_stage=phase.sharding.stage,
             dtype=facts.dtype,
-            formats=facts.formats,
+            chats=facts.chats,
             job_hash=self.hooks.job_hash,
             data_hash=facts.data_hash,
             metrics=dict(pending.metrics),
