@@ -34,7 +34,6 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     """Rounds of Muster and TRL, unpacked and packed."""
     python = environment(folder)
     work = workload.make(folder, ROWS)
-    (folder / "zero.json").write_text(json.dumps(zero(options.stage)))
     kinds = [options.only] if options.only else ["unpacked", "packed"]
     figures = {kind: _compare(options, folder, work, python, kind == "packed") for kind in kinds}
     return {"stage": options.stage, "steps": options.steps, "peer": list(PINS), "target_packed": TARGET, **figures}
@@ -57,7 +56,7 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def zero(stage: int) -> dict[str, Any]:
+def _zero(stage: int) -> dict[str, Any]:
     """DeepSpeed's settings for TRL."""
     return {
         "train_micro_batch_size_per_gpu": "auto",
@@ -75,7 +74,7 @@ def _compare(options: Options, folder: Path, work: workload.Workload, python: Pa
     for number in range(options.rounds):
         name = f"{'packed' if pack else 'unpacked'}-{number}"
         ours.append(sft.muster(work, training, folder / name, folder / "cache").curve)
-        theirs.append(_trl(work, training, python, folder))
+        theirs.append(trl(work, training, python, folder))
     return {
         "ratio": ratios([c.tokens_per_s for c in ours], [c.tokens_per_s for c in theirs]),
         "muster_tokens_per_s": spread([c.tokens_per_s for c in ours], 1),
@@ -95,12 +94,16 @@ def _losses(ours: sft.Curve, theirs: sft.Curve, pack: bool) -> dict[str, Any]:
     return {**losses, "loss_difference": largest_difference(ours.losses, theirs.losses)}
 
 
-def _trl(work: workload.Workload, training: sft.Training, python: Path, folder: Path) -> sft.Curve:
-    rows_a_device, accumulate = (1, _PACKED_ROWS) if training.pack else (training.batch // sft.WORKERS, 1)
+def trl(work: workload.Workload, training: sft.Training, python: Path, folder: Path) -> sft.Curve:
+    """The same training by TRL's trainer for that recipe. Raises CommandFailed."""
+    (folder / "zero.json").write_text(json.dumps(_zero(training.stage)))
+    packs = training.pack and training.recipe == "sft"  # TRL does not pack pairs
+    rows_a_device, accumulate = (1, _PACKED_ROWS) if packs else (training.batch // sft.WORKERS, 1)
     launch = [str(python), "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1"]
     processes = ["--num_processes", str(sft.WORKERS), "--main_process_port", "0"]
     zero = ["--deepspeed_config_file", str(folder / "zero.json")]
-    script = [str(ROOT / "benchmarks" / "trl_sft.py"), str(work.model), str(work.rows), str(folder / "trl-out")]
+    script = [str(ROOT / "benchmarks" / "trl_train.py"), training.recipe]
+    script += [str(work.model), str(work.rows), str(folder / "trl-out")]
     numbers = {
         "--steps": training.steps,
         "--rows-a-device": rows_a_device,
@@ -108,7 +111,7 @@ def _trl(work: workload.Workload, training: sft.Training, python: Path, folder: 
         "--rate": sft.RATE,
         "--max-length": workload.MAX_LENGTH,
     }
-    settings = [str(word) for pair in numbers.items() for word in pair] + (["--pack"] if training.pack else [])
+    settings = [str(word) for pair in numbers.items() for word in pair] + (["--pack"] if packs else [])
     env = sft.environment(folder / "cache") | {"DS_ACCELERATOR": "cpu"}
     finished = run(
         [*launch, *processes, *zero, *script, *settings], folder=folder, env=env, timeout_s=training.timeout_s
