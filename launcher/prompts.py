@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cache import cache_folder
-from launcher.runs import JOB, PATIENCE_S, RunFolder, find, told_as_input
+from launcher.runs import JOB, METRICS, PATIENCE_S, RunFolder, find, told_as_input
 from training import modelfiles
 from training.errors import InputError, Problem
 from training.storage import Place, is_remote, local_copy, place
@@ -68,7 +68,9 @@ def _expected(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_folder(text: str, *, rewards: bool = False) -> str:
-    """The Hugging Face folder that is meant: a folder itself, or the newest model of a run. `rewards`: a reward model will do.
+    """The Hugging Face folder that is meant: a folder itself, the newest model of a run, or of one of its phases (RUN/PHASE).
+
+    `rewards`: a reward model will do.
 
     Raises InputError if there is none, or of the wrong kind.
     """
@@ -78,11 +80,14 @@ def model_folder(text: str, *, rewards: bool = False) -> str:
     if (folder / "config.json").exists() or modelfiles.is_adapter(folder):
         modelfiles.inspect(folder, classifier=rewards)
         return str(folder)
+    run, phase = text, None
     if folder.is_dir() and not (folder / JOB).exists():
-        raise InputError.of(
-            text, "neither a run nor a model folder (no job.yaml, no config.json, no adapter_config.json)"
-        )
-    newest = str(_newest_model(find(text)))
+        if not ((folder.parent / JOB).exists() and (folder / METRICS).exists()):
+            raise InputError.of(
+                text, "neither a run nor a model folder (no job.yaml, no config.json, no adapter_config.json)"
+            )
+        run, phase = str(folder.parent), folder.name
+    newest = str(_newest_model(find(run), phase))
     modelfiles.inspect(Path(newest), classifier=rewards)
     return newest
 
@@ -94,13 +99,14 @@ def _at_hand(address: str) -> Path | None:
         return local_copy(folder, cache_folder()) if "config.json" in folder.children() else None
 
 
-def _newest_model(run: RunFolder) -> Place:
-    for phase in reversed(run.job().phases):
+def _newest_model(run: RunFolder, only: str | None = None) -> Place:
+    for phase in reversed(run.job().phases) if only is None else (only,):
         inside = [name for name, size in (run.root / phase).children().items() if size is None]
         if models := [name for name in inside if name == "model" or name.startswith("model-")]:
             return run.root / phase / max(models, key=_step)
+    what = "run" if only is None else f"phase {only}"
     raise InputError.of(
-        run.address, f"the run has no model yet; `muster export {run.address}` makes one from a checkpoint"
+        run.address, f"the {what} has no model yet; `muster export {run.address}` makes one from a checkpoint"
     )
 
 

@@ -371,7 +371,8 @@ def _wrong_kind(config: dict[str, Any], classifier: bool) -> str:
     name = str(architectures[0])
     if name.endswith(CAUSAL_SUFFIXES) or (classifier and name.endswith(CLASSIFIER_SUFFIX)):
         return ""
-    return f"{name} is not a causal language model; expected an architecture such as LlamaForCausalLM"
+    kind = " (a reward model, or another classifier)" if name.endswith(CLASSIFIER_SUFFIX) else ""
+    return f"{name}{kind} is not a causal language model; expected an architecture such as LlamaForCausalLM"
 
 
 def _needs_its_own_code(config: dict[str, Any]) -> str:

@@ -63,6 +63,7 @@ def _read(path: str, limit: int | None, parse: Callable[[Mapping[str, Any]], tup
         except RowError as error:
             problems.append(Problem(row.where, "", str(error)))
         if len(problems) == SHOWN_PROBLEMS:
+            problems.append(Problem(path, "", "later rows were not looked at"))
             break
     if problems:
         raise InputError(problems)

@@ -110,7 +110,9 @@ def test_a_classifier_is_no_language_model(chain, muster):
     )
     arguments = edited(chain)
     (line,) = refused(muster, chain, arguments)
-    assert "LlamaForSequenceClassification is not a causal language model" in line
+    assert (
+        "LlamaForSequenceClassification (a reward model, or another classifier) is not a causal language model" in line
+    )
 
 
 def test_adapters_of_two_phases_must_have_one_shape(chain, muster):
@@ -221,8 +223,10 @@ def test_eval_compares_two_models_before_a_judge(chain, muster, asked):
     how = ("--data", asked, "--max-new-tokens", "4", "--reward", "runs/chain/reward/model")
     against_itself = json.loads(muster("eval", "model", "--against", "model", *how, "--json").out)
     assert against_itself["win_rate"] == 0.5
-    one = json.loads(muster("eval", "model", "--against", "runs/chain/sft/model", *how, "--json").out)
+    # The same model, by its run and phase, and by its folder.
+    one = json.loads(muster("eval", "model", "--against", "runs/chain/sft", *how, "--json").out)
     other = json.loads(muster("eval", "runs/chain/sft/model", "--against", "model", *how, "--json").out)
+    assert one["against"] == other["model"]
     assert one["win_rate"] == pytest.approx(1 - other["win_rate"])
 
 
@@ -246,6 +250,7 @@ def test_eval_refuses_what_it_cannot_use(chain, muster, asked):
     assert "is no reward model" in line("eval", "model", "--data", asked, "--against", "model", "--reward", "model")
     no_answer = refused(muster, chain, ("eval", "model", "--data", "data/pairs.jsonl"))
     assert no_answer[0].startswith("data/pairs.jsonl:1: no answer: looked for answer, ")
+    assert no_answer[-1] == "data/pairs.jsonl: later rows were not looked at"
     assert "the tokenizer has no chat template; ask it plainly" in line(
         "eval", "model", "--data", asked, "--template", "chat"
     )
