@@ -353,3 +353,74 @@ class Reward(Phase):
             yield "eval", "a reward model writes no answers; give held-out pairs as data.eval"
         if self.data.overlong != "drop":
             yield "data.overlong", "a cut answer would be judged by its beginning; pairs can only be dropped"
+
+
+class KL(Settings):
+    """How far the policy may go from where it started."""
+
+    estimator: Literal["k1", "k3"] = "k1"
+    """k1: in the reward of every token (arXiv:2203.02155). k3: as a loss."""
+    beta: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the penalty."""
+    target: PositiveFloat | None = None
+    """KL of a response that beta is steered towards (arXiv:1909.08593). None: beta stays."""
+    horizon: PositiveInt = 10_000
+    """Samples over which beta follows."""
+    stop: PositiveFloat | None = None
+    """Mean KL a token between old and new policy at which the passes over an iteration end. None: never."""
+
+
+class RewardSource(Settings):
+    """One reward."""
+
+    path: str = Field(examples=["reward"])
+    """A phase of this job, a run, a model folder, a Python function (`mypkg.rewards:score` or `file.py:score`), or http(s)://."""
+    weight: float = 1.0
+    """The rewards are added up with these weights."""
+    timeout: PositiveFloat = 60.0
+    """Seconds that a function or an endpoint may take for a batch."""
+
+
+class Placement(Settings):
+    """Workers that share their processes between roles."""
+
+    roles: Annotated[list[Literal["policy", "reference", "critic", "reward", "rollout"]], Field(min_length=1)]
+    workers: PositiveInt
+    sharding: Sharding | None = None
+    """None: the phase's."""
+
+
+class PPO(Phase):
+    """Proximal policy optimisation against a reward (arXiv:1707.06347, 2009.01325, 2203.02155). A step is an iteration."""
+
+    reward: str | Annotated[list[str | RewardSource], Field(min_length=1)] = Field(examples=["reward"])
+    """A phase of this job, a run, a folder, a function, an endpoint, or a list of them with weights."""
+    critic: str | None = None
+    """What the critic starts from. None: the reward model, or the policy where there is none."""
+    groups: list[Placement] | None = None
+    """Who sits where. None: all roles in one group of `resources.workers`."""
+    rollout_batch: PositiveInt = 64
+    """Prompts of an iteration."""
+    samples_per_prompt: PositiveInt = 1
+    response_tokens: PositiveInt = 128
+    """Longest response."""
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    ppo_epochs: PositiveInt = 2
+    """Passes over the responses of an iteration."""
+    learning_rate: PositiveFloat = 1.0e-6
+    critic_learning_rate: PositiveFloat = 9.0e-6
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    """Iterations in which the critic learns alone."""
+    kl: KL = KL()
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    clip_range: PositiveFloat = 0.2
+    value_clip: PositiveFloat | None = 0.2
+    entropy: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus."""
+    missing_eos_penalty: float | None = None
+    """Score of a response that was cut off. None: whatever the reward says."""
+    score_clip: PositiveFloat | None = 10.0
+    normalize_scores: bool = False
+    """Divide scores by their running standard deviation."""
