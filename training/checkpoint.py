@@ -61,7 +61,8 @@ class Manifest:
     step: int
     samples: int
     """Position in the data: samples trained on."""
-    optimizer_step: int
+    optimizer_steps: dict[str, int]
+    """How often each role that learns has updated its weights."""
     attempt: int
     world_size: int
     zero_stage: int
@@ -74,6 +75,8 @@ class Manifest:
     """Evaluation at this step, if there was one."""
     parameters: dict[str, list[int]]
     """Shape of every trained parameter."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """What the driver of the phase goes on from beside weights and moments."""
     files: list[File]
     versions: dict[str, str]
     created: str

@@ -250,6 +250,11 @@ class Phase(Settings):
     """Raw DeepSpeed settings, laid over what is derived. A clash with what Muster owns is an error."""
 
     @property
+    def step_samples(self) -> int:
+        """Samples of the data that a step goes on by."""
+        return self.batch
+
+    @property
     def starts_from_phase(self) -> bool:
         """Whether `from_` is a phase of the same job: a phase's name is no path."""
         return self.from_ is not None and "/" not in self.from_

@@ -6,7 +6,7 @@ groups alone: `launcher/` implements the same protocol on Ray.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from training.distributed import Seat
@@ -37,6 +37,12 @@ class Group(Protocol):
 def results(futures: Sequence[Future], timeout_s: float | None = None) -> list[Any]:
     """All answers, in rank order. Raises the error of the first rank that has one."""
     return [future.result(timeout_s) for future in futures]
+
+
+def results_of(groups: Mapping[str, Group], method: str, *args: Any, timeout_s: float) -> dict[str, list[Any]]:
+    """The answers of all roles to the same call, which they work on at the same time where they can."""
+    asked = {role: group.call(method, *args) for role, group in groups.items()}
+    return {role: results(futures, timeout_s) for role, futures in asked.items()}
 
 
 class Worker:

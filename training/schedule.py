@@ -10,13 +10,13 @@ from training.config import Phase, Schedule
 def total_samples(phase: Phase, epoch_size: int) -> int:
     """Samples that the phase trains on in all; the last global batch may be smaller than the others."""
     if phase.max_steps is not None:
-        return phase.max_steps * phase.batch
+        return phase.max_steps * phase.step_samples
     return max(1, round((phase.epochs if phase.epochs is not None else 1) * epoch_size))
 
 
 def total_steps(phase: Phase, epoch_size: int) -> int:
     """Optimizer steps of the phase."""
-    return math.ceil(total_samples(phase, epoch_size) / phase.batch)
+    return math.ceil(total_samples(phase, epoch_size) / phase.step_samples)
 
 
 def learning_rate(peak: float, schedule: Schedule, step: int, total: int) -> float:

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from training import model as models
 from training import pulse
-from training.checkpoint import CheckpointError, File, Reader
 from training.config import Phase
 from training.data.collate import collate
 from training.data.dealing import Limits, deal
@@ -28,19 +26,15 @@ from training.data.order import Order
 from training.data.store import TokenStore
 from training.data.stores import open_stores
 from training.distributed import Seat
-from training.engine import Engine, Fragment
 from training.errors import Diverged, TrainingError
 from training.evaluate import Exam, exam_of
 from training.facts import Facts
+from training.learner import Learner
 from training.measures import Row
-from training.memory import peak_bytes
 from training.modelfiles import at_hand
 from training.schedule import learning_rate, total_samples, total_steps
 from training.seeding import seed_for
-from training.snapshot import ShardWriter
-from training.storage import place, why_not_writable
 
-GIB = 1 << 30
 _TOLD_ROWS = 5
 _MICRO_TOKENS = 4096
 _MICRO_TOKENS_PADDED_CPU = 1024
@@ -61,18 +55,13 @@ def limits_for(phase: Phase, longest: int, device: str, attention: str) -> Limit
     )
 
 
-class Trainer:
+class Trainer(Learner):
     """Data, model and optimizer of one worker. `phase.data` must have been prepared into `cache` or be readable here."""
 
     def __init__(self, seat: Seat, phase: Phase, cache: str):
-        self.seat = seat
-        self.phase = phase
-        self.cache = Path(cache)
-        self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
-        self.attention = models.resolve_attention(phase.model.attention, seat.device)
+        super().__init__(seat, phase, cache)
         self.skipped: frozenset[int] = frozenset()
         self.own_tokens = 0
-        self.writer = ShardWriter(pinned=seat.device == "cuda")
 
     measures: tuple[str, ...]
     """What the module returns the sums of, the loss first."""
@@ -99,16 +88,16 @@ class Trainer:
         """Open the data, load the model, start the engine."""
         self._open_data()
         self._agree()
-        self.engine = Engine(self._build, self.phase, self.seat, self.dtype)
+        self.start(self._build)
         return Facts(
             total_steps=self.total_steps,
             total_samples=self.total_samples,
             num_samples=self.order.epoch_size,
             num_eval_samples=len(self.eval_store) if self.eval_store is not None else 0,
-            num_parameters=sum(math.prod(shape) for shape in self.engine.shapes.values()),
+            num_parameters=self.num_parameters,
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,
-            device=torch.cuda.get_device_name() if self.seat.device == "cuda" else "cpu",
+            device=self.device_name,
             data_hash=self.store.folder.name,
             chats=self.store.meta.chats,
             notes=[*self.store.meta.notes, *self._longer_than_the_model()],
@@ -156,6 +145,11 @@ class Trainer:
         self.positions: int | None = getattr(module.lm.config, "max_position_embeddings", None)
         return module
 
+    def get_ready(self, skipped: frozenset[int] = frozenset()) -> None:
+        """Also: leave out the batches of some steps."""
+        self.skipped = skipped
+        super().get_ready()
+
     # -- training -------------------------------------------------------------------------------------------------------
 
     def train(self, done: int, num_steps: int) -> dict[str, Any]:
@@ -178,8 +172,8 @@ class Trainer:
             self._check_finite(row)
         return {
             "rows": rows if self.seat.rank == 0 else [],
-            "memory_gib": self._memory_gib(),
-            "gpu_full": self._gpu_full(),
+            "memory_gib": self.memory_gib(),
+            "gpu_full": self.gpu_full(),
             "pace": self._pace(),
         }
 
@@ -274,83 +268,3 @@ class Trainer:
         seconds, tokens = self.engine.stopwatch.read(), self.own_tokens
         self.own_tokens = 0
         return seconds / tokens if tokens and self.phase.sharding.stage < 3 else 0.0
-
-    def _gpu_full(self) -> float:
-        """The most of its GPU's memory that this worker has taken, as a fraction; 0 without a GPU."""
-        if self.seat.device != "cuda":
-            return 0.0
-        return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(self.engine.device).total_memory
-
-    def _memory_gib(self) -> float:
-        if self.seat.device == "cuda":
-            return torch.cuda.max_memory_allocated() / GIB
-        return peak_bytes() / GIB
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------------
-
-    def cannot_save_to(self, address: str) -> str | None:
-        """Why this worker cannot write below an address, if it cannot."""
-        return why_not_writable(place(address), f"worker-{self.seat.rank:05d}")
-
-    def begin_save(self, staged: str) -> dict[str, Any]:
-        """Copy this worker's share of the state and begin to write it into a staged checkpoint.
-
-        Answers with what the manifest needs to know of the state.
-        """
-        tensors = (
-            (f"{kind}/{fragment.name}@{fragment.start}", view)
-            for fragment in self.engine.owned()
-            for kind, view in fragment.tensors.items()
-        )
-        self.writer.begin(place(staged) / f"worker-{self.seat.rank:05d}.safetensors", tensors)
-        return {
-            "optimizer_step": self.engine.optimizer_step,
-            "parameters": {name: list(shape) for name, shape in self.engine.shapes.items()},
-        }
-
-    def is_saving(self) -> bool:
-        """Whether the shard is still being written."""
-        return self.writer.busy
-
-    def finish_save(self) -> File | None:
-        """Wait until the shard is written. Raises SaveError if it could not be."""
-        return self.writer.finish()
-
-    def restore(self, checkpoint: str) -> str | None:
-        """Read this worker's share of a checkpoint, whatever number of workers and ZeRO stage wrote it.
-
-        Answers with the damage that it came upon, None if all it needs was as written. The workers check every byte
-        between them. When all are content, `publish` makes it the state to train on.
-        """
-        try:
-            reader = Reader(place(checkpoint))
-            self.engine.begin_restore(reader.manifest.optimizer_step)
-            for fragment in self.engine.fragments():
-                for kind, view in fragment.tensors.items():
-                    self._fill(view, reader, kind, fragment)
-        except CheckpointError as error:
-            return str(error)
-        return None
-
-    def _fill(self, view: Tensor, reader: Reader, kind: str, fragment: Fragment) -> None:
-        values = view if view.device.type == "cpu" else torch.empty(fragment.count)
-        reader.read(kind, fragment.name, fragment.start, values.numpy())
-        pulse.progressed()
-        if values is not view:
-            view.copy_(values)
-
-    def publish(self) -> None:
-        """Train on from what was restored."""
-        self.engine.publish()
-
-    def get_ready(self, skipped: frozenset[int]) -> None:
-        """Leave out the batches of some steps. Begin to take the memory that saving needs, beside the first steps."""
-        self.skipped = skipped
-        self.writer.reserve(3 * sum(fragment.count for fragment in self.engine.owned()))  # weights and two moments
-
-    def export(self, checkpoint: str, out: str) -> None:
-        """Worker 0 writes the model of a checkpoint as a Hugging Face folder."""
-        if self.seat.rank == 0:
-            from training.export import export
-
-            export(place(checkpoint), place(out), self.phase)

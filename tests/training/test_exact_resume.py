@@ -77,7 +77,7 @@ def state(checkpoint) -> dict[str, bytes]:
             values = np.empty(int(np.prod(shape)), np.float32)
             reader.read(kind, name, 0, values)
             found[f"{kind} of {name}"] = values.tobytes()
-    return {**found, "optimizer_step": reader.manifest.optimizer_step}
+    return {**found, "optimizer_steps": reader.manifest.optimizer_steps}
 
 
 def kept(run: Recorder) -> list[tuple[int, dict]]:

@@ -29,7 +29,7 @@ def steps(folder):
     return [step_of(checkpoint) for checkpoint in Checkpoints(place(folder)).folders()]
 
 
-def damage(folder, step, name="worker-00001.safetensors"):
+def damage(folder, step, name="trainer-00001.safetensors"):
     path = folder / f"step-{step:08d}" / name
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
@@ -50,13 +50,13 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(train
     run = go_on(train, tmp_path, workers)
     assert run.first == 4
     assert run.losses == pytest.approx(whole[4:], rel=1e-5)
-    assert "worker-00001.safetensors: the content has changed" in told(run, "checkpoint_damaged")[0]["finding"]
+    assert "trainer-00001.safetensors: the content has changed" in told(run, "checkpoint_damaged")[0]["finding"]
     assert [facts["step"] for facts in told(run, "checkpoint_set_aside")] == [6]
     assert steps(tmp_path) == [4, 6, 8]
 
 
 def test_two_damaged_ones_in_different_ways(train, stopped, whole, tmp_path):
-    damage(tmp_path, 6, "worker-00000.safetensors")
+    damage(tmp_path, 6, "trainer-00000.safetensors")
     (tmp_path / "step-00000004" / "manifest.json").write_text("{")
     run = go_on(train, tmp_path)
     assert run.first == 2

@@ -51,7 +51,7 @@ class Workers:
 @pytest.fixture
 def saver(tmp_path):
     phase = SFT.model_validate({"recipe": "sft", "model": {"path": "-"}, "data": {"train": "-"}, "batch": 8})
-    return Saver(phase, Workers(), Recorder(tmp_path), FACTS, newest=0)
+    return Saver(phase, {"trainer": Workers()}, Recorder(tmp_path), FACTS, newest=0)
 
 
 def committed(saver):
@@ -62,7 +62,7 @@ def test_nothing_is_committed_before_all_have_written(saver):
     saver.save(5, {"eval_loss": 2.0})
     saver.poll()
     assert committed(saver) == []
-    saver.trainer.writing = False
+    saver.learners["trainer"].writing = False
     saver.poll()
     assert committed(saver) == ["step-00000005"]
     assert verify(saver.hooks.checkpoints.at(5)) == []
@@ -71,7 +71,7 @@ def test_nothing_is_committed_before_all_have_written(saver):
 def test_the_next_save_waits_for_the_one_before(saver):
     saver.save(5, {})
     saver.save(6, {})
-    assert saver.trainer.calls == ["begin_save", "finish_save", "begin_save"]
+    assert saver.learners["trainer"].calls == ["begin_save", "finish_save", "begin_save"]
     assert committed(saver) == ["step-00000005"]
 
 
@@ -79,11 +79,11 @@ def test_a_step_is_saved_once(saver):
     saver.save(5, {})
     saver.save(5, {})
     saver.finish()
-    assert saver.trainer.calls.count("begin_save") == 1
+    assert saver.learners["trainer"].calls.count("begin_save") == 1
 
 
 def test_a_failed_save_is_told_leaves_nothing_and_is_due_again(saver):
-    saver.trainer.broken = 1
+    saver.learners["trainer"].broken = 1
     saver.save(5, {})
     saver.finish()
     assert saver.failed
@@ -97,7 +97,7 @@ def test_a_failed_save_is_told_leaves_nothing_and_is_due_again(saver):
 
 
 def test_a_second_failure_in_a_row_ends_the_run(saver):
-    saver.trainer.broken = 2
+    saver.learners["trainer"].broken = 2
     saver.save(5, {})
     saver.finish()
     with pytest.raises(SaveError, match="No space left on device"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from training.checkpoint import CheckpointError, Manifest, NewerFormat
 from training.checkpoints import step_of
 from training.errors import InputError
 from training.facts import Facts
-from training.group import Group, results
+from training.group import Group, results_of
 from training.recipes.hooks import Hooks
 from training.storage import Place
 
@@ -16,33 +17,38 @@ SETUP_S = 3600.0
 """Longest time for loading a model or a checkpoint, or for an evaluation."""
 
 
-def resume(trainer: Group, hooks: Hooks, facts: Facts) -> int:
-    """Restore the checkpoint that the run asks for, or the newest whole one; returns its step, 0 if there is none.
+def resume(learners: Mapping[str, Group], hooks: Hooks, facts: Facts) -> Manifest | None:
+    """Restore the checkpoint that the run asks for, or the newest whole one; returns its manifest, None if there is none.
 
     Raises InputError if a worker cannot write checkpoints, or the one to go on from was trained on another job or other data;
     CheckpointError if there are checkpoints and none is whole.
     """
-    _refuse_unwritable(trainer, hooks)
+    _refuse_unwritable(learners, hooks)
     candidates = _candidates(hooks)
     for folder in candidates:
-        findings = _restored(trainer, hooks, facts, folder)
-        if not findings:
-            return step_of(folder)
-        for finding in findings:
+        found = _restored(learners, hooks, facts, folder)
+        if isinstance(found, Manifest):
+            return found
+        for finding in found:
             hooks.event("checkpoint_damaged", finding=finding)
     if candidates:
         which = "no checkpoint is" if hooks.resume_at is None else f"the checkpoint of step {hooks.resume_at} is not"
         raise CheckpointError(f"{hooks.checkpoints.root}: {which} whole; remove the folder to begin again")
     _set_aside(hooks, after=0)
-    return 0
+    return None
 
 
-def _refuse_unwritable(trainer: Group, hooks: Hooks) -> None:
+def _refuse_unwritable(learners: Mapping[str, Group], hooks: Hooks) -> None:
     """Now, not at the first save, hours later."""
-    answers = results(trainer.call("cannot_save_to", str(hooks.checkpoints.staging)), SETUP_S)
-    if problems := list(dict.fromkeys(answer for answer in answers if answer)):
+    if problems := _complaints(learners, "cannot_save_to", str(hooks.checkpoints.staging)):
         advice = "`storage` must be a folder that all machines share, or a bucket (s3://, gs://) that all may write"
         raise InputError.of("storage", "\n".join([*problems, advice]))
+
+
+def _complaints(learners: Mapping[str, Group], method: str, address: str) -> list[str]:
+    """What the workers of all roles say is wrong, each thing once."""
+    answers = results_of(learners, method, address, timeout_s=SETUP_S).values()
+    return list(dict.fromkeys(answer for of_role in answers for answer in of_role if answer))
 
 
 def _candidates(hooks: Hooks) -> list[Place]:
@@ -52,8 +58,8 @@ def _candidates(hooks: Hooks) -> list[Place]:
     return [hooks.checkpoints.at(hooks.resume_at)] if hooks.resume_at else []
 
 
-def _restored(trainer: Group, hooks: Hooks, facts: Facts, folder: Place) -> list[str]:
-    """Damage that was found, none if the workers go on from this checkpoint."""
+def _restored(learners: Mapping[str, Group], hooks: Hooks, facts: Facts, folder: Place) -> Manifest | list[str]:
+    """The manifest of the checkpoint that the workers now go on from, or the damage that was found."""
     try:
         manifest = Manifest.read(folder)
     except NewerFormat:
@@ -63,14 +69,13 @@ def _restored(trainer: Group, hooks: Hooks, facts: Facts, folder: Place) -> list
     if manifest.attempt >= hooks.accepted_before:
         _refuse_change(folder, manifest, hooks, facts)
     began = time.monotonic()
-    answers = results(trainer.call("restore", str(folder)), SETUP_S)
-    if findings := list(dict.fromkeys(answer for answer in answers if answer)):
+    if findings := _complaints(learners, "restore", str(folder)):
         return findings
-    results(trainer.call("publish"), SETUP_S)
+    results_of(learners, "publish", timeout_s=SETUP_S)
     _set_aside(hooks, after=manifest.step)
     seconds = round(time.monotonic() - began, 3)
     hooks.event("restored", step=manifest.step, checkpoint=str(folder), seconds=seconds)
-    return []
+    return manifest
 
 
 def _set_aside(hooks: Hooks, after: int) -> None:

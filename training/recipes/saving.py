@@ -1,4 +1,4 @@
-"""Saves a group's checkpoints beside its training: workers write, this process commits when all have written.
+"""Saves checkpoints of all roles that learn beside their training: workers write, this process commits when all have written.
 
 One save at a time; the next waits for it. A save that fails is told and tried again; a second failure in a row ends the run,
 since from then on everything that is trained could be lost.
@@ -18,7 +18,7 @@ from training.checkpoint import CheckpointError, File, Manifest
 from training.config import Phase
 from training.errors import MusterError, SaveError, StorageError, TrainingError
 from training.facts import Facts
-from training.group import Group, results
+from training.group import Group, results_of
 from training.recipes.hooks import Hooks
 from training.storage import Place
 
@@ -33,8 +33,9 @@ class _Pending:
     step: int
     metrics: Mapping[str, float]
     staged: Place
-    copied: Mapping[str, Any]
-    """What worker 0 says of the state that it copied."""
+    copied: Mapping[str, Mapping[str, Any]]
+    """What worker 0 of each role says of the state that it copied."""
+    state: Mapping[str, Any]
     began: float
     stall_s: float
     """How long training waited: for the save before, and for the copies."""
@@ -43,23 +44,26 @@ class _Pending:
 class Saver:
     """The checkpoints of one phase, from the first that this attempt makes."""
 
-    def __init__(self, phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, newest: int):
-        self.phase, self.trainer, self.hooks, self.facts = phase, trainer, hooks, facts
+    def __init__(self, phase: Phase, learners: Mapping[str, Group], hooks: Hooks, facts: Facts, newest: int):
+        self.phase, self.learners, self.hooks, self.facts = phase, learners, hooks, facts
         self.newest = newest
         """Step of the newest checkpoint that is committed or under way."""
         self.failed = False
         """The last save failed: another is due now."""
         self._pending: _Pending | None = None
 
-    def save(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Begin to save the state after `step`, of which `metrics` are the evaluation. Returns when it is copied."""
+    def save(self, step: int, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None) -> None:
+        """Begin to save the state after `step`, of which `metrics` are the evaluation. Returns when it is copied.
+
+        `state`: what the driver goes on from beside weights and moments.
+        """
         began = time.monotonic()
         self.finish()
         if step == self.newest and not self.failed:
             return
         staged = self.hooks.checkpoints.stage(step)
-        copied = results(self.trainer.call("begin_save", str(staged)), SAVE_S)[0]
-        self._pending = _Pending(step, metrics, staged, copied, began, time.monotonic() - began)
+        copied = {role: answers[0] for role, answers in self._all("begin_save", str(staged)).items()}
+        self._pending = _Pending(step, metrics, staged, copied, state or {}, began, time.monotonic() - began)
         self.newest = step
 
     @property
@@ -69,8 +73,12 @@ class Saver:
 
     def poll(self) -> None:
         """Commit the save under way if all workers have written."""
-        if self._pending is not None and not any(results(self.trainer.call("is_saving"), SAVE_S)):
+        if self._pending is not None and not any(map(any, self._all("is_saving").values())):
             self.finish()
+
+    def _all(self, method: str, *args: Any, timeout_s: float = SAVE_S) -> dict[str, list[Any]]:
+        """The answers of all workers of every role."""
+        return results_of(self.learners, method, *args, timeout_s=timeout_s)
 
     def finish(self, timeout_s: float = SAVE_S) -> None:
         """Wait for the save under way and commit it. Raises the error of a second failure in a row."""
@@ -78,7 +86,7 @@ class Saver:
             return
         self._pending = None
         try:
-            shards = results(self.trainer.call("finish_save"), timeout_s)
+            shards = [file for files in self._all("finish_save", timeout_s=timeout_s).values() for file in files]
             self.hooks.flush()  # no step of a checkpoint may be missing from the curve
             folder = self.hooks.checkpoints.commit(pending.staged, self._manifest(pending, shards))
         except (SaveError, StorageError, CheckpointError, OSError) as error:
@@ -129,17 +137,20 @@ class Saver:
         return Manifest(
             phase=phase.recipe,
             step=pending.step,
-            samples=min(pending.step * phase.batch, facts.total_samples),
-            optimizer_step=pending.copied["optimizer_step"],
+            samples=min(pending.step * phase.step_samples, facts.total_samples),
+            optimizer_steps={role: copied["optimizer_step"] for role, copied in pending.copied.items()},
             attempt=self.hooks.checkpoints.attempt,
-            world_size=self.trainer.size,
+            world_size=next(iter(self.learners.values())).size,
             zero_stage=phase.sharding.stage,
             dtype=facts.dtype,
             chats=facts.chats,
             job_hash=self.hooks.job_hash,
             data_hash=facts.data_hash,
             metrics=dict(pending.metrics),
-            parameters=pending.copied["parameters"],
+            parameters={
+                name: shape for copied in pending.copied.values() for name, shape in copied["parameters"].items()
+            },
+            state=dict(pending.state),
             files=list(shards),
             versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "muster-train")},
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -28,9 +28,11 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     """Train the phase to its end; returns the checkpoint that it ends with, or None if it was asked to stop before."""
     trainer = groups["trainer"]
     facts: Facts = results(trainer.call("setup"), SETUP_S)[0]
-    step = resume(trainer, hooks, facts)
+    learners = {"trainer": trainer}
+    found = resume(learners, hooks, facts)
+    step = found.step if found is not None else 0
     results(trainer.call("get_ready", hooks.skipped), SETUP_S)
-    saver = Saver(phase, trainer, hooks, facts, newest=step)
+    saver = Saver(phase, learners, hooks, facts, newest=step)
     hooks.started(facts, step)
     pace = 0.0  # seconds a step, of the last call
     evaluated: dict[str, float] = {}  # the evaluation at `step`, if there was one

@@ -1,0 +1,140 @@
+"""What every role that learns has in common: an engine, its share of every checkpoint, the memory that it takes.
+
+Knows no data and no loss. Several learners may share a checkpoint: each keeps to parameters under its own prefix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training import model as models
+from training import pulse
+from training.checkpoint import CheckpointError, File, Reader
+from training.config import Phase
+from training.distributed import Seat
+from training.engine import Engine, Fragment
+from training.memory import peak_bytes
+from training.snapshot import ShardWriter
+from training.storage import place, why_not_writable
+
+GIB = 1 << 30
+
+
+class Learner:
+    """One worker's part of a role that learns. A subclass begins with `start` and asks `engine` for steps."""
+
+    role = "trainer"
+    """Names its shards."""
+    prefix = ""
+    """Before the names of its parameters in checkpoints."""
+
+    def __init__(self, seat: Seat, phase: Phase, cache: str):
+        self.seat = seat
+        self.phase = phase
+        self.cache = Path(cache)
+        self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
+        self.attention = models.resolve_attention(phase.model.attention, seat.device)
+        self.writer = ShardWriter(pinned=seat.device == "cuda")
+
+    def start(self, build: Callable[[torch.dtype], nn.Module]) -> None:
+        """Load the module, which holds its model as `lm`, and begin with it."""
+        self.engine = Engine(build, self.phase, self.seat, self.dtype)
+
+    @property
+    def num_parameters(self) -> int:
+        """That are trained."""
+        return sum(math.prod(shape) for shape in self.engine.shapes.values())
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name() if self.seat.device == "cuda" else "cpu"
+
+    def gpu_full(self) -> float:
+        """The most of its GPU's memory that this worker has taken, as a fraction; 0 without a GPU."""
+        if self.seat.device != "cuda":
+            return 0.0
+        return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(self.engine.device).total_memory
+
+    def memory_gib(self) -> float:
+        """The most memory that this worker has taken: of its GPU, or of its process."""
+        if self.seat.device == "cuda":
+            return torch.cuda.max_memory_allocated() / GIB
+        return peak_bytes() / GIB
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _shard(self) -> str:
+        return f"{self.role}-{self.seat.rank:05d}"
+
+    def cannot_save_to(self, address: str) -> str | None:
+        """Why this worker cannot write below an address, if it cannot."""
+        return why_not_writable(place(address), self._shard)
+
+    def begin_save(self, staged: str) -> dict[str, Any]:
+        """Copy this worker's share of the state and begin to write it into a staged checkpoint.
+
+        Answers with what the manifest needs to know of the state.
+        """
+        tensors = (
+            (f"{kind}/{self.prefix}{fragment.name}@{fragment.start}", view)
+            for fragment in self.engine.owned()
+            for kind, view in fragment.tensors.items()
+        )
+        self.writer.begin(place(staged) / f"{self._shard}.safetensors", tensors)
+        return {
+            "optimizer_step": self.engine.optimizer_step,
+            "parameters": {f"{self.prefix}{name}": list(shape) for name, shape in self.engine.shapes.items()},
+        }
+
+    def is_saving(self) -> bool:
+        """Whether the shard is still being written."""
+        return self.writer.busy
+
+    def finish_save(self) -> File | None:
+        """Wait until the shard is written. Raises SaveError if it could not be."""
+        return self.writer.finish()
+
+    def restore(self, checkpoint: str) -> str | None:
+        """Read this worker's share of a checkpoint, whatever number of workers and ZeRO stage wrote it.
+
+        Answers with the damage that it came upon, None if all it needs was as written. The workers check every byte
+        between them. When all are content, `publish` makes it the state to train on.
+        """
+        try:
+            reader = Reader(place(checkpoint))
+            self.engine.begin_restore(reader.manifest.optimizer_steps[self.role])
+            for fragment in self.engine.fragments():
+                for kind, view in fragment.tensors.items():
+                    self._fill(view, reader, kind, fragment)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    def _fill(self, view: Tensor, reader: Reader, kind: str, fragment: Fragment) -> None:
+        values = view if view.device.type == "cpu" else torch.empty(fragment.count)
+        reader.read(kind, f"{self.prefix}{fragment.name}", fragment.start, values.numpy())
+        pulse.progressed()
+        if values is not view:
+            view.copy_(values)
+
+    def publish(self) -> None:
+        """Train on from what was restored."""
+        self.engine.publish()
+
+    def get_ready(self) -> None:
+        """Begin to take the memory that saving needs, beside the first steps."""
+        self.writer.reserve(3 * sum(fragment.count for fragment in self.engine.owned()))  # weights and two moments
+
+    def export(self, checkpoint: str, out: str) -> None:
+        """Worker 0 writes the model of a checkpoint as a Hugging Face folder."""
+        if self.seat.rank == 0:
+            from training.export import export
+
+            export(place(checkpoint), place(out), self.phase)
