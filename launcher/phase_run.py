@@ -57,6 +57,10 @@ class PhaseRun:
         path = folder / f"{kind.replace('_', '-')}step-{step:08d}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            runs.append(self.folder / runs.SAMPLES, row)
+
     def paces(self, seconds_a_token: Sequence[float]) -> None:
         for rank, times in self.stragglers.look(seconds_a_token).items():
             machine = self.gang.members()[rank]["machine"]

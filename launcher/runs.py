@@ -29,7 +29,8 @@ PATIENCE_S = 10.0
 """How long a person is kept waiting for a bucket that does not answer."""
 RUNS = Path("runs")
 """Where runs are looked for when a name alone is given."""
-JOB, EVENTS, METRICS, ANSWERS, LOCK = "job.yaml", "events.jsonl", "metrics.jsonl", "answers", ".lock"
+JOB, EVENTS, METRICS, LOCK = "job.yaml", "events.jsonl", "metrics.jsonl", ".lock"
+ANSWERS, SAMPLES = "answers", "samples.jsonl"
 
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:

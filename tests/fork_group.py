@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -37,16 +37,16 @@ class _Answer:
         return value
 
 
-class ForkGroup:
-    """`size` workers that host one role. Use as a context manager."""
+class ForkWorkers:
+    """`size` workers that host some roles, all built from the same arguments. Use as a context manager."""
 
-    def __init__(self, size: int, target: str, *args: Any, threads: int = 1):
+    def __init__(self, size: int, roles: Mapping[str, str], *args: Any, threads: int = 1):
         self.size = size
         self.calls = 0
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = _CONTEXT.Pipe()
-            start = (theirs, rank, size, threads, target, args, _environment())
+            start = (theirs, rank, size, threads, dict(roles), args, _environment())
             process = _CONTEXT.Process(target=_serve, args=start, daemon=True)
             process.start()
             theirs.close()
@@ -58,20 +58,17 @@ class ForkGroup:
         for pipe in self.pipes:
             _Answer(pipe).result()
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> list[_Answer]:
-        return self._send([(method, args, kwargs)] * self.size)
-
-    def map(self, method: str, shards: Any, *args: Any) -> list[_Answer]:
-        return self._send([(method, (shard, *args), {}) for shard in shards])
-
-    def _send(self, calls: Sequence[tuple]) -> list[_Answer]:
+    def send(self, role: str, calls: Sequence[tuple]) -> list[_Answer]:
         self.calls += 1
         for pipe, call in zip(self.pipes, calls, strict=True):
             with suppress(ConnectionError):  # it died; its answer says so
-                pipe.send((self.calls, *call))
+                pipe.send((self.calls, role, *call))
         return [_Answer(pipe, self.calls) for pipe in self.pipes]
 
-    def __enter__(self) -> ForkGroup:
+    def __getitem__(self, role: str) -> ForkRole:
+        return ForkRole(self, role)
+
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -80,13 +77,34 @@ class ForkGroup:
             process.join()
 
 
+class ForkRole:
+    """One of their roles, as a Group."""
+
+    def __init__(self, workers: ForkWorkers, role: str):
+        self.workers, self.role, self.size = workers, role, workers.size
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> list[_Answer]:
+        return self.workers.send(self.role, [(method, args, kwargs)] * self.size)
+
+    def map(self, method: str, shards: Any, *args: Any) -> list[_Answer]:
+        return self.workers.send(self.role, [(method, (shard, *args), {}) for shard in shards])
+
+
+class ForkGroup(ForkWorkers):
+    """Workers that host one role, as a Group."""
+
+    def __init__(self, size: int, target: str, *args: Any, threads: int = 1):
+        super().__init__(size, {"role": target}, *args, threads=threads)
+        self.call, self.map = self["role"].call, self["role"].map
+
+
 def _environment() -> dict[str, str]:
     """What the parent of all workers could not know when it started: where the storage is."""
     return {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MUSTER_"))}
 
 
 def _serve(
-    pipe: Any, rank: int, size: int, threads: int, target: str, args: tuple, environment: dict[str, str]
+    pipe: Any, rank: int, size: int, threads: int, roles: dict[str, str], args: tuple, environment: dict[str, str]
 ) -> None:
     os.environ.update(environment)
     listener = listen("127.0.0.1") if rank == 0 else None
@@ -96,15 +114,16 @@ def _serve(
     set_environment(seat)
     join(seat, listener)
     worker = Worker(seat)
-    worker.build("role", target, *args)
+    for role, target in roles.items():
+        worker.build(role, target, *args)
     pipe.send((0, True, None))
     while True:
         try:
-            number, method, call_args, kwargs = pipe.recv()
+            number, role, method, call_args, kwargs = pipe.recv()
         except EOFError:
             break
         try:
-            pipe.send((number, True, worker.call("role", method, *call_args, **kwargs)))
+            pipe.send((number, True, worker.call(role, method, *call_args, **kwargs)))
         except Exception as error:
             traceback.print_exc()
             pipe.send((number, False, error))

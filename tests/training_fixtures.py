@@ -12,7 +12,7 @@ import pytest
 
 from training.checkpoints import opened
 from training.config import Phase
-from training.recipes import RECIPES
+from training.recipes import RECIPES, resolve
 from training.storage import place
 
 VOCABULARY = 300
@@ -74,7 +74,12 @@ def _pair(rng: random.Random) -> dict[str, Any]:
     }  # fmt: skip
 
 
-OTHER_ROWS = {"pretrain": _text, "cft": _critique, "reward": _pair}
+def _prompt(rng: random.Random) -> dict[str, str]:
+    row = _row(rng)
+    return {"prompt": row["prompt"], "answer": row["completion"].split()[0]}
+
+
+OTHER_ROWS = {"pretrain": _text, "cft": _critique, "reward": _pair, "ppo": _prompt}
 
 
 def _write(path: Path, rows: list[dict]) -> None:
@@ -115,6 +120,9 @@ class Recorder:
     def answers(self, step, kind, rows) -> None:
         self.answered = {**getattr(self, "answered", {}), (step, kind): list(rows)}
 
+    def samples(self, step, rows) -> None:
+        self.sampled = [*getattr(self, "sampled", []), *rows]
+
     def paces(self, seconds_a_token) -> None:
         self.paces_seen = list(seconds_a_token)
 
@@ -142,8 +150,7 @@ class Recorder:
 @pytest.fixture(scope="session")
 def train(tiny, tmp_path_factory):
     """train(workers, checkpoints=..., stop_after=..., **settings of the phase) -> Recorder."""
-    from tests.fork_group import ForkGroup
-    from training.recipes import supervised
+    from tests.fork_group import ForkWorkers
 
     def run(
         workers: int = 1, checkpoints: Path | str | None = None, stop_after: int | None = None, **settings: Any
@@ -157,8 +164,9 @@ def train(tiny, tmp_path_factory):
         phase = phase_of(tiny, settings.pop("recipe", "sft"), workers=workers, **settings)
         hooks = kind(checkpoints or tmp_path_factory.mktemp("checkpoints"), stop_after)
         vars(hooks).update(of_the_run)
-        with ForkGroup(workers, RECIPES[phase.recipe].roles["trainer"], phase, str(tiny / "cache")) as group:
-            hooks.last = supervised.run(phase, {"trainer": group}, hooks)
+        recipe = RECIPES[phase.recipe]
+        with ForkWorkers(workers, recipe.roles, phase, str(tiny / "cache")) as group:
+            hooks.last = resolve(recipe.run)(phase, {role: group[role] for role in recipe.roles}, hooks)
         return hooks
 
     return run

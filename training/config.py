@@ -370,7 +370,7 @@ class KL(Settings):
     target: PositiveFloat | None = None
     """KL of a response that beta is steered towards (arXiv:1909.08593). None: beta stays."""
     horizon: PositiveInt = 10_000
-    """Samples over which beta follows."""
+    """Responses over which beta follows."""
     stop: PositiveFloat | None = None
     """Mean KL a token between old and new policy at which the passes over an iteration end. None: never."""
 
@@ -386,27 +386,26 @@ class RewardSource(Settings):
     """Seconds that a function or an endpoint may take for a batch."""
 
 
-class Placement(Settings):
-    """Workers that share their processes between roles."""
+class Prompts(Data):
+    """Which prompts a phase answers. `max_length`: of a prompt; longer ones are dropped."""
 
-    roles: Annotated[list[Literal["policy", "reference", "critic", "reward", "rollout"]], Field(min_length=1)]
-    workers: PositiveInt
-    sharding: Sharding | None = None
-    """None: the phase's."""
+    overlong: Literal["drop"] = "drop"
+    max_length: PositiveInt = 1024
 
 
 class PPO(Phase):
     """Proximal policy optimisation against a reward (arXiv:1707.06347, 2009.01325, 2203.02155). A step is an iteration."""
 
+    data: Prompts
     reward: str | Annotated[list[str | RewardSource], Field(min_length=1)] = Field(examples=["reward"])
-    """A phase of this job, a run, a folder, a function, an endpoint, or a list of them with weights."""
+    """A phase of this job, a run, a model folder, a Python function, an endpoint, or a list of them with weights."""
     critic: str | None = None
-    """What the critic starts from. None: the reward model, or the policy where there is none."""
-    groups: list[Placement] | None = None
-    """Who sits where. None: all roles in one group of `resources.workers`."""
+    """What the critic starts from: an earlier phase, a run or a model folder. None: the first reward that is a model, else the policy."""
     rollout_batch: PositiveInt = 64
     """Prompts of an iteration."""
     samples_per_prompt: PositiveInt = 1
+    batch: PositiveInt = 64
+    """Responses of an update of the weights."""
     response_tokens: PositiveInt = 128
     """Longest response."""
     temperature: PositiveFloat = 1.0
@@ -414,6 +413,7 @@ class PPO(Phase):
     ppo_epochs: PositiveInt = 2
     """Passes over the responses of an iteration."""
     learning_rate: PositiveFloat = 1.0e-6
+    schedule: Schedule = Schedule(name="constant", warmup=0)
     critic_learning_rate: PositiveFloat = 9.0e-6
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """Iterations in which the critic learns alone."""
@@ -429,3 +429,26 @@ class PPO(Phase):
     score_clip: PositiveFloat | None = 10.0
     normalize_scores: bool = False
     """Divide scores by their running standard deviation."""
+
+    @property
+    def step_samples(self) -> int:
+        return self.rollout_batch
+
+    @property
+    def rewards(self) -> list[RewardSource]:
+        """What is added up to the reward."""
+        given = [self.reward] if isinstance(self.reward, str) else self.reward
+        return [RewardSource(path=each) if isinstance(each, str) else each for each in given]
+
+    def combinations(self) -> Iterator[tuple[str, str]]:
+        yield from super().combinations()
+        if (responses := self.rollout_batch * self.samples_per_prompt) < self.batch:
+            yield (
+                "batch",
+                f"an iteration has {responses} responses (rollout_batch x samples_per_prompt), fewer than the {self.batch} of "
+                f"one update; choose batch <= {responses}",
+            )
+        if self.data.eval is not None:
+            yield "data.eval", "a policy has no held-out loss; give questions with answers as `eval`"
+        if self.on_divergence == "skip":
+            yield "on_divergence", "an iteration cannot be left out: the next one's responses come from it; choose stop"

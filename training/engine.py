@@ -104,7 +104,7 @@ class Engine:
         self.clip = phase.clip
         self.size = seat.size
         self.rank = seat.rank
-        self.device = torch.device(seat.device, seat.local_rank) if seat.device == "cuda" else torch.device("cpu")
+        self.device = _device(seat)
         config = derive_config(phase, seat, dtype)
         _start_deepspeed(seat)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=self.stage == 0 and dtype is not torch.float32)
@@ -173,6 +173,13 @@ class Engine:
             pulse.progressed()
         self.ds.train()
         return torch.stack(totals).sum(0)
+
+    def compute(self, micro_batches: Sequence[Mapping[str, Tensor | None]]) -> list[Tensor]:
+        """What the module returns for each micro-batch, on the host."""
+        self.ds.eval()
+        answers = _computed(self._sums, micro_batches)
+        self.ds.train()
+        return answers
 
     @contextmanager
     def whole_model(self, skeleton: Callable[[torch.dtype], nn.Module]) -> Iterator[nn.Module]:
@@ -329,6 +336,49 @@ class Engine:
                 whole.data.copy_(flat.data)
                 for part, value in zip(parts, zero.unflatten(whole, parts), strict=True):
                     part.data = value.data
+
+
+class Frozen:
+    """A module that is never trained, sharded under ZeRO-3, computing as `Engine` does."""
+
+    def __init__(self, build: Callable[[torch.dtype], nn.Module], phase: Phase, seat: Seat, dtype: torch.dtype):
+        stage = phase.sharding.stage
+        self.device = _device(seat)
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=stage == 0 and dtype is not torch.float32)
+        _start_deepspeed(seat)
+        self.module: Any
+        if stage == 3:
+            import deepspeed
+
+            config = derive_config(phase, seat, dtype)
+            module = _built_sharded(build, dtype, config)
+            self.module, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
+        else:
+            self.module = build(torch.float32 if stage == 0 else dtype).to(self.device)
+        self.module.eval()
+
+    def compute(self, micro_batches: Sequence[Mapping[str, Tensor | None]]) -> list[Tensor]:
+        """What the module returns for each micro-batch, on the host."""
+        return _computed(self._answer, micro_batches)
+
+    def _answer(self, micro: Mapping[str, Tensor | None]) -> Tensor:
+        with self.autocast:
+            return self.module(**to_device(micro, self.device))
+
+
+@torch.no_grad()
+def _computed(
+    answer: Callable[[Mapping[str, Tensor | None]], Tensor], micro_batches: Sequence[Mapping[str, Tensor | None]]
+) -> list[Tensor]:
+    answers = []
+    for micro in micro_batches:
+        answers.append(answer(micro).float().cpu())
+        pulse.progressed()
+    return answers
+
+
+def _device(seat: Seat) -> torch.device:
+    return torch.device(seat.device, seat.local_rank) if seat.device == "cuda" else torch.device("cpu")
 
 
 def whole(parameter: Any) -> AbstractContextManager:

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import model as models
 from training import pulse
 from training.checkpoint import CheckpointError, File, Reader
 from training.config import Phase
+from training.data.stores import Stores, open_stores
 from training.distributed import Seat
 from training.engine import Engine, Fragment
+from training.errors import TrainingError
 from training.memory import peak_bytes
+from training.modelfiles import at_hand
 from training.snapshot import ShardWriter
 from training.storage import place, why_not_writable
 
@@ -42,9 +47,34 @@ class Learner:
         self.attention = models.resolve_attention(phase.model.attention, seat.device)
         self.writer = ShardWriter(pinned=seat.device == "cuda")
 
+    def open_data(self) -> Stores:
+        """The data of the phase; its model then is on this machine, too. Raises TrainingError unless all workers see the
+        same data and compute alike: else their deals would differ."""
+        # The first worker of a node prepares what its node does not have yet; the others then find it there.
+        if self.seat.local_rank == 0:
+            open_stores(self.phase, self.cache)
+            at_hand(self.phase, self.cache)
+        dist.barrier()
+        self.phase = at_hand(self.phase, self.cache)
+        stores = open_stores(self.phase, self.cache)
+        held_out = stores.eval.folder.name if stores.eval is not None else ""
+        mine = (stores.train.folder.name, held_out, str(self.dtype), self.attention)
+        all_of_them: list[Any] = [None] * self.seat.size
+        dist.all_gather_object(all_of_them, mine)
+        if odd := [rank for rank, other in enumerate(all_of_them) if other != all_of_them[0]]:
+            raise TrainingError(
+                f"workers {', '.join(map(str, odd))} have other data, precision or attention than worker 0 "
+                f"({all_of_them[odd[0]]}, {all_of_them[0]}); give all machines the same files and packages"
+            )
+        return stores
+
     def start(self, build: Callable[[torch.dtype], nn.Module]) -> None:
         """Load the module, which holds its model as `lm`, and begin with it."""
         self.engine = Engine(build, self.phase, self.seat, self.dtype)
+
+    def whole_model(self) -> AbstractContextManager[nn.Module]:
+        """For the length of a block the language model with all its weights, as they are now, to generate with."""
+        return self.engine.whole_model(lambda dtype: models.skeleton(self.phase, dtype, self.seat.device))
 
     @property
     def num_parameters(self) -> int:

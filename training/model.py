@@ -214,6 +214,16 @@ def resolve_attention(setting: str, device: str) -> str:
     return "sdpa"
 
 
+def logits_at(lm: Any, input_ids: Tensor, position_ids: Tensor | None, index: Tensor) -> Tensor:
+    """What a causal language model says of the tokens after N places of the flattened rows. [R, L], [N] -> [N, V]"""
+    if any(getattr(lm.config, key, None) for key in _LOGIT_TRANSFORMS):
+        logits_RLV = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        return logits_RLV.flatten(0, 1)[index]
+    # Only these places go through the head: prompts cost no logits.
+    hidden_RLH = lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return lm.get_output_embeddings()(hidden_RLH.flatten(0, 1)[index])
+
+
 class TokenLoss(nn.Module):
     """A causal language model that returns the loss it is trained on, summed, not averaged.
 
@@ -223,21 +233,10 @@ class TokenLoss(nn.Module):
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
-        config: Any = lm.config
-        self.plain_head = not any(getattr(config, key, None) for key in _LOGIT_TRANSFORMS)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor
     ) -> Tensor:
         """Sum over the N targets of -log p(target). [1]  Shapes as in training/data/collate.py."""
-        lm: Any = self.lm
-        if self.plain_head:
-            # Only the places whose next token is a target go through the head: prompts cost no logits.
-            hidden_RLH = lm.get_decoder()(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False
-            ).last_hidden_state
-            logits_NV = lm.get_output_embeddings()(hidden_RLH.flatten(0, 1)[target_index])
-        else:
-            logits_RLV = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-            logits_NV = logits_RLV.flatten(0, 1)[target_index]
+        logits_NV = logits_at(self.lm, input_ids, position_ids, target_index)
         return functional.cross_entropy(logits_NV.float(), target_ids, reduction="sum").view(1)

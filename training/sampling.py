@@ -42,8 +42,13 @@ class Continued:
 
     tokens: list[int]
     """Without the token that ended it."""
-    ended: bool
-    """By an end-of-text token, not by the length."""
+    end: int | None
+    """The end-of-text token that ended it; None: the length did."""
+
+    @property
+    def ended(self) -> bool:
+        """By an end-of-text token, not by the length."""
+        return self.end is not None
 
 
 @torch.inference_mode()
@@ -96,13 +101,13 @@ class _Batch:
     def run(self) -> list[Continued]:
         """The continuations, in the order of the prompts."""
         texts: list[list[int]] = [[] for _ in self.rows]
-        ended: set[int] = set()
+        ended: dict[int, int] = {}
         for position in range(self.settings.max_new_tokens):
             tokens_B = draw(self._logits(), self.keys, position, self.settings)
             is_end_B = torch.isin(tokens_B, self.ends).tolist()
             for row, token, is_end in zip(self.rows.tolist(), tokens_B.tolist(), is_end_B, strict=True):
                 if is_end:
-                    ended.add(row)
+                    ended.setdefault(row, token)
                 elif row not in ended:
                     texts[row].append(token)
             pulse.progressed()
@@ -112,7 +117,7 @@ class _Batch:
             going = np.array([row not in ended for row in self.rows.tolist()])
             if going.mean() < _SHRINK_BELOW:
                 self._shrink(np.flatnonzero(going))
-        return [Continued(text, row in ended) for row, text in enumerate(texts)]
+        return [Continued(text, ended.get(row)) for row, text in enumerate(texts)]
 
     def _logits(self) -> Tensor:
         """Of the next token of every row. [B, V]"""

@@ -14,24 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from training import model as models
 from training import pulse
 from training.config import Phase
 from training.data.collate import collate
 from training.data.dealing import Limits, deal
 from training.data.order import Order
 from training.data.store import TokenStore
-from training.data.stores import open_stores
 from training.distributed import Seat
-from training.errors import Diverged, TrainingError
+from training.errors import Diverged
 from training.evaluate import Exam, exam_of
 from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
-from training.modelfiles import at_hand
 from training.schedule import learning_rate, total_samples, total_steps
 from training.seeding import seed_for
 
@@ -87,7 +83,6 @@ class Trainer(Learner):
     def setup(self) -> Facts:
         """Open the data, load the model, start the engine."""
         self._open_data()
-        self._agree()
         self.start(self._build)
         return Facts(
             total_steps=self.total_steps,
@@ -103,18 +98,6 @@ class Trainer(Learner):
             notes=[*self.store.meta.notes, *self._longer_than_the_model()],
         )
 
-    def _agree(self) -> None:
-        """Raises TrainingError unless all workers see the same data and compute alike: else their deals would differ."""
-        held_out = self.eval_store.folder.name if self.eval_store is not None else ""
-        mine = (self.store.folder.name, held_out, str(self.dtype), self.attention)
-        all_of_them: list[Any] = [None] * self.seat.size
-        dist.all_gather_object(all_of_them, mine)
-        if odd := [rank for rank, other in enumerate(all_of_them) if other != all_of_them[0]]:
-            raise TrainingError(
-                f"workers {', '.join(map(str, odd))} have other data, precision or attention than worker 0 "
-                f"({all_of_them[odd[0]]}, {all_of_them[0]}); give all machines the same files and packages"
-            )
-
     def _longer_than_the_model(self) -> list[str]:
         longest, positions = self.longest, self.positions
         if positions is None or longest <= positions:
@@ -124,13 +107,7 @@ class Trainer(Learner):
         ]
 
     def _open_data(self) -> None:
-        # The first worker of a node prepares what its node does not have yet; the others then find it there.
-        if self.seat.local_rank == 0:
-            open_stores(self.phase, self.cache)
-            at_hand(self.phase, self.cache)
-        dist.barrier()
-        self.phase = at_hand(self.phase, self.cache)
-        stores = open_stores(self.phase, self.cache)
+        stores = self.open_data()
         self.store, self.eval_store = stores.train, stores.eval
         self.order = Order(
             self.store.source_sizes, weights=stores.weights, seed=self.phase.seed, shuffle=self.phase.data.shuffle
@@ -256,7 +233,7 @@ class Trainer(Learner):
 
     def answer(self) -> dict[str, list[Row]]:
         """This worker's share of the responses to the questions of `phase.eval`, by what they are measured as."""
-        with self.engine.whole_model(lambda dtype: models.skeleton(self.phase, dtype, self.seat.device)) as lm:
+        with self.whole_model() as lm:
             return self._exam.responses(lm, (self.seat.rank, self.seat.size))
 
     @cached_property

@@ -1,8 +1,8 @@
 """From a row to an example: recognises a row's format by its columns and parses it. Knows no file and no tokenizer.
 
 A format is one entry of the table FORMATS: the columns it needs, those it may have, and a function from a record to an
-example. Whatever a row is called outside, an example is one of four things: text, a prompt with its completion, a chat, or
-a pair of these of which one is preferred.
+example. Whatever a row is called outside, an example is one of five things: text, a prompt with its completion, a chat, a
+pair of these of which one is preferred, or a prompt alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,14 @@ class Pair:
     """By how much the reward of the chosen one should be higher at least."""
 
 
-Example = Answer | Pair
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered: a text as it stands, or a conversation whose next turn is the assistant's."""
+
+    content: str | Chat
+
+
+Example = Answer | Pair | Prompt
 
 
 @dataclass(frozen=True)
@@ -498,6 +505,18 @@ def _parse_sharegpt_preference(record: Record) -> Example:
     return _pair(record, *sides)
 
 
+def _parse_prompts(record: Record) -> Example:
+    """The other columns are not learnt; reward functions see them."""
+    given = record.need("prompt")
+    if not isinstance(given, list):
+        return Prompt(record.filled_text("prompt"))
+    name = record.name("prompt")
+    turns = _messages(given, name)
+    if not turns or turns[-1]["role"] == "assistant":
+        raise RowError(f"column `{name}`: the last turn is not one that an assistant answers")
+    return Prompt(Chat(turns, (), _tools(record)))
+
+
 def _pair(record: Record, chosen: Answer, rejected: Answer) -> Pair:
     if chosen == rejected:
         names = f"`{record.name('chosen')}` and `{record.name('rejected')}`"
@@ -521,4 +540,5 @@ FORMATS: dict[str, Format] = {
     "sharegpt_preference": Format(
         ("conversations", "chosen", "rejected"), ("margin", "tools"), _parse_sharegpt_preference
     ),
+    "prompts": Format(("prompt",), ("tools",), _parse_prompts),
 }

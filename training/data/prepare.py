@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from training.config import Data
 from training.data import files, templates
 from training.data.files import Located, Row, RowError
-from training.data.formats import Chat, Example, Pair, Parser, PromptCompletion, Text
+from training.data.formats import Chat, Example, Pair, Parser, Prompt, PromptCompletion, Text
 from training.errors import InputError, Problem
 from training.modelfiles import TOKENIZER_FILES
 
@@ -194,6 +194,8 @@ def _characters(example: Example) -> int:
             return sum(len(message["content"]) for message in messages)
         case Pair(chosen, rejected):
             return _characters(chosen) + _characters(rejected)
+        case Prompt(content):
+            return len(content) if isinstance(content, str) else _characters(content)
 
 
 def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser, renderer: Renderer) -> None:
@@ -207,7 +209,7 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
                 if isinstance(result, RowError):
                     findings.add_bad(row, result)
                 elif not findings.bad:
-                    _keep(writer, result, data, place, row, is_pair=isinstance(example, Pair))
+                    _keep(writer, result, data, place, row, example)
         findings.raise_if_bad(sources)
         writer.meta.rows = findings.rows
         writer.meta.formats = dict(findings.formats)
@@ -216,11 +218,11 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
         _raise_if_nothing_left(sources, writer.meta, data)
 
 
-def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row, *, is_pair: bool) -> None:
+def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row, example: Example) -> None:
     """Writes what fits of the sample, or counts why nothing does."""
     from training.data.render import fitted, fitted_pair, sides_of
 
-    meta = writer.meta
+    meta, is_pair = writer.meta, isinstance(example, Pair)
     length = max(map(len, sides_of(sample.ids, sample.targets))) if is_pair else len(sample.ids)
     meta.longest = max(meta.longest, length)
     meta.shortest = min(meta.shortest or length, length)
@@ -233,8 +235,9 @@ def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row,
     else:
         meta.truncated += length > data.max_length and data.overlong == "truncate"
         meta.split += length > data.max_length and data.overlong == "split"
+        kept = json.dumps(row.value, default=str).encode() if isinstance(example, Prompt) else b""
         for piece in with_targets:
-            writer.add(piece.ids, piece.targets, place, row.part.shown, row.number, piece.margin)
+            writer.add(piece.ids, piece.targets, place, row.part.shown, row.number, piece.margin, kept)
 
 
 def _notes(meta: Meta, data: Data) -> list[str]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from training.data import templates
 from training.data.files import RowError, one_line
-from training.data.formats import Answer, Chat, Example, Pair, PromptCompletion, Text
+from training.data.formats import Answer, Chat, Example, Pair, Prompt, PromptCompletion, Text
 from training.errors import InputError
 from training.modelfiles import has_tokenizer
 
@@ -39,7 +39,8 @@ class Sample(NamedTuple):
     ids: NDArray[np.uint32]
     """[T] token ids."""
     targets: NDArray[np.bool_]
-    """[T] whether the token is learnt; targets[0] is False. Of a pair: the last token of each of its two sequences."""
+    """[T] whether the token is learnt; targets[0] is False. Of a pair the last token of each of its two sequences is marked
+    instead, of a prompt its last."""
     margin: float = 0.0
     """Of a pair."""
 
@@ -103,7 +104,13 @@ class Renderer:
     def render(self, examples: Sequence[Example]) -> list[Sample | RowError]:
         """One sample, or the reason why there is none, for every example. Large batches are fast: Rust tokenizes them."""
         kinds: dict[type, Callable[[list[Any]], list[Sample | RowError]]]
-        kinds = {Text: self._texts, PromptCompletion: self._completions, Chat: self._chats, Pair: self._pairs}
+        kinds = {
+            Text: self._texts,
+            PromptCompletion: self._completions,
+            Chat: self._chats,
+            Pair: self._pairs,
+            Prompt: self._prompts,
+        }
         examples = [self._as_chat(example) for example in examples]
         results: dict[int, Sample | RowError] = {}
         for kind, render in kinds.items():
@@ -114,10 +121,14 @@ class Renderer:
 
     def prompt(self, text: str, *, chat: bool) -> list[int]:
         """The tokens that a question comes to before it is answered: as a user's turn, or as it stands."""
-        if not chat:
-            return self._ids([text])[0]
-        question = Chat([{"role": "user", "content": text}], learnt=())
-        return self._ids([self._write(question, self.chat_template(), 1, prompt=True)])[0]
+        return self._ids([self._asked(_question(text) if chat else text)])[0]
+
+    def _asked(self, content: str | Chat) -> str:
+        """What stands before the assistant's answer."""
+        if isinstance(content, str):
+            return content
+        self.has_written_chats = True
+        return self._write(content, self.chat_template(content.tools), len(content.messages), prompt=True)
 
     def text(self, ids: Sequence[int]) -> str:
         """What tokens say, without special ones."""
@@ -174,11 +185,28 @@ class Renderer:
             for pair, chosen, rejected in zip(pairs, rendered[::2], rendered[1::2], strict=True)
         ]
 
+    def _prompts(self, prompts: Sequence[Prompt]) -> list[Sample | RowError]:
+        return [self._prompt(prompt.content) for prompt in prompts]
+
+    def _prompt(self, content: str | Chat) -> Sample | RowError:
+        """What inference sees before the answer begins."""
+        try:
+            ids = np.array(self._ids([self._asked(content)])[0], np.uint32)
+        except (
+            Exception
+        ) as error:  # a template is a program: it raises on purpose, or trips over what it did not expect
+            return RowError(f"the chat template refuses this conversation: {one_line(error)}")
+        return Sample(ids, np.arange(len(ids)) == len(ids) - 1)
+
     # ── chats ──
 
     def _as_chat(self, example: Example) -> Example:
-        """A pair of texts under a template that was asked for by name is a conversation of two turns."""
-        if self._named is None or not isinstance(example, PromptCompletion):
+        """Texts under a template that was asked for by name are a conversation of two turns, or the first of them."""
+        if self._named is None:
+            return example
+        if isinstance(example, Prompt) and isinstance(example.content, str):
+            return Prompt(_question(example.content))
+        if not isinstance(example, PromptCompletion):
             return example
         turns = [("user", example.prompt), ("assistant", example.completion)]
         return Chat([{"role": role, "content": text} for role, text in turns], learnt=(1,))
@@ -318,6 +346,10 @@ class Renderer:
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def _question(text: str) -> Chat:
+    return Chat([{"role": "user", "content": text}], learnt=())
 
 
 def _joined(chosen: Sample | RowError, rejected: Sample | RowError, margin: float) -> Sample | RowError:

@@ -6,6 +6,7 @@
     target_counts.bin  int64    targets of each sample
     margins.bin        float32  margin of each sample that is a pair, else 0
     parts.bin, numbers.bin      where each sample came from: place in `meta.parts`, and row in it
+    rows.bin, row_ends.bin      of prompts the rows themselves, as JSON, one after the other, and where each ends
     meta.json          counts, notes, names; written last
 
 Samples lie in the order in which they were read, so those of a source lie together. Knows no tokenizer.
@@ -33,6 +34,8 @@ ARRAYS: dict[str, type[np.generic]] = {
     "margins": np.float32,
     "parts": np.int32,
     "numbers": np.int64,
+    "row_ends": np.int64,
+    "rows": np.uint8,
 }
 
 
@@ -62,6 +65,8 @@ class Meta:
     """Whether any of them were written with a chat template."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user."""
+    row_bytes: int = 0
+    """Of the rows that are kept as they are."""
     parts: list[str] = field(default_factory=list)
     """Files and hub splits that were read, as a person writes them."""
     source_sizes: list[int] = field(default_factory=list)
@@ -86,7 +91,8 @@ class TokenStore:
 
     def _map(self, name: str) -> NDArray[Any]:
         meta, path, dtype = self.meta, self.folder / f"{name}.bin", ARRAYS[name]
-        count = {"tokens": meta.tokens, "targets": meta.tokens, "offsets": meta.kept + 1}.get(name, meta.kept)
+        counts = {"tokens": meta.tokens, "targets": meta.tokens, "offsets": meta.kept + 1, "rows": meta.row_bytes}
+        count = counts.get(name, meta.kept)
         if path.stat().st_size != count * np.dtype(dtype).itemsize:
             raise ValueError(f"{path}: expected {count} values, got {path.stat().st_size} bytes; delete the folder")
         return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
@@ -125,6 +131,12 @@ class TokenStore:
         """The row that a sample was: `data/sft.jsonl:42`."""
         return f"{self.meta.parts[self._arrays['parts'][index]]}:{self._arrays['numbers'][index]}"
 
+    def row(self, index: int) -> dict[str, Any]:
+        """The row of a prompt, as it was read."""
+        ends = self._arrays["row_ends"]
+        here = slice(ends[index - 1] if index else 0, ends[index])
+        return json.loads(self._arrays["rows"][here].tobytes())
+
 
 class StoreWriter:
     """Appends samples; made by `create`."""
@@ -140,7 +152,14 @@ class StoreWriter:
         self._files[name].write(np.asarray(values, ARRAYS[name]).tobytes())
 
     def add(
-        self, ids: NDArray[Any], targets: NDArray[np.bool_], source: int, part: str, number: int, margin: float = 0.0
+        self,
+        ids: NDArray[Any],
+        targets: NDArray[np.bool_],
+        source: int,
+        part: str,
+        number: int,
+        margin: float = 0.0,
+        row: bytes = b"",
     ) -> None:
         """One sample, row `number` of `part`, from the source at place `source`. Sources must come in order."""
         num_targets = int(targets.sum())
@@ -155,6 +174,9 @@ class StoreWriter:
         self._append("margins", margin)
         self._append("parts", self._part_places.setdefault(part, len(self._part_places)))
         self._append("numbers", number)
+        self.meta.row_bytes += len(row)
+        self._append("row_ends", self.meta.row_bytes)
+        self._append("rows", np.frombuffer(row, np.uint8))
 
     def finish(self) -> None:
         self.meta.parts = list(self._part_places)

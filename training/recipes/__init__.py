@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-from training.config import CFT, SFT, Phase, Pretrain, Reward
+from training.config import CFT, PPO, SFT, Phase, Pretrain, Reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,17 @@ RECIPES: dict[str, Recipe] = {
         run=_SUPERVISED,
         roles={"trainer": "training.recipes.reward:RewardTrainer"},
         makes="classifier",
+    ),
+    "ppo": Recipe(
+        config=PPO,
+        formats=("prompts",),
+        run="training.recipes.ppo:run",
+        roles={
+            "policy": "training.rl.roles:Policy",
+            "reference": "training.rl.roles:Reference",
+            "critic": "training.rl.roles:Critic",
+            "reward": "training.rl.roles:Judges",
+        },
     ),
 }
 

@@ -30,6 +30,10 @@ class Hooks(Protocol):
         """Generated responses of an evaluation; `kind` is part of a name, empty for answers to questions."""
         ...
 
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A few responses that were learnt from, for people."""
+        ...
+
     def paces(self, seconds_a_token: Sequence[float]) -> None:
         """How fast each worker computed of late, in rank order; 0: not known."""
         ...

@@ -1,1 +1,1 @@
-"""Reinforcement learning from a reward: the formulas. Pure functions of tensors; no model, no file, no worker."""
+"""Reinforcement learning from a reward: the formulas, what an iteration knows, and the roles that work it out."""

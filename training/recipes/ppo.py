@@ -1,0 +1,296 @@
+"""The driver of PPO: generate, score, estimate advantages, improve; again for every iteration. It asks the roles, who compute.
+
+Roles in different groups work at the same time: whatever does not depend on an answer is asked before it is waited for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.config import PPO
+from training.errors import Diverged
+from training.facts import Facts
+from training.group import Future, Group, results, results_of
+from training.measures import in_order, measured
+from training.recipes.hooks import Hooks
+from training.recipes.resuming import SETUP_S, resume
+from training.recipes.saving import Saver
+from training.rl.advantages import AdaptiveBeta, gae, moments, penalised_rewards, whitened
+from training.rl.experience import Experience, Response
+from training.rl.losses import k1
+from training.schedule import learning_rate
+from training.seeding import seed_for
+from training.storage import Place
+
+PART_S = 7200.0
+"""Longest time for one part of an iteration."""
+_SAMPLES = 4
+"""Responses of an iteration that are written down."""
+LEARNERS = ("policy", "critic")
+
+
+@dataclass
+class State:
+    """What one iteration leaves to the next beside weights and moments."""
+
+    beta: float
+    scores: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Count, sum and sum of squares of all scores so far."""
+
+
+def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
+    """Train the phase to its end; returns the checkpoint that it ends with, or None if it was asked to stop before."""
+    facts: Facts = results_of(groups, "setup", timeout_s=SETUP_S)["policy"][0]
+    learners = {role: groups[role] for role in LEARNERS}
+    found = resume(learners, hooks, facts)
+    results_of(learners, "get_ready", timeout_s=SETUP_S)
+    step, state = (found.step, State(**found.state)) if found is not None else (0, State(phase.kl.beta))
+    loop = _Loop(phase, groups, facts, state)
+    saver = Saver(phase, learners, hooks, facts, newest=step)
+    hooks.started(facts, step)
+    evaluated: dict[str, float] = {}
+    while step < facts.total_steps and not hooks.stop_requested():
+        step += 1
+        with saver.kept_on_failure():
+            row, experience = loop.iterate(step)
+        hooks.log({"step": step, "iteration": step, **row, "workers": groups["policy"].size})
+        hooks.samples(step, _table(step, experience))
+        evaluated = _evaluate(phase, groups["policy"], hooks, step, facts) if phase.eval is not None else {}
+        saver.poll()
+        if step % phase.checkpoint.every == 0 or saver.failed:
+            saver.save(step, evaluated, asdict(loop.state))
+    saver.save(step, evaluated, asdict(loop.state))
+    saver.finish()
+    if saver.failed:  # once more, now that nothing else will come
+        saver.save(step, evaluated, asdict(loop.state))
+        saver.finish()
+    return saver.chosen() if step == facts.total_steps else None
+
+
+class _Loop:
+    """The iterations."""
+
+    def __init__(self, phase: PPO, groups: Mapping[str, Group], facts: Facts, state: State):
+        self.phase, self.facts, self.state = phase, facts, state
+        self.policy, self.reference = groups["policy"], groups["reference"]
+        self.critic, self.reward = groups["critic"], groups["reward"]
+        computing = {role: group for role, group in groups.items() if role != "reward"}
+        self.limits = {role: answers[0] for role, answers in results_of(computing, "limits", timeout_s=SETUP_S).items()}
+        self.seconds: dict[str, float] = {}
+
+    def iterate(self, step: int) -> tuple[dict[str, Any], Experience]:
+        """One iteration. Returns its metrics and what it was learnt from. Raises Diverged."""
+        began = time.perf_counter()
+        with self._timed("generate"):
+            experience = self.generate(step)
+        with self._timed("score"):
+            scores = self.score(experience)
+        measures = self.estimate(experience, scores)
+        with self._timed("learn"):
+            learnt = self.improve(experience, step)
+        if self.phase.kl.target is not None:
+            self.state.beta = adapted(self.state.beta, self.phase, measures["kl"], len(experience))
+        row = {**learnt, **measures, "step_s": time.perf_counter() - began, **self.seconds}
+        row["tokens_per_s"] = row["tokens"] / row["step_s"]
+        _check_finite(row, step)
+        return row, experience
+
+    def generate(self, step: int) -> Experience:
+        """Responses to the prompts of an iteration, in an order that does not depend on who wrote them."""
+        shares: list[list[Response]] = results(self.policy.call("roll_out", step), PART_S)
+        return Experience([response for place in range(len(shares[0])) for response in _column(shares, place)])
+
+    def score(self, experience: Experience) -> torch.Tensor:
+        """What all roles say of the responses, asked all at once. Returns the scores. [B]"""
+        told = [
+            self._ask("policy", self.policy, experience, "old"),
+            self._ask("reference", self.reference, experience, "reference"),
+            self._ask("critic", self.critic, experience, "values"),
+        ]
+        parts = [experience.responses[rank :: self.reward.size] for rank in range(self.reward.size)]
+        scored = self.reward.map("scores", parts)
+        for name, order, futures in told:
+            experience.learn(name, order, results(futures, PART_S))
+        scores = torch.zeros(len(experience))
+        for rank, answers in enumerate(results(scored, PART_S)):
+            scores[rank :: self.reward.size] = torch.tensor(answers)
+        return scores
+
+    def _ask(self, role: str, group: Group, experience: Experience, name: str) -> tuple[str, list[int], list[Future]]:
+        shares, order = experience.dealt(group.size, self.limits[role])
+        return name, order, group.map("computed", shares)
+
+    def estimate(self, experience: Experience, scores_B: torch.Tensor) -> dict[str, float]:
+        """Advantages and returns of every token, whitened over all of them. Returns what is measured on the way."""
+        phase, mask_BT = self.phase, experience.mask
+        old_BT, reference_BT, values_BT = (experience.padded(name) for name in ("old", "reference", "values"))
+        kl_BT = k1(old_BT, reference_BT)
+        final_B = self._final(scores_B, experience)
+        beta = self.state.beta if phase.kl.estimator == "k1" else 0.0
+        rewards_BT = penalised_rewards(final_B, kl_BT, mask_BT, beta)
+        advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, phase.gamma, phase.lam)
+        experience.unpad("advantages", whitened(advantages_BT, mask_BT, moments(advantages_BT, mask_BT)))
+        experience.unpad("returns", returns_BT)
+        experience.facts["score"] = [np.array([score], np.float32) for score in scores_B.tolist()]
+        returns, values = returns_BT[mask_BT], values_BT[mask_BT]
+        lengths = mask_BT.sum(1).float()
+        return {
+            "reward": float(scores_B.mean()),
+            "reward_std": float(scores_B.std(correction=0)),
+            "kl": float((kl_BT * mask_BT).sum(1).mean()),
+            "beta": self.state.beta,
+            "explained_variance": float(1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)),
+            "response_tokens": float(lengths.mean()),
+            "ended": sum(response.ended for response in experience.responses) / len(experience),
+            "tokens": int(lengths.sum()),
+            "samples": len(experience),
+        }  # fmt: skip
+
+    def _final(self, scores_B: torch.Tensor, experience: Experience) -> torch.Tensor:
+        """Scores as they are learnt from: the penalty of cut responses, the scale, the limits."""
+        phase = self.phase
+        if phase.normalize_scores:
+            of_now = [float(len(scores_B)), float(scores_B.sum()), float((scores_B**2).sum())]
+            self.state.scores = [a + b for a, b in zip(self.state.scores, of_now, strict=True)]
+            count, total, squares = self.state.scores
+            scores_B = scores_B / math.sqrt(max(squares / count - (total / count) ** 2, 1e-8))
+        if phase.score_clip is not None:
+            scores_B = scores_B.clamp(-phase.score_clip, phase.score_clip)
+        if phase.missing_eos_penalty is not None:
+            ended_B = torch.tensor([response.ended for response in experience.responses])
+            scores_B = torch.where(ended_B, scores_B, phase.missing_eos_penalty)
+        return scores_B
+
+    def improve(self, experience: Experience, step: int) -> dict[str, Any]:
+        """Passes over the responses in minibatches, policy and critic at the same time. Returns the means of the losses."""
+        phase, total = self.phase, self.facts.total_steps
+        rate, of_critic = (
+            learning_rate(peak, phase.schedule, step, total)
+            for peak in (phase.learning_rate, phase.critic_learning_rate)
+        )
+        of_policy: list[dict[str, Any]] = []
+        values: list[dict[str, Any]] = []
+        passes = 0
+        for number in range(phase.ppo_epochs):
+            minibatches = _minibatches(len(experience), phase.batch, seed_for(phase.seed, "ppo", step, number))
+            asked = []
+            if step > phase.critic_warmup:
+                asked.append(
+                    (of_policy, self._learn("policy", self.policy, experience, minibatches, self._policy_facts(), rate))
+                )
+            asked.append(
+                (values, self._learn("critic", self.critic, experience, minibatches, ("values", "returns"), of_critic))
+            )
+            for answers, futures in asked:
+                answers.append(_together(results(futures, PART_S)))
+            passes += 1
+            if phase.kl.stop is not None and of_policy and _mean(of_policy[-1:], "approx_kl") > phase.kl.stop:
+                break
+        learnt = {
+            name: _mean(of_policy, name)
+            for name in ("policy_loss", "clip_fraction", "approx_kl", "entropy")
+            if of_policy
+        }
+        return {
+            **learnt,
+            "value_loss": _mean(values, "value_loss"),
+            "loss": learnt.get("policy_loss", 0.0),
+            "grad_norm": max(norm for each in of_policy or values for norm in each["grad_norms"]),
+            "critic_grad_norm": max(norm for each in values for norm in each["grad_norms"]),
+            "learning_rate": rate,
+            "ppo_epochs": passes,
+            "memory_gib": max(each["memory_gib"] for each in of_policy + values),
+        }  # fmt: skip
+
+    def _policy_facts(self) -> tuple[str, ...]:
+        return ("old", "advantages", "reference") if self.phase.kl.estimator == "k3" else ("old", "advantages")
+
+    def _learn(
+        self, role: str, group: Group, experience: Experience, minibatches: Sequence[Sequence[int]], names: Sequence[str], rate: float
+    ) -> list[Future]:  # fmt: skip
+        dealt = [experience.dealt(group.size, self.limits[role], names, places)[0] for places in minibatches]
+        weights = [sum(len(experience.responses[i].tokens) for i in places) for places in minibatches]
+        shards = [[shares[rank] for shares in dealt] for rank in range(group.size)]
+        return group.map("improve", shards, weights, rate, names, self.state.beta)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[f"{part}_s"] = time.perf_counter() - began
+
+
+def adapted(beta: float, phase: PPO, kl: float, samples: int) -> float:
+    """The weight of the penalty after an iteration with this mean KL of a response."""
+    assert phase.kl.target is not None, "there is nothing to steer to"
+    follower = AdaptiveBeta(beta, phase.kl.target, phase.kl.horizon)
+    follower.update(kl, samples)
+    return follower.beta
+
+
+def _column(shares: Sequence[Sequence[Response]], place: int) -> list[Response]:
+    return [share[place] for share in shares if place < len(share)]
+
+
+def _minibatches(count: int, size: int, seed: int) -> list[list[int]]:
+    order = np.random.Generator(np.random.Philox(seed)).permutation(count).tolist()
+    return [order[start : start + size] for start in range(0, count, size)]
+
+
+def _together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all workers of a role say of the same updates: the same, but for their memory."""
+    return {**answers[0], "memory_gib": max(answer["memory_gib"] for answer in answers)}
+
+
+def _mean(passes: Sequence[dict[str, Any]], name: str) -> float:
+    values = [means[name] for each in passes for means in each["means"]]
+    return sum(values) / len(values)
+
+
+def _check_finite(row: Mapping[str, Any], step: int) -> None:
+    odd = [
+        name
+        for name in ("loss", "value_loss", "grad_norm", "critic_grad_norm", "reward", "kl")
+        if not math.isfinite(row[name])
+    ]
+    if odd:
+        told = ", ".join(f"{name} is {row[name]}" for name in odd)
+        raise Diverged(f"iteration {step}: {told}: training has diverged", step=step)
+
+
+def _table(step: int, experience: Experience) -> list[dict[str, Any]]:
+    """The first responses of an iteration, for people."""
+    rows = []
+    for i, response in enumerate(experience.responses[:_SAMPLES]):
+        kl = float((experience.facts["old"][i] - experience.facts["reference"][i]).sum())
+        rows.append(
+            {
+                "iteration": step, "row": response.row, "sample": response.sample, "response": response.text,
+                "reward": float(experience.facts["score"][i][0]), "kl": kl, "ended": response.ended,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _evaluate(phase: PPO, policy: Group, hooks: Hooks, step: int, facts: Facts) -> dict[str, float]:
+    """Accuracy on questions, when it is due."""
+    on_time = phase.eval_every is not None and step % phase.eval_every == 0
+    for_choice = phase.checkpoint.best is not None and step % phase.checkpoint.every == 0
+    if not (step == facts.total_steps or on_time or for_choice):
+        return {}
+    shares = results(policy.call("answer"), SETUP_S)
+    metrics: dict[str, float] = {}
+    for name in shares[0]:
+        rows = in_order([share[name] for share in shares])
+        hooks.answers(step, name, rows)
+        metrics |= measured(rows, f"eval_{name}")
+    hooks.log({"step": step, **metrics})
+    return metrics

@@ -1,0 +1,140 @@
+"""What an iteration of PPO knows: responses, and what the roles say of each of their tokens. Arrays small enough to send.
+
+Roles get responses as a deal: by worker, micro-batch and row. Their answers come back one array a response, in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.data.collate import collate
+from training.data.dealing import Limits, deal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """A continuation of a prompt."""
+
+    number: int
+    """Of the prompt, in the data."""
+    sample: int
+    """Which of the responses to that prompt."""
+    prompt: NDArray[np.int64]
+    """[P] token ids."""
+    tokens: NDArray[np.int64]
+    """[T] those that the policy chose, the end-of-text token included."""
+    ended: bool
+    """By an end-of-text token, not by the length."""
+    row: dict[str, Any]
+    """The row that the prompt came from."""
+    text: str
+    """What the tokens say."""
+
+    def __len__(self) -> int:
+        """P + T."""
+        return len(self.prompt) + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A response as a role that computes on it needs it."""
+
+    ids: NDArray[np.int64]
+    """[P + T] prompt and response."""
+    start: int
+    """P."""
+    facts: Mapping[str, NDArray[np.float32]]
+    """[T] each, what is known of its tokens so far."""
+
+
+Share = list[list[list[Item]]]
+"""What one worker computes on: micro-batches of rows of items."""
+
+
+class Experience:
+    """The responses of an iteration. `facts[name][i]` is known of the tokens of response i, [T_i]."""
+
+    def __init__(self, responses: Sequence[Response]):
+        self.responses = list(responses)
+        self.facts: dict[str, list[NDArray[np.float32]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def dealt(
+        self, size: int, limits: Limits, names: Sequence[str] = (), places: Sequence[int] | None = None
+    ) -> tuple[list[Share], list[int]]:
+        """Shares for `size` workers of the responses at `places` (None: all), with these facts; and the order of the answers."""
+        chosen = range(len(self)) if places is None else places
+        by_worker = deal([len(self.responses[i]) for i in chosen], size, limits)
+        turns = [
+            [[[chosen[place] for place in row] for row in rows] for rows in turns_of_one] for turns_of_one in by_worker
+        ]
+        shares = [
+            [[[self._item(i, names) for i in row] for row in rows] for rows in turns_of_one] for turns_of_one in turns
+        ]
+        return shares, [i for turns_of_one in turns for rows in turns_of_one for row in rows for i in row]
+
+    def _item(self, i: int, names: Sequence[str]) -> Item:
+        response = self.responses[i]
+        ids = np.concatenate([response.prompt, response.tokens])
+        return Item(ids, len(response.prompt), {name: self.facts[name][i] for name in names})
+
+    def learn(self, name: str, order: Sequence[int], answers: Sequence[Sequence[NDArray[np.float32]]]) -> None:
+        """Remember what workers have answered about the tokens of the responses that they were dealt in this order."""
+        self.facts[name] = [np.empty(0, np.float32)] * len(self)
+        for i, values in zip(order, (values for of_worker in answers for values in of_worker), strict=True):
+            self.facts[name][i] = values
+
+    def padded(self, name: str) -> Tensor:
+        """[B, T] of a fact, 0 behind the end of a response."""
+        longest = max(len(response.tokens) for response in self.responses)
+        out = np.zeros((len(self), longest), np.float32)
+        for row, values in zip(out, self.facts[name], strict=True):
+            row[: len(values)] = values
+        return torch.from_numpy(out)
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] which places are tokens of a response."""
+        lengths = torch.tensor([len(response.tokens) for response in self.responses])
+        return torch.arange(int(lengths.max()))[None] < lengths[:, None]
+
+    def unpad(self, name: str, values_BT: Tensor) -> None:
+        """Remember what was worked out for all responses together."""
+        lengths = (len(response.tokens) for response in self.responses)
+        self.facts[name] = [row[:length].numpy() for row, length in zip(values_BT.float(), lengths, strict=True)]
+
+
+def collated(rows: Sequence[Sequence[Item]], names: Sequence[str]) -> dict[str, Tensor | None]:
+    """A micro-batch: tensors of `collate` with the N response tokens as targets, `counts` [N] (0: does not count), and the facts [N]."""
+    samples = [[(item.ids, np.arange(len(item.ids)) >= item.start) for item in row] for row in rows]
+    batch = collate(samples)
+    index = batch["target_index"]
+    assert index is not None
+    facts = {name: _joined([item.facts[name] for row in rows for item in row], len(index)) for name in names}
+    return {**batch, "counts": torch.full((len(index),), 1.0 if rows else 0.0), **facts}
+
+
+def _joined(parts: Sequence[NDArray[np.float32]], count: int) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(count)
+
+
+def split(share: Share, values: Sequence[Tensor]) -> list[NDArray[np.float32]]:
+    """What was computed of each micro-batch, [N] each, as one array an item."""
+    return [part for rows, of_micro in zip(share, values, strict=True) for part in _split(rows, of_micro.numpy())]
+
+
+def _split(rows: Sequence[Sequence[Item]], values: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    start = 0
+    for item in (item for row in rows for item in row):
+        stop = start + len(item.ids) - item.start
+        yield values[start:stop]
+        start = stop

@@ -1,0 +1,69 @@
+"""The modules that policy and critic train: log-probabilities or values when asked for them, else sums of losses to learn from.
+
+Shapes: R rows, L places in a row, N response tokens, as in training/rl/experience.py. `counts` is 0 where a worker had nothing to do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from training.config import PPO
+from training.model import logits_at
+from training.recipes.reward import scores
+from training.rl.losses import entropies, k3, policy_terms, token_log_probs, value_terms
+
+
+class PolicyLoss(nn.Module):
+    """A causal language model as a policy."""
+
+    measures = ("policy_loss", "clip_fraction", "approx_kl", "entropy")
+
+    def __init__(self, lm: nn.Module, phase: PPO):
+        super().__init__()
+        self.lm = lm
+        self.phase = phase
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor, counts: Tensor,
+        old: Tensor | None = None, advantages: Tensor | None = None, reference: Tensor | None = None, beta: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Without `old` the log-probabilities of the N tokens at the temperature of the rollout. [N]
+
+        With it the sums of `measures` over them, the loss first. [4]  With `beta` the KL to `reference` is part of the loss.
+        """
+        phase = self.phase
+        logits_NV = logits_at(self.lm, input_ids, position_ids, target_index)
+        log_probs_N = token_log_probs(logits_NV, target_ids.clamp(min=0), phase.temperature)
+        if old is None or advantages is None:
+            return log_probs_N
+        terms_N, clipped_N = policy_terms(log_probs_N, old, advantages, phase.clip_range)
+        with torch.set_grad_enabled(phase.entropy > 0 and torch.is_grad_enabled()):
+            entropies_N = entropies(logits_NV, phase.temperature)
+        if phase.entropy > 0:
+            terms_N = terms_N - phase.entropy * entropies_N
+        if reference is not None and beta is not None:
+            terms_N = terms_N + beta * k3(log_probs_N, reference)
+        approx_kl_N = k3(log_probs_N.detach(), old)
+        return torch.stack([(each * counts).sum() for each in (terms_N, clipped_N, approx_kl_N, entropies_N)])
+
+
+class ValueLoss(nn.Module):
+    """A sequence classifier with one label as a critic: its head read at every place that a token follows."""
+
+    measures = ("value_loss",)
+
+    def __init__(self, lm: nn.Module, phase: PPO):
+        super().__init__()
+        self.lm = lm
+        self.phase = phase
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor, counts: Tensor,
+        values: Tensor | None = None, returns: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Without `returns` the value of what stands before each of the N tokens. [N]  With them the summed loss. [1]"""
+        values_N = scores(self.lm, input_ids, position_ids, target_index)
+        if values is None or returns is None:
+            return values_N
+        return (value_terms(values_N, values, returns, self.phase.value_clip) * counts).sum().view(1)
