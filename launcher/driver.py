@@ -20,7 +20,7 @@ from launcher.phase_run import PhaseRun
 from launcher.progress import PhaseProgress
 from launcher.recovery import Recovery
 from launcher.runs import RunFolder
-from training.config import Phase
+from training.config import PPO, Phase
 from training.errors import InputError, MusterError, Problem
 from training.group import Group, results
 from training.modelfiles import tokenizer_of
@@ -193,11 +193,26 @@ def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang)
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:
     """The phase with the model of the phase that it starts from, and the tokenizer that its data was checked with."""
-    if not phase.starts_from_phase:
-        return phase
-    assert phase.from_ is not None
-    changes = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}
-    return phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
+    if phase.starts_from_phase:
+        assert phase.from_ is not None
+        changes = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}
+        phase = phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
+    return _with_its_rewards(phase, run) if isinstance(phase, PPO) else phase
+
+
+def _with_its_rewards(phase: PPO, run: RunFolder) -> PPO:
+    """The models of earlier phases in place of their names; the critic starts from a reward model, if there is one."""
+
+    def folder(path: str) -> str:
+        return path if "/" in path else str(run.model(path))
+
+    rewards = [
+        source.model_copy(update={"path": folder(source.path)}) if source.is_model else source
+        for source in phase.rewards
+    ]
+    starts = [phase.critic] if phase.critic else [source.path for source in rewards if source.is_model]
+    critic = folder(starts[0]) if starts else phase.model.path
+    return phase.model_copy(update={"reward": rewards, "critic": critic})
 
 
 def _export(group: Group, checkpoint: Place, out: Place) -> None:

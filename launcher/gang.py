@@ -10,7 +10,7 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -89,7 +89,7 @@ class _RayGang:
     def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
         from launcher.workers import WorkerGroup
 
-        (role, target), *_ = RECIPES[self.phase.recipe].roles.items()
+        roles = RECIPES[self.phase.recipe].roles
         if self.workers is None:
             wait_s = _GROW_S if self._grow else None
             self.workers = WorkerGroup(
@@ -101,8 +101,8 @@ class _RayGang:
         self._grow, self._size = False, workers.size
         try:
             workers.begin(logs)
-            with _following(workers, f"{self.name}/{role}", self.say):
-                yield {role: workers.build(role, target, self.phase, str(self.cache))}
+            with _following(workers, f"{self.name}/{next(iter(roles))}", self.say):
+                yield {role: workers.build(role, target, self.phase, str(self.cache)) for role, target in roles.items()}
         finally:
             self.why_moved = self.reason_to_move()
             if (node := workers.watch.leaving_node) is not None:
@@ -155,8 +155,7 @@ class _InlineGang:
 
     @contextmanager
     def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
-        (role, target), *_ = RECIPES[self.phase.recipe].roles.items()
-        yield {role: _inline_group(self.phase, role, target, (self.phase, str(self.cache)))}
+        yield _inline_groups(self.phase, RECIPES[self.phase.recipe].roles, (self.phase, str(self.cache)))
 
     def members(self) -> list[dict[str, Any]]:
         return [{"rank": 0, "machine": "127.0.0.1", "pid": os.getpid()}]
@@ -174,8 +173,8 @@ class _InlineGang:
         return None
 
 
-def _inline_group(phase: Phase, role: str, target: str, arguments: tuple) -> Group:
-    """The role in this process. Its process group of one is made once and kept: DeepSpeed remembers groups for good."""
+def _inline_groups(phase: Phase, roles: Mapping[str, str], arguments: tuple) -> dict[str, Group]:
+    """The roles in this process. Its process group of one is made once and kept: DeepSpeed remembers groups for good."""
     import torch.distributed as dist
 
     from training.distributed import Seat, join, leave, set_environment
@@ -188,8 +187,9 @@ def _inline_group(phase: Phase, role: str, target: str, arguments: tuple) -> Gro
         join(seat)
         atexit.register(leave)
     worker = Worker(seat)
-    worker.build(role, target, *arguments)
-    return InlineGroup(worker, role)
+    for role, target in roles.items():
+        worker.build(role, target, *arguments)
+    return {role: InlineGroup(worker, role) for role in roles}
 
 
 def _inline_device(phase: Phase) -> Any:

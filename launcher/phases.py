@@ -12,7 +12,7 @@ from launcher import rawdeepspeed, yamlfile
 from launcher.explain import UNKNOWN_KEY, did_you_mean, validated
 from launcher.problems import Report
 from launcher.yamlfile import COMMAND_LINE, Document, KeyPath, dotted
-from training.config import Data, Phase, Questions, Source
+from training.config import PPO, Data, Phase, Questions, RewardSource, Source
 from training.data import files
 from training.errors import InputError
 from training.modelfiles import ADAPTER_CONFIG
@@ -102,13 +102,13 @@ class _Drafting:
         start = given if given in self.earlier or not isinstance(given, str | None) else self.earlier[-1]
         return {"from": start, "model": {"path": "", **draft.get("model", {})}}
 
-    def outside(self, given: str) -> str | None:
+    def outside(self, given: str, key: KeyPath = ("from",)) -> str | None:
         """The model folder that `from` means if it means a folder, or a run, or RUN/PHASE. None: there is no such thing."""
         if is_remote(given):
             return given.rstrip("/")
-        folder = absolute(given, self.base(("from",)))
+        folder = absolute(given, self.base(key))
         if _is_model(folder) or os.path.isabs(given):
-            return self.model_of_run(folder) if os.path.exists(os.path.join(folder, "job.yaml")) else folder
+            return self.model_of_run(folder, key=key) if os.path.exists(os.path.join(folder, "job.yaml")) else folder
         storage = str(self.document.data.get("storage", "runs"))
         runs = (
             absolute(storage, base_folder(self.document, ("storage",), self.file)) if not is_remote(storage) else None
@@ -116,21 +116,21 @@ class _Drafting:
         run, _, phase = given.partition("/")
         for run_folder, wanted in ((folder, ""), (f"{runs}/{run}", phase)):
             if runs is not None and os.path.exists(os.path.join(run_folder, "job.yaml")):
-                return self.model_of_run(run_folder, wanted)
+                return self.model_of_run(run_folder, wanted, key)
         return None
 
-    def model_of_run(self, folder: str, phase: str = "") -> str:
+    def model_of_run(self, folder: str, phase: str = "", key: KeyPath = ("from",)) -> str:
         """The model of a run's phase, of the last one unless it is named."""
         phases = _phases_in(Path(folder) / "job.yaml")
         name = phase or (phases[-1] if phases else "")
         model = os.path.join(folder, name, "model")
         if name not in phases:
             self.add(
-                ("from",),
+                key,
                 f"the run {folder} has no phase {name}{did_you_mean(name, phases)}; it has {', '.join(phases)}",
             )
         elif not _is_model(model):
-            self.add(("from",), f"the phase {name} of the run {folder} is not finished: there is no {model}")
+            self.add(key, f"the phase {name} of the run {folder} is not finished: there is no {model}")
         return model
 
     def no_such_start(self, given: str) -> str:
@@ -174,8 +174,54 @@ class _Drafting:
                 "model": model.model_copy(update=update),
                 "data": self.anchored_data(phase.data),
                 "eval": phase.eval and self.anchored_questions(phase.eval),
+                **(self.anchored_rewards(phase, valid) if isinstance(phase, PPO) else {}),
             }
         )
+
+    def anchored_rewards(self, phase: PPO, valid: dict[str, Phase]) -> dict[str, Any]:
+        """Rewards and critic with absolute paths; phases of this job keep their names."""
+        several = isinstance(phase.reward, list)
+        rewards = []
+        for index, source in enumerate(phase.rewards):
+            key: KeyPath = ("reward", index) if several else ("reward",)
+            where = (*key, "path") if several and isinstance(phase.reward[index], RewardSource) else key
+            rewards.append(source.model_copy(update={"path": self.reward_path(where, source, valid)}))
+        critic = phase.critic and self.model_named(("critic",), phase.critic, valid)
+        return {"reward": rewards, "critic": critic}
+
+    def reward_path(self, where: KeyPath, source: RewardSource, valid: dict[str, Phase]) -> str:
+        if source.is_model:
+            path = self.model_named(where, source.path, valid)
+            if path in valid and RECIPES[valid[path].recipe].makes != "classifier":
+                self.add(
+                    where,
+                    f"`{path}` ends with a language model, not with a reward model; name a phase of the recipe reward",
+                )
+            return path
+        file, _, name = source.path.rpartition(":")
+        if source.is_endpoint or not file.endswith(".py"):
+            return source.path
+        file = absolute(file, self.base(where))
+        if not os.path.isfile(file):
+            self.add(where, f"there is no file {file}")
+        return f"{file}:{name}"
+
+    def model_named(self, where: KeyPath, given: str, valid: dict[str, Phase]) -> str:
+        """The name of an earlier phase, or the model folder that a folder or a run has."""
+        if given in self.earlier:
+            return given
+        found = self.outside(given, where)
+        if found is None:
+            later = (
+                " comes later"
+                if given in self.document.data["phases"]
+                else " is no phase of this job, no run and no model folder"
+            )
+            meant = (
+                did_you_mean(given, self.earlier) or f"; phases before this one: {', '.join(self.earlier) or 'none'}"
+            )
+            self.add(where, f'"{given}"{later}{meant}')
+        return found or given
 
     def anchored_questions(self, asked: Questions) -> Questions:
         update = {"data": self.sources(("eval", "data"), asked.data)}

@@ -385,6 +385,20 @@ class RewardSource(Settings):
     timeout: PositiveFloat = 60.0
     """Seconds that a function or an endpoint may take for a batch."""
 
+    @property
+    def is_endpoint(self) -> bool:
+        return self.path.startswith(("http://", "https://"))
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it reads `module:name` or `file.py:name`."""
+        where, _, name = self.path.rpartition(":")
+        return bool(where) and name.isidentifier()
+
+    @property
+    def is_model(self) -> bool:
+        return not self.is_endpoint and not self.is_function
+
 
 class Prompts(Data):
     """Which prompts a phase answers. `max_length`: of a prompt; longer ones are dropped."""

@@ -44,21 +44,11 @@ class RewardError(TrainingError):
 
 def opened(source: RewardSource, phase: PPO, seat: Seat) -> Judge:
     """The judge that a source names. Raises InputError if there is no such thing."""
-    if is_endpoint(source.path):
+    if source.is_endpoint:
         return _checked(_Endpoint(source, prompt_column(phase)), source)
-    if is_function(source.path):
+    if source.is_function:
         return _checked(_Function(source, prompt_column(phase)), source)
     return _checked(_RewardModel(source.path, phase, seat), source)
-
-
-def is_endpoint(path: str) -> bool:
-    return path.startswith(("http://", "https://"))
-
-
-def is_function(path: str) -> bool:
-    """Whether it reads `module:name` or `file.py:name`."""
-    where, colon, name = path.rpartition(":")
-    return bool(colon) and name.isidentifier() and "://" not in path and bool(where)
 
 
 def _checked(judge: Judge, source: RewardSource) -> Judge:

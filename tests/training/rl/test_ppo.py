@@ -5,6 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.training_fixtures import Recorder, phase_of
+from training.checkpoint import write_shard
+from training.data.dealing import Limits
+from training.errors import Diverged
+from training.facts import Facts
+from training.group import Done
+from training.recipes import ppo
+from training.rl.experience import Response
+from training.storage import place
+
 pytestmark = pytest.mark.cpu
 NINES = "tests.some_rewards:nines"
 
@@ -30,7 +40,15 @@ def curve(hooks):
 def test_the_first_iteration_is_at_the_reference(plain):
     first = plain.rows[0]
     assert first["kl"] == pytest.approx(0, abs=1e-5)
-    assert {"iteration", "explained_variance", "ended", "clip_fraction", "generate_s", "score_s", "learn_s"} <= first.keys()
+    assert {
+        "iteration",
+        "explained_variance",
+        "ended",
+        "clip_fraction",
+        "generate_s",
+        "score_s",
+        "learn_s",
+    } <= first.keys()
 
 
 @pytest.mark.parametrize(("workers", "stage"), [(2, 0), (1, 2), (2, 3)])
@@ -43,3 +61,139 @@ def test_it_learns_what_is_rewarded(tiny, train):
     rewards = [row["reward"] for row in hooks.rows if "reward" in row]
     print(rewards)
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 1
+
+
+# ── resuming ──
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 2)])
+def test_it_goes_on_bit_for_bit(tiny, train, tmp_path, workers, stage):
+    """Weights of both learners, moments, beta, the statistics of scores, the place in the prompts."""
+    more = {"kl": {"target": 0.5}, "normalize_scores": True, "max_steps": 4, "checkpoint": {"every": 2}}
+    whole = train(workers, stage=stage, **settings(tiny, **more))
+    train(workers, tmp_path, stop_after=2, stage=stage, **settings(tiny, **more))
+    on = train(workers, tmp_path, stage=stage, **settings(tiny, **more))
+    assert on.first == 2
+    assert (curve(on) == curve(whole)[2:]).all()
+    assert contents(on.last) == contents(whole.last)
+
+
+def contents(checkpoint):
+    from training.checkpoint import Reader
+
+    reader = Reader(checkpoint)
+    manifest = reader.manifest
+    assert {name.partition("/")[0] for name in manifest.parameters} == {"policy", "critic"}
+    assert manifest.optimizer_steps == {"policy": 16, "critic": 16}  # 4 iterations of 2 passes over 2 minibatches
+    return manifest.state, {name: reader.whole(name).tobytes() for name in manifest.parameters}
+
+
+# ── the driver alone ──
+
+
+class Fake:
+    """A group of one whose role answers from a table and writes down what it was asked."""
+
+    size = 1
+
+    def __init__(self, role, asked, answers):
+        self.role, self.asked, self.answers = role, asked, answers
+
+    def call(self, method, *args):
+        self.asked.append((self.role, method))
+        answer = self.answers[method] if method in self.answers else getattr(self, method)
+        return [Done(answer(*args) if callable(answer) else answer)]
+
+    def map(self, method, shards, *args):
+        return self.call(method, shards[0], *args)
+
+    def begin_save(self, staged):
+        self.staged = place(staged)
+        return {"optimizer_step": 1, "parameters": {}}
+
+    def finish_save(self):
+        return write_shard(self.staged / f"{self.role}.safetensors", [("fp32/w@0", 1)], np.zeros(1, np.float32))
+
+
+def ones(share):
+    return [np.full(len(item.ids) - item.start, -1.0, np.float32) for rows in share for row in rows for item in row]
+
+
+def improved(shares, weights, rate, names, beta):
+    means = dict.fromkeys(("policy_loss", "clip_fraction", "approx_kl", "entropy", "value_loss"), 0.5)
+    return {"means": [means] * len(shares), "grad_norms": [1.0] * len(shares), "memory_gib": 1.0, "gpu_full": 0.0}
+
+
+def driven(tiny, tmp_path, **more):
+    """What the roles were asked in two iterations of 4 responses, and what was logged."""
+    asked = []
+    phase = phase_of(tiny, **settings(tiny, rollout_batch=4, batch=2, max_steps=2, checkpoint={"every": 5}, **more))
+    ids = np.arange(1, 6)
+    responses = [
+        Response(number=i, sample=0, prompt=ids, tokens=ids[: i + 1], ended=i < 3, row={"prompt": "?"}, text="!")
+        for i in range(4)
+    ]
+    facts = Facts(
+        total_steps=2, total_samples=8, num_samples=4, num_eval_samples=0, num_parameters=1, dtype="float32",
+        attention="sdpa", device="cpu", data_hash="d", chats=False, notes=[],
+    )  # fmt: skip
+    learning = {
+        "limits": Limits(micro_tokens=64), "computed": ones, "improve": improved, "cannot_save_to": None, "get_ready": None,
+        "is_saving": False,
+    }  # fmt: skip
+    answers = {
+        "policy": {"setup": facts, "roll_out": responses, **learning},
+        "reference": {"setup": None, "limits": Limits(micro_tokens=64), "computed": ones},
+        "critic": {"setup": None, **learning},
+        "reward": {"setup": None, "scores": lambda part: [float(each.number) for each in part]},
+    }
+    hooks = Recorder(tmp_path)
+    ppo.run(phase, {role: Fake(role, asked, table) for role, table in answers.items()}, hooks)
+    return asked, hooks
+
+
+ITERATION = [
+    ("policy", "roll_out"),
+    ("policy", "computed"), ("reference", "computed"), ("critic", "computed"), ("reward", "scores"),
+    ("policy", "improve"), ("critic", "improve"),
+    ("policy", "improve"), ("critic", "improve"),
+]  # fmt: skip
+
+
+def asked_to_work(asked):
+    return [each for each in asked if each[1] in ("roll_out", "computed", "scores", "improve")]
+
+
+def test_the_driver_generates_scores_and_improves(tiny, tmp_path):
+    asked, hooks = driven(tiny, tmp_path)
+    assert asked_to_work(asked) == ITERATION * 2
+    assert asked[:4] == [(role, "setup") for role in ("policy", "reference", "critic", "reward")]
+    row = hooks.rows[0]
+    assert (row["reward"], row["response_tokens"], row["ended"], row["tokens"]) == (1.5, 2.5, 0.75, 10)
+    assert [sample["reward"] for sample in hooks.sampled[:4]] == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_the_critic_may_warm_up_alone(tiny, tmp_path):
+    asked, _ = driven(tiny, tmp_path, critic_warmup=1)
+    first = asked_to_work(asked)[:-9]
+    assert first == [each for each in ITERATION if each != ("policy", "improve")]
+
+
+def test_passes_end_when_the_policy_has_gone_far_enough(tiny, tmp_path):
+    asked, _ = driven(tiny, tmp_path, kl={"stop": 0.4})
+    assert asked_to_work(asked) == ITERATION[:-2] * 2
+
+
+def test_beta_follows_the_kl(tiny, tmp_path):
+    _, hooks = driven(tiny, tmp_path, kl={"beta": 0.1, "target": 1.0, "horizon": 40})
+    # Policy and reference are one: the KL is 0, the error is cut at -0.2, 4 of 40 samples have passed.
+    assert [row["beta"] for row in hooks.rows] == pytest.approx([0.1, 0.1 * (1 - 0.2 * 4 / 40)])
+
+
+def test_a_loss_that_is_no_number_ends_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ones", lambda share: [np.full_like(each, np.nan) for each in computed_ones(share)])
+    with pytest.raises(Diverged, match=r"iteration 1: .*kl is nan"):
+        driven(tiny, tmp_path)
+
+
+computed_ones = ones

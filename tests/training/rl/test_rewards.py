@@ -1,0 +1,156 @@
+"""What responses are worth: functions and endpoints that are well, and those that are not; reward models of another tokenizer."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+
+from tests.training_fixtures import phase_of
+from training.config import RewardSource
+from training.distributed import Seat
+from training.errors import InputError
+
+pytestmark = pytest.mark.cpu
+
+
+def response(text, prompt="Q: 1 + 1 = ", **row):
+    from training.rl.experience import Response
+
+    ids = np.array([5, 6, 7], np.int64)
+    return Response(number=0, sample=0, prompt=ids, tokens=ids, ended=True, row={"prompt": prompt, **row}, text=text)
+
+
+@pytest.fixture
+def judge(tiny):
+    """judge(source) -> what scores responses."""
+    from training.rl.rewards import opened
+
+    phase = phase_of(tiny, "ppo", reward="-", batch=4)
+    return lambda **source: opened(RewardSource(**source), phase, Seat(rank=0, size=1))
+
+
+def test_a_function_sees_the_columns_of_the_rows(judge, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def right(prompts, completions, answer, **others):\n"
+        "    assert prompts == ['Q: 1 + 1 = '] * 2 and others == {'source': ['a', None]}\n"
+        "    return [c == a for c, a in zip(completions, answer)] and [1, 0.5]\n"
+    )
+    scores = judge(path=f"{tmp_path}/mine.py:right")([response("2", answer="2", source="a"), response("3", answer="2")])
+    assert scores == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raises", r"raised ZeroDivisionError: division by zero"),
+        ("gives_nan", r"gave nan for the response 'b'; expected a finite number"),
+        ("gives_text", r"gave 'good' for the response 'a'; expected a finite number"),
+        ("gives_too_few", r"was asked for 2 scores and gave 1"),
+        ("gives_nothing", r"was asked for 2 scores and gave a NoneType"),
+        ("hangs", r"has not answered within 0.2 s"),
+    ],
+)
+def test_functions_that_are_not_well_are_told_of(judge, function, message):
+    from training.rl.rewards import RewardError
+
+    with pytest.raises(RewardError, match=message):
+        judge(path=f"tests.some_rewards:{function}", timeout=0.2)([response("a"), response("b")])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("tests.some_rewards:nothing", "cannot be imported: AttributeError"),
+        ("tests.no_such_module:score", "cannot be imported: ModuleNotFoundError"),
+        ("/nowhere/mine.py:score", "there is no file /nowhere/mine.py"),
+        ("tests.some_rewards:NUMBER", "NUMBER is no function"),
+    ],
+)
+def test_functions_that_are_not_there_are_told_of(judge, path, message):
+    with pytest.raises(InputError, match=message):
+        judge(path=path)
+
+
+@pytest.fixture
+def endpoint():
+    """A server on loopback; `answers` are what it does next, the last one again and again."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.asked.append(body)
+            do = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
+            status, answer = do(body)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.answers = [], [lengths]
+    server.url = f"http://127.0.0.1:{server.server_port}/score"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def lengths(body):
+    return 200, json.dumps({"scores": [len(text) for text in body["completions"]]})
+
+
+def away(body):
+    return 503, "later"
+
+
+def slow(body):
+    time.sleep(1)
+    return lengths(body)
+
+
+def test_an_endpoint_gets_all_responses_at_once(judge, endpoint):
+    assert judge(path=endpoint.url)([response("a"), response("bcd")]) == [1.0, 3.0]
+    (body,) = endpoint.asked
+    assert body["prompts"] == ["Q: 1 + 1 = "] * 2
+    assert body["rows"][0] == {"prompt": "Q: 1 + 1 = "}
+
+
+def test_an_endpoint_that_is_away_is_asked_again(judge, endpoint):
+    endpoint.answers = [away, lengths]
+    assert judge(path=endpoint.url)([response("abcd")]) == [4.0]
+    assert len(endpoint.asked) == 2
+
+
+def test_an_endpoint_that_refuses_is_not(judge, endpoint):
+    from training.rl.rewards import RewardError
+
+    endpoint.answers = [lambda body: (400, "no")]
+    with pytest.raises(RewardError, match=r"cannot be had \(1 tries\): HTTP Error 400"):
+        judge(path=endpoint.url)([response("a")])
+
+
+def test_an_endpoint_that_is_too_slow_is_given_up(judge, endpoint, monkeypatch):
+    from training.rl import rewards
+
+    monkeypatch.setattr(rewards, "_TRIES", 2)
+    endpoint.answers = [slow]
+    with pytest.raises(rewards.RewardError, match=r"cannot be had \(2 tries\): timed out"):
+        judge(path=endpoint.url, timeout=0.1)([response("a")])
+
+
+def test_several_rewards_are_weighted(tiny):
+    from training.rl.roles import Judges
+
+    sources = [{"path": "tests.some_rewards:nines"}, {"path": "tests.some_rewards:length", "weight": -0.5}]
+    judges = Judges(Seat(rank=0, size=1), phase_of(tiny, "ppo", reward=sources, batch=4), "")
+    judges.setup()
+    assert judges.scores([response("99ab"), response("")]) == [0.0, 0.0]
+    assert judges.scores([response("9")]) == [0.5]
+    assert judges.scores([]) == []
