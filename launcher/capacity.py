@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from launcher.job import Job
-from training.config import Phase, Resources
+from training.config import Phase
 from training.errors import InputError, Problem
 from training.modelfiles import inspect
 
@@ -35,7 +35,7 @@ def check(job: Job, *, inline: bool) -> None:
         return
     problems = []
     for name, phase in job.phases.items():
-        wrong = (inline and _one_inline(phase.resources)) or _too_few_gpus(phase.resources) or _too_little_memory(phase)
+        wrong = (inline and _one_inline(phase)) or _too_few_gpus(phase) or _too_little_memory(phase)
         if wrong:
             problems.append(Problem(str(job.file), f"phases.{name}.resources.workers", wrong))
         if wrong := _cannot_quantize(phase):
@@ -56,17 +56,19 @@ def _reach(address: str) -> None:
         raise InputError.of(f"RAY_ADDRESS={address}", message) from error
 
 
-def _one_inline(resources: Resources) -> str | None:
-    workers = resources.workers
+def _one_inline(phase: Phase) -> str | None:
+    if len(phase.teams) > 1:
+        return "--inline has one worker, which holds all roles; leave `groups` out"
+    workers = phase.num_workers
     return f"--inline has one worker, the job asks for {workers}; say resources.workers=1" if workers > 1 else None
 
 
-def _too_few_gpus(resources: Resources) -> str | None:
-    gpus = num_gpus()
+def _too_few_gpus(phase: Phase) -> str | None:
+    gpus, resources = num_gpus(), phase.resources
     if not gpus and resources.gpus_per_worker == 1:
         return "gpus_per_worker is 1, this machine has no GPU; leave it at auto to train on CPUs"
-    if gpus and resources.gpus_per_worker != 0 and resources.workers > gpus:
-        return f"{resources.workers} workers need a GPU each, this machine has {gpus}"
+    if gpus and resources.gpus_per_worker != 0 and phase.num_workers > gpus:
+        return f"{phase.num_workers} workers need a GPU each, this machine has {gpus}"
     return None
 
 

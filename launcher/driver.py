@@ -55,7 +55,7 @@ def _get_ready(job: Job, stack: ExitStack, *, inline: bool) -> None:
     if not inline:
         from launcher.session import ray_session
 
-        stack.enter_context(ray_session(max(phase.resources.workers for phase in job.phases.values())))
+        stack.enter_context(ray_session(max(phase.num_workers for phase in job.phases.values())))
     wait_for_data()
 
 

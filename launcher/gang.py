@@ -10,8 +10,8 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,8 +31,10 @@ _FOLLOWED = 8
 class Gang(Protocol):
     """The workers of a phase."""
 
-    why_moved: str | None
-    """Why the last attempt was to go on elsewhere."""
+    @property
+    def why_moved(self) -> str | None:
+        """Why the last attempt was to go on elsewhere."""
+        ...
 
     def attempt(self, logs: Path) -> Any:
         """For the length of a `with` block: the groups by role, with the roles built. Their output goes to files in `logs`."""
@@ -68,16 +70,63 @@ def gang_of(
         yield _InlineGang(phase, cache)
         return
     _warn_of_few_cores(phase, say)
-    gang = _RayGang(phase, name, cache, say, warn)
+    targets = RECIPES[phase.recipe].roles
+    teams = [
+        _Team(seated, {role: targets[role] for role in roles or targets}, name, cache, say, warn)
+        for roles, seated in phase.teams
+    ]
     try:
-        yield gang
+        yield _RayGang(teams)
     finally:
-        gang.close()
+        for team in teams:
+            team.close()
 
 
 class _RayGang:
-    def __init__(self, phase: Phase, name: str, cache: Path, say: Callable[[str], None], warn: Callable[[str], None]):
-        self.phase, self.name, self.cache, self.say, self.warn = phase, name, cache, say, warn
+    """One or several groups of workers on Ray. They are gathered, fail, move and end together."""
+
+    def __init__(self, teams: Sequence[_Team]):
+        self.teams = teams
+
+    @property
+    def why_moved(self) -> str | None:
+        return next((team.why_moved for team in self.teams if team.why_moved), None)
+
+    @contextmanager
+    def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
+        groups: dict[str, Group] = {}
+        with ExitStack() as stack:
+            for team in self.teams:
+                own_logs = logs if len(self.teams) == 1 else logs / "-".join(team.roles)
+                groups |= stack.enter_context(team.attempt(own_logs))
+            yield groups
+
+    def members(self) -> list[dict[str, Any]]:
+        members = [member for team in self.teams for member in team.members()]
+        return [{**member, "rank": rank} for rank, member in enumerate(members)]
+
+    def avoid(self, nodes: frozenset[str]) -> None:
+        for team in self.teams:
+            team.avoid(nodes)
+
+    def step_in_hand(self) -> int:
+        return max(team.step_in_hand() for team in self.teams)
+
+    def saved(self) -> None:
+        for team in self.teams:
+            team.saved()
+
+    def reason_to_move(self) -> str | None:
+        return next(filter(None, (team.reason_to_move() for team in self.teams)), None)
+
+
+class _Team:
+    """One group of workers, over all attempts, and the roles that it hosts."""
+
+    def __init__(
+        self, phase: Phase, roles: Mapping[str, str], name: str, cache: Path, say: Callable[[str], None], warn: Callable[[str], None]
+    ):  # fmt: skip
+        self.phase, self.roles, self.name, self.cache, self.say, self.warn = phase, roles, name, cache, say, warn
         self.workers: WorkerGroup | None = None
         self._avoided: frozenset[str] = frozenset()
         self._leaving: frozenset[str] = frozenset()
@@ -89,7 +138,6 @@ class _RayGang:
     def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
         from launcher.workers import WorkerGroup
 
-        roles = RECIPES[self.phase.recipe].roles
         if self.workers is None:
             wait_s = _GROW_S if self._grow else None
             self.workers = WorkerGroup(
@@ -101,8 +149,11 @@ class _RayGang:
         self._grow, self._size = False, workers.size
         try:
             workers.begin(logs)
-            with _following(workers, f"{self.name}/{next(iter(roles))}", self.say):
-                yield {role: workers.build(role, target, self.phase, str(self.cache)) for role, target in roles.items()}
+            with _following(workers, f"{self.name}/{next(iter(self.roles))}", self.say):
+                yield {
+                    role: workers.build(role, target, self.phase, str(self.cache))
+                    for role, target in self.roles.items()
+                }
         finally:
             self.why_moved = self.reason_to_move()
             if (node := workers.watch.leaving_node) is not None:
@@ -141,8 +192,8 @@ class _RayGang:
 
 def _warn_of_few_cores(phase: Phase, say: Callable[[str], None]) -> None:
     cores = os.cpu_count() or 1
-    if "RAY_ADDRESS" not in os.environ and phase.resources.workers > cores and phase.resources.gpus_per_worker != 1:
-        say(f"{phase.resources.workers} workers share {cores} cores: they take turns")
+    if "RAY_ADDRESS" not in os.environ and phase.num_workers > cores and phase.resources.gpus_per_worker != 1:
+        say(f"{phase.num_workers} workers share {cores} cores: they take turns")
 
 
 class _InlineGang:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,15 @@ def train(tiny, tmp_path_factory):
         phase = phase_of(tiny, settings.pop("recipe", "sft"), workers=workers, **settings)
         hooks = kind(checkpoints or tmp_path_factory.mktemp("checkpoints"), stop_after)
         vars(hooks).update(of_the_run)
-        recipe = RECIPES[phase.recipe]
-        with ForkWorkers(workers, recipe.roles, phase, str(tiny / "cache")) as group:
-            hooks.last = resolve(recipe.run)(phase, {role: group[role] for role in recipe.roles}, hooks)
+        targets = RECIPES[phase.recipe].roles
+        groups = {}
+        with ExitStack() as stack:
+            for roles, seated in phase.teams:
+                own = {role: targets[role] for role in roles or targets}
+                size = seated.resources.workers
+                team = stack.enter_context(ForkWorkers(size, own, seated, str(tiny / "cache")))
+                groups |= {role: team[role] for role in own}
+            hooks.last = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
         return hooks
 
     return run

@@ -255,6 +255,16 @@ class Phase(Settings):
         return self.batch
 
     @property
+    def teams(self) -> list[tuple[tuple[str, ...], Phase]]:
+        """Which roles share workers, by groups of workers, and the phase as each group sees it. No roles: all there are."""
+        return [((), self)]
+
+    @property
+    def num_workers(self) -> int:
+        """Of all groups together."""
+        return sum(phase.resources.workers for _, phase in self.teams)
+
+    @property
     def starts_from_phase(self) -> bool:
         """Whether `from_` is a phase of the same job: a phase's name is no path."""
         return self.from_ is not None and "/" not in self.from_
@@ -407,6 +417,18 @@ class Prompts(Data):
     max_length: PositiveInt = 1024
 
 
+PPO_ROLES = ("policy", "reference", "critic", "reward")
+
+
+class Placement(Settings):
+    """Workers that share their processes between roles."""
+
+    roles: Annotated[list[Literal["policy", "reference", "critic", "reward"]], Field(min_length=1)]
+    workers: PositiveInt
+    sharding: Sharding | None = None
+    """None: the phase's."""
+
+
 class PPO(Phase):
     """Proximal policy optimisation against a reward (arXiv:1707.06347, 2009.01325, 2203.02155). A step is an iteration."""
 
@@ -415,6 +437,8 @@ class PPO(Phase):
     """A phase of this job, a run, a model folder, a Python function, an endpoint, or a list of them with weights."""
     critic: str | None = None
     """What the critic starts from: an earlier phase, a run or a model folder. None: the first reward that is a model, else the policy."""
+    groups: Annotated[list[Placement], Field(min_length=1)] | None = None
+    """Who sits where; groups work at the same time. None: all roles in one group of `resources.workers`."""
     rollout_batch: PositiveInt = 64
     """Prompts of an iteration."""
     samples_per_prompt: PositiveInt = 1
@@ -449,6 +473,16 @@ class PPO(Phase):
         return self.rollout_batch
 
     @property
+    def teams(self) -> list[tuple[tuple[str, ...], Phase]]:
+        if self.groups is None:
+            return [(PPO_ROLES, self)]
+        return [(tuple(group.roles), self._seated(group)) for group in self.groups]
+
+    def _seated(self, group: Placement) -> Phase:
+        resources = self.resources.model_copy(update={"workers": group.workers})
+        return self.model_copy(update={"resources": resources, "sharding": group.sharding or self.sharding})
+
+    @property
     def rewards(self) -> list[RewardSource]:
         """What is added up to the reward."""
         given = [self.reward] if isinstance(self.reward, str) else self.reward
@@ -462,6 +496,20 @@ class PPO(Phase):
                 f"an iteration has {responses} responses (rollout_batch x samples_per_prompt), fewer than the {self.batch} of "
                 f"one update; choose batch <= {responses}",
             )
+        if self.groups is not None:
+            named: list[str] = [role for group in self.groups for role in group.roles]
+            for role in PPO_ROLES:
+                if named.count(role) != 1:
+                    times = "in none" if role not in named else f"{named.count(role)} times"
+                    yield "groups", f"each role sits in one group; {role} is named {times}"
+            if self.resources.min_workers is not None:
+                yield "resources.min_workers", "with `groups` all workers are needed; leave min_workers out"
+            most = max(group.workers for group in self.groups)
+            if most > min(self.batch, responses):
+                yield (
+                    "groups",
+                    f"{self.batch} responses of an update cannot be dealt to {most} workers; choose fewer or a larger batch",
+                )
         if self.data.eval is not None:
             yield "data.eval", "a policy has no held-out loss; give questions with answers as `eval`"
         if self.on_divergence == "skip":

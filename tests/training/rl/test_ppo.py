@@ -56,6 +56,21 @@ def test_the_curve_does_not_depend_on_the_machines(tiny, train, plain, workers, 
     assert curve(train(workers, stage=stage, **settings(tiny))) == pytest.approx(curve(plain), rel=1e-3, abs=1e-4)
 
 
+LAYOUTS = {
+    "two groups": [{"roles": ["policy", "reference"], "workers": 2}, {"roles": ["critic", "reward"], "workers": 1}],
+    "four groups": [{"roles": [role], "workers": 1} for role in ("policy", "reference", "critic", "reward")],
+    "other stages": [
+        {"roles": ["policy", "reward"], "workers": 1, "sharding": {"stage": 2}},
+        {"roles": ["critic", "reference"], "workers": 2, "sharding": {"stage": 3}},
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_curve_does_not_depend_on_who_sits_where(tiny, train, plain, layout):
+    assert curve(train(1, **settings(tiny, groups=LAYOUTS[layout]))) == pytest.approx(curve(plain), rel=1e-3, abs=1e-4)
+
+
 def test_it_learns_what_is_rewarded(tiny, train):
     hooks = train(1, **settings(tiny, max_steps=25, rollout_batch=32, batch=16))
     rewards = [row["reward"] for row in hooks.rows if "reward" in row]
