@@ -52,6 +52,9 @@ class _Place:
     def ask(self, name: str, *args: Any) -> Any:
         return self.host.ask(name, *args)
 
+    def call(self, role: str, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
+        return self.host.ask("call", role, method, args, kwargs)
+
     @ray.method(concurrency_group="control")
     def end(self) -> None:
         self.host.end()
@@ -133,10 +136,10 @@ class _Call:
 class _RayFuture:
     def __init__(self, call: _Call, ref: ray.ObjectRef):
         self._call = call
-        self._ref = ref
+        self.ref = ref
 
     def result(self, timeout_s: float | None = None) -> Any:
-        return self._call.wait(self._ref, timeout_s)
+        return self._call.wait(self.ref, timeout_s)
 
 
 class WorkerGroup:
@@ -298,11 +301,16 @@ class RoleGroup:
 
     def _futures(self, method: str, args: Sequence[tuple], kwargs: dict) -> list[Future]:
         refs = [
-            actor.ask.remote("call", self.role, method, own, kwargs)
+            actor.call.remote(self.role, method, kwargs, *map(_passed, own))
             for actor, own in zip(self.workers.actors, args, strict=True)
         ]
         call = _Call(refs, self.workers, method)
         return [_RayFuture(call, ref) for ref in refs]
+
+
+def _passed(argument: Any) -> Any:
+    """Of a future its reference: Ray brings what it stands for to the worker itself, not by way of this process."""
+    return argument.ref if isinstance(argument, _RayFuture) else argument
 
 
 def _passed_on() -> dict[str, str]:

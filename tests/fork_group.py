@@ -11,7 +11,7 @@ from typing import Any
 
 from training.distributed import Seat, join, leave, listen, set_environment
 from training.errors import MusterError, TrainingError
-from training.group import Worker
+from training.group import Worker, arrived
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])
@@ -84,7 +84,7 @@ class ForkRole:
         self.workers, self.role, self.size = workers, role, workers.size
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[_Answer]:
-        return self.workers.send(self.role, [(method, args, kwargs)] * self.size)
+        return self.workers.send(self.role, [(method, tuple(map(arrived, args)), kwargs)] * self.size)
 
     def map(self, method: str, shards: Any, *args: Any) -> list[_Answer]:
         return self.workers.send(self.role, [(method, (shard, *args), {}) for shard in shards])

@@ -418,12 +418,13 @@ class Prompts(Data):
 
 
 PPO_ROLES = ("policy", "reference", "critic", "reward")
+"""What PPO cannot do without. `rollout`, if it has a group, writes the responses in place of the policy."""
 
 
 class Placement(Settings):
     """Workers that share their processes between roles."""
 
-    roles: Annotated[list[Literal["policy", "reference", "critic", "reward"]], Field(min_length=1)]
+    roles: Annotated[list[Literal["policy", "reference", "critic", "reward", "rollout"]], Field(min_length=1)]
     workers: PositiveInt
     sharding: Sharding | None = None
     """None: the phase's."""
@@ -498,7 +499,7 @@ class PPO(Phase):
             )
         if self.groups is not None:
             named: list[str] = [role for group in self.groups for role in group.roles]
-            for role in PPO_ROLES:
+            for role in (*PPO_ROLES, *({"rollout"} & set(named))):
                 if named.count(role) != 1:
                     times = "in none" if role not in named else f"{named.count(role)} times"
                     yield "groups", f"each role sits in one group; {role} is named {times}"

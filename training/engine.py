@@ -104,7 +104,7 @@ class Engine:
         self.clip = phase.clip
         self.size = seat.size
         self.rank = seat.rank
-        self.device = _device(seat)
+        self.device = device_of(seat)
         config = derive_config(phase, seat, dtype)
         _start_deepspeed(seat)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=self.stage == 0 and dtype is not torch.float32)
@@ -211,6 +211,16 @@ class Engine:
             pulse.progressed()
         whole.tie_weights()
         return whole.eval()
+
+    @torch.no_grad()
+    def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Whole parameters of the language model, as it computes with them now. Every worker must ask for the same."""
+        import deepspeed
+
+        parameters = dict(self.ds.module.lm.named_parameters())
+        wanted = [parameters[name] for name in names]
+        with deepspeed.zero.GatheredParameters(wanted, enabled=self.stage == 3):
+            return {name: parameter.data.clone() for name, parameter in zip(names, wanted, strict=True)}
 
     def sum_over_workers(self, values: Tensor) -> Tensor:
         """Element-wise sum over all workers, on all of them. [n] -> [n]"""
@@ -343,7 +353,7 @@ class Frozen:
 
     def __init__(self, build: Callable[[torch.dtype], nn.Module], phase: Phase, seat: Seat, dtype: torch.dtype):
         stage = phase.sharding.stage
-        self.device = _device(seat)
+        self.device = device_of(seat)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=stage == 0 and dtype is not torch.float32)
         _start_deepspeed(seat)
         self.module: Any
@@ -377,7 +387,7 @@ def _computed(
     return answers
 
 
-def _device(seat: Seat) -> torch.device:
+def device_of(seat: Seat) -> torch.device:
     return torch.device(seat.device, seat.local_rank) if seat.device == "cuda" else torch.device("cpu")
 
 

@@ -26,7 +26,10 @@ class Group(Protocol):
     size: int
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Future]:
-        """Call the method on every worker; one future a worker, in rank order."""
+        """Call the method on every worker; one future a worker, in rank order.
+
+        An argument that is a future of another group stands for its answer, which goes to the workers by itself.
+        """
         ...
 
     def map(self, method: str, shards: Sequence[Any], *args: Any) -> list[Future]:
@@ -75,6 +78,11 @@ class Done:
         return self._answer
 
 
+def arrived(argument: Any) -> Any:
+    """The answer that an argument stands for, if it is a future."""
+    return argument.result() if hasattr(argument, "result") else argument
+
+
 class InlineGroup:
     """A role of one worker that lives in this process: for a debugger, a single GPU, and tests."""
 
@@ -86,7 +94,7 @@ class InlineGroup:
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Future]:
         try:
-            return [Done(self.worker.call(self.role, method, *args, **kwargs))]
+            return [Done(self.worker.call(self.role, method, *map(arrived, args), **kwargs))]
         except Exception as error:
             return [Done(error=error)]
 

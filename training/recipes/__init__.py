@@ -66,6 +66,7 @@ RECIPES: dict[str, Recipe] = {
             "reference": "training.rl.roles:Reference",
             "critic": "training.rl.roles:Critic",
             "reward": "training.rl.roles:Judges",
+            "rollout": "training.rl.roles:Rollout",
         },
     ),
 }

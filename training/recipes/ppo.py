@@ -82,13 +82,17 @@ class _Loop:
         self.phase, self.facts, self.state = phase, facts, state
         self.policy, self.reference = groups["policy"], groups["reference"]
         self.critic, self.reward = groups["critic"], groups["reward"]
-        computing = {role: group for role, group in groups.items() if role != "reward"}
+        self.rollout = groups.get("rollout")
+        computing = {role: groups[role] for role in ("policy", "reference", "critic")}
         self.limits = {role: answers[0] for role, answers in results_of(computing, "limits", timeout_s=SETUP_S).items()}
         self.seconds: dict[str, float] = {}
 
     def iterate(self, step: int) -> tuple[dict[str, Any], Experience]:
         """One iteration. Returns its metrics and what it was learnt from. Raises Diverged."""
         began = time.perf_counter()
+        if self.rollout is not None:
+            with self._timed("sync"):
+                self.sync(self.rollout)
         with self._timed("generate"):
             experience = self.generate(step)
         with self._timed("score"):
@@ -103,9 +107,20 @@ class _Loop:
         _check_finite(row, step)
         return row, experience
 
+    def sync(self, rollout: Group) -> None:
+        """Send the policy's weights to those who write, piece by piece: a piece is gathered while the one before is loaded."""
+        pieces = results(self.policy.call("num_buckets"), PART_S)[0]
+        loading: list[Future] = []
+        for number in range(pieces):
+            first, *_ = self.policy.call("bucket", number)
+            before, loading = loading, rollout.call("load", first)
+            results(before, PART_S)
+        results(loading, PART_S)
+
     def generate(self, step: int) -> Experience:
         """Responses to the prompts of an iteration, in an order that does not depend on who wrote them."""
-        shares: list[list[Response]] = results(self.policy.call("roll_out", step), PART_S)
+        writers = self.rollout or self.policy
+        shares: list[list[Response]] = results(writers.call("roll_out", step), PART_S)
         return Experience([response for place in range(len(shares[0])) for response in _column(shares, place)])
 
     def score(self, experience: Experience) -> torch.Tensor:

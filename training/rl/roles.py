@@ -5,6 +5,7 @@ All of them compute on the shares that they are dealt (training/rl/experience.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,9 @@ from training.config import PPO
 from training.data.dealing import Limits
 from training.data.order import Order
 from training.data.render import Renderer, load_tokenizer
+from training.data.stores import Stores
 from training.distributed import Seat
-from training.engine import Frozen
+from training.engine import Frozen, device_of
 from training.errors import InputError
 from training.evaluate import Exam, end_tokens, exam_of
 from training.facts import Facts
@@ -36,6 +38,10 @@ from training.schedule import total_samples, total_steps
 from training.seeding import seed_for
 from training.trainer import limits_for
 
+_BUCKET_NUMBERS = 16 << 20
+"""Of a piece of the weights on its way to a rollout group."""
+Weights = dict[str, tuple[NDArray[Any], str]]
+"""Parameters as arrays that any process can read, and their types."""
 Micros = list[dict[str, Tensor | None]]
 
 
@@ -84,8 +90,47 @@ class _Learning(Learner):
         return micros
 
 
+class _Prompts:
+    """The prompts of a phase, and the answers that a model gives to an iteration's."""
+
+    def __init__(self, phase: PPO, stores: Stores):
+        self.phase, self.store = phase, stores.train
+        self.order = Order(self.store.source_sizes, weights=stores.weights, seed=phase.seed, shuffle=phase.data.shuffle)
+        self.tokenizer: Any = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+        self.renderer = Renderer(self.tokenizer, phase.data.template)
+
+    def responses(self, lm: Any, iteration: int, share: tuple[int, int]) -> list[Response]:
+        """The share (rank, size) of the responses to the prompts of an iteration, counted from 1: rank, rank + size, ..."""
+        phase, size = self.phase, self.phase.rollout_batch
+        numbers = self.order.samples((iteration - 1) * size, iteration * size).tolist()
+        samples = range(phase.samples_per_prompt)
+        asked = [(place, number, sample) for place, number in enumerate(numbers) for sample in samples]
+        mine = asked[share[0] :: share[1]]
+        prompts = [self.store[number][0] for _, number, _ in mine]
+        continued = continue_all(
+            lm,
+            [prompt.tolist() for prompt in prompts],
+            # By place, not by number: the same prompt may come twice in an iteration.
+            [seed_for(phase.seed, "sample", iteration, place, sample) for place, _, sample in mine],
+            end_tokens(self.tokenizer, getattr(lm, "generation_config", None)),
+            Sampling(max_new_tokens=phase.response_tokens, temperature=phase.temperature, top_p=phase.top_p),
+        )
+        return [
+            Response(
+                number=number,
+                sample=sample,
+                prompt=prompt,
+                tokens=np.array([*one.tokens, *([] if one.end is None else [one.end])], np.int64),
+                ended=one.ended,
+                row=self.store.row(number),
+                text=self.renderer.text(one.tokens),
+            )
+            for (_, number, sample), prompt, one in zip(mine, prompts, continued, strict=True)
+        ]
+
+
 class Policy(_Learning):
-    """The language model that is improved. It knows the prompts, and answers them."""
+    """The language model that is improved. Unless a rollout group does, it answers the prompts itself."""
 
     role = "policy"
     prefix = "policy/"
@@ -93,13 +138,8 @@ class Policy(_Learning):
 
     def setup(self) -> Facts:
         """Open the prompts, load the model, start the engine."""
-        stores = self.open_data()
-        self.store = stores.train
-        self.order = Order(
-            self.store.source_sizes, weights=stores.weights, seed=self.phase.seed, shuffle=self.phase.data.shuffle
-        )
-        self.tokenizer: Any = load_tokenizer(tokenizer_of(self.phase.model), self.phase.model.trust_remote_code)
-        self.renderer = Renderer(self.tokenizer, self.phase.data.template)
+        self.prompts = _Prompts(self.phase, self.open_data())
+        self.store, self.order = self.prompts.store, self.prompts.order
         self.start(self._build)
         return Facts(
             total_steps=total_steps(self.phase, self.order.epoch_size),
@@ -130,32 +170,30 @@ class Policy(_Learning):
 
     def roll_out(self, iteration: int) -> list[Response]:
         """This worker's share of the responses to the prompts of an iteration, counted from 1."""
-        phase, size = self.phase, self.phase.rollout_batch
-        numbers = self.order.samples((iteration - 1) * size, iteration * size).tolist()
-        asked = [
-            (place, number, sample)
-            for place, number in enumerate(numbers)
-            for sample in range(phase.samples_per_prompt)
-        ]
-        mine = asked[self.seat.rank :: self.seat.size]
-        prompts = [self.store[number][0] for _, number, _ in mine]
         with self.whole_model() as lm:
-            ends = end_tokens(self.tokenizer, getattr(lm, "generation_config", None))
-            continued = continue_all(
-                lm,
-                [prompt.tolist() for prompt in prompts],
-                # By place, not by number: the same prompt may come twice in an iteration.
-                [seed_for(phase.seed, "sample", iteration, place, sample) for place, _, sample in mine],
-                ends,
-                Sampling(max_new_tokens=phase.response_tokens, temperature=phase.temperature, top_p=phase.top_p),
-            )
-        return [
-            Response(
-                number=number, sample=sample, prompt=prompt, tokens=np.array([*one.tokens, *([one.end] if one.ended else [])], np.int64), ended=one.ended,
-                row=self.store.row(number), text=self.renderer.text(one.tokens),
-            )
-            for (_, number, sample), prompt, one in zip(mine, prompts, continued, strict=True)
-        ]  # fmt: skip
+            return self.prompts.responses(lm, iteration, (self.seat.rank, self.seat.size))
+
+    def num_buckets(self) -> int:
+        """In how many pieces the weights are sent to a rollout group."""
+        return len(self._buckets)
+
+    @cached_property
+    def _buckets(self) -> list[list[str]]:
+        """Names of the trained parameters, together of about the same size."""
+        buckets: list[list[str]] = []
+        room = 0
+        for name, shape in self.engine.shapes.items():
+            if room <= 0:
+                buckets.append([])
+                room = _BUCKET_NUMBERS
+            buckets[-1].append(name)
+            room -= math.prod(shape)
+        return buckets
+
+    def bucket(self, number: int) -> Weights | None:
+        """A piece of the weights as they are now; of one worker, the others help to gather it."""
+        weights = self.engine.weights(self._buckets[number])
+        return {name: packed(tensor) for name, tensor in weights.items()} if self.seat.rank == 0 else None
 
     def answer(self) -> dict[str, list[Row]]:
         """This worker's share of the responses to the questions of `phase.eval`, by what they are measured as."""
@@ -165,6 +203,31 @@ class Policy(_Learning):
     @cached_property
     def _exam(self) -> Exam:
         return exam_of(self.phase, chats=self.store.meta.chats)
+
+
+class Rollout:
+    """A copy of the policy that writes the responses, whole on every worker."""
+
+    def __init__(self, seat: Seat, phase: PPO, cache: str):
+        self.seat, self.phase, self.cache = seat, phase, Path(cache)
+
+    def setup(self) -> None:
+        """Open the prompts, load the model."""
+        stores = Learner(self.seat, self.phase, str(self.cache)).open_data()
+        self.prompts = _Prompts(self.phase, stores)
+        dtype = models.resolve_dtype(self.phase.model.dtype, self.seat.device)
+        self.device = device_of(self.seat)
+        self.lm: Any = models.load(self.phase, dtype, self.seat.device).to(self.device).eval()
+        self.parameters = dict(self.lm.named_parameters())
+
+    def load(self, weights: Weights) -> None:
+        """Take over a piece of the policy's weights."""
+        for name, values in weights.items():
+            self.parameters[name].data.copy_(unpacked(*values))
+
+    def roll_out(self, iteration: int) -> list[Response]:
+        """This worker's share of the responses to the prompts of an iteration, counted from 1."""
+        return self.prompts.responses(self.lm, iteration, (self.seat.rank, self.seat.size))
 
 
 class Critic(_Learning):
@@ -229,6 +292,18 @@ class Judges:
         for weight, judge in self.judges:
             totals += weight * np.array(judge(responses) if responses else [])
         return totals.tolist()
+
+
+def packed(tensor: Tensor) -> tuple[NDArray[Any], str]:
+    """A tensor as an array and its type: numpy knows no bfloat16."""
+    on_host = tensor.detach().cpu().contiguous()
+    raw = on_host.view(torch.int16) if on_host.dtype is torch.bfloat16 else on_host
+    return raw.numpy(), str(on_host.dtype).removeprefix("torch.")
+
+
+def unpacked(values: NDArray[Any], dtype: str) -> Tensor:
+    """The tensor again."""
+    return torch.from_numpy(values.copy()).view(getattr(torch, dtype))
 
 
 def with_model(phase: PPO, path: str) -> PPO:

@@ -59,6 +59,10 @@ def test_the_curve_does_not_depend_on_the_machines(tiny, train, plain, workers, 
 LAYOUTS = {
     "two groups": [{"roles": ["policy", "reference"], "workers": 2}, {"roles": ["critic", "reward"], "workers": 1}],
     "four groups": [{"roles": [role], "workers": 1} for role in ("policy", "reference", "critic", "reward")],
+    "rollout apart": [
+        {"roles": ["policy", "reference", "critic"], "workers": 2, "sharding": {"stage": 3}},
+        {"roles": ["rollout", "reward"], "workers": 1},
+    ],
     "other stages": [
         {"roles": ["policy", "reward"], "workers": 1, "sharding": {"stage": 2}},
         {"roles": ["critic", "reference"], "workers": 2, "sharding": {"stage": 3}},
