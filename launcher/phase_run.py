@@ -59,7 +59,7 @@ class PhaseRun:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            runs.append(self.folder / runs.SAMPLES, row)
+            runs.append(self.folder / runs.SAMPLES, {"step": step, **row})
 
     def paces(self, seconds_a_token: Sequence[float]) -> None:
         for rank, times in self.stragglers.look(seconds_a_token).items():
@@ -114,14 +114,14 @@ class PhaseRun:
         self.progress.start(facts.total_steps, step)
 
     def _forget_after(self, step: int) -> None:
-        """Drop metrics of steps that will be done again: the file is the curve, each step in it once."""
-        path = self.folder / runs.METRICS
-        rows = list(runs.json_rows(path))
-        kept = [row for row in rows if row["step"] <= step]
-        if len(kept) < len(rows):
-            rewritten = path.with_suffix(".tmp")
-            rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(rewritten, path)
+        """Drop what was written of steps that will be done again: the file is the curve, each step in it once."""
+        for path in (self.folder / runs.METRICS, self.folder / runs.SAMPLES):
+            rows = list(runs.json_rows(path))
+            kept = [row for row in rows if row["step"] <= step]
+            if len(kept) < len(rows):
+                rewritten = path.with_suffix(".tmp")
+                rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                os.replace(rewritten, path)
 
     def stop_requested(self) -> bool:
         return self.interrupts.requested or self.gang.reason_to_move() is not None

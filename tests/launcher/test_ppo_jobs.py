@@ -122,5 +122,5 @@ def test_a_whole_job_runs(better, muster):
         0
     ].keys()
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
-    assert {"iteration", "row", "response", "reward", "kl"} <= samples[0].keys()
+    assert {"step", "row", "response", "reward", "kl"} <= samples[0].keys()
     assert (folder / "model/model.safetensors").is_file()

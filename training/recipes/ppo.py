@@ -62,7 +62,7 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
         with saver.kept_on_failure():
             row, experience = loop.iterate(step)
         hooks.log({"step": step, "iteration": step, **row, "workers": groups["policy"].size})
-        hooks.samples(step, _table(step, experience))
+        hooks.samples(step, _table(experience))
         evaluated = _evaluate(phase, groups["policy"], hooks, step, facts) if phase.eval is not None else {}
         saver.poll()
         if step % phase.checkpoint.every == 0 or saver.failed:
@@ -281,14 +281,14 @@ def _check_finite(row: Mapping[str, Any], step: int) -> None:
         raise Diverged(f"iteration {step}: {told}: training has diverged", step=step)
 
 
-def _table(step: int, experience: Experience) -> list[dict[str, Any]]:
+def _table(experience: Experience) -> list[dict[str, Any]]:
     """The first responses of an iteration, for people."""
     rows = []
     for i, response in enumerate(experience.responses[:_SAMPLES]):
         kl = float((experience.facts["old"][i] - experience.facts["reference"][i]).sum())
         rows.append(
             {
-                "iteration": step, "row": response.row, "sample": response.sample, "response": response.text,
+                "row": response.row, "sample": response.sample, "response": response.text,
                 "reward": float(experience.facts["score"][i][0]), "kl": kl, "ended": response.ended,
             }
         )  # fmt: skip
