@@ -216,3 +216,17 @@ def test_a_loss_that_is_no_number_ends_it(tiny, tmp_path, monkeypatch):
 
 
 computed_ones = ones
+
+
+# ── adapters ──
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 3)])
+def test_adapters_are_improved_alone(tiny, train, workers, stage):
+    from training.checkpoint import Reader
+
+    hooks = train(workers, stage=stage, lora={"rank": 4, "alpha": 8}, **settings(tiny))
+    names = Reader(hooks.last).manifest.parameters
+    assert all(".lora_" in name or name == "critic/score.weight" for name in names)
+    assert hooks.rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert hooks.rows[-1]["kl"] != 0
