@@ -249,11 +249,21 @@ class _Piece:
 
 
 class Reader:
-    """Reads any stretch of any parameter of a checkpoint, whoever wrote it. Reads headers once, then only what is asked."""
+    """Reads any stretch of any parameter of a checkpoint, whoever wrote it. Reads headers once, then only what is asked.
 
-    def __init__(self, folder: Place):
+    `prefix`: of the role whose parameters are meant; names are given without it.
+    """
+
+    def __init__(self, folder: Place, prefix: str = ""):
         """Raises CheckpointError if the manifest or a header is damaged, or a shard is not there in its whole size."""
         self.manifest = Manifest.read(folder)
+        self.prefix = prefix
+        self.parameters = {
+            name.removeprefix(prefix): shape
+            for name, shape in self.manifest.parameters.items()
+            if name.startswith(prefix)
+        }
+        """Shape of every trained parameter of the role."""
         if findings := missing(folder, self.manifest):
             raise CheckpointError("\n".join(findings))
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
@@ -274,7 +284,7 @@ class Reader:
         Raises CheckpointError if a byte of them has changed or the checkpoint does not hold all of them.
         """
         stop, found = start + len(out), 0
-        for piece in self._pieces.get((kind, name), ()):
+        for piece in self._pieces.get((kind, f"{self.prefix}{name}"), ()):
             low, high = max(start, piece.start), min(stop, piece.start + piece.count)
             if low < high:
                 target = out[low - start : high - start].view(np.uint8)
@@ -285,7 +295,7 @@ class Reader:
 
     def whole(self, name: str) -> np.ndarray:
         """A parameter's fp32 weights, in its own shape."""
-        shape = self.manifest.parameters[name]
+        shape = self.parameters[name]
         out = np.empty(int(np.prod(shape)), dtype=np.float32)
         self.read("fp32", name, 0, out)
         return out.reshape(shape)

@@ -50,7 +50,7 @@ def _export(checkpoint: Place, out: Path, phase: Phase, merge: bool, shard_bytes
     shutil.rmtree(staged, ignore_errors=True)
     try:
         staged.mkdir(parents=True)
-        _write(staged, Reader(checkpoint), phase, merge, shard_bytes)
+        _write(staged, Reader(checkpoint, RECIPES[phase.recipe].exports), phase, merge, shard_bytes)
         shutil.rmtree(out, ignore_errors=True)
         staged.rename(out)
     except (OSError, SafetensorError) as error:
@@ -77,7 +77,7 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
 
 
 def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for name in reader.manifest.parameters:
+    for name in reader.parameters:
         yield name, torch.from_numpy(reader.whole(name)).to(dtype)
 
 
@@ -85,7 +85,7 @@ def _merged(
     reader: Reader, base: str, lora: Lora, dtype: torch.dtype, classifier: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """The base's weights with the adapters added, tensor by tensor, and what was trained whole."""
-    trained = set(reader.manifest.parameters)
+    trained = set(reader.parameters)
     downs = {base_name(name.replace(f".lora_A.{NAME}.", ".")): name for name in trained if ".lora_A." in name}
     body = next(iter(downs)).partition(".")[0] + "."
     for file in inspect(Path(base), tokenizer_elsewhere=True, trust_remote_code=True, classifier=True).weight_files:

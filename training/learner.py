@@ -138,7 +138,7 @@ class Learner:
         between them. When all are content, `publish` makes it the state to train on.
         """
         try:
-            reader = Reader(place(checkpoint))
+            reader = Reader(place(checkpoint), self.prefix)
             self.engine.begin_restore(reader.manifest.optimizer_steps[self.role])
             for fragment in self.engine.fragments():
                 for kind, view in fragment.tensors.items():
@@ -149,7 +149,7 @@ class Learner:
 
     def _fill(self, view: Tensor, reader: Reader, kind: str, fragment: Fragment) -> None:
         values = view if view.device.type == "cpu" else torch.empty(fragment.count)
-        reader.read(kind, f"{self.prefix}{fragment.name}", fragment.start, values.numpy())
+        reader.read(kind, fragment.name, fragment.start, values.numpy())
         pulse.progressed()
         if values is not view:
             view.copy_(values)

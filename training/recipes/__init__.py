@@ -21,6 +21,8 @@ class Recipe:
     """The driver: a function of (phase, group, hooks) that asks groups to do short calls."""
     roles: dict[str, str]
     """Class of each role, by role name; a worker builds it."""
+    exports: str = ""
+    """Prefix, in checkpoints of several roles, of the parameters that the phase ends with."""
     makes: Literal["model", "classifier"] = "model"
     """What its phases end with: a causal language model, or one with a scalar head."""
 
@@ -60,6 +62,7 @@ RECIPES: dict[str, Recipe] = {
     "ppo": Recipe(
         config=PPO,
         formats=("prompts",),
+        exports="policy/",
         run="training.recipes.ppo:run",
         roles={
             "policy": "training.rl.roles:Policy",

@@ -107,6 +107,21 @@ def contents(checkpoint):
     return manifest.state, {name: reader.whole(name).tobytes() for name in manifest.parameters}
 
 
+def test_what_it_ends_with_is_the_policy(tiny, plain, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from training.checkpoint import Reader
+    from training.export import export
+
+    export(plain.last, place(tmp_path / "model"), phase_of(tiny, **settings(tiny)))
+    lm, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    reader = Reader(plain.last, "policy/")
+    for name, parameter in lm.named_parameters():
+        assert (reader.whole(name) == parameter.detach().numpy()).all()
+
+
 # ── the driver alone ──
 
 
