@@ -242,11 +242,11 @@ BAD = {
         ],
     ),
     "recipes": (
-        "model: {path: org/m}\nphases:\n  stf: {data: {train: a.jsonl}, beta: 1}\n  x:\n    recipe: dpo\n"
+        "model: {path: org/m}\nphases:\n  stf: {data: {train: a.jsonl}, beta: 1}\n  x:\n    recipe: distil\n"
         "    data: {train: 5.5}\n  y:\n",
         [
             'job.yaml:3: phases.stf.recipe: there is no recipe "stf"; did you mean sft?',
-            'job.yaml:5: phases.x.recipe: there is no recipe "dpo"; recipes: pretrain, sft, cft, reward',
+            'job.yaml:5: phases.x.recipe: there is no recipe "distil"; recipes: pretrain, sft, cft, reward',
             "job.yaml:6: phases.x.data.train: got 5.5, expected text or a list "
             "(each text or a mapping such as {path: data/train.jsonl})",
             "job.yaml:7: phases.y: got nothing (null), expected a mapping",

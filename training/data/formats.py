@@ -198,7 +198,8 @@ def _unrecognised(record: Record, candidates: Sequence[str]) -> RowError:
                 f"missing column `{name}` (data.columns: {column}); the row has {_listed(record.row)}{hint}"
             )
     for key, format in FORMATS.items():
-        if key not in candidates and all(map(record.has, format.required)):
+        # A prompt alone is a part of other formats: that something is missing beside it tells more.
+        if key not in (*candidates, "prompts") and all(map(record.has, format.required)):
             return RowError(
                 f"these are columns of `{key}`, {_reader(key)}; this recipe reads rows where {_needs(candidates)}"
             )

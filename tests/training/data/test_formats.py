@@ -5,10 +5,11 @@ import json
 import pytest
 
 from training.data.files import RowError
-from training.data.formats import FORMATS, Chat, Pair, Parser, PromptCompletion, Text
+from training.data.formats import FORMATS, Chat, Pair, Parser, Prompt, PromptCompletion, Text
 from training.errors import InputError
 
-ALL = tuple(FORMATS)
+ALL = tuple(key for key in FORMATS if key != "prompts")
+"""No recipe reads prompts beside rows that have answers."""
 SFT = ("prompt_completion", "alpaca", "sharegpt", "messages")
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
@@ -24,6 +25,31 @@ def error(row, **options) -> str:
     with pytest.raises(RowError) as caught:
         parse(row, **options)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"prompt": "2 + 2 = ", "answer": "4"}, Prompt("2 + 2 = ")),
+        ({"prompt": [USER]}, Prompt(Chat([USER], ()))),
+        ({"prompt": [USER, ANSWER, USER], "tools": []}, Prompt(Chat([USER, ANSWER, USER], ()))),
+    ],
+)
+def test_prompts_are_asked_as_they_stand(row, example):
+    assert parse(row, allowed=("prompts",)) == ("prompts", example)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": " "}, "column `prompt` is empty"),
+        ({"prompt": []}, "column `prompt`: the last turn is not one that an assistant answers"),
+        ({"prompt": [USER, ANSWER]}, "column `prompt`: the last turn is not one that an assistant answers"),
+        ({"question": "2 + 2?"}, "Did you mean `columns: {prompt: question}`?"),
+    ],
+)
+def test_prompts_that_cannot_be_asked_are_refused(row, message):
+    assert message in error(row, allowed=("prompts",))
 
 
 @pytest.mark.parametrize(
