@@ -246,7 +246,7 @@ BAD = {
         "    data: {train: 5.5}\n  y:\n",
         [
             'job.yaml:3: phases.stf.recipe: there is no recipe "stf"; did you mean sft?',
-            'job.yaml:5: phases.x.recipe: there is no recipe "distil"; recipes: pretrain, sft, cft, reward',
+            'job.yaml:5: phases.x.recipe: there is no recipe "distil"; recipes: pretrain, sft, cft, reward, ppo',
             "job.yaml:6: phases.x.data.train: got 5.5, expected text or a list "
             "(each text or a mapping such as {path: data/train.jsonl})",
             "job.yaml:7: phases.y: got nothing (null), expected a mapping",
