@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training import lora, pulse
 from training import model as models
-from training import pulse
 from training.checkpoint import CheckpointError, File, Reader
 from training.config import Phase
 from training.data.stores import Stores, open_stores
@@ -38,6 +38,8 @@ class Learner:
     """Names its shards."""
     prefix = ""
     """Before the names of its parameters in checkpoints."""
+    adapter = lora.NAME
+    """What its adapters are called in the model, which may hold those of other roles as well."""
 
     def __init__(self, seat: Seat, phase: Phase, cache: str):
         self.seat = seat
@@ -103,6 +105,10 @@ class Learner:
     def _shard(self) -> str:
         return f"{self.role}-{self.seat.rank:05d}"
 
+    def alone(self, name: str) -> str:
+        """What a parameter of the model is called where no other role has adapters in it."""
+        return lora.alone(name, self.adapter)
+
     def cannot_save_to(self, address: str) -> str | None:
         """Why this worker cannot write below an address, if it cannot."""
         return why_not_writable(place(address), self._shard)
@@ -113,14 +119,16 @@ class Learner:
         Answers with what the manifest needs to know of the state.
         """
         tensors = (
-            (f"{kind}/{self.prefix}{fragment.name}@{fragment.start}", view)
+            (f"{kind}/{self.prefix}{self.alone(fragment.name)}@{fragment.start}", view)
             for fragment in self.engine.owned()
             for kind, view in fragment.tensors.items()
         )
         self.writer.begin(place(staged) / f"{self._shard}.safetensors", tensors)
         return {
             "optimizer_step": self.engine.optimizer_step,
-            "parameters": {f"{self.prefix}{name}": list(shape) for name, shape in self.engine.shapes.items()},
+            "parameters": {
+                f"{self.prefix}{self.alone(name)}": list(shape) for name, shape in self.engine.shapes.items()
+            },
         }
 
     def is_saving(self) -> bool:
@@ -149,7 +157,7 @@ class Learner:
 
     def _fill(self, view: Tensor, reader: Reader, kind: str, fragment: Fragment) -> None:
         values = view if view.device.type == "cpu" else torch.empty(fragment.count)
-        reader.read(kind, fragment.name, fragment.start, values.numpy())
+        reader.read(kind, self.alone(fragment.name), fragment.start, values.numpy())
         pulse.progressed()
         if values is not view:
             view.copy_(values)

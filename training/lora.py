@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,30 @@ NAME = "default"
 _BASE = ".base_layer"
 
 
-def add(lm: nn.Module, phase: Phase, existing: Adapter | None) -> None:
-    """Freeze the model and put adapters into it: fresh ones, or those of a folder to be trained on.
+def add(lm: nn.Module, phase: Phase, existing: Adapter | None, name: str = NAME) -> None:
+    """Freeze the model and put adapters into it: fresh ones, or those of a folder to be trained on. They are active from now on.
 
-    Raises InputError for targets that match no layer, and for an adapter of another shape than the settings say.
+    `name` tells several of them apart in one model. Raises InputError for targets that match no layer, and for an adapter of another shape than the settings say.
     """
     check_continues(phase.model)
-    inject(lm, phase, existing)
-    _initialize(lm, phase.seed)
+    inject(lm, phase, existing, name)
+    _initialize(lm, phase.seed, name)
     if existing is not None:
-        _load(lm, existing)
+        _load(lm, existing, name)
 
 
-def inject(lm: nn.Module, phase: Phase, existing: Adapter | None) -> None:
+def activate(lm: nn.Module, name: str | None) -> None:
+    """Compute with the adapters of this name from now on, or with none of them. Only these are trainable then."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in lm.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter(name)
+
+
+def inject(lm: nn.Module, phase: Phase, existing: Adapter | None, name: str = NAME) -> None:
     """The same without values in the adapters."""
     from peft import inject_adapter_in_model
 
@@ -57,7 +69,9 @@ def inject(lm: nn.Module, phase: Phase, existing: Adapter | None) -> None:
     targets = existing.targets if existing is not None else targets_in(lm, settings)
     for parameter in lm.parameters():
         parameter.requires_grad = False
-    inject_adapter_in_model(config_for(settings, targets), lm, adapter_name=NAME)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        inject_adapter_in_model(config_for(settings, targets), lm, adapter_name=name)
 
 
 def config_for(settings: Lora, targets: list[str], **more: Any) -> Any:
@@ -70,7 +84,8 @@ def config_for(settings: Lora, targets: list[str], **more: Any) -> Any:
 
 def targets_in(lm: Any, settings: Lora) -> list[str]:
     """Ends of the names of the layers that get adapters. Raises InputError if one of the settings matches no layer."""
-    linear = [name for name, module in lm.named_modules() if _is_linear(module)]
+    modules = [name for name, module in lm.named_modules() if _is_linear(module) and ".lora_" not in name]
+    linear = [name.removesuffix(_BASE) for name in modules]  # there may be other adapters in it
     body = [name for name in linear if name.startswith(f"{lm.base_model_prefix}.")]
     ends = sorted({name.rpartition(".")[2] for name in body})
     if settings.targets == "all-linear":
@@ -86,13 +101,21 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _adapters(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in lm.named_parameters() if ".lora_" in name)
+def _adapters(lm: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of the adapters of one name, by the names that they would have alone."""
+    for name, parameter in lm.named_parameters():
+        if ".lora_" in name and f".{adapter}." in name:
+            yield alone(name, adapter), parameter
 
 
-def _initialize(lm: nn.Module, seed: int) -> None:
+def alone(name: str, adapter: str) -> str:
+    """What a parameter is called where its adapter is the only one."""
+    return name.replace(f".{adapter}.", f".{NAME}.") if ".lora_" in name else name
+
+
+def _initialize(lm: nn.Module, seed: int, adapter: str) -> None:
     """A as Kaiming says, B zero (the paper's start: nothing is added). By name, so that it is the same on all machines."""
-    for name, parameter in _adapters(lm):
+    for name, parameter in _adapters(lm, adapter):
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(seed_for(seed, "lora", name))
             bound = math.sqrt(1 / parameter.shape[1])  # kaiming_uniform with a = sqrt(5)
@@ -102,9 +125,9 @@ def _initialize(lm: nn.Module, seed: int) -> None:
         parameter.data.copy_(values)
 
 
-def _load(lm: nn.Module, adapter: Adapter) -> None:
-    saved = load_file(adapter.folder / ADAPTER_WEIGHTS)
-    for name, parameter in _adapters(lm):
+def _load(lm: nn.Module, existing: Adapter, adapter: str) -> None:
+    saved = load_file(existing.folder / ADAPTER_WEIGHTS)
+    for name, parameter in _adapters(lm, adapter):
         parameter.data.copy_(saved[peft_name(name)])
 
 

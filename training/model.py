@@ -51,13 +51,13 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
     """
     adapter = adapter_in(phase.model.path)
     settings = phase.model.model_copy(update={"path": base_of(phase.model.path)})
-    lm, fresh_head = _pretrained(settings, dtype, device, classifier=classifier)
+    lm, fresh_head = pretrained(settings, dtype, device, classifier=classifier)
     if adapter is not None and phase.model.lora is None:
         lora.merge(lm, adapter)
     elif phase.model.lora is not None:
         lora.add(lm, phase, adapter)
     if classifier:
-        _set_head(lm, phase, adapter, fresh=fresh_head)
+        set_head(lm, phase, adapter, fresh=fresh_head)
     if settings.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     lm.train()
@@ -69,7 +69,7 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Mo
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     adapter = adapter_in(path)
     dtype: Any = "auto" if kind == "cpu" else resolve_dtype("auto", kind)
-    lm, _ = _pretrained(Model(path=base_of(path)), dtype, kind, classifier=classifier)
+    lm, _ = pretrained(Model(path=base_of(path)), dtype, kind, classifier=classifier)
     if adapter is not None:
         lora.merge(lm, adapter)
         if classifier:
@@ -100,7 +100,7 @@ def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:
     return lm
 
 
-def _pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifier: bool) -> tuple[Any, bool]:
+def pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifier: bool) -> tuple[Any, bool]:
     """The model as its folder has it, and whether its scalar head is still to be made.
 
     Weights are read from safetensors only: pickled weights can run code.
@@ -160,8 +160,13 @@ def head_of(lm: nn.Module) -> nn.Module:
     return head
 
 
-def _set_head(lm: nn.Module, phase: Phase, adapter: Adapter | None, *, fresh: bool) -> None:
+def set_head(lm: nn.Module, phase: Phase, adapter: Adapter | None, *, fresh: bool) -> None:
     """The head of a new reward model: normal with standard deviation 1/sqrt(d+1) (arXiv:2009.01325), by the seed alone."""
+    if not hasattr(lm, HEAD):  # a language model that is to be both
+        config: Any = lm.config
+        parameter = next(lm.parameters())
+        head = nn.Linear(config.hidden_size, 1, bias=False, dtype=parameter.dtype, device=parameter.device)
+        setattr(lm, HEAD, head)
     weight: Any = head_of(lm).weight
     weight.requires_grad = True
     shape = getattr(weight, "ds_shape", weight.shape)

@@ -5,6 +5,8 @@ Shapes: R rows, L places in a row, N response tokens, as in training/rl/experien
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +21,12 @@ class PolicyLoss(nn.Module):
 
     measures = ("policy_loss", "clip_fraction", "approx_kl", "entropy")
 
-    def __init__(self, lm: nn.Module, phase: PPO):
+    def __init__(self, lm: nn.Module, phase: PPO, ready: Callable[[], None]):
         super().__init__()
         self.lm = lm
         self.phase = phase
+        self.ready = ready
+        """Called before the model computes, which it may do for other roles in between."""
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor, counts: Tensor,
@@ -32,6 +36,7 @@ class PolicyLoss(nn.Module):
 
         With it the sums of `measures` over them, the loss first. [4]  With `beta` the KL to `reference` is part of the loss.
         """
+        self.ready()
         phase = self.phase
         logits_NV = logits_at(self.lm, input_ids, position_ids, target_index)
         log_probs_N = token_log_probs(logits_NV, target_ids.clamp(min=0), phase.temperature)
@@ -53,16 +58,19 @@ class ValueLoss(nn.Module):
 
     measures = ("value_loss",)
 
-    def __init__(self, lm: nn.Module, phase: PPO):
+    def __init__(self, lm: nn.Module, phase: PPO, ready: Callable[[], None]):
         super().__init__()
         self.lm = lm
         self.phase = phase
+        self.ready = ready
+        """Called before the model computes, which it may do for other roles in between."""
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor, counts: Tensor,
         values: Tensor | None = None, returns: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Without `returns` the value of what stands before each of the N tokens. [N]  With them the summed loss. [1]"""
+        self.ready()
         values_N = scores(self.lm, input_ids, position_ids, target_index)
         if values is None or returns is None:
             return values_N

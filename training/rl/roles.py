@@ -30,6 +30,7 @@ from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
 from training.modelfiles import tokenizer_of
+from training.rl.base import as_it_was, with_adapters
 from training.rl.experience import Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
 from training.rl.rewards import opened
@@ -134,6 +135,7 @@ class Policy(_Learning):
 
     role = "policy"
     prefix = "policy/"
+    adapter = "policy"
     measures = PolicyLoss.measures
 
     def setup(self) -> Facts:
@@ -156,7 +158,8 @@ class Policy(_Learning):
         )
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
-        lm: Any = models.load(self.phase, dtype, self.seat.device)
+        lm: Any
+        lm, self.ready = with_adapters(self.phase, dtype, self.seat, self.adapter)
         window = getattr(lm.config, "max_position_embeddings", None)
         longest = min(self.store.meta.longest, self.phase.data.max_length) + self.phase.response_tokens
         if window is not None and longest > window:
@@ -166,10 +169,11 @@ class Policy(_Learning):
                 f"for {window:,} positions; choose a smaller response_tokens, or data.max_length to drop long prompts",
                 "response_tokens",
             )
-        return PolicyLoss(lm, self.phase)
+        return PolicyLoss(lm, self.phase, self.ready)
 
     def roll_out(self, iteration: int) -> list[Response]:
         """This worker's share of the responses to the prompts of an iteration, counted from 1."""
+        self.ready()
         with self.whole_model() as lm:
             return self.prompts.responses(lm, iteration, (self.seat.rank, self.seat.size))
 
@@ -193,10 +197,11 @@ class Policy(_Learning):
     def bucket(self, number: int) -> Weights | None:
         """A piece of the weights as they are now; of one worker, the others help to gather it."""
         weights = self.engine.weights(self._buckets[number])
-        return {name: packed(tensor) for name, tensor in weights.items()} if self.seat.rank == 0 else None
+        return {self.alone(name): packed(tensor) for name, tensor in weights.items()} if self.seat.rank == 0 else None
 
     def answer(self) -> dict[str, list[Row]]:
         """This worker's share of the responses to the questions of `phase.eval`, by what they are measured as."""
+        self.ready()
         with self.whole_model() as lm:
             return self._exam.responses(lm, (self.seat.rank, self.seat.size))
 
@@ -235,6 +240,7 @@ class Critic(_Learning):
 
     role = "critic"
     prefix = "critic/"
+    adapter = "critic"
     measures = ValueLoss.measures
 
     def __init__(self, seat: Seat, phase: PPO, cache: str):
@@ -243,9 +249,11 @@ class Critic(_Learning):
 
     def setup(self) -> None:
         """Load the model, start the engine."""
-        self.start(
-            lambda dtype: ValueLoss(models.load(self.phase, dtype, self.seat.device, classifier=True), self.phase)
-        )
+        self.start(self._build)
+
+    def _build(self, dtype: torch.dtype) -> nn.Module:
+        lm, ready = with_adapters(self.phase, dtype, self.seat, self.adapter, classifier=True)
+        return ValueLoss(lm, self.phase, ready)
 
     def fed(self, micros: Micros) -> Micros:
         return [{name: tensor for name, tensor in micro.items() if name != "beta"} for micro in micros]
@@ -255,18 +263,16 @@ class Reference:
     """The policy as it was before it was improved."""
 
     def __init__(self, seat: Seat, phase: PPO, cache: str):
-        self.seat = seat
-        self.phase = phase.model_copy(update={"model": phase.model.model_copy(update={"lora": None})})
+        self.seat, self.phase = seat, phase
 
     def setup(self) -> None:
         """Load the model."""
         dtype = models.resolve_dtype(self.phase.model.dtype, self.seat.device)
-        self.frozen = Frozen(
-            lambda dtype: PolicyLoss(models.load(self.phase, dtype, self.seat.device), self.phase),
-            self.phase,
-            self.seat,
-            dtype,
-        )
+        self.frozen = Frozen(self._build, self.phase, self.seat, dtype)
+
+    def _build(self, dtype: torch.dtype) -> nn.Module:
+        lm, ready = as_it_was(self.phase, dtype, self.seat)
+        return PolicyLoss(lm, self.phase, ready)
 
     def limits(self) -> Limits:
         return limits_of(self.phase, self.seat)

@@ -236,12 +236,50 @@ computed_ones = ones
 # ── adapters ──
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 3)])
-def test_adapters_are_improved_alone(tiny, train, workers, stage):
+LORA = {"rank": 4, "alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny, train):
+    """Where every role has a base of its own: four groups."""
+    groups = [{"roles": [role], "workers": 1} for role in ("policy", "reference", "critic", "reward")]
+    return train(1, lora=LORA, **settings(tiny, groups=groups))
+
+
+def test_adapters_are_improved_alone(adapters):
     from training.checkpoint import Reader
 
-    hooks = train(workers, stage=stage, lora={"rank": 4, "alpha": 8}, **settings(tiny))
-    names = Reader(hooks.last).manifest.parameters
-    assert all(".lora_" in name or name == "critic/score.weight" for name in names)
-    assert hooks.rows[0]["kl"] == pytest.approx(0, abs=1e-5)
-    assert hooks.rows[-1]["kl"] != 0
+    names = Reader(adapters.last).manifest.parameters
+    assert all(".default." in name or name == "critic/score.weight" for name in names)
+    assert adapters.rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert adapters.rows[-1]["kl"] != 0
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 2), (2, 3)])
+def test_one_base_for_all_roles_gives_the_same(tiny, train, adapters, workers, stage):
+    """Below ZeRO-3 the roles of a group share it."""
+    hooks = train(workers, stage=stage, lora=LORA, **settings(tiny))
+    assert curve(hooks) == pytest.approx(curve(adapters), rel=1e-3, abs=1e-4)
+
+
+def test_adapters_go_on_bit_for_bit(tiny, train, tmp_path):
+    more = {"lora": LORA, "max_steps": 4, "checkpoint": {"every": 2}, "stage": 2}
+    whole = train(2, **settings(tiny, **more))
+    train(2, tmp_path, stop_after=2, **settings(tiny, **more))
+    on = train(2, tmp_path, **settings(tiny, **more))
+    assert contents(on.last) == contents(whole.last)
+
+
+def test_a_policy_that_starts_from_an_adapter_is_compared_with_it(tiny, train, tmp_path):
+    """The reference is base and adapter as they were: a copy of the adapter in the shared base, or merged in a base of its own."""
+    from training.export import export
+
+    sft = train(1, lora=LORA, max_steps=4)
+    export(sft.last, place(tmp_path / "adapter"), phase_of(tiny, "sft", lora=LORA))
+    model = {"path": str(tmp_path / "adapter"), "dtype": "fp32", "lora": LORA}
+    groups = [{"roles": [role], "workers": 1} for role in ("policy", "reference", "critic", "reward")]
+    shared, apart = (
+        train(1, model=model, **settings(tiny, critic=str(tiny / "model"), **more)) for more in ({}, {"groups": groups})
+    )
+    assert shared.rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert curve(shared) == pytest.approx(curve(apart), rel=1e-3, abs=1e-4)

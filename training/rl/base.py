@@ -1,0 +1,72 @@
+"""One frozen base under several roles of a process, each with adapters of its own in it: PPO in the memory of one model.
+
+That is what LoRA is for; under ZeRO-3, where two engines cannot share parameters, every role has a base of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from training import lora
+from training import model as models
+from training.config import PPO
+from training.distributed import Seat
+from training.modelfiles import adapter_in, base_of
+
+_bases: dict[tuple[str, torch.dtype], Any] = {}
+"""Of this process, by where they come from and their type."""
+
+Ready = Callable[[], None]
+
+
+def shares(phase: PPO) -> bool:
+    """Whether roles of a process that begin with the same weights hold them once."""
+    return phase.model.lora is not None and phase.sharding.stage < 3
+
+
+def at_once() -> None:
+    """Nothing has to be done before a model of one's own computes."""
+
+
+def with_adapters(
+    phase: PPO, dtype: torch.dtype, seat: Seat, name: str, *, classifier: bool = False
+) -> tuple[nn.Module, Ready]:
+    """The model of a phase for one role, and what to call before it computes. `name`: of the role's adapters."""
+    if not shares(phase):
+        return models.load(phase, dtype, seat.device, classifier=classifier), at_once
+    lm = _base(phase, dtype, seat)
+    existing = adapter_in(phase.model.path)
+    lora.add(lm, phase, existing, name)
+    if classifier:
+        models.set_head(lm, phase, existing, fresh=existing is None or not existing.heads)
+    return lm, lambda: lora.activate(lm, name)
+
+
+def as_it_was(phase: PPO, dtype: torch.dtype, seat: Seat) -> tuple[nn.Module, Ready]:
+    """The model that a phase starts from, to compare with: where bases are shared with its adapters switched off, or as they were."""
+    if not shares(phase):
+        whole = phase.model_copy(update={"model": phase.model.model_copy(update={"lora": None})})
+        return models.load(whole, dtype, seat.device), at_once
+    lm = _base(phase, dtype, seat)
+    existing = adapter_in(phase.model.path)
+    if existing is None:
+        return lm, lambda: lora.activate(lm, None)
+    lora.add(lm, phase, existing, "reference")
+    return lm, lambda: lora.activate(lm, "reference")
+
+
+def _base(phase: PPO, dtype: torch.dtype, seat: Seat) -> Any:
+    key = (base_of(phase.model.path), dtype)
+    if key not in _bases:
+        settings = phase.model.model_copy(update={"path": key[0]})
+        lm, _ = models.pretrained(settings, dtype, seat.device, classifier=False)
+        for parameter in lm.parameters():
+            parameter.requires_grad = False
+        if settings.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        _bases[key] = lm.to(torch.device(seat.device, seat.local_rank) if seat.device == "cuda" else "cpu")
+    return _bases[key]
