@@ -47,15 +47,19 @@ class PairLoss(nn.Module):
         return torch.stack([loss, *sums])
 
 
-def scores(lm: Any, input_ids: Tensor, position_ids: Tensor | None, last_index: Tensor) -> Tensor:
-    """The score of each sequence, read at its last token, in fp32. [R, L], [N] -> [N]"""
+def scores(
+    lm: Any, input_ids: Tensor, position_ids: Tensor | None, last_index: Tensor, head: nn.Module | None = None
+) -> Tensor:
+    """The score of each sequence, read at its last token by a head (None: the model's own), in fp32. [R, L], [N] -> [N]"""
     body = getattr(lm, lm.base_model_prefix)
     hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    return models.head_of(lm)(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
+    return (head or models.head_of(lm))(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
 
 
 @torch.inference_mode()
-def score(lm: nn.Module, sequences: Sequence[np.ndarray], *, batch: int = 32) -> list[float]:
+def score(
+    lm: nn.Module, sequences: Sequence[np.ndarray], *, head: nn.Module | None = None, batch: int = 32
+) -> list[float]:
     """The scores of token sequences, those of like length together."""
     device = next(lm.parameters()).device
     out = [0.0] * len(sequences)
@@ -66,7 +70,7 @@ def score(lm: nn.Module, sequences: Sequence[np.ndarray], *, batch: int = 32) ->
         ids, index = micro["input_ids"], micro["target_index"]
         assert ids is not None, "a batch has rows"
         assert index is not None, "and a last token in each"
-        for place, value in zip(places, scores(lm, ids, None, index + 1).tolist(), strict=True):
+        for place, value in zip(places, scores(lm, ids, None, index + 1, head).tolist(), strict=True):
             out[place] = value
     return out
 

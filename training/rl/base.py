@@ -13,7 +13,7 @@ from torch import nn
 
 from training import lora
 from training import model as models
-from training.config import PPO
+from training.config import PPO, Lora
 from training.distributed import Seat
 from training.modelfiles import adapter_in, base_of
 
@@ -43,7 +43,13 @@ def with_adapters(
     lora.add(lm, phase, existing, name)
     if classifier:
         models.set_head(lm, phase, existing, fresh=existing is None or not existing.heads)
-    return lm, lambda: lora.activate(lm, name)
+
+    def ready() -> None:
+        lora.activate(lm, name)
+        if classifier:  # whoever joined later has frozen it
+            models.head_of(lm).requires_grad_(True)
+
+    return lm, ready
 
 
 def as_it_was(phase: PPO, dtype: torch.dtype, seat: Seat) -> tuple[nn.Module, Ready]:
@@ -57,6 +63,36 @@ def as_it_was(phase: PPO, dtype: torch.dtype, seat: Seat) -> tuple[nn.Module, Re
         return lm, lambda: lora.activate(lm, None)
     lora.add(lm, phase, existing, "reference")
     return lm, lambda: lora.activate(lm, "reference")
+
+
+def of_reward(path: str, phase: PPO, seat: Seat) -> tuple[nn.Module, nn.Module | None, Ready]:
+    """A reward model to ask, its head (None: the model's own), and what to call before it computes.
+
+    One that is an adapter in the policy's base takes the memory of the adapter alone.
+    """
+    adapter = adapter_in(path)
+    if (
+        adapter is None
+        or not shares(phase)
+        or adapter.base != base_of(phase.model.path)
+        or models.HEAD not in adapter.heads
+    ):
+        return models.for_inference(path, classifier=True, gpu=seat.local_rank), None, at_once
+    dtype = models.resolve_dtype(phase.model.dtype, seat.device)
+    lm = _base(phase, torch.float32 if phase.sharding.stage == 0 else dtype, seat)
+    name = f"reward{len(_heads)}"
+    settings = phase.model.model_copy(update={"path": path, "lora": Lora(rank=adapter.rank, alpha=adapter.alpha)})
+    lora.add(lm, phase.model_copy(update={"model": settings}), adapter, name)
+    weight = lora.head_in(adapter, models.HEAD)
+    parameter = next(lm.parameters())
+    head = nn.Linear(weight.shape[1], 1, bias=False, dtype=parameter.dtype, device=parameter.device)
+    head.weight.data.copy_(weight)
+    _heads.append(head)
+    return lm, head, lambda: lora.activate(lm, name)
+
+
+_heads: list[nn.Module] = []
+"""Of the reward models in shared bases."""
 
 
 def _base(phase: PPO, dtype: torch.dtype, seat: Seat) -> Any:

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training import model as models
 from training.config import PPO, Model, RewardSource
 from training.data.files import RowError
 from training.data.formats import Answer, Chat, Prompt, PromptCompletion
@@ -32,6 +31,7 @@ from training.distributed import Seat
 from training.errors import InputError, TrainingError
 from training.modelfiles import facts_in, tokenizer_of
 from training.recipes.reward import score
+from training.rl.base import of_reward
 from training.rl.experience import Response
 
 Judge = Callable[[Sequence[Response]], list[float]]
@@ -71,7 +71,7 @@ class _RewardModel:
     """A sequence classifier with one label. What the policy wrote is rendered anew where the two do not write alike."""
 
     def __init__(self, path: str, phase: PPO, seat: Seat):
-        self.lm: Any = models.for_inference(path, classifier=True, gpu=seat.local_rank)
+        self.lm, self.head, self.ready = of_reward(path, phase, seat)
         tokenizer: Any = load_tokenizer(tokenizer_of(Model(path=path)))
         policy: Any = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
         self.same_words = tokenizer.backend_tokenizer.to_str() == policy.backend_tokenizer.to_str()
@@ -80,7 +80,9 @@ class _RewardModel:
         self.column = prompt_column(phase)
 
     def __call__(self, responses: Sequence[Response]) -> list[float]:
-        return score(self.lm, [self._ids(response) for response in responses])
+        sequences = [self._ids(response) for response in responses]
+        self.ready()
+        return score(self.lm, sequences, head=self.head)
 
     def _ids(self, response: Response) -> NDArray[Any]:
         asked = self._asked(response.row[self.column])

@@ -283,3 +283,15 @@ def test_a_policy_that_starts_from_an_adapter_is_compared_with_it(tiny, train, t
     )
     assert shared.rows[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert curve(shared) == pytest.approx(curve(apart), rel=1e-3, abs=1e-4)
+
+
+def test_a_reward_model_that_is_an_adapter_is_asked_in_the_shared_base(tiny, train, tmp_path):
+    from training.export import export
+
+    learnt = train(1, recipe="reward", lora=LORA, max_steps=4)
+    export(learnt.last, place(tmp_path / "reward"), phase_of(tiny, "reward", lora=LORA))
+    of_adapter = {"reward": str(tmp_path / "reward"), "critic": str(tmp_path / "reward"), "lora": LORA}
+    groups = [{"roles": [role], "workers": 1} for role in ("policy", "reference", "critic", "reward")]
+    shared, apart = (train(2, stage=2, **settings(tiny, **of_adapter, **more)) for more in ({}, {"groups": groups}))
+    assert curve(shared) == pytest.approx(curve(apart), rel=1e-3, abs=1e-4)
+    assert shared.rows[0]["reward_std"] > 0
