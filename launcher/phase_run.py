@@ -93,6 +93,8 @@ class PhaseRun:
         elif kind == "checkpoint":
             self.saved_step = facts["step"]
             self.gang.saved()
+        elif kind == "reached":
+            self.progress.say(f"{self.name}: ends after step {facts['step']}: {facts['what']}")
         elif kind == "restored":
             self.step = self.saved_step = facts["step"]
             self.progress.say(f"{self.name}: goes on after step {facts['step']}")

@@ -410,6 +410,15 @@ class RewardSource(Settings):
         return not self.is_endpoint and not self.is_function
 
 
+class Stop(Settings):
+    """When a phase ends before its last iteration."""
+
+    reward: float | None = None
+    """The mean reward of an iteration has reached it."""
+    kl: PositiveFloat | None = None
+    """The mean KL of a response to where the policy started has passed it."""
+
+
 class Prompts(Data):
     """Which prompts a phase answers. `max_length`: of a prompt; longer ones are dropped."""
 
@@ -457,6 +466,7 @@ class PPO(Phase):
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """Iterations in which the critic learns alone."""
     kl: KL = KL()
+    stop: Stop = Stop()
     gamma: Fraction = 1.0
     lam: Fraction = 0.95
     clip_range: PositiveFloat = 0.2

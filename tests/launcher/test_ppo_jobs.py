@@ -98,6 +98,16 @@ def test_without_a_reward_model_the_critic_starts_from_the_policy(better):
         ("response_tokens: 6", "response_tokens: 6\n    critic: nowhere", '"nowhere" is no phase of this job'),
         ("max_length: 24}", "max_length: 24, overlong: truncate}", "data.overlong"),
         ("data/prompts.jsonl", "data/train_.jsonl", "data/train_.jsonl"),
+        *[
+            ("response_tokens: 6", f"response_tokens: 6\n    groups: {groups}", message)
+            for groups, message in {
+                "[{roles: [policy, critic, reward], workers: 1}]": "reference is named in none",
+                "[{roles: [policy, reference, critic, reward], workers: 1}, {roles: [critic], workers: 1}]": "critic is named 2 times",
+                "[{roles: [policy, reference, critic, reward, judge], workers: 1}]": "judge",
+                "[{roles: [policy, reference, critic, reward], workers: 3}]": "cannot be dealt to 3 workers",
+                "[]": "groups",
+            }.items()
+        ],
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told(better, muster, old, new, message):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.config import PPO
+from training.config import PPO, Stop
 from training.errors import Diverged
 from training.facts import Facts
 from training.group import Future, Group, results, results_of
@@ -44,6 +44,8 @@ class State:
     beta: float
     scores: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     """Count, sum and sum of squares of all scores so far."""
+    reached: str = ""
+    """Why the phase is at its end before its last iteration, if it is."""
 
 
 def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
@@ -57,22 +59,31 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     saver = Saver(phase, learners, hooks, facts, newest=step)
     hooks.started(facts, step)
     evaluated: dict[str, float] = {}
-    while step < facts.total_steps and not hooks.stop_requested():
+    while step < facts.total_steps and not state.reached and not hooks.stop_requested():
         step += 1
         with saver.kept_on_failure():
             row, experience = loop.iterate(step)
         hooks.log({"step": step, "iteration": step, **row, "workers": groups["policy"].size})
         hooks.samples(step, _table(experience))
-        evaluated = _evaluate(phase, groups["policy"], hooks, step, facts) if phase.eval is not None else {}
+        state.reached = reached(phase.stop, row)
+        is_last = step == facts.total_steps or bool(state.reached)
+        evaluated = _evaluate(groups["policy"], hooks, step) if _evaluates(phase, step, is_last=is_last) else {}
         saver.poll()
         if step % phase.checkpoint.every == 0 or saver.failed:
-            saver.save(step, evaluated, asdict(loop.state))
-    saver.save(step, evaluated, asdict(loop.state))
-    saver.finish()
-    if saver.failed:  # once more, now that nothing else will come
-        saver.save(step, evaluated, asdict(loop.state))
-        saver.finish()
-    return saver.chosen() if step == facts.total_steps else None
+            saver.save(step, evaluated, asdict(state))
+    if state.reached:
+        hooks.event("reached", step=step, what=state.reached)
+        saver.last_step = step
+    return saver.end(step, evaluated, asdict(state))
+
+
+def reached(stop: Stop, row: Mapping[str, Any]) -> str:
+    """Why an iteration with these metrics is the last, if it is."""
+    if stop.reward is not None and row["reward"] >= stop.reward:
+        return f"the mean reward {row['reward']:.4g} has reached {stop.reward:g}"
+    if stop.kl is not None and row["kl"] > stop.kl:
+        return f"the KL {row['kl']:.4g} has passed {stop.kl:g}"
+    return ""
 
 
 class _Loop:
@@ -295,12 +306,14 @@ def _table(experience: Experience) -> list[dict[str, Any]]:
     return rows
 
 
-def _evaluate(phase: PPO, policy: Group, hooks: Hooks, step: int, facts: Facts) -> dict[str, float]:
-    """Accuracy on questions, when it is due."""
+def _evaluates(phase: PPO, step: int, *, is_last: bool) -> bool:
     on_time = phase.eval_every is not None and step % phase.eval_every == 0
     for_choice = phase.checkpoint.best is not None and step % phase.checkpoint.every == 0
-    if not (step == facts.total_steps or on_time or for_choice):
-        return {}
+    return phase.eval is not None and (is_last or on_time or for_choice)
+
+
+def _evaluate(policy: Group, hooks: Hooks, step: int) -> dict[str, float]:
+    """Accuracy on questions."""
     shares = results(policy.call("answer"), SETUP_S)
     metrics: dict[str, float] = {}
     for name in shares[0]:

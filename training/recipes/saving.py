@@ -50,6 +50,8 @@ class Saver:
         """Step of the newest checkpoint that is committed or under way."""
         self.failed = False
         """The last save failed: another is due now."""
+        self.last_step = facts.total_steps
+        """Of the phase."""
         self._pending: _Pending | None = None
 
     def save(self, step: int, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None) -> None:
@@ -65,6 +67,15 @@ class Saver:
         copied = {role: answers[0] for role, answers in self._all("begin_save", str(staged)).items()}
         self._pending = _Pending(step, metrics, staged, copied, state or {}, began, time.monotonic() - began)
         self.newest = step
+
+    def end(self, step: int, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None) -> Place | None:
+        """Save what is not saved yet, and wait. The checkpoint that the phase ends with, if this was its last step."""
+        self.save(step, metrics, state)
+        self.finish()
+        if self.failed:  # once more, now that nothing else will come
+            self.save(step, metrics, state)
+            self.finish()
+        return self.chosen() if step == self.last_step else None
 
     @property
     def is_saving(self) -> bool:
@@ -126,11 +137,11 @@ class Saver:
         best = self.phase.checkpoint.best
         checkpoints = self.hooks.checkpoints
         found = best and checkpoints.best(best.metric, smaller_is_better=best.smaller_is_better, counts=self._is_due)
-        return found or checkpoints.at(self.facts.total_steps)
+        return found or checkpoints.at(self.last_step)
 
     def _is_due(self, step: int) -> bool:
         """Whether a checkpoint of this step is one that the job asks for, not one made because of an interruption."""
-        return step % self.phase.checkpoint.every == 0 or step == self.facts.total_steps
+        return step % self.phase.checkpoint.every == 0 or step == self.last_step
 
     def _manifest(self, pending: _Pending, shards: Sequence[File]) -> Manifest:
         facts, phase = self.facts, self.phase

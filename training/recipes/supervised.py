@@ -47,12 +47,7 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
         saver.poll()
         if step % phase.checkpoint.every == 0 or saver.failed:
             saver.save(step, evaluated)
-    saver.save(step, evaluated)
-    saver.finish()
-    if saver.failed:  # once more, now that nothing else will come
-        saver.save(step, evaluated)
-        saver.finish()
-    return saver.chosen() if step == facts.total_steps else None
+    return saver.end(step, evaluated)
 
 
 def _steps_in_a_call(pace: float, *, saving: bool) -> int:

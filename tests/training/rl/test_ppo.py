@@ -173,7 +173,7 @@ def driven(tiny, tmp_path, **more):
     )  # fmt: skip
     learning = {
         "limits": Limits(micro_tokens=64), "computed": ones, "improve": improved, "cannot_save_to": None, "get_ready": None,
-        "is_saving": False,
+        "is_saving": False, "restore": None, "publish": None,
     }  # fmt: skip
     answers = {
         "policy": {"setup": facts, "roll_out": responses, **learning},
@@ -182,7 +182,7 @@ def driven(tiny, tmp_path, **more):
         "reward": {"setup": None, "scores": lambda part: [float(each.number) for each in part]},
     }
     hooks = Recorder(tmp_path)
-    ppo.run(phase, {role: Fake(role, asked, table) for role, table in answers.items()}, hooks)
+    hooks.last = ppo.run(phase, {role: Fake(role, asked, table) for role, table in answers.items()}, hooks)
     return asked, hooks
 
 
@@ -222,6 +222,18 @@ def test_beta_follows_the_kl(tiny, tmp_path):
     _, hooks = driven(tiny, tmp_path, kl={"beta": 0.1, "target": 1.0, "horizon": 40})
     # Policy and reference are one: the KL is 0, the error is cut at -0.2, 4 of 40 samples have passed.
     assert [row["beta"] for row in hooks.rows] == pytest.approx([0.1, 0.1 * (1 - 0.2 * 4 / 40)])
+
+
+@pytest.mark.parametrize(
+    ("stop", "last"), [({"reward": 1.5}, 1), ({"reward": 1.6}, 2), ({"kl": 0.1}, 2), ({"kl": 0.1, "reward": 1.0}, 1)]
+)
+def test_it_ends_where_it_should(tiny, tmp_path, stop, last):
+    _, hooks = driven(tiny, tmp_path, stop=stop)
+    assert hooks.rows[-1]["step"] == last
+    assert [folder.name for folder in hooks.checkpoints.folders()] == [f"step-0000000{last}"]
+    assert hooks.last == hooks.checkpoints.at(last)
+    again, _ = driven(tiny, tmp_path, stop=stop)
+    assert asked_to_work(again) == []
 
 
 def test_a_loss_that_is_no_number_ends_it(tiny, tmp_path, monkeypatch):
