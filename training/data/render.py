@@ -7,6 +7,7 @@ token that equals the EOS token does no harm. The first token of a sample is nev
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -77,6 +78,13 @@ def _check_folder(path: str) -> None:
         there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         message = f"the folder has no tokenizer: it needs tokenizer.json and tokenizer_config.json, it holds {there}"
         raise InputError.of(path, f"{message}; copy them there or set model.tokenizer")
+
+
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give the same ids to every text. Which of their tokens are special may differ."""
+    parts = ("model", "pre_tokenizer", "normalizer")
+    first, second = (json.loads(each.backend_tokenizer.to_str()) for each in (one, other))
+    return one.get_vocab() == other.get_vocab() and all(first[part] == second[part] for part in parts)
 
 
 class Renderer:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from training.config import PPO, Model, RewardSource
 from training.data.files import RowError
 from training.data.formats import Answer, Chat, Prompt, PromptCompletion
-from training.data.render import Renderer, Sample, load_tokenizer
+from training.data.render import Renderer, Sample, load_tokenizer, same_tokens
 from training.distributed import Seat
 from training.errors import InputError, TrainingError
 from training.modelfiles import facts_in, tokenizer_of
@@ -74,7 +74,7 @@ class _RewardModel:
         self.lm, self.head, self.ready = of_reward(path, phase, seat)
         tokenizer: Any = load_tokenizer(tokenizer_of(Model(path=path)))
         policy: Any = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
-        self.same_words = tokenizer.backend_tokenizer.to_str() == policy.backend_tokenizer.to_str()
+        self.same_words = same_tokens(tokenizer, policy)
         self.in_turns = facts_in(path).get("questions") == "chat"
         self.renderer = Renderer(tokenizer)
         self.column = prompt_column(phase)

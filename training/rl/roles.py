@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training import model as models
-from training.config import PPO
+from training.config import PPO, Model
 from training.data.dealing import Limits
 from training.data.order import Order
-from training.data.render import Renderer, load_tokenizer
+from training.data.render import Renderer, load_tokenizer, same_tokens
 from training.data.stores import Stores
 from training.distributed import Seat
 from training.engine import Frozen, device_of
@@ -29,7 +29,7 @@ from training.evaluate import Exam, end_tokens, exam_of
 from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
-from training.modelfiles import tokenizer_of
+from training.modelfiles import has_tokenizer, tokenizer_of
 from training.rl.base import as_it_was, with_adapters
 from training.rl.experience import Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
@@ -245,6 +245,7 @@ class Critic(_Learning):
 
     def __init__(self, seat: Seat, phase: PPO, cache: str):
         assert phase.critic is not None, "the driver says what the critic starts from"
+        _refuse_other_tokens(phase, phase.critic)
         super().__init__(seat, with_model(phase, phase.critic), cache)
 
     def setup(self) -> None:
@@ -257,6 +258,16 @@ class Critic(_Learning):
 
     def fed(self, micros: Micros) -> Micros:
         return [{name: tensor for name, tensor in micro.items() if name != "beta"} for micro in micros]
+
+
+def _refuse_other_tokens(phase: PPO, critic: str) -> None:
+    own = tokenizer_of(Model(path=critic))
+    if Path(own).is_dir() and not has_tokenizer(Path(own)):
+        return  # nothing is known of it
+    trust = phase.model.trust_remote_code
+    if not same_tokens(load_tokenizer(own, trust), load_tokenizer(tokenizer_of(phase.model), trust)):
+        message = "the critic would read the policy's tokens as others: its tokenizer is another one; start it from a model that shares the policy's"
+        raise InputError.of(critic, message, "critic")
 
 
 class Reference:

@@ -154,3 +154,44 @@ def test_several_rewards_are_weighted(tiny):
     assert judges.scores([response("99ab"), response("")]) == [0.0, 0.0]
     assert judges.scores([response("9")]) == [0.5]
     assert judges.scores([]) == []
+
+
+# ── other tokenizers ──
+
+
+@pytest.fixture(scope="module")
+def other_words(tiny, tmp_path_factory):
+    """The same model with another tokenizer."""
+    import shutil
+
+    from tests.training_fixtures import _tokenizer
+
+    folder = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(tiny / "model", folder)
+    _tokenizer(["other words altogether make for other tokens " * 9]).save_pretrained(folder)
+    return folder
+
+
+def test_a_critic_of_another_tokenizer_is_refused(tiny, other_words):
+    from training.rl.roles import Critic
+
+    with pytest.raises(InputError, match=r"critic: the critic would read the policy's tokens as others"):
+        Critic(Seat(rank=0, size=1), phase_of(tiny, "ppo", reward="-", batch=4, critic=str(other_words)), "")
+
+
+def test_a_reward_model_of_another_tokenizer_reads_the_text(tiny, other_words, train, tmp_path):
+    """Its score is that of the text in its own tokens; the policy's tokens mean other words to it."""
+    from training.evaluator import Judge
+    from training.export import export
+    from training.rl.rewards import opened
+    from training.storage import place
+
+    model = {"path": str(other_words), "dtype": "fp32"}
+    learnt = train(1, recipe="reward", model=model, max_steps=2)
+    export(learnt.last, place(tmp_path / "reward"), phase_of(tiny, "reward", model=model))
+    judge = opened(
+        RewardSource(path=str(tmp_path / "reward")), phase_of(tiny, "ppo", reward="-", batch=4), Seat(rank=0, size=1)
+    )
+    asked = [response("21 and so it is", prompt="Q: 20 + 1 = "), response("5")]
+    prompts = ["Q: 20 + 1 = ", "Q: 1 + 1 = "]
+    assert judge(asked) == pytest.approx(Judge(str(tmp_path / "reward")).rewards(prompts, ["21 and so it is", "5"]))
