@@ -222,7 +222,7 @@ def test_the_smallest_loss_is_the_best_and_the_largest_accuracy():
     assert not Best(metric="eval_loss", mode="max").smaller_is_better
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "ppo"])  # which has no loss on held-out rows
 def test_a_metric_that_is_not_measured_is_refused(name):
     draft = {
         "recipe": name, "model": {"path": "m"}, "data": {"train": "d", "eval": "e"},
