@@ -245,7 +245,8 @@ class _Loop:
         dealt = [experience.dealt(group.size, self.limits[role], names, places)[0] for places in minibatches]
         weights = [sum(len(experience.responses[i].tokens) for i in places) for places in minibatches]
         shards = [[shares[rank] for shares in dealt] for rank in range(group.size)]
-        return group.map("improve", shards, weights, rate, names, self.state.beta)
+        numbers = {"beta": self.state.beta} if "reference" in names else {}
+        return group.map("improve", shards, weights, rate, names, numbers)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -16,10 +16,8 @@ from training.recipes.reward import scores
 from training.rl.losses import entropies, k3, policy_terms, token_log_probs, value_terms
 
 
-class PolicyLoss(nn.Module):
-    """A causal language model as a policy."""
-
-    measures = ("policy_loss", "clip_fraction", "approx_kl", "entropy")
+class _OfTokens(nn.Module):
+    """A model that computes for one role."""
 
     def __init__(self, lm: nn.Module, phase: PPO, ready: Callable[[], None]):
         super().__init__()
@@ -27,6 +25,12 @@ class PolicyLoss(nn.Module):
         self.phase = phase
         self.ready = ready
         """Called before the model computes, which it may do for other roles in between."""
+
+
+class PolicyLoss(_OfTokens):
+    """A causal language model as a policy."""
+
+    measures = ("policy_loss", "clip_fraction", "approx_kl", "entropy")
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor, counts: Tensor,
@@ -53,17 +57,10 @@ class PolicyLoss(nn.Module):
         return torch.stack([(each * counts).sum() for each in (terms_N, clipped_N, approx_kl_N, entropies_N)])
 
 
-class ValueLoss(nn.Module):
+class ValueLoss(_OfTokens):
     """A sequence classifier with one label as a critic: its head read at every place that a token follows."""
 
     measures = ("value_loss",)
-
-    def __init__(self, lm: nn.Module, phase: PPO, ready: Callable[[], None]):
-        super().__init__()
-        self.lm = lm
-        self.phase = phase
-        self.ready = ready
-        """Called before the model computes, which it may do for other roles in between."""
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor, counts: Tensor,

@@ -6,7 +6,7 @@ All of them compute on the shares that they are dealt (training/rl/experience.py
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ _BUCKET_NUMBERS = 16 << 20
 """Of a piece of the weights on its way to a rollout group."""
 Weights = dict[str, tuple[NDArray[Any], str]]
 """Parameters as arrays that any process can read, and their types."""
-Micros = list[dict[str, Tensor | None]]
 
 
 def limits_of(phase: PPO, seat: Seat) -> Limits:
@@ -66,16 +65,23 @@ class _Learning(Learner):
         return split(share, self.engine.compute([collated(rows, ()) for rows in share]))
 
     def improve(
-        self, shares: Sequence[Share], weights: Sequence[int], learning_rate: float, names: Sequence[str], beta: float
+        self,
+        shares: Sequence[Share],
+        weights: Sequence[int],
+        learning_rate: float,
+        names: Sequence[str],
+        numbers: Mapping[str, float],
     ) -> dict[str, Any]:
         """One update of the weights for each share; `weights` are the response tokens of all workers' shares.
 
+        The module gets the facts of these names, and these numbers.
         Answers with the means of `measures` over each update's tokens, and its gradient norm.
         """
         sums, norms = [], []
         for share, weight in zip(shares, weights, strict=True):
-            micros = [{**collated(rows, names), "beta": torch.tensor(beta)} for rows in share]
-            total, norm = self.engine.step(self.fed(micros), weight=weight, learning_rate=learning_rate)
+            of_all = {name: torch.tensor(number) for name, number in numbers.items()}
+            micros = [{**collated(rows, names), **of_all} for rows in share]
+            total, norm = self.engine.step(micros, weight=weight, learning_rate=learning_rate)
             sums.append(total)
             norms.append(float(norm))
         means = self.engine.sum_over_workers(torch.stack(sums)).cpu() / torch.tensor(weights)[:, None]
@@ -85,10 +91,6 @@ class _Learning(Learner):
             "memory_gib": self.memory_gib(),
             "gpu_full": self.gpu_full(),
         }
-
-    def fed(self, micros: Micros) -> Micros:
-        """The micro-batches as the module takes them."""
-        return micros
 
 
 class _Prompts:
@@ -255,9 +257,6 @@ class Critic(_Learning):
     def _build(self, dtype: torch.dtype) -> nn.Module:
         lm, ready = with_adapters(self.phase, dtype, self.seat, self.adapter, classifier=True)
         return ValueLoss(lm, self.phase, ready)
-
-    def fed(self, micros: Micros) -> Micros:
-        return [{name: tensor for name, tensor in micro.items() if name != "beta"} for micro in micros]
 
 
 def _refuse_other_tokens(phase: PPO, critic: str) -> None:

@@ -75,6 +75,14 @@ def test_the_curve_does_not_depend_on_who_sits_where(tiny, train, plain, layout)
     assert curve(train(1, **settings(tiny, groups=LAYOUTS[layout]))) == pytest.approx(curve(plain), rel=1e-3, abs=1e-4)
 
 
+def test_the_kl_as_a_loss_holds_the_policy(tiny, train, plain):
+    """A heavy weight keeps it nearer to where it was; on two workers as on one."""
+    held = {"kl": {"estimator": "k3", "beta": 20.0}, "entropy": 0.01}
+    one, two = (train(workers, stage=2, **settings(tiny, **held)) for workers in (1, 2))
+    assert curve(two) == pytest.approx(curve(one), rel=1e-3, abs=1e-4)
+    assert 0 < abs(one.rows[-1]["kl"]) < abs(plain.rows[-1]["kl"])
+
+
 def test_it_learns_what_is_rewarded(tiny, train):
     hooks = train(1, **settings(tiny, max_steps=25, rollout_batch=32, batch=16))
     rewards = [row["reward"] for row in hooks.rows if "reward" in row]
@@ -153,7 +161,7 @@ def ones(share):
     return [np.full(len(item.ids) - item.start, -1.0, np.float32) for rows in share for row in rows for item in row]
 
 
-def improved(shares, weights, rate, names, beta):
+def improved(shares, weights, rate, names, numbers):
     means = dict.fromkeys(("policy_loss", "clip_fraction", "approx_kl", "entropy", "value_loss"), 0.5)
     return {"means": [means] * len(shares), "grad_norms": [1.0] * len(shares), "memory_gib": 1.0, "gpu_full": 0.0}
 
