@@ -509,10 +509,13 @@ class PPO(Phase):
             )
         if self.groups is not None:
             named: list[str] = [role for group in self.groups for role in group.roles]
-            for role in (*PPO_ROLES, *({"rollout"} & set(named))):
-                if named.count(role) != 1:
-                    times = "in none" if role not in named else f"{named.count(role)} times"
-                    yield "groups", f"each role sits in one group; {role} is named {times}"
+            wrong = [
+                f"{role} is named " + (f"{named.count(role)} times" if role in named else "in none")
+                for role in (*PPO_ROLES, "rollout")
+                if named.count(role) > 1 or (role in PPO_ROLES and role not in named)
+            ]
+            if wrong:
+                yield "groups", f"each role sits in one group; {', '.join(wrong)}"
             if self.resources.min_workers is not None:
                 yield "resources.min_workers", "with `groups` all workers are needed; leave min_workers out"
             most = max(group.workers for group in self.groups)

@@ -101,7 +101,7 @@ def test_without_a_reward_model_the_critic_starts_from_the_policy(better):
         *[
             ("response_tokens: 6", f"response_tokens: 6\n    groups: {groups}", message)
             for groups, message in {
-                "[{roles: [policy, critic, reward], workers: 1}]": "reference is named in none",
+                "[{roles: [policy, critic, critic], workers: 1}]": "one group; reference is named in none, critic is named 2 times, reward is named in none",
                 "[{roles: [policy, reference, critic, reward], workers: 1}, {roles: [critic], workers: 1}]": "critic is named 2 times",
                 "[{roles: [policy, reference, critic, reward, judge], workers: 1}]": "judge",
                 "[{roles: [policy, reference, critic, reward], workers: 3}]": "cannot be dealt to 3 workers",
