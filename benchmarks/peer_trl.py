@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ PINS = (
     "datasets==5.2.0",
     "transformers==5.23.0",
 )
-VENV = ROOT / "build" / "benchmarks" / "trl"
+VENVS = ROOT / "build" / "benchmarks"
 ROWS = 2000
 TARGET = 1.0
 _BUILD_S = 1200.0
@@ -39,17 +40,18 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     return {"stage": options.stage, "steps": options.steps, "peer": list(PINS), "target_packed": TARGET, **figures}
 
 
-def environment(folder: Path) -> Path:
+def environment(folder: Path, name: str = "trl", pins: Sequence[str] = PINS) -> Path:
     """The python that has TRL, built on first use. Raises Skipped if it cannot be built."""
-    python, ready = VENV / "bin" / "python", VENV / ".ready"
-    wanted = "\n".join(PINS) + "\n"
+    venv = VENVS / name
+    python, ready = venv / "bin" / "python", venv / ".ready"
+    wanted = "\n".join(pins) + "\n"
     if ready.exists() and ready.read_text() == wanted:
         return python
-    print(f"building {VENV} with {', '.join(PINS)}: minutes", file=sys.stderr)
+    print(f"building {venv} with {', '.join(pins)}: minutes", file=sys.stderr)
     try:
-        run([sys.executable, "-m", "venv", str(VENV)], folder=folder, env={}, timeout_s=_BUILD_S)
+        run([sys.executable, "-m", "venv", str(venv)], folder=folder, env={}, timeout_s=_BUILD_S)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        run([*pip, *PINS], folder=folder, env={}, timeout_s=_BUILD_S)
+        run([*pip, *pins], folder=folder, env={}, timeout_s=_BUILD_S)
     except CommandFailed as error:
         raise Skipped(f"TRL's environment cannot be built: {error}") from error
     ready.write_text(wanted)
@@ -96,12 +98,8 @@ def _losses(ours: sft.Curve, theirs: sft.Curve, pack: bool) -> dict[str, Any]:
 
 def trl(work: workload.Workload, training: sft.Training, python: Path, folder: Path) -> sft.Curve:
     """The same training by TRL's trainer for that recipe. Raises CommandFailed."""
-    (folder / "zero.json").write_text(json.dumps(_zero(training.stage)))
     packs = training.pack and training.recipe == "sft"  # TRL does not pack pairs
     rows_a_device, accumulate = (1, _PACKED_ROWS) if packs else (training.batch // sft.WORKERS, 1)
-    launch = [str(python), "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1"]
-    processes = ["--num_processes", str(sft.WORKERS), "--main_process_port", "0"]
-    zero = ["--deepspeed_config_file", str(folder / "zero.json")]
     script = [str(ROOT / "benchmarks" / "trl_train.py"), training.recipe]
     script += [str(work.model), str(work.rows), str(folder / "trl-out")]
     numbers = {
@@ -113,7 +111,15 @@ def trl(work: workload.Workload, training: sft.Training, python: Path, folder: P
     }
     settings = [str(word) for pair in numbers.items() for word in pair] + (["--pack"] if packs else [])
     env = sft.environment(folder / "cache") | {"DS_ACCELERATOR": "cpu"}
-    finished = run(
-        [*launch, *processes, *zero, *script, *settings], folder=folder, env=env, timeout_s=training.timeout_s
-    )
+    command = [*launcher(python, training.stage, folder), *script, *settings]
+    finished = run(command, folder=folder, env=env, timeout_s=training.timeout_s)
     return sft.printed_curve(finished.lines)
+
+
+def launcher(python: Path, stage: int, folder: Path) -> list[str]:
+    """The beginning of a command: accelerate with DeepSpeed on two processes."""
+    zero = folder / "zero.json"
+    zero.write_text(json.dumps(_zero(stage)))
+    launch = [str(python), "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_machines", "1"]
+    processes = ["--num_processes", str(sft.WORKERS), "--main_process_port", "0"]
+    return [*launch, *processes, "--deepspeed_config_file", str(zero)]

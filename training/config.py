@@ -458,6 +458,8 @@ class PPO(Phase):
     """Longest response."""
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    generation: Literal["batched", "continuous"] = "batched"
+    """batched: prompts of like length together, finished rows leave. continuous: the next prompt takes their place (for GPUs). The tokens are the same."""
     ppo_epochs: PositiveInt = 2
     """Passes over the responses of an iteration."""
     learning_rate: PositiveFloat = 1.0e-6

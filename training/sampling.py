@@ -147,14 +147,19 @@ class _Batch:
 
 def draw(logits_BV: Tensor, keys: NDArray[np.uint64], position: int, settings: Sampling) -> Tensor:
     """The next token of each row. [B]"""
+    return picked(logits_BV, torch.from_numpy(uniform(keys, position)).to(logits_BV.device), settings)
+
+
+def picked(logits_BV: Tensor, drawn_B: Tensor, settings: Sampling) -> Tensor:
+    """The token of each row that a number drawn from [0, 1) picks. [B]"""
     if settings.temperature == 0:
         return logits_BV.argmax(-1)
     probabilities_BV = torch.softmax(logits_BV.double() / settings.temperature, -1)
     if settings.top_p < 1:
         probabilities_BV = _nucleus(probabilities_BV, settings.top_p)
     cumulated_BV = probabilities_BV.cumsum(-1)
-    drawn_B1 = torch.from_numpy(uniform(keys, position)).to(logits_BV.device)[:, None] * cumulated_BV[:, -1:]
-    return torch.searchsorted(cumulated_BV, drawn_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
+    scaled_B1 = drawn_B[:, None] * cumulated_BV[:, -1:]
+    return torch.searchsorted(cumulated_BV, scaled_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
 
 
 def _nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
@@ -164,7 +169,8 @@ def _nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probabilities_BV).scatter(-1, places_BV, ordered_BV.masked_fill(before_BV >= top_p, 0.0))
 
 
-def uniform(keys: NDArray[np.uint64], position: int) -> NDArray[np.float64]:
-    """A number in [0, 1) for each key at this position. [n] -> [n]"""
-    counters = keys + np.array([position + 1], np.uint64) * _GOLDEN  # arrays wrap around, as SplitMix64 wants it
+def uniform(keys: NDArray[np.uint64], position: int | NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each key at this position, or at its own. [n] -> [n]"""
+    # Arrays wrap around, as SplitMix64 wants it.
+    counters = keys + np.atleast_1d(np.asarray(position)).astype(np.uint64) * _GOLDEN + _GOLDEN
     return (mix(mix(counters)) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -10,7 +10,7 @@ from launcher.scaffold import problems, tiny
 from training.errors import InputError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
-JOBS = ("sft.yaml", "cft.yaml", "reward.yaml")
+JOBS = ("sft.yaml", "cft.yaml", "reward.yaml", "ppo.yaml")
 Tables = dict[str, list[problems.Row]]
 
 
@@ -47,9 +47,9 @@ def _write_rows(path: Path, rows: list[problems.Row]) -> None:
 
 
 def _training_text(tables: Tables) -> Iterator[str]:
-    """What the tokenizer learns from: every text of the training split, nothing of the held-out ones."""
+    """What the tokenizer learns from: every text of the training split of the word problems, nothing of the held-out ones."""
     for file, rows in tables.items():
-        if problems.TABLES[file].split == "train":
+        if problems.TABLES[file].split == "train" and problems.TABLES[file].make is problems.word_problem:
             yield from (text for row in rows for text in row.values())
 
 
@@ -57,10 +57,10 @@ def _describe(folder: Path, tables: Tables, parameters: int) -> list[str]:
     num_rows = sum(map(len, tables.values()))
     return [
         f"{folder} holds",
-        f"  data/      {num_rows:,} rows of word problems, generated: {', '.join(tables)}",
-        f"  model/     a LLaMA with {parameters / 1e6:.1f} million random weights, and its tokenizer",
-        *(f"  {job:<10} a job: reads data/ and model/, writes runs/" for job in JOBS),
-        "  README.md  what all of it is",
+        f"  data/       {num_rows:,} rows of word problems and sums, generated: {', '.join(tables)}",
+        f"  model/      a LLaMA with {parameters / 1e6:.1f} million random weights, and its tokenizer",
+        *(f"  {job:<11} a job: reads data/ and model/, writes runs/" for job in JOBS),
+        "  README.md   what all of it is",
         "Next:",
         f"  cd {folder}",
         *(f"  muster check {job}" for job in JOBS),

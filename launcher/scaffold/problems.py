@@ -1,4 +1,4 @@
-"""A seeded generator of word problems: worked answers, answers with one known flaw, critiques. Pure Python.
+"""A seeded generator of word problems and sums: worked answers, answers with one known flaw, critiques. Pure Python.
 
 A problem is a short chain of `Step`s over the numbers of its question. Every answer is worked out from such a chain, so a
 flawed answer is an honest one: one step is altered, and everything after it follows from the altered step.
@@ -18,7 +18,8 @@ from training.seeding import seed_for
 Split = Literal["train", "heldout", "eval"]
 Row = dict[str, str]
 
-WRONG_TEXTS = 0.4
+WRONG = 0.4
+"""The part of texts, and of answers that were written without care, that has a flaw."""
 LARGEST = 99
 """No number of a problem or of its answers is larger."""
 
@@ -100,7 +101,7 @@ def _plausible(lines: list[Line]) -> bool:
 
 
 @dataclass(frozen=True)
-class WordProblem:
+class Problem:
     """A question and the steps that solve it."""
 
     question: str
@@ -139,18 +140,18 @@ class Amount(NamedTuple):
         return f"{self.number} {self.container} of {self.each}" if self.container else str(self.number)
 
 
-def problems(seed: int, purpose: str, split: Split) -> Iterator[WordProblem]:
+def problems(seed: int, purpose: str, split: Split, make: Callable[[Random], Problem]) -> Iterator[Problem]:
     """Endless problems of one split, no question twice."""
     rng = Random(seed_for(seed, "word problems", purpose, split))
     seen: set[str] = set()
     while True:
-        problem = _problem(rng)
+        problem = make(rng)
         if problem.split == split and _plausible(work(problem.steps)) and problem.question not in seen:
             seen.add(problem.question)
             yield problem
 
 
-def _problem(rng: Random) -> WordProblem:
+def word_problem(rng: Random) -> Problem:
     """Somebody has some things, and twice their number changes. One of the three amounts may come in containers."""
     packed = rng.randrange(4)
     start, *changes = (_amount(rng, packed=i == packed, largest=40 if i == 0 else 15) for i in range(3))
@@ -172,13 +173,21 @@ def _problem(rng: Random) -> WordProblem:
     telling = rng.choice(TELLINGS).format(first=events[0], second=events[1], **words)
     question = f"{opening}. {telling} {rng.choice(QUESTIONS).format(**words)}"
     reasons = [opening, *(f"{words['he']} {event}" for event in events)]
-    return WordProblem(question, _chain(start, ops, changes, reasons))
+    return Problem(question, _chain(start, ops, changes, reasons))
 
 
 def _amount(rng: Random, *, packed: bool, largest: int) -> Amount:
     if packed:
         return Amount(rng.randint(2, 5), rng.randint(2, 6), rng.choice(CONTAINERS))
     return Amount(rng.randint(2, largest))
+
+
+def plain_sum(rng: Random) -> Problem:
+    """Two changes of a number and no words: 14+3-9."""
+    start, *changes = (Amount(rng.randint(2, largest)) for largest in (25, 12, 12))
+    ops = [rng.choice("+-") for _ in changes]
+    question = f"{start}" + "".join(f"{op}{amount}" for op, amount in zip(ops, changes, strict=True))
+    return Problem(question, _chain(start, ops, changes, [question] * 3))
 
 
 def _chain(start: Amount, ops: list[str], changes: list[Amount], reasons: list[str]) -> Steps:
@@ -214,7 +223,7 @@ class FlawedAnswer:
     """What is wrong with that step, and why, in words."""
 
 
-def flawed(problem: WordProblem, rng: Random) -> FlawedAnswer:
+def flawed(problem: Problem, rng: Random) -> FlawedAnswer:
     """An answer with exactly one flaw, of a kind and at a step picked at random, that ends in a wrong result."""
     right = work(problem.steps)
     while True:
@@ -236,15 +245,15 @@ def _change(steps: Steps, index: int, **changes: object) -> Steps:
     return (*steps[:index], replace(steps[index], **changes), *steps[index + 1 :])  # type: ignore[arg-type]
 
 
-def _miscalculate(problem: WordProblem, index: int, rng: Random) -> Steps:
+def _miscalculate(problem: Problem, index: int, rng: Random) -> Steps:
     return _change(problem.steps, index, slip=rng.choice((-30, -20, -10, 10, 20, 30)))
 
 
-def _mistake_operation(problem: WordProblem, index: int, rng: Random) -> Steps:
+def _mistake_operation(problem: Problem, index: int, rng: Random) -> Steps:
     return _change(problem.steps, index, op={"+": "-", "-": "+", "*": "+"}[problem.steps[index].op])
 
 
-def _miscopy(problem: WordProblem, index: int, rng: Random) -> Steps:
+def _miscopy(problem: Problem, index: int, rng: Random) -> Steps:
     """Instead of one number of the question another stands. Nothing, where the step has no such number."""
     step = problem.steps[index]
     sides = [side for side in ("left", "right") if isinstance(getattr(step, side), int)]
@@ -255,7 +264,7 @@ def _miscopy(problem: WordProblem, index: int, rng: Random) -> Steps:
     return _change(problem.steps, index, **{side: wrong})
 
 
-def _skip(problem: WordProblem, index: int, rng: Random) -> Steps:
+def _skip(problem: Problem, index: int, rng: Random) -> Steps:
     """Without the step: where its result was needed, its left operand stands instead."""
     skipped = problem.steps[index]
 
@@ -285,7 +294,7 @@ def _says_missing(step: Step, right: Line, wrong: Line) -> str:
     return f"{step.reason}, so {right} is missing"
 
 
-Alter = Callable[[WordProblem, int, Random], Steps]
+Alter = Callable[[Problem, int, Random], Steps]
 Complain = Callable[[Step, Line, Line], str]
 FLAWS: dict[str, tuple[Alter, Complain]] = {
     "arithmetic": (_miscalculate, _says_result),
@@ -298,7 +307,7 @@ FLAWS: dict[str, tuple[Alter, Complain]] = {
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def critique(problem: WordProblem, flaw: FlawedAnswer | None) -> str:
+def critique(problem: Problem, flaw: FlawedAnswer | None) -> str:
     """Goes through the steps up to the one that is wrong, or through all, and concludes."""
     lines = work(problem.steps)
     remarks = [f"{line} is right" for line in lines[: flaw.step if flaw else None]]
@@ -307,17 +316,25 @@ def critique(problem: WordProblem, flaw: FlawedAnswer | None) -> str:
     return "\n".join(["Critique:", *steps, f"Conclusion: {'wrong' if flaw else 'right'} [END]"])
 
 
-def sft_row(problem: WordProblem, rng: Random) -> Row:
+def sft_row(problem: Problem, rng: Random) -> Row:
     return {"prompt": problem.question, "completion": "\n" + problem.working}
 
 
-def text_row(problem: WordProblem, rng: Random) -> Row:
+def text_row(problem: Problem, rng: Random) -> Row:
     """A document as the world has them: two in five say something wrong."""
-    working = flawed(problem, rng).working if rng.random() < WRONG_TEXTS else problem.working
-    return {"text": f"{problem.question}\n{working}"}
+    return {"text": f"{problem.question}\n{_careless(problem, rng)}"}
 
 
-def pair_row(problem: WordProblem, rng: Random) -> Row:
+def careless_row(problem: Problem, rng: Random) -> Row:
+    """As `sft_row`, by somebody who gets two in five wrong."""
+    return {"prompt": problem.question, "completion": "\n" + _careless(problem, rng)}
+
+
+def _careless(problem: Problem, rng: Random) -> str:
+    return flawed(problem, rng).working if rng.random() < WRONG else problem.working
+
+
+def pair_row(problem: Problem, rng: Random) -> Row:
     flaw = flawed(problem, rng)
     return {
         "prompt": problem.question,
@@ -327,7 +344,7 @@ def pair_row(problem: WordProblem, rng: Random) -> Row:
     }
 
 
-def critique_row(problem: WordProblem, rng: Random) -> Row:
+def critique_row(problem: Problem, rng: Random) -> Row:
     """Every other answer is right, on average."""
     flaw = flawed(problem, rng) if rng.random() < 0.5 else None
     return {
@@ -339,20 +356,21 @@ def critique_row(problem: WordProblem, rng: Random) -> Row:
     }
 
 
-def prompt_row(problem: WordProblem, rng: Random) -> Row:
+def prompt_row(problem: Problem, rng: Random) -> Row:
     return {"prompt": problem.question, "answer": problem.answer}
 
 
-def eval_row(problem: WordProblem, rng: Random) -> Row:
+def eval_row(problem: Problem, rng: Random) -> Row:
     return {"question": problem.question, "answer": problem.answer}
 
 
 class Table(NamedTuple):
     """One file of rows."""
 
-    row: Callable[[WordProblem, Random], Row]
+    row: Callable[[Problem, Random], Row]
     split: Split
     size: int
+    make: Callable[[Random], Problem] = word_problem
 
 
 TABLES: dict[str, Table] = {
@@ -365,12 +383,19 @@ TABLES: dict[str, Table] = {
     "pairs.heldout.jsonl": Table(pair_row, "heldout", 400),
     "prompts.jsonl": Table(prompt_row, "train", 1000),
     "eval.jsonl": Table(eval_row, "eval", 200),
+    "sums/sft.jsonl": Table(sft_row, "train", 7000, plain_sum),
+    "sums/careless.jsonl": Table(careless_row, "train", 7000, plain_sum),
+    "sums/pairs.jsonl": Table(pair_row, "train", 7000, plain_sum),
+    "sums/pairs.heldout.jsonl": Table(pair_row, "heldout", 200, plain_sum),
+    "sums/prompts.jsonl": Table(prompt_row, "train", 2000, plain_sum),
+    "sums/eval.jsonl": Table(eval_row, "eval", 200, plain_sum),
 }
 
 
-def take(seed: int, file: str) -> list[WordProblem]:
+def take(seed: int, file: str) -> list[Problem]:
     """The problems behind the rows of one file, in the same order."""
-    return list(islice(problems(seed, file, TABLES[file].split), TABLES[file].size))
+    table = TABLES[file]
+    return list(islice(problems(seed, file, table.split, table.make), table.size))
 
 
 def rows(seed: int, file: str) -> list[Row]:

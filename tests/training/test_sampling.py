@@ -126,3 +126,34 @@ def test_workers_answer_alike_however_many_there_are(tiny, workers, batch, stage
         results(group.call("setup"))
         shares = [share[""] for share in results(group.call("answer"))]
     assert responses(shares) == expected
+
+
+# --- continuous batching ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}])
+def test_continuous_batching_draws_the_same_tokens(lm, settings, monkeypatch):
+    from training import continuous
+    from training.sampling import Sampling, continue_all
+
+    # Room for a few at a time: prompts wait, and come in when others end.
+    monkeypatch.setattr(continuous, "_ON_CPU", {"page_size": 16, "num_blocks": 12, "max_batch_tokens": 32})
+    prompts = [[5 + i, *range(3, 3 + i % 7)] for i in range(24)]
+    chosen = Sampling(max_new_tokens=12, **settings)
+    ends = set(range(20, 60))
+    expected = continue_all(lm, prompts, range(24), ends, chosen)
+    assert continuous.continue_all(lm, prompts, range(24), ends, chosen) == expected
+    assert {one.ended for one in expected} == {True, False} or settings["temperature"] == 0
+    assert continuous.continue_all(lm, [], [], ends, chosen) == []
+
+
+def test_a_failure_of_continuous_batching_is_raised(lm, monkeypatch):
+    from training import continuous
+    from training.sampling import Sampling
+
+    def fail(self, scores, tensor_arg):
+        raise ValueError("no numbers")
+
+    monkeypatch.setattr(continuous._Draw, "__call__", fail)
+    with pytest.raises(RuntimeError, match="continuous batching failed: no numbers"):
+        continuous.continue_all(lm, [[5, 6]], [1], [2], Sampling(max_new_tokens=3))

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,8 @@ from training.measures import in_order, measured
 from training.recipes.hooks import Hooks
 from training.recipes.resuming import SETUP_S, resume
 from training.recipes.saving import Saver
-from training.rl.advantages import AdaptiveBeta, gae, moments, penalised_rewards, whitened
+from training.rl.estimation import State, estimate
 from training.rl.experience import Experience, Response
-from training.rl.losses import k1
 from training.schedule import learning_rate
 from training.seeding import seed_for
 from training.storage import Place
@@ -35,17 +34,6 @@ PART_S = 7200.0
 _SAMPLES = 4
 """Responses of an iteration that are written down."""
 LEARNERS = ("policy", "critic")
-
-
-@dataclass
-class State:
-    """What one iteration leaves to the next beside weights and moments."""
-
-    beta: float
-    scores: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    """Count, sum and sum of squares of all scores so far."""
-    reached: str = ""
-    """Why the phase is at its end before its last iteration, if it is."""
 
 
 def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
@@ -64,7 +52,7 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
         with saver.kept_on_failure():
             row, experience = loop.iterate(step)
         hooks.log({"step": step, "iteration": step, **row, "workers": groups["policy"].size})
-        hooks.samples(step, _table(experience))
+        hooks.samples(step, experience.table(_SAMPLES))
         state.reached = reached(phase.stop, row)
         is_last = step == facts.total_steps or bool(state.reached)
         evaluated = _evaluate(groups["policy"], hooks, step) if _evaluates(phase, step, is_last=is_last) else {}
@@ -108,11 +96,10 @@ class _Loop:
             experience = self.generate(step)
         with self._timed("score"):
             scores = self.score(experience)
-        measures = self.estimate(experience, scores)
+        measures = estimate(experience, scores, self.phase, self.state)
         with self._timed("learn"):
             learnt = self.improve(experience, step)
-        if self.phase.kl.target is not None:
-            self.state.beta = adapted(self.state.beta, self.phase, measures["kl"], len(experience))
+        self.state.follow(self.phase.kl, measures["kl"], len(experience))
         row = {**learnt, **measures, "step_s": time.perf_counter() - began, **self.seconds}
         row["tokens_per_s"] = row["tokens"] / row["step_s"]
         _check_finite(row, step)
@@ -153,47 +140,6 @@ class _Loop:
     def _ask(self, role: str, group: Group, experience: Experience, name: str) -> tuple[str, list[int], list[Future]]:
         shares, order = experience.dealt(group.size, self.limits[role])
         return name, order, group.map("computed", shares)
-
-    def estimate(self, experience: Experience, scores_B: torch.Tensor) -> dict[str, float]:
-        """Advantages and returns of every token, whitened over all of them. Returns what is measured on the way."""
-        phase, mask_BT = self.phase, experience.mask
-        old_BT, reference_BT, values_BT = (experience.padded(name) for name in ("old", "reference", "values"))
-        kl_BT = k1(old_BT, reference_BT)
-        final_B = self._final(scores_B, experience)
-        beta = self.state.beta if phase.kl.estimator == "k1" else 0.0
-        rewards_BT = penalised_rewards(final_B, kl_BT, mask_BT, beta)
-        advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, phase.gamma, phase.lam)
-        experience.unpad("advantages", whitened(advantages_BT, mask_BT, moments(advantages_BT, mask_BT)))
-        experience.unpad("returns", returns_BT)
-        experience.facts["score"] = [np.array([score], np.float32) for score in scores_B.tolist()]
-        returns, values = returns_BT[mask_BT], values_BT[mask_BT]
-        lengths = mask_BT.sum(1).float()
-        return {
-            "reward": float(scores_B.mean()),
-            "reward_std": float(scores_B.std(correction=0)),
-            "kl": float((kl_BT * mask_BT).sum(1).mean()),
-            "beta": self.state.beta,
-            "explained_variance": float(1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)),
-            "response_tokens": float(lengths.mean()),
-            "ended": sum(response.ended for response in experience.responses) / len(experience),
-            "tokens": int(lengths.sum()),
-            "samples": len(experience),
-        }  # fmt: skip
-
-    def _final(self, scores_B: torch.Tensor, experience: Experience) -> torch.Tensor:
-        """Scores as they are learnt from: the penalty of cut responses, the scale, the limits."""
-        phase = self.phase
-        if phase.normalize_scores:
-            of_now = [float(len(scores_B)), float(scores_B.sum()), float((scores_B**2).sum())]
-            self.state.scores = [a + b for a, b in zip(self.state.scores, of_now, strict=True)]
-            count, total, squares = self.state.scores
-            scores_B = scores_B / math.sqrt(max(squares / count - (total / count) ** 2, 1e-8))
-        if phase.score_clip is not None:
-            scores_B = scores_B.clamp(-phase.score_clip, phase.score_clip)
-        if phase.missing_eos_penalty is not None:
-            ended_B = torch.tensor([response.ended for response in experience.responses])
-            scores_B = torch.where(ended_B, scores_B, phase.missing_eos_penalty)
-        return scores_B
 
     def improve(self, experience: Experience, step: int) -> dict[str, Any]:
         """Passes over the responses in minibatches, policy and critic at the same time. Returns the means of the losses."""
@@ -255,14 +201,6 @@ class _Loop:
         self.seconds[f"{part}_s"] = time.perf_counter() - began
 
 
-def adapted(beta: float, phase: PPO, kl: float, samples: int) -> float:
-    """The weight of the penalty after an iteration with this mean KL of a response."""
-    assert phase.kl.target is not None, "there is nothing to steer to"
-    follower = AdaptiveBeta(beta, phase.kl.target, phase.kl.horizon)
-    follower.update(kl, samples)
-    return follower.beta
-
-
 def _column(shares: Sequence[Sequence[Response]], place: int) -> list[Response]:
     return [share[place] for share in shares if place < len(share)]
 
@@ -291,20 +229,6 @@ def _check_finite(row: Mapping[str, Any], step: int) -> None:
     if odd:
         told = ", ".join(f"{name} is {row[name]}" for name in odd)
         raise Diverged(f"iteration {step}: {told}: training has diverged", step=step)
-
-
-def _table(experience: Experience) -> list[dict[str, Any]]:
-    """The first responses of an iteration, for people."""
-    rows = []
-    for i, response in enumerate(experience.responses[:_SAMPLES]):
-        kl = float((experience.facts["old"][i] - experience.facts["reference"][i]).sum())
-        rows.append(
-            {
-                "row": response.row, "sample": response.sample, "response": response.text,
-                "reward": float(experience.facts["score"][i][0]), "kl": kl, "ended": response.ended,
-            }
-        )  # fmt: skip
-    return rows
 
 
 def _evaluates(phase: PPO, step: int, *, is_last: bool) -> bool:

@@ -65,13 +65,10 @@ def whitened(x: Tensor, mask: Tensor, of_all: Tensor) -> Tensor:
     return torch.where(mask, (x - mean) / variance**0.5, 0.0)
 
 
-class AdaptiveBeta:
-    """The weight of the KL penalty, steered towards a target KL (arXiv:1909.08593, section 2.2)."""
+def adapted_beta(beta: float, kl: float, samples: int, *, target: float, horizon: int) -> float:
+    """The weight of the KL penalty, steered towards a target KL of a response (arXiv:1909.08593, section 2.2).
 
-    def __init__(self, beta: float, target: float, horizon: int):
-        self.beta, self.target, self.horizon = beta, target, horizon
-
-    def update(self, kl: float, samples: int) -> None:
-        """After an iteration of so many samples with this mean KL a response."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.beta *= 1 + error * samples / self.horizon
+    After an iteration of so many samples with this mean KL.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * samples / horizon)

@@ -112,6 +112,18 @@ class Experience:
         lengths = (len(response.tokens) for response in self.responses)
         self.facts[name] = [row[:length].numpy() for row, length in zip(values_BT.float(), lengths, strict=True)]
 
+    def table(self, count: int) -> list[dict[str, Any]]:
+        """The first responses, for people."""
+        return [
+            {
+                "row": response.row, "sample": response.sample, "response": response.text,
+                "reward": float(self.facts["score"][i][0]),
+                "kl": float((self.facts["old"][i] - self.facts["reference"][i]).sum()),
+                "ended": response.ended,
+            }
+            for i, response in enumerate(self.responses[:count])
+        ]  # fmt: skip
+
 
 def collated(rows: Sequence[Sequence[Item]], names: Sequence[str]) -> dict[str, Tensor | None]:
     """A micro-batch: tensors of `collate` with the N response tokens as targets, `counts` [N] (0: does not count), and the facts [N]."""

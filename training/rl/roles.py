@@ -6,7 +6,7 @@ All of them compute on the shares that they are dealt (training/rl/experience.py
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from training.rl.base import as_it_was, with_adapters
 from training.rl.experience import Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
 from training.rl.rewards import opened
-from training.sampling import Sampling, continue_all
+from training.sampling import Continued, Sampling, continue_all
 from training.schedule import total_samples, total_steps
 from training.seeding import seed_for
 from training.trainer import limits_for
@@ -110,7 +110,7 @@ class _Prompts:
         asked = [(place, number, sample) for place, number in enumerate(numbers) for sample in samples]
         mine = asked[share[0] :: share[1]]
         prompts = [self.store[number][0] for _, number, _ in mine]
-        continued = continue_all(
+        continued = _generation(phase)(
             lm,
             [prompt.tolist() for prompt in prompts],
             # By place, not by number: the same prompt may come twice in an iteration.
@@ -130,6 +130,14 @@ class _Prompts:
             )
             for (_, number, sample), prompt, one in zip(mine, prompts, continued, strict=True)
         ]
+
+
+def _generation(phase: PPO) -> Callable[..., list[Continued]]:
+    if phase.generation == "batched":
+        return continue_all
+    from training import continuous  # takes seconds to import
+
+    return continuous.continue_all
 
 
 class Policy(_Learning):

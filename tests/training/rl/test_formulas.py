@@ -108,14 +108,13 @@ def test_log_probabilities_are_those_of_the_temperature(case):
 
 @cases("adaptive_kl")
 def test_the_adaptive_beta(case):
-    from training.rl.advantages import AdaptiveBeta
+    from training.rl.advantages import adapted_beta
 
     params = case["params"]
-    steered = AdaptiveBeta(params["init"], params["target"], params["horizon"])
-    betas = []
+    beta, betas = params["init"], []
     for kl in case["inputs"]["current"]:
-        steered.update(kl, params["n_steps"])
-        betas.append(steered.beta)
+        beta = adapted_beta(beta, kl, params["n_steps"], target=params["target"], horizon=params["horizon"])
+        betas.append(beta)
     assert betas == pytest.approx(case["outputs"]["value"], rel=1e-9)
 
 

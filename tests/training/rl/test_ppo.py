@@ -75,6 +75,15 @@ def test_the_curve_does_not_depend_on_who_sits_where(tiny, train, plain, layout)
     assert curve(train(1, **settings(tiny, groups=LAYOUTS[layout]))) == pytest.approx(curve(plain), rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize(("stage", "lora"), [(3, None), (2, {"rank": 4})])
+def test_the_curve_does_not_depend_on_how_the_prompts_are_batched(tiny, train, stage, lora):
+    plain, continuous = (
+        train(2, stage=stage, lora=lora, **settings(tiny, generation=how, max_steps=2))
+        for how in ("batched", "continuous")
+    )
+    assert curve(continuous) == pytest.approx(curve(plain), rel=1e-3, abs=1e-4)
+
+
 def test_the_kl_as_a_loss_holds_the_policy(tiny, train, plain):
     """A heavy weight keeps it nearer to where it was; on two workers as on one."""
     held = {"kl": {"estimator": "k3", "beta": 20.0}, "entropy": 0.01}

@@ -1,0 +1,128 @@
+"""Seconds of an iteration of Muster's PPO against TRL's (the last version that has it) under accelerate with DeepSpeed ZeRO."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import peer_trl, sft, workload
+from benchmarks.options import Options
+from benchmarks.processes import run
+from benchmarks.record import ROOT, ratios, spread
+
+PINS = ("trl==1.12.0", *peer_trl.PINS[1:])
+TARGET = 0.5
+ROWS = 400
+ROLLOUT_BATCH = 32
+"""Prompts of an iteration, on both workers together."""
+MINIBATCHES = 2
+PASSES = 2
+RESPONSE_TOKENS = 48
+PARTS = ("generate_s", "score_s", "learn_s")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Model folders and prompts."""
+
+    policy: Path
+    reward: Path
+    prompts: Path
+
+
+def measure(options: Options, folder: Path) -> dict[str, Any]:
+    """Rounds of Muster and TRL: the same models, prompts, lengths and number of updates."""
+    python = peer_trl.environment(folder, "trl-ppo", PINS)
+    roles = make(folder)
+    iterations = 1 + max(2, options.steps // 3)
+    ours, theirs, parts = [], [], []
+    for number in range(options.rounds):
+        curve, rows = muster(roles, options, iterations, folder / f"muster-{number}", folder / "cache")
+        ours.append(curve)
+        parts += [{name: row[name] for name in PARTS} for row in rows[1:]]
+        theirs.append(_trl(roles, options, iterations, python, folder))
+    return {
+        "stage": options.stage,
+        "iterations": iterations - 1,
+        "rollout_batch": ROLLOUT_BATCH,
+        "response_tokens": RESPONSE_TOKENS,
+        "peer": list(PINS),
+        "target": TARGET,
+        "ratio": ratios([c.wall_step_s for c in ours], [c.wall_step_s for c in theirs]),
+        "muster_iteration_s": spread([c.wall_step_s for c in ours], 2),
+        "trl_iteration_s": spread([c.wall_step_s for c in theirs], 2),
+        "start_ratio": ratios([c.first_step_s for c in ours], [c.first_step_s for c in theirs]),
+        "muster_parts_s": {name: spread([each[name] for each in parts], 2) for name in PARTS},
+    }
+
+
+def make(folder: Path, shape: workload.Shape = workload.SMALL) -> Roles:
+    """A policy and a reward model with random weights, so that a response hardly ever ends before its length does."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    work = workload.make(folder, ROWS, shape=shape)
+    reward = folder / "reward"
+    torch.manual_seed(18)
+    scorer = AutoModelForSequenceClassification.from_pretrained(work.model, num_labels=1)
+    scorer.save_pretrained(reward)
+    AutoTokenizer.from_pretrained(work.model).save_pretrained(reward)
+    prompts = folder / "prompts.jsonl"
+    rows = (json.loads(line) for line in work.rows.read_text().splitlines())
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    return Roles(work.model, reward, prompts)
+
+
+def job(roles: Roles, stage: int, iterations: int, **phase: Any) -> dict[str, Any]:
+    """The job of Muster; `phase` is laid over its settings."""
+    settings = {
+        "data": {"train": str(roles.prompts), "template": "none", "max_length": 256},
+        "reward": str(roles.reward),
+        "rollout_batch": ROLLOUT_BATCH,
+        "batch": ROLLOUT_BATCH // MINIBATCHES,
+        "ppo_epochs": PASSES,
+        "response_tokens": RESPONSE_TOKENS,
+        "max_steps": iterations,
+        "learning_rate": 1e-5,
+        "critic_learning_rate": 1e-5,
+        "clip": 1.0,
+        "checkpoint": {"every": 1_000_000},
+    }
+    return {
+        "name": "bench",
+        "model": {"path": str(roles.policy), "dtype": "fp32"},
+        "resources": {"workers": sft.WORKERS, "threads": 1, "gpus_per_worker": 0},
+        "sharding": {"stage": stage},
+        "phases": {"ppo": {**settings, **phase}},
+    }
+
+
+def muster(
+    roles: Roles, options: Options, iterations: int, folder: Path, cache: Path, **phase: Any
+) -> tuple[sft.Curve, list[dict[str, Any]]]:
+    """`muster run` in the new folder `folder`: its curve, and its metrics as they are. Raises CommandFailed."""
+    folder.mkdir()
+    (folder / "job.yaml").write_text(json.dumps(job(roles, options.stage, iterations, **phase)))
+    command = ["muster", "run", "job.yaml"]
+    finished = run(command, folder=folder, env=sft.environment(cache), timeout_s=options.timeout_s)
+    rows = [json.loads(line) for line in (folder / "runs/bench/ppo/metrics.jsonl").read_text().splitlines()]
+    return sft.curve(rows, [line.at for line in finished.lines if line.text.startswith("ppo  step")]), rows
+
+
+def _trl(roles: Roles, options: Options, iterations: int, python: Path, folder: Path) -> sft.Curve:
+    script = [str(ROOT / "benchmarks" / "trl_ppo.py"), str(roles.policy), str(roles.reward), str(roles.prompts)]
+    numbers = {
+        "--iterations": iterations,
+        "--rollout-batch": ROLLOUT_BATCH,
+        "--minibatches": MINIBATCHES,
+        "--passes": PASSES,
+        "--response-tokens": RESPONSE_TOKENS,
+        "--processes": sft.WORKERS,
+        "--rate": 1e-5,
+    }
+    words = [str(word) for pair in numbers.items() for word in pair]
+    command = [*peer_trl.launcher(python, options.stage, folder), *script, str(folder / "trl-out"), *words]
+    env = sft.environment(folder / "cache") | {"DS_ACCELERATOR": "cpu"}
+    return sft.printed_curve(run(command, folder=folder, env=env, timeout_s=options.timeout_s).lines)
