@@ -43,12 +43,20 @@ BENCHMARKS = {
         "benchmarks.generation",
         "generated tokens/s against transformers' generate with left padding (target: at least 1.0)",
     ),
+    "ppo": Benchmark(
+        "benchmarks.ppo",
+        "PPO: the driver's share of an iteration (target: 0.02), weights sent against a copy in memory, memory with LoRA",
+    ),
     "trl": Benchmark(
         "benchmarks.peer_trl", "SFT tokens/s against TRL under accelerate + ZeRO-2 (target: packed at least 1.0)"
     ),
     "trl-reward": Benchmark(
         "benchmarks.peer_trl_reward",
         "reward model pairs/s against TRL under accelerate + ZeRO-2 (target: at least 1.0)",
+    ),
+    "trl-ppo": Benchmark(
+        "benchmarks.peer_trl_ppo",
+        "seconds of an iteration of PPO against TRL's under accelerate + ZeRO-2 (target: 0.5)",
     ),
 }
 

@@ -75,7 +75,7 @@ def make(folder: Path, shape: workload.Shape = workload.SMALL) -> Roles:
     return Roles(work.model, reward, prompts)
 
 
-def job(roles: Roles, stage: int, iterations: int, **phase: Any) -> dict[str, Any]:
+def job(roles: Roles, stage: int, iterations: int, lora: dict[str, int] | None = None, **phase: Any) -> dict[str, Any]:
     """The job of Muster; `phase` is laid over its settings."""
     settings = {
         "data": {"train": str(roles.prompts), "template": "none", "max_length": 256},
@@ -92,7 +92,7 @@ def job(roles: Roles, stage: int, iterations: int, **phase: Any) -> dict[str, An
     }
     return {
         "name": "bench",
-        "model": {"path": str(roles.policy), "dtype": "fp32"},
+        "model": {"path": str(roles.policy), "dtype": "fp32", "lora": lora},
         "resources": {"workers": sft.WORKERS, "threads": 1, "gpus_per_worker": 0},
         "sharding": {"stage": stage},
         "phases": {"ppo": {**settings, **phase}},

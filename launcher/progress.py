@@ -21,6 +21,20 @@ _UNSHOWN = ("_low", "_high", "_ended", "_tokens", "_per_s")
 """Ends of the names of evaluation metrics that would make the line too long; metrics.jsonl has them."""
 
 
+_PARTS = ("sync", "generate", "score", "learn")
+"""Of an iteration of PPO; their seconds are metrics."""
+
+
+def _of_step(row: Mapping[str, Any]) -> str:
+    values = f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  norm {row['grad_norm']:.2f}"
+    return f"{values}  {row['tokens_per_s']:>8,.0f} tokens/s"
+
+
+def _of_iteration(row: Mapping[str, Any]) -> str:
+    parts = "  ".join(f"{part} {row[f'{part}_s']:.1f} s" for part in _PARTS if f"{part}_s" in row)
+    return f"reward {row['reward']:.3f}  kl {row['kl']:.3f}  {row['response_tokens']:.0f} tokens  {parts}"
+
+
 class PhaseProgress:
     """The progress of one phase. `say` prints a line above it."""
 
@@ -61,10 +75,8 @@ class PhaseProgress:
     def _line(self, row: Mapping[str, Any]) -> str:
         step = row["step"]
         left = (time.monotonic() - self.began) / max(1, step - self.first) * (self.total - step)
-        return (
-            f"step {step:>6}/{self.total}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  norm {row['grad_norm']:.2f}  "
-            f"{row['tokens_per_s']:>8,.0f} tokens/s  {row['memory_gib']:.2f} GiB  left {duration(left)}"
-        )
+        shown = _of_iteration(row) if "reward" in row else _of_step(row)
+        return f"step {step:>6}/{self.total}  {shown}  {row['memory_gib']:.2f} GiB  left {duration(left)}"
 
     def close(self) -> None:
         if self.bar is not None:

@@ -255,6 +255,11 @@ class Phase(Settings):
         return self.batch
 
     @property
+    def new_tokens(self) -> int:
+        """Tokens that the model writes behind a sample."""
+        return 0
+
+    @property
     def teams(self) -> list[tuple[tuple[str, ...], Phase]]:
         """Which roles share workers, by groups of workers, and the phase as each group sees it. No roles: all there are."""
         return [((), self)]
@@ -466,13 +471,14 @@ class PPO(Phase):
     schedule: Schedule = Schedule(name="constant", warmup=0)
     critic_learning_rate: PositiveFloat = 9.0e-6
     critic_warmup: Annotated[int, Field(ge=0)] = 0
-    """Iterations in which the critic learns alone."""
+    """Iterations in which the critic learns alone, its values not held."""
     kl: KL = KL()
     stop: Stop = Stop()
     gamma: Fraction = 1.0
     lam: Fraction = 0.95
     clip_range: PositiveFloat = 0.2
     value_clip: PositiveFloat | None = 0.2
+    """How far a value may move in an iteration, on the scale of the scores. None: any distance."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the entropy bonus."""
     missing_eos_penalty: float | None = None
@@ -484,6 +490,10 @@ class PPO(Phase):
     @property
     def step_samples(self) -> int:
         return self.rollout_batch
+
+    @property
+    def new_tokens(self) -> int:
+        return self.response_tokens
 
     @property
     def teams(self) -> list[tuple[tuple[str, ...], Phase]]:

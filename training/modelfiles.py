@@ -253,7 +253,7 @@ def _facts(config: dict[str, Any], files: Sequence[Path], tensors: dict[str, _Te
         bytes=sum(tensor.bytes for tensor in tensors.values()),
         dtype=DTYPES.get(dtype, dtype),
         vocab_size=_whole(config, "vocab_size"),
-        max_positions=_whole(config, "max_position_embeddings", "n_positions"),
+        max_positions=_positions(config),
         weight_files=tuple(files),
     )
 
@@ -424,6 +424,19 @@ def _tensors(entries: dict[str, Any]) -> Iterator[tuple[str, _Tensor]]:
         if not 0 <= first <= last:
             raise ValueError
         yield name, _Tensor(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), last - first)
+
+
+def window_of(path: str) -> int | None:
+    """How many positions the model in a folder was made for, if it says."""
+    try:
+        config = json.loads((Path(base_of(path)) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return _positions(config) if isinstance(config, dict) else None
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    return _whole(config, "max_position_embeddings", "n_positions")
 
 
 def _whole(config: dict[str, Any], *names: str) -> int | None:

@@ -33,6 +33,7 @@ def test_a_machine_that_is_switched_off_is_replaced(lab, run, victim, undisturbe
     assert run.result == undisturbed
 
 
+@pytest.mark.slow
 def test_a_machine_whose_ray_is_killed_is_replaced(lab, run, victim, undisturbed):
     for pid in lab[victim].processes_with("raylet/raylet"):
         os.kill(pid, signal.SIGKILL)

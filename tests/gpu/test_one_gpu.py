@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training_fixtures import Recorder, sft_phase
+from tests.training_fixtures import Recorder, phase_of, sft_phase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
 
@@ -56,3 +56,25 @@ def test_answers_on_a_gpu_are_those_on_a_cpu(worker, train, tiny, tmp_path, stag
         {at: [row["response"] for row in rows] for at, rows in run.answered.items()} for run in (hooks, expected)
     ]
     assert responses[0] == responses[1]
+
+
+@pytest.mark.parametrize(("stage", "how"), [(0, "batched"), (0, "continuous"), (3, "batched"), (3, "continuous")])
+def test_ppo_on_a_gpu_is_that_on_a_cpu(worker, train, tiny, tmp_path, stage, how):
+    """In fp32: the same responses, so the same rewards; what is computed of them is equal to rounding."""
+    from training.config import PPO_ROLES
+    from training.group import InlineGroup
+    from training.recipes import RECIPES, ppo
+
+    settings = {
+        "recipe": "ppo", "reward": "tests.some_rewards:nines", "critic": str(tiny / "model"), "rollout_batch": 16, "batch": 8,
+        "response_tokens": 8, "max_steps": 2, "data": {"max_length": 64},
+    }  # fmt: skip
+    expected = train(1, **settings)
+    phase = phase_of(tiny, stage=stage, generation=how, **settings)
+    for role in PPO_ROLES:
+        worker.build(role, RECIPES["ppo"].roles[role], phase, str(tiny / "cache"))
+    hooks = Recorder(tmp_path)
+    ppo.run(phase, {role: InlineGroup(worker, role) for role in PPO_ROLES}, hooks)
+    names = ("reward", "kl", "policy_loss", "value_loss", "entropy")
+    measured = [np.array([[row[name] for name in names] for row in run.rows]) for run in (hooks, expected)]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-2, abs=1e-3)

@@ -43,7 +43,15 @@ class PPORun(Run):
 
     def __init__(self, tiny, folder):
         super().__init__(tiny, folder)
-        (folder / "job.yaml").write_text(JOB.format(tiny=tiny, folder=folder))
+        self.write_job(tiny, folder)
+
+    @staticmethod
+    def write_job(tiny, folder, *changes):
+        text = JOB.format(tiny=tiny, folder=folder)
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        (folder / "job.yaml").write_text(text)
 
     @property
     def steps(self):

@@ -41,6 +41,15 @@ def test_in_a_pipe_every_logged_step_is_one_line(monkeypatch):
     )
 
 
+def test_an_iteration_of_ppo_shows_the_reward_and_where_the_time_goes():
+    shown, out = progress()
+    shown.start(total=10, done=0)
+    shown.row(row(10, reward=1.25, kl=0.5, response_tokens=21.4, generate_s=0.52, score_s=0.61, learn_s=2.0))
+    assert out.getvalue() == (
+        "sft  step     10/10  reward 1.250  kl 0.500  21 tokens  generate 0.5 s  score 0.6 s  learn 2.0 s  1.50 GiB  left 0:00\n"
+    )
+
+
 def test_time_left_counts_the_steps_of_this_attempt_alone(monkeypatch):
     shown, out = progress()
     clock = iter([0.0, 10.0])

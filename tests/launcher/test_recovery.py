@@ -37,6 +37,7 @@ def test_killed_workers_cost_the_steps_since_the_checkpoint(run, undisturbed):
     assert run.result == undisturbed
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_it_saves(run, undisturbed):
     """Its shard is being written, so that checkpoint never comes to be."""
     run.start("phases.sft.checkpoint.every=1")
@@ -47,6 +48,7 @@ def test_a_worker_killed_while_it_saves(run, undisturbed):
     assert run.result == undisturbed
 
 
+@pytest.mark.slow
 def test_the_place_of_a_worker_is_killed(run, undisturbed):
     """The Ray actor, with the nursery: nothing is left to begin again with, so new places are taken."""
     run.start()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launcher import job as jobs
 from launcher import scaffold
 from launcher.scaffold import problems
 from training.config import SFT
@@ -226,6 +227,11 @@ def test_the_job_is_a_valid_sft_phase_whose_paths_exist(folder: Path) -> None:
     assert (folder / phase.model.path / "model.safetensors").is_file()
     assert (folder / str(phase.data.train)).is_file()
     assert (folder / str(phase.data.eval)).is_file()
+
+
+@pytest.mark.parametrize("name", scaffold.JOBS)
+def test_every_job_is_valid_and_its_files_are_there(folder: Path, name: str) -> None:
+    assert jobs.load(folder / name, ()).phases
 
 
 # --- tokenizer and model ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from training.data import files
 from training.data.prepare import prepare
 from training.data.store import TokenStore
 from training.errors import InputError, Problem
-from training.modelfiles import tokenizer_of
+from training.modelfiles import tokenizer_of, window_of
 from training.recipes import RECIPES
 
 
@@ -25,7 +25,7 @@ class Stores:
 
 
 def open_stores(phase: Phase, cache: Path) -> Stores:
-    """Raises InputError for rows that cannot be used, in training or evaluation data."""
+    """Raises InputError for rows that cannot be used, in training or evaluation data, or that leave no room for a response."""
     stores: list[TokenStore | None] = []
     problems: list[Problem] = []
     for source in (phase.data.train, phase.data.eval):
@@ -37,7 +37,19 @@ def open_stores(phase: Phase, cache: Path) -> Stores:
         raise InputError(problems)
     train, held_out = stores
     assert train is not None, "a phase has data to train on"
+    check_window(phase, train, window_of(phase.model.path))
     return Stores(train, held_out, _weights(phase.data.train))
+
+
+def check_window(phase: Phase, train: TokenStore, window: int | None) -> None:
+    """Raises InputError if the longest sample, and what the model writes behind it, are more than it was made for."""
+    longest = min(train.meta.longest, phase.data.max_length) + phase.new_tokens
+    if phase.new_tokens and window is not None and longest > window:
+        message = (
+            f"the longest prompt and a response of {phase.new_tokens} tokens come to {longest:,}, the model was made for "
+            f"{window:,} positions; choose a smaller response_tokens, or data.max_length to drop long prompts"
+        )
+        raise InputError.of("", message, "response_tokens")
 
 
 def _open(phase: Phase, source: str | list[str | Source], cache: Path) -> TokenStore:

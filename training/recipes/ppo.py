@@ -88,7 +88,7 @@ class _Loop:
 
     def iterate(self, step: int) -> tuple[dict[str, Any], Experience]:
         """One iteration. Returns its metrics and what it was learnt from. Raises Diverged."""
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.thread_time()
         if self.rollout is not None:
             with self._timed("sync"):
                 self.sync(self.rollout)
@@ -100,6 +100,8 @@ class _Loop:
         with self._timed("learn"):
             learnt = self.improve(experience, step)
         self.state.follow(self.phase.kl, measures["kl"], len(experience))
+        # Waiting is not counted: without Ray it is all of the models' work, with it the driver's own.
+        self.seconds["driver_s"] = time.thread_time() - worked
         row = {**learnt, **measures, "step_s": time.perf_counter() - began, **self.seconds}
         row["tokens_per_s"] = row["tokens"] / row["step_s"]
         _check_finite(row, step)
@@ -155,11 +157,12 @@ class _Loop:
             minibatches = _minibatches(len(experience), phase.batch, seed_for(phase.seed, "ppo", step, number))
             asked = []
             if step > phase.critic_warmup:
-                asked.append(
-                    (of_policy, self._learn("policy", self.policy, experience, minibatches, self._policy_facts(), rate))
-                )
+                names, numbers = self._told_policy()
+                futures = self._learn("policy", self.policy, experience, minibatches, rate, names, numbers)
+                asked.append((of_policy, futures))
+            names, numbers = self._told_critic(step)
             asked.append(
-                (values, self._learn("critic", self.critic, experience, minibatches, ("values", "returns"), of_critic))
+                (values, self._learn("critic", self.critic, experience, minibatches, of_critic, names, numbers))
             )
             for answers, futures in asked:
                 answers.append(_together(results(futures, PART_S)))
@@ -182,16 +185,30 @@ class _Loop:
             "memory_gib": max(each["memory_gib"] for each in of_policy + values),
         }  # fmt: skip
 
-    def _policy_facts(self) -> tuple[str, ...]:
-        return ("old", "advantages", "reference") if self.phase.kl.estimator == "k3" else ("old", "advantages")
+    def _told_policy(self) -> tuple[tuple[str, ...], dict[str, float]]:
+        """The facts and numbers that its loss needs."""
+        if self.phase.kl.estimator == "k3":
+            return ("old", "advantages", "reference"), {"beta": self.state.beta}
+        return ("old", "advantages"), {}
+
+    def _told_critic(self, step: int) -> tuple[tuple[str, ...], dict[str, float]]:
+        # While it warms up it may start from another scale, such as a reward model's: the clip would hold it there.
+        clip = self.phase.value_clip if step > self.phase.critic_warmup else None
+        return ("values", "returns"), {} if clip is None else {"clip": clip}
 
     def _learn(
-        self, role: str, group: Group, experience: Experience, minibatches: Sequence[Sequence[int]], names: Sequence[str], rate: float
-    ) -> list[Future]:  # fmt: skip
+        self,
+        role: str,
+        group: Group,
+        experience: Experience,
+        minibatches: Sequence[Sequence[int]],
+        rate: float,
+        names: Sequence[str],
+        numbers: Mapping[str, float],
+    ) -> list[Future]:
         dealt = [experience.dealt(group.size, self.limits[role], names, places)[0] for places in minibatches]
         weights = [sum(len(experience.responses[i].tokens) for i in places) for places in minibatches]
         shards = [[shares[rank] for shares in dealt] for rank in range(group.size)]
-        numbers = {"beta": self.state.beta} if "reference" in names else {}
         return group.map("improve", shards, weights, rate, names, numbers)
 
     @contextmanager

@@ -64,11 +64,12 @@ class ValueLoss(_OfTokens):
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor, counts: Tensor,
-        values: Tensor | None = None, returns: Tensor | None = None,
+        values: Tensor | None = None, returns: Tensor | None = None, clip: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Without `returns` the value of what stands before each of the N tokens. [N]  With them the summed loss. [1]"""
+        """Without `returns` the value of what stands before each of the N tokens. [N]  With them the summed loss, clipped or not. [1]"""
         self.ready()
         values_N = scores(self.lm, input_ids, position_ids, target_index)
         if values is None or returns is None:
             return values_N
-        return (value_terms(values_N, values, returns, self.phase.value_clip) * counts).sum().view(1)
+        held = None if clip is None else float(clip)
+        return (value_terms(values_N, values, returns, held) * counts).sum().view(1)

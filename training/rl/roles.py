@@ -21,7 +21,7 @@ from training.config import PPO, Model
 from training.data.dealing import Limits
 from training.data.order import Order
 from training.data.render import Renderer, load_tokenizer, same_tokens
-from training.data.stores import Stores
+from training.data.stores import Stores, check_window
 from training.distributed import Seat
 from training.engine import Frozen, device_of
 from training.errors import InputError
@@ -170,15 +170,7 @@ class Policy(_Learning):
     def _build(self, dtype: torch.dtype) -> nn.Module:
         lm: Any
         lm, self.ready = with_adapters(self.phase, dtype, self.seat, self.adapter)
-        window = getattr(lm.config, "max_position_embeddings", None)
-        longest = min(self.store.meta.longest, self.phase.data.max_length) + self.phase.response_tokens
-        if window is not None and longest > window:
-            raise InputError.of(
-                "",
-                f"the longest prompt and a response of {self.phase.response_tokens} tokens come to {longest:,}, the model was made "
-                f"for {window:,} positions; choose a smaller response_tokens, or data.max_length to drop long prompts",
-                "response_tokens",
-            )
+        check_window(self.phase, self.store, getattr(lm.config, "max_position_embeddings", None))
         return PolicyLoss(lm, self.phase, self.ready)
 
     def roll_out(self, iteration: int) -> list[Response]:

@@ -48,6 +48,7 @@ def test_the_first_iteration_is_at_the_reference(plain):
         "generate_s",
         "score_s",
         "learn_s",
+        "driver_s",
     } <= first.keys()
 
 
@@ -228,6 +229,20 @@ def test_the_critic_may_warm_up_alone(tiny, tmp_path):
     asked, _ = driven(tiny, tmp_path, critic_warmup=1)
     first = asked_to_work(asked)[:-9]
     assert first == [each for each in ITERATION if each != ("policy", "improve")]
+
+
+def test_values_are_not_held_while_the_critic_warms_up(tiny, tmp_path, monkeypatch):
+    told = []
+    answer = improved
+
+    def improve(shares, weights, rate, names, numbers):
+        told.append((names, numbers))
+        return answer(shares, weights, rate, names, numbers)
+
+    monkeypatch.setitem(globals(), "improved", improve)
+    driven(tiny, tmp_path, critic_warmup=1, value_clip=0.3, ppo_epochs=1)
+    of_critic, of_policy = ("values", "returns"), ("old", "advantages")
+    assert told == [(of_critic, {}), (of_policy, {}), (of_critic, {"clip": 0.3})]
 
 
 def test_passes_end_when_the_policy_has_gone_far_enough(tiny, tmp_path):
