@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 import pytest
 
 from tests.disturbed import Result, Run
-from tests.launcher.test_run import nothing_left
+from tests.launcher.test_run import nothing_left, processes_of, wait_for
 
 __all__ = ["nothing_left"]
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nothing_left")]
@@ -92,11 +93,14 @@ def test_a_killed_worker_of_any_role(run, whole, role):
 
 
 @pytest.mark.slow
-def test_a_killed_driver(run, whole):
+def test_a_killed_driver(run, whole, nothing_left):
     run.start()
     run.reach(5)
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.wait(10)
+    wait_for(lambda: not processes_of(str(nothing_left)), "the end of the workers", 60)
+    for leftover in nothing_left.glob("muster-*"):  # Ray's log files, which nobody was left to remove
+        shutil.rmtree(leftover)
     run.start(verb="resume")
     run.finish()
     assert run.result == whole
