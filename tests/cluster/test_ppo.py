@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests import some_rewards
 from tests.cluster.conftest import LabRun
 from tests.launcher.test_ppo_recovery import PPORun
 
@@ -19,7 +22,8 @@ class PPOLabRun(LabRun):
 
     def __init__(self, lab, tiny, folder):
         super().__init__(lab, tiny, folder)
-        PPORun.write_job(tiny, folder, (THREE, TWO))
+        rewards = Path(some_rewards.__file__)
+        PPORun.write_job(tiny, folder, (THREE, TWO), ("tests.some_rewards:nines", f"{rewards}:nines"))
 
 
 @pytest.fixture
