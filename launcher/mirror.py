@@ -72,6 +72,10 @@ def is_alive(remote: Place) -> bool:
     return (datetime.now(UTC) - said).total_seconds() < ALIVE_S
 
 
+_END_S = 60.0
+"""For a copy that is under way to end."""
+
+
 class Mirror:
     """Copies what changes in a folder to a bucket, every few seconds, until the run is closed or a later attempt claims it."""
 
@@ -110,6 +114,8 @@ class Mirror:
         while not self._closed.is_set():
             self._woken.wait(pause)
             self._woken.clear()
+            if self._closed.is_set():
+                return  # the rest is copied by whoever closes
             began = time.monotonic()
             try:
                 self.flush()
@@ -124,5 +130,6 @@ class Mirror:
         """Copy the rest. Raises as `flush` does."""
         self._closed.set()
         self._woken.set()
+        self._thread.join(_END_S)  # else it might copy, and say that it is alive, after the end
         self.flush()
         (self.remote / ALIVE).remove()
