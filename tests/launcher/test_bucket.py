@@ -143,6 +143,13 @@ def test_two_processes_of_one_machine_cannot_work_on_one_run(job):
     run.close()
 
 
+def test_a_run_that_is_closed_copies_no_more(job):
+    run = attempts.begin(job)
+    copying = run._mirror._thread
+    run.close()
+    assert not copying.is_alive()
+
+
 def test_what_is_in_the_bucket_is_the_truth(job, monkeypatch, tmp_path):
     run = attempts.begin(job)
     run.phase("sft").mkdir()
