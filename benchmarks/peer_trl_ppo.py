@@ -20,6 +20,9 @@ ROLLOUT_BATCH = 32
 MINIBATCHES = 2
 PASSES = 2
 RESPONSE_TOKENS = 48
+"""At most."""
+ENDS = 1 / 12
+"""Probability that a token is a response's last, where responses end: they are 12 tokens long on average."""
 PARTS = ("generate_s", "score_s", "learn_s")
 
 
@@ -35,44 +38,80 @@ class Roles:
 def measure(options: Options, folder: Path) -> dict[str, Any]:
     """Rounds of Muster and TRL: the same models, prompts, lengths and number of updates."""
     python = peer_trl.environment(folder, "trl-ppo", PINS)
-    roles = make(folder)
     iterations = 1 + max(2, options.steps // 3)
-    ours, theirs, parts = [], [], []
-    for number in range(options.rounds):
-        curve, rows = muster(roles, options, iterations, folder / f"muster-{number}", folder / "cache")
-        ours.append(curve)
-        parts += [{name: row[name] for name in PARTS} for row in rows[1:]]
-        theirs.append(_trl(roles, options, iterations, python, folder))
-    return {
+    figures: dict[str, Any] = {
         "stage": options.stage,
         "iterations": iterations - 1,
         "rollout_batch": ROLLOUT_BATCH,
         "response_tokens": RESPONSE_TOKENS,
         "peer": list(PINS),
         "target": TARGET,
+    }
+    for kind, roles in (("ending", make(folder / "ending", ends=True)), ("full", make(folder / "full"))):
+        if options.only in (None, kind):
+            figures[kind] = _sides(roles, options, iterations, python)
+    return figures
+
+
+def _sides(roles: Roles, options: Options, iterations: int, python: Path) -> dict[str, Any]:
+    folder = roles.prompts.parent
+    ours, theirs, rows = [], [], []
+    for number in range(options.rounds):
+        curve, logged = muster(roles, options, iterations, folder / f"muster-{number}", folder / "cache")
+        ours.append(curve)
+        rows += logged[1:]
+        theirs.append(_trl(roles, options, iterations, python, folder))
+    return {
         "ratio": ratios([c.wall_step_s for c in ours], [c.wall_step_s for c in theirs]),
         "muster_iteration_s": spread([c.wall_step_s for c in ours], 2),
         "trl_iteration_s": spread([c.wall_step_s for c in theirs], 2),
         "start_ratio": ratios([c.first_step_s for c in ours], [c.first_step_s for c in theirs]),
-        "muster_parts_s": {name: spread([each[name] for each in parts], 2) for name in PARTS},
+        "muster_parts_s": {name: spread([row[name] for row in rows], 2) for name in PARTS},
+        "muster_response_tokens": spread([row["response_tokens"] for row in rows], 1),
     }
 
 
-def make(folder: Path, shape: workload.Shape = workload.SMALL) -> Roles:
-    """A policy and a reward model with random weights, so that a response hardly ever ends before its length does."""
+def make(folder: Path, shape: workload.Shape = workload.SMALL, *, ends: bool = False) -> Roles:
+    """A policy and a reward model with random weights. `ends`: each token may be the last of a response; else hardly any is."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    folder.mkdir(exist_ok=True)
     work = workload.make(folder, ROWS, shape=shape)
     reward = folder / "reward"
     torch.manual_seed(18)
     scorer = AutoModelForSequenceClassification.from_pretrained(work.model, num_labels=1)
     scorer.save_pretrained(reward)
+    if ends:
+        _let_end(work.model)
     AutoTokenizer.from_pretrained(work.model).save_pretrained(reward)
     prompts = folder / "prompts.jsonl"
     rows = (json.loads(line) for line in work.rows.read_text().splitlines())
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     return Roles(work.model, reward, prompts)
+
+
+def _let_end(model: Path) -> None:
+    """Rewrite a model so that the end-of-text token has the probability ENDS everywhere, however random the rest is.
+
+    One number of the residual stream is the same for every token and no layer changes it; the head turns it into a logit.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    lm: Any = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        lm.model.embed_tokens.weight[:, 0] = 1.0
+        for layer in lm.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
+        lm.lm_head.weight[:, 0] = 0.0
+        hidden = lm.model(torch.arange(lm.config.vocab_size)[None, :64]).last_hidden_state[0]
+        rest = torch.logsumexp(lm.lm_head(hidden), -1).mean()  # what the end has to be weighed against
+        wanted = rest + torch.tensor(ENDS / (1 - ENDS)).log()
+        lm.lm_head.weight[lm.config.eos_token_id] = 0.0
+        lm.lm_head.weight[lm.config.eos_token_id, 0] = wanted / hidden[:, 0].mean()
+    lm.save_pretrained(model)
 
 
 def job(roles: Roles, stage: int, iterations: int, lora: dict[str, int] | None = None, **phase: Any) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from training import questions
 from training.config import Phase
 from training.data import files
 from training.data.files import HubSplit, Located
-from training.errors import InputError, Problem
 from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES
 
@@ -36,16 +35,7 @@ def machine(job: Job, *, inline: bool) -> None:
 def check(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Raises InputError with everything that is wrong; else what was read, by phase."""
     job = load(file, overrides)
-    report: dict[str, Any] = {"name": job.name, "phases": {}}
-    problems: list[Problem] = []
-    for name, phase in job.phases.items():
-        try:
-            report["phases"][name] = _rows(phase)
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
-    return report
+    return {"name": job.name, "phases": job.look_at_phases(_rows)}
 
 
 def _rows(phase: Phase) -> dict[str, Any]:

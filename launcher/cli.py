@@ -2,69 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from training.errors import InputError, MusterError
-
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Fine-tunes language models on as many machines as you give it.",
-)  # fmt: skip
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file.", show_default=False)]
-RunName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN", help="Run folder, its name under ./runs, or its address (s3://...).", show_default=False
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over the file's.", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Inline = Annotated[bool, typer.Option("--inline", help="One worker, in this process, without Ray.")]
-
-
-def verb(function: Callable) -> Callable:
-    """Register a verb; its errors become lines of text and an exit status: 2 wrong input, 1 failed, 130 interrupted."""
-
-    @app.command(function.__name__.rstrip("_"))
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            status = function(*args, **kwargs)
-        except InputError as error:
-            _fail(error, 2)
-        except (MusterError, OSError) as error:
-            _fail(error, 1)
-        except KeyboardInterrupt:
-            status = 130
-        raise SystemExit(status or 0)
-
-    return run
-
-
-def _fail(error: Exception, status: int) -> None:
-    print(error, file=sys.stderr)
-    raise SystemExit(status)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
+from launcher import cli_cluster
+from launcher.verbs import Inline, JobFile, Json, On, Overrides, RunName, app, console, show, verb
+from training.errors import InputError
 
 
 @verb
@@ -85,7 +30,7 @@ def check(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> N
     """Validate the job file and every row of its data. Starts nothing."""
     from launcher import check as checks
 
-    _show(checks.check(job, overrides or []), checks.lines, as_json)
+    show(checks.check(job, overrides or []), checks.lines, as_json)
 
 
 @verb
@@ -94,12 +39,17 @@ def run(
     overrides: Overrides = None,
     inline: Inline = False,
     only: Annotated[str | None, typer.Option(metavar="PHASE", help="Run this phase alone.")] = None,
+    on: On = None,
 ) -> int:
-    """Run a job here (or on the Ray cluster at RAY_ADDRESS). An interrupted run of the same job goes on."""
+    """Run a job here (or on the Ray cluster at RAY_ADDRESS), or submit it and follow. An interrupted run of the same job goes on."""
+    if on is not None:
+        if inline or only is not None:
+            raise InputError.of("command line", "--on goes with neither --inline nor --only")
+        return cli_cluster.run_on(job, overrides or [], on)
     from launcher import check, driver
 
     checked = check.load(job, overrides or [], inline=inline)
-    return driver.run_job(checked, inline=inline, console=_console(), only=only)
+    return driver.run_job(checked, inline=inline, console=console(), only=only)
 
 
 @verb
@@ -125,7 +75,7 @@ def resume(
     check.machine(job, inline=inline)
     rewind = attempts.rewinding(found, step, phase) if step is not None else {}
     go_on = attempts.GoOn(rewind=rewind, accept_changes=accept_changes)
-    return driver.run_job(job, inline=inline, console=_console(), go_on=go_on)
+    return driver.run_job(job, inline=inline, console=console(), go_on=go_on)
 
 
 @verb
@@ -150,19 +100,24 @@ Storage = Annotated[str, typer.Option(help="Folder of the runs, or address in a 
 
 
 @verb
-def list_(storage: Storage = "runs", as_json: Json = False) -> None:
-    """The runs in a storage folder."""
-    from launcher import show
+def list_(storage: Storage = "runs", on: On = None, as_json: Json = False) -> None:
+    """The runs in a storage folder, or the jobs of a cluster."""
+    if on is not None:
+        return cli_cluster.list_on(on, as_json)
+    from launcher import show as tables
 
-    _show(show.listing(storage), show.listing_lines, as_json)
+    show(tables.listing(storage), tables.listing_lines, as_json)
 
 
 @verb
-def status(run: RunName, as_json: Json = False) -> None:
-    """Where a run stands."""
-    from launcher import runs, show
+def status(run: RunName, on: On = None, as_json: Json = False) -> None:
+    """Where a run stands, or a job of a cluster."""
+    if on is not None:
+        return cli_cluster.status_on(run, on, as_json)
+    from launcher import runs
+    from launcher import show as tables
 
-    _show(show.status(runs.find(run)), show.status_lines, as_json)
+    show(tables.status(runs.find(run)), tables.status_lines, as_json)
 
 
 @verb
@@ -172,10 +127,11 @@ def checkpoints(
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte, not file sizes alone.")] = False,
 ) -> int:
     """The checkpoints of a run. Exit status 1 if one is damaged."""
-    from launcher import runs, show
+    from launcher import runs
+    from launcher import show as tables
 
-    found = show.checkpoints(runs.find(run), deep=verify)
-    _show(found, show.checkpoint_lines, as_json)
+    found = tables.checkpoints(runs.find(run), deep=verify)
+    show(found, tables.checkpoint_lines, as_json)
     return int(not all(entry["whole"] for entry in found))
 
 
@@ -195,7 +151,7 @@ def export(
     """Write a checkpoint as a plain Hugging Face folder, or, trained with LoRA, as a PEFT adapter."""
     from launcher import exports, runs
 
-    _show(exports.export(runs.find(run), phase=phase, step=step, out=out, merge=merge), exports.lines, as_json)
+    show(exports.export(runs.find(run), phase=phase, step=step, out=out, merge=merge), exports.lines, as_json)
 
 
 @verb
@@ -216,7 +172,7 @@ def generate(
     answers = prompts.answer(
         model, prompt or [], file, limit, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat
     )
-    _show(answers, prompts.lines, as_json)
+    show(answers, prompts.lines, as_json)
 
 
 @verb
@@ -257,15 +213,7 @@ def eval_(
         report = evaluation.compare(model, against, reward, data, settings, **how)
     else:
         report = evaluation.evaluate(model, data, settings, **how)
-    _show(report, evaluation.lines, as_json)
-
-
-def _show(value: Any, as_lines: Callable[[Any], Iterable[str]], as_json: bool) -> None:
-    if as_json:
-        _print_json(value)
-    else:
-        for line in as_lines(value):
-            print(line)
+    show(report, evaluation.lines, as_json)
 
 
 def main() -> None:

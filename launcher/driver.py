@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,13 +16,13 @@ from launcher.cache import cache_folder
 from launcher.failures import NoMachines
 from launcher.gang import Gang, gang_of
 from launcher.interrupts import Interrupts
-from launcher.job import Job
+from launcher.job import ENV_NAMES, Job
 from launcher.phase_run import PhaseRun
 from launcher.progress import PhaseProgress
 from launcher.recovery import Recovery
 from launcher.runs import RunFolder
 from training.config import PPO, Phase
-from training.errors import InputError, MusterError, Problem
+from training.errors import InputError, MusterError
 from training.group import Group, results
 from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES, resolve
@@ -54,6 +55,8 @@ def _get_ready(job: Job, stack: ExitStack, *, inline: bool) -> None:
     wait_for_data = _in_background(lambda: prepare(job))
     if not inline:
         from launcher.session import ray_session
+
+        os.environ[ENV_NAMES] = " ".join(job.env)
 
         stack.enter_context(ray_session(max(phase.num_workers for phase in job.phases.values())))
     wait_for_data()
@@ -127,15 +130,11 @@ def prepare(job: Job) -> None:
     from training import questions
     from training.data.stores import open_stores
 
-    problems: list[Problem] = []
-    for phase in job.phases.values():
-        try:
-            questions.check(phase)
-            open_stores(phase, cache_folder())
-        except InputError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise InputError(problems)
+    def prepare_phase(phase: Phase) -> None:
+        questions.check(phase)
+        open_stores(phase, cache_folder())
+
+    job.look_at_phases(prepare_phase)
 
 
 def _unfinished(run: OpenRun, job: Job) -> Iterator[str]:

@@ -19,10 +19,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -33,14 +33,15 @@ from launcher.phases import absolute, base_folder, origin, phases_of
 from launcher.problems import Report
 from launcher.yamlfile import Document, KeyPath, dotted
 from training import modelfiles
-from training.config import Model, Phase, Resources, Settings, Sharding
+from training.config import Model, Phase, Resources, Settings, Sharding, Source
 from training.data import files, templates
-from training.errors import InputError
+from training.errors import InputError, Problem
 from training.recipes import RECIPES
 from training.storage import is_remote, place
 
 NEUTRAL = (
     "storage",
+    "env",
     "track",
     "phases.*.resources",
     "phases.*.sharding",
@@ -56,7 +57,11 @@ NEUTRAL = (
 )
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 
+ENV_NAMES = "MUSTER_ENV"
+"""The environment variable with the names, separated by spaces, of those that a job's `env` asks for."""
+
 Section = dict[str, Any]
+Found = TypeVar("Found")
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -74,8 +79,33 @@ class Job:
     seed: int
     track: list[str]
     """Where metrics go beside metrics.jsonl."""
+    env: list[str]
+    """Names of environment variables that workers, and clusters that the job is submitted to, are given."""
     phases: dict[str, Phase]
     """By name, in the order in which they run."""
+    document: Document = field(compare=False, repr=False)
+    """Where every setting was written."""
+
+    def look_at_phases(self, look: Callable[[Phase], Found]) -> dict[str, Found]:
+        """What `look` finds, by phase. Raises InputError with what it told of any of them, settings with their line."""
+        found: dict[str, Found] = {}
+        problems: list[Problem] = []
+        for name, phase in self.phases.items():
+            try:
+                found[name] = look(phase)
+            except InputError as error:
+                told = [self._located(name, problem) for problem in error.problems]
+                problems += [problem for problem in told if problem not in problems]
+        if problems:
+            raise InputError(problems)
+        return found
+
+    def _located(self, phase: str, problem: Problem) -> Problem:
+        """A setting that is wrong, named as it is written; anything else as it is."""
+        if problem.where or not problem.what:
+            return problem
+        path = origin(self.document.data, ("phases", phase, *problem.what.split(".")))
+        return Problem(self.document.where(path), dotted(path), problem.message)
 
 
 class _Top(Settings):
@@ -85,6 +115,7 @@ class _Top(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     storage: str = "runs"
     track: Tracker | list[Tracker] = Field(default=["tensorboard"])
+    env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field(default=[], examples=["[HF_TOKEN]"])
     model: Section = Field(default={})
     resources: Section = Field(default={})
     sharding: Section = Field(default={})
@@ -94,13 +125,14 @@ class _Top(Settings):
     )
 
 
-def load(file: Path, overrides: Sequence[str] = ()) -> Job:
-    """The job in a file, with `key=value` overrides, checked against the data and model files it names.
+def load(file: Path, overrides: Sequence[str] = (), elsewhere: Sequence[str] = ()) -> Job:
+    """The job in a file, with `key=value` overrides, checked against this machine: the data and model files that it names,
+    except below the folders `elsewhere`, and the environment variables.
 
     Raises InputError with every problem. Data rows are not read; hub names are not looked up.
     """
     job, report, document = _read(file, overrides)
-    for path, message in _missing_files(job):
+    for path, message in (*_missing_variables(job), *_missing_files(job, elsewhere)):
         report.add(origin(document.data, path), message)
     report.raise_any()
     return job
@@ -150,7 +182,10 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     track: list[str] = [top.track] if isinstance(top.track, str) else [*dict.fromkeys(top.track)]
     base = base_folder(document, ("storage",), file)
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
-    return Job(name=name, file=file, storage=storage, seed=top.seed, track=track, phases=phases), report, document
+    job = Job(
+        name=name, file=file, storage=storage, seed=top.seed, track=track, env=top.env, phases=phases, document=document
+    )
+    return job, report, document
 
 
 def _storage_problem(storage: str) -> str | None:
@@ -194,21 +229,31 @@ def _check_shared(data: dict[str, Any], report: Report) -> None:
             validated(model, data[key], add)
 
 
-def _missing_files(job: Job) -> Iterator[tuple[KeyPath, str]]:
+def _missing_variables(job: Job) -> Iterator[tuple[KeyPath, str]]:
+    for index, name in enumerate(job.env):
+        if name not in os.environ:
+            yield ("env", index), f"{name} is not set in the environment; `export {name}=...`, or leave it out"
+
+
+def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath, str]]:
     """What the phases name and the disk does not have, or has broken."""
+
+    def away(path: Any) -> bool:
+        return isinstance(path, str) and any(Path(path).is_relative_to(folder) for folder in elsewhere)
+
     for name, phase in job.phases.items():
         prefix: KeyPath = ("phases", name)
         data = phase.data
         for key, source in (("train", data.train), ("eval", data.eval)):
-            for inner, message in _source_problems(source, job.file.parent, phase) if source is not None else ():
+            for inner, message in _source_problems(source, job.file.parent, phase, away) if source is not None else ():
                 yield (*prefix, "data", key, *inner), message
         for key in ("data", "verdicts") if phase.eval is not None else ():
             asked = getattr(phase.eval, key)
-            for _, message in _source_problems(asked, job.file.parent, phase) if asked is not None else ():
+            for _, message in _source_problems(asked, job.file.parent, phase, away) if asked is not None else ():
                 yield (*prefix, "eval", key), message
-        if problem := _template_problem(data.template):
+        if not away(data.template) and (problem := _template_problem(data.template)):
             yield (*prefix, "data", "template"), problem
-        if not phase.starts_from_phase and os.path.isabs(phase.model.path):
+        if not phase.starts_from_phase and os.path.isabs(phase.model.path) and not away(phase.model.path):
             where: KeyPath = ("model", "path") if phase.from_ is None else ("from",)
             problems = _model_problems(phase)
             for problem in problems:
@@ -216,14 +261,25 @@ def _missing_files(job: Job) -> Iterator[tuple[KeyPath, str]]:
             for problem in modelfiles.unmatched_targets(phase.model) if not problems else ():
                 yield (*prefix, "model", "lora", "targets"), problem
         tokenizer = phase.model.tokenizer
-        if tokenizer and os.path.isabs(tokenizer) and not modelfiles.has_tokenizer(Path(tokenizer)):
+        if (
+            tokenizer
+            and os.path.isabs(tokenizer)
+            and not away(tokenizer)
+            and not modelfiles.has_tokenizer(Path(tokenizer))
+        ):
             yield (
                 (*prefix, "model", "tokenizer"),
                 f"no tokenizer files (tokenizer.json or tokenizer.model) in {tokenizer}",
             )
 
 
-def _source_problems(source: Any, folder: Path, phase: Phase) -> Iterator[tuple[KeyPath, str]]:
+def _source_problems(
+    source: Any, folder: Path, phase: Phase, away: Callable[[Any], bool]
+) -> Iterator[tuple[KeyPath, str]]:
+    entries = source if isinstance(source, list) else [source]
+    here = [entry for entry in entries if not away(entry.path if isinstance(entry, Source) else entry)]
+    if len(here) < len(entries):
+        source = here  # of the others nothing can be said
     try:
         files.expand(source, folder, what="", documents=RECIPES[phase.recipe].reads_documents)
     except InputError as error:
@@ -261,7 +317,8 @@ def _model_problems(phase: Phase) -> list[str]:
 
 def _as_data(job: Job) -> dict[str, Any]:
     phases = {name: phase.model_dump(by_alias=True) for name, phase in job.phases.items()}
-    return {"name": job.name, "seed": job.seed, "storage": job.storage, "track": job.track, "phases": phases}
+    top = {"name": job.name, "seed": job.seed, "storage": job.storage, "track": job.track, "env": job.env}
+    return {**top, "phases": phases}
 
 
 def _meaning(job: Job) -> dict[str, Any]:

@@ -29,6 +29,8 @@ ALIVE_S = 120.0
 _PAUSE_S = 5.0
 _SHARE_OF_TIME = 0.1
 """Large files take longer: copying must not keep the network busy."""
+_END_S = 60.0
+"""For a copy that is under way to end."""
 
 
 def working_folder(remote: Place) -> Path:
@@ -70,10 +72,6 @@ def is_alive(remote: Place) -> bool:
     except (FileNotFoundError, ValueError):
         return False
     return (datetime.now(UTC) - said).total_seconds() < ALIVE_S
-
-
-_END_S = 60.0
-"""For a copy that is under way to end."""
 
 
 class Mirror:

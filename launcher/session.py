@@ -17,7 +17,7 @@ from training.errors import TrainingError
 
 _OBJECT_STORE_BYTES = 128 << 20
 """Calls carry metrics and file names, never weights."""
-_LONGEST_TEMPORARY = 24
+_LONGEST_TEMPORARY = 22
 """Characters: the names of Ray's sockets begin with it and must fit in 107."""
 
 
@@ -64,10 +64,11 @@ def _local(num_workers: int) -> Iterator[None]:
     temporary = tempfile.gettempdir()
     short_enough = len(temporary) <= _LONGEST_TEMPORARY
     folder = tempfile.mkdtemp(prefix="muster-", dir=temporary if short_enough else "/tmp")
+    inside = f"{folder}/r"  # Ray opens its folder to everyone; the one around it is ours alone
     own = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_TMPDIR": folder,
+        "RAY_TMPDIR": inside,
         # Where Ray does not expect other hosts it binds every port to loopback. The name speaks of other systems; what it
         # does on Linux is asserted by tests/launcher/test_workers.py.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -80,7 +81,7 @@ def _local(num_workers: int) -> Iterator[None]:
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
         "_node_ip_address": "127.0.0.1",
-        "_temp_dir": folder,
+        "_temp_dir": inside,
     }
     try:
         advice = f"is there room in {folder} and /dev/shm?"

@@ -13,9 +13,10 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launcher import machines
+from launcher import machines, onsite
 from launcher.failures import Kind, Raised, WorkerDied, WorkerError, first_cause, worker_error
 from launcher.host import Host, Signs
+from launcher.job import ENV_NAMES
 from launcher.watch import Watch
 from training.config import Resources
 from training.distributed import Seat
@@ -34,6 +35,7 @@ class _Place:
 
     def __init__(self, device: str, environment: dict[str, str]):
         os.environ.update(environment)
+        onsite.land()
         self.host = Host(device)
         self.log = Path()
 
@@ -315,7 +317,8 @@ def _passed(argument: Any) -> Any:
 
 def _passed_on() -> dict[str, str]:
     """What workers on other machines need of this process's environment; an argument, since Ray shows runtime environments."""
-    return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    asked = os.environ.get(ENV_NAMES, "").split()
+    return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) or name in asked}
 
 
 def seats_for(places: Sequence[dict], resources: Resources, device: Any, host: str, port: int) -> list[Seat]:

@@ -106,6 +106,8 @@ class Problem:
 
     question: str
     steps: Steps
+    flaws: tuple[str, ...] = ("arithmetic", "operation", "number", "skipped")
+    """What somebody may do wrong: keys of FLAWS."""
 
     @property
     def numbers(self) -> list[int]:
@@ -183,11 +185,12 @@ def _amount(rng: Random, *, packed: bool, largest: int) -> Amount:
 
 
 def plain_sum(rng: Random) -> Problem:
-    """Two changes of a number and no words: 14+3-9."""
+    """Two changes of a number and no words: 14+3-9. Whoever is careless here takes or leaves out the wrong thing, and calculates right:
+    a tiny reward model sees the one and hardly the other."""
     start, *changes = (Amount(rng.randint(2, largest)) for largest in (25, 12, 12))
     ops = [rng.choice("+-") for _ in changes]
     question = f"{start}" + "".join(f"{op}{amount}" for op, amount in zip(ops, changes, strict=True))
-    return Problem(question, _chain(start, ops, changes, [question] * 3))
+    return Problem(question, _chain(start, ops, changes, [question] * 3), ("operation", "number", "skipped"))
 
 
 def _chain(start: Amount, ops: list[str], changes: list[Amount], reasons: list[str]) -> Steps:
@@ -227,7 +230,7 @@ def flawed(problem: Problem, rng: Random) -> FlawedAnswer:
     """An answer with exactly one flaw, of a kind and at a step picked at random, that ends in a wrong result."""
     right = work(problem.steps)
     while True:
-        kind = rng.choice(list(FLAWS))
+        kind = rng.choice(problem.flaws)
         alter, complain = FLAWS[kind]
         for index in rng.sample(range(len(right)), len(right)):
             lines = work(alter(problem, index, rng))
@@ -383,8 +386,7 @@ TABLES: dict[str, Table] = {
     "pairs.heldout.jsonl": Table(pair_row, "heldout", 400),
     "prompts.jsonl": Table(prompt_row, "train", 1000),
     "eval.jsonl": Table(eval_row, "eval", 200),
-    "sums/sft.jsonl": Table(sft_row, "train", 7000, plain_sum),
-    "sums/careless.jsonl": Table(careless_row, "train", 7000, plain_sum),
+    "sums/sft.jsonl": Table(careless_row, "train", 7000, plain_sum),
     "sums/pairs.jsonl": Table(pair_row, "train", 7000, plain_sum),
     "sums/pairs.heldout.jsonl": Table(pair_row, "heldout", 200, plain_sum),
     "sums/prompts.jsonl": Table(prompt_row, "train", 2000, plain_sum),

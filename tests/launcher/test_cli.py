@@ -10,7 +10,20 @@ import pytest
 from launcher import cli
 from training.errors import InputError, TrainingError
 
-VERBS = ("init", "check", "run", "resume", "list", "status", "checkpoints", "export", "generate")
+VERBS = (
+    "init",
+    "check",
+    "run",
+    "resume",
+    "list",
+    "status",
+    "checkpoints",
+    "export",
+    "generate",
+    "submit",
+    "logs",
+    "stop",
+)
 
 
 @pytest.fixture

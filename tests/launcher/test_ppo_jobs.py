@@ -94,7 +94,7 @@ def test_without_a_reward_model_the_critic_starts_from_the_policy(better):
         ("reward: reward", "rewards: reward", "unknown key; did you mean reward?"),
         ("from: sft", "from: reward", "`reward` ends with a reward model, ppo needs a language model"),
         ("response_tokens: 6", "response_tokens: 0", "response_tokens"),
-        ("response_tokens: 6", "response_tokens: 5000", "choose a smaller response_tokens"),
+        ("response_tokens: 6", "response_tokens: 5000", "edited.yaml:20: phases.ppo.response_tokens: the longest prompt and"),
         ("batch: 2\n    response", "batch: 5\n    response", "an iteration has 4 responses"),
         ("response_tokens: 6", "response_tokens: 6\n    critic: nowhere", '"nowhere" is no phase of this job'),
         ("max_length: 24}", "max_length: 24, overlong: truncate}", "data.overlong"),

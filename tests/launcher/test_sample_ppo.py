@@ -21,7 +21,7 @@ def test_a_policy_learns_from_a_reward_model_that_saw_pairs_alone(tmp_path, seed
     muster("init", ".")
     muster("run", "ppo.yaml", "--inline", f"seed={seed}", "resources.workers=1")
     asked = ("--data", "data/sums/eval.jsonl", "--temperature", "1", "--max-new-tokens", "40")
-    muster("eval", "runs/sums/careless", *asked, "--out", "before.jsonl")
+    muster("eval", "runs/sums/sft", *asked, "--out", "before.jsonl")
     before = [json.loads(line)["correct"] for line in (tmp_path / "before.jsonl").open()]
     rows = [json.loads(line) for line in (tmp_path / "runs/sums/ppo/metrics.jsonl").open()]
     after = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row][-1]

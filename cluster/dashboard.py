@@ -1,0 +1,69 @@
+"""The door of a Ray cluster: the address of its dashboard, as seen from here, and the token that opens it."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import ClusterError, Refused
+
+_ANSWER_S = 20.0
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """Where a cluster takes jobs."""
+
+    url: str
+    """Of this moment: perhaps the end of a tunnel."""
+    token: str | None
+    shown: str
+    """What a person calls it."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+    def get(self, path: str) -> Any:
+        """A JSON answer. Raises Refused for a missing or wrong token, ClusterError if there is no answer."""
+        request = urllib.request.Request(f"{self.url}{path}", headers=dict(self.headers))
+        try:
+            with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise Refused(self._told_of_token(error.code)) from None
+            raise ClusterError(
+                f"{self.shown} answers {error.code} to {path}; is it a Ray cluster's dashboard?"
+            ) from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ClusterError(f"{self.shown} does not answer at {self.url}: {reason}; is the cluster up?") from None
+
+    def _told_of_token(self, code: int) -> str:
+        if self.token is None:
+            return f"{self.shown} wants a token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or `token_file` in the cluster file"
+        return f"{self.shown} does not take our token ({code}); is it the token of this cluster?"
+
+    def version(self) -> str:
+        """Of Ray there."""
+        return str(self.get("/api/version")["ray_version"])
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """The machines that are up: address, whether it is the head, CPUs, GPUs, labels."""
+        answer = self.get("/api/v0/nodes?limit=10000&detail=True")
+        return [
+            {
+                "address": node["node_ip"],
+                "head": node["is_head_node"],
+                "cpus": node["resources_total"].get("CPU", 0),
+                "gpus": node["resources_total"].get("GPU", 0),
+                "labels": node.get("labels") or {},
+            }
+            for node in answer["data"]["result"]["result"]
+            if node["state"] == "ALIVE"
+        ]

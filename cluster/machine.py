@@ -1,0 +1,133 @@
+"""Running commands on a machine: this one, or one that is reached by SSH. Scripts are bash; secrets go through standard input."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cluster.errors import ClusterError
+from cluster.spec import Existing, Ssh
+
+Answer = TypeVar("Answer")
+_AT_ONCE = 16
+_TUNNEL_S = 30.0
+_SHOWN_LINES = 15
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine, by the command that runs `bash -c SCRIPT` on it."""
+
+    name: str
+    prefix: tuple[str, ...] = ()
+    """Of the command; empty for this machine."""
+
+    def run(self, script: str, *, given: str = "", timeout_s: float = 60.0) -> str:
+        """What a script prints; `given` is its standard input. Raises ClusterError if it fails or takes too long."""
+        command = ["bash", "-c", script]
+        if self.prefix:
+            command = [*self.prefix, shlex.join(["bash", "-lc", script])]
+        try:
+            done = subprocess.run(
+                command, input=given, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace"
+            )
+        except subprocess.TimeoutExpired:
+            raise ClusterError(f"{self.name} did not answer within {timeout_s:.0f} s") from None
+        except FileNotFoundError:
+            raise ClusterError(f"there is no command {command[0]} on this machine; install it") from None
+        if done.returncode:
+            said = "\n  ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-_SHOWN_LINES:])
+            what = "cannot be reached" if self.prefix and done.returncode == _SSH_FAILED else "failed"
+            raise ClusterError(f"{self.name} {what}: {said or f'exit status {done.returncode}'}")
+        return done.stdout
+
+
+_SSH_FAILED = 255
+HERE = Machine("this machine")
+
+
+def over_ssh(host: str, spec: Ssh | Existing) -> Machine:
+    """A machine of a cluster file, reached without a question: keys and known hosts are ssh's own business."""
+    return Machine(host, (*_ssh(spec), _login(host, spec.user)))
+
+
+def _ssh(spec: Ssh | Existing) -> list[str]:
+    options = ["BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=15", "ServerAliveCountMax=4"]
+    command = ["ssh", "-T"]
+    if isinstance(spec, Ssh):
+        options += spec.ssh_options
+        if spec.ssh_port is not None:
+            command += ["-p", str(spec.ssh_port)]
+        if spec.key is not None:
+            command += ["-i", os.path.expanduser(spec.key)]
+    return [*command, *(part for option in options for part in ("-o", option))]
+
+
+def _login(host: str, user: str | None) -> str:
+    return f"{user}@{host}" if user else host
+
+
+@contextmanager
+def tunnel(host: str, spec: Ssh | Existing, address: str, port: int) -> Iterator[int]:
+    """For the length of the block a port of this machine's loopback that leads to a port that `host` sees."""
+    here = free_port()
+    forward = ["-N", "-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{here}:{address}:{port}"]
+    process = subprocess.Popen(
+        [*_ssh(spec), *forward, _login(host, spec.user)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        _await_port(here, process, host)
+        yield here
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def _await_port(port: int, process: subprocess.Popen, host: str) -> None:
+    deadline = time.monotonic() + _TUNNEL_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            assert process.stderr is not None
+            raise ClusterError(f"no SSH tunnel to {host}: {process.stderr.read().strip()}")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise ClusterError(f"no SSH tunnel to {host} within {_TUNNEL_S:.0f} s")
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
+
+
+def on_all(calls: Mapping[str, Callable[[], Answer]]) -> dict[str, Answer | ClusterError]:
+    """What many machines answer, asked at the same time; of those in trouble their error."""
+
+    def answer(call: Callable[[], Answer]) -> Answer | ClusterError:
+        try:
+            return call()
+        except ClusterError as error:
+            return error
+
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        return dict(zip(calls, threads.map(answer, calls.values()), strict=True))
+
+
+def all_of(answers: Mapping[str, Answer | ClusterError]) -> dict[str, Answer]:
+    """The answers. Raises ClusterError with every error among them."""
+    errors = [str(answer) for answer in answers.values() if isinstance(answer, ClusterError)]
+    if errors:
+        raise ClusterError("\n".join(dict.fromkeys(errors)))
+    return {name: answer for name, answer in answers.items() if not isinstance(answer, ClusterError)}

@@ -1,0 +1,99 @@
+"""Where machines come from: one module a provider, loaded when it is needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from cluster.dashboard import Dashboard
+from cluster.errors import ClusterError, Refused
+from cluster.home import Home
+from cluster.machine import on_all
+from cluster.spec import Cluster
+
+Say = Callable[[str], None]
+_CLOCK_S = 30.0
+"""Clocks that are further apart confuse whoever reads the logs, and signed requests to clouds fail."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `doctor` saw."""
+
+    what: str
+    well: bool
+    found: str
+    advice: str = ""
+    """What to do, if it is not well."""
+
+
+class Provider(Protocol):
+    """How clusters of one kind are made and ended. `home` is the record of one that is up."""
+
+    def render(self) -> str:
+        """Exactly what `up` would do, for a person to read."""
+        ...
+
+    def up(self, home: Home, say: Say) -> None:
+        """Start it and write down what `down` needs, before it is needed. Raises ClusterError; what was started is ended then."""
+        ...
+
+    def down(self, home: Home, say: Say) -> None:
+        """End all there is of it. Raises ClusterError with what could not be ended."""
+        ...
+
+    def door(self, home: Home | None) -> AbstractContextManager[Dashboard]:
+        """Its dashboard as seen from here, for the length of a `with` block."""
+        ...
+
+    def doctor(self) -> list[Finding]:
+        """What keeps it from being used, or would."""
+        ...
+
+
+def provider_of(spec: Cluster) -> Provider:
+    module = import_module(f"cluster.providers.{spec.provider}")
+    return module.PROVIDER(spec)
+
+
+# What several providers have in common
+
+
+def environment(spec: Cluster) -> dict[str, str]:
+    """Of Ray on the machines of a cluster that Muster makes."""
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(spec.stop_s)}
+
+
+def findings_of(looks: Mapping[str, Callable[[], dict[str, Any]]]) -> list[Finding]:
+    """What is seen on machines: whether they answer, and have what a node needs in the versions that are here."""
+    here = version("ray")
+    findings = []
+    for name, facts in on_all(looks).items():
+        if isinstance(facts, ClusterError):
+            findings.append(Finding(name, False, str(facts), "mend this first: the rest cannot be seen"))
+            continue
+        ray = facts["versions"]["ray"]
+        seen = f"Python {facts['python']}, Ray {ray or 'is missing'}, {facts['cores']} cores"
+        missing = [package for package, found in facts["versions"].items() if found is None]
+        apart = abs(facts["time"] - time.time())
+        if missing:
+            findings.append(Finding(name, False, seen, f"install {', '.join(missing)} for {facts['executable']}"))
+        elif ray != here:
+            findings.append(Finding(name, False, seen, f"install Ray {here} there: it is the version here"))
+        elif apart > _CLOCK_S:
+            findings.append(Finding(name, False, f"its clock is {apart:.0f} s off ours", "let it follow a time server"))
+        else:
+            findings.append(Finding(name, True, seen))
+    return findings
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Raises Refused with everything that is not well."""
+    wrong = [f"{finding.what}: {finding.found}; {finding.advice}" for finding in findings if not finding.well]
+    if wrong:
+        raise Refused("\n".join(wrong))

@@ -1,0 +1,67 @@
+"""A Ray cluster that somebody else started: used, never started or ended."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cluster.dashboard import Dashboard
+from cluster.errors import ClusterError, Refused
+from cluster.home import Home
+from cluster.machine import tunnel
+from cluster.providers import Finding, Say
+from cluster.spec import Existing
+
+
+class ExistingProvider:
+    def __init__(self, spec: Existing):
+        self.spec = spec
+
+    def render(self) -> str:
+        return f"# nothing would be applied: {self.spec.address} is somebody else's cluster\n"
+
+    def up(self, home: Home, say: Say) -> None:
+        raise Refused(f"{self.spec.name} is somebody else's cluster (provider: existing): it is not ours to start")
+
+    def down(self, home: Home, say: Say) -> None:
+        raise Refused(f"{self.spec.name} is somebody else's cluster (provider: existing): it is not ours to end")
+
+    @contextmanager
+    def door(self, home: Home | None) -> Iterator[Dashboard]:
+        token = self._token()
+        if self.spec.ssh is None:
+            yield Dashboard(self.spec.address, token, self.spec.address)
+            return
+        address = urlsplit(self.spec.address)
+        with tunnel(self.spec.ssh, self.spec, address.hostname or "", address.port or 8265) as port:
+            yield Dashboard(f"http://127.0.0.1:{port}", token, f"{self.spec.address} through {self.spec.ssh}")
+
+    def doctor(self) -> list[Finding]:
+        try:
+            with self.door(None) as door:
+                return [Finding("Ray", True, f"{door.version()}, {len(door.nodes())} machines are up")]
+        except ClusterError as error:
+            return [Finding("Ray", False, str(error))]
+
+    def _token(self) -> str | None:
+        if self.spec.token_file is not None:
+            return _read(Path(self.spec.token_file).expanduser())
+        if token := os.environ.get("RAY_AUTH_TOKEN"):
+            return token
+        if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            return _read(Path(path))
+        usual = Path.home() / ".ray" / "auth_token"
+        return _read(usual) if usual.exists() else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise Refused(f"{path}: the token cannot be read: {error.strerror}") from None
+
+
+PROVIDER = ExistingProvider

@@ -1,0 +1,57 @@
+"""Ray on this machine, bound to loopback: for several jobs, without starting Ray anew for each."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cluster.dashboard import Dashboard
+from cluster.home import Home
+from cluster.machine import HERE, free_port
+from cluster.node import Node, head_arguments, places
+from cluster.providers import Finding, Say, environment, findings_of
+from cluster.spec import Local
+
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Where Ray does not expect other hosts it binds every port to loopback; the name speaks of other systems."""
+
+
+class LocalProvider:
+    def __init__(self, spec: Local):
+        self.spec = spec
+
+    def _arguments(self, port: int, dashboard_port: int) -> list[str]:
+        return [*head_arguments("127.0.0.1", port, dashboard_port), *places(self.spec.cpus, self.spec.gpus)]
+
+    def render(self) -> str:
+        return f"# on this machine, with free ports\n{shlex.join(['ray', 'start', *self._arguments(6379, 8265)])}\n"
+
+    def up(self, home: Home, say: Say) -> None:
+        port, dashboard_port = free_port(), free_port()
+        home.write({**home.record(), "dashboard_port": dashboard_port})
+        say("starting Ray on this machine")
+        arguments = self._arguments(port, dashboard_port)
+        # Another Ray on this machine has the usual ones.
+        arguments += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
+        node = self._node(home.record()["mark"])
+        node.start(arguments, home.token(), environment={**_LOOPBACK, **environment(self.spec)})
+
+    def down(self, home: Home, say: Say) -> None:
+        say("ending Ray on this machine")
+        self._node(home.record()["mark"]).end()
+
+    @contextmanager
+    def door(self, home: Home | None) -> Iterator[Dashboard]:
+        assert home is not None, "a cluster that Muster made has a record"
+        yield Dashboard(f"http://127.0.0.1:{home.record()['dashboard_port']}", home.token(), f"the cluster {home.name}")
+
+    def doctor(self) -> list[Finding]:
+        return findings_of({"this machine": self._node("").look})
+
+    def _node(self, mark: str) -> Node:
+        return Node(HERE, sys.executable, mark)
+
+
+PROVIDER = LocalProvider

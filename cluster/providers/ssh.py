@@ -1,0 +1,74 @@
+"""Machines that you own, reached by SSH: Ray is started on each, a head first; drivers of jobs run on that."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cluster.dashboard import Dashboard
+from cluster.home import Home
+from cluster.machine import all_of, on_all, over_ssh, tunnel
+from cluster.node import Node, head_arguments, places
+from cluster.providers import Finding, Say, environment, findings_of, refuse
+from cluster.spec import Machines, Ssh
+
+
+class SshProvider:
+    def __init__(self, spec: Ssh):
+        self.spec = spec
+        self.pool_of = {host: pool for pool in spec.pools.values() for host in pool.hosts}
+
+    def render(self) -> str:
+        spec = self.spec
+        head = self._head_arguments(spec.head.address or spec.head.host)
+        lines = [f"# {spec.head.host}", *spec.setup, shlex.join(["ray", "start", *head])]
+        for host, pool in self.pool_of.items():
+            arguments = self._worker_arguments(spec.head.address or spec.head.host, pool)
+            lines += ["", f"# {host}", *spec.setup, shlex.join(["ray", "start", *arguments])]
+        return "\n".join([*lines, ""])
+
+    def up(self, home: Home, say: Say) -> None:
+        say(f"looking at {len(self.spec.hosts)} machines")
+        refuse(self.doctor())
+        mark, token, variables = home.record()["mark"], home.token(), environment(self.spec)
+        head = self.spec.head.address or self._node(self.spec.head.host).look()["address"]
+        say(f"starting Ray on {self.spec.head.host}")
+        self._node(self.spec.head.host, mark).start(
+            self._head_arguments(head), token, setup=self.spec.setup, environment=variables
+        )
+        say(f"starting Ray on {len(self.pool_of)} machines for workers")
+        starts = {
+            host: lambda host=host, pool=pool: self._node(host, mark).start(
+                self._worker_arguments(head, pool), token, setup=self.spec.setup, environment=variables
+            )
+            for host, pool in self.pool_of.items()
+        }
+        all_of(on_all(starts))
+
+    def down(self, home: Home, say: Say) -> None:
+        mark = home.record()["mark"]
+        say(f"ending Ray on {len(self.spec.hosts)} machines")
+        all_of(on_all({host: self._node(host, mark).end for host in reversed(self.spec.hosts)}))
+
+    @contextmanager
+    def door(self, home: Home | None) -> Iterator[Dashboard]:
+        assert home is not None, "a cluster that Muster made has a record"
+        with tunnel(self.spec.head.host, self.spec, "127.0.0.1", self.spec.dashboard_port) as port:
+            yield Dashboard(f"http://127.0.0.1:{port}", home.token(), f"the cluster {home.name}")
+
+    def doctor(self) -> list[Finding]:
+        return findings_of({host: self._node(host).look for host in self.spec.hosts})
+
+    def _node(self, host: str, mark: str = "") -> Node:
+        return Node(over_ssh(host, self.spec), self.spec.python, mark)
+
+    def _head_arguments(self, address: str) -> list[str]:
+        head = self.spec.head
+        return [*head_arguments(address, self.spec.port, self.spec.dashboard_port), *places(head.cpus, head.gpus)]
+
+    def _worker_arguments(self, head: str, pool: Machines) -> list[str]:
+        return [f"--address={head}:{self.spec.port}", *places(pool.cpus, pool.gpus, pool.labels)]
+
+
+PROVIDER = SshProvider

@@ -1,0 +1,126 @@
+"""Typed settings of a cluster file, one class a provider. Knows no YAML; imports nothing heavy.
+
+Every class is frozen, refuses unknown keys and takes no loose types. The string under a field is its reference text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,39}$")]
+Port = Annotated[int, Field(gt=0, lt=65536)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
+"""A name or an address: never an option of ssh."""
+
+
+class Settings(BaseModel):
+    """Base of all settings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Cluster(Settings):
+    """What every kind of cluster has."""
+
+    made_by_muster: ClassVar[bool] = True
+    """Whether `up` starts it and `down` ends it."""
+
+    provider: str
+    name: Name
+    """What it is called on the command line (`--on NAME`)."""
+    storage: str | None = None
+    """Where runs are kept whose job does not name a bucket: a bucket, or a folder that every machine of the cluster sees."""
+    shared: list[str] = []
+    """Folders that every machine of the cluster sees: what lies there is not carried along with a job."""
+    stop_s: Positive = 300
+    """Longest time that a job may take for its last checkpoint when it is stopped."""
+
+
+class Local(Cluster):
+    """Ray on this machine, on loopback alone, for several jobs one after the other or side by side."""
+
+    provider: Literal["local"]
+    cpus: Positive | None = None
+    """Places for workers without a GPU. None: the cores of the machine."""
+    gpus: Count | None = None
+    """None: all there are."""
+
+
+class Existing(Cluster):
+    """A Ray cluster that somebody else started."""
+
+    made_by_muster: ClassVar[bool] = False
+
+    provider: Literal["existing"]
+    address: str = Field(examples=["http://10.0.0.5:8265"], pattern=r"^https?://[^/\s]+$")
+    """Of its dashboard, which takes jobs."""
+    token_file: str | None = None
+    """File with its token. None: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token if there is one."""
+    ssh: Host | None = None
+    """A machine that sees the address: it is reached through an SSH tunnel over this one."""
+    user: Host | None = None
+    """On that machine. None: as ssh decides."""
+
+
+class Head(Settings):
+    """The machine that leads the cluster; drivers of jobs run there. Workers do not, unless it is given places for them."""
+
+    host: Host = Field(examples=["10.0.0.1"])
+    """What ssh connects to."""
+    address: Host | None = None
+    """How the other machines reach it, if that is not `host`: an address of the private network."""
+    cpus: Count = 0
+    """Places for workers without a GPU."""
+    gpus: Count = 0
+
+
+class Machines(Settings):
+    """Machines of one kind."""
+
+    hosts: Annotated[list[Host], Field(min_length=1)] = Field(examples=["[10.0.0.2, 10.0.0.3]"])
+    """What ssh connects to; the first machine reaches them there too."""
+    cpus: Positive | None = None
+    """Places for workers without a GPU, on one machine. None: its cores."""
+    gpus: Count | None = None
+    """Of one machine. None: all there are."""
+    labels: dict[str, str] = {}
+    """For `resources.accelerator` and the like, such as {ray.io/accelerator-type: A100}."""
+
+
+class Ssh(Cluster):
+    """Machines that you own, reached by SSH."""
+
+    provider: Literal["ssh"]
+    head: Head
+    pools: Annotated[dict[str, Machines], Field(min_length=1)]
+    """Machines for workers, by a name of your choice."""
+    user: Host | None = None
+    """On all machines. None: as ssh decides."""
+    ssh_port: Port | None = None
+    key: str | None = None
+    """File of the private key. None: as ssh decides."""
+    ssh_options: list[str] = []
+    """For `ssh -o`, such as ProxyJump=gate."""
+    python: str = "python3"
+    """Python on the machines, with Muster's dependencies: a path, or a name that a login shell finds."""
+    setup: list[str] = []
+    """Commands that are run on every machine, in order, before Ray starts there."""
+    port: Port = 6379
+    """Of Ray on the head."""
+    dashboard_port: Port = 8265
+    """On the head's loopback."""
+
+    @property
+    def hosts(self) -> list[str]:
+        """All machines, the head first."""
+        return [self.head.host, *(host for pool in self.pools.values() for host in pool.hosts)]
+
+
+SPECS: dict[str, type[Cluster]] = {"local": Local, "existing": Existing, "ssh": Ssh}
+"""By provider."""

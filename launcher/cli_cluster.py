@@ -1,0 +1,157 @@
+"""The verbs that speak to clusters: parse, call, print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launcher.verbs import JobFile, Json, On, Overrides, cluster_verb, show, verb
+from training.errors import InputError
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a job on the cluster.", show_default=False)]
+ClusterFile = Annotated[Path, typer.Argument(metavar="FILE", help="Cluster file.", show_default=False)]
+ClusterName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a cluster that is up.", show_default=False)]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _wanted(on: str | None) -> str:
+    if on is None:
+        raise InputError.of("command line", "name the cluster with --on")
+    return on
+
+
+@verb
+def submit(job: JobFile, overrides: Overrides = None, on: On = None, as_json: Json = False) -> None:
+    """Hand a job over to a cluster and print its id there. A run of the same job that was interrupted goes on."""
+    from launcher import handover
+
+    show(handover.submit(job, overrides or [], _wanted(on)), handover.submitted_lines, as_json)
+
+
+def run_on(job: Path, overrides: Sequence[str], on: str) -> int:
+    from launcher import handover
+
+    facts = handover.submit(job, overrides, on)
+    for line in handover.submitted_lines(facts):
+        print(line)
+    return _follow(facts["id"], on)
+
+
+def _follow(name: str, on: str) -> int:
+    from launcher import clusters, submit
+
+    try:
+        facts = submit.follow(clusters.target(on).door, name, _write, _note)
+    except KeyboardInterrupt:
+        _note(
+            f"the job goes on; `muster logs -f {name} --on {on}` follows it again, `muster stop {name} --on {on}` ends it"
+        )
+        return 130
+    if facts["state"] == "stopped":
+        return 130
+    return 0 if facts["state"] == "succeeded" else facts["exit_status"] or 1
+
+
+@verb
+def logs(
+    job: JobId,
+    on: On = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Until the job is over. Exits with its status.")
+    ] = False,
+) -> int:
+    """What a job of a cluster has printed."""
+    from launcher import clusters
+    from launcher import submit as jobs
+
+    if follow:
+        return _follow(job, _wanted(on))
+    _write(jobs.logs(clusters.target(_wanted(on)).door, job))
+    return 0
+
+
+@verb
+def stop(job: JobId, on: On = None, as_json: Json = False) -> None:
+    """Have a job of a cluster save a checkpoint and end. Submitting it again goes on from there."""
+    from launcher import clusters, handover
+    from launcher import submit as jobs
+
+    found = clusters.target(_wanted(on))
+    show([jobs.stop(found.door, job, found.spec.stop_s + 60)], handover.job_lines, as_json)
+
+
+def list_on(on: str, as_json: bool) -> None:
+    from launcher import clusters, handover
+    from launcher import submit as jobs
+
+    show(jobs.listing(clusters.target(on).door), handover.job_lines, as_json)
+
+
+def status_on(job: str, on: str, as_json: bool) -> None:
+    from launcher import clusters, handover
+    from launcher import submit as jobs
+
+    show([jobs.status(clusters.target(on).door, job)], handover.job_lines, as_json)
+
+
+@cluster_verb
+def render(file: ClusterFile) -> None:
+    """Print what `up` would do."""
+    from launcher import clusters
+
+    print(clusters.render(file), end="")
+
+
+@cluster_verb
+def up(file: ClusterFile) -> None:
+    """Start a cluster."""
+    from launcher import clusters
+
+    name = clusters.up(file, print)
+    print(f"{name} is up; `muster submit JOB --on {name}` hands a job over, `muster cluster down {name}` ends it")
+
+
+@cluster_verb
+def down(
+    name: ClusterName,
+    force: Annotated[bool, typer.Option("--force", help="End jobs that run, too, without a checkpoint.")] = False,
+) -> None:
+    """End a cluster."""
+    from launcher import clusters
+
+    clusters.down(name, print, force=force)
+    print(f"{name} is down")
+
+
+@cluster_verb
+def status_(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Default: all.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Machines, GPUs and jobs of the clusters that are up."""
+    from launcher import clusters
+
+    show(clusters.status(name), clusters.status_lines, as_json)
+
+
+@cluster_verb
+def doctor(file: ClusterFile, as_json: Json = False) -> int:
+    """What a cluster lacks, before it is started. Exit status 1 if something is not well."""
+    from launcher import clusters
+
+    findings = clusters.doctor(file)
+    shown: Any = [vars(finding) for finding in findings] if as_json else findings
+    show(shown, clusters.doctor_lines, as_json)
+    return int(not all(finding.well for finding in findings))

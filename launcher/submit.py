@@ -1,0 +1,193 @@
+"""Jobs on a cluster, through Ray Jobs: hand one over, look at them, follow one, stop one.
+
+What Ray keeps of a job everyone on the cluster can read: its metadata hold no secret, and its environment holds them sealed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from cluster.dashboard import Dashboard
+from cluster.errors import ClusterError, Refused
+from launcher import bundle, sealed
+from launcher.explain import did_you_mean
+from launcher.job import Job
+
+logging.getLogger("ray").setLevel(logging.ERROR)  # uploads and closed connections are ours to tell
+
+Door = Callable[[], AbstractContextManager[Dashboard]]
+"""Opens a way to the cluster's dashboard; again, if the last one has broken."""
+ENTRYPOINT = "exec python -u -m launcher.onsite"
+_RUN, _JOB = "muster_run", "muster_job"
+"""Metadata by which our jobs are known."""
+_OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+_LOOK_S = 0.5
+_AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Pauses before the connection is tried again; the last one counts from then on."""
+
+
+@contextmanager
+def _client(door: Door) -> Iterator[JobSubmissionClient]:
+    """Raises Refused for a wrong token, ClusterError for a cluster that does not answer or understand."""
+    with door() as dashboard:
+        dashboard.version()  # tells a wrong token in plain words
+        try:
+            yield JobSubmissionClient(dashboard.url, headers=dict(dashboard.headers))
+        except AuthenticationError as error:
+            raise Refused(f"{dashboard.shown}: {error}") from None
+        except (requests.RequestException, aiohttp.ClientError, ConnectionError, RuntimeError) as error:
+            raise ClusterError(f"{dashboard.shown}: {error}") from None
+
+
+def check_version(dashboard: Dashboard) -> None:
+    """Raises Refused if the cluster runs another Ray than we do: jobs and workers speak to it with the one that is there."""
+    import ray
+
+    there = dashboard.version()
+    if there != ray.__version__:
+        raise Refused(
+            f"{dashboard.shown} runs Ray {there}, here is {ray.__version__}; install ray=={there} here, or {ray.__version__} there"
+        )
+
+
+def submit(
+    job: Job, door: Door, *, storage: str, shared: Sequence[str], stop_s: int, environment: Mapping[str, str]
+) -> str:
+    """Hand a job over; returns its id on the cluster. Raises InputError for what cannot go along, Refused, ClusterError."""
+    name = f"{job.name}-{secrets.token_hex(3)}"
+    with tempfile.TemporaryDirectory() as folder, door() as dashboard:
+        check_version(dashboard)
+        packed = Path(folder) / "bundle.zip"
+        bundle.write(job, storage, shared, packed)
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_s)}
+        if environment:
+            if dashboard.token is None:
+                raise Refused(
+                    f"{dashboard.shown} has no token to seal `env` with: give it one, or set the variables on its machines"
+                )
+            variables[sealed.VARIABLE] = sealed.seal(environment, dashboard.token)
+        with _client(door) as client:
+            client.submit_job(
+                entrypoint=ENTRYPOINT,
+                submission_id=name,
+                runtime_env={"working_dir": str(packed), "env_vars": variables},
+                metadata={_JOB: job.name, _RUN: f"{storage}/{job.name}"},
+            )
+    return name
+
+
+def listing(door: Door) -> list[dict[str, Any]]:
+    """The cluster's jobs that came from Muster, the oldest first."""
+    with _client(door) as client:
+        jobs = [_facts(details) for details in client.list_jobs() if _JOB in (details.metadata or {})]
+    return sorted(jobs, key=lambda facts: facts["submitted"] or "")
+
+
+def status(door: Door, name: str) -> dict[str, Any]:
+    """Raises Refused for a job that the cluster does not know."""
+    known = listing(door)
+    for facts in known:
+        if facts["id"] == name:
+            return facts
+    ids = [facts["id"] for facts in known]
+    meant = did_you_mean(name, ids) or f"; there are {', '.join(ids) or 'none'}"
+    raise Refused(f"no job {name} on this cluster{meant}")
+
+
+def _facts(details: Any) -> dict[str, Any]:
+    return {
+        "id": details.submission_id,
+        "job": details.metadata[_JOB],
+        "run": details.metadata[_RUN],
+        "state": details.status.value.lower(),
+        "message": details.message,
+        "submitted": _time(details.start_time),
+        "ended": _time(details.end_time),
+        "exit_status": details.driver_exit_code,
+    }
+
+
+def _time(milliseconds: int | None) -> str | None:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds") if milliseconds else None
+
+
+def follow(door: Door, name: str, write: Callable[[str], None], say: Callable[[str], None]) -> dict[str, Any]:
+    """Pass on what a job prints until it is over, through any number of lost connections; returns how it ended."""
+    status(door, name)
+    seen, failures = 0, 0
+    while True:
+        try:
+            with _client(door) as client:
+                for text in _tail(client, name, seen):
+                    seen, failures = seen + len(text), 0
+                    write(text)
+                if client.get_job_status(name).value in _OVER:
+                    rest = client.get_job_logs(name)[seen:]
+                    write(rest)
+                    return status(door, name)
+                failures = 0
+                time.sleep(_LOOK_S)
+        except Refused:
+            raise
+        except ClusterError as error:
+            if failures == 0:
+                say(f"the connection is lost ({error}); the job goes on without it; trying again")
+            time.sleep(_AGAIN_S[min(failures, len(_AGAIN_S) - 1)])
+            failures += 1
+
+
+def _tail(client: JobSubmissionClient, name: str, seen: int) -> Iterator[str]:
+    """What a job prints beyond the first `seen` characters, as it comes, until the connection ends for whatever reason."""
+    loop = asyncio.new_event_loop()
+    texts: Any = client.tail_job_logs(name)
+    try:
+        while True:
+            try:
+                text = loop.run_until_complete(anext(texts))
+            except StopAsyncIteration:
+                return
+            fresh = text[seen:]
+            seen = max(0, seen - len(text))
+            if fresh:
+                yield fresh
+    finally:
+        loop.run_until_complete(texts.aclose())
+        loop.close()
+
+
+def logs(door: Door, name: str) -> str:
+    """All that a job has printed so far."""
+    status(door, name)
+    with _client(door) as client:
+        return client.get_job_logs(name)
+
+
+def stop(door: Door, name: str, within_s: float) -> dict[str, Any]:
+    """Ask a job to save and end, and wait until it has; returns how it ended. Raises ClusterError if it has not."""
+    facts = status(door, name)
+    if facts["state"].upper() in _OVER:
+        raise Refused(f"{name} is over: {facts['state']}, since {facts['ended']}")
+    with _client(door) as client:
+        client.stop_job(name)
+    deadline = time.monotonic() + within_s
+    while (facts := status(door, name))["state"].upper() not in _OVER:
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{name} was asked to stop and has not within {within_s:.0f} s; it is still {facts['state']}"
+            )
+        time.sleep(_LOOK_S)
+    return facts

@@ -1,0 +1,84 @@
+"""What all verbs share: how one is registered and how it ends, the arguments that many take. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.errors import ClusterError, Refused
+from training.errors import InputError, MusterError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Fine-tunes language models on as many machines as you give it.",
+)  # fmt: skip
+clusters = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Make clusters, look at them, end them.",
+)  # fmt: skip
+app.add_typer(clusters, name="cluster")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file.", show_default=False)]
+RunName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="Run folder, its name under ./runs, or its address (s3://...).", show_default=False
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over the file's.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Inline = Annotated[bool, typer.Option("--inline", help="One worker, in this process, without Ray.")]
+On = Annotated[
+    str | None,
+    typer.Option("--on", metavar="CLUSTER", help="Name of a cluster that is up, cluster file, or http://HOST:PORT."),
+]
+
+
+def verb(function: Callable, of: typer.Typer = app) -> Callable:
+    """Register a verb; its errors become lines of text and an exit status: 2 wrong input, 1 failed, 130 interrupted."""
+
+    @of.command(function.__name__.rstrip("_"))
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            status = function(*args, **kwargs)
+        except (InputError, Refused) as error:
+            _fail(error, 2)
+        except (MusterError, ClusterError, OSError) as error:
+            _fail(error, 1)
+        except KeyboardInterrupt:
+            status = 130
+        raise SystemExit(status or 0)
+
+    return run
+
+
+cluster_verb = partial(verb, of=clusters)
+
+
+def _fail(error: Exception, status: int) -> None:
+    print(error, file=sys.stderr)
+    raise SystemExit(status)
+
+
+def show(value: Any, as_lines: Callable[[Any], Iterable[str]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(value, indent=1))
+    else:
+        for line in as_lines(value):
+            print(line)
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console()

@@ -1,0 +1,157 @@
+"""What goes along with a job to a cluster: what it names, nothing else, the same each time; secrets sealed."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from launcher import bundle, onsite, sealed
+from launcher import job as jobs
+from training.errors import InputError
+
+
+def written(place: Path, shared: tuple[str, ...] = (), overrides: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """The files of the bundle of job.yaml, by name."""
+    file = place / "bundle.zip"
+    job = jobs.load(place / "job.yaml", overrides, elsewhere=shared)
+    bundle.write(job, "s3://bucket/runs", shared, file)
+    with zipfile.ZipFile(file) as packed:
+        return {name: packed.read(name) for name in packed.namelist()}
+
+
+def unpacked(place: Path, files: dict[str, bytes]) -> Path:
+    folder = place / "unpacked"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_the_job_goes_along_with_what_it_names_and_muster_and_nothing_else(place):
+    (place / "secret.txt").write_text("not for others")
+    (place / "data" / "other.jsonl").write_text("{}")
+    names = set(written(place))
+    carried = {name for name in names if name.startswith("submitted/")}
+    assert {Path(name).name for name in carried} == {
+        "job.yaml", "train.jsonl", "heldout.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    rest = names - carried
+    assert {name.partition("/")[0] for name in rest} == {"launcher", "training", "cluster"}
+    assert {"launcher/onsite.py", "launcher/templates/sft.yaml", "training/engine.py"} <= rest
+    assert not any("__pycache__" in name or name.endswith(".pyc") for name in rest)
+
+
+def test_equal_inputs_are_an_equal_bundle_whenever_and_wherever_it_is_made(place):
+    first = (place / "bundle.zip", written(place))[0].read_bytes()
+    os.utime(place / "data" / "train.jsonl", (0, 0))
+    written(place)
+    assert (place / "bundle.zip").read_bytes() == first
+    (place / "data" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    written(place)
+    assert (place / "bundle.zip").read_bytes() != first
+
+
+def test_on_site_the_job_is_the_same_job_with_paths_that_depend_on_content(place, monkeypatch):
+    monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
+    landed = onsite.land(unpacked(place, written(place)))
+    assert landed is not None
+    (landed / "job.yaml").write_bytes(written(place)["submitted/job.yaml"])
+    there, here = jobs.load(landed / "job.yaml"), jobs.load(place / "job.yaml")
+    assert there.storage == "s3://bucket/runs"
+    told = {line.partition(":")[0] for line in jobs.differences(here, there)}
+    assert told == {f"phases.sft.{key}" for key in ("data.train", "data.eval", "model.path")}
+    train = Path(str(there.phases["sft"].data.train))
+    assert train.read_bytes() == (place / "data/train.jsonl").read_bytes()
+    assert train.is_relative_to(place / "cache")
+    assert onsite.land(unpacked(place, written(place))) == landed  # once more changes nothing
+
+
+def test_without_a_bundle_there_is_nothing_to_land(place):
+    assert onsite.land() is None
+
+
+def test_globs_folders_and_reward_functions_go_along(place):
+    (place / "parts").mkdir()
+    for number in range(2):
+        (place / f"parts/{number}.jsonl").write_text((place / "data/train.jsonl").read_text())
+    files = written(place, overrides=("phases.sft.data.train=parts/*.jsonl",))
+    job = files["submitted/job.yaml"].decode()
+    assert sorted(Path(name).name for name in files if "parts" in name or "0000" in name) == [
+        "00000-0.jsonl",
+        "00001-1.jsonl",
+    ]
+    assert "/files" in job
+    files = written(place, overrides=("phases.sft.data.train=parts",))
+    assert sum(name.endswith(("parts/0.jsonl", "parts/1.jsonl")) for name in files) == 2
+
+
+def test_what_every_machine_sees_stays_where_it_is(place):
+    files = written(place, shared=(str(place / "data"), str(place / "model")))
+    assert {name for name in files if name.startswith("submitted/")} == {"submitted/job.yaml"}
+    assert str(place / "data/train.jsonl") in files["submitted/job.yaml"].decode()
+
+
+def test_a_shared_folder_need_not_be_seen_from_here(place):
+    away = ("phases.sft.data.train=/shared/train.jsonl", "model.path=/shared/model", "phases.sft.data.eval=null")
+    job = written(place, shared=("/shared",), overrides=away)["submitted/job.yaml"].decode()
+    assert "/shared/train.jsonl" in job
+    with pytest.raises(InputError, match="no such file"):
+        written(place, overrides=away)
+
+
+def test_large_files_are_refused_by_name_with_advice(place, monkeypatch):
+    monkeypatch.setattr(bundle, "LIMIT", 3000)
+    with pytest.raises(InputError) as refused:
+        written(place)
+    (problem,) = refused.value.problems
+    assert problem.where == str(place / "model")  # the data alone would do
+    assert "upload it to storage" in problem.message
+
+
+TOKEN, OTHER = "a" * 64, "b" * 64
+
+
+def test_secrets_are_sealed_with_the_clusters_token():
+    text = sealed.seal({"HF_TOKEN": "hf_secret"}, TOKEN)
+    assert "hf_secret" not in text
+    assert "HF_TOKEN" not in text
+    assert sealed.unseal(text, TOKEN) == {"HF_TOKEN": "hf_secret"}
+    with pytest.raises(InputError, match="another token"):
+        sealed.unseal(text, OTHER)
+
+
+def test_on_site_the_sealed_text_is_opened_and_gone(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv(sealed.VARIABLE, sealed.seal({"WANDB_API_KEY": "w"}, TOKEN))
+    sealed.open_environment()
+    assert os.environ["WANDB_API_KEY"] == "w"
+    assert sealed.VARIABLE not in os.environ
+
+
+def test_the_names_of_variables_are_in_the_job_and_their_values_are_not(place, monkeypatch):
+    monkeypatch.setenv("SECRET_OF_MINE", "s3cr3t")
+    files = written(place, overrides=("env=[SECRET_OF_MINE]",))
+    assert "SECRET_OF_MINE" in files["submitted/job.yaml"].decode()
+    assert not any(b"s3cr3t" in content for content in files.values())
+
+
+def test_a_variable_that_is_not_set_is_told_with_its_line(place, muster):
+    (place / "job.yaml").write_text("env: [NO_SUCH_VARIABLE, not-a-name]\n" + (place / "job.yaml").read_text())
+    answer = muster("check", "job.yaml")
+    assert answer.status == 2
+    assert "job.yaml:1: env.1: " in answer.err
+    (place / "job.yaml").write_text((place / "job.yaml").read_text().replace(", not-a-name", ""))
+    answer = muster("check", "job.yaml")
+    assert (answer.status, json.dumps(answer.err)) == (
+        2,
+        json.dumps(
+            "job.yaml:1: env.0: NO_SUCH_VARIABLE is not set in the environment; `export NO_SUCH_VARIABLE=...`, or leave it out\n"
+        ),
+    )

@@ -1,0 +1,217 @@
+"""Cluster files and names: what they may say, what is told when they are wrong, before anything is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster import home as homes
+from cluster.errors import ClusterError, Refused
+from cluster.machine import HERE, all_of, on_all
+from cluster.node import Node
+from cluster.providers import local
+from cluster.spec import SPECS
+from launcher import clusters, submit
+from training.errors import InputError
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "clusters"
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MUSTER_HOME", str(tmp_path / "muster"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def written(text: str) -> Path:
+    Path("c.yaml").write_text(text)
+    return Path("c.yaml")
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_files_of_configs_are_right_and_say_what_would_be_done(file):
+    spec = clusters.load(file)
+    assert spec.provider == file.stem
+    assert clusters.render(file)
+
+
+def test_every_provider_has_a_file():
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} == set(SPECS)
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("name: x", ["c.yaml: provider: name where the machines come from: local, existing or ssh"]),
+        ("provider: lokal", ["c.yaml:1: provider: name where the machines come from: local, existing or ssh; did you mean local?"]),
+        ("provider: local\ncpu: 4", ["c.yaml:2: cpu: unknown key; did you mean cpus?"]),
+        ("provider: local\nname: -rf", ["c.yaml:2: name: "]),
+        ("provider: existing\naddress: 10.0.0.5", ["c.yaml:2: address: "]),
+        ("provider: existing", ["c.yaml: address: this key is required"]),
+        ("provider: ssh\nhead: {host: -oProxyCommand=x}\npools: {a: {hosts: []}}\nstorage: runs", ["c.yaml:2: head.host: ", "c.yaml:3: pools.a.hosts: "]),
+        ("provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b]}}\nstorage: runs", ["c.yaml:4: storage: runs: name a bucket, or a folder"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_told_with_every_line(muster, text, messages):
+    written(text)
+    answer = muster("cluster", "up", "c.yaml")
+    assert answer.status == 2
+    lines = answer.err.splitlines()
+    assert len(lines) == len(messages)
+    assert all(line.startswith(message) for line, message in zip(lines, messages, strict=True)), answer.err
+    assert homes.known() == []
+
+
+@pytest.mark.parametrize(
+    "verb", [("submit", "job.yaml"), ("run", "job.yaml"), ("list",), ("status", "x"), ("logs", "x"), ("stop", "x")]
+)
+def test_a_cluster_that_is_not_up_is_told(muster, verb):
+    homes.claim("trial", {"spec": {"provider": "local", "name": "trial"}, "mark": "0", "started": ""})
+    answer = muster(*verb, "--on", "trail")
+    assert (answer.status, answer.err) == (
+        2,
+        "--on: trail: no cluster trail is up; did you mean trial?; `muster cluster up FILE` starts one\n",
+    )
+
+
+@pytest.mark.parametrize("verb", [("submit", "job.yaml"), ("logs", "x"), ("stop", "x")])
+def test_verbs_of_clusters_want_to_know_which(muster, verb):
+    assert muster(*verb).err == "command line: name the cluster with --on\n"
+
+
+def test_somebody_elses_cluster_is_neither_started_nor_ended(muster):
+    written("provider: existing\naddress: http://127.0.0.1:9")
+    answer = muster("cluster", "up", "c.yaml")
+    assert answer.status == 2
+    assert "somebody else's" in answer.err
+
+
+def test_a_cluster_that_does_not_answer_is_told_plainly(muster):
+    answer = muster("list", "--on", "http://127.0.0.1:9")
+    assert answer.status == 1
+    assert "http://127.0.0.1:9 does not answer" in answer.err
+    written("provider: existing\naddress: http://127.0.0.1:9\ntoken_file: nowhere")
+    answer = muster("list", "--on", "c.yaml")
+    assert (answer.status, answer.err) == (2, "nowhere: the token cannot be read: No such file or directory\n")
+
+
+def test_a_local_run_folder_is_refused_where_the_cluster_does_not_see_it(place, muster):
+    (place / "c.yaml").write_text("provider: existing\naddress: http://127.0.0.1:9")
+    answer = muster("submit", "job.yaml", "--on", "c.yaml")
+    assert answer.status == 2
+    assert "is a folder of this machine" in answer.err
+    assert "name a bucket" in answer.err
+
+
+def test_bad_jobs_are_refused_before_anything_is_sent(place, muster):
+    (place / "c.yaml").write_text("provider: existing\naddress: http://127.0.0.1:9\nstorage: s3://b/runs")
+    answer = muster("submit", "job.yaml", "phases.sft.batsh=1", "--on", "c.yaml")
+    assert (answer.status, answer.err) == (2, "command line: phases.sft.batsh: unknown key; did you mean batch?\n")
+
+
+def test_a_name_belongs_to_one_cluster_and_its_token_to_its_owner(tmp_path):
+    home = homes.claim("one", {"spec": {}})
+    assert len(home.token()) == 64
+    assert home.token_file.stat().st_mode & 0o777 == 0o600
+    assert home.folder.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(Refused, match="there is a cluster one already"):
+        homes.claim("one", {"spec": {}})
+    assert [known.name for known in homes.known()] == ["one"]
+    assert homes.claim("two", {}).token() != home.token()
+
+
+class _Broken:
+    """A provider whose start fails or is interrupted, and whose end may fail too."""
+
+    def __init__(self, error: BaseException, at_end: ClusterError | None = None):
+        self.error, self.at_end, self.ended = error, at_end, 0
+
+    def up(self, home, say):
+        raise self.error
+
+    def down(self, home, say):
+        self.ended += 1
+        if self.at_end:
+            raise self.at_end
+
+
+@pytest.mark.parametrize("error", [ClusterError("no"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_a_start_that_fails_or_is_interrupted_leaves_nothing(monkeypatch, error):
+    broken = _Broken(error)
+    monkeypatch.setattr(clusters, "provider_of", lambda spec: broken)
+    with pytest.raises(type(error)):
+        clusters.up(written("provider: local"), lambda text: None)
+    assert broken.ended == 1
+    assert homes.known() == []
+
+
+def test_what_cannot_be_ended_is_told_and_remembered(monkeypatch):
+    broken = _Broken(ClusterError("b did not start"), ClusterError("b cannot be reached"))
+    monkeypatch.setattr(clusters, "provider_of", lambda spec: broken)
+    with pytest.raises(
+        ClusterError, match="b cannot be reached\nnot all of c was ended; `muster cluster down c` tries again"
+    ):
+        clusters.up(written("provider: local"), lambda text: None)
+    assert [home.name for home in homes.known()] == ["c"]
+    broken.at_end = None
+    monkeypatch.setattr(submit, "listing", lambda door: [])
+    clusters.down("c", lambda text: None)
+    assert homes.known() == []
+
+
+def test_answers_of_many_machines_come_with_the_troubles_of_all():
+    def trouble():
+        raise ClusterError("b is out")
+
+    answers = on_all({"a": lambda: 1, "b": trouble})
+    assert answers["a"] == 1
+    with pytest.raises(ClusterError, match="^b is out$"):
+        all_of(answers)
+
+
+def test_only_marked_processes_are_ended(tmp_path):
+    import os
+    import subprocess
+
+    def sleeper(mark: str) -> subprocess.Popen:
+        return subprocess.Popen(["sleep", "60"], env={**os.environ, "MUSTER_CLUSTER": mark})
+
+    ours, others = sleeper("test0001"), sleeper("test00010")
+    folder = Path("/tmp/muster-test0001")
+    folder.mkdir()
+    try:
+        Node(HERE, "python3", "test0001").end()
+        assert ours.wait(10) == -15
+        assert others.poll() is None
+        assert not folder.exists()
+    finally:
+        others.kill()
+        others.wait()
+
+
+def test_a_failing_command_says_what_it_said():
+    with pytest.raises(ClusterError, match="this machine failed: oh no"):
+        HERE.run("echo oh no >&2; exit 3")
+    with pytest.raises(ClusterError, match="did not answer within"):
+        HERE.run("sleep 5", timeout_s=0.2)
+    assert HERE.run("cat", given="secret") == "secret"
+
+
+def test_json_of_no_clusters(muster):
+    assert json.loads(muster("cluster", "status", "--json").out) == []
+    assert "no clusters" in muster("cluster", "status").out
+
+
+def test_a_local_cluster_listens_on_loopback_alone_in_what_it_renders():
+    text = local.PROVIDER(clusters.load(CONFIGS / "local.yaml")).render()
+    assert "--node-ip-address=127.0.0.1" in text
+    assert "--dashboard-host=127.0.0.1" in text
+
+
+def test_input_errors_of_files_name_the_file(muster):
+    with pytest.raises(InputError, match="no such file"):
+        clusters.load(Path("nowhere.yaml"))
