@@ -5,9 +5,9 @@ Every class is frozen, refuses unknown keys and takes no loose types. The string
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,39}$")]
 Port = Annotated[int, Field(gt=0, lt=65536)]
@@ -122,5 +122,60 @@ class Ssh(Cluster):
         return [self.head.host, *(host for pool in self.pools.values() for host in pool.hosts)]
 
 
-SPECS: dict[str, type[Cluster]] = {"local": Local, "existing": Existing, "ssh": Ssh}
+class PodPool(Settings):
+    """Pods of one kind, one a machine."""
+
+    min: Count = 0
+    """Kept also when no job wants them."""
+    max: Positive
+    cpus: Positive
+    """Of a pod."""
+    memory_gib: Positive
+    gpus: Count = 0
+    gpu_resource: str = "nvidia.com/gpu"
+    """What the cluster calls its GPUs, a partition of one (MIG) too."""
+    gpu: str | None = None
+    """Type, for `resources.accelerator` of a job, such as A100."""
+    image: str | None = None
+    """None: the cluster's."""
+    shared_memory_gib: Positive = 8
+    """/dev/shm, where NCCL and data loaders put what processes of a machine share."""
+    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, Any]] = []
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max, which is {self.max}")
+        return self
+
+
+class PodHead(Settings):
+    """The pod that leads."""
+
+    cpus: Positive = 4
+    memory_gib: Positive = 16
+    node_selector: dict[str, str] = {}
+
+
+class Kubernetes(Cluster):
+    """A RayCluster of KubeRay (1.5 or newer), reached with kubectl. Pods come when a job wants them and go when they are idle."""
+
+    provider: Literal["kubernetes"]
+    image: str
+    """With Muster's dependencies."""
+    namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")] = "default"
+    context: str | None = None
+    """Of kubectl. None: the current one."""
+    head: PodHead = PodHead()
+    pools: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")], PodPool], Field(min_length=1)
+    ]
+    idle_minutes: Positive = 10
+    """After which a pod that nobody uses is given back."""
+    service_account: str | None = None
+    """Of all pods: what lets them into storage without a key."""
+
+
+SPECS: dict[str, type[Cluster]] = {"local": Local, "existing": Existing, "ssh": Ssh, "kubernetes": Kubernetes}
 """By provider."""
