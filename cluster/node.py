@@ -2,7 +2,7 @@
 
 All processes of a cluster on a machine, also the jobs' own, carry a mark in their environment: that is how they are found again,
 whatever became of their parents, and how nothing else is touched. The token, the log and Ray's own files are in one folder in
-/tmp, for the sake of Unix sockets, whose names must be short; Ray opens its own part of it to everyone, so that lies inside a
+TMPDIR or /tmp, for the sake of Unix sockets, whose names must be short; Ray opens its own part of it to everyone, so that lies inside a
 folder that is its owner's alone.
 """
 
@@ -19,6 +19,8 @@ from cluster.machine import Machine
 
 _MARK = "MUSTER_CLUSTER"
 _LOOK_S, _START_S, _END_S = 60.0, 240.0, 60.0
+_LONGEST = 40
+"""Characters of the folder: names of Ray's sockets begin with it and must fit in 107."""
 _ORDERLY_S = 3
 """For Ray and its jobs to end by themselves before they are killed."""
 _LOOK = """
@@ -72,10 +74,6 @@ class Node:
     """With Muster's dependencies; may begin with ~/."""
     mark: str = ""
 
-    @property
-    def folder(self) -> str:
-        return f"/tmp/muster-{self.mark}"
-
     def look(self) -> dict:
         """Versions, clock, cores, address. Raises ClusterError if the machine does not answer or has no such Python."""
         said = self.machine.run(f"{_path(self.python)} - <<'END'\n{_LOOK}\nEND", timeout_s=_LOOK_S)
@@ -89,21 +87,21 @@ class Node:
     ) -> None:
         """Start Ray and wait until it is up. The token goes through standard input into a file of mode 600."""
         variables = {
-            _MARK: self.mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{self.folder}/token",
+            _MARK: self.mark, "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **environment,
         }  # fmt: skip
-        start = shlex.join(
-            ["ray", "start", *arguments, f"--temp-dir={self.folder}/r", "--disable-usage-stats", "--block"]
-        )
+        start = shlex.join(["ray", "start", *arguments, "--disable-usage-stats", "--block"])
         lines = [
             "set -e -o pipefail",
-            f"umask 077; mkdir {self.folder}; cd {self.folder}; cat > token",
+            self._folder,
+            'umask 077; mkdir "$folder"; cd "$folder"; cat > token',
             "unset RAY_AUTH_TOKEN RAY_ADDRESS",
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            'export RAY_AUTH_TOKEN_PATH="$folder/token"',
             # `ray`, and `python` in jobs, are those beside the Python that was named
             f'export PATH="$(dirname "$({_path(self.python)} -c "import sys; print(sys.executable)")"):$PATH"',
             *setup,
-            f"setsid nohup {start} > ray.log 2>&1 < /dev/null &",
+            f'setsid nohup {start} --temp-dir="$folder/r" > ray.log 2>&1 < /dev/null &',
             "ray=$!",
             "while ! grep -q -e --block ray.log; do",
             '  kill -0 $ray 2> /dev/null || { echo "Ray did not start:" >&2; tail -n 12 ray.log >&2; exit 1; }',
@@ -121,9 +119,14 @@ class Node:
             f'for _ in $(seq {_ORDERLY_S * 5}); do [ -z "$(marked)" ] && break; sleep 0.2; done',
             'rest="$(marked)"',
             '[ -n "$rest" ] && kill -KILL $rest 2> /dev/null',
-            f"rm -rf {self.folder}",
+            self._folder,
+            'rm -rf "$folder"',
         ]
         self.machine.run("\n".join(lines), timeout_s=_END_S)
+
+    @property
+    def _folder(self) -> str:
+        return f'folder="${{TMPDIR:-/tmp}}/muster-{self.mark}"; [ ${{#folder}} -le {_LONGEST} ] || folder=/tmp/muster-{self.mark}'
 
 
 def _path(path: str) -> str:

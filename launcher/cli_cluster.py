@@ -126,7 +126,12 @@ def up(file: ClusterFile) -> None:
 @cluster_verb
 def down(
     name: ClusterName,
-    force: Annotated[bool, typer.Option("--force", help="End jobs that run, too, without a checkpoint.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="End jobs that run too, without a checkpoint; leave machines that cannot be reached."
+        ),
+    ] = False,
 ) -> None:
     """End a cluster."""
     from launcher import clusters

@@ -120,7 +120,7 @@ def up(file: Path, say: Say) -> str:
 
 
 def down(name: str, say: Say, *, force: bool = False) -> None:
-    """End a cluster. Raises Refused while jobs run on it, unless `force`; ClusterError if something is left."""
+    """End a cluster. Raises Refused while jobs run on it and ClusterError if something is left, unless `force`."""
     found = _up(name)
     assert found.home is not None, "it is ours"
     running = [] if force else _running(found)
@@ -128,13 +128,18 @@ def down(name: str, say: Say, *, force: bool = False) -> None:
         raise Refused(
             f"jobs run on {name}: {', '.join(running)}; `muster stop ID --on {name}` saves and stops one, --force ends them"
         )
-    _end(found.home, found.provider, say)
+    _end(found.home, found.provider, say, force=force)
 
 
-def _end(home: Home, provider: Provider, say: Say) -> None:
+def _end(home: Home, provider: Provider, say: Say, *, force: bool = False) -> None:
+    """`force`: forget the cluster also if something of it cannot be reached."""
     try:
         provider.down(home, say)
     except ClusterError as error:
+        if force:
+            say(f"{error}\nleft as it is")
+            home.remove()
+            return
         raise ClusterError(
             f"{error}\nnot all of {home.name} was ended; `muster cluster down {home.name}` tries again"
         ) from None
@@ -145,7 +150,7 @@ def _running(found: Target) -> list[str]:
     from launcher import submit
 
     try:
-        return [job["id"] for job in submit.listing(found.door) if job["state"] in ("running", "pending")]
+        return [job["id"] for job in submit.listing(found.door) if not submit.is_over(job)]
     except ClusterError:
         return []  # it does not answer: nothing of it can be saved
 

@@ -90,16 +90,17 @@ def gather(
 ) -> PlacementGroup:
     """Places for `wanted` workers, or after `wait_s` for as many as there is room for, if those are `least` or more.
 
-    `avoid`: ids of machines that are not to be used. Raises NoMachines.
+    Where there are enough machines and others use them, it waits its turn, however long that takes. `avoid`: ids of machines that are
+    not to be used. Raises NoMachines.
     """
     began = time.monotonic()
     group = _request(needs, wanted, avoid)
     patience = _FIRST_WORD_S
     try:
-        while not _comes(group, min(patience, began + wait_s - time.monotonic())):
+        while not _comes(group, _until(began, wait_s, patience)):
             waited = time.monotonic() - began
             state = _shortage(needs, wanted)
-            if waited >= wait_s:
+            if waited >= wait_s and not _taken(needs, least, avoid):
                 remove_placement_group(group)
                 return _smaller(needs, wanted, least, avoid, f"{state}, after {waited:.0f} s", say)
             say(f"waiting for machines since {waited:.0f} s: {state}")
@@ -108,6 +109,18 @@ def gather(
         remove_placement_group(group)
         raise
     return group
+
+
+def _until(began: float, wait_s: float, patience: float) -> float:
+    """How long to wait for the next look: not beyond the end of `wait_s`, as long as that lies ahead."""
+    left = began + wait_s - time.monotonic()
+    return min(patience, left) if left > 0 else patience
+
+
+def _taken(needs: Mapping[str, float], least: int, avoid: frozenset[str]) -> bool:
+    """Whether `least` workers would find a place if nobody else were there, and now do not."""
+    there = [found for found in ray.nodes() if found["Alive"] and found["NodeID"] not in avoid]
+    return fitting(needs, avoid) < least <= sum(_places(found["Resources"], needs) for found in there)
 
 
 def _comes(group: PlacementGroup, within_s: float) -> bool:

@@ -173,7 +173,7 @@ class Resources(Settings):
     min_workers: PositiveInt | None = None
     """May go on with as few, when machines are lost or do not come. None: waits for all."""
     wait_for_machines: PositiveFloat = 600.0
-    """Seconds to wait for machines before going on with fewer, or giving up."""
+    """Seconds to wait for machines before going on with fewer, or giving up. Machines that others use are waited for without end."""
     hang_after: PositiveFloat = 600.0
     """Seconds without any progress of any worker after which they are restarted."""
     gpus_per_worker: Literal["auto", 0, 1] = "auto"

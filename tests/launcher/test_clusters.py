@@ -91,9 +91,10 @@ def test_somebody_elses_cluster_is_neither_started_nor_ended(muster):
 
 
 def test_a_cluster_that_does_not_answer_is_told_plainly(muster):
-    answer = muster("list", "--on", "http://127.0.0.1:9")
-    assert answer.status == 1
-    assert "http://127.0.0.1:9 does not answer" in answer.err
+    for verb in (("list",), ("logs", "-f", "x"), ("stop", "x")):
+        answer = muster(*verb, "--on", "http://127.0.0.1:9")
+        assert answer.status == 1
+        assert "http://127.0.0.1:9 does not answer" in answer.err
     written("provider: existing\naddress: http://127.0.0.1:9\ntoken_file: nowhere")
     answer = muster("list", "--on", "c.yaml")
     assert (answer.status, answer.err) == (2, "nowhere: the token cannot be read: No such file or directory\n")

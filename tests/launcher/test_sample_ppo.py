@@ -26,6 +26,6 @@ def test_a_policy_learns_from_a_reward_model_that_saw_pairs_alone(tmp_path, seed
     rows = [json.loads(line) for line in (tmp_path / "runs/sums/ppo/metrics.jsonl").open()]
     after = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row][-1]
     # 200 questions: a standard deviation is 3.5 points at one half. Measured: see the README.
-    assert 0.4 < sum(before) / len(before) < 0.7
-    assert after > 0.8
+    assert 0.45 < sum(before) / len(before) < 0.7
+    assert after > 0.85
     assert max(row["kl"] for row in rows if "kl" in row) < 2
