@@ -158,19 +158,21 @@ class PodHead(Settings):
     node_selector: dict[str, str] = {}
 
 
+KubernetesName = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")]
+
+
 class Kubernetes(Cluster):
     """A RayCluster of KubeRay (1.5 or newer), reached with kubectl. Pods come when a job wants them and go when they are idle."""
 
     provider: Literal["kubernetes"]
+    name: KubernetesName
     image: str
     """With Muster's dependencies."""
-    namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")] = "default"
+    namespace: KubernetesName = "default"
     context: str | None = None
     """Of kubectl. None: the current one."""
     head: PodHead = PodHead()
-    pools: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")], PodPool], Field(min_length=1)
-    ]
+    pools: Annotated[dict[KubernetesName, PodPool], Field(min_length=1)]
     idle_minutes: Positive = 10
     """After which a pod that nobody uses is given back."""
     service_account: str | None = None

@@ -112,9 +112,12 @@ def up(file: Path, say: Say) -> str:
     except Refused:
         home.remove()
         raise
-    except BaseException:
+    except BaseException as error:
         say("that did not work; ending what was started")
-        _end(home, provider, say)
+        try:
+            _end(home, provider, say)
+        except ClusterError as left:
+            raise ClusterError("\n".join(filter(None, (str(error), str(left))))) from None
         raise
     return spec.name
 

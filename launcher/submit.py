@@ -19,6 +19,8 @@ from typing import Any
 import aiohttp
 import ray
 import requests
+from ray.dashboard.modules import dashboard_sdk
+from ray.dashboard.modules.job import sdk
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
@@ -28,7 +30,8 @@ from launcher import bundle, sealed
 from launcher.explain import did_you_mean
 from launcher.job import Job
 
-logging.getLogger("ray").setLevel(logging.ERROR)  # uploads and closed connections are ours to tell
+for _module in (dashboard_sdk, sdk):
+    _module.logger.setLevel(logging.ERROR)  # uploads and closed connections are ours to tell
 
 Door = Callable[[], AbstractContextManager[Dashboard]]
 """Opens a way to the cluster's dashboard; again, if the last one has broken."""

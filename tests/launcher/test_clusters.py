@@ -154,7 +154,8 @@ def test_what_cannot_be_ended_is_told_and_remembered(monkeypatch):
     broken = _Broken(ClusterError("b did not start"), ClusterError("b cannot be reached"))
     monkeypatch.setattr(clusters, "provider_of", lambda spec: broken)
     with pytest.raises(
-        ClusterError, match="b cannot be reached\nnot all of c was ended; `muster cluster down c` tries again"
+        ClusterError,
+        match="b did not start\nb cannot be reached\nnot all of c was ended; `muster cluster down c` tries again",
     ):
         clusters.up(written("provider: local"), lambda text: None)
     assert [home.name for home in homes.known()] == ["c"]

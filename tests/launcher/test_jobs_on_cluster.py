@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -38,11 +39,15 @@ class Commands:
         assert done.returncode == status, f"{words} exited with {done.returncode}:\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
+    def json(self, *words: str) -> Any:
+        """What a command prints as JSON; it prints nothing else."""
+        return json.loads(self(*words, "--on", "here", "--json"))
+
     def submitted(self, job: Path, *overrides: str) -> str:
-        return json.loads(self("submit", str(job), *overrides, "--on", "here", "--json"))["id"]
+        return self.json("submit", str(job), *overrides)["id"]
 
     def state(self, name: str) -> str:
-        return json.loads(self("status", name, "--on", "here", "--json"))[0]["state"]
+        return self.json("status", name)[0]["state"]
 
 
 def until(seen: Callable[[], bool], told: Callable[[], object]) -> None:
@@ -89,7 +94,7 @@ def test_a_job_is_followed_to_its_end_and_its_run_is_where_the_job_says(muster_h
     said = muster_here("run", str(job), "--on", "here")
     assert "sft: done; the model is in" in said
     assert (job.parent / "runs/sums/sft/model/model.safetensors").exists()
-    (facts,) = [one for one in json.loads(muster_here("list", "--on", "here", "--json")) if one["job"] == "sums"]
+    (facts,) = [one for one in muster_here.json("list") if one["job"] == "sums"]
     assert (facts["state"], facts["exit_status"], facts["run"]) == ("succeeded", 0, str(job.parent / "runs/sums"))
     assert muster_here("logs", facts["id"], "--on", "here") in said
     assert "is over: succeeded" in muster_here("stop", facts["id"], "--on", "here", status=2)
