@@ -118,7 +118,7 @@ def test_doctor_sees_what_is_missing(ssh_lab):
     assert said.count("NOT WELL") == 3
 
 
-def test_a_job_trains_across_machines_and_another_waits_its_turn(up, job):
+def test_a_job_trains_across_machines(up, job):
     said = up.muster("run", str(job), "--on", "lab")
     assert "sft: done; the model is in" in said
     events = [json.loads(line) for line in (up.folder / "runs/sums/events.jsonl").open()]

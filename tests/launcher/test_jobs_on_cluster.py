@@ -145,8 +145,14 @@ def test_a_secret_reaches_the_workers_and_stands_nowhere(muster_here, job):
         "env: [MY_SECRET]\n"
         + job.read_text().replace("train.jsonl", "rows.jsonl").replace("name: sums", "name: secretive")
     )
-    muster_here("run", str(job), "--on", "here", MY_SECRET="hush-hush-7")
+    overrides = ("phases.sft.max_steps=1000000", "phases.sft.checkpoint.every=500000")
+    said = muster_here("submit", str(job), *overrides, "--on", "here", "--json", MY_SECRET="hush-hush-7")
+    name, metrics = json.loads(said)["id"], job.parent / "runs/secretive/sft/metrics.jsonl"
+    until(lambda: metrics.exists(), lambda: muster_here("logs", name, "--on", "here"))
     mark = json.loads((muster_here.folder / "muster/clusters/here/cluster.json").read_text())["mark"]
+    nurseries = [process for process in marked(mark) if "launcher.nursery" in process.cmdline()]
+    assert [process.environ().get("MY_SECRET") for process in nurseries] == ["hush-hush-7"]
+    muster_here("stop", name, "--on", "here")
     places = [f"/tmp/muster-{mark}", str(muster_here.folder), str(job.parent)]
     found = subprocess.run(["grep", "-rlaF", "hush-hush-7", *places], capture_output=True, text=True, check=False)
     assert found.stdout == ""
