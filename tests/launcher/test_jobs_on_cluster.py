@@ -151,7 +151,7 @@ def test_a_secret_reaches_the_workers_and_stands_nowhere(muster_here, job):
     until(lambda: metrics.exists(), lambda: muster_here("logs", name, "--on", "here"))
     mark = json.loads((muster_here.folder / "muster/clusters/here/cluster.json").read_text())["mark"]
     nurseries = [process for process in marked(mark) if "launcher.nursery" in process.cmdline()]
-    assert [process.environ().get("MY_SECRET") for process in nurseries] == ["hush-hush-7"]
+    assert {process.environ().get("MY_SECRET") for process in nurseries} == {"hush-hush-7"}
     muster_here("stop", name, "--on", "here")
     places = [f"/tmp/muster-{mark}", str(muster_here.folder), str(job.parent)]
     found = subprocess.run(["grep", "-rlaF", "hush-hush-7", *places], capture_output=True, text=True, check=False)
