@@ -20,6 +20,8 @@ Answer = TypeVar("Answer")
 _AT_ONCE = 16
 _TUNNEL_S = 30.0
 _SHOWN_LINES = 15
+_SSH_FAILED = 255
+"""Exit status of ssh itself."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ class Machine:
         return done.stdout
 
 
-_SSH_FAILED = 255
 HERE = Machine("this machine")
 
 

@@ -82,10 +82,14 @@ class Node:
         except (ValueError, IndexError):
             raise ClusterError(f"{self.machine.name}: {self.python} answers {said.strip()[:200]!r}") from None
 
-    def start(
-        self, arguments: Sequence[str], token: str, *, setup: Sequence[str] = (), environment: Mapping[str, str] = {}
-    ) -> None:
-        """Start Ray and wait until it is up. The token goes through standard input into a file of mode 600."""
+    def start(self, script: str, token: str) -> None:
+        """Run a `script`: Ray is up when it has ended. The token goes through standard input into a file of mode 600."""
+        self.machine.run(script, given=token, timeout_s=_START_S)
+
+    def script(
+        self, arguments: Sequence[str], *, setup: Sequence[str] = (), environment: Mapping[str, str] = {}
+    ) -> str:
+        """Bash that starts Ray and waits until it is up; it wants the token on its standard input."""
         variables = {
             _MARK: self.mark, "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **environment,
@@ -94,7 +98,7 @@ class Node:
         lines = [
             "set -e -o pipefail",
             self._folder,
-            'umask 077; mkdir "$folder"; cd "$folder"; cat > token',
+            '(umask 077; mkdir "$folder"; cat > "$folder/token"); cd "$folder"',
             "unset RAY_AUTH_TOKEN RAY_ADDRESS",
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             'export RAY_AUTH_TOKEN_PATH="$folder/token"',
@@ -108,7 +112,7 @@ class Node:
             "  sleep 0.2",
             "done",
         ]
-        self.machine.run("\n".join(lines), given=token, timeout_s=_START_S)
+        return "\n".join(lines)
 
     def end(self) -> None:
         """End Ray, its jobs and their workers, and remove the folder. If nothing is there, that is well too."""

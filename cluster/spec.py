@@ -116,6 +116,15 @@ class Ssh(Cluster):
     dashboard_port: Port = 8265
     """On the head's loopback."""
 
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        twice = sorted({host for host in self.hosts if self.hosts.count(host) > 1})
+        if twice:
+            raise ValueError(
+                f"{', '.join(twice)}: named more than once; a head that is to work too gets `cpus` and `gpus` in `head`"
+            )
+        return self
+
     @property
     def hosts(self) -> list[str]:
         """All machines, the head first."""

@@ -44,7 +44,7 @@ def _storage(job: Job, spec: Cluster) -> str:
         return spec.storage.rstrip("/")
     raise InputError.of(
         str(job.file),
-        f"{job.storage} is a folder of this machine, which the cluster {spec.name} does not see; name a bucket (s3://...) here, or "
+        f"{job.storage} is a folder of this machine, which the cluster does not see; name a bucket (s3://...) here, or "
         "`storage` in the cluster file",
         "storage",
     )

@@ -75,7 +75,9 @@ def findings_of(looks: Mapping[str, Callable[[], dict[str, Any]]]) -> list[Findi
     findings = []
     for name, facts in on_all(looks).items():
         if isinstance(facts, ClusterError):
-            findings.append(Finding(name, False, str(facts), "mend this first: the rest cannot be seen"))
+            findings.append(
+                Finding(name, False, str(facts).removeprefix(f"{name} "), "mend this first: the rest cannot be seen")
+            )
             continue
         ray = facts["versions"]["ray"]
         seen = f"Python {facts['python']}, Ray {ray or 'is missing'}, {facts['cores']} cores"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,10 @@ class LocalProvider:
         return [*head_arguments("127.0.0.1", port, dashboard_port), *places(self.spec.cpus, self.spec.gpus)]
 
     def render(self) -> str:
-        return f"# on this machine, with free ports\n{shlex.join(['ray', 'start', *self._arguments(6379, 8265)])}\n"
+        return f"# on this machine, with free ports\n{self._script(self._node('MARK'), self._arguments(6379, 8265))}\n"
+
+    def _script(self, node: Node, arguments: list[str]) -> str:
+        return node.script(arguments, environment={**_LOOPBACK, **environment(self.spec)})
 
     def up(self, home: Home, say: Say) -> None:
         port, dashboard_port = free_port(), free_port()
@@ -36,7 +38,7 @@ class LocalProvider:
         # Another Ray on this machine has the usual ones.
         arguments += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
         node = self._node(home.record()["mark"])
-        node.start(arguments, home.token(), environment={**_LOOPBACK, **environment(self.spec)})
+        node.start(self._script(node, arguments), home.token())
 
     def down(self, home: Home, say: Say) -> None:
         say("ending Ray on this machine")

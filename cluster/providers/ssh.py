@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from cluster.dashboard import Dashboard
 from cluster.home import Home
@@ -20,31 +20,28 @@ class SshProvider:
         self.pool_of = {host: pool for pool in spec.pools.values() for host in pool.hosts}
 
     def render(self) -> str:
-        spec = self.spec
-        head = self._head_arguments(spec.head.address or spec.head.host)
-        lines = [f"# {spec.head.host}", *spec.setup, shlex.join(["ray", "start", *head])]
-        for host, pool in self.pool_of.items():
-            arguments = self._worker_arguments(spec.head.address or spec.head.host, pool)
-            lines += ["", f"# {host}", *spec.setup, shlex.join(["ray", "start", *arguments])]
-        return "\n".join([*lines, ""])
+        return "\n\n".join(f"# {host}\n{script}" for host, script in self._scripts("MARK").items()) + "\n"
+
+    def _scripts(self, mark: str, head: str = "") -> dict[str, str]:
+        """What is done on every machine, the head first. `head`: its address for the others, if it is known better than from here."""
+        address = head or self.spec.head.address or self.spec.head.host
+        arguments = {self.spec.head.host: self._head_arguments(address)}
+        arguments |= {host: self._worker_arguments(address, pool) for host, pool in self.pool_of.items()}
+        return {
+            host: self._node(host, mark).script(own, setup=self.spec.setup, environment=environment(self.spec))
+            for host, own in arguments.items()
+        }
 
     def up(self, home: Home, say: Say) -> None:
         say(f"looking at {len(self.spec.hosts)} machines")
         refuse(self.doctor())
-        mark, token, variables = home.record()["mark"], home.token(), environment(self.spec)
+        mark, token = home.record()["mark"], home.token()
         head = self.spec.head.address or self._node(self.spec.head.host).look()["address"]
-        say(f"starting Ray on {self.spec.head.host}")
-        self._node(self.spec.head.host, mark).start(
-            self._head_arguments(head), token, setup=self.spec.setup, environment=variables
-        )
-        say(f"starting Ray on {len(self.pool_of)} machines for workers")
-        starts = {
-            host: lambda host=host, pool=pool: self._node(host, mark).start(
-                self._worker_arguments(head, pool), token, setup=self.spec.setup, environment=variables
-            )
-            for host, pool in self.pool_of.items()
-        }
-        all_of(on_all(starts))
+        (first, script), *others = self._scripts(mark, head).items()
+        say(f"starting Ray on {first}")
+        self._node(first, mark).start(script, token)
+        say(f"starting Ray on {len(others)} machines for workers")
+        all_of(on_all({host: partial(self._node(host, mark).start, script, token) for host, script in others}))
 
     def down(self, home: Home, say: Say) -> None:
         mark = home.record()["mark"]

@@ -53,6 +53,7 @@ def test_every_provider_has_a_file():
         ("provider: existing\naddress: 10.0.0.5", ["c.yaml:2: address: "]),
         ("provider: existing", ["c.yaml: address: this key is required"]),
         ("provider: ssh\nhead: {host: -oProxyCommand=x}\npools: {a: {hosts: []}}\nstorage: runs", ["c.yaml:2: head.host: ", "c.yaml:3: pools.a.hosts: "]),
+        ("provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b, a]}}", ["c.yaml: a: named more than once; a head that is to work too"]),
         ("provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b]}}\nstorage: runs", ["c.yaml:4: storage: runs: name a bucket, or a folder"]),
     ],
 )  # fmt: skip
