@@ -107,7 +107,7 @@ def test_machines_that_cannot_be_reached_are_all_told_and_nothing_is_started(ssh
     gone = ["10.77.0.98", "10.77.0.99"]
     file = ssh_lab.file(pools={"x": {"hosts": gone}}, ssh_options=[*ssh_lab.options, "ConnectTimeout=2"])
     said = ssh_lab.muster("cluster", "up", str(file), status=2)
-    assert all(f"{host} cannot be reached" in said for host in gone)
+    assert all(f"{host}: cannot be reached" in said for host in gone)
     assert ssh_lab.lab[HEAD].processes_with("gcs_server") == []
     assert "no clusters" in ssh_lab.muster("cluster", "status")
 
