@@ -22,7 +22,7 @@ PASSES = 2
 RESPONSE_TOKENS = 48
 """At most."""
 ENDS = 1 / 12
-"""Probability that a token is a response's last, where responses end: they are 12 tokens long on average."""
+"""About the probability that a token is a response's last, where responses end. How long they are is measured."""
 PARTS = ("generate_s", "score_s", "learn_s")
 
 
@@ -92,7 +92,7 @@ def make(folder: Path, shape: workload.Shape = workload.SMALL, *, ends: bool = F
 
 
 def _let_end(model: Path) -> None:
-    """Rewrite a model so that the end-of-text token has the probability ENDS everywhere, however random the rest is.
+    """Rewrite a model so that the end-of-text token has about the probability ENDS everywhere, however random the rest is.
 
     One number of the residual stream is the same for every token and no layer changes it; the head turns it into a logit.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -23,6 +24,12 @@ class Dashboard:
     token: str | None
     shown: str
     """What a person calls it."""
+
+    def __post_init__(self) -> None:
+        """What is on this machine is not asked for through a proxy, which would be told the token."""
+        direct = [name for name in os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")).split(",") if name]
+        if "//127.0.0.1:" in self.url and "127.0.0.1" not in direct:
+            os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join([*direct, "127.0.0.1"])
 
     @property
     def headers(self) -> Mapping[str, str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from cluster import home as homes
+from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.machine import HERE, all_of, on_all
 from cluster.node import Node
@@ -218,3 +221,23 @@ def test_a_local_cluster_listens_on_loopback_alone_in_what_it_renders():
 def test_input_errors_of_files_name_the_file(muster):
     with pytest.raises(InputError, match="no such file"):
         clusters.load(Path("nowhere.yaml"))
+
+
+class _Answers(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"ray_version": self.headers["Authorization"]}).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+def test_what_is_on_this_machine_is_not_asked_for_through_a_proxy(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "example.com")
+    with HTTPServer(("127.0.0.1", 0), _Answers) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert Dashboard(f"http://127.0.0.1:{server.server_port}", "t", "it").version() == "Bearer t"
