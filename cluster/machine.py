@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cluster.errors import ClusterError
-from cluster.spec import Existing, Ssh
+from cluster.spec import Existing, Slurm, Ssh
 
 Answer = TypeVar("Answer")
 _AT_ONCE = 16
@@ -55,15 +55,15 @@ class Machine:
 HERE = Machine("this machine")
 
 
-def over_ssh(host: str, spec: Ssh | Existing) -> Machine:
+def over_ssh(host: str, spec: Ssh | Slurm | Existing) -> Machine:
     """A machine of a cluster file, reached without a question: keys and known hosts are ssh's own business."""
     return Machine(host, (*_ssh(spec), _login(host, spec.user)))
 
 
-def _ssh(spec: Ssh | Existing) -> list[str]:
+def _ssh(spec: Ssh | Slurm | Existing) -> list[str]:
     options = ["BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=15", "ServerAliveCountMax=4"]
     command = ["ssh", "-T"]
-    if isinstance(spec, Ssh):
+    if isinstance(spec, Ssh | Slurm):
         options += spec.ssh_options
         if spec.ssh_port is not None:
             command += ["-p", str(spec.ssh_port)]
@@ -77,7 +77,7 @@ def _login(host: str, user: str | None) -> str:
 
 
 @contextmanager
-def tunnel(host: str, spec: Ssh | Existing, address: str, port: int) -> Iterator[int]:
+def tunnel(host: str, spec: Ssh | Slurm | Existing, address: str, port: int) -> Iterator[int]:
     """For the length of the block a port of this machine's loopback that leads to a port that `host` sees."""
     here = free_port()
     forward = ["-N", "-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{here}:{address}:{port}"]

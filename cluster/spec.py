@@ -131,6 +131,40 @@ class Ssh(Cluster):
         return [self.head.host, *(host for pool in self.pools.values() for host in pool.hosts)]
 
 
+class Slurm(Cluster):
+    """Slurm: every job is an allocation in which Ray is started for that job alone."""
+
+    made_by_muster: ClassVar[bool] = False
+
+    provider: Literal["slurm"]
+    folder: str = Field(examples=["/home/me/muster"], pattern="^/")
+    """Where jobs and their output are kept; the login machine and all nodes see it."""
+    workers_per_node: Positive
+    """As many as a node has GPUs, or processes without one."""
+    gpus_per_node: Count = 0
+    cpus_per_node: Positive | None = None
+    """Cores to ask for. None: one for each worker."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: Annotated[str, Field(pattern=r"^[0-9:-]+$")] = "1-00:00:00"
+    """Longest time of an allocation, as Slurm writes it. A job that needs more goes on in the next one."""
+    notice_s: Positive = 120
+    """Before the end of that time the job is told to save."""
+    options: list[Annotated[str, Field(pattern="^--")]] = []
+    """More of sbatch's options, such as --constraint=a100."""
+    login: Host | None = None
+    """The machine with sbatch, reached by SSH. None: this one."""
+    user: Host | None = None
+    ssh_port: Port | None = None
+    key: str | None = None
+    ssh_options: list[str] = []
+    python: str = "python3"
+    """On the nodes, with Muster's dependencies."""
+    setup: list[str] = []
+    """Commands that are run on every node before Ray starts, such as `module load cuda`."""
+
+
 class PodPool(Settings):
     """Pods of one kind, one a machine."""
 
@@ -188,5 +222,11 @@ class Kubernetes(Cluster):
     """Of all pods: what lets them into storage without a key."""
 
 
-SPECS: dict[str, type[Cluster]] = {"local": Local, "existing": Existing, "ssh": Ssh, "kubernetes": Kubernetes}
+SPECS: dict[str, type[Cluster]] = {
+    "local": Local,
+    "existing": Existing,
+    "ssh": Ssh,
+    "kubernetes": Kubernetes,
+    "slurm": Slurm,
+}
 """By provider."""

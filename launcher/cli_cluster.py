@@ -53,7 +53,7 @@ def _follow(name: str, on: str) -> int:
     from launcher import clusters, submit
 
     try:
-        facts = submit.follow(clusters.target(on).door, name, _write, _note)
+        facts = submit.follow(clusters.target(on).jobs, name, _write, _note)
     except KeyboardInterrupt:
         _note(
             f"the job goes on; `muster logs -f {name} --on {on}` follows it again, `muster stop {name} --on {on}` ends it"
@@ -78,7 +78,7 @@ def logs(
 
     if follow:
         return _follow(job, _wanted(on))
-    _write(jobs.logs(clusters.target(_wanted(on)).door, job))
+    _write(jobs.logs(clusters.target(_wanted(on)).jobs, job))
     return 0
 
 
@@ -89,21 +89,21 @@ def stop(job: JobId, on: On = None, as_json: Json = False) -> None:
     from launcher import submit as jobs
 
     found = clusters.target(_wanted(on))
-    show([jobs.stop(found.door, job, found.spec.stop_s + 60)], handover.job_lines, as_json)
+    show([jobs.stop(found.jobs, job, found.spec.stop_s + 60)], handover.job_lines, as_json)
 
 
 def list_on(on: str, as_json: bool) -> None:
     from launcher import clusters, handover
     from launcher import submit as jobs
 
-    show(jobs.listing(clusters.target(on).door), handover.job_lines, as_json)
+    show(jobs.listing(clusters.target(on).jobs), handover.job_lines, as_json)
 
 
 def status_on(job: str, on: str, as_json: bool) -> None:
     from launcher import clusters, handover
     from launcher import submit as jobs
 
-    show([jobs.status(clusters.target(on).door, job)], handover.job_lines, as_json)
+    show([jobs.status(clusters.target(on).jobs, job)], handover.job_lines, as_json)
 
 
 @cluster_verb

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,9 +17,10 @@ from cluster.home import Home
 from cluster.node import new_mark
 from cluster.providers import Finding, Provider, provider_of
 from cluster.spec import SPECS, Cluster, Existing
-from launcher import yamlfile
+from launcher import submit, yamlfile
 from launcher.explain import did_you_mean, listed, validated
 from launcher.problems import Report
+from launcher.submit import Session
 from training.errors import InputError
 from training.storage import is_remote
 
@@ -37,6 +38,16 @@ class Target:
 
     def door(self) -> AbstractContextManager[Dashboard]:
         return self.provider.door(self.home)
+
+    def jobs(self) -> AbstractContextManager[Session]:
+        """A connection to whoever takes jobs there."""
+        if self.spec.provider == "slurm":
+            from launcher.slurmjobs import SlurmSession
+
+            return nullcontext(SlurmSession(self.provider))  # type: ignore[arg-type]
+        from launcher.rayjobs import opened
+
+        return opened(self.door, self.spec.stop_s)
 
 
 def load(file: Path) -> Cluster:
@@ -150,10 +161,8 @@ def _end(home: Home, provider: Provider, say: Say, *, force: bool = False) -> No
 
 
 def _running(found: Target) -> list[str]:
-    from launcher import submit
-
     try:
-        return [job["id"] for job in submit.listing(found.door) if not submit.is_over(job)]
+        return [job["id"] for job in submit.listing(found.jobs) if not submit.is_over(job)]
     except ClusterError:
         return []  # it does not answer: nothing of it can be saved
 

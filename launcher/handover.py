@@ -23,10 +23,9 @@ def submit(file: Path, overrides: Sequence[str], on: str) -> dict[str, Any]:
     storage = _storage(job, found.spec)
     name = jobs_there.submit(
         job,
-        found.door,
+        found.jobs,
         storage=storage,
         shared=found.spec.shared,
-        stop_s=found.spec.stop_s,
         environment={variable: os.environ[variable] for variable in job.env},
     )
     return {"id": name, "run": f"{storage}/{job.name}", "on": on}
@@ -61,5 +60,5 @@ def job_lines(jobs_found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for facts in jobs_found:
         ended = f", ended {facts['ended']}" if facts["ended"] else ""
         yield f"{facts['id']:<32} {facts['state']:<10} {facts['run']}, submitted {facts['submitted']}{ended}"
-        if facts["state"] == "failed" and facts["message"]:
+        if facts["state"] in ("failed", "pending") and facts["message"]:
             yield f"  {facts['message'].strip().splitlines()[0]}"

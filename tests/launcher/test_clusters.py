@@ -49,8 +49,8 @@ def test_every_provider_has_a_file():
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
-        ("name: x", ["c.yaml: provider: name where the machines come from: local, existing, ssh or kubernetes"]),
-        ("provider: lokal", ["c.yaml:1: provider: name where the machines come from: local, existing, ssh or kubernetes; did you mean local?"]),
+        ("name: x", ["c.yaml: provider: name where the machines come from: local, existing, ssh, kubernetes or slurm"]),
+        ("provider: lokal", ["c.yaml:1: provider: name where the machines come from: local, existing, ssh, kubernetes or slurm; did you mean local?"]),
         ("provider: local\ncpu: 4", ["c.yaml:2: cpu: unknown key; did you mean cpus?"]),
         ("provider: local\nname: -rf", ["c.yaml:2: name: "]),
         ("provider: existing\naddress: 10.0.0.5", ["c.yaml:2: address: "]),

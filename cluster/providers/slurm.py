@@ -1,0 +1,214 @@
+"""Slurm: a job is an allocation in which Ray lives as long as the job. Submitted with sbatch, looked at with squeue, ended with scancel.
+
+FOLDER/ID/ has all there is of a job: bundle.zip, job.json, batch.sh, out.log, the Slurm job's number, how it ended. The nodes and the
+login machine see it, so nothing else has to be asked where accounting is off.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from cluster.dashboard import Dashboard
+from cluster.errors import ClusterError, Refused
+from cluster.home import Home
+from cluster.machine import HERE, Machine, over_ssh
+from cluster.node import Node
+from cluster.providers import Finding, Say, findings_of
+from cluster.spec import Slurm
+
+_PORTS = 20_000, 20_000
+"""First port of Ray's head, and how many there are: the job's number picks one, since jobs may share a node."""
+_FIELDS = ("id", "job", "submitted", "status", "ended", "asked_to_stop", "state", "reason")
+_LIST = """
+cd {folder} 2> /dev/null || exit 0
+queue="$(squeue --noheader --me --format='%A|%T|%r' 2> /dev/null)" || {{ echo "squeue does not answer" >&2; exit 1; }}
+for job in */job.json; do
+  [ -e "$job" ] || continue
+  id="${{job%/job.json}}"
+  number="$(cat "$id/number" 2> /dev/null)"
+  since() {{ date -u -r "$id/$1" +%FT%TZ 2> /dev/null; }}
+  echo "$id|$(base64 -w0 "$job")|$(since job.json)|$(cat "$id/status" 2> /dev/null)|$(since status)|$(since stop)|$(echo "$queue" | grep "^$number|" | cut -d'|' -f2,3)"
+done
+"""
+
+
+class SlurmProvider:
+    def __init__(self, spec: Slurm):
+        self.spec = spec
+
+    @property
+    def _login(self) -> Machine:
+        return over_ssh(self.spec.login, self.spec) if self.spec.login else HERE
+
+    # What all providers can do
+
+    def render(self) -> str:
+        return self.batch_script("JOB", workers=2 * self.spec.workers_per_node, names=())
+
+    def up(self, home: Home, say: Say) -> None:
+        raise Refused(
+            f"{self.spec.name} is Slurm's: there is nothing to start; `muster submit JOB --on FILE` asks for an allocation"
+        )
+
+    def down(self, home: Home, say: Say) -> None:
+        raise Refused(f"{self.spec.name} is Slurm's: there is nothing to end; `muster stop ID --on FILE` ends a job")
+
+    @contextmanager
+    def door(self, home: Home | None) -> Iterator[Dashboard]:
+        raise Refused("a job in a Slurm allocation has no dashboard")
+        yield
+
+    def doctor(self) -> list[Finding]:
+        where = self.spec.login or "this machine"
+        findings = findings_of({where: Node(self._login, self.spec.python).look})
+        partition = f"--partition={shlex.quote(self.spec.partition)}" if self.spec.partition else ""
+        checks = {
+            "Slurm": (f"sinfo --noheader {partition} --format='%P %D nodes %a' | grep .", "load Slurm's module, or name the login machine and the partition"),
+            "the folder": (f"mkdir -p {self._folder} && touch {self._folder}/.try && rm {self._folder}/.try && echo can be written", "choose a `folder` that you may write and all nodes see"),
+        }  # fmt: skip
+        for what, (script, advice) in checks.items():
+            try:
+                findings.append(Finding(what, True, "; ".join(self._login.run(script).splitlines())))
+            except ClusterError as error:
+                findings.append(Finding(what, False, str(error), advice))
+        return findings
+
+    # Jobs
+
+    @property
+    def _folder(self) -> str:
+        return shlex.quote(self.spec.folder)
+
+    def _of(self, name: str) -> str:
+        return f"{self._folder}/{shlex.quote(name)}"
+
+    def submit(
+        self, name: str, bundle: bytes, facts: Mapping[str, Any], *, workers: int, environment: Mapping[str, str]
+    ) -> str:
+        """Ask for an allocation; returns the Slurm job's number. Raises Refused with what sbatch says."""
+        script = self.batch_script(name, workers=workers, names=tuple(environment))
+        values = "".join(f"{base64.b64encode(value.encode()).decode()}\n" for value in environment.values())
+        lines = [
+            "set -e",
+            f"mkdir -p {self._folder}; mkdir -m 700 {self._of(name)}; cd {self._of(name)}",
+            # standard input: the values of the environment, a line each, then the bundle
+            *(f'read -r value; export {variable}="$(echo "$value" | base64 -d)"' for variable in environment),
+            "base64 -d > bundle.zip",
+            f"printf %s {shlex.quote(script)} > batch.sh",
+            f"printf %s {shlex.quote(json.dumps(facts))} > job.json",
+            'sbatch --parsable batch.sh > number || { rm -rf "$PWD"; exit 1; }',
+            "cat number",
+        ]
+        try:
+            return self._login.run(
+                "\n".join(lines), given=values + base64.b64encode(bundle).decode(), timeout_s=300
+            ).strip()
+        except ClusterError as error:
+            raise Refused(f"Slurm does not take the job: {error}") from None
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All jobs in the folder, the oldest first."""
+        rows = [line.split("|") for line in self._login.run(_LIST.format(folder=self._folder)).splitlines()]
+        return sorted(
+            (self._facts(dict(zip(_FIELDS, row, strict=False))) for row in rows), key=lambda facts: facts["submitted"]
+        )
+
+    def _facts(self, row: dict[str, str]) -> dict[str, Any]:
+        facts = json.loads(base64.b64decode(row["job"]))
+        status, in_queue, asked_to_stop = row["status"], row.get("state") or "", row["asked_to_stop"]
+        told = ""
+        if in_queue and not status:
+            state = {"PENDING": "pending"}.get(in_queue, "running")
+            told = f"waits: {row['reason']}" if state == "pending" else ""
+        elif asked_to_stop and status in ("", "75"):  # no status: it was still waiting
+            state = "stopped"
+        elif status:
+            state = "succeeded" if status == "0" else "failed"
+        else:
+            state, told = "failed", "is gone from Slurm's queue"
+        return {
+            "id": row["id"],
+            **facts,
+            "state": state,
+            "message": told,
+            "submitted": row["submitted"],
+            "ended": row["ended"] or asked_to_stop or None,
+            "exit_status": int(status) if status.isdigit() else None,
+        }
+
+    def output(self, name: str, seen: int) -> bytes:
+        """What a job has printed since byte `seen`."""
+        script = f"tail -c +{seen + 1} {self._of(name)}/out.log 2> /dev/null | base64 -w0"
+        return base64.b64decode(self._login.run(script))
+
+    def stop(self, name: str) -> None:
+        """Ask a job to save and end."""
+        lines = [
+            f"cd {self._of(name)}; touch stop",
+            # One that waits is taken away, one that runs ends by itself when it has saved.
+            'scancel --state=PENDING "$(cat number)"',
+            'scancel --batch --signal=TERM "$(cat number)" 2> /dev/null || true',
+        ]
+        self._login.run("\n".join(lines))
+
+    def batch_script(self, name: str, *, workers: int, names: tuple[str, ...]) -> str:
+        """What Slurm runs on the first node of the allocation."""
+        spec = self.spec
+        nodes = -(-workers // spec.workers_per_node)
+        cpus = f"--cpus-per-task={spec.cpus_per_node or spec.workers_per_node}"
+        gpus = [f"--gpus-per-node={spec.gpus_per_node}"] if spec.gpus_per_node else []
+        export = f"--export={','.join(names)}" if names else "--export=NIL"
+        options = [
+            f"--job-name={name}", f"--nodes={nodes}", "--ntasks-per-node=1",
+            cpus, *gpus,
+            *(f"--{key}={value}" for key in ("partition", "account", "qos") if (value := getattr(spec, key))),
+            f"--time={spec.time}", f"--signal=B:TERM@{spec.notice_s}", "--requeue", "--open-mode=append",
+            f"--output={spec.folder}/{name}/out.log", export, *spec.options,
+        ]  # fmt: skip
+        start = f"ray start --num-cpus={spec.workers_per_node} --num-gpus={spec.gpus_per_node} --disable-usage-stats --block"
+        lines = [
+            "#!/bin/bash -l",
+            *(f"#SBATCH {option}" for option in options),
+            "",
+            f"cd {self._of(name)}",
+            *spec.setup,
+            f'export PATH="$(dirname "$({spec.python} -c "import sys; print(sys.executable)")"):$PATH"',
+            "[ -d code ] || { rm -rf draft; python -m zipfile -e bundle.zip draft && mv draft code; }",
+            "cd code; rm -f ../ray.log",
+            "(umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n' > ../token)",
+            'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$(realpath ../token)" RAY_USAGE_STATS_ENABLED=0',
+            "export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0",
+            'temporary="/tmp/muster-slurm-$SLURM_JOB_ID"',
+            f"port=$(({_PORTS[0]} + SLURM_JOB_ID % {_PORTS[1]})); others=$((SLURM_NNODES - 1))",
+            'address="$(hostname -I | cut -d" " -f1)"; address="${address:-127.0.0.1}"',
+            "# a step gets what the allocation has, not one core of it",
+            f'step() {{ srun --overlap --export=ALL --ntasks-per-node=1 {" ".join([cpus, *gpus])} "$@"; }}',
+            f'step --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" {start} --head --include-dashboard=false \\',
+            '  --node-ip-address="$address" --port=$port --temp-dir="$temporary" > ../ray.log 2>&1 &',
+            "until grep -q -s -e --block ../ray.log; do kill -0 $! || { tail ../ray.log; exit 1; }; sleep 0.5; done",
+            "if [ $others -gt 0 ]; then",
+            f'  step --nodes=$others --ntasks=$others --exclude="$SLURMD_NODENAME" {start} \\',
+            '    --address="$address:$port" --temp-dir="$temporary" >> ../ray.log 2>&1 &',
+            "fi",
+            'RAY_ADDRESS="$address:$port" python -u -m launcher.onsite &',
+            "job=$!",
+            "trap 'kill -TERM $job' TERM",
+            "wait $job; status=$?",
+            "while kill -0 $job 2> /dev/null; do wait $job; status=$?; done",
+            "kill $(jobs -p) 2> /dev/null; wait",
+            'step --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES rm -rf "$temporary"',
+            "# 75: nothing is wrong with the job, but its machines are taken back",
+            'if [ $status = 75 ] && [ ! -e ../stop ] && scontrol requeue "$SLURM_JOB_ID"; then sleep 60',
+            "else echo $status > ../status; fi",
+            "exit $status",
+            "",
+        ]  # fmt: skip
+        return "\n".join(lines)
+
+
+PROVIDER = SlurmProvider
