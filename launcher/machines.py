@@ -14,10 +14,12 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from launcher import autoscaler
 from launcher.failures import NoMachines
 from training.config import Resources
+from training.errors import InputError
 
-_FIRST_WORD_S, _NEXT_WORD_S = 3.0, 15.0
+_FIRST_WORD_S, _NEXT_WORD_S, _NEXT_LOOK_S = 3.0, 15.0, 3.0
 """How long to wait silently."""
 _LOOK_S = 0.1
 _SETTLE_S = 30.0
@@ -94,21 +96,47 @@ def gather(
     not to be used. Raises NoMachines.
     """
     began = time.monotonic()
+    said_at = began - _NEXT_WORD_S
     group = _request(needs, wanted, avoid)
     patience = _FIRST_WORD_S
     try:
         while not _comes(group, _until(began, wait_s, patience)):
-            waited = time.monotonic() - began
-            state = _shortage(needs, wanted)
+            now, patience = time.monotonic(), _NEXT_LOOK_S
+            waited, state = now - began, _shortage(needs, wanted)
+            outlook = autoscaler.outlook(group.id.hex())
+            if outlook is not None:
+                state += f"; {outlook}"
+                if outlook.impossible and not _others_work(needs):
+                    remove_placement_group(group)
+                    return _as_few_as_may_be(needs, wanted, least, avoid, wait_s, state, say)
             if waited >= wait_s and not _taken(needs, least, avoid):
                 remove_placement_group(group)
                 return _smaller(needs, wanted, least, avoid, f"{state}, after {waited:.0f} s", say)
-            say(f"waiting for machines since {waited:.0f} s: {state}")
-            patience = _NEXT_WORD_S
+            if now - said_at >= _NEXT_WORD_S:
+                said_at = now
+                say(f"waiting for machines since {waited:.0f} s: {state}")
     except BaseException:
         remove_placement_group(group)
         raise
     return group
+
+
+def _as_few_as_may_be(
+    needs: Mapping[str, float], wanted: int, least: int, avoid: frozenset[str], wait_s: float, state: str, say: Callable[[str], None]
+) -> PlacementGroup:  # fmt: skip
+    """After the autoscaler has said that it can never bring `wanted`."""
+    if least == wanted:
+        raise InputError.of(
+            "resources.workers", f"the cluster cannot grow so far: {state}; ask for fewer, or give it larger pools"
+        )
+    say(f"the cluster cannot grow so far: {state}; asking for {least}, resources.min_workers")
+    return gather(needs, wanted=least, least=least, wait_s=wait_s, avoid=avoid, say=say)
+
+
+def _others_work(needs: Mapping[str, float]) -> bool:
+    """Whether anything that a worker needs is in use; then what is impossible now need not be later."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    return any(free.get(kind, 0.0) < there.get(kind, 0.0) for kind in needs)
 
 
 def _until(began: float, wait_s: float, patience: float) -> float:
