@@ -16,9 +16,13 @@ from cluster.errors import Refused
 _RECORD, _TOKEN = "cluster.json", "token"
 
 
+def muster_home() -> Path:
+    """MUSTER_HOME, or ~/.muster."""
+    return Path(os.environ.get("MUSTER_HOME") or Path.home() / ".muster")
+
+
 def clusters_folder() -> Path:
-    """MUSTER_HOME/clusters, or ~/.muster/clusters."""
-    return Path(os.environ.get("MUSTER_HOME") or Path.home() / ".muster") / "clusters"
+    return muster_home() / "clusters"
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from cluster.errors import ClusterError
-from cluster.spec import Existing, Slurm, Ssh
 
 Answer = TypeVar("Answer")
 _AT_ONCE = 16
@@ -55,34 +54,39 @@ class Machine:
 HERE = Machine("this machine")
 
 
-def over_ssh(host: str, spec: Ssh | Slurm | Existing) -> Machine:
-    """A machine of a cluster file, reached without a question: keys and known hosts are ssh's own business."""
-    return Machine(host, (*_ssh(spec), _login(host, spec.user)))
+@dataclass(frozen=True)
+class Login:
+    """How ssh gets in. What is not given it decides for itself."""
+
+    user: str | None = None
+    port: int | None = None
+    key: str | None = None
+    """File of the private key."""
+    options: Sequence[str] = ()
+    """For `ssh -o`."""
+
+    def command(self) -> list[str]:
+        """ssh without its destination. It asks no question: keys and known hosts are its own business."""
+        always = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=15", "ServerAliveCountMax=4")
+        command = ["ssh", "-T", *(part for option in (*always, *self.options) for part in ("-o", option))]
+        command += ["-p", str(self.port)] if self.port is not None else []
+        return [*command, *(["-i", os.path.expanduser(self.key)] if self.key is not None else [])]
+
+    def at(self, host: str) -> str:
+        return f"{self.user}@{host}" if self.user else host
 
 
-def _ssh(spec: Ssh | Slurm | Existing) -> list[str]:
-    options = ["BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=15", "ServerAliveCountMax=4"]
-    command = ["ssh", "-T"]
-    if isinstance(spec, Ssh | Slurm):
-        options += spec.ssh_options
-        if spec.ssh_port is not None:
-            command += ["-p", str(spec.ssh_port)]
-        if spec.key is not None:
-            command += ["-i", os.path.expanduser(spec.key)]
-    return [*command, *(part for option in options for part in ("-o", option))]
-
-
-def _login(host: str, user: str | None) -> str:
-    return f"{user}@{host}" if user else host
+def over_ssh(host: str, login: Login) -> Machine:
+    return Machine(host, (*login.command(), login.at(host)))
 
 
 @contextmanager
-def tunnel(host: str, spec: Ssh | Slurm | Existing, address: str, port: int) -> Iterator[int]:
+def tunnel(host: str, login: Login, address: str, port: int) -> Iterator[int]:
     """For the length of the block a port of this machine's loopback that leads to a port that `host` sees."""
     here = free_port()
     forward = ["-N", "-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{here}:{address}:{port}"]
     process = subprocess.Popen(
-        [*_ssh(spec), *forward, _login(host, spec.user)],
+        [*login.command(), *forward, login.at(host)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

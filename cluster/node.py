@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from cluster.errors import ClusterError
 from cluster.machine import Machine
 
+PRICE = "muster/price"
+"""Label of a machine: what an hour costs."""
 _MARK = "MUSTER_CLUSTER"
 _LOOK_S, _START_S, _END_S = 60.0, 240.0, 60.0
 _LONGEST = 40
@@ -58,11 +60,22 @@ def head_arguments(address: str, port: int, dashboard_port: int) -> list[str]:
     ]  # fmt: skip
 
 
-def places(cpus: int | None, gpus: int | None, labels: Mapping[str, str] = {}) -> list[str]:
-    """For `ray start`: what a machine offers, if it is not to be all that Ray finds."""
+def places(cpus: int | None, gpus: int | None, gpu: str | None = None, price: float | None = None) -> list[str]:
+    """For `ray start`: what a machine offers, if it is not to be all that Ray finds; the type of its GPUs, its price."""
     arguments = [] if cpus is None else [f"--num-cpus={cpus}"]
     arguments += [] if gpus is None else [f"--num-gpus={gpus}"]
-    return arguments + ([f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}"] if labels else [])
+    arguments += [f"--resources={json.dumps(resources)}"] if (resources := of_type(gpu)) else []
+    return arguments + [f"--labels={key}={value}" for key, value in price_label(price).items()]
+
+
+def of_type(gpu: str | None) -> dict[str, int]:
+    """The resource by which Ray finds machines with GPUs of a type."""
+    return {f"accelerator_type:{gpu}": 1} if gpu else {}
+
+
+def price_label(price: float | None) -> dict[str, str]:
+    """How a machine says what it costs, to whoever can look at the cluster."""
+    return {} if price is None else {PRICE: f"{price:g}"}
 
 
 @dataclass(frozen=True)

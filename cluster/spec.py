@@ -5,7 +5,10 @@ Every class is frozen, refuses unknown keys and takes no loose types. The string
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,8 +16,36 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,39}$")]
 Port = Annotated[int, Field(gt=0, lt=65536)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
+Price = Annotated[float, Field(ge=0)]
+"""In the currency in which the one who asks pays."""
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
 """A name or an address: never an option of ssh."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a cluster has for workers, or may grow to, in one of its pools."""
+
+    pool: str
+    machines: int
+    """At most."""
+    cpus: int | None
+    """Places for workers without a GPU, on one machine. None: as many as it turns out to have."""
+    gpus: int | None
+    gpu: str | None = None
+    """Type, by Ray's name."""
+
+    def places(self, *, on_gpus: bool, gpu: str | None) -> float:
+        """For workers that each take a GPU (of a type, if one is named), or none. Infinite if that is not known."""
+        if on_gpus and gpu is not None and gpu != self.gpu:
+            return 0 if self.gpu is not None or self.gpus == 0 else math.inf
+        each = self.gpus if on_gpus else self.cpus
+        return math.inf if each is None else self.machines * each
+
+    def __str__(self) -> str:
+        gpus = "GPUs" if self.gpus is None else f"{self.gpus} {self.gpu or 'GPU'}" if self.gpus else ""
+        cpus = "" if self.gpus or self.cpus is None else f"{self.cpus} CPUs"
+        return f"{self.pool}: {self.machines} of {gpus or cpus or 'CPUs'}"
 
 
 class Settings(BaseModel):
@@ -41,6 +72,11 @@ class Cluster(Settings):
     stop_s: Positive = 300
     """Longest time that a job may take for its last checkpoint when it is stopped."""
 
+    @property
+    def offers(self) -> Sequence[Offer]:
+        """What a job can have here at most. Empty: not known."""
+        return ()
+
 
 class Local(Cluster):
     """Ray on this machine, on loopback alone, for several jobs one after the other or side by side."""
@@ -50,6 +86,10 @@ class Local(Cluster):
     """Places for workers without a GPU. None: the cores of the machine."""
     gpus: Count | None = None
     """None: all there are."""
+
+    @property
+    def offers(self) -> Sequence[Offer]:
+        return (Offer("this machine", 1, self.cpus, self.gpus),)
 
 
 class Existing(Cluster):
@@ -78,6 +118,8 @@ class Head(Settings):
     cpus: Count = 0
     """Places for workers without a GPU."""
     gpus: Count = 0
+    price: Price | None = None
+    """An hour."""
 
 
 class Machines(Settings):
@@ -89,8 +131,10 @@ class Machines(Settings):
     """Places for workers without a GPU, on one machine. None: its cores."""
     gpus: Count | None = None
     """Of one machine. None: all there are."""
-    labels: dict[str, str] = {}
-    """For `resources.accelerator` and the like, such as {ray.io/accelerator-type: A100}."""
+    gpu: str | None = None
+    """Type, for `resources.accelerator` of a job, such as A100. None: as Ray finds it."""
+    price: Price | None = None
+    """Of one machine, an hour."""
 
 
 class Ssh(Cluster):
@@ -130,6 +174,12 @@ class Ssh(Cluster):
         """All machines, the head first."""
         return [self.head.host, *(host for pool in self.pools.values() for host in pool.hosts)]
 
+    @property
+    def offers(self) -> Sequence[Offer]:
+        head = Offer("head", 1, self.head.cpus, self.head.gpus)
+        pools = [Offer(name, len(pool.hosts), pool.cpus, pool.gpus, pool.gpu) for name, pool in self.pools.items()]
+        return [head, *pools] if head.cpus or head.gpus else pools
+
 
 class Slurm(Cluster):
     """Slurm: every job is an allocation in which Ray is started for that job alone."""
@@ -165,6 +215,15 @@ class Slurm(Cluster):
     """Commands that are run on every node before Ray starts, such as `module load cuda`."""
 
 
+Pool = TypeVar("Pool", bound="PodPool | CloudPool")
+
+
+def _in_order(pool: Pool) -> Pool:
+    if pool.min > pool.max:
+        raise ValueError(f"min is {pool.min}, more than max, which is {pool.max}")
+    return pool
+
+
 class PodPool(Settings):
     """Pods of one kind, one a machine."""
 
@@ -186,11 +245,12 @@ class PodPool(Settings):
     node_selector: dict[str, str] = {}
     tolerations: list[dict[str, Any]] = []
 
+    price: Price | None = None
+    """Of one pod, an hour."""
+
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min is {self.min}, more than max, which is {self.max}")
-        return self
+        return _in_order(self)
 
 
 class PodHead(Settings):
@@ -198,6 +258,8 @@ class PodHead(Settings):
 
     cpus: Positive = 4
     memory_gib: Positive = 16
+    price: Price | None = None
+    """An hour."""
     node_selector: dict[str, str] = {}
 
 
@@ -221,6 +283,114 @@ class Kubernetes(Cluster):
     service_account: str | None = None
     """Of all pods: what lets them into storage without a key."""
 
+    @property
+    def offers(self) -> Sequence[Offer]:
+        return [Offer(name, pool.max, pool.cpus, pool.gpus, pool.gpu) for name, pool in self.pools.items()]
+
+
+class CloudPool(Settings):
+    """Machines of one kind for workers."""
+
+    instance: str = Field(examples=["p4d.24xlarge"])
+    """What the cloud calls this kind of machine."""
+    min: Count = 0
+    """Kept also when no job wants them."""
+    max: Positive
+    cpus: Positive
+    """Of a machine."""
+    gpus: Count = 0
+    gpu: str | None = None
+    """Type, for `resources.accelerator` of a job, such as A100."""
+    market: Literal["on-demand", "spot", "spot-first"] = "on-demand"
+    """spot-first: on demand where the cloud has no spot machines to give."""
+    image: str | None = None
+    """None: the cluster's."""
+    disk_gib: Positive = 200
+    price: Price | None = None
+    """Of one machine, an hour, on demand."""
+    spot_price: Price | None = None
+    """The same on the spot market, about."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        return _in_order(self)
+
+
+class CloudHead(Settings):
+    """The machine that leads. It needs no GPU: drivers of jobs run there, workers do not."""
+
+    instance: str = Field(examples=["m5.2xlarge"])
+    image: str | None = None
+    disk_gib: Positive = 100
+    price: Price | None = None
+    """An hour."""
+
+
+class Cloud(Cluster):
+    """Machines of a cloud, by Ray's cluster launcher. They come when a job wants them and go when they are idle."""
+
+    image: str | None = None
+    """None: the one that Ray's launcher takes by default."""
+    head: CloudHead
+    pools: Annotated[dict[Name, CloudPool], Field(min_length=1)]
+    user: Host = "ubuntu"
+    """Whom the image lets in by SSH."""
+    files: dict[str, str] = {}
+    """Copied to every machine: {path there: path here}."""
+    setup: list[str] = []
+    """Commands that are run on every machine, in order, before Ray starts there."""
+    python: str = "python3"
+    """On the machines, with Muster's dependencies."""
+    idle_minutes: Positive = 10
+    """After which a machine that nobody uses is given back."""
+    private: bool = False
+    """Machines without a public address: reached from inside their network only."""
+
+    @property
+    def offers(self) -> Sequence[Offer]:
+        return [Offer(name, pool.max, pool.cpus, pool.gpus, pool.gpu) for name, pool in self.pools.items()]
+
+
+class Aws(Cloud):
+    """EC2. Credentials are those of boto3: the environment, ~/.aws."""
+
+    provider: Literal["aws"]
+    region: str = Field(examples=["us-west-2"])
+    zones: list[str] = []
+    """Tried in order. Empty: all of the region."""
+    instance_profile: str | None = None
+    """Name of the IAM instance profile of all machines; it lets them into storage, and the head start machines.
+    None: one that Ray makes for the head alone."""
+    subnets: list[str] = []
+    """Empty: those of the default network."""
+    security_groups: list[str] = []
+    """Empty: one that is made: SSH from everywhere, everything among the machines themselves."""
+
+
+class Gcp(Cloud):
+    """Compute Engine. Credentials are the application default ones of gcloud."""
+
+    provider: Literal["gcp"]
+    project: str
+    zone: str = Field(examples=["us-central1-a"])
+    service_account: str | None = None
+    """Email, of all machines; it lets them into storage. None: one that Ray makes for the head alone."""
+
+    @property
+    def region(self) -> str:
+        return self.zone.rpartition("-")[0]
+
+
+class Azure(Cloud):
+    """Virtual machines. Credentials are those of the az command."""
+
+    provider: Literal["azure"]
+    subscription: str
+    resource_group: str
+    region: str = Field(examples=["westus2"])
+    image: Annotated[str, Field(pattern="^[^:]+:[^:]+:[^:]+:[^:]+$")] | None = None
+    """PUBLISHER:OFFER:SKU:VERSION."""
+
 
 SPECS: dict[str, type[Cluster]] = {
     "local": Local,
@@ -228,5 +398,8 @@ SPECS: dict[str, type[Cluster]] = {
     "ssh": Ssh,
     "kubernetes": Kubernetes,
     "slurm": Slurm,
+    "aws": Aws,
+    "gcp": Gcp,
+    "azure": Azure,
 }
 """By provider."""

@@ -32,8 +32,8 @@ class Outlook:
 
 def outlook(gang: str) -> Outlook | None:
     """`gang`: id of its placement group, in hexadecimal digits. None where no autoscaler reports (that is its version 2)."""
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
     reply = GetClusterStatusReply()
     client: Any = GcsClient(ray.get_runtime_context().gcs_address)

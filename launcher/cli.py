@@ -66,8 +66,16 @@ def resume(
         bool, typer.Option("--accept-changes", help="Go on though the job or its data are not what they were.")
     ] = False,
     inline: Inline = False,
+    on: On = None,
 ) -> int:
-    """Go on with a run from its last checkpoint, or from an earlier one."""
+    """Go on with a run from its last checkpoint, or from an earlier one. With --on: with a job of a cluster, by its id."""
+    if on is not None:
+        going_back = ["--step", str(step)] if step is not None else []
+        going_back += ["--phase", phase] if phase is not None else []
+        cli_cluster.resume_on(
+            run, overrides or [], on, [*going_back, *(["--accept-changes"] if accept_changes else [])]
+        )
+        return 0
     from launcher import attempts, check, driver, runs
 
     found = runs.find(run)

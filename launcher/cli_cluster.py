@@ -49,6 +49,13 @@ def run_on(job: Path, overrides: Sequence[str], on: str) -> int:
     return _follow(facts["id"], on)
 
 
+def resume_on(job: str, overrides: Sequence[str], on: str, words: Sequence[str]) -> None:
+    from launcher import handover
+
+    for line in handover.submitted_lines(handover.resume(job, overrides, on, words)):
+        print(line)
+
+
 def _follow(name: str, on: str) -> int:
     from launcher import clusters, submit
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from cluster import home as homes
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.home import Home
-from cluster.node import new_mark
+from cluster.node import PRICE, new_mark
 from cluster.providers import Finding, Provider, provider_of
 from cluster.spec import SPECS, Cluster, Existing
 from launcher import submit, yamlfile
@@ -185,7 +185,16 @@ def _status(found: Target) -> dict[str, Any]:
             nodes = door.nodes()
     except ClusterError as error:
         return {**facts, "state": "silent", "problem": str(error), "nodes": [], "jobs": []}
-    return {**facts, "state": "up", "nodes": nodes, "jobs": _running(found)}
+    prices = [float(node["labels"][PRICE]) for node in nodes if PRICE in node["labels"]]
+    price = sum(prices) if prices else None
+    return {
+        **facts,
+        "state": "up",
+        "nodes": nodes,
+        "price_per_hour": price,
+        "unpriced": len(nodes) - len(prices),
+        "jobs": _running(found),
+    }
 
 
 def status_lines(clusters: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -196,13 +205,20 @@ def status_lines(clusters: Sequence[dict[str, Any]]) -> Iterator[str]:
         gpus = sum(node["gpus"] for node in nodes)
         yield (
             f"{facts['name']}: {facts['state']}, {facts['provider']}, since {facts['started']}, {len(nodes)} machines, "
-            f"{gpus:g} GPUs, jobs: {', '.join(facts['jobs']) or 'none'}"
+            f"{gpus:g} GPUs{_price(facts)}, jobs: {', '.join(facts['jobs']) or 'none'}"
         )
         if "problem" in facts:
             yield f"  {facts['problem']}"
         for node in nodes:
             role = "head" if node["head"] else "worker"
             yield f"  {node['address']:<16} {role:<7} {node['cpus']:g} CPUs, {node['gpus']:g} GPUs"
+
+
+def _price(facts: Mapping[str, Any]) -> str:
+    if facts.get("price_per_hour") is None:
+        return ""
+    rest = f" and {facts['unpriced']} machines without a price" if facts["unpriced"] else ""
+    return f", {facts['price_per_hour']:.2f} an hour{rest}"
 
 
 def doctor(file: Path) -> list[Finding]:

@@ -11,8 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launcher import bundle
+import typer
+
+from launcher import bundle, runs
 from launcher.cache import cache_folder
+from launcher.verbs import console, verb
 
 
 def land(unpacked: Path = Path()) -> Path | None:
@@ -40,9 +43,26 @@ def _copy(folder: Path, to: Path) -> None:
         shutil.rmtree(draft)
 
 
+site = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def run(file: Path, step: int | None = None, phase: str | None = None, accept_changes: bool = False) -> int:
+    """As `muster run`, or as `muster resume` if there is something to go back to or to accept."""
+    from launcher import attempts, check, driver
+
+    job = check.load(file, [], inline=False)
+    rewind = {} if step is None else attempts.rewinding(runs.find(f"{job.storage}/{job.name}"), step, phase)
+    return driver.run_job(
+        job, inline=False, console=console(), go_on=attempts.GoOn(rewind=rewind, accept_changes=accept_changes)
+    )
+
+
+verb(run, of=site)
+
+
 def main() -> None:
     """Entry point of the job, in the folder where its bundle was unpacked."""
-    from launcher import cli, sealed
+    from launcher import sealed
 
     sealed.open_environment()
     place = land()
@@ -51,7 +71,7 @@ def main() -> None:
     with os.fdopen(descriptor, "wb") as out:
         out.write((Path(bundle.FOLDER) / bundle.JOB).read_bytes())
     try:
-        cli.app(["run", file, *sys.argv[1:]])
+        site([file, *sys.argv[1:]])
     finally:
         os.unlink(file)
 

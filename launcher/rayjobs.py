@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +30,7 @@ for _module in (dashboard_sdk, sdk):
     _module.logger.setLevel(logging.ERROR)  # uploads and closed connections are ours to tell
 
 Door = Callable[[], AbstractContextManager[Dashboard]]
-_ENTRYPOINT = "exec python -u -m launcher.onsite"
+_ENTRYPOINT = ("exec", "python", "-u", "-m", "launcher.onsite")
 _RUN, _JOB = "muster_run", "muster_job"
 """Metadata by which our jobs are known."""
 
@@ -41,12 +42,12 @@ class RaySession:
         self.client, self.dashboard, self.stop_s = client, dashboard, stop_s
 
     def submit(
-        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str]
-    ) -> None:
+        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str], words: Sequence[str]
+    ) -> None:  # fmt: skip
         self._check_version()
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(self.stop_s), **self._sealed(environment)}
         self.client.submit_job(
-            entrypoint=_ENTRYPOINT,
+            entrypoint=shlex.join([*_ENTRYPOINT, *words]),
             submission_id=name,
             runtime_env={"working_dir": str(packed), "env_vars": variables},
             metadata={_JOB: facts["job"], _RUN: facts["run"]},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ class SlurmSession:
         self.provider = provider
 
     def submit(
-        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str]
-    ) -> None:
-        self.provider.submit(name, packed.read_bytes(), facts, workers=workers, environment=environment)
+        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str], words: Sequence[str]
+    ) -> None:  # fmt: skip
+        self.provider.submit(name, packed.read_bytes(), facts, workers=workers, environment=environment, words=words)
 
     def jobs(self) -> list[dict[str, Any]]:
         return self.provider.jobs()

@@ -25,9 +25,15 @@ class Session(Protocol):
     """A connection to whoever takes jobs. Raises ClusterError if it breaks, Refused for what cannot be."""
 
     def submit(
-        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str]
+        self,
+        name: str,
+        packed: Path,
+        facts: Mapping[str, str],
+        workers: int,
+        environment: Mapping[str, str],
+        words: Sequence[str],
     ) -> None:
-        """Hand over a bundle. `facts`: job, run. `environment`: secrets, not to be written down in the clear."""
+        """Hand over a bundle. `facts`: job, run. `environment`: secrets, not to be written down in the clear. `words`: onsite's."""
         ...
 
     def jobs(self) -> list[dict[str, Any]]:
@@ -51,14 +57,22 @@ Open = Callable[[], AbstractContextManager[Session]]
 """Connects, and again if the last connection has broken."""
 
 
-def submit(job: Job, connect: Open, *, storage: str, shared: Sequence[str], environment: Mapping[str, str]) -> str:
+def submit(
+    job: Job,
+    connect: Open,
+    *,
+    storage: str,
+    shared: Sequence[str],
+    environment: Mapping[str, str],
+    words: Sequence[str],
+) -> str:
     """Hand a job over; returns its id there. Raises InputError for what cannot go along, Refused, ClusterError."""
     name = f"{job.name}-{secrets.token_hex(3)}"
     workers = max(phase.num_workers for phase in job.phases.values())
     with tempfile.TemporaryDirectory() as folder, connect() as there:
         packed = Path(folder) / "bundle.zip"
         bundle.write(job, storage, shared, packed)
-        there.submit(name, packed, {"job": job.name, "run": f"{storage}/{job.name}"}, workers, environment)
+        there.submit(name, packed, {"job": job.name, "run": f"{storage}/{job.name}"}, workers, environment, words)
     return name
 
 

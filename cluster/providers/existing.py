@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.home import Home
-from cluster.machine import tunnel
+from cluster.machine import Login, tunnel
 from cluster.providers import Finding, Say
 from cluster.spec import Existing
 
@@ -36,7 +36,7 @@ class ExistingProvider:
             yield Dashboard(self.spec.address, token, self.spec.address)
             return
         address = urlsplit(self.spec.address)
-        with tunnel(self.spec.ssh, self.spec, address.hostname or "", address.port or 8265) as port:
+        with tunnel(self.spec.ssh, Login(self.spec.user), address.hostname or "", address.port or 8265) as port:
             yield Dashboard(f"http://127.0.0.1:{port}", token, f"{self.spec.address} through {self.spec.ssh}")
 
     def doctor(self) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
 from cluster.home import Home
 from cluster.machine import HERE
+from cluster.node import of_type, price_label
 from cluster.providers import Finding, Say, environment
 from cluster.spec import Kubernetes, PodPool
 
@@ -127,6 +129,7 @@ class KubernetesProvider:
                 "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": 60 * spec.idle_minutes},
                 "headGroupSpec": {
                     "serviceType": "ClusterIP",
+                    **_labels(spec.head.price),
                     "rayStartParams": head,
                     "template": self._pod("ray-head", spec.image, resources, spec.head.node_selector, [], 1),
                 },
@@ -141,9 +144,10 @@ class KubernetesProvider:
         image = pool.image or self.spec.image
         parameters = {"num-gpus": str(pool.gpus)}
         if pool.gpu:
-            parameters["resources"] = f'"{{\\"accelerator_type:{pool.gpu}\\": 1}}"'
+            parameters["resources"] = json.dumps(json.dumps(of_type(pool.gpu)))  # KubeRay puts it into a command line
         return {
             "groupName": name,
+            **_labels(pool.price),
             "replicas": pool.min,
             "minReplicas": pool.min,
             "maxReplicas": pool.max,
@@ -176,6 +180,11 @@ class KubernetesProvider:
         if tolerations:
             pod["tolerations"] = tolerations
         return {"spec": pod}
+
+
+def _labels(price: float | None) -> dict[str, Any]:
+    labels = price_label(price)
+    return {"labels": labels} if labels else {}
 
 
 PROVIDER = KubernetesProvider

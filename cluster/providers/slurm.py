@@ -9,14 +9,14 @@ from __future__ import annotations
 import base64
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.home import Home
-from cluster.machine import HERE, Machine, over_ssh
+from cluster.machine import HERE, Login, over_ssh
 from cluster.node import Node
 from cluster.providers import Finding, Say, findings_of
 from cluster.spec import Slurm
@@ -40,10 +40,8 @@ done
 class SlurmProvider:
     def __init__(self, spec: Slurm):
         self.spec = spec
-
-    @property
-    def _login(self) -> Machine:
-        return over_ssh(self.spec.login, self.spec) if self.spec.login else HERE
+        login = Login(spec.user, spec.ssh_port, spec.key, spec.ssh_options)
+        self._login = over_ssh(spec.login, login) if spec.login else HERE
 
     # What all providers can do
 
@@ -88,10 +86,11 @@ class SlurmProvider:
         return f"{self._folder}/{shlex.quote(name)}"
 
     def submit(
-        self, name: str, bundle: bytes, facts: Mapping[str, Any], *, workers: int, environment: Mapping[str, str]
-    ) -> str:
+        self, name: str, bundle: bytes, facts: Mapping[str, Any], *, workers: int, environment: Mapping[str, str],
+        words: Sequence[str] = (),
+    ) -> str:  # fmt: skip
         """Ask for an allocation; returns the Slurm job's number. Raises Refused with what sbatch says."""
-        script = self.batch_script(name, workers=workers, names=tuple(environment))
+        script = self.batch_script(name, workers=workers, names=tuple(environment), words=words)
         values = "".join(f"{base64.b64encode(value.encode()).decode()}\n" for value in environment.values())
         lines = [
             "set -e",
@@ -156,7 +155,7 @@ class SlurmProvider:
         ]
         self._login.run("\n".join(lines))
 
-    def batch_script(self, name: str, *, workers: int, names: tuple[str, ...]) -> str:
+    def batch_script(self, name: str, *, workers: int, names: tuple[str, ...], words: Sequence[str] = ()) -> str:
         """What Slurm runs on the first node of the allocation."""
         spec = self.spec
         nodes = -(-workers // spec.workers_per_node)
@@ -195,7 +194,7 @@ class SlurmProvider:
             f'  step --nodes=$others --ntasks=$others --exclude="$SLURMD_NODENAME" {start} \\',
             '    --address="$address:$port" --temp-dir="$temporary" >> ../ray.log 2>&1 &',
             "fi",
-            'RAY_ADDRESS="$address:$port" python -u -m launcher.onsite &',
+            'RAY_ADDRESS="$address:$port" ' + shlex.join(["python", "-u", "-m", "launcher.onsite", *words]) + " &",
             "job=$!",
             "trap 'kill -TERM $job' TERM",
             "wait $job; status=$?",

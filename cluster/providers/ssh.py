@@ -8,7 +8,7 @@ from functools import partial
 
 from cluster.dashboard import Dashboard
 from cluster.home import Home
-from cluster.machine import all_of, on_all, over_ssh, tunnel
+from cluster.machine import Login, all_of, on_all, over_ssh, tunnel
 from cluster.node import Node, head_arguments, places
 from cluster.providers import Finding, Say, environment, findings_of, refuse
 from cluster.spec import Machines, Ssh
@@ -17,6 +17,7 @@ from cluster.spec import Machines, Ssh
 class SshProvider:
     def __init__(self, spec: Ssh):
         self.spec = spec
+        self.login = Login(spec.user, spec.ssh_port, spec.key, spec.ssh_options)
         self.pool_of = {host: pool for pool in spec.pools.values() for host in pool.hosts}
 
     def render(self) -> str:
@@ -51,21 +52,24 @@ class SshProvider:
     @contextmanager
     def door(self, home: Home | None) -> Iterator[Dashboard]:
         assert home is not None, "a cluster that Muster made has a record"
-        with tunnel(self.spec.head.host, self.spec, "127.0.0.1", self.spec.dashboard_port) as port:
+        with tunnel(self.spec.head.host, self.login, "127.0.0.1", self.spec.dashboard_port) as port:
             yield Dashboard(f"http://127.0.0.1:{port}", home.token(), f"the cluster {home.name}")
 
     def doctor(self) -> list[Finding]:
         return findings_of({host: self._node(host).look for host in self.spec.hosts})
 
     def _node(self, host: str, mark: str = "") -> Node:
-        return Node(over_ssh(host, self.spec), self.spec.python, mark)
+        return Node(over_ssh(host, self.login), self.spec.python, mark)
 
     def _head_arguments(self, address: str) -> list[str]:
         head = self.spec.head
-        return [*head_arguments(address, self.spec.port, self.spec.dashboard_port), *places(head.cpus, head.gpus)]
+        return [
+            *head_arguments(address, self.spec.port, self.spec.dashboard_port),
+            *places(head.cpus, head.gpus, price=head.price),
+        ]
 
     def _worker_arguments(self, head: str, pool: Machines) -> list[str]:
-        return [f"--address={head}:{self.spec.port}", *places(pool.cpus, pool.gpus, pool.labels)]
+        return [f"--address={head}:{self.spec.port}", *places(pool.cpus, pool.gpus, pool.gpu, pool.price)]
 
 
 PROVIDER = SshProvider

@@ -1,0 +1,216 @@
+"""What the clouds have in common: Ray's cluster launcher starts a head, whose autoscaler starts and ends the machines for workers.
+
+Ray's own defaults open the dashboard to everybody, use one key for all clusters and know no token. Here every cluster has a key and a
+token of its own, copied to its machines over SSH, and its dashboard listens on the head's loopback.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import yaml
+
+from cluster.dashboard import Dashboard
+from cluster.errors import ClusterError
+from cluster.home import Home
+from cluster.machine import HERE, Login, tunnel
+from cluster.node import head_arguments, of_type, price_label
+from cluster.providers import Finding, Say, environment, refuse
+from cluster.spec import Cloud, CloudHead, CloudPool
+
+Spec = TypeVar("Spec", bound=Cloud)
+_PORT, _DASHBOARD_PORT = 6379, 8265
+_TOKEN = "~/.muster/token"
+_HEAD = "head"
+
+
+class CloudProvider(ABC, Generic[Spec]):
+    packages: ClassVar[dict[str, str]]
+    """That Ray's launcher wants for this cloud, here and on the head: {module: package}."""
+
+    def __init__(self, spec: Spec):
+        self.spec = spec
+
+    # What differs
+
+    @abstractmethod
+    def where(self) -> dict[str, Any]:
+        """Ray's `provider` section, without its type."""
+
+    @abstractmethod
+    def machine(self, kind: CloudHead | CloudPool, *, spot: bool, public_key: str) -> dict[str, Any]:
+        """A `node_config` that lets the key in."""
+
+    @abstractmethod
+    def account(self) -> list[Finding]:
+        """What there is to say of credentials, rights and quotas; the packages are there."""
+
+    def tidy(self, cluster_name: str, say: Say) -> None:
+        """Remove what is left when all machines are gone. Raises ClusterError."""
+        return
+
+    # What all providers can do
+
+    def render(self) -> str:
+        text = yaml.dump(
+            self._config("MARK", Path("~/.muster/clusters") / self.spec.name, "PUBLIC KEY"), sort_keys=False, width=1000
+        )
+        return f"# for Ray's cluster launcher; MARK and PUBLIC KEY are made anew for every cluster\n{text}"
+
+    def up(self, home: Home, say: Say) -> None:
+        refuse(self.doctor())
+        key = home.folder / "key"
+        HERE.run(
+            shlex.join(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"muster {home.name}", "-f", str(key)])
+        )
+        say(f"starting the head, a {self.spec.head.instance}; Ray's cluster launcher says:")
+        from ray.autoscaler import sdk
+
+        config = self._recorded(home)
+        with _launcher("the head was not started"):
+            sdk.create_or_update_cluster(config)
+            address = sdk.get_head_node_ip(config)
+        home.write({**home.record(), "head": address})
+
+    def down(self, home: Home, say: Say) -> None:
+        say("ending all machines; Ray's cluster launcher says:")
+        from ray.autoscaler import sdk
+
+        if not (home.folder / "key.pub").exists():
+            return  # it did not come so far that there could be machines
+        config = self._recorded(home)
+        with _launcher("machines may be left"):
+            sdk.teardown_cluster(config)
+            self.tidy(config["cluster_name"], say)
+
+    @contextmanager
+    def door(self, home: Home | None) -> Iterator[Dashboard]:
+        assert home is not None, "a cluster that Muster made has a record"
+        if (head := home.record().get("head")) is None:
+            raise ClusterError(
+                f"the cluster {home.name} has no head; `muster cluster down {home.name}` removes what there is of it"
+            )
+        known = f"UserKnownHostsFile={home.folder / 'known_hosts'}"
+        login = Login(self.spec.user, key=str(home.folder / "key"), options=(known, "StrictHostKeyChecking=accept-new"))
+        with tunnel(head, login, "127.0.0.1", _DASHBOARD_PORT) as port:
+            yield Dashboard(f"http://127.0.0.1:{port}", home.token(), f"the cluster {home.name}")
+
+    def doctor(self) -> list[Finding]:
+        findings = [_command(name) for name in ("ssh", "ssh-keygen", "rsync")]
+        missing = [package for module, package in self.packages.items() if not _is_there(module)]
+        if missing:
+            advice = f"pip install {' '.join(missing)}"
+            return [*findings, Finding("Python packages", False, f"{', '.join(missing)} missing", advice)]
+        missing_files = [path for path in self.spec.files.values() if not os.path.exists(os.path.expanduser(path))]
+        if missing_files:
+            findings.append(
+                Finding("files", False, f"{', '.join(missing_files)} missing", "correct `files` in the cluster file")
+            )
+        return [*findings, *self.account()]
+
+    # The file for Ray's launcher
+
+    def _recorded(self, home: Home) -> dict[str, Any]:
+        return self._config(home.record()["mark"], home.folder, (home.folder / "key.pub").read_text().strip())
+
+    def _config(self, mark: str, folder: Path, public_key: str) -> dict[str, Any]:
+        spec = self.spec
+        files = {there: os.path.expanduser(here) for there, here in spec.files.items()}
+        return {
+            "cluster_name": f"muster-{spec.name}-{mark}",
+            "provider": {"type": spec.provider, **self.where()},
+            "auth": {"ssh_user": spec.user, **self.keys(folder)},
+            "max_workers": sum(pool.max for pool in spec.pools.values()),
+            # A gang starts whole or not at all: no reason to start its machines little by little.
+            "upscaling_speed": 1000,
+            "idle_timeout_minutes": spec.idle_minutes,
+            "file_mounts": {_TOKEN: str(folder / "token"), **files},
+            "initialization_commands": [],
+            "setup_commands": list(spec.setup),
+            "head_setup_commands": [],
+            "worker_setup_commands": [],
+            "head_start_ray_commands": [self._start(self._head_arguments())],
+            "worker_start_ray_commands": [self._start([f"--address=$RAY_HEAD_IP:{_PORT}"])],
+            "head_node_type": _HEAD,
+            "available_node_types": {
+                _HEAD: {
+                    "resources": {"CPU": 0, "GPU": 0},
+                    "labels": price_label(spec.head.price),
+                    "min_workers": 0,
+                    "max_workers": 0,
+                    "node_config": self.machine(spec.head, spot=False, public_key=public_key),
+                },
+                **dict(kind for name, pool in spec.pools.items() for kind in self._kinds(name, pool, public_key)),
+            },
+        }
+
+    def keys(self, folder: Path) -> dict[str, str]:
+        return {"ssh_private_key": str(folder / "key")}
+
+    def _kinds(self, name: str, pool: CloudPool, public_key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """One kind of machines, two where the one is there for want of the other."""
+        markets = {"on-demand": (False,), "spot": (True,), "spot-first": (True, False)}[pool.market]
+        for spot in markets:
+            price = pool.spot_price if spot else pool.price
+            market = {"ray.io/market-type": "spot" if spot else "on-demand"}
+            kind = {
+                "resources": {"CPU": pool.cpus, "GPU": pool.gpus, **of_type(pool.gpu)},
+                "labels": {**market, **price_label(price)},
+                "min_workers": 0 if spot and len(markets) > 1 else pool.min,
+                "max_workers": pool.max,
+                "priority": int(spot),
+                "node_config": self.machine(pool, spot=spot, public_key=public_key),
+            }
+            yield f"{name}-spot" if spot else name, kind
+
+    def _head_arguments(self) -> list[str]:
+        # Where the address of a machine is known to the machine alone, Ray finds it.
+        own = [argument for argument in head_arguments("", _PORT, _DASHBOARD_PORT) if "node-ip-address" not in argument]
+        return [*own, "--num-cpus=0", "--num-gpus=0", "--autoscaling-config=~/ray_bootstrap_config.yaml"]
+
+    def _start(self, arguments: list[str]) -> str:
+        variables = {"RAY_AUTH_MODE": "token", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **environment(self.spec)}
+        steps = [
+            "ulimit -n 65536",
+            f"chmod 600 {_TOKEN}",
+            "unset RAY_AUTH_TOKEN",
+            f"export {' '.join(f'{name}={shlex.quote(value)}' for name, value in variables.items())}",
+            'export RAY_AUTH_TOKEN_PATH="$HOME/.muster/token"',
+            # `ray`, and `python` in jobs, are those beside the Python that was named
+            f'export PATH="$(dirname "$({self.spec.python} -c "import sys; print(sys.executable)")"):$PATH"',
+            f"ray start {' '.join(arguments)} --disable-usage-stats",
+        ]
+        return "; ".join(steps)
+
+
+@contextmanager
+def _launcher(failed: str) -> Iterator[None]:
+    """Errors of Ray's launcher and the clouds' libraries, which have nothing in common, as ClusterError."""
+    os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "1")
+    try:
+        yield
+    except ClusterError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ClusterError(f"{failed}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _command(name: str) -> Finding:
+    found = shutil.which(name)
+    return Finding(name, found is not None, found or "is missing", "" if found else f"install {name} here")
+
+
+def _is_there(module: str) -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
