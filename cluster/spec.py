@@ -37,7 +37,7 @@ class Offer:
 
     def places(self, *, on_gpus: bool, gpu: str | None) -> float:
         """For workers that each take a GPU (of a type, if one is named), or none. Infinite if that is not known."""
-        if on_gpus and gpu is not None and gpu != self.gpu:
+        if gpu is not None and gpu != self.gpu:
             return 0 if self.gpu is not None or self.gpus == 0 else math.inf
         each = self.gpus if on_gpus else self.cpus
         return math.inf if each is None else self.machines * each

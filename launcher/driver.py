@@ -17,6 +17,7 @@ from launcher.failures import NoMachines
 from launcher.gang import Gang, gang_of
 from launcher.interrupts import Interrupts
 from launcher.job import ENV_NAMES, Job
+from launcher.limits import Meter
 from launcher.phase_run import PhaseRun
 from launcher.progress import PhaseProgress
 from launcher.recovery import Recovery
@@ -28,8 +29,8 @@ from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES, resolve
 from training.storage import Place
 
-DONE, FAILED, INPUT_WRONG, RESUME_ME, INTERRUPTED = 0, 1, 2, 75, 130
-"""Exit statuses. RESUME_ME (EX_TEMPFAIL of sysexits.h): nothing is wrong with the job, start it again when there are machines."""
+DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, INTERRUPTED = 0, 1, 2, 3, 75, 130
+"""Exit statuses. LIMIT_REACHED: max_hours or max_cost. RESUME_ME (EX_TEMPFAIL of sysexits.h): nothing is wrong with the job, start it again when there are machines."""
 _EXPORT_S = 3600.0
 
 
@@ -89,9 +90,12 @@ def _run_phases(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"run {run.address}, attempt {run.attempt}")
+    meter = Meter(run.folder, job.max_hours, job.max_cost)
     try:
+        if meter.reached:
+            raise InputError.of(run.address, f"{meter.reached}; raise the limit to go on")
         wanted = [name for name in _unfinished(run, job) if only in (None, name)]
-        done = all(_run_phase(run, job, name, interrupts, console, inline) for name in wanted)
+        done = all(_run_phase(run, job, name, interrupts, meter, console, inline) for name in wanted)
     except KeyboardInterrupt:
         with suppress(OSError):
             run.event("interrupted", orderly=False)
@@ -108,6 +112,11 @@ def _run_phases(
         raise
     rest = list(_unfinished(run, job))
     run.event("interrupted" if rest else "done")
+    if not done and meter.reached and not interrupts.requested:
+        say(
+            f"stopped and saved: {meter.reached}; `muster resume {run.address} max_hours=...` or `max_cost=...` goes on"
+        )
+        return LIMIT_REACHED
     if done and rest:
         say(f"{only} is done; `muster resume {run.address}` goes on with {', '.join(rest)}")
     elif not done:
@@ -142,9 +151,11 @@ def _unfinished(run: OpenRun, job: Job) -> Iterator[str]:
     return (name for name in job.phases if name not in finished)
 
 
-def _run_phase(run: OpenRun, job: Job, name: str, interrupts: Interrupts, console: Console, inline: bool) -> bool:
-    """Whether the phase came to its end; False when it was asked to stop."""
-    if interrupts.requested:
+def _run_phase(
+    run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Meter, console: Console, inline: bool
+) -> bool:
+    """Whether the phase came to its end; False when it was asked to stop, or has used up what it may."""
+    if interrupts.requested or meter.reached:
         return False
     phase = with_its_start(job.phases[name], run)
     progress = PhaseProgress(name, console, phase.log_every)
@@ -158,7 +169,7 @@ def _run_phase(run: OpenRun, job: Job, name: str, interrupts: Interrupts, consol
     recovery = Recovery(run, name, phase, progress.say)
     with gang_of(phase, name, cache_folder(), progress.say, warn, inline=inline) as gang:
         while True:
-            hooks = PhaseRun(run, job, name, interrupts, progress, gang, recovery.skipped())
+            hooks = PhaseRun(run, job, name, interrupts, meter, progress, gang, recovery.skipped())
             try:
                 with closing(hooks):
                     last = _attempt(run, phase, name, hooks, gang)
@@ -172,6 +183,9 @@ def _run_phase(run: OpenRun, job: Job, name: str, interrupts: Interrupts, consol
                     break
                 if interrupts.requested:
                     return False
+                if meter.reached:
+                    run.event("limit_reached", phase=name, what=meter.reached)
+                    return False
                 run.event("moved", phase=name, why=gang.why_moved)
                 progress.say(f"{name}: saved; {gang.why_moved}, so the workers are gathered anew")
             run.go_on()
@@ -184,10 +198,14 @@ def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang)
     """One attempt at a phase, from its newest checkpoint: its last checkpoint, None if it was stopped before."""
     with gang.attempt(run.phase(name) / "logs" / f"attempt-{run.attempt}") as groups:
         run.event("workers", phase=name, workers=gang.members())
-        last = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
-        if last is not None:
-            _export(next(iter(groups.values())), last, run.model(name))
-        return last
+        hooks.meter.begin(gang.price())
+        try:
+            last = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
+            if last is not None:
+                _export(next(iter(groups.values())), last, run.model(name))
+            return last
+        finally:
+            hooks.meter.end()
 
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:

@@ -44,6 +44,10 @@ class Gang(Protocol):
         """Rank, address of the machine and process id there, of every worker."""
         ...
 
+    def price(self) -> float | None:
+        """What the machines cost in an hour; None if that is not known."""
+        ...
+
     def avoid(self, nodes: frozenset[str]) -> None:
         """Do not use these machines any more."""
         ...
@@ -104,6 +108,11 @@ class _RayGang:
     def members(self) -> list[dict[str, Any]]:
         members = [member for team in self.teams for member in team.members()]
         return [{**member, "rank": rank} for rank, member in enumerate(members)]
+
+    def price(self) -> float | None:
+        from launcher import machines
+
+        return machines.price({member["machine"] for member in self.members()})
 
     def avoid(self, nodes: frozenset[str]) -> None:
         for team in self.teams:
@@ -210,6 +219,9 @@ class _InlineGang:
 
     def members(self) -> list[dict[str, Any]]:
         return [{"rank": 0, "machine": "127.0.0.1", "pid": os.getpid()}]
+
+    def price(self) -> float | None:
+        return None
 
     def avoid(self, nodes: frozenset[str]) -> None:
         """There is one machine."""

@@ -43,6 +43,8 @@ NEUTRAL = (
     "storage",
     "env",
     "track",
+    "max_hours",
+    "max_cost",
     "phases.*.resources",
     "phases.*.sharding",
     "phases.*.micro_tokens",
@@ -81,6 +83,10 @@ class Job:
     """Where metrics go beside metrics.jsonl."""
     env: list[str]
     """Names of environment variables that workers, and clusters that the job is submitted to, are given."""
+    max_hours: float | None = None
+    """With workers, over all attempts: then the run saves and stops."""
+    max_cost: float | None = None
+    """Of the machines that its workers are on, and the head: as `max_hours`. Needs prices in the cluster file."""
     phases: dict[str, Phase]
     """By name, in the order in which they run."""
     document: Document = field(compare=False, repr=False)
@@ -116,6 +122,8 @@ class _Top(Settings):
     storage: str = "runs"
     track: Tracker | list[Tracker] = Field(default=["tensorboard"])
     env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field(default=[], examples=["[HF_TOKEN]"])
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    max_cost: Annotated[float, Field(gt=0)] | None = None
     model: Section = Field(default={})
     resources: Section = Field(default={})
     sharding: Section = Field(default={})
@@ -183,8 +191,9 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     base = base_folder(document, ("storage",), file)
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     job = Job(
-        name=name, file=file, storage=storage, seed=top.seed, track=track, env=top.env, phases=phases, document=document
-    )
+        name=name, file=file, storage=storage, seed=top.seed, track=track, env=top.env, max_hours=top.max_hours,
+        max_cost=top.max_cost, phases=phases, document=document,
+    )  # fmt: skip
     return job, report, document
 
 
@@ -318,7 +327,8 @@ def _model_problems(phase: Phase) -> list[str]:
 def _as_data(job: Job) -> dict[str, Any]:
     phases = {name: phase.model_dump(by_alias=True) for name, phase in job.phases.items()}
     top = {"name": job.name, "seed": job.seed, "storage": job.storage, "track": job.track, "env": job.env}
-    return {**top, "phases": phases}
+    limits = {"max_hours": job.max_hours, "max_cost": job.max_cost}
+    return {**top, **{name: limit for name, limit in limits.items() if limit is not None}, "phases": phases}
 
 
 def _meaning(job: Job) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.node import PRICE
 from launcher import autoscaler
 from launcher.failures import NoMachines
 from training.config import Resources
@@ -22,6 +23,8 @@ from training.errors import InputError
 _FIRST_WORD_S, _NEXT_WORD_S, _NEXT_LOOK_S = 3.0, 15.0, 3.0
 """How long to wait silently."""
 _LOOK_S = 0.1
+_HEAD = "node:__internal_head__"
+"""What Ray gives the head to be found by."""
 _SETTLE_S = 30.0
 """Longest time for a gang of places on machines that are there and free."""
 
@@ -186,6 +189,15 @@ def _shortage(needs: Mapping[str, float], count: int) -> str:
     there, free = ray.cluster_resources(), ray.available_resources()
     has = ", ".join(f"{there.get(kind, 0):.0f} {kind} ({free.get(kind, 0):.0f} free)" for kind in wanted)
     return f"{count} workers wanted, each with one {' and one '.join(wanted)}; the cluster has {has}"
+
+
+def price(addresses: Collection[str]) -> float | None:
+    """What the machines with these addresses cost in an hour, whole, and the head; None if one of them does not say."""
+    there = [found for found in ray.nodes() if found["Alive"]]
+    used = [found for found in there if found["NodeManagerAddress"] in addresses]
+    head = [found for found in there if _HEAD in found["Resources"] and found not in used and PRICE in found["Labels"]]
+    prices = [found["Labels"].get(PRICE) for found in (*used, *head)]
+    return None if None in prices else sum(map(float, prices))
 
 
 def kill_on(address: str, pid: int | None) -> None:

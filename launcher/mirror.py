@@ -20,7 +20,7 @@ from training.checkpoints import Claim
 from training.errors import StorageError, Superseded
 from training.storage import Place, upload_file
 
-FETCHED, FETCHED_OF_PHASES = ("job.yaml", "events.jsonl"), ("metrics.jsonl",)
+FETCHED, FETCHED_OF_PHASES = ("job.yaml", "events.jsonl", "spent.json"), ("metrics.jsonl",)
 """What tells how far a run is."""
 ALIVE = ".alive"
 """A time: the driver was at work then."""

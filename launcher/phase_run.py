@@ -12,6 +12,7 @@ from launcher.attempts import OpenRun
 from launcher.gang import Gang
 from launcher.interrupts import Interrupts
 from launcher.job import Job, job_hash
+from launcher.limits import Meter
 from launcher.progress import PhaseProgress
 from launcher.stragglers import Stragglers
 from training.checkpoints import opened
@@ -26,9 +27,17 @@ class PhaseRun:
     """What a recipe's driver is offered while it runs one phase (the `Hooks` of training/recipes)."""
 
     def __init__(
-        self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, progress: PhaseProgress, gang: Gang, skipped: frozenset[int]
+        self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Meter, progress: PhaseProgress, gang: Gang,
+        skipped: frozenset[int],
     ):  # fmt: skip
-        self.run, self.name, self.interrupts, self.progress, self.gang = run, name, interrupts, progress, gang
+        self.run, self.name, self.interrupts, self.meter, self.progress, self.gang = (
+            run,
+            name,
+            interrupts,
+            meter,
+            progress,
+            gang,
+        )
         self.skipped = skipped
         self.step = self.saved_step = 0
         self.training = False
@@ -126,7 +135,8 @@ class PhaseRun:
                 os.replace(rewritten, path)
 
     def stop_requested(self) -> bool:
-        return self.interrupts.requested or self.gang.reason_to_move() is not None
+        self.meter.count()
+        return self.interrupts.requested or self.meter.reached is not None or self.gang.reason_to_move() is not None
 
     def step_in_hand(self) -> int:
         """The step that was under way at last; the one that is done if none was."""

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster import home as homes
 from cluster.dashboard import Dashboard
@@ -46,11 +47,52 @@ def test_every_provider_has_a_file():
     assert {file.stem for file in CONFIGS.glob("*.yaml")} == set(SPECS)
 
 
+@pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
+def test_what_ray_is_given_for_a_cloud_is_right_by_its_own_schema_and_opens_nothing(cloud):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    text = clusters.render(CONFIGS / f"{cloud}.yaml")
+    config = yaml.safe_load(text)
+    validate_config(prepare_config(config))
+    assert {"--dashboard-host=127.0.0.1", "--num-gpus=0"} <= set(config["head_start_ray_commands"][0].split())
+    assert "0.0.0.0" not in text
+    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
+        assert "export RAY_AUTH_MODE=token" in command
+        assert 'RAY_AUTH_TOKEN_PATH="$HOME/.muster/token"' in command
+    assert config["file_mounts"]["~/.muster/token"].endswith("/token")
+    pools = {name: kind for name, kind in config["available_node_types"].items() if name != "head"}
+    assert all(kind["resources"]["GPU"] == 8 for kind in pools.values())
+
+
+def test_a_pool_that_is_on_demand_for_want_of_spot_machines_is_two_kinds_the_cheaper_first():
+    kinds = yaml.safe_load(clusters.render(CONFIGS / "aws.yaml"))["available_node_types"]
+    spot, other = kinds["a100-spot"], kinds["a100"]
+    assert spot["priority"] > other["priority"]
+    assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in other["node_config"]
+    assert (spot["labels"]["muster/price"], other["labels"]["muster/price"]) == ("12", "22")
+
+
+def test_a_job_that_asks_for_more_than_a_cluster_can_have_is_refused_before_anything_is_sent(muster, place):
+    pools = "pools: {small: {instance: g5, max: 2, cpus: 8, gpus: 4, gpu: A10G}}"
+    spec = clusters.load(written(f"provider: aws\nname: far\nregion: us-west-2\nhead: {{instance: m5}}\n{pools}"))
+    homes.claim("far", {"spec": spec.model_dump(exclude_defaults=True), "mark": "m", "started": "now"})
+    shared = ("storage=s3://b/runs", "--on", "far")
+    workers = str(place / "job.yaml"), "resources.workers=9", "resources.gpus_per_worker=auto", "phases.sft.batch=9"
+    answer = muster("submit", *workers, *shared)
+    assert answer.status == 2
+    told = "resources.workers: 9 workers with a GPU each; far has 8 such places at most (small: 2 of 4 A10G)"
+    assert answer.errors == [f"command line: {told}"]
+    answer = muster("submit", str(place / "job.yaml"), "resources.accelerator=H100", *shared)
+    assert answer.status == 2
+    assert "1 workers with an H100 each; far has none (small: 2 of 4 A10G)" in answer.err
+
+
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
-        ("name: x", ["c.yaml: provider: name where the machines come from: local, existing, ssh, kubernetes or slurm"]),
-        ("provider: lokal", ["c.yaml:1: provider: name where the machines come from: local, existing, ssh, kubernetes or slurm; did you mean local?"]),
+        ("name: x", ["c.yaml: provider: name where the machines come from: local, existing, ssh, kubernetes, slurm, aws, gcp or azure"]),
+        ("provider: lokal", ["c.yaml:1: provider: name where the machines come from: local, existing, ssh, kubernetes, slurm, aws, gcp or azure; did you mean local?"]),
         ("provider: local\ncpu: 4", ["c.yaml:2: cpu: unknown key; did you mean cpus?"]),
         ("provider: local\nname: -rf", ["c.yaml:2: name: "]),
         ("provider: existing\naddress: 10.0.0.5", ["c.yaml:2: address: "]),
