@@ -47,6 +47,10 @@ BENCHMARKS = {
         "benchmarks.ppo",
         "PPO: the driver's share of an iteration (target: 0.02), weights sent against a copy in memory, memory with LoRA",
     ),
+    "submit": Benchmark(
+        "benchmarks.submit",
+        "a job handed to a cluster: seconds to its first line against `ray job submit` (target: 2 more), following again, growing",
+    ),
     "trl": Benchmark(
         "benchmarks.peer_trl", "SFT tokens/s against TRL under accelerate + ZeRO-2 (target: packed at least 1.0)"
     ),

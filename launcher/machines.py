@@ -99,7 +99,7 @@ def gather(
     not to be used. Raises NoMachines.
     """
     began = time.monotonic()
-    said_at = began - _NEXT_WORD_S
+    said_at, told = began - _NEXT_WORD_S, None
     group = _request(needs, wanted, avoid)
     patience = _FIRST_WORD_S
     try:
@@ -115,8 +115,8 @@ def gather(
             if waited >= wait_s and not _taken(needs, least, avoid):
                 remove_placement_group(group)
                 return _smaller(needs, wanted, least, avoid, f"{state}, after {waited:.0f} s", say)
-            if now - said_at >= _NEXT_WORD_S:
-                said_at = now
+            if now - said_at >= _NEXT_WORD_S or outlook != told:
+                said_at, told = now, outlook
                 say(f"waiting for machines since {waited:.0f} s: {state}")
     except BaseException:
         remove_placement_group(group)

@@ -72,7 +72,7 @@ def environment(spec: Cluster) -> dict[str, str]:
 def findings_of(looks: Mapping[str, Callable[[], dict[str, Any]]]) -> list[Finding]:
     """What is seen on machines: whether they answer, and have what a node needs in the versions that are here."""
     here = version("ray")
-    findings = []
+    findings, first = [], ""
     for name, facts in on_all(looks).items():
         if isinstance(facts, ClusterError):
             findings.append(
@@ -80,6 +80,8 @@ def findings_of(looks: Mapping[str, Callable[[], dict[str, Any]]]) -> list[Findi
             )
             continue
         ray = facts["versions"]["ray"]
+        python = ".".join(facts["python"].split(".")[:2])
+        first = first or python
         seen = f"Python {facts['python']}, Ray {ray or 'is missing'}, {facts['cores']} cores"
         missing = [package for package, found in facts["versions"].items() if found is None]
         apart = abs(facts["time"] - time.time())
@@ -87,6 +89,12 @@ def findings_of(looks: Mapping[str, Callable[[], dict[str, Any]]]) -> list[Findi
             findings.append(Finding(name, False, seen, f"install {', '.join(missing)} for {facts['executable']}"))
         elif ray != here:
             findings.append(Finding(name, False, seen, f"install Ray {here} there: it is the version here"))
+        elif python != first:
+            findings.append(
+                Finding(
+                    name, False, seen, f"install Python {first} there, as on the first machine: Ray wants one for all"
+                )
+            )
         elif apart > _CLOCK_S:
             findings.append(Finding(name, False, f"its clock is {apart:.0f} s off ours", "let it follow a time server"))
         else:

@@ -137,14 +137,14 @@ def test_the_token_is_in_no_file_but_its_own_and_in_no_command_line(up):
     assert all(up.lab[name].processes_with(token) == [] for name in HEAD + WORKERS)
 
 
-def test_strangers_neither_submit_nor_read_nor_connect(up):
+def test_strangers_neither_submit_nor_read_nor_connect(up, job):
     """From another host, without a token and with a wrong one: the dashboard is on loopback, Ray's own door wants the token."""
     head = up.lab[HEAD].address
     said = up.muster("list", "--on", f"http://{head}:8265", machine=STRANGER, status=1)
     assert "does not answer" in said
     # Also on the head itself, where the dashboard listens, nobody is let in without the token.
     for token, answer in (("", "wants a token"), ("0" * 64, "does not take our token")):
-        for verb in (("list",), ("logs", "x"), ("stop", "x")):
+        for verb in (("submit", str(job), "storage=s3://nowhere/runs"), ("list",), ("logs", "x"), ("stop", "x")):
             said = up.muster(*verb, "--on", "http://127.0.0.1:8265", machine=HEAD, status=2, RAY_AUTH_TOKEN=token)
             assert answer in said
     script = f"import ray; ray.init(address='{head}:6379', log_to_driver=False); print('let', 'in')"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.machine import HERE, all_of, on_all
 from cluster.node import Node
-from cluster.providers import local
+from cluster.providers import findings_of, local
 from cluster.spec import SPECS
 from launcher import clusters, submit
 from training.errors import InputError
@@ -283,3 +284,49 @@ def test_what_is_on_this_machine_is_not_asked_for_through_a_proxy(monkeypatch):
     with HTTPServer(("127.0.0.1", 0), _Answers) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         assert Dashboard(f"http://127.0.0.1:{server.server_port}", "t", "it").version() == "Bearer t"
+
+
+class _OldRay(_Answers):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps({"version": "4", "ray_version": "2.49.0", "ray_commit": "c"}).encode())
+
+
+def test_another_version_of_ray_is_told_with_what_to_do_on_which_side(muster, place, monkeypatch):
+    from importlib.metadata import version
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
+    with HTTPServer(("127.0.0.1", 0), _OldRay) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        answer = muster("submit", "job.yaml", "storage=s3://b/runs", "--on", address)
+        server.shutdown()
+    ours = version("ray")
+    told = f"{address} runs Ray 2.49.0, here is {ours}; install ray==2.49.0 here, or {ours} there\n"
+    assert (answer.status, answer.err) == (2, told)
+
+
+def test_what_is_wrong_with_machines_is_told_with_the_side_to_change():
+    from importlib.metadata import version
+
+    def machine(python: str = "3.11.7", ray: str | None = version("ray"), off: float = 0.0):
+        facts = {"python": python, "executable": "/p", "cores": 8, "time": time.time() + off, "versions": {"ray": ray}}
+        return lambda: facts
+
+    def unreachable():
+        raise ClusterError("f cannot be reached: no route")
+
+    found = findings_of({
+        "a": machine(), "b": machine(python="3.11.2"), "c": machine(python="3.10.1"), "d": machine(ray="2.9.0"), "e": machine(off=90),
+        "f": unreachable, "g": machine(ray=None),
+    })  # fmt: skip
+    assert [(finding.what, finding.well) for finding in found][:2] == [("a", True), ("b", True)]
+    assert not any(finding.well for finding in found[2:])
+    advice = {finding.what: f"{finding.found}; {finding.advice}" for finding in found}
+    assert "install Python 3.11 there, as on the first machine" in advice["c"]
+    assert f"install Ray {version('ray')} there" in advice["d"]
+    assert "its clock is 90 s off ours; let it follow a time server" in advice["e"]
+    assert "cannot be reached: no route" in advice["f"]
+    assert "install ray for /p" in advice["g"]

@@ -130,7 +130,8 @@ def test_two_jobs_run_side_by_side_and_a_third_waits_and_says_for_what(muster_he
     said = muster_here("logs", "-f", third, "--on", "here")
     assert "sft: done" in said
 
-    again = muster_here.submitted(job, "name=side-0", *forever)  # the same job once more goes on
+    assert "is running; `muster stop" in muster_here("resume", names[1], "--on", "here", status=2)
+    again = muster_here("resume", names[0], "phases.sft.log_every=2", "--on", "here").split()[0]
     until(
         lambda: "goes on after step" in muster_here("logs", again, "--on", "here"),
         lambda: muster_here("logs", again, "--on", "here"),
