@@ -106,6 +106,9 @@ class Existing(Cluster):
     """A machine that sees the address: it is reached through an SSH tunnel over this one."""
     user: Host | None = None
     """On that machine. None: as ssh decides."""
+    ssh_port: Port | None = None
+    key: str | None = None
+    ssh_options: list[str] = []
 
 
 class Head(Settings):

@@ -36,7 +36,8 @@ class ExistingProvider:
             yield Dashboard(self.spec.address, token, self.spec.address)
             return
         address = urlsplit(self.spec.address)
-        with tunnel(self.spec.ssh, Login(self.spec.user), address.hostname or "", address.port or 8265) as port:
+        login = Login(self.spec.user, self.spec.ssh_port, self.spec.key, self.spec.ssh_options)
+        with tunnel(self.spec.ssh, login, address.hostname or "", address.port or 8265) as port:
             yield Dashboard(f"http://127.0.0.1:{port}", token, f"{self.spec.address} through {self.spec.ssh}")
 
     def doctor(self) -> list[Finding]:

@@ -155,6 +155,16 @@ def test_strangers_neither_submit_nor_read_nor_connect(up, job):
         assert "let in" not in log.read_text()
 
 
+def test_somebody_elses_cluster_is_reached_through_a_machine_that_sees_it(up):
+    spec = {
+        "provider": "existing", "address": "http://127.0.0.1:8265", "ssh": up.lab[HEAD].address, "key": str(up.folder / "key"),
+        "ssh_options": up.options, "token_file": str(up.folder / "muster/clusters/lab/token"),
+    }  # fmt: skip
+    (up.folder / "theirs.yaml").write_text(json.dumps(spec))
+    assert "3 machines are up" in up.muster("cluster", "doctor", str(up.folder / "theirs.yaml"))
+    assert up.muster("list", "--on", str(up.folder / "theirs.yaml")) == up.muster("list", "--on", "lab")
+
+
 def test_a_name_is_used_once(up):
     said = up.muster("cluster", "up", str(up.file()), status=2)
     assert "there is a cluster lab already" in said
