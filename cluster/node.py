@@ -60,12 +60,12 @@ def head_arguments(address: str, port: int, dashboard_port: int) -> list[str]:
     ]  # fmt: skip
 
 
-def places(cpus: int | None, gpus: int | None, gpu: str | None = None, price: float | None = None) -> list[str]:
-    """For `ray start`: what a machine offers, if it is not to be all that Ray finds; the type of its GPUs, its price."""
+def places(cpus: int | None, gpus: int | None, gpu: str | None = None, labels: Mapping[str, str] = {}) -> list[str]:
+    """For `ray start`: what a machine offers, if it is not to be all that Ray finds; the type of its GPUs."""
     arguments = [] if cpus is None else [f"--num-cpus={cpus}"]
     arguments += [] if gpus is None else [f"--num-gpus={gpus}"]
     arguments += [f"--resources={json.dumps(resources)}"] if (resources := of_type(gpu)) else []
-    return arguments + [f"--labels={key}={value}" for key, value in price_label(price).items()]
+    return arguments + ([f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}"] if labels else [])
 
 
 def of_type(gpu: str | None) -> dict[str, int]:

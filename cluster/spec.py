@@ -12,10 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+_LABEL = r"^[A-Za-z0-9]([A-Za-z0-9./_-]*[A-Za-z0-9])?$"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,39}$")]
 Port = Annotated[int, Field(gt=0, lt=65536)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
+Labels = dict[Annotated[str, Field(pattern=_LABEL)], Annotated[str, Field(pattern=_LABEL)]]
+"""Of Ray's nodes: seen in `ray list nodes`, and what Ray code can select machines by."""
 Price = Annotated[float, Field(ge=0)]
 """In the currency in which the one who asks pays."""
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
@@ -138,6 +141,7 @@ class Machines(Settings):
     """Type, for `resources.accelerator` of a job, such as A100. None: as Ray finds it."""
     price: Price | None = None
     """Of one machine, an hour."""
+    labels: Labels = {}
 
 
 class Ssh(Cluster):
@@ -250,6 +254,7 @@ class PodPool(Settings):
 
     price: Price | None = None
     """Of one pod, an hour."""
+    labels: Labels = {}
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -313,6 +318,7 @@ class CloudPool(Settings):
     """Of one machine, an hour, on demand."""
     spot_price: Price | None = None
     """The same on the spot market, about."""
+    labels: Labels = {}
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -162,7 +162,7 @@ class CloudProvider(ABC, Generic[Spec]):
             market = {"ray.io/market-type": "spot" if spot else "on-demand"}
             kind = {
                 "resources": {"CPU": pool.cpus, "GPU": pool.gpus, **of_type(pool.gpu)},
-                "labels": {**market, **price_label(price)},
+                "labels": {**pool.labels, **market, **price_label(price)},
                 "min_workers": 0 if spot and len(markets) > 1 else pool.min,
                 "max_workers": pool.max,
                 "priority": int(spot),

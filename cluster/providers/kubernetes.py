@@ -129,7 +129,7 @@ class KubernetesProvider:
                 "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": 60 * spec.idle_minutes},
                 "headGroupSpec": {
                     "serviceType": "ClusterIP",
-                    **_labels(spec.head.price),
+                    **_labels(price_label(spec.head.price)),
                     "rayStartParams": head,
                     "template": self._pod("ray-head", spec.image, resources, spec.head.node_selector, [], 1),
                 },
@@ -147,7 +147,7 @@ class KubernetesProvider:
             parameters["resources"] = json.dumps(json.dumps(of_type(pool.gpu)))  # KubeRay puts it into a command line
         return {
             "groupName": name,
-            **_labels(pool.price),
+            **_labels(pool.labels | price_label(pool.price)),
             "replicas": pool.min,
             "minReplicas": pool.min,
             "maxReplicas": pool.max,
@@ -182,8 +182,7 @@ class KubernetesProvider:
         return {"spec": pod}
 
 
-def _labels(price: float | None) -> dict[str, Any]:
-    labels = price_label(price)
+def _labels(labels: dict[str, str]) -> dict[str, Any]:
     return {"labels": labels} if labels else {}
 
 

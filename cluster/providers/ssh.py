@@ -9,7 +9,7 @@ from functools import partial
 from cluster.dashboard import Dashboard
 from cluster.home import Home
 from cluster.machine import Login, all_of, on_all, over_ssh, tunnel
-from cluster.node import Node, head_arguments, places
+from cluster.node import Node, head_arguments, places, price_label
 from cluster.providers import Finding, Say, environment, findings_of, refuse
 from cluster.spec import Machines, Ssh
 
@@ -65,11 +65,14 @@ class SshProvider:
         head = self.spec.head
         return [
             *head_arguments(address, self.spec.port, self.spec.dashboard_port),
-            *places(head.cpus, head.gpus, price=head.price),
+            *places(head.cpus, head.gpus, labels=price_label(head.price)),
         ]
 
     def _worker_arguments(self, head: str, pool: Machines) -> list[str]:
-        return [f"--address={head}:{self.spec.port}", *places(pool.cpus, pool.gpus, pool.gpu, pool.price)]
+        return [
+            f"--address={head}:{self.spec.port}",
+            *places(pool.cpus, pool.gpus, pool.gpu, pool.labels | price_label(pool.price)),
+        ]
 
 
 PROVIDER = SshProvider

@@ -74,6 +74,14 @@ def test_a_pool_that_is_on_demand_for_want_of_spot_machines_is_two_kinds_the_che
     assert (spot["labels"]["muster/price"], other["labels"]["muster/price"]) == ("12", "22")
 
 
+def test_labels_and_prices_of_pools_are_those_of_their_machines():
+    text = "provider: ssh\nhead: {host: a, price: 1}\npools: {p: {hosts: [b], gpu: A100, price: 2.5, labels: {team/rack: r-7}}}"
+    head, worker = clusters.render(written(text)).split("\n\n")
+    assert "--labels=muster/price=1 " in head
+    assert "--labels=team/rack=r-7,muster/price=2.5 " in worker
+    assert """'--resources={"accelerator_type:A100": 1}'""" in worker
+
+
 def test_a_job_that_asks_for_more_than_a_cluster_can_have_is_refused_before_anything_is_sent(muster, place):
     pools = "pools: {small: {instance: g5, max: 2, cpus: 8, gpus: 4, gpu: A10G}}"
     spec = clusters.load(written(f"provider: aws\nname: far\nregion: us-west-2\nhead: {{instance: m5}}\n{pools}"))
