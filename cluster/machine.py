@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import socket
 import subprocess
@@ -70,7 +69,7 @@ class Login:
         always = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=15", "ServerAliveCountMax=4")
         command = ["ssh", "-T", *(part for option in (*always, *self.options) for part in ("-o", option))]
         command += ["-p", str(self.port)] if self.port is not None else []
-        return [*command, *(["-i", os.path.expanduser(self.key)] if self.key is not None else [])]
+        return [*command, *(["-i", self.key] if self.key is not None else [])]
 
     def at(self, host: str) -> str:
         return f"{self.user}@{host}" if self.user else host

@@ -345,7 +345,7 @@ class Cloud(Cluster):
     user: Host = "ubuntu"
     """Whom the image lets in by SSH."""
     files: dict[str, str] = {}
-    """Copied to every machine: {path there: path here}."""
+    """Copied to every machine: {path there: path here, from the cluster file if it is relative}."""
     setup: list[str] = []
     """Commands that are run on every machine, in order, before Ray starts there."""
     python: str = "python3"

@@ -19,6 +19,7 @@ from cluster.providers import Finding, Provider, provider_of
 from cluster.spec import SPECS, Cluster, Existing
 from launcher import submit, yamlfile
 from launcher.explain import did_you_mean, listed, validated
+from launcher.phases import absolute
 from launcher.problems import Report
 from launcher.submit import Session
 from training.errors import InputError
@@ -72,7 +73,18 @@ def load(file: Path) -> Cluster:
         )
     report.raise_any()
     assert spec is not None, "its problems were raised"
-    return spec
+    return _from_anywhere(spec, file.absolute().parent)
+
+
+def _from_anywhere(spec: Cluster, folder: Path) -> Cluster:
+    """The settings with paths of this machine absolute: they are used from other folders later on. Relative ones begin at the file."""
+    changes: dict[str, Any] = {}
+    for name in ("key", "token_file"):
+        if (path := getattr(spec, name, None)) is not None:
+            changes[name] = absolute(path, folder)
+    if files := getattr(spec, "files", None):
+        changes["files"] = {there: absolute(here, folder) for there, here in files.items()}
+    return spec.model_copy(update=changes)
 
 
 def target(text: str) -> Target:

@@ -108,7 +108,7 @@ class CloudProvider(ABC, Generic[Spec]):
         if missing:
             advice = f"pip install {' '.join(missing)}"
             return [*findings, Finding("Python packages", False, f"{', '.join(missing)} missing", advice)]
-        missing_files = [path for path in self.spec.files.values() if not os.path.exists(os.path.expanduser(path))]
+        missing_files = [path for path in self.spec.files.values() if not os.path.exists(path)]
         if missing_files:
             findings.append(
                 Finding("files", False, f"{', '.join(missing_files)} missing", "correct `files` in the cluster file")
@@ -122,7 +122,6 @@ class CloudProvider(ABC, Generic[Spec]):
 
     def _config(self, mark: str, folder: Path, public_key: str) -> dict[str, Any]:
         spec = self.spec
-        files = {there: os.path.expanduser(here) for there, here in spec.files.items()}
         return {
             "cluster_name": f"muster-{spec.name}-{mark}",
             "provider": {"type": spec.provider, **self.where()},
@@ -131,7 +130,7 @@ class CloudProvider(ABC, Generic[Spec]):
             # A gang starts whole or not at all: no reason to start its machines little by little.
             "upscaling_speed": 1000,
             "idle_timeout_minutes": spec.idle_minutes,
-            "file_mounts": {_TOKEN: str(folder / "token"), **files},
+            "file_mounts": {_TOKEN: str(folder / "token"), **spec.files},
             "initialization_commands": [],
             "setup_commands": list(spec.setup),
             "head_setup_commands": [],

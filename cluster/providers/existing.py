@@ -49,7 +49,7 @@ class ExistingProvider:
 
     def _token(self) -> str | None:
         if self.spec.token_file is not None:
-            return _read(Path(self.spec.token_file).expanduser())
+            return _read(Path(self.spec.token_file))
         if token := os.environ.get("RAY_AUTH_TOKEN"):
             return token
         if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):

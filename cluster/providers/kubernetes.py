@@ -69,7 +69,12 @@ class KubernetesProvider:
             "the right to make secrets": (("auth", "can-i", "create", "secrets"), "ask for that right: the token is kept in one"),
             "the right to forward ports": (("auth", "can-i", "create", "pods/portforward"), "ask for that right: jobs go through one"),
         }  # fmt: skip
-        return [self._finding(what, words, advice) for what, (words, advice) in checks.items()]
+        findings: list[Finding] = []
+        for what, (words, advice) in checks.items():
+            findings.append(self._finding(what, words, advice))
+            if not findings[0].well:
+                break  # without the API the rest cannot be seen
+        return findings
 
     def _finding(self, what: str, words: tuple[str, ...], advice: str) -> Finding:
         try:

@@ -69,7 +69,7 @@ class SlurmProvider:
             "Slurm": (f"sinfo --noheader {partition} --format='%P %D nodes %a' | grep .", "load Slurm's module, or name the login machine and the partition"),
             "the folder": (f"mkdir -p {self._folder} && touch {self._folder}/.try && rm {self._folder}/.try && echo can be written", "choose a `folder` that you may write and all nodes see"),
         }  # fmt: skip
-        for what, (script, advice) in checks.items():
+        for what, (script, advice) in checks.items() if findings[0].well else ():
             try:
                 findings.append(Finding(what, True, "; ".join(self._login.run(script).splitlines())))
             except ClusterError as error:

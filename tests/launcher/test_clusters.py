@@ -74,6 +74,17 @@ def test_a_pool_that_is_on_demand_for_want_of_spot_machines_is_two_kinds_the_che
     assert (spot["labels"]["muster/price"], other["labels"]["muster/price"]) == ("12", "22")
 
 
+def test_paths_of_this_machine_begin_at_the_cluster_file(monkeypatch, tmp_path):
+    file = written("provider: ssh\nkey: keys/mine\nhead: {host: a}\npools: {p: {hosts: [b]}}").absolute()
+    monkeypatch.chdir("/")
+    assert clusters.load(file).key == str(tmp_path / "keys/mine")
+    monkeypatch.setenv("HOME", "/home/me")
+    file.write_text(file.read_text().replace("keys/mine", "~/.ssh/mine"))
+    assert clusters.load(file).key == "/home/me/.ssh/mine"
+    files = clusters.load(CONFIGS / "aws.yaml").files
+    assert [Path(here).resolve() for here in files.values()] == [CONFIGS.parents[1] / ".ci/requirements.txt"]
+
+
 def test_labels_and_prices_of_pools_are_those_of_their_machines():
     text = "provider: ssh\nhead: {host: a, price: 1}\npools: {p: {hosts: [b], gpu: A100, price: 2.5, labels: {team/rack: r-7}}}"
     head, worker = clusters.render(written(text)).split("\n\n")
@@ -152,7 +163,8 @@ def test_a_cluster_that_does_not_answer_is_told_plainly(muster):
         assert "http://127.0.0.1:9 does not answer" in answer.err
     written("provider: existing\naddress: http://127.0.0.1:9\ntoken_file: nowhere")
     answer = muster("list", "--on", "c.yaml")
-    assert (answer.status, answer.err) == (2, "nowhere: the token cannot be read: No such file or directory\n")
+    told = f"{Path('nowhere').absolute()}: the token cannot be read: No such file or directory\n"
+    assert (answer.status, answer.err) == (2, told)
 
 
 def test_a_local_run_folder_is_refused_where_the_cluster_does_not_see_it(place, muster):
