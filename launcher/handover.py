@@ -83,9 +83,9 @@ def _check_room(phase: Phase, spec: Cluster) -> None:
         places = sum(offer.places(on_gpus=on_gpus, gpu=gpu) for offer in spec.offers)
         if spec.offers and workers > places:
             what = "resources.accelerator" if gpu and not places else "resources.workers"
-            each = f"{'an' if gpu[0] in 'AEFHILMNORSX' else 'a'} {gpu}" if gpu else "a GPU" if on_gpus else "a CPU"
+            each = f"{'GPU' if on_gpus else 'CPU'}{f' of type {gpu}' if gpu else ''}"
             has = f"{places:.0f} such places at most" if places else "none"
-            told = f"{workers} workers with {each} each; {spec.name} has {has} ({', '.join(map(str, spec.offers))})"
+            told = f"{workers} workers with a {each} each; {spec.name} has {has} ({', '.join(map(str, spec.offers))})"
             raise InputError([Problem("", what, told)])
 
 

@@ -103,9 +103,9 @@ def test_a_job_that_asks_for_more_than_a_cluster_can_have_is_refused_before_anyt
     assert answer.status == 2
     told = "resources.workers: 9 workers with a GPU each; far has 8 such places at most (small: 2 of 4 A10G)"
     assert answer.errors == [f"command line: {told}"]
-    answer = muster("submit", str(place / "job.yaml"), "resources.accelerator=H100", *shared)
+    answer = muster("submit", str(place / "job.yaml"), "resources={workers: 1, accelerator: H100}", *shared)
     assert answer.status == 2
-    assert "1 workers with an H100 each; far has none (small: 2 of 4 A10G)" in answer.err
+    assert "1 workers with a GPU of type H100 each; far has none (small: 2 of 4 A10G)" in answer.err
 
 
 @pytest.mark.parametrize(
