@@ -6,7 +6,7 @@ Every class is frozen, refuses unknown keys and takes no loose types. The string
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -231,6 +231,11 @@ def _in_order(pool: Pool) -> Pool:
     return pool
 
 
+def _grown(pools: Mapping[str, PodPool] | Mapping[str, CloudPool]) -> list[Offer]:
+    """What pools have when they are as large as they may be."""
+    return [Offer(name, pool.max, pool.cpus, pool.gpus, pool.gpu) for name, pool in pools.items()]
+
+
 class PodPool(Settings):
     """Pods of one kind, one a machine."""
 
@@ -293,7 +298,7 @@ class Kubernetes(Cluster):
 
     @property
     def offers(self) -> Sequence[Offer]:
-        return [Offer(name, pool.max, pool.cpus, pool.gpus, pool.gpu) for name, pool in self.pools.items()]
+        return _grown(self.pools)
 
 
 class CloudPool(Settings):
@@ -357,7 +362,7 @@ class Cloud(Cluster):
 
     @property
     def offers(self) -> Sequence[Offer]:
-        return [Offer(name, pool.max, pool.cpus, pool.gpus, pool.gpu) for name, pool in self.pools.items()]
+        return _grown(self.pools)
 
 
 class Aws(Cloud):

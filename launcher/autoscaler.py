@@ -12,6 +12,8 @@ import ray
 _ANSWER_S = 10.0
 _LONGEST_REASON = 160
 """Characters of what a cloud says."""
+_UNKNOWN = "the head's monitor.log says why"
+"""Ray's autoscaler does not always pass it on."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,11 @@ class Outlook:
         return "; ".join([f"coming: {coming or 'none'}", *self.refused])
 
 
-def outlook(gang: str) -> Outlook | None:
-    """`gang`: id of its placement group, in hexadecimal digits. None where no autoscaler reports (that is its version 2)."""
+def outlook(gang: str, since: float) -> Outlook | None:
+    """`gang`: id of its placement group, in hexadecimal digits. Refusals before `since` (Unix, s) are not told again.
+
+    None where no autoscaler reports (that is its version 2).
+    """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
@@ -47,8 +52,9 @@ def outlook(gang: str) -> Outlook | None:
     for machine in said.pending_instances:
         coming[machine.ray_node_type_name] += 1
     refused = {
-        f"{failed.ray_node_type_name} was not given: {' '.join(failed.reason.split())[:_LONGEST_REASON]}"
+        f"{failed.ray_node_type_name} was not given: {' '.join(failed.reason.split())[:_LONGEST_REASON] or _UNKNOWN}"
         for failed in said.failed_instance_requests
+        if failed.failed_ts >= since
     }
     impossible = any(request.details.startswith(gang) for request in said.infeasible_gang_resource_requests)
     return Outlook(coming, tuple(sorted(refused)), impossible)

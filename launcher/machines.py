@@ -23,6 +23,8 @@ from training.errors import InputError
 _FIRST_WORD_S, _NEXT_WORD_S, _NEXT_LOOK_S = 3.0, 15.0, 3.0
 """How long to wait silently."""
 _LOOK_S = 0.1
+_MARKET = "ray.io/market-type"
+"""Label of machines that Muster's clusters start."""
 _HEAD = "node:__internal_head__"
 """What Ray gives the head to be found by."""
 _SETTLE_S = 30.0
@@ -96,56 +98,103 @@ def gather(
     """Places for `wanted` workers, or after `wait_s` for as many as there is room for, if those are `least` or more.
 
     Where there are enough machines and others use them, it waits its turn, however long that takes. `avoid`: ids of machines that are
-    not to be used. Raises NoMachines.
+    not to be used. Raises NoMachines, and InputError for what an autoscaler says can never come.
     """
-    began = time.monotonic()
-    said_at, told = began - _NEXT_WORD_S, None
-    group = _request(needs, wanted, avoid)
-    patience = _FIRST_WORD_S
-    try:
-        while not _comes(group, _until(began, wait_s, patience)):
-            now, patience = time.monotonic(), _NEXT_LOOK_S
-            waited, state = now - began, _shortage(needs, wanted)
-            outlook = autoscaler.outlook(group.id.hex())
-            if outlook is not None:
-                state += f"; {outlook}"
-                if outlook.impossible and not _others_work(needs):
+    return _Search(needs, least, wait_s, avoid, say).find(wanted)
+
+
+class _Search:
+    """For the places of one gang."""
+
+    def __init__(
+        self, needs: Mapping[str, float], least: int, wait_s: float, avoid: frozenset[str], say: Callable[[str], None]
+    ):
+        self.needs, self.least, self.wait_s, self.avoid, self.say = needs, least, wait_s, avoid, say
+        self.began, self.began_at = time.monotonic(), time.time()
+        self.on_demand: bool | None = None
+        """Whether machines are asked for on demand because the spot ones did not come. False: there are none. None: not yet."""
+
+    def find(self, wanted: int) -> PlacementGroup:
+        said_at, told, patience = self.began - _NEXT_WORD_S, None, _FIRST_WORD_S
+        group = self._request(wanted)
+        try:
+            while not _comes(group, self._until(patience)):
+                now, patience = time.monotonic(), _NEXT_LOOK_S
+                waited, state = now - self.began, _shortage(self.needs, wanted)
+                outlook = autoscaler.outlook(group.id.hex(), self.began_at)
+                if outlook is not None:
+                    state += f"; {outlook}"
+                    if self._elsewhere(outlook):
+                        remove_placement_group(group)
+                        group = self._request(wanted)
+                    elif outlook.impossible and not _others_work(self.needs):
+                        remove_placement_group(group)
+                        return self._as_few_as_may_be(wanted, state)
+                if waited >= self.wait_s and not _taken(self.needs, self.least, self.avoid):
                     remove_placement_group(group)
-                    return _as_few_as_may_be(needs, wanted, least, avoid, wait_s, state, say)
-            if waited >= wait_s and not _taken(needs, least, avoid):
-                remove_placement_group(group)
-                return _smaller(needs, wanted, least, avoid, f"{state}, after {waited:.0f} s", say)
-            if now - said_at >= _NEXT_WORD_S or outlook != told:
-                said_at, told = now, outlook
-                say(f"waiting for machines since {waited:.0f} s: {state}")
-    except BaseException:
-        remove_placement_group(group)
-        raise
-    return group
+                    return self._smaller(wanted, f"{state}, after {waited:.0f} s")
+                if now - said_at >= _NEXT_WORD_S or outlook != told:
+                    said_at, told = now, outlook
+                    self.say(f"waiting for machines since {waited:.0f} s: {state}")
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        return group
 
+    def _until(self, patience: float) -> float:
+        """How long to wait for the next look: not beyond the end of `wait_s`, as long as that lies ahead."""
+        left = self.began + self.wait_s - time.monotonic()
+        return min(patience, left) if left > 0 else patience
 
-def _as_few_as_may_be(
-    needs: Mapping[str, float], wanted: int, least: int, avoid: frozenset[str], wait_s: float, state: str, say: Callable[[str], None]
-) -> PlacementGroup:  # fmt: skip
-    """After the autoscaler has said that it can never bring `wanted`."""
-    if least == wanted:
-        raise InputError.of(
-            "resources.workers", f"the cluster cannot grow so far: {state}; ask for fewer, or give it larger pools"
-        )
-    say(f"the cluster cannot grow so far: {state}; asking for {least}, resources.min_workers")
-    return gather(needs, wanted=least, least=least, wait_s=wait_s, avoid=avoid, say=say)
+    def _request(self, count: int) -> PlacementGroup:
+        selector = {"ray.io/node-id": f"!in({','.join(sorted(self.avoid))})"} if self.avoid else {}
+        # Whatever is free is taken; the autoscaler is asked for the rest.
+        free = min(count, fitting(self.needs, self.avoid)) if self.on_demand else count
+        selectors = [selector] * free + [{**selector, _MARKET: "on-demand"}] * (count - free)
+        wanted = selectors if any(selectors) else None
+        return placement_group([dict(self.needs)] * count, strategy="PACK", bundle_label_selector=wanted)
+
+    def _elsewhere(self, outlook: autoscaler.Outlook) -> bool:
+        """Whether to ask in another market from now on.
+
+        Ray's autoscaler asks for the kind of machine with the highest priority again and again, also where the cloud has none.
+        """
+        if self.on_demand is None and outlook.refused:
+            self.on_demand = True
+            self.say(f"{'; '.join(outlook.refused)}; asking for machines on demand")
+            return True
+        if self.on_demand and outlook.impossible:
+            self.on_demand = False
+            self.say("there are no pools with machines on demand; asking again for those that were refused")
+            return True
+        return False
+
+    def _as_few_as_may_be(self, wanted: int, state: str) -> PlacementGroup:
+        """After the autoscaler has said that it can never bring `wanted`."""
+        if self.least == wanted:
+            raise InputError.of(
+                "resources.workers", f"the cluster cannot grow so far: {state}; ask for fewer, or give it larger pools"
+            )
+        self.say(f"the cluster cannot grow so far: {state}; asking for {self.least}, resources.min_workers")
+        return self.find(self.least)
+
+    def _smaller(self, wanted: int, state: str) -> PlacementGroup:
+        count = min(wanted, fitting(self.needs, self.avoid))
+        if count < self.least:
+            fewer = "" if self.least == wanted else f", resources.min_workers is {self.least}"
+            raise NoMachines(f"the machines did not come: {state}{fewer}; ask for fewer resources.workers")
+        group = self._request(count)
+        if not _comes(group, _SETTLE_S):
+            remove_placement_group(group)
+            raise NoMachines(f"the machines that were free are free no longer: {_shortage(self.needs, count)}")
+        self.say(f"going on with {count} of {wanted} workers: {state}")
+        return group
 
 
 def _others_work(needs: Mapping[str, float]) -> bool:
     """Whether anything that a worker needs is in use; then what is impossible now need not be later."""
     there, free = ray.cluster_resources(), ray.available_resources()
     return any(free.get(kind, 0.0) < there.get(kind, 0.0) for kind in needs)
-
-
-def _until(began: float, wait_s: float, patience: float) -> float:
-    """How long to wait for the next look: not beyond the end of `wait_s`, as long as that lies ahead."""
-    left = began + wait_s - time.monotonic()
-    return min(patience, left) if left > 0 else patience
 
 
 def _taken(needs: Mapping[str, float], least: int, avoid: frozenset[str]) -> bool:
@@ -162,26 +211,6 @@ def _comes(group: PlacementGroup, within_s: float) -> bool:
             return False
         time.sleep(_LOOK_S)
     return True
-
-
-def _request(needs: Mapping[str, float], count: int, avoid: frozenset[str]) -> PlacementGroup:
-    selector = [{"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}] * count if avoid else None
-    return placement_group([dict(needs)] * count, strategy="PACK", bundle_label_selector=selector)
-
-
-def _smaller(
-    needs: Mapping[str, float], wanted: int, least: int, avoid: frozenset[str], state: str, say: Callable[[str], None]
-) -> PlacementGroup:
-    count = min(wanted, fitting(needs, avoid))
-    if count < least:
-        fewer = "" if least == wanted else f", resources.min_workers is {least}"
-        raise NoMachines(f"the machines did not come: {state}{fewer}; ask for fewer resources.workers")
-    group = _request(needs, count, avoid)
-    if not _comes(group, _SETTLE_S):
-        remove_placement_group(group)
-        raise NoMachines(f"the machines that were free are free no longer: {_shortage(needs, count)}")
-    say(f"going on with {count} of {wanted} workers: {state}")
-    return group
 
 
 def _shortage(needs: Mapping[str, float], count: int) -> str:

@@ -37,6 +37,7 @@ def _user_data(ec2: Any, instance: str) -> str:
 
 def main(address: str, port: str, out: str) -> None:
     import boto3
+    from moto.ec2.exceptions import EC2ClientError
     from moto.ec2.responses.instances import InstanceResponse
     from moto.server import ThreadedMotoServer
 
@@ -45,6 +46,16 @@ def main(address: str, port: str, out: str) -> None:
     InstanceResponse._get_param = lambda self, name, *rest, **named: asked(  # type: ignore[method-assign]
         self, {"MinCount": "MaxCount"}.get(name, name), *rest, **named
     )
+    given = InstanceResponse.run_instances
+
+    def run_instances(self: Any) -> Any:
+        if Path(f"{out}.no-spot").exists() and self._get_param("InstanceMarketOptions.MarketType") == "spot":
+            raise EC2ClientError(
+                "InsufficientInstanceCapacity", "There is no Spot capacity available that matches your request."
+            )
+        return given(self)
+
+    InstanceResponse.run_instances = run_instances  # type: ignore[method-assign]
     ThreadedMotoServer(address, int(port), verbose=False).start()
     os.environ["AWS_ENDPOINT_URL"] = f"http://{address}:{port}"
     boto3.client("iam").create_instance_profile(InstanceProfileName="trainer")

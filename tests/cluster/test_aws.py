@@ -13,13 +13,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.lab import Lab
+from tests.launcher.test_jobs_on_cluster import until
 
 pytestmark = [
     pytest.mark.cluster,
@@ -138,7 +139,7 @@ class Ec2Lab:
     def file(self, name: str = "cloud", **changes: object) -> Path:
         """The cluster file."""
         python = str(Path(shutil.which("python", path=self.lab[HERE].environment["PATH"]) or ""))
-        pool = {"instance": WORKER, "max": 2, "cpus": 1, "market": "spot", "spot_price": 11.5, "price": 22}
+        pool = {"instance": WORKER, "max": 2, "cpus": 1, "market": "spot-first", "spot_price": 11.5, "price": 22}
         spec = {
             "provider": "aws", "name": name, "region": "us-west-2", "image": "ami-03cf127a", "user": "root",
             "instance_profile": "trainer", "private": True, "python": python, "storage": str(self.folder / "runs"),
@@ -162,13 +163,6 @@ class Ec2Lab:
         said = log.read_text()
         assert code == status, f"{words} exited with {code}:\n{said}"
         return said
-
-
-def until(seen: Callable[[], object], told: Callable[[], object]) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while not seen():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.3)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +214,11 @@ def test_a_cluster_comes_up_grows_for_a_job_shrinks_and_leaves_nothing(ec2_lab, 
     )  # the head, and two spot machines
 
     until(lambda: len(ec2_lab.instances()) == 1, ec2_lab.instances)  # idle for a minute
+    Path(f"{ec2_lab.state_file}.no-spot").touch()
+    said = ec2_lab.muster("run", str(place / "job.yaml"), "name=dear", "resources.workers=2", "--on", "cloud")
+    assert "big-spot was not given: the head's monitor.log says why; asking for machines on demand" in said
+    assert "sft: done; the model is in" in said
+    assert [one["spot"] for one in ec2_lab.instances() if one["type"] == WORKER] == [False, False]
     assert "cloud is down" in ec2_lab.muster("cluster", "down", "cloud")
     assert ec2_lab.instances() == []
     assert not any("muster-cloud" in name for name in ec2_lab.state()["groups"])

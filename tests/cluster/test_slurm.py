@@ -8,14 +8,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.machine import free_port
-from tests.launcher.test_jobs_on_cluster import Commands
+from tests.launcher.test_jobs_on_cluster import Commands, until
 
 _PATH = f"/usr/sbin:{os.environ['PATH']}"
 _MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=_PATH) is None]
@@ -25,7 +24,6 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(_MISSING) or os.geteuid() != 0, reason=f"needs root and {', '.join(_MISSING)}"),
 ]
-_PATIENCE_S = 240
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -94,13 +92,6 @@ class Slurm:
         for process in reversed(self.started):
             process.send_signal(signal.SIGTERM)
             process.wait(30)
-
-
-def until(seen: Callable[[], object], told: Callable[[], object]) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while not seen():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.3)
 
 
 @pytest.fixture(scope="module")
