@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -222,48 +222,45 @@ class Slurm(Cluster):
     """Commands that are run on every node before Ray starts, such as `module load cuda`."""
 
 
-Pool = TypeVar("Pool", bound="PodPool | CloudPool")
-
-
-def _in_order(pool: Pool) -> Pool:
-    if pool.min > pool.max:
-        raise ValueError(f"min is {pool.min}, more than max, which is {pool.max}")
-    return pool
-
-
-def _grown(pools: Mapping[str, PodPool] | Mapping[str, CloudPool]) -> list[Offer]:
-    """What pools have when they are as large as they may be."""
-    return [Offer(name, pool.max, pool.cpus, pool.gpus, pool.gpu) for name, pool in pools.items()]
-
-
-class PodPool(Settings):
-    """Pods of one kind, one a machine."""
+class GrowingPool(Settings):
+    """Machines of one kind for workers, of which there are as many as jobs want."""
 
     min: Count = 0
     """Kept also when no job wants them."""
     max: Positive
     cpus: Positive
-    """Of a pod."""
-    memory_gib: Positive
+    """Of a machine."""
     gpus: Count = 0
-    gpu_resource: str = "nvidia.com/gpu"
-    """What the cluster calls its GPUs, a partition of one (MIG) too."""
     gpu: str | None = None
     """Type, for `resources.accelerator` of a job, such as A100."""
     image: str | None = None
     """None: the cluster's."""
-    shared_memory_gib: Positive = 8
-    """/dev/shm, where NCCL and data loaders put what processes of a machine share."""
-    node_selector: dict[str, str] = {}
-    tolerations: list[dict[str, Any]] = []
-
     price: Price | None = None
-    """Of one pod, an hour."""
+    """Of one machine, an hour; on demand, where there are several markets."""
     labels: Labels = {}
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        return _in_order(self)
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max, which is {self.max}")
+        return self
+
+
+def _grown(pools: Mapping[str, GrowingPool]) -> list[Offer]:
+    """What pools have when they are as large as they may be."""
+    return [Offer(name, pool.max, pool.cpus, pool.gpus, pool.gpu) for name, pool in pools.items()]
+
+
+class PodPool(GrowingPool):
+    """Pods of one kind, one a machine."""
+
+    memory_gib: Positive
+    gpu_resource: str = "nvidia.com/gpu"
+    """What the cluster calls its GPUs, a partition of one (MIG) too."""
+    shared_memory_gib: Positive = 8
+    """/dev/shm, where NCCL and data loaders put what processes of a machine share."""
+    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, Any]] = []
 
 
 class PodHead(Settings):
@@ -301,33 +298,16 @@ class Kubernetes(Cluster):
         return _grown(self.pools)
 
 
-class CloudPool(Settings):
-    """Machines of one kind for workers."""
+class CloudPool(GrowingPool):
+    """Machines of one kind."""
 
     instance: str = Field(examples=["p4d.24xlarge"])
     """What the cloud calls this kind of machine."""
-    min: Count = 0
-    """Kept also when no job wants them."""
-    max: Positive
-    cpus: Positive
-    """Of a machine."""
-    gpus: Count = 0
-    gpu: str | None = None
-    """Type, for `resources.accelerator` of a job, such as A100."""
     market: Literal["on-demand", "spot", "spot-first"] = "on-demand"
     """spot-first: on demand where the cloud has no spot machines to give."""
-    image: str | None = None
-    """None: the cluster's."""
     disk_gib: Positive = 200
-    price: Price | None = None
-    """Of one machine, an hour, on demand."""
     spot_price: Price | None = None
-    """The same on the spot market, about."""
-    labels: Labels = {}
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        return _in_order(self)
+    """As `price`, on the spot market, about."""
 
 
 class CloudHead(Settings):

@@ -1,4 +1,4 @@
-"""A submitted job on its cluster: puts what came along in its place, and runs it as `muster run` would.
+"""A submitted job on its cluster: puts what came along in its place, and runs it as `muster run` or `muster resume` would.
 
 Inputs get a place that depends on their content alone, so the job is the same job in every submission, and goes on where it stopped.
 """
