@@ -6,18 +6,26 @@ Every class is frozen, refuses unknown keys and takes no loose types. The string
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-_LABEL = r"^[A-Za-z0-9]([A-Za-z0-9./_-]*[A-Za-z0-9])?$"
+
+def _label(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9./_-]*[A-Za-z0-9])?", text):
+        raise ValueError(f"{text!r} is no label of Ray's: letters and digits, between them also . / _ -")
+    return text
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,39}$")]
 Port = Annotated[int, Field(gt=0, lt=65536)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
-Labels = dict[Annotated[str, Field(pattern=_LABEL)], Annotated[str, Field(pattern=_LABEL)]]
+Label = Annotated[str, AfterValidator(_label)]
+Labels = dict[Label, Label]
 """Of Ray's nodes: seen in `ray list nodes`, and what Ray code can select machines by."""
 Price = Annotated[float, Field(ge=0)]
 """In the currency in which the one who asks pays."""

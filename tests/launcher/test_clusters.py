@@ -118,6 +118,7 @@ def test_a_job_that_asks_for_more_than_a_cluster_can_have_is_refused_before_anyt
         ("provider: existing\naddress: 10.0.0.5", ["c.yaml:2: address: "]),
         ("provider: existing", ["c.yaml: address: this key is required"]),
         ("provider: ssh\nhead: {host: -oProxyCommand=x}\npools: {a: {hosts: []}}\nstorage: runs", ["c.yaml:2: head.host: ", "c.yaml:3: pools.a.hosts: "]),
+        ("provider: ssh\nhead: {host: a}\npools: {p: {hosts: [b], labels: {rack: r 7}}}", ["c.yaml:3: pools.p.labels.rack: 'r 7' is no label of Ray's"]),
         ("provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b, a]}}", ["c.yaml: a: named more than once; a head that is to work too"]),
         ("provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b]}}\nstorage: runs", ["c.yaml:4: storage: runs: name a bucket, or a folder"]),
     ],
