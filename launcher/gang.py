@@ -112,7 +112,7 @@ class _RayGang:
     def price(self) -> float | None:
         from launcher import machines
 
-        return machines.price({member["machine"] for member in self.members()})
+        return machines.price({place["node"] for team in self.teams for place in team.places()})
 
     def avoid(self, nodes: frozenset[str]) -> None:
         for team in self.teams:
@@ -169,6 +169,10 @@ class _Team:
                 self._leaving |= {node}
             if self.why_moved is not None or not workers.end():
                 self.close()
+
+    def places(self) -> Sequence[Mapping[str, Any]]:
+        assert self.workers is not None
+        return self.workers.places
 
     def members(self) -> list[dict[str, Any]]:
         assert self.workers is not None

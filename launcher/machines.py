@@ -220,10 +220,10 @@ def _shortage(needs: Mapping[str, float], count: int) -> str:
     return f"{count} workers wanted, each with one {' and one '.join(wanted)}; the cluster has {has}"
 
 
-def price(addresses: Collection[str]) -> float | None:
-    """What the machines with these addresses cost in an hour, whole, and the head; None if one of them does not say."""
+def price(node_ids: Collection[str]) -> float | None:
+    """What the machines with these ids cost in an hour, whole, and the head; None if one of them does not say."""
     there = [found for found in ray.nodes() if found["Alive"]]
-    used = [found for found in there if found["NodeManagerAddress"] in addresses]
+    used = [found for found in there if found["NodeID"] in node_ids]
     head = [found for found in there if _HEAD in found["Resources"] and found not in used and PRICE in found["Labels"]]
     prices = [found["Labels"].get(PRICE) for found in (*used, *head)]
     return None if None in prices else sum(map(float, prices))

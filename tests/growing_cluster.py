@@ -11,7 +11,7 @@ import yaml
 
 from cluster.dashboard import Dashboard
 from cluster.machine import HERE, free_port
-from cluster.node import Node, head_arguments, new_mark
+from cluster.node import PRICE, Node, head_arguments, new_mark
 
 HEAD_ID = "f" * 51 + "00000"
 """The provider knows the head by it."""
@@ -65,6 +65,6 @@ def _config(port: int, idle_minutes: float) -> dict:
         "provider": provider, "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            "small": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
+            "small": {"resources": {"CPU": 1}, "labels": {PRICE: "2"}, "node_config": {}, "min_workers": 0, "max_workers": 3},
         },
     }  # fmt: skip

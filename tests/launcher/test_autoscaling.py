@@ -46,6 +46,9 @@ def test_a_gang_brings_its_machines_at_once_says_what_is_coming_and_they_go_when
         r"2 workers wanted, each with one CPU; the cluster has \d CPU \(\d free\); coming: 2 small", said
     ), said
     assert "sft: done; the model is in" in said
+    file = str(growing.cluster.file)
+    again = growing("resume", said.split()[0], "--step", "2", "--on", file).split()[0]
+    assert "sft: goes on after step 2" in growing("logs", "-f", again, "--on", file)
     until(lambda: growing.cluster.machines() == 0, lambda: growing.cluster.dashboard.nodes())
 
 
@@ -59,3 +62,9 @@ def test_fewer_workers_will_do_if_the_job_says_so(growing, job):
     said = growing.run(job, "name=fewer", "resources.workers=4", "resources.min_workers=2")
     assert "asking for 2, resources.min_workers" in said
     assert "sft: done; the model is in" in said
+
+
+def test_a_run_that_has_cost_what_it_may_saves_stops_and_says_so(growing, job):
+    long = ("phases.sft.max_steps=100000", "phases.sft.checkpoint.every=50000")
+    said = growing.run(job, "name=dear", "max_cost=0.002", *long, status=3)
+    assert "stopped and saved: max_cost is 0.002, the run has cost 0.00" in said
