@@ -67,6 +67,30 @@ class Settings(BaseModel):
     )
 
 
+class CustomGpu(Settings):
+    """A kind of GPU that cluster/catalog.yaml does not have, or a part of one (MIG). Without `like`, memory and speeds are needed."""
+
+    like: str | None = None
+    """One in the catalogue, for all that is not said here."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of its memory and speed."""
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    tflops: Annotated[float, Field(gt=0)] | None = None
+    """bf16, dense."""
+    matmul_tflops: Annotated[float, Field(gt=0)] | None = None
+    """What a matrix product reaches. None: 0.85 of tflops."""
+    memory_gb_s: Annotated[float, Field(gt=0)] | None = None
+    link_gb_s: Annotated[float, Field(gt=0)] | None = None
+    """NVLink to its neighbours, both directions together. None: PCIe."""
+    watts: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.like is None and None in (self.memory_gib, self.tflops, self.memory_gb_s):
+            raise ValueError("say what it is `like`, or memory_gib, tflops and memory_gb_s")
+        return self
+
+
 class Cluster(Settings):
     """What every kind of cluster has."""
 
@@ -82,6 +106,8 @@ class Cluster(Settings):
     """Folders that every machine of the cluster sees: what lies there is not carried along with a job."""
     stop_s: Positive = 300
     """Longest time that a job may take for its last checkpoint when it is stopped."""
+    custom: dict[Label, CustomGpu] = {}
+    """Kinds of GPUs that the catalogue does not have, by the name that pools call them by (`gpu:`). For `muster plan`."""
 
     @property
     def offers(self) -> Sequence[Offer]:

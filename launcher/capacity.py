@@ -27,15 +27,18 @@ def num_gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
-def check(job: Job, *, inline: bool) -> None:
-    """Raises InputError for phases that ask for more workers than this machine can hold, or a cluster that is not there."""
+def check(job: Job, *, inline: bool, force: bool = False) -> None:
+    """Raises InputError for phases that ask for more workers than this machine can hold, or a cluster that is not there.
+
+    `force`: memory is not looked at.
+    """
     address = os.environ.get("RAY_ADDRESS")
     if address and not inline:
         _reach(address)
         return
     problems = []
     for name, phase in job.phases.items():
-        wrong = (inline and _one_inline(phase)) or _too_few_gpus(phase) or _too_little_memory(phase)
+        wrong = (inline and _one_inline(phase)) or _too_few_gpus(phase) or (not force and _too_little_memory(phase))
         if wrong:
             problems.append(Problem(str(job.file), f"phases.{name}.resources.workers", wrong))
         if wrong := _cannot_quantize(phase):
@@ -92,7 +95,7 @@ def _too_little_memory(phase: Phase) -> str | None:
     parts = ", ".join(f"{what} {_gib(need)}" for what, need in needs.items())
     return (
         f"needs at least {_gib(sum(needs.values()))} GiB of memory ({parts}), this machine has {_gib(available)} GiB free; "
-        "take fewer workers, a smaller model or a higher sharding.stage, or set RAY_ADDRESS to train on more machines"
+        "take fewer workers, a smaller model or a higher sharding.stage, set RAY_ADDRESS to train on more machines, or try it with --force"
     )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import capacity, trackers
+from launcher import capacity, plan, site, trackers
 from launcher import job as jobs
 from launcher.cache import cache_folder
 from launcher.job import Job
+from launcher.site import Site, UnknownSite
 from training import questions
 from training.config import Phase
 from training.data import files
@@ -19,17 +21,27 @@ from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES
 
 
-def load(file: Path, overrides: Sequence[str], *, inline: bool = False) -> Job:
+def load(file: Path, overrides: Sequence[str], *, inline: bool = False, force: bool = False) -> Job:
     """The job in a file, checked against this machine too. Raises InputError with every problem."""
     job = jobs.load(file, overrides)
-    machine(job, inline=inline)
+    machine(job, inline=inline, force=force)
     return job
 
 
-def machine(job: Job, *, inline: bool) -> None:
-    """Raises InputError if this machine lacks a package or the room that the job needs."""
+def machine(job: Job, *, inline: bool, force: bool = False) -> None:
+    """Raises InputError if this machine lacks a package or the room that the job needs. `force`: room is not looked at."""
     trackers.check(job.track, where=str(job.file))
-    capacity.check(job, inline=inline)
+    capacity.check(job, inline=inline, force=force)
+    if not force and capacity.num_gpus() and (inline or "RAY_ADDRESS" not in os.environ):
+        fits_gpus(job, site.here)
+
+
+def fits_gpus(job: Job, where: Callable[[], Site]) -> None:
+    """Raises InputError if a phase cannot fit on the GPUs of a site, where those are known."""
+    with suppress(UnknownSite):
+        found = where()
+        if found.on_gpu:
+            plan.refuse_what_cannot_fit(job, found)
 
 
 def check(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

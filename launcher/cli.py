@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher import cli_cluster
-from launcher.verbs import Inline, JobFile, Json, On, Overrides, RunName, app, console, show, verb
+from launcher.verbs import Force, Inline, JobFile, Json, On, Overrides, RunName, app, console, show, verb
 from training.errors import InputError
 
 
@@ -34,21 +34,52 @@ def check(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> N
 
 
 @verb
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="CLUSTER", help="Cluster file, or name of a cluster that is up.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, such as H100. Default: this machine.")] = None,
+    gpus: Annotated[str | None, typer.Option(metavar="8,16,64", help="Numbers of GPUs to compare.")] = None,
+    per_machine: Annotated[int | None, typer.Option(min=1, help="GPUs of one machine, with --gpu. Default: 8.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one machine, an hour.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the data, where it is not here.")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Tokens of a sample, on average.")] = None,
+    response_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Tokens of a response of PPO, on average.")
+    ] = None,
+    parameters: Annotated[
+        float | None, typer.Option(metavar="7e9", help="Size of the model, where nothing else is known of it.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """What a job needs of memory, time and money. Reads config.json at most; starts nothing. Exit status 1 if it cannot fit."""
+    from launcher import plan_lines, planning
+
+    asked = planning.asked(gpus, rows, tokens, response_tokens, parameters)
+    report = planning.plan(job, overrides or [], asked, on=on, gpu=gpu, per_machine=per_machine, price=price)
+    show(report, plan_lines.lines, as_json)
+    return int(not report["fits"])
+
+
+@verb
 def run(
     job: JobFile,
     overrides: Overrides = None,
     inline: Inline = False,
     only: Annotated[str | None, typer.Option(metavar="PHASE", help="Run this phase alone.")] = None,
     on: On = None,
+    force: Force = False,
 ) -> int:
     """Run a job here (or on the Ray cluster at RAY_ADDRESS), or submit it and follow. An interrupted run of the same job goes on."""
     if on is not None:
         if inline or only is not None:
             raise InputError.of("command line", "--on goes with neither --inline nor --only")
-        return cli_cluster.run_on(job, overrides or [], on)
+        return cli_cluster.run_on(job, overrides or [], on, force=force)
     from launcher import check, driver
 
-    checked = check.load(job, overrides or [], inline=inline)
+    checked = check.load(job, overrides or [], inline=inline, force=force)
     return driver.run_job(checked, inline=inline, console=console(), only=only)
 
 
@@ -67,20 +98,21 @@ def resume(
     ] = False,
     inline: Inline = False,
     on: On = None,
+    force: Force = False,
 ) -> int:
     """Go on with a run from its last checkpoint, or from an earlier one. With --on: with a job of a cluster, by its id."""
     if on is not None:
         going_back = ["--step", str(step)] if step is not None else []
         going_back += ["--phase", phase] if phase is not None else []
         cli_cluster.resume_on(
-            run, overrides or [], on, [*going_back, *(["--accept-changes"] if accept_changes else [])]
+            run, overrides or [], on, [*going_back, *(["--accept-changes"] if accept_changes else [])], force=force
         )
         return 0
     from launcher import attempts, check, driver, runs
 
     found = runs.find(run)
     job = found.job_here(overrides or [])
-    check.machine(job, inline=inline)
+    check.machine(job, inline=inline, force=force)
     rewind = attempts.rewinding(found, step, phase) if step is not None else {}
     go_on = attempts.GoOn(rewind=rewind, accept_changes=accept_changes)
     return driver.run_job(job, inline=inline, console=console(), go_on=go_on)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.verbs import JobFile, Json, On, Overrides, cluster_verb, show, verb
+from launcher.verbs import Force, JobFile, Json, On, Overrides, cluster_verb, show, verb
 from training.errors import InputError
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a job on the cluster.", show_default=False)]
@@ -33,26 +33,28 @@ def _wanted(on: str | None) -> str:
 
 
 @verb
-def submit(job: JobFile, overrides: Overrides = None, on: On = None, as_json: Json = False) -> None:
+def submit(
+    job: JobFile, overrides: Overrides = None, on: On = None, force: Force = False, as_json: Json = False
+) -> None:
     """Hand a job over to a cluster and print its id there. A run of the same job that was interrupted goes on."""
     from launcher import handover
 
-    show(handover.submit(job, overrides or [], _wanted(on)), handover.submitted_lines, as_json)
+    show(handover.submit(job, overrides or [], _wanted(on), force=force), handover.submitted_lines, as_json)
 
 
-def run_on(job: Path, overrides: Sequence[str], on: str) -> int:
+def run_on(job: Path, overrides: Sequence[str], on: str, *, force: bool) -> int:
     from launcher import handover
 
-    facts = handover.submit(job, overrides, on)
+    facts = handover.submit(job, overrides, on, force=force)
     for line in handover.submitted_lines(facts):
         print(line)
     return _follow(facts["id"], on)
 
 
-def resume_on(job: str, overrides: Sequence[str], on: str, words: Sequence[str]) -> None:
+def resume_on(job: str, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool) -> None:
     from launcher import handover
 
-    for line in handover.submitted_lines(handover.resume(job, overrides, on, words)):
+    for line in handover.submitted_lines(handover.resume(job, overrides, on, words, force=force)):
         print(line)
 
 

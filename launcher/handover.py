@@ -15,7 +15,7 @@ from typing import Any
 from cluster.errors import Refused
 from cluster.home import muster_home
 from cluster.spec import Cluster
-from launcher import clusters
+from launcher import check, clusters, site
 from launcher import job as jobs
 from launcher import submit as jobs_there
 from launcher.job import Job
@@ -24,8 +24,10 @@ from training.errors import InputError, Problem
 from training.storage import is_remote
 
 
-def submit(file: Path, overrides: Sequence[str], on: str, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Id, run and cluster of the job. `words`: for launcher/onsite.py.
+def submit(
+    file: Path, overrides: Sequence[str], on: str, words: Sequence[str] = (), *, force: bool = False
+) -> dict[str, Any]:
+    """Id, run and cluster of the job. `words`: for launcher/onsite.py; `force`: also what cannot fit.
 
     Raises InputError for all that is wrong with job or cluster, before anything is sent.
     """
@@ -33,6 +35,9 @@ def submit(file: Path, overrides: Sequence[str], on: str, words: Sequence[str] =
     job = jobs.load(file, overrides, elsewhere=found.spec.shared)
     storage = _storage(job, found.spec)
     job.look_at_phases(lambda phase: _check_room(phase, found.spec))
+    if not force:
+        kinds = {phase.resources.accelerator for phase in job.phases.values()}
+        check.fits_gpus(job, lambda: site.of_cluster(found.spec, kinds.pop() if len(kinds) == 1 else None))
     phases = {name: _with_gpus(phase, found.spec) for name, phase in job.phases.items()}
     name = jobs_there.submit(
         replace(job, phases=phases),
@@ -47,7 +52,9 @@ def submit(file: Path, overrides: Sequence[str], on: str, words: Sequence[str] =
     return facts
 
 
-def resume(name: str, overrides: Sequence[str], on: str, words: Sequence[str]) -> dict[str, Any]:
+def resume(
+    name: str, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool = False
+) -> dict[str, Any]:
     """Submit a job once more, with further settings. Raises Refused while it runs, InputError if it is not known here."""
     facts = jobs_there.status(clusters.target(on).jobs, name)
     if not jobs_there.is_over(facts):
@@ -58,7 +65,7 @@ def resume(name: str, overrides: Sequence[str], on: str, words: Sequence[str]) -
         raise InputError.of(
             name, "was not submitted from this machine; submit its job file again, which goes on where it stopped"
         ) from None
-    return submit(Path(note["file"]), [*note["overrides"], *overrides], on, words)
+    return submit(Path(note["file"]), [*note["overrides"], *overrides], on, words, force=force)
 
 
 def _note(name: str) -> Path:

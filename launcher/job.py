@@ -49,6 +49,7 @@ NEUTRAL = (
     "phases.*.sharding",
     "phases.*.micro_tokens",
     "phases.*.micro_batch",
+    "phases.*.generation_batch",
     "phases.*.log_every",
     "phases.*.on_divergence",
     "phases.*.loss_limit",

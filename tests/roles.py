@@ -146,3 +146,49 @@ class Peak:
 def _anonymous_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+class Memory:
+    """What tensors of this process take, over a stretch of training."""
+
+    def __init__(self, seat: Seat, *args: object):
+        self.states = 0
+
+    def begin(self) -> None:
+        import torch
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        original = DeepSpeedEngine.step
+
+        def step(engine, *args, **kwargs):
+            self.states = max(self.states, _live_bytes())
+            return original(engine, *args, **kwargs)
+
+        DeepSpeedEngine.step = step
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
+
+    def end(self) -> tuple[int, int]:
+        """The most bytes that live tensors had before the optimizer stepped, and the most that was allocated at any time.
+
+        The second counts every allocation by torch, as a GPU's `max_memory_allocated` does; it misses what another thread frees, as
+        collectives of several workers do.
+        """
+        self.profile.__exit__(None, None, None)
+        events = [event for event in self.profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return self.states, most
+
+
+def _live_bytes() -> int:
+    import gc
+
+    import torch
+
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    return sum(storages.values())

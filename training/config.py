@@ -465,6 +465,8 @@ class PPO(Phase):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     generation: Literal["batched", "continuous"] = "batched"
     """batched: prompts of like length together, finished rows leave. continuous: the next prompt takes their place (for GPUs). The tokens are the same."""
+    generation_batch: PositiveInt = 64
+    """Responses that one worker writes at a time, if batched. Changes memory and speed, never the responses."""
     ppo_epochs: PositiveInt = 2
     """Passes over the responses of an iteration."""
     learning_rate: PositiveFloat = 1.0e-6
@@ -504,6 +506,12 @@ class PPO(Phase):
     def _seated(self, group: Placement) -> Phase:
         resources = self.resources.model_copy(update={"workers": group.workers})
         return self.model_copy(update={"resources": resources, "sharding": group.sharding or self.sharding})
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether roles of a worker that begin with the same weights hold them once: that is what adapters are for. Under
+        ZeRO-3, where two engines cannot share parameters, every role has its own."""
+        return self.model.lora is not None and self.sharding.stage < 3
 
     @property
     def rewards(self) -> list[RewardSource]:

@@ -7,6 +7,7 @@ Knows nothing of data, files or recipes.
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from training.config import Optimizer, Phase
 from training.data.collate import to_device
 from training.distributed import Seat, limit_waits
 from training.memory import freed_memory_given_back
+from training.sizing import bucket_numbers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _WRAPPER_PREFIX = "lm."
@@ -118,6 +120,9 @@ class Engine:
             if p.requires_grad
         }
         """Of the parameters that are trained."""
+        config["zero_optimization"].setdefault(
+            "reduce_bucket_size", bucket_numbers(sum(map(math.prod, self.shapes.values())))
+        )
         self.ds = _initialize(module, config, phase.optimizer)
         limit_waits(seat.timeout_s)
         self.micro_in_hand = 0

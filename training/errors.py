@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class InputError(MusterError):
         self.problems = list(problems)
 
     @classmethod
-    def of(cls, where: str, message: str, what: str = "") -> InputError:
+    def of(cls, where: str, message: str, what: str = "") -> Self:
         return cls([Problem(where, what, message)])
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ from training import lora
 from training.config import Model, Phase
 from training.engine import whole
 from training.errors import InputError, Problem
+from training.hardware import cpu_multiplies_bf16
 from training.modelfiles import Adapter, adapter_in, base_of
 from training.seeding import seed_for
 
@@ -35,12 +36,7 @@ def resolve_dtype(setting: str, device: str) -> torch.dtype:
 def _multiplies_bf16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line for line in file if line.startswith("flags")), "")
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    return cpu_multiplies_bf16()
 
 
 def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = False) -> nn.Module:

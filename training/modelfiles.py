@@ -154,6 +154,13 @@ def unmatched_targets(model: Model) -> list[str]:
     return unmatched(model.lora.targets, matrices)
 
 
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stored tensors, by name; empty if there are no weights in safetensors, or not all of them."""
+    check = _Check(folder)
+    _, tensors = check.weights()
+    return {} if check.problems else {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def unmatched(targets: Sequence[str], layers: Sequence[str]) -> list[str]:
     """What is wrong with LoRA targets that are the end of no layer's name."""
     ends = sorted({name.rpartition(".")[2] for name in layers})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from training import pulse
 from training.config import Phase
 from training.data.collate import collate
-from training.data.dealing import Limits, deal
+from training.data.dealing import deal, limits_for
 from training.data.order import Order
 from training.data.store import TokenStore
 from training.distributed import Seat
@@ -32,23 +32,6 @@ from training.schedule import learning_rate, total_samples, total_steps
 from training.seeding import seed_for
 
 _TOLD_ROWS = 5
-_MICRO_TOKENS = 4096
-_MICRO_TOKENS_PADDED_CPU = 1024
-"""A CPU gains nothing from large micro-batches, and without packing small ones have less padding."""
-_ROW_TOKENS_WITHOUT_VARLEN = 320
-"""Without a kernel for packed rows, attention pays for the whole row: longer packs cost more than they save."""
-
-
-def limits_for(phase: Phase, longest: int, device: str, attention: str) -> Limits:
-    """What a micro-batch may hold, from the settings and, where they say auto, from the hardware."""
-    packs = phase.data.pack
-    auto = _MICRO_TOKENS if packs or device != "cpu" else _MICRO_TOKENS_PADDED_CPU
-    tokens = max(auto, longest) if phase.micro_tokens == "auto" else phase.micro_tokens
-    varlen = attention.startswith("flash_attention")
-    row = tokens if varlen else min(tokens, max(_ROW_TOKENS_WITHOUT_VARLEN, longest))
-    return Limits(
-        micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if packs else None, one_row=varlen and packs
-    )
 
 
 class Trainer(Learner):

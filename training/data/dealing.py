@@ -10,6 +10,14 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from training.config import Phase
+
+_MICRO_TOKENS = 4096
+_MICRO_TOKENS_PADDED_CPU = 1024
+"""A CPU gains nothing from large micro-batches, and without packing small ones have less padding."""
+_ROW_TOKENS_WITHOUT_VARLEN = 320
+"""Without a kernel for packed rows, attention pays for the whole row: longer packs cost more than they save."""
+
 Row = list[int]
 """Samples that share a row, as places in the global batch."""
 
@@ -26,6 +34,18 @@ class Limits:
     """Length up to which samples are packed into one row. None: one sample in a row."""
     one_row: bool = False
     """A micro-batch is one row: kernels that tell packed samples apart by position take no more."""
+
+
+def limits_for(phase: Phase, longest: int, device: str, attention: str) -> Limits:
+    """What a micro-batch may hold, from the settings and, where they say auto, from the hardware."""
+    packs = phase.data.pack
+    auto = _MICRO_TOKENS if packs or device != "cpu" else _MICRO_TOKENS_PADDED_CPU
+    tokens = max(auto, longest) if phase.micro_tokens == "auto" else phase.micro_tokens
+    varlen = attention.startswith("flash_attention")
+    row = tokens if varlen else min(tokens, max(_ROW_TOKENS_WITHOUT_VARLEN, longest))
+    return Limits(
+        micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if packs else None, one_row=varlen and packs
+    )
 
 
 def deal(lengths: Sequence[int], num_workers: int, limits: Limits) -> list[list[list[Row]]]:

@@ -23,11 +23,6 @@ _bases: dict[tuple[str, torch.dtype], Any] = {}
 Ready = Callable[[], None]
 
 
-def shares(phase: PPO) -> bool:
-    """Whether roles of a process that begin with the same weights hold them once."""
-    return phase.model.lora is not None and phase.sharding.stage < 3
-
-
 def at_once() -> None:
     """Nothing has to be done before a model of one's own computes."""
 
@@ -36,7 +31,7 @@ def with_adapters(
     phase: PPO, dtype: torch.dtype, seat: Seat, name: str, *, classifier: bool = False
 ) -> tuple[nn.Module, Ready]:
     """The model of a phase for one role, and what to call before it computes. `name`: of the role's adapters."""
-    if not shares(phase):
+    if not phase.shares_base:
         return models.load(phase, dtype, seat.device, classifier=classifier), at_once
     lm = _base(phase, dtype, seat)
     existing = adapter_in(phase.model.path)
@@ -54,7 +49,7 @@ def with_adapters(
 
 def as_it_was(phase: PPO, dtype: torch.dtype, seat: Seat) -> tuple[nn.Module, Ready]:
     """The model that a phase starts from, to compare with: where bases are shared with its adapters switched off, or as they were."""
-    if not shares(phase):
+    if not phase.shares_base:
         whole = phase.model_copy(update={"model": phase.model.model_copy(update={"lora": None})})
         return models.load(whole, dtype, seat.device), at_once
     lm = _base(phase, dtype, seat)
@@ -73,7 +68,7 @@ def of_reward(path: str, phase: PPO, seat: Seat) -> tuple[nn.Module, nn.Module |
     adapter = adapter_in(path)
     if (
         adapter is None
-        or not shares(phase)
+        or not phase.shares_base
         or adapter.base != base_of(phase.model.path)
         or models.HEAD not in adapter.heads
     ):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from training import model as models
 from training.config import PPO, Model
-from training.data.dealing import Limits
+from training.data.dealing import Limits, limits_for
 from training.data.order import Order
 from training.data.render import Renderer, load_tokenizer, same_tokens
 from training.data.stores import Stores, check_window
@@ -37,7 +37,6 @@ from training.rl.rewards import opened
 from training.sampling import Continued, Sampling, continue_all
 from training.schedule import total_samples, total_steps
 from training.seeding import seed_for
-from training.trainer import limits_for
 
 _BUCKET_NUMBERS = 16 << 20
 """Of a piece of the weights on its way to a rollout group."""
@@ -134,7 +133,7 @@ class _Prompts:
 
 def _generation(phase: PPO) -> Callable[..., list[Continued]]:
     if phase.generation == "batched":
-        return continue_all
+        return partial(continue_all, batch=phase.generation_batch)
     from training import continuous  # takes seconds to import
 
     return continuous.continue_all

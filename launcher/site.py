@@ -1,0 +1,166 @@
+"""The machines that a plan is for: those of a cluster file, of a kind of GPU, or this one."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster import catalog
+from cluster.catalog import Gpu, Machine
+from cluster.errors import Refused
+from cluster.spec import CloudPool, Cluster
+from launcher.capacity import num_gpus
+from training.errors import InputError
+
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+_LOOPBACK_GB_S = 4.0
+_CPU_WATTS = 15.0
+"""Of a core."""
+
+
+class UnknownSite(InputError):
+    """What is known of some machines does not suffice for a plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where the workers of a job would be: machines of one kind."""
+
+    machine: Machine
+    on_gpu: bool
+    most_machines: int | None = None
+    head_price: float = 0.0
+    """An hour, of the machine that leads."""
+    spot: bool = False
+    note: str = ""
+
+    @property
+    def price(self) -> float | None:
+        """An hour of one machine."""
+        return self.machine.spot_price if self.spot and self.machine.spot_price else self.machine.price
+
+    def for_workers(self, count: int) -> Machine:
+        """The machine as `count` workers have it: processors without a GPU are shared."""
+        if self.on_gpu:
+            return self.machine
+        gpu, share = self.machine.gpu, max(1, count)
+        own = replace(
+            gpu, tflops=gpu.tflops / share, matmul_tflops=gpu.matmul_tflops / share, memory_gb_s=gpu.memory_gb_s / share,
+            watts=gpu.watts / share,
+        )  # fmt: skip
+        return replace(self.machine, gpu=own, gpus=share)
+
+
+def of_gpu(name: str, gpus: int | None = None, price: float | None = None) -> Site:
+    """Machines with this kind of GPU. Raises UnknownSite if there is none of that name."""
+    try:
+        machine = catalog.default_machine(catalog.gpu(name), gpus)
+    except Refused as error:
+        raise UnknownSite.of("--gpu", str(error)) from None
+    return Site(machine=machine if price is None else replace(machine, price=price, dated=""), on_gpu=True)
+
+
+def of_cluster(spec: Cluster, accelerator: str | None = None) -> Site:
+    """The machines for workers of a cluster: those of the GPUs that a job asks for, else of its first pool that has any.
+
+    Raises UnknownSite if it has none, or a kind that is not known.
+    """
+    pools: Mapping[str, Any] = getattr(spec, "pools", {})
+    with_gpus = {name: pool for name, pool in pools.items() if pool.gpus != 0}
+    wanted = {name: pool for name, pool in with_gpus.items() if accelerator in (None, pool.gpu)}
+    if with_gpus and not wanted:
+        has = ", ".join(f"{name}: {pool.gpu or 'GPUs'}" for name, pool in with_gpus.items())
+        raise UnknownSite.of(spec.name, f"no pool has GPUs of type {accelerator} ({has})", "resources.accelerator")
+    if spec.provider == "local":
+        return here()
+    if not wanted:
+        return _without_gpus(spec, pools)
+    name, pool = next(iter(wanted.items()))
+    known = catalog.machine(pool.instance) if isinstance(pool, CloudPool) else None
+    if known is None and pool.gpu is None:
+        raise UnknownSite.of(
+            spec.name, f"pools.{name} does not say which GPUs its machines have; say it as `gpu: H100`"
+        )
+    custom = {key: value.model_dump(exclude_none=True) for key, value in spec.custom.items()}
+    try:
+        machine = known or catalog.default_machine(catalog.gpu(pool.gpu, custom), pool.gpus)
+        if known is not None and pool.gpu in custom:
+            machine = replace(machine, gpu=catalog.gpu(pool.gpu, custom))
+    except Refused as error:
+        raise UnknownSite.of(spec.name, str(error), f"pools.{name}.gpu") from None
+    machine = replace(machine, gpus=pool.gpus or machine.gpus)
+    if pool.price is not None:
+        machine = replace(machine, price=pool.price, spot_price=getattr(pool, "spot_price", None), dated="")
+    head = getattr(spec, "head", None)
+    return Site(
+        machine=machine, on_gpu=True, most_machines=getattr(pool, "max", None) or len(getattr(pool, "hosts", ())) or None,
+        head_price=getattr(head, "price", None) or 0.0, spot=getattr(pool, "market", "") in ("spot", "spot-first"),
+        note=f"{spec.name}, pool {name}",
+    )  # fmt: skip
+
+
+def _without_gpus(spec: Cluster, pools: Mapping[str, Any]) -> Site:
+    if not pools:
+        raise UnknownSite.of(spec.name, "does not say what machines it has; say it with --gpu", "--on")
+    name, pool = next(iter(pools.items()))
+    own = here(gpus=False)
+    return replace(
+        own,
+        machine=replace(own.machine, price=pool.price, name=f"pool {name}"),
+        note=f"{spec.name}, pool {name}; speed taken as this machine's",
+    )
+
+
+def here(*, gpus: bool = True) -> Site:
+    """This machine, its GPUs if it has any. Raises UnknownSite for GPUs that the catalogue does not know."""
+    memory = psutil.virtual_memory().available / 2**30
+    if gpus and num_gpus():
+        name = _driver_says()
+        try:
+            kind = catalog.gpu(name)
+        except Refused as error:
+            raise UnknownSite.of("this machine", str(error)) from None
+        machine = replace(catalog.default_machine(kind, num_gpus()), memory_gib=memory, price=None, name="this machine")
+        return Site(machine=machine, on_gpu=True, most_machines=1)
+    speed, bandwidth = _processor_speed()
+    cpu = Gpu(
+        name="CPU", memory_gib=memory, tflops=speed, matmul_tflops=speed, memory_gb_s=bandwidth, link_gb_s=_LOOPBACK_GB_S,
+        watts=_CPU_WATTS * (os.cpu_count() or 1),
+    )  # fmt: skip
+    machine = Machine(name="this machine", gpu=cpu, gpus=1, memory_gib=memory, network_gbit_s=10)
+    return Site(machine=machine, on_gpu=False, most_machines=1)
+
+
+def _driver_says() -> str:
+    """What NVIDIA's driver calls the first GPU, without loading a CUDA library."""
+    for folder in sorted(_DRIVER.glob("*")):
+        if found := re.search(r"^Model:\s*(.+)$", (folder / "information").read_text(), re.MULTILINE):
+            return found[1]
+    return "unknown"
+
+
+def _processor_speed() -> tuple[float, float]:
+    """TFLOP/s of a product of matrices in fp32, and GB/s of a copy: measured, a fifth of a second."""
+    import numpy as np
+
+    size = 768
+    a = np.ones((size, size), np.float32)
+    a @ a
+    began, rounds = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.1:
+        a @ a
+        rounds += 1
+    speed = 2 * size**3 * rounds / (time.perf_counter() - began) / 1e12
+    block = np.ones(8 << 20, np.float32)
+    began, rounds = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.1:
+        block.copy()
+        rounds += 1
+    return speed, 2 * block.nbytes * rounds / (time.perf_counter() - began) / 1e9

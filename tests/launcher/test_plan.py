@@ -1,0 +1,287 @@
+"""The plan of a job: what it needs, how long it takes, what it costs; and what is refused because it cannot fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import published
+from cluster import catalog
+from cluster.errors import Refused
+from launcher import job as jobs
+from launcher import pace, plan, planning, site
+from launcher.cli import app
+from launcher.plan import Asked
+from training.errors import InputError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SFT_7B = CONFIGS / "llama2-7b-sft.yaml"
+
+
+def planned(file=SFT_7B, *overrides: str, gpu="H100", asked=Asked(rows=10_000, tokens=500), **how):
+    return plan.plan(jobs.read(file, overrides), site.of_gpu(gpu, **how), asked)
+
+
+def muster(*words: str, capsys) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        app([str(word) for word in words])
+    out = capsys.readouterr()
+    return ended.value.code, out.out, out.err
+
+
+# -- memory
+
+
+def test_parts_add_up_and_every_stage_stands_beside_the_others():
+    (phase,) = planned()["phases"].values()
+    (group,) = phase["groups"]
+    here = next(row for row in phase["alternatives"] if (row["stage"], row["offload"]) == (group["stage"], "none"))
+    assert sum(group["device"].values()) / 2**30 == pytest.approx(here["device_gib"])
+    stages = {(row["stage"], row["offload"]): row["device_gib"] for row in phase["alternatives"]}
+    assert stages[0, "none"] > stages[1, "none"] > stages[2, "none"] > stages[3, "none"] > stages[3, "cpu"]
+
+
+def test_what_does_not_fit_is_told_with_changes_that_do():
+    report = planned(SFT_7B, "sharding.stage=2", gpu="A10G")
+    (phase,) = report["phases"].values()
+    assert not report["fits"]
+    assert phase["verdict"] == "does not fit"
+    assert "of each GPU" in phase["why"][0]
+    for change in phase["changes"]:
+        key = change.split(":")[0]
+        assert key.split(".")[0] in ("model", "sharding", "resources", "micro_tokens") or " and " in change
+    assert any("lora" in change for change in phase["changes"])
+
+
+@pytest.mark.parametrize("gpu", ["A10G", "L40S", "A100-40GB"])
+def test_a_change_that_is_offered_fits(gpu):
+    """Every single one of them, put into the job file."""
+    (before,) = planned(SFT_7B, "sharding.stage=2", "resources.workers=8", gpu=gpu)["phases"].values()
+    for change in before["changes"]:
+        if " and " not in change:
+            key, _, value = change.partition(" (")[0].partition(": ")
+            (after,) = planned(SFT_7B, "sharding.stage=2", "resources.workers=8", f"{key}={value}", gpu=gpu)[
+                "phases"
+            ].values()
+            assert after["verdict"] != "does not fit", change
+
+
+def test_the_roles_of_ppo_and_their_layouts():
+    (phase,) = [
+        p for p in planned(CONFIGS / "llama2-7b-ppo.yaml", gpu="A100")["phases"].values() if p["recipe"] == "ppo"
+    ]
+    of_policy, of_critic = phase["groups"]
+    assert {name.partition(" ")[0] for name in of_policy["device"]} == {"policy", "reference", "CUDA", "fragmentation"}
+    assert {"policy KV cache", "policy weights for writing", "reference weights"} <= set(of_policy["device"])
+    assert "reward weights" in of_critic["device"]
+    fitting = [row["iteration_s"] for row in phase["layouts"] if row["verdict"] != "does not fit"]
+    assert fitting == sorted(fitting)
+    assert phase["layouts"][0]["iteration_s"] == fitting[0]
+
+
+def test_adapters_of_ppo_share_a_base():
+    whole, shared = (
+        planned(CONFIGS / "llama2-7b-ppo.yaml", "phases.ppo.groups=null", "sharding.stage=2", *lora)["phases"]["ppo"][
+            "groups"
+        ][0]["device"]
+        for lora in ((), ("model.lora={rank: 16}",))
+    )
+    assert shared["critic weights"] < whole["critic weights"] / 50
+    assert shared["reference weights"] == 0 if "reference weights" in shared else True
+
+
+# -- time and money
+
+
+def test_published_runs_are_met():
+    """With one set of constants: PPO and critique fine-tuning within 30 %, throughputs within 40 %."""
+    ratios = {row.what: row.ratio for row in published.rows() if "alone" not in row.what}
+    iterations = {what: ratio for what, ratio in ratios.items() if what.startswith("CFT") or "iteration" in what}
+    assert len(iterations) == 5
+    assert {what: ratio for what, ratio in iterations.items() if not 0.7 <= ratio <= 1.3} == {}
+    assert {what: ratio for what, ratio in ratios.items() if not 0.6 <= ratio <= 1.4} == {}
+
+
+def test_more_gpus_are_faster_and_each_of_them_slower():
+    rows = planned(asked=Asked(rows=10_000, tokens=500, gpus=(8, 16, 64)))["scaling"]
+    speed = [row["tokens_per_s"] for row in rows]
+    each = [row["tokens_per_s"] / row["gpus"] for row in rows]
+    assert speed == sorted(speed)
+    assert each == sorted(each, reverse=True)
+
+
+def test_the_price_is_of_whole_machines():
+    report = planned(SFT_7B, "resources.workers=9", price=10.0)
+    (phase,) = report["phases"].values()
+    assert phase["time"]["cost"][1] == pytest.approx(phase["time"]["hours"][1] * 20)
+
+
+def test_flops_of_a_step_are_those_of_the_literature():
+    """6 N a token (arXiv:2001.08361) and attention; 8 N where activations are recomputed."""
+    from training.shape import shape_of
+    from training.sizing import setting_of
+
+    shape = shape_of("meta-llama/Llama-2-7b-hf")
+    for checkpointing, times in ((False, 6), (True, 8)):
+        (phase,) = jobs.read(SFT_7B, [f"model.gradient_checkpointing={str(checkpointing).lower()}"]).phases.values()
+        where = setting_of(phase, dtype="bf16", on_gpu=True)
+        assert pace.flops(shape, where, 1, 1) == pytest.approx(
+            times * shape.parameters, rel=0.03
+        )  # the embedding is looked up
+
+
+def test_a_checkpoint_against_the_notice():
+    aws = CONFIGS / "clusters" / "aws.yaml"
+    for file, fits in ((SFT_7B, True), (CONFIGS / "llama2-70b-sft.yaml", False)):
+        report = plan.plan(jobs.read(file, []), site.of_cluster(planning.spec_of(str(aws))), Asked())
+        (phase,) = report["phases"].values()
+        assert phase["checkpoint"]["notice_s"] == 120
+        assert phase["checkpoint"]["within_notice"] is fits
+
+
+# -- machines
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("H100", "H100"), ("h100", "H100"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("A100", "A100-80GB"), ("NVIDIA-A100-SXM4-40GB", "A100-40GB"), ("NVIDIA L40S", "L40S"), ("NVIDIA H200", "H200"),
+    ],
+)  # fmt: skip
+def test_a_gpu_by_any_of_its_names(name, found):
+    assert catalog.gpu(name).name == found
+
+
+def test_an_unknown_gpu_is_told_with_near_names():
+    with pytest.raises(Refused, match=r"H101: .*did you mean .*H100"):
+        catalog.gpu("H101")
+
+
+def test_the_table_is_whole():
+    """Every machine has GPUs that are known, and prices are those of whole machines."""
+    for name in catalog._table()["instances"]:
+        machine = catalog.machine(name)
+        assert machine is not None
+        assert machine.price is None or machine.spot_price is None or machine.price > machine.spot_price > 0
+        assert machine.gpus in (1, 4, 8)
+    assert catalog.date()
+
+
+def test_a_gpu_of_ones_own(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "provider: ssh\nhead: {host: a}\n"
+        "pools: {half: {hosts: [b, c], gpus: 4, gpu: half-a100, price: 3.0}}\n"
+        "custom: {half-a100: {like: A100-80GB, share: 0.5}}\n"
+    )
+    found = site.of_cluster(planning.spec_of(str(file)))
+    assert (found.machine.gpu.memory_gib, found.machine.gpus, found.price, found.most_machines) == (40, 4, 3.0, 2)
+
+
+# -- bad input
+
+
+def test_refusals(place, capsys, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "llama", "hidden_size": 0, "num_hidden_layers": -3}')
+    for words, told in (
+        (["--gpu", "H1000"], "--gpu: H1000: no GPU of that name"),
+        (["--gpu", "H100", f"model.path={empty}"], "has no config.json"),
+        (["--gpu", "H100", f"model.path={broken}"], "hidden_size is 0, num_hidden_layers is -3"),
+        (["--gpu", "H100", "--gpus", "8,many"], "--gpus: many is no number of GPUs"),
+        (["--gpu", "H100", "--parameters", "3"], "is no size of a language model"),
+        (["--gpu", "H100", "--on", "x"], "leave --gpu"),
+        (["--on", "nowhere"], "no cluster nowhere is up"),
+    ):
+        status, _, err = muster("plan", "job.yaml", *words, capsys=capsys)
+        assert (status, told in err) == (2, True), (words, err)
+        assert "Traceback" not in err
+
+
+def test_a_name_that_cannot_be_looked_up(place, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    status, _, err = muster("plan", "job.yaml", "--gpu", "H100", "model.path=nobody/nothing", capsys=capsys)
+    assert status == 2
+    assert "save its config.json in a folder and plan with model.path=FOLDER" in err
+    status, out, _ = muster(
+        "plan", "job.yaml", "--gpu", "H100", "model.path=nobody/nothing", "--parameters", "7e9", capsys=capsys
+    )
+    assert status == 1  # it is known now, and too large for two workers
+    assert "planned as a LLaMA of that size" in out
+
+
+def test_an_architecture_that_is_not_known(place, tmp_path, capsys):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "never_seen",
+                "hidden_size": 512,
+                "num_hidden_layers": 8,
+                "num_attention_heads": 8,
+                "vocab_size": 1000,
+            }
+        )
+    )
+    status, out, _ = muster("plan", "job.yaml", "--gpu", "H100", f"model.path={folder}", capsys=capsys)
+    assert status == 0
+    assert "never_seen is not known to transformers" in out
+
+
+def test_exit_status_tells_whether_it_fits(place, capsys):
+    for gpu, status in (("H100", 0), ("T4-like", 2)):
+        assert muster("plan", SFT_7B, "--gpu", gpu, capsys=capsys)[0] == status
+    assert muster("plan", SFT_7B, "--gpu", "L4", "sharding.stage=0", capsys=capsys)[0] == 1
+    status, out, _ = muster("plan", SFT_7B, "--gpu", "L4", "--json", capsys=capsys)
+    assert json.loads(out)["phases"]["sft"]["groups"][0]["device"]["weights"] > 0
+
+
+# -- refusing to run
+
+
+def test_what_cannot_fit_is_not_run():
+    with pytest.raises(InputError) as caught:
+        plan.refuse_what_cannot_fit(jobs.read(SFT_7B, ["sharding.stage=0"]), site.of_gpu("A100-40GB"))
+    (problem,) = caught.value.problems
+    assert problem.what == "phases.sft"
+    assert "an A100-40GB has 40" in problem.message
+    assert "it would fit with sharding.stage: 2" in problem.message
+    plan.refuse_what_cannot_fit(jobs.read(SFT_7B, ["sharding.stage=3"]), site.of_gpu("H100"))
+
+
+def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, capsys):
+    """Unless it is forced; nothing is looked for at its address before."""
+    from launcher import clusters, handover
+
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "provider: ssh\nname: small\nhead: {host: a}\npools: {p: {hosts: [b], gpus: 1, gpu: L4}}\nstorage: s3://bucket\n"
+    )
+    spec = clusters.load(file)
+    monkeypatch.setattr(clusters, "target", lambda on: clusters.Target(spec, None, None))
+    sent = []
+    monkeypatch.setattr(handover.jobs_there, "submit", lambda job, *rest, **more: sent.append(job) or "id")
+    (Path("big") / "x").mkdir(parents=True)
+    words = [
+        "submit",
+        "job.yaml",
+        "--on",
+        "small",
+        "model.path=meta-llama/Llama-2-7b-hf",
+        "model.tokenizer=meta-llama/Llama-2-7b-hf",
+    ]
+    status, _, err = muster(*words, capsys=capsys)
+    assert status == 2
+    assert "an L4 has 22" in err
+    assert not sent
+    assert muster(*words, "--force", capsys=capsys)[0] == 0
+    assert len(sent) == 1
