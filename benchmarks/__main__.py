@@ -51,6 +51,10 @@ BENCHMARKS = {
         "benchmarks.submit",
         "a job handed to a cluster: seconds to its first line against `ray job submit` (target: 2 more), following again, growing",
     ),
+    "scale": Benchmark(
+        "benchmarks.scale",
+        "the driver with 1 to 1,024 workers that answer at once (targets: 0.01 of a step of 10 s; at most linear)",
+    ),
     "trl": Benchmark(
         "benchmarks.peer_trl", "SFT tokens/s against TRL under accelerate + ZeRO-2 (target: packed at least 1.0)"
     ),

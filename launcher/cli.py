@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher import cli_cluster
-from launcher.verbs import Force, Inline, JobFile, Json, On, Overrides, RunName, app, console, show, verb
+from launcher.verbs import Force, Inline, JobFile, Json, NoPreflight, On, Overrides, RunName, app, console, show, verb
 from training.errors import InputError
 
 
@@ -71,16 +71,17 @@ def run(
     only: Annotated[str | None, typer.Option(metavar="PHASE", help="Run this phase alone.")] = None,
     on: On = None,
     force: Force = False,
+    no_preflight: NoPreflight = False,
 ) -> int:
     """Run a job here (or on the Ray cluster at RAY_ADDRESS), or submit it and follow. An interrupted run of the same job goes on."""
     if on is not None:
         if inline or only is not None:
             raise InputError.of("command line", "--on goes with neither --inline nor --only")
-        return cli_cluster.run_on(job, overrides or [], on, force=force)
+        return cli_cluster.run_on(job, overrides or [], on, cli_cluster.words_for(no_preflight), force=force)
     from launcher import check, driver
 
     checked = check.load(job, overrides or [], inline=inline, force=force)
-    return driver.run_job(checked, inline=inline, console=console(), only=only)
+    return driver.run_job(checked, inline=inline, console=console(), only=only, preflight=not no_preflight)
 
 
 @verb
@@ -99,11 +100,13 @@ def resume(
     inline: Inline = False,
     on: On = None,
     force: Force = False,
+    no_preflight: NoPreflight = False,
 ) -> int:
     """Go on with a run from its last checkpoint, or from an earlier one. With --on: with a job of a cluster, by its id."""
     if on is not None:
         going_back = ["--step", str(step)] if step is not None else []
         going_back += ["--phase", phase] if phase is not None else []
+        going_back += cli_cluster.words_for(no_preflight)
         cli_cluster.resume_on(
             run, overrides or [], on, [*going_back, *(["--accept-changes"] if accept_changes else [])], force=force
         )
@@ -115,7 +118,7 @@ def resume(
     check.machine(job, inline=inline, force=force)
     rewind = attempts.rewinding(found, step, phase) if step is not None else {}
     go_on = attempts.GoOn(rewind=rewind, accept_changes=accept_changes)
-    return driver.run_job(job, inline=inline, console=console(), go_on=go_on)
+    return driver.run_job(job, inline=inline, console=console(), go_on=go_on, preflight=not no_preflight)
 
 
 @verb

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.verbs import Force, JobFile, Json, On, Overrides, cluster_verb, show, verb
+from launcher.verbs import Force, JobFile, Json, NoPreflight, On, Overrides, cluster_verb, show, verb
 from training.errors import InputError
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a job on the cluster.", show_default=False)]
@@ -34,18 +34,29 @@ def _wanted(on: str | None) -> str:
 
 @verb
 def submit(
-    job: JobFile, overrides: Overrides = None, on: On = None, force: Force = False, as_json: Json = False
+    job: JobFile,
+    overrides: Overrides = None,
+    on: On = None,
+    force: Force = False,
+    no_preflight: NoPreflight = False,
+    as_json: Json = False,
 ) -> None:
     """Hand a job over to a cluster and print its id there. A run of the same job that was interrupted goes on."""
     from launcher import handover
 
-    show(handover.submit(job, overrides or [], _wanted(on), force=force), handover.submitted_lines, as_json)
+    words = words_for(no_preflight)
+    show(handover.submit(job, overrides or [], _wanted(on), words, force=force), handover.submitted_lines, as_json)
 
 
-def run_on(job: Path, overrides: Sequence[str], on: str, *, force: bool) -> int:
+def words_for(no_preflight: bool) -> list[str]:
+    """For the driver on the cluster (launcher/onsite.py)."""
+    return ["--no-preflight"] if no_preflight else []
+
+
+def run_on(job: Path, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool) -> int:
     from launcher import handover
 
-    facts = handover.submit(job, overrides, on, force=force)
+    facts = handover.submit(job, overrides, on, words, force=force)
     for line in handover.submitted_lines(facts):
         print(line)
     return _follow(facts["id"], on)

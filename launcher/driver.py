@@ -34,8 +34,11 @@ DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, INTERRUPTED = 0, 1, 2, 3, 7
 _EXPORT_S = 3600.0
 
 
-def run_job(job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn(), only: str | None = None) -> int:
-    """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone.
+def run_job(
+    job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn(), only: str | None = None, preflight: bool = True
+) -> int:
+    """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone; `preflight`: whether machines
+    are looked at before the first step.
 
     Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
     """
@@ -46,7 +49,7 @@ def run_job(job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn(), o
         interrupts.take()
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
-        status = _run_phases(run, job, interrupts, console, inline=inline, only=only)
+        status = _run_phases(run, job, interrupts, console, inline=inline, only=only, preflight=preflight)
         interrupts.end()
         return status
 
@@ -84,7 +87,7 @@ def _in_background(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def _run_phases(
-    run: OpenRun, job: Job, interrupts: Interrupts, console: Console, *, inline: bool, only: str | None
+    run: OpenRun, job: Job, interrupts: Interrupts, console: Console, *, inline: bool, only: str | None, preflight: bool
 ) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -95,7 +98,7 @@ def _run_phases(
         if meter.reached:
             raise InputError.of(run.address, f"{meter.reached}; raise the limit to go on")
         wanted = [name for name in _unfinished(run, job) if only in (None, name)]
-        done = all(_run_phase(run, job, name, interrupts, meter, console, inline) for name in wanted)
+        done = all(_run_phase(run, job, name, interrupts, meter, console, inline, preflight) for name in wanted)
     except KeyboardInterrupt:
         with suppress(OSError):
             run.event("interrupted", orderly=False)
@@ -152,7 +155,14 @@ def _unfinished(run: OpenRun, job: Job) -> Iterator[str]:
 
 
 def _run_phase(
-    run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Meter, console: Console, inline: bool
+    run: OpenRun,
+    job: Job,
+    name: str,
+    interrupts: Interrupts,
+    meter: Meter,
+    console: Console,
+    inline: bool,
+    preflight: bool,
 ) -> bool:
     """Whether the phase came to its end; False when it was asked to stop, or has used up what it may."""
     if interrupts.requested or meter.reached:
@@ -172,7 +182,7 @@ def _run_phase(
             hooks = PhaseRun(run, job, name, interrupts, meter, progress, gang, recovery.skipped())
             try:
                 with closing(hooks):
-                    last = _attempt(run, phase, name, hooks, gang)
+                    last = _attempt(run, phase, name, hooks, gang, preflight=preflight)
             except MusterError as error:
                 if inline:
                     raise
@@ -194,18 +204,30 @@ def _run_phase(
     return True
 
 
-def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang) -> Place | None:
+def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang, *, preflight: bool) -> Place | None:
     """One attempt at a phase, from its newest checkpoint: its last checkpoint, None if it was stopped before."""
     with gang.attempt(run.phase(name) / "logs" / f"attempt-{run.attempt}") as groups:
         run.event("workers", phase=name, workers=gang.members())
         hooks.meter.begin(gang.price())
         try:
+            if preflight and (figures := gang.check(str(hooks.checkpoints.staging), _room_for_two(phase))) is not None:
+                run.event("preflight", phase=name, **figures)
             last = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
             if last is not None:
                 _export(next(iter(groups.values())), last, run.model(name))
             return last
         finally:
             hooks.meter.end()
+
+
+def _room_for_two(phase: Phase) -> int:
+    """Bytes of two checkpoints, the one that is kept until the next is whole; 0 if the model is not known yet."""
+    from launcher import plan
+
+    try:
+        return 2 * plan.checkpoint_bytes_of(phase)
+    except InputError:
+        return 0
 
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:

@@ -30,6 +30,7 @@ class Kind(StrEnum):
     CRASH = "crashed"
     KILLED = "killed"
     MACHINE = "lost machine"
+    UNFIT = "unfit machine"
     PREEMPTED = "machine taken back"
     CONNECTION = "lost connection"
     HANG = "hang"
@@ -144,7 +145,16 @@ def _told_death(death: WorkerDied) -> str:
     return f"{how}: {death.reason}" if death.reason else how
 
 
-_LIKELY_CAUSE = (Kind.MACHINE, Kind.MEMORY, Kind.CRASH, Kind.KILLED, Kind.PROGRAM, Kind.HANG, Kind.CONNECTION)
+_LIKELY_CAUSE = (
+    Kind.UNFIT,
+    Kind.MACHINE,
+    Kind.MEMORY,
+    Kind.CRASH,
+    Kind.KILLED,
+    Kind.PROGRAM,
+    Kind.HANG,
+    Kind.CONNECTION,
+)
 """Of failures at one time, the earlier here the likelier the cause of the others."""
 
 
@@ -233,6 +243,7 @@ _BAD_NODE = 2
 _BUDGET = {
     Kind.KILLED: INFRASTRUCTURE,
     Kind.MACHINE: INFRASTRUCTURE,
+    Kind.UNFIT: INFRASTRUCTURE,
     Kind.CONNECTION: INFRASTRUCTURE,
     Kind.HANG: INFRASTRUCTURE,
     Kind.STORAGE: INFRASTRUCTURE,
@@ -257,6 +268,8 @@ def decide(incident: Incident, past: Sequence[Incident], *, skip_diverged: bool 
         return Decision(
             True, f"the batch of step {incident.step} is skipped (on_divergence: skip)", avoid=avoid, skip=incident.step
         )
+    if incident.kind is Kind.UNFIT and any((o.kind, o.node) == (Kind.UNFIT, incident.node) for o in past):
+        return Decision(False, "there are no other machines in its place; --no-preflight runs on it all the same")
     if incident.kind in _NO_USE:
         return Decision(False, _NO_USE[incident.kind])
     if incident.step > incident.checkpoint and incident.signature in {other.signature for other in past}:
@@ -275,13 +288,16 @@ def decide(incident: Incident, past: Sequence[Incident], *, skip_diverged: bool 
 
 
 def _nodes_to_avoid(incidents: Sequence[Incident]) -> frozenset[str]:
+    """Those where several things failed, and those that were found unfit."""
     blamed = Counter(incident.node for incident in incidents if incident.node and incident.kind in _BUDGET)
-    return frozenset(node for node, times in blamed.items() if times >= _BAD_NODE)
+    unfit = {incident.node for incident in incidents if incident.node and incident.kind is Kind.UNFIT}
+    return frozenset({node for node, times in blamed.items() if times >= _BAD_NODE} | unfit)
 
 
 _ADVICE = {
     Kind.MEMORY: "set a smaller micro_tokens (it does not change the curve), a higher sharding.stage, or take more workers",
     Kind.CRASH: "the log has where it was; a library or a driver is likely at fault",
+    Kind.UNFIT: "the check before the first step found it (`--no-preflight` leaves it out)",
     Kind.KILLED: "somebody or something outside of Muster killed it",
     Kind.HANG: "the stacks of all workers are in the log folder",
     Kind.STORAGE: "look at the room, the network and the credentials of the storage",

@@ -44,6 +44,11 @@ class Gang(Protocol):
         """Rank, address of the machine and process id there, of every worker."""
         ...
 
+    def check(self, storage: str, room: int) -> dict[str, Any] | None:
+        """Look at machines that were not looked at before. `room`: bytes that checkpoints need. Returns figures, None if there are
+        no new machines. Raises what launcher/preflight.py raises."""
+        ...
+
     def price(self) -> float | None:
         """What the machines cost in an hour; None if that is not known."""
         ...
@@ -109,6 +114,10 @@ class _RayGang:
         members = [member for team in self.teams for member in team.members()]
         return [{**member, "rank": rank} for rank, member in enumerate(members)]
 
+    def check(self, storage: str, room: int) -> dict[str, Any] | None:
+        found = [figures for team in self.teams if (figures := team.check(storage, room)) is not None]
+        return {"groups": found} if len(found) > 1 else next(iter(found), None)
+
     def price(self) -> float | None:
         from launcher import machines
 
@@ -140,6 +149,8 @@ class _Team:
         self._avoided: frozenset[str] = frozenset()
         self._leaving: frozenset[str] = frozenset()
         """Ids of machines that are about to go."""
+        self._checked: frozenset[str] = frozenset()
+        """Ids of machines that were found well."""
         self._grow, self._size, self._no_growth_before = False, 0, 0.0
         self.why_moved: str | None = None
 
@@ -169,6 +180,17 @@ class _Team:
                 self._leaving |= {node}
             if self.why_moved is not None or not workers.end():
                 self.close()
+
+    def check(self, storage: str, room: int) -> dict[str, Any] | None:
+        from launcher import preflight
+
+        here = frozenset(place["node"] for place in self.places())
+        if here <= self._checked:
+            return None
+        assert self.workers is not None
+        figures = preflight.check(self.workers, storage, room, self.warn)
+        self._checked |= here
+        return figures
 
     def places(self) -> Sequence[Mapping[str, Any]]:
         assert self.workers is not None
@@ -223,6 +245,9 @@ class _InlineGang:
 
     def members(self) -> list[dict[str, Any]]:
         return [{"rank": 0, "machine": "127.0.0.1", "pid": os.getpid()}]
+
+    def check(self, storage: str, room: int) -> dict[str, Any] | None:
+        return None
 
     def price(self) -> float | None:
         return None

@@ -45,7 +45,12 @@ def bundle(resources: Resources, gpus: int) -> dict[str, float]:
 
 def node(node_id: str) -> dict[str, Any]:
     """What Ray knows of a machine; empty if it does not."""
-    return next((found for found in ray.nodes() if found["NodeID"] == node_id), {})
+    return by_id().get(node_id, {})
+
+
+def by_id() -> dict[str, dict[str, Any]]:
+    """What Ray knows of all machines, also of those that are gone."""
+    return {found["NodeID"]: found for found in ray.nodes()}
 
 
 def draining() -> dict[str, float]:

@@ -15,7 +15,7 @@ import typer
 
 from launcher import bundle, runs
 from launcher.cache import cache_folder
-from launcher.verbs import console, verb
+from launcher.verbs import NoPreflight, console, verb
 
 
 def land(unpacked: Path = Path()) -> Path | None:
@@ -46,14 +46,24 @@ def _copy(folder: Path, to: Path) -> None:
 site = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def run(file: Path, step: int | None = None, phase: str | None = None, accept_changes: bool = False) -> int:
+def run(
+    file: Path,
+    step: int | None = None,
+    phase: str | None = None,
+    accept_changes: bool = False,
+    no_preflight: NoPreflight = False,
+) -> int:
     """As `muster run`, or as `muster resume` if there is something to go back to or to accept."""
     from launcher import attempts, check, driver
 
     job = check.load(file, [], inline=False)
     rewind = {} if step is None else attempts.rewinding(runs.find(f"{job.storage}/{job.name}"), step, phase)
     return driver.run_job(
-        job, inline=False, console=console(), go_on=attempts.GoOn(rewind=rewind, accept_changes=accept_changes)
+        job,
+        inline=False,
+        console=console(),
+        go_on=attempts.GoOn(rewind=rewind, accept_changes=accept_changes),
+        preflight=not no_preflight,
     )
 
 

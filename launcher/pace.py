@@ -94,14 +94,14 @@ def computing_s(
     work = flops(shape, where, tokens, length, backward=backward, head=head)
     # Recomputed or not, forward pass by forward pass as much is written.
     kept = activations(shape, replace(where, checkpointing=False)) / where.micro_tokens / (1 if backward else 3)
-    speed = COMPUTE * machine.gpu.matmul_tflops * 1e12 * (1 if where.dtype == "bf16" else _FP32_SPEED)
+    speed = COMPUTE * machine.gpu.matmul_tflops * 1e12 * _SPEED[where.on_gpu, where.dtype]
     return work / (speed * where.workers) + tokens * kept * PASSES / (
         MEMORY * machine.gpu.memory_gb_s * 1e9 * where.workers
     )
 
 
-_FP32_SPEED = 0.25
-"""Of a GPU that computes in fp32, against bf16."""
+_SPEED = {(True, "bf16"): 1.0, (True, "fp32"): 0.25, (False, "fp32"): 1.0, (False, "bf16"): 1.7}
+"""Of (on a GPU, type), against what the machine's figure is for: bf16 on GPUs, fp32 on processors."""
 
 
 def sending_s(shape: Shape, where: Setting, machine: Machine, micro_batches: int) -> float:

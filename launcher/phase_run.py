@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from launcher import runs, trackers
+from launcher import plan, runs, site, trackers
 from launcher.attempts import OpenRun
 from launcher.gang import Gang
 from launcher.interrupts import Interrupts
@@ -16,6 +18,7 @@ from launcher.limits import Meter
 from launcher.progress import PhaseProgress
 from launcher.stragglers import Stragglers
 from training.checkpoints import opened
+from training.errors import InputError
 from training.facts import Facts
 
 _NEARLY_FULL = 0.95
@@ -38,6 +41,7 @@ class PhaseRun:
             progress,
             gang,
         )
+        self.job = job
         self.skipped = skipped
         self.step = self.saved_step = 0
         self.training = False
@@ -119,10 +123,19 @@ class PhaseRun:
             f"{facts.num_samples:,} samples, {facts.total_steps:,} steps"
         )
         self.event("training", step=step, total_steps=facts.total_steps, parameters=facts.num_parameters)
+        self._note_plan(facts)
         self._forget_after(step)
         self.step, self.training = step, True
         self.interrupts.training = True
         self.progress.start(facts.total_steps, step)
+
+    def _note_plan(self, facts: Facts) -> None:
+        """For `muster status`. Machines or models that nobody knows have no plan."""
+        members = self.gang.members()
+        fullest = max(Counter(member["machine"] for member in members).values())
+        with suppress(InputError):
+            where = site.of_device(facts.device, fullest)
+            self.event("planned", **plan.expected(self.job, self.name, facts, len(members), where, self.gang.price()))
 
     def _forget_after(self, step: int) -> None:
         """Drop what was written of steps that will be done again: the file is the curve, each step in it once."""

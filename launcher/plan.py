@@ -17,6 +17,7 @@ from launcher.site import Site
 from launcher.workload import work_of
 from training.config import PPO, PPO_ROLES, Lora, Phase, Placement, Sharding
 from training.errors import InputError, Problem
+from training.facts import Facts
 from training.hardware import cpu_multiplies_bf16
 from training.recipes import RECIPES
 from training.schedule import total_steps
@@ -86,6 +87,13 @@ def refuse_what_cannot_fit(job: Job, site: Site) -> None:
             )
     if problems:
         raise InputError(problems)
+
+
+def checkpoint_bytes_of(phase: Phase) -> int:
+    """Of one checkpoint of a phase whose models are folders. Raises InputError if they are not known."""
+    shape = shape_of(phase.model.path)
+    critic = shape_of(phase.critic).as_classifier if isinstance(phase, PPO) and phase.critic else None
+    return checkpoint_bytes(phase, Models(shape, critic))
 
 
 class _Shapes:
@@ -447,15 +455,22 @@ def _resized(phase: Phase, count: int) -> dict[str, Any]:
     return {"resources": phase.resources.model_copy(update={"workers": count, "min_workers": None})}
 
 
-def expected(phase: Phase, models: Models, site: Site, work: Work) -> dict[str, Any]:
-    """What a run writes down of its plan, to be compared with what comes."""
-    planned = _Planned(phase, models, site, Asked(), work)
-    time = planned.time()
+def expected(job: Job, name: str, facts: Facts, workers: int, site: Site, price: float | None) -> dict[str, Any]:
+    """What a run notes of the plan for a phase, once its data and machines are known, to be compared with what comes.
+
+    `price`: of the machines an hour, as they say it themselves. Raises InputError if a model is not known.
+    """
+    phase = job.phases[name]
+    if not isinstance(phase, PPO) or phase.groups is None:
+        phase = phase.model_copy(update={"resources": phase.resources.model_copy(update={"workers": workers})})
+    response = float(phase.response_tokens) if isinstance(phase, PPO) else 0.0
+    work = Work(rows=facts.num_samples, tokens=facts.mean_tokens, response=response)
+    planned = _Planned(phase, _Shapes(job, None).models(phase), site, Asked(), work)
     needs = max(planned.needs, key=lambda each: sum(each.device.values()) or sum(each.host.values()))
+    step = planned.step_s
     return {
-        "workers": phase.num_workers, "step_s": time["step_s"], "tokens_per_s": time["tokens_per_s"], "steps": time["steps"],
-        "hours": time.get("hours"), "price": None if site.price is None else site.price * planned.machines + site.head_price,
-        "memory_gib": _gib(sum(needs.device.values()) or sum(needs.host.values())),
+        "workers": workers, "step_s": step, "range": [step * pace.LOW, step * pace.HIGH], "hours": facts.total_steps * step / 3600,
+        "memory_gib": _gib(sum(needs.device.values()) or sum(needs.host.values())), "price": price,
     }  # fmt: skip
 
 

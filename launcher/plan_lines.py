@@ -39,16 +39,22 @@ def _phase_lines(name: str, phase: Mapping[str, Any], machine: Mapping[str, Any]
             if parts := group[where]:
                 label = "GPU" if where == "device" else "memory of its machine"
                 of = f" of {limit:g}" if limit else ""
-                yield f"    {label:<22}{sum(parts.values()) / GIB:>8,.1f}{of}"
+                yield f"    {label:<22}{_number(sum(parts.values()) / GIB):>8}{of}"
                 for what, size in sorted(parts.items(), key=lambda part: -part[1]):
                     if size >= 0.005 * sum(parts.values()):
-                        yield f"      {what:<28}{size / GIB:>8,.2f}"
+                        yield f"      {what:<28}{_number(size / GIB):>8}"
     yield from (f"  {why}" for why in phase["why"])
     if phase["changes"]:
         yield f"  would fit with: {phase['changes'][0]}"
         yield from (f"              or: {change}" for change in phase["changes"][1:])
-    yield "  stage  offload   worker GiB   host GiB"
+    if not machine["gpu"]:
+        yield "  stage   worker GiB"
+    else:
+        yield "  stage  offload   worker GiB   host GiB"
     for row in phase["alternatives"]:
+        if not machine["gpu"]:
+            yield f"  {row['stage']:<7}{_number(row['host_gib']):>11}   {row['verdict']}"
+            continue
         yield f"  {row['stage']:<7}{row['offload']:<9}{row['device_gib']:>10,.1f} {row['host_gib']:>10,.1f}   {row['verdict']}"
     for number, row in enumerate(phase["layouts"][:4]):
         yield f"  {'best layout' if not number else 'or':<12}{row['layout']}, ZeRO-{row['stage']}: {row['iteration_s']:,.0f} s an iteration, {row['gib']:,.1f} GiB, {row['verdict']}"
@@ -108,6 +114,10 @@ def _money(time: Mapping[str, Any]) -> str:
 
 def _hours(hours: float) -> str:
     return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
+
+
+def _number(gib: float) -> str:
+    return f"{gib:,.1f}" if gib >= 10 else f"{gib:,.2f}" if gib >= 0.1 else f"{gib:,.4f}"
 
 
 def _seconds(seconds: float) -> str:

@@ -49,6 +49,7 @@ def _phase(run: RunFolder, name: str, finished: bool, events: Sequence[Mapping[s
     total = next((e["total_steps"] for e in reversed(events) if e["event"] == "training" and e["phase"] == name), None)
     last = steps[-1] if steps else {}
     left = (total - last["step"]) * _median_step_s(steps) if steps and total and not finished else None
+    planned = next((e for e in reversed(events) if e["event"] == "planned" and e["phase"] == name), None)
     return {
         "finished": finished,
         "step": last.get("step", 0),
@@ -56,9 +57,26 @@ def _phase(run: RunFolder, name: str, finished: bool, events: Sequence[Mapping[s
         "loss": last.get("loss"),
         "tokens_per_s": last.get("tokens_per_s"),
         "left_s": left,
+        "plan": _against_plan(planned, steps, left) if planned is not None and steps else None,
         "evaluation": {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")} if evaluations else {},
         "checkpoints": [step_of(folder) for folder in Checkpoints(run.checkpoints(name)).folders()],
         "model": str(run.model(name)) if run.model(name).children() else None,
+    }
+
+
+def _against_plan(planned: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], left: float | None) -> dict[str, Any]:
+    """What was expected beside what came, and what is left by what came."""
+    real, price = _median_step_s(steps), planned["price"]
+    memory = max(row["memory_gib"] for row in steps[-50:])
+    return {
+        "step_s": planned["step_s"],
+        "range": planned["range"],
+        "real_step_s": real,
+        "times": real / planned["step_s"],
+        "memory_gib": planned["memory_gib"],
+        "real_memory_gib": memory,
+        "hours": planned["hours"],
+        "left_cost": None if left is None or price is None else left / 3600 * price,
     }
 
 
@@ -80,10 +98,20 @@ def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:
             parts.append(f"{duration(phase['left_s'])} left")
         parts.append("checkpoints " + (", ".join(map(str, phase["checkpoints"])) or "none"))
         yield f"  {name}: " + "  ".join(parts)
+        if phase["plan"] is not None:
+            yield f"  {name}: {_told_plan(phase['plan'])}"
         if phase["model"]:
             yield f"  {name}: model in {phase['model']}"
     for problem in facts["problems"]:
         yield f"  {problem}"
+
+
+def _told_plan(plan: Mapping[str, Any]) -> str:
+    low, high = plan["range"]
+    within = "as planned" if low <= plan["real_step_s"] <= high else f"{plan['times']:.2f} times the plan"
+    told = f"a step takes {plan['real_step_s']:.3g} s, planned were {plan['step_s']:.3g} ({low:.3g} to {high:.3g}): {within}"
+    told += f"; {plan['real_memory_gib']:.2f} GiB, planned {plan['memory_gib']:.2f}"
+    return told + (f"; {plan['left_cost']:,.2f} more by this pace" if plan["left_cost"] is not None else "")
 
 
 def listing(storage: str) -> list[dict[str, Any]]:

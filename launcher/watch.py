@@ -38,7 +38,7 @@ class Watch:
     def __init__(self, group: WorkerGroup, warn: Callable[[str], None]):
         self.group = group
         self.warn = warn
-        self.every_s = max(1.0, group.size / 200)
+        self.every_s = max(1.0, group.size / 80)
         """Seconds between two looks; a look is one short call a worker."""
         self.signs: dict[int, Signs] = {}
         self._asked: dict[int, ray.ObjectRef] = {}
@@ -55,7 +55,8 @@ class Watch:
 
     def met(self) -> None:
         """All places have answered for the first time. Remembers how to reach their machines while Ray can tell."""
-        self._nodes = [machines.node(place["node"]) for place in self.group.places]
+        known = machines.by_id()
+        self._nodes = [known.get(place["node"], {}) for place in self.group.places]
         self._answered = dict.fromkeys(range(self.group.size), time.monotonic())
 
     def look(self, method: str, since_s: float) -> None:

@@ -85,20 +85,31 @@ class _Call:
         self.method = method
         self.began = time.monotonic()
         self.waiting = list(refs)
+        self.answers: dict[ray.ObjectRef, Any] = {}
 
     def wait(self, ref: ray.ObjectRef, timeout_s: float | None) -> Any:
         """The answer of one worker, within `timeout_s` of the call. Raises the first cause as soon as any worker fails."""
-        while ref in self.waiting:
+        while ref not in self.answers:
             left = None if timeout_s is None else max(0.0, self.began + timeout_s - time.monotonic())
             patience = self.group.watch.every_s if left is None else min(self.group.watch.every_s, left)
-            ready, waiting = ray.wait(self.waiting, num_returns=1, timeout=patience)
+            ready, _ = ray.wait(self.waiting, num_returns=1, timeout=patience)
             if ready:
-                self._check(ready[0])
-                self.waiting = waiting
+                self._take()
             elif left is not None and left <= patience:
-                raise self.group.watch.overdue(self.method, timeout_s or 0, [self.refs.index(late) for late in waiting])
+                late = [self.refs.index(late) for late in self.waiting]
+                raise self.group.watch.overdue(self.method, timeout_s or 0, late)
             self.group.watch.look(self.method, time.monotonic() - self.began)
-        return ray.get(ref)
+        return self.answers[ref]
+
+    def _take(self) -> None:
+        """Every answer that is there by now: one by one, a thousand workers would take their time."""
+        ready, self.waiting = ray.wait(self.waiting, num_returns=len(self.waiting), timeout=0)
+        try:
+            self.answers.update(zip(ready, ray.get(ready), strict=True))
+        except RayError:
+            for ref in ready:
+                self._check(ref)
+            raise
 
     def _check(self, ref: ray.ObjectRef) -> None:
         try:

@@ -15,6 +15,8 @@ class Facts:
     num_samples: int
     """In an epoch."""
     num_eval_samples: int
+    mean_tokens: float = 0.0
+    """Of a sample."""
     num_parameters: int
     """That are trained."""
     dtype: str

@@ -72,6 +72,7 @@ class Trainer(Learner):
             total_samples=self.total_samples,
             num_samples=self.order.epoch_size,
             num_eval_samples=len(self.eval_store) if self.eval_store is not None else 0,
+            mean_tokens=self.store.meta.tokens / len(self.store),
             num_parameters=self.num_parameters,
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,

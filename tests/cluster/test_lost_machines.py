@@ -83,6 +83,26 @@ def test_fewer_machines_go_on_and_the_run_grows_again_when_they_are_back(lab, ru
     )  # sums of two and three workers round differently
 
 
+def test_a_machine_with_other_packages_is_found_before_the_first_step_and_avoided(lab, run, undisturbed):
+    """As Python sees them there: an entry of its own in PYTHONPATH stands before what is installed."""
+    other = run.folder / "other" / "peft-0.0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
+    lab["b"].environment = {**lab["b"].environment, "PYTHONPATH": str(other.parent)}
+    lab.renew("b")
+    try:
+        run.start("resources.workers=3", "resources.min_workers=2", "resources.wait_for_machines=5")
+        out = run.finish()
+    finally:
+        lab["b"].environment = {name: value for name, value in lab["b"].environment.items() if name != "PYTHONPATH"}
+        lab.renew("b")
+    assert (run.incident["class"], run.incident["node"]) == ("unfit machine", lab["b"].address), out
+    assert "has peft 0.0.1, the others" in run.incident["message"]
+    assert [len(event["workers"]) for event in run.events("workers")] == [3, 2]
+    assert run.events("training")[0]["attempt"] == 2
+    assert run.result == undisturbed
+
+
 @pytest.mark.slow
 def test_a_machine_on_which_two_workers_died_is_avoided(lab, run, victim, undisturbed):
     for attempt in (1, 2):

@@ -285,3 +285,36 @@ def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, cap
     assert not sent
     assert muster(*words, "--force", capsys=capsys)[0] == 0
     assert len(sent) == 1
+
+
+# -- plan and reality
+
+
+def test_status_holds_the_plan_against_what_came(tmp_path):
+    """A run notes what it expects; whoever asks for its status sees both, and what the rest will cost by the real pace."""
+    from launcher.runs import RunFolder, append
+    from launcher.show import status, status_lines
+
+    folder = tmp_path / "runs" / "planned"
+    (folder / "sft").mkdir(parents=True)
+    job = jobs.read(SFT_7B, [f"storage={tmp_path / 'runs'}", "name=planned"])
+    (folder / "job.yaml").write_text(jobs.dump(job))
+    for event in (
+        {"event": "started"}, {"event": "workers", "workers": [1, 2]}, {"event": "training", "phase": "sft", "total_steps": 100},
+        {"event": "planned", "phase": "sft", "step_s": 10.0, "range": [7.5, 14.0], "hours": 0.3, "memory_gib": 40.0, "price": 36.0},
+    ):  # fmt: skip
+        append(folder / "events.jsonl", {"time": "2026-11-22T00:00:00", "attempt": 1, **event})
+    for step in range(1, 11):
+        append(
+            folder / "sft" / "metrics.jsonl",
+            {"step": step, "loss": 1.0, "step_s": 20.0, "tokens_per_s": 5.0, "memory_gib": 42.0},
+        )
+    facts = status(RunFolder(folder))
+    plan_of_it = facts["phases"]["sft"]["plan"]
+    assert plan_of_it["times"] == 2.0
+    assert plan_of_it["left_cost"] == pytest.approx(90 * 20 / 3600 * 36)
+    (line,) = [line for line in status_lines(facts) if "planned" in line and "a step" in line]
+    assert (
+        "a step takes 20 s, planned were 10 (7.5 to 14): 2.00 times the plan; 42.00 GiB, planned 40.00; 18.00 more by this pace"
+        in line
+    )

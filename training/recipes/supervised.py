@@ -5,6 +5,7 @@ Between two calls nothing is in flight, so this is where evaluation, checkpoints
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -20,6 +21,9 @@ from training.storage import Place
 CALL_S = 1800.0
 """Longest time for one call of a few steps."""
 _TARGET_CALL_S = 2.0
+_CALL_S_A_WORKER = 0.04
+"""Asking many workers takes the driver its time, about 0.4 ms for each: longer calls keep that below a hundredth."""
+_MANY = 64
 _SAVING_CALL_S = 0.25
 """The same while a checkpoint is being written: the sooner it is committed, the less a failure costs."""
 
@@ -37,7 +41,9 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     pace = 0.0  # seconds a step, of the last call
     evaluated: dict[str, float] = {}  # the evaluation at `step`, if there was one
     while step < facts.total_steps and not hooks.stop_requested():
-        num_steps = min(_next_stop(phase, facts, step) - step, _steps_in_a_call(pace, saving=saver.is_saving))
+        num_steps = min(
+            _next_stop(phase, facts, step) - step, _steps_in_a_call(pace, trainer.size, saving=saver.is_saving)
+        )
         began = time.monotonic()
         with saver.kept_on_failure():
             _train(trainer, hooks, step, num_steps)
@@ -50,8 +56,11 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     return saver.end(step, evaluated)
 
 
-def _steps_in_a_call(pace: float, *, saving: bool) -> int:
-    return max(1, int((_SAVING_CALL_S if saving else _TARGET_CALL_S) / pace)) if pace else 1
+def _steps_in_a_call(pace: float, workers: int, *, saving: bool) -> int:
+    """`pace`: seconds of a step, 0 if that is not known yet."""
+    wanted = _SAVING_CALL_S if saving else _TARGET_CALL_S
+    fewest = math.ceil(_CALL_S_A_WORKER * workers / pace) if pace else 1
+    return max(1, int(wanted / pace), fewest if workers > _MANY else 1) if pace else 1
 
 
 def _next_stop(phase: Phase, facts: Facts, step: int) -> int:

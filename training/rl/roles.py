@@ -157,6 +157,7 @@ class Policy(_Learning):
             total_samples=total_samples(self.phase, self.order.epoch_size),
             num_samples=self.order.epoch_size,
             num_eval_samples=0,
+            mean_tokens=self.store.meta.tokens / len(self.store),
             num_parameters=self.num_parameters,
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,
