@@ -43,6 +43,8 @@ class Machine:
     gpus: int
     memory_gib: float
     network_gbit_s: float
+    memory_assumed: bool = False
+    """Whether nothing is known of `memory_gib`."""
     price: float | None = None
     """An hour, on demand."""
     spot_price: float | None = None

@@ -13,9 +13,8 @@ from launcher.job import Job
 from training.config import Phase
 from training.errors import InputError, Problem
 from training.modelfiles import inspect
+from training.sizing import PROCESS_BYTES
 
-_WORKER_BYTES = 450 << 20
-"""Memory of a worker that has loaded torch, DeepSpeed and transformers and nothing else (measured: 0.41 GiB)."""
 _FP32, _BF16 = 4, 2
 
 
@@ -109,7 +108,7 @@ def host_bytes(phase: Phase, num_parameters: int, *, on_gpus: bool) -> dict[str,
     weights_here = not on_gpus or (optimizer_here and stage == 3)
     full_precision = phase.model.dtype == "fp32"
     trained = num_parameters if phase.model.lora is None else 0
-    needs = {"workers": workers * _WORKER_BYTES}
+    needs = {"workers": workers * PROCESS_BYTES}
     if trained:
         needs["copy for saving"] = 3 * _FP32 * trained
     if weights_here:

@@ -17,6 +17,7 @@ from training import questions
 from training.config import Phase
 from training.data import files
 from training.data.files import HubSplit, Located
+from training.errors import InputError
 from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES
 
@@ -33,15 +34,21 @@ def machine(job: Job, *, inline: bool, force: bool = False) -> None:
     trackers.check(job.track, where=str(job.file))
     capacity.check(job, inline=inline, force=force)
     if not force and capacity.num_gpus() and (inline or "RAY_ADDRESS" not in os.environ):
-        fits_gpus(job, site.here)
+        fits_gpus(job, lambda: [site.here()])
 
 
-def fits_gpus(job: Job, where: Callable[[], Site]) -> None:
-    """Raises InputError if a phase cannot fit on the GPUs of a site, where those are known."""
+def fits_gpus(job: Job, where: Callable[[], Sequence[Site]]) -> None:
+    """Raises InputError if a phase cannot fit on the GPUs of any of some sites, where those are known."""
+    refusals = []
     with suppress(UnknownSite):
-        found = where()
-        if found.on_gpu:
-            plan.refuse_what_cannot_fit(job, found)
+        for found in where():
+            try:
+                if found.on_gpu:
+                    plan.refuse_what_cannot_fit(job, found)
+                return
+            except InputError as error:
+                refusals.append(error)
+        raise refusals[0]
 
 
 def check(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -158,16 +158,13 @@ class _Planned:
         return _worst(self._verdict(group, needs) for group, needs in zip(self.groups, self.needs, strict=True))
 
     def _verdict(self, group: Seated, needs: Needs) -> Verdict:
-        on_device, limit = sum(needs.device.values()), self.machine.gpu.memory_gib * GIB
-        host, host_limit = self._on_a_machine(group, needs), self.machine.memory_gib * GIB
+        gpu, machine = self.machine.gpu.memory_gib * GIB, self.machine.memory_gib * GIB
+        on_device, host = sum(needs.device.values()), self._on_a_machine(group, needs)
         certain = on_device - needs.device["fragmentation"]
-        if (self.site.on_gpu and certain > limit) or host > host_limit:
+        if (self.site.on_gpu and certain > gpu) or (host > machine and not self.machine.memory_assumed):
             return TOO_LARGE
-        return (
-            TIGHT
-            if (self.site.on_gpu and on_device > _TIGHT_ABOVE * limit) or host > _TIGHT_ABOVE * host_limit
-            else FITS
-        )
+        near = (self.site.on_gpu and on_device > _TIGHT_ABOVE * gpu) or host > _TIGHT_ABOVE * machine
+        return TIGHT if near else FITS
 
     def _on_a_machine(self, group: Seated, needs: Needs) -> float:
         """Of its memory, by all workers of the phase that are on it."""

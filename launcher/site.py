@@ -74,17 +74,23 @@ def of_cluster(spec: Cluster, accelerator: str | None = None) -> Site:
 
     Raises UnknownSite if it has none, or a kind that is not known.
     """
+    return all_of_cluster(spec, accelerator)[0]
+
+
+def all_of_cluster(spec: Cluster, accelerator: str | None = None) -> list[Site]:
+    """Those of every pool that a job's workers might get."""
+    if spec.provider == "local":
+        return [here()]
     pools: Mapping[str, Any] = getattr(spec, "pools", {})
     with_gpus = {name: pool for name, pool in pools.items() if pool.gpus != 0}
     wanted = {name: pool for name, pool in with_gpus.items() if accelerator in (None, pool.gpu)}
     if with_gpus and not wanted:
         has = ", ".join(f"{name}: {pool.gpu or 'GPUs'}" for name, pool in with_gpus.items())
         raise UnknownSite.of(spec.name, f"no pool has GPUs of type {accelerator} ({has})", "resources.accelerator")
-    if spec.provider == "local":
-        return here()
-    if not wanted:
-        return _without_gpus(spec, pools)
-    name, pool = next(iter(wanted.items()))
+    return [_of_pool(spec, name, pool) for name, pool in wanted.items()] or [_without_gpus(spec, pools)]
+
+
+def _of_pool(spec: Cluster, name: str, pool: Any) -> Site:
     known = catalog.machine(pool.instance) if isinstance(pool, CloudPool) else None
     if known is None and pool.gpu is None:
         raise UnknownSite.of(
@@ -129,7 +135,13 @@ def here(*, gpus: bool = True) -> Site:
             kind = catalog.gpu(name)
         except Refused as error:
             raise UnknownSite.of("this machine", str(error)) from None
-        machine = replace(catalog.default_machine(kind, num_gpus()), memory_gib=memory, price=None, name="this machine")
+        machine = replace(
+            catalog.default_machine(kind, num_gpus()),
+            memory_gib=memory,
+            memory_assumed=False,
+            price=None,
+            name="this machine",
+        )
         return Site(machine=machine, on_gpu=True, most_machines=1)
     speed, bandwidth = _processor_speed()
     cpu = Gpu(

@@ -11,6 +11,7 @@ from launcher.pace import Work
 from training.config import PPO, Phase
 from training.data import files
 from training.data.files import DataFile, HubSplit, Part, RowError
+from training.data.formats import critique_request
 from training.errors import InputError
 from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES
@@ -54,11 +55,13 @@ def _seen(phase: Phase) -> tuple[int | None, float | None, list[str]]:
     if away:
         return None, None, [f"{', '.join(away)}: not here, so its rows are not counted (--rows says how many)"]
     encode = _encoder(phase)
+    # What is put around the columns of critique data.
+    frame = encode(critique_request("", "")) if phase.recipe == "cft" else 0
     count, tokens, looked_at = 0, 0.0, 0
     for part in parts:
         rows, own_tokens, own_rows = _of_file(part, encode)
         count, tokens, looked_at = count + rows, tokens + own_tokens, looked_at + own_rows
-    return count, tokens / max(1, looked_at), []
+    return count, frame + tokens / max(1, looked_at), []
 
 
 def _encoder(phase: Phase) -> Any:

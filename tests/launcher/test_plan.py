@@ -285,6 +285,9 @@ def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, cap
     assert not sent
     assert muster(*words, "--force", capsys=capsys)[0] == 0
     assert len(sent) == 1
+    file.write_text(file.read_text().replace("gpu: L4}}", "gpu: L4}, q: {hosts: [c], gpus: 8, gpu: H200}}"))
+    spec = clusters.load(file)  # another pool has room
+    assert muster(*words, "sharding.stage=3", "resources.workers=2", capsys=capsys)[0] == 0
 
 
 # -- plan and reality
