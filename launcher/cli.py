@@ -164,6 +164,18 @@ def status(run: RunName, on: On = None, as_json: Json = False) -> None:
 
 
 @verb
+def compare(
+    first: Annotated[str, typer.Argument(metavar="RUN", help="Run, or RUN/PHASE.", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="Another.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Two runs side by side: evaluations with a paired test, settings that differ, time and cost."""
+    from launcher import compare as comparing
+
+    show(comparing.compare(first, second), comparing.lines, as_json)
+
+
+@verb
 def checkpoints(
     run: RunName,
     as_json: Json = False,

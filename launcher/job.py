@@ -166,6 +166,11 @@ def differences(old: Job, new: Job) -> list[str]:
     return [f"{key}: {_compact(before, key)} -> {_compact(after, key)}" for key in told]
 
 
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted key: {"checkpoint.every": 200}."""
+    return {dotted(path): value for path, value in _leaves(settings)}
+
+
 def job_hash(job: Job) -> str:
     """16 hexadecimal digits; equal for two jobs without `differences`."""
     text = json.dumps(_meaning(job), sort_keys=True, ensure_ascii=False)
