@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -269,6 +270,56 @@ def eval_(
     else:
         report = evaluation.evaluate(model, data, settings, **how)
     show(report, evaluation.lines, as_json)
+
+
+@verb
+def critique(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file to write.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="File of rows with a question.")],
+    teacher: Annotated[str, typer.Option(metavar="URL|MODEL", help="OpenAI-compatible endpoint (.../v1), or a model.")],
+    teacher_model: Annotated[str | None, typer.Option(help="Name of the model at the endpoint.")] = None,
+    key_env: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the key.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Column of the data with answers; may be repeated.")] = None,
+    known: Annotated[str | None, typer.Option(help="Column of the right answer, beside --column.")] = None,
+    sample: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Model that is asked for answers; may be repeated.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers of each model to a question.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0, help="Of these answers.")] = 1.0,
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = 8,
+    per_minute: Annotated[float | None, typer.Option(min=0.1, help="Requests a minute at most.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the teacher may take in all.")] = None,
+    max_cost: Annotated[float | None, typer.Option(min=0, help="What it may cost, with the two prices.")] = None,
+    price_in: Annotated[float, typer.Option(min=0, help="Of a million tokens that it reads.")] = 0.0,
+    price_out: Annotated[float, typer.Option(min=0, help="Of a million tokens that it writes.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, and of a critique.")] = 3200,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 300.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds for all tries of one request.")] = 600.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows to take.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run models.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Build data for critique fine-tuning: answers, critiques of a teacher, verdicts checked. Goes on where it stopped."""
+    from launcher import critique as critiques
+    from launcher.teacher import Budget, Endpoint
+
+    if max_cost is not None and not (price_in or price_out):
+        raise InputError.of("--max-cost", "needs --price-in and --price-out, of a million tokens")
+    who: Endpoint | str = teacher
+    if teacher.startswith(("http://", "https://")):
+        if teacher_model is None:
+            raise InputError.of("--teacher-model", "say which model at the endpoint is the teacher")
+        who = Endpoint(
+            url=teacher, model=teacher_model, key_env=key_env, max_new_tokens=max_new_tokens, timeout_s=timeout,
+            patience_s=patience,
+        )  # fmt: skip
+    plan = critiques.Plan(
+        out=out, data=data, columns=column or [], known=known, models=sample or [], samples=samples, temperature=temperature,
+        limit=limit, teacher=who, budget=Budget(tokens=max_tokens, cost=max_cost, price_in=price_in, price_out=price_out),
+        parallel=parallel, per_minute=per_minute, max_new_tokens=max_new_tokens, workers=workers, seed=seed,
+    )  # fmt: skip
+    show(critiques.build(plan, lambda text: print(text, file=sys.stderr)), critiques.lines, as_json)
 
 
 def main() -> None:

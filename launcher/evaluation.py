@@ -94,15 +94,15 @@ def _answers(
     folder: str, asked: Sequence[Question], settings: Questions, *, template: str, workers: int, seed: int
 ) -> tuple[list[Row], float]:
     """The judged responses, question by question, and the seconds they took once the model was loaded."""
-    with _group(folder, template, workers) as group:
+    with asking(folder, template, workers) as group:
         began = time.monotonic()
         shares = results(group.call("answer", asked, settings, seed), _ANSWER_S)
         return in_order(shares), time.monotonic() - began
 
 
 @contextmanager
-def _group(folder: str, template: str, workers: int) -> Iterator[Group]:
-    """Workers with the model loaded: one in this process, more of them on Ray."""
+def asking(folder: str, template: str, workers: int) -> Iterator[Group]:
+    """Workers with the model loaded, that can be asked to `answer`: one in this process, more of them on Ray."""
     from training.evaluator import Evaluator
 
     if workers == 1:

@@ -73,15 +73,15 @@ def _read(path: str, limit: int | None, parse: Callable[[Mapping[str, Any]], tup
 
 
 def _question(row: Mapping[str, Any], columns: Mapping[str, str], answers: bool) -> tuple[str, str]:
-    text = _column(row, "question", (columns["question"],) if "question" in columns else QUESTION)
+    text = column(row, "question", (columns["question"],) if "question" in columns else QUESTION)
     if not answers:
         return text, ""
-    expected = _column(row, "answer", (columns["answer"],) if "answer" in columns else ANSWER)
+    expected = column(row, "answer", (columns["answer"],) if "answer" in columns else ANSWER)
     return text, expected_answer(expected)
 
 
 def _verdict(row: Mapping[str, Any]) -> tuple[str, str]:
-    question, answer = _column(row, "question", QUESTION[:3]), _column(row, "answer", ANSWER[:1])
+    question, answer = column(row, "question", QUESTION[:3]), column(row, "answer", ANSWER[:1])
     if row.get("verdict") is None:
         raise RowError(f"missing column `verdict`; the row has {', '.join(row)}")
     said = as_verdict(row["verdict"])
@@ -90,7 +90,8 @@ def _verdict(row: Mapping[str, Any]) -> tuple[str, str]:
     return critique_request(question, answer), said
 
 
-def _column(row: Mapping[str, Any], what: str, names: tuple[str, ...]) -> str:
+def column(row: Mapping[str, Any], what: str, names: tuple[str, ...]) -> str:
+    """The first of these columns that a row has, as text. Raises RowError if it has none, or no text in it."""
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         advice = f"looked for {', '.join(names)}; the row has {', '.join(map(str, row)) or 'no columns'}"

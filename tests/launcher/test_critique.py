@@ -1,0 +1,281 @@
+"""Building data for critique fine-tuning, against a real server that misbehaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher import critique, teacher
+from launcher.cli import app
+from tests.teacher_server import CUT, HANG, NONSENSE, TeacherServer
+
+KEY = "sk-of-nobody-123"
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch, tmp_path):
+    """A folder to work in, and pauses of a moment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, "_FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(teacher, "_LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+
+def rows(count=12):
+    """Sums, every third of them wrong."""
+    found = []
+    for n in range(count):
+        given = n + n + (1 if n % 3 == 0 else 0)
+        found.append(
+            {"question": f"What is {n} + {n}?", "right": str(n + n), "model_a": f"{n}+{n}={given}\n#### {given}"}
+        )
+    return found
+
+
+def write(path: Path, given) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    return path
+
+
+def judged(number, body):
+    """A good teacher: it does the sum."""
+    asked = body["messages"][-1]["content"]
+    n = int(asked.split("What is ")[1].split(" ")[0])
+    said = int(asked.rpartition("#### ")[2])
+    return f"Critique: the sum is {n + n}.\nConclusion: {'right' if said == n + n else 'wrong'} [END]"
+
+
+def muster(*words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        app([str(word) for word in words])
+    out = capsys.readouterr()
+    return ended.value.code, out.out, out.err
+
+
+def command(server, out="cft.jsonl", *more):
+    return [
+        "critique", out, "--data", "rows.jsonl", "--column", "model_a", "--known", "right", "--teacher", server.url, "--teacher-model", "wise",
+        "--key-env", "TEACHER_KEY", *more,
+    ]  # fmt: skip
+
+
+def written(out="cft.jsonl"):
+    return [json.loads(line) for line in Path(out).read_text().splitlines()]
+
+
+def test_data_that_the_recipe_can_learn_from(capsys, tiny):
+    write(Path("rows.jsonl"), rows())
+    with TeacherServer(judged) as server:
+        status, out, _ = muster(*command(server), capsys=capsys)
+        assert status == 0
+        assert server.most_at_once > 1
+        assert {h["Authorization"] for h in server.headers} == {f"Bearer {KEY}"}
+        assert server.requests[0]["temperature"] == 0.3
+    found = written()
+    assert [row["verdict"] for row in found].count("wrong") == 4
+    assert len(found) == 12
+    assert "12 rows (8 right, 4 wrong)" in out
+    from tests.training_fixtures import phase_of
+    from training.data import files
+    from training.data.prepare import check_rows
+
+    phase = phase_of(tiny, "cft", data={"train": str(Path("cft.jsonl").absolute())})
+    assert check_rows(files.expand("cft.jsonl", Path.cwd()), phase.data, ("critique",)).rows == 12
+
+
+def test_no_key_is_written_anywhere(capsys):
+    write(Path("rows.jsonl"), rows(3))
+    with TeacherServer(lambda n, b: (401, {}, "no")) as server:
+        status, out, err = muster(*command(server), capsys=capsys)
+    assert status == 2
+    assert "is the key right" in err
+    everything = out + err + "".join(path.read_text() for path in Path().rglob("*") if path.is_file())
+    assert KEY not in everything
+
+
+def test_a_server_that_misbehaves(capsys):
+    """429 with Retry-After, 500, a cut connection, a time-out and nonsense, each once for somebody: every row is there in the end."""
+    write(Path("rows.jsonl"), rows())
+    trouble = {
+        0: (429, {"Retry-After": "0.05"}, ""),
+        2: (500, {}, "oh"),
+        4: CUT,
+        6: HANG,
+        8: NONSENSE,
+        9: (503, {}, ""),
+    }
+    with TeacherServer(lambda n, body: trouble.get(n) or judged(n, body)) as server:
+        status, _out, err = muster(*command(server, "cft.jsonl", "--timeout", "0.5"), capsys=capsys)
+        assert status == 0, err
+        assert len(server.requests) == 12 + len(trouble)
+        assert set(server.asked.values()) == {1}  # nobody was paid twice
+    assert len(written()) == 12
+
+
+def test_what_does_not_hold_is_dropped_and_counted(capsys):
+    write(Path("rows.jsonl"), [*rows(9), rows(1)[0]])
+
+    def careless(number, body):
+        asked = body["messages"][-1]["content"]
+        if "What is 1 " in asked:
+            return "I would rather not say."
+        if "What is 2 " in asked:
+            return "Critique: no.\nConclusion: wrong [END]"  # it is right
+        return judged(number, body)
+
+    with TeacherServer(careless) as server:
+        _, out, _ = muster(*command(server), capsys=capsys)
+    assert len(written()) == 7
+    for told in ("1 no conclusion", "1 contradicts the known answer", "1 duplicate"):
+        assert told in out
+
+
+def test_going_on_asks_nobody_twice(capsys):
+    write(Path("rows.jsonl"), rows(20))
+    with TeacherServer(lambda n, body: judged(n, body) if n < 8 else (400, {}, "out of order")) as server:
+        status, _, err = muster(*command(server, "cft.jsonl", "--parallel", "2"), capsys=capsys)
+        assert status == 2
+        assert "HTTP 400" in err
+        done = sum(server.asked.values())
+        assert done == 8
+    with TeacherServer(judged) as server:
+        assert muster(*command(server), capsys=capsys)[0] == 0
+        assert len(server.requests) == 20 - done
+        assert muster(*command(server), capsys=capsys)[0] == 0
+        assert len(server.requests) == 20 - done
+    assert len(written()) == 20
+
+
+def test_an_interruption_keeps_what_is_paid_for():
+    write(Path("rows.jsonl"), rows(30))
+
+    def slow(number, body):
+        time.sleep(0.3)
+        return judged(number, body)
+
+    with TeacherServer(slow) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launcher.cli", *command(server, "cft.jsonl", "--parallel", "4")],
+            stderr=subprocess.PIPE,
+        )
+        deadline = time.monotonic() + 60
+        while len(server.requests) < 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+        kept = [json.loads(line) for line in Path("cft.jsonl.work/critiques.jsonl").read_text().splitlines()]
+        assert len(kept) == sum(server.asked.values()) == len(server.requests)
+
+
+def test_a_budget_is_not_passed(capsys):
+    """150 tokens each by the server's account; a request may take 60 and what it reads."""
+    write(Path("rows.jsonl"), rows(30))
+    with TeacherServer(judged) as server:
+        status, out, _ = muster(
+            *command(server, "cft.jsonl", "--max-tokens", "2000", "--max-new-tokens", "60"), capsys=capsys
+        )
+        assert status == 0
+        assert 5 <= len(server.requests) <= 2000 // 150 + 1
+        asked = len(server.requests)
+        assert "ended early" in out
+        status, _, _ = muster(
+            *command(
+                server,
+                "cft.jsonl",
+                "--max-cost",
+                "0.001",
+                "--price-in",
+                "1",
+                "--price-out",
+                "10",
+                "--max-new-tokens",
+                "60",
+            ),
+            capsys=capsys,
+        )
+        assert status == 0
+        assert 0 < len(server.requests) - asked <= 2  # 0.0006 each
+
+
+def test_a_rate_is_kept(capsys):
+    write(Path("rows.jsonl"), rows(8))
+    with TeacherServer(judged) as server:
+        muster(*command(server, "cft.jsonl", "--per-minute", "600"), capsys=capsys)
+        gaps = [b - a for a, b in zip(sorted(server.times), sorted(server.times)[1:], strict=False)]
+    assert sum(gaps) >= 7 * 0.1 * 0.9  # the clocks of two threads
+    assert len(written()) == 8
+
+
+def test_a_teacher_that_never_follows_the_format_is_given_up(capsys):
+    write(Path("rows.jsonl"), rows(60))
+    with TeacherServer(lambda n, body: f"Nice answer, number {n}!") as server:
+        status, _, err = muster(*command(server), capsys=capsys)
+        assert len(server.requests) < 40
+    assert status == 1
+    assert "has not once ended with `Conclusion" in err
+    assert err.count("Nice answer") == 2
+    assert "Traceback" not in err
+
+
+def test_a_teacher_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(teacher, "_AT_FIRST_S", 0.3)
+    write(Path("rows.jsonl"), rows(3))
+    with TeacherServer(judged) as server:
+        words = command(server)
+    status, _, err = muster(*words, capsys=capsys)
+    assert status == 1
+    assert "does not answer" in err
+    assert "refused" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--column", "nothing"], "no answer: looked for nothing"),
+        (["--known", "nothing"], "no known answer: looked for nothing"),
+        (["--sample", "model"], "--column (of the data) or --sample"),
+        (["--key-env", "NOT_SET_AT_ALL"], "NOT_SET_AT_ALL is not set"),
+        (["--max-cost", "1"], "needs --price-in"),
+        (["--data", "nowhere.jsonl"], "no such file"),
+    ],
+)
+def test_refusals(words, told, capsys):
+    write(Path("rows.jsonl"), rows(3))
+    with TeacherServer(judged) as server:
+        status, _, err = muster(*command(server, "cft.jsonl", *words), capsys=capsys)
+        assert (status, told in err) == (2, True), err
+        assert not server.requests
+
+
+@pytest.mark.cpu
+def test_models_of_ones_own(tiny, capsys):
+    """Both as the one who answers and as the teacher; nothing is asked twice."""
+    write(Path("rows.jsonl"), [{"question": f"Q: {n} + 1 = ", "answer": str(n + 1)} for n in range(5)])
+    words = [
+        "critique", "cft.jsonl", "--data", "rows.jsonl", "--sample", tiny / "model", "--samples", "2", "--max-new-tokens", "8",
+        "--teacher", tiny / "model",
+    ]  # fmt: skip
+    status, out, err = muster(*words, capsys=capsys)
+    assert status == 0, err
+    answers = [json.loads(line) for line in Path("cft.jsonl.work/answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 10
+    assert "left out" in out
+    before = {path: path.stat().st_size for path in Path("cft.jsonl.work").glob("*.jsonl")}
+    assert muster(*words, capsys=capsys)[0] == 0
+    assert before == {path: path.stat().st_size for path in Path("cft.jsonl.work").glob("*.jsonl")}
+
+
+def test_the_key_of_a_task_is_what_is_asked():
+    one, two = critique.Task("q", "a", "x", None), critique.Task("q", "a", "y", "1")
+    assert one.key == two.key != critique.Task("q", "b", "x", None).key
+    assert critique.distinct([one, two]) == ([one], 1)
+    assert os.environ["TEACHER_KEY"] == KEY
