@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -34,6 +35,15 @@ DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, INTERRUPTED = 0, 1, 2, 3, 7
 _EXPORT_S = 3600.0
 
 
+@dataclass(frozen=True)
+class _How:
+    """What the command line says of a run beside the job."""
+
+    inline: bool
+    only: str | None
+    preflight: bool
+
+
 def run_job(
     job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn(), only: str | None = None, preflight: bool = True
 ) -> int:
@@ -49,7 +59,7 @@ def run_job(
         interrupts.take()
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
-        status = _run_phases(run, job, interrupts, console, inline=inline, only=only, preflight=preflight)
+        status = _run_phases(run, job, interrupts, console, _How(inline, only, preflight))
         interrupts.end()
         return status
 
@@ -86,9 +96,7 @@ def _in_background(function: Callable[[], None]) -> Callable[[], None]:
     return wait
 
 
-def _run_phases(
-    run: OpenRun, job: Job, interrupts: Interrupts, console: Console, *, inline: bool, only: str | None, preflight: bool
-) -> int:
+def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console, how: _How) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -97,8 +105,8 @@ def _run_phases(
     try:
         if meter.reached:
             raise InputError.of(run.address, f"{meter.reached}; raise the limit to go on")
-        wanted = [name for name in _unfinished(run, job) if only in (None, name)]
-        done = all(_run_phase(run, job, name, interrupts, meter, console, inline, preflight) for name in wanted)
+        wanted = [name for name in _unfinished(run, job) if how.only in (None, name)]
+        done = all(_run_phase(run, job, name, interrupts, meter, console, how) for name in wanted)
     except KeyboardInterrupt:
         with suppress(OSError):
             run.event("interrupted", orderly=False)
@@ -121,7 +129,7 @@ def _run_phases(
         )
         return LIMIT_REACHED
     if done and rest:
-        say(f"{only} is done; `muster resume {run.address}` goes on with {', '.join(rest)}")
+        say(f"{how.only} is done; `muster resume {run.address}` goes on with {', '.join(rest)}")
     elif not done:
         say(f"stopped; `muster resume {run.address}` goes on")
     return DONE if done else _stopped(interrupts)
@@ -155,14 +163,7 @@ def _unfinished(run: OpenRun, job: Job) -> Iterator[str]:
 
 
 def _run_phase(
-    run: OpenRun,
-    job: Job,
-    name: str,
-    interrupts: Interrupts,
-    meter: Meter,
-    console: Console,
-    inline: bool,
-    preflight: bool,
+    run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Meter, console: Console, how: _How
 ) -> bool:
     """Whether the phase came to its end; False when it was asked to stop, or has used up what it may."""
     if interrupts.requested or meter.reached:
@@ -177,14 +178,14 @@ def _run_phase(
         progress.say(f"{name}: {what}")
 
     recovery = Recovery(run, name, phase, progress.say)
-    with gang_of(phase, name, cache_folder(), progress.say, warn, inline=inline) as gang:
+    with gang_of(phase, name, cache_folder(), progress.say, warn, inline=how.inline) as gang:
         while True:
             hooks = PhaseRun(run, job, name, interrupts, meter, progress, gang, recovery.skipped())
             try:
                 with closing(hooks):
-                    last = _attempt(run, phase, name, hooks, gang, preflight=preflight)
+                    last = _attempt(run, phase, name, hooks, gang, preflight=how.preflight)
             except MusterError as error:
-                if inline:
+                if how.inline:
                     raise
                 decision = recovery.after(error, step=hooks.step_in_hand(), checkpoint=hooks.saved_step)
                 gang.avoid(decision.avoid)

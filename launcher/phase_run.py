@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from launcher import plan, runs, site, trackers
@@ -133,9 +132,15 @@ class PhaseRun:
         """For `muster status`. Machines or models that nobody knows have no plan."""
         members = self.gang.members()
         fullest = max(Counter(member["machine"] for member in members).values())
-        with suppress(InputError):
+        try:
             where = site.of_device(facts.device, fullest)
-            self.event("planned", **plan.expected(self.job, self.name, facts, len(members), where, self.gang.price()))
+            expected = plan.expected(self.job, self.name, facts, len(members), where, self.gang.price())
+        except InputError:
+            return
+        except Exception as error:  # a defect of the plan is no reason to stop the training
+            self.warn(f"no plan can be made of this phase ({error!r})")
+            return
+        self.event("planned", **expected)
 
     def _forget_after(self, step: int) -> None:
         """Drop what was written of steps that will be done again: the file is the curve, each step in it once."""
