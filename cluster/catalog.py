@@ -14,6 +14,7 @@ import yaml
 
 from cluster.errors import Refused
 
+_PCIE_GB_S = 64
 _UNMEASURED = 0.85
 """Of what its maker states, for a GPU of which no matrix product was measured."""
 
@@ -51,7 +52,7 @@ class Machine:
     notice_s: float | None = None
     """What the cloud gives before it takes a spot machine back."""
     dated: str = ""
-    """When the prices were looked up; empty for one's own."""
+    """Of when the prices are; empty for one's own."""
 
 
 @cache
@@ -75,9 +76,9 @@ def gpu(name: str, custom: Mapping[str, Any] | None = None) -> Gpu:
     if found is None:
         near = difflib.get_close_matches(name.upper(), [known.upper() for known in names], n=3, cutoff=0.4)
         known = [each for each in names if each.upper() in near]
-        meant = f"did you mean {', '.join(known)}?" if known else f"known: {', '.join(rows)}"
+        meant = f"did you mean {', '.join(known)}" if known else f"known: {', '.join(rows)}"
         raise Refused(
-            f"{name}: no GPU of that name is in the catalogue; {meant} One of your own goes under `custom:` in a cluster file"
+            f"{name}: no GPU of that name is in the catalogue; {meant}. One of your own, or a part of one (MIG), goes under `custom:` in a cluster file"
         )
     row = rows[names[found]]
     if (like := row.get("like")) is not None:
@@ -90,28 +91,32 @@ def machine(instance: str) -> Machine | None:
     row = _table()["instances"].get(instance)
     if row is None:
         return None
+    cloud = _table()["clouds"][row["cloud"]]
     return Machine(
         name=instance, gpu=gpu(row["gpu"]), gpus=row["gpus"], memory_gib=row["memory_gib"], network_gbit_s=row["network_gbit_s"],
-        price=row["price"], spot_price=row["spot_price"], notice_s=_table()["clouds"][row["cloud"]]["notice_s"], dated=date(),
+        price=row["price"], spot_price=row["spot_price"], notice_s=cloud["notice_s"], dated=str(cloud["prices_of"]),
     )  # fmt: skip
 
 
 def default_machine(kind: Gpu, gpus: int | None = None) -> Machine:
-    """A machine of which nothing but its GPUs is known; with the lowest price of the table for that kind."""
-    row = _table()["default_machine"]
-    prices = [
-        each["price"] / each["gpus"]
-        for each in _table()["instances"].values()
-        if each["gpu"] == kind.name and each["price"]
-    ]
+    """A machine of which nothing but its GPUs is known; without a price, with the best network that the table has for that kind."""
+    row, known = _table()["default_machine"], _machines_with(kind)
     count = gpus or row["gpus"]
-    network = max(
-        (each["network_gbit_s"] for each in _table()["instances"].values() if each["gpu"] == kind.name), default=0
-    )
+    network = max((each["network_gbit_s"] for each in known.values()), default=row["network_gbit_s"])
     return Machine(
         name=f"{count} x {kind.name}", gpu=kind, gpus=count, memory_gib=row["memory_gib"] * count / row["gpus"],
-        network_gbit_s=network or row["network_gbit_s"], price=min(prices) * count if prices else None, dated=date(),
+        memory_assumed=True, network_gbit_s=network,
     )  # fmt: skip
+
+
+def cheapest(kind: Gpu) -> Machine | None:
+    """Of the machines with this kind of GPU the one whose GPUs cost least on demand."""
+    priced = {name: row["price"] / row["gpus"] for name, row in _machines_with(kind).items() if row["price"]}
+    return machine(min(priced, key=priced.__getitem__)) if priced else None
+
+
+def _machines_with(kind: Gpu) -> dict[str, dict[str, Any]]:
+    return {name: row for name, row in _table()["instances"].items() if row["gpu"] == kind.name}
 
 
 def _match(name: str, names: Mapping[str, str]) -> str | None:
@@ -127,6 +132,8 @@ def _match(name: str, names: Mapping[str, str]) -> str | None:
     if exact:
         return exact[0]
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    if any(word == "mig" or re.fullmatch(r"\d+g", word) for word in words):
+        return None  # a part of one, which only `custom:` can describe
     parts = [known for known in names if set(re.findall(r"[a-z0-9]+", known.lower())) <= words]
     return max(parts, key=len, default=None)
 
@@ -135,7 +142,7 @@ def _gpu(name: str, row: Mapping[str, Any]) -> Gpu:
     return Gpu(
         name=name, memory_gib=row["memory_gib"], tflops=row["tflops"],
         matmul_tflops=row.get("matmul_tflops") or _UNMEASURED * row["tflops"], memory_gb_s=row["memory_gb_s"],
-        link_gb_s=row.get("link_gb_s") or row.get("pcie_gb_s") or 64, watts=row.get("watts") or 300,
+        link_gb_s=row.get("link_gb_s") or row.get("pcie_gb_s") or _PCIE_GB_S, watts=row.get("watts") or 300,
     )  # fmt: skip
 
 
@@ -145,6 +152,7 @@ def _scaled(name: str, whole: Gpu, row: Mapping[str, Any]) -> Gpu:
     return Gpu(
         name=name, memory_gib=row.get("memory_gib") or whole.memory_gib * share, tflops=row.get("tflops") or whole.tflops * share,
         matmul_tflops=row.get("matmul_tflops") or row.get("tflops", 0) * _UNMEASURED or whole.matmul_tflops * share,
-        memory_gb_s=row.get("memory_gb_s") or whole.memory_gb_s * share, link_gb_s=row.get("link_gb_s") or whole.link_gb_s,
+        memory_gb_s=row.get("memory_gb_s") or whole.memory_gb_s * share,
+        link_gb_s=row.get("link_gb_s") or (whole.link_gb_s if share == 1 else _PCIE_GB_S),  # parts have no NVLink
         watts=row.get("watts") or whole.watts * share,
     )  # fmt: skip

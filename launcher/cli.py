@@ -307,6 +307,8 @@ def critique(
     if max_cost is not None and not (price_in or price_out):
         raise InputError.of("--max-cost", "needs --price-in and --price-out, of a million tokens")
     who: Endpoint | str = teacher
+    if "://" in teacher and not teacher.startswith(("http://", "https://", "s3://", "gs://")):
+        raise InputError.of("--teacher", f"{teacher} is neither http(s)://... nor a model")
     if teacher.startswith(("http://", "https://")):
         if teacher_model is None:
             raise InputError.of("--teacher-model", "say which model at the endpoint is the teacher")

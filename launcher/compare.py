@@ -42,7 +42,13 @@ def compare(first: str, second: str) -> dict[str, Any]:
     """Both as data. Raises InputError if there is nothing that both measured."""
     sides = [_side(text) for text in (first, second)]
     ends = [_end(side) for side in sides]
-    shared = [name for name in ends[0] if name in ends[1] and name.startswith("eval_") and not name.endswith(_APART)]
+    shared = [
+        name
+        for name in ends[0]
+        if name.startswith("eval_")
+        and not name.endswith(_APART)
+        and all(isinstance(end.get(name), int | float) for end in ends)
+    ]
     if not shared:
         has = "; ".join(
             f"{side.name}: {', '.join(n for n in end if n.startswith('eval_')) or 'none'}"
@@ -85,8 +91,9 @@ def _side(text: str) -> Side:
     return Side(run, phase)
 
 
-def _is_evaluation(row: Mapping[str, Any]) -> bool:
-    return any(name.startswith("eval_") for name in row)
+def _is_evaluation(row: Any) -> bool:
+    """Rows that somebody else wrote may be anything."""
+    return isinstance(row, dict) and any(name.startswith("eval_") for name in row)
 
 
 def _end(side: Side) -> dict[str, Any]:
@@ -102,11 +109,8 @@ def _end(side: Side) -> dict[str, Any]:
 def _answers(side: Side, step: int) -> dict[tuple[str, int], bool]:
     """Whether each response of an evaluation was right, by question and sample; empty if it wrote none."""
     file = side.run.phase(side.phase) / runs.ANSWERS / f"step-{step:08d}.jsonl"
-    return (
-        {(json.dumps(row["question"]), row["sample"]): row["correct"] for row in runs.json_rows(file)}
-        if file.exists()
-        else {}
-    )
+    whole = (row for row in runs.json_rows(file) if isinstance(row, dict) and {"question", "correct"} <= row.keys())
+    return {(json.dumps(row["question"]), row.get("sample", 0)): bool(row["correct"]) for row in whole}
 
 
 def _paired(first: Mapping[tuple[str, int], bool], second: Mapping[tuple[str, int], bool]) -> dict[str, Any] | None:
@@ -152,7 +156,7 @@ def sign_flips(differences: Sequence[float], seed: int = 0) -> float:
 
 
 def _told(side: Side, end: Mapping[str, Any]) -> dict[str, Any]:
-    steps = [row for row in side.run.metrics(side.phase) if "step_s" in row]
+    steps = [row for row in side.run.metrics(side.phase) if isinstance(row, dict) and "step_s" in row]
     spent = side.run.folder / SPENT
     return {
         "name": side.name,
@@ -182,7 +186,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
         values = "  ".join(f"{value:>{width}.4f}" for value in found["values"])
         yield f"{name:<28}{values}  {found['difference']:+.4f}"
     for label, key in (("recipe", "recipe"), ("evaluated at step", "step"), ("steps", "steps"), ("workers", "workers")):
-        yield f"{label:<28}{first[key]!s:>{width}}  {second[key]!s:>{width}}"
+        yield f"{label:<28}{_or_dash(first[key]):>{width}}  {_or_dash(second[key]):>{width}}"
     yield f"{'tokens':<28}{first['tokens']:>{width},}  {second['tokens']:>{width},}"
     times = [duration(each["training_s"]) for each in (first, second)]
     yield f"{'time in steps':<28}{times[0]:>{width}}  {times[1]:>{width}}"
@@ -209,6 +213,10 @@ def _verdict(paired: Mapping[str, Any] | None, first: str, second: str) -> Itera
         yield f"{second if paired['difference'] > 0 else first} is better, and chance alone would hardly do that"
     else:
         yield "that may well be chance: ask more questions to tell them apart"
+
+
+def _or_dash(value: Any) -> str:
+    return "-" if value is None else str(value)
 
 
 def _short(value: Any) -> str:

@@ -154,6 +154,7 @@ def ask_endpoint(
     ended: str | None = None
     error: Exception | None = None
     told_at = time.monotonic()
+    contradicting: list[bool] = []
 
     def say_later(count: int, every_s: float = 10.0) -> None:
         nonlocal told_at
@@ -167,6 +168,7 @@ def ask_endpoint(
             task = waiting.pop(future)
             try:
                 journal.add(_kept(task, future.result(), teacher.endpoint.model))
+                contradicting.append(_contradicts(task, journal.rows[-1]["critique"]))
             except BudgetSpent as spent:
                 ended = str(spent)
             except Nonsense as nonsense:
@@ -185,6 +187,7 @@ def ask_endpoint(
                     break
                 take(list(wait(list(waiting), return_when=FIRST_COMPLETED).done))
                 _refuse_without_form(journal, teacher.endpoint.model)
+                _refuse_contradictions(contradicting, teacher.endpoint.model)
         except BaseException:
             teacher.stopping.set()
             take(list(wait(list(waiting)).done))
@@ -200,13 +203,17 @@ def ask_model(
     tasks: Sequence[Task], model: str, journal: Journal, answer: Answering, say: Callable[[str], None]
 ) -> None:
     """The same with a model that the workers run."""
+    contradicting: list[bool] = []
     left = _left(tasks, journal)
     for start in range(0, len(left), _CHUNK):
         chunk = left[start : start + _CHUNK]
         requests = [Question("", f"{SYSTEM}\n\n{critique_request(task.question, task.answer)}", "") for task in chunk]
         for row in answer(requests):
-            journal.add(_kept(chunk[row["number"]], Reply(row["response"], not row["ended"], 0, row["tokens"]), model))
+            task = chunk[row["number"]]
+            journal.add(_kept(task, Reply(row["response"], not row["ended"], 0, row["tokens"]), model))
+            contradicting.append(_contradicts(task, row["response"]))
         _refuse_without_form(journal, model)
+        _refuse_contradictions(contradicting, model)
         say(f"critiques: {start + len(chunk):,} of {len(left):,}")
 
 
@@ -231,6 +238,22 @@ def _refuse_without_form(journal: Journal, teacher: str) -> None:
             f"{teacher} has not once ended with `Conclusion: right [END]` or `Conclusion: wrong [END]` in {len(replies)} replies, so it is "
             f"not asked further; two of them end with:\n{examples}\ntake another teacher, or one that follows instructions"
         )
+
+
+def _refuse_contradictions(contradicting: Sequence[bool], teacher: str) -> None:
+    """Raises TrainingError if the known answers cannot be the answers."""
+    if len(contradicting) >= _PROBED and all(contradicting):
+        raise TrainingError(
+            f"every one of {len(contradicting)} conclusions of {teacher} contradicts the known answer, so it is not asked further; is --known "
+            "the column of the right answers?"
+        )
+
+
+def _contradicts(task: Task, critique: str) -> bool:
+    said = verdict(critique)
+    if task.known is None or said is None:
+        return False
+    return said != ("right" if same(task.known, final_answer(task.answer)) else "wrong")
 
 
 def write(tasks: Sequence[Task], journal: Journal, out: Path) -> Counter[str]:
@@ -263,7 +286,7 @@ def _why_dropped(task: Task, reply: Mapping[str, Any] | None) -> str:
     said = verdict(reply["critique"])
     if said is None:
         return "no conclusion"
-    if task.known is not None and said != ("right" if same(task.known, final_answer(task.answer)) else "wrong"):
+    if _contradicts(task, reply["critique"]):
         return "contradicts the known answer"
     return ""
 
@@ -301,14 +324,21 @@ def build(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             "say where the answers come from: --column (of the data) or --sample (a model), one of the two",
         )
     _refuse_missing_key(plan.teacher)
+    _refuse_place(plan)
     work = plan.out.with_name(f"{plan.out.name}.work")
     tasks = (
         from_columns(plan.data, plan.columns, plan.known, plan.limit) if plan.columns else _of_models(plan, work, say)
     )
     tasks, duplicates = distinct(tasks)
     journal = Journal(work / "critiques.jsonl")
+    _refuse_other_teacher(plan, journal)
     before = len(_left(tasks, journal))
     ended = _ask(plan, tasks, journal, say) if before else None
+    if ended and not plan.budget.used_in and not any("critique" in row for row in journal.rows):
+        raise InputError.of(
+            "--max-tokens, --max-cost",
+            f"not enough for a single request of --max-new-tokens {plan.max_new_tokens}: {ended}",
+        )
     counts = write(tasks, journal, plan.out)
     counts["duplicate"] = duplicates
     report = {
@@ -324,6 +354,26 @@ def _refuse_missing_key(teacher: Endpoint | str) -> None:
     if isinstance(teacher, Endpoint) and teacher.key_env is not None and not os.environ.get(teacher.key_env):
         raise InputError.of(
             "--key-env", f"{teacher.key_env} is not set in the environment; `export {teacher.key_env}=...`"
+        )
+
+
+def _refuse_place(plan: Plan) -> None:
+    if plan.out.is_dir():
+        raise InputError.of(str(plan.out), "is a folder; name a file to write")
+    if plan.out.exists() and plan.out.resolve() == plan.data.resolve():
+        raise InputError.of(str(plan.out), "is the data itself; name another file to write")
+    if not plan.out.absolute().parent.is_dir():
+        raise InputError.of(str(plan.out), "the folder for it does not exist")
+
+
+def _refuse_other_teacher(plan: Plan, journal: Journal) -> None:
+    """Critiques of two teachers in one file would be told apart by nobody."""
+    now = plan.teacher.model if isinstance(plan.teacher, Endpoint) else plan.teacher
+    others = {row["teacher"] for row in journal.rows} - {now}
+    if others:
+        raise InputError.of(
+            str(plan.out),
+            f"was begun with the teacher {', '.join(sorted(others))}; name another file for {now}, or go on with the same",
         )
 
 

@@ -75,9 +75,13 @@ def flops(
     return tokens * (forward * (2 + where.checkpointing) + (0 if where.lora is not None else dense) + attention)
 
 
-def useful_flops(shape: Shape, tokens: float, length: float) -> float:
-    """What MFU counts: forward and backward of all weights, nothing twice (arXiv:2204.02311)."""
-    return tokens * (6 * shape.parameters + 6 * shape.layers * shape.heads * shape.head_dim * length)
+def useful_flops(shape: Shape, tokens: float, length: float, *, adapters: bool = False) -> float:
+    """What MFU counts: forward and backward of all weights that a token meets, nothing twice (arXiv:2204.02311).
+
+    With adapters the weights themselves have no gradients.
+    """
+    attention = 6 * shape.layers * shape.heads * shape.head_dim * length
+    return tokens * ((4 if adapters else 6) * (shape.parameters - shape.idle) + attention)
 
 
 def computing_s(
@@ -100,8 +104,8 @@ def computing_s(
     )
 
 
-_SPEED = {(True, "bf16"): 1.0, (True, "fp32"): 0.25, (False, "fp32"): 1.0, (False, "bf16"): 1.7}
-"""Of (on a GPU, type), against what the machine's figure is for: bf16 on GPUs, fp32 on processors."""
+_SPEED = {(True, "bf16"): 1.0, (True, "fp32"): 0.08, (False, "fp32"): 1.0, (False, "bf16"): 1.7}
+"""Of (on a GPU, type), against what the machine's figure is for: bf16 on GPUs, fp32 (torch leaves TF32 off) on processors."""
 
 
 def sending_s(shape: Shape, where: Setting, machine: Machine, micro_batches: int) -> float:
@@ -165,9 +169,11 @@ def writing_s(
     weights = bytes_each * shape.parameters / tensor_parallel
     cache = 2 * shape.layers * shape.kv_dim * bytes_each * at_once * (prompt + response / 2) / tensor_parallel
     reading = (weights + cache) / (MEMORY * gpu.memory_gb_s * 1e9)
-    computing = 2 * shape.parameters * at_once / (COMPUTE * gpu.matmul_tflops * 1e12 * tensor_parallel)
+    computing = 2 * (shape.parameters - shape.idle) * at_once / (COMPUTE * gpu.matmul_tflops * 1e12 * tensor_parallel)
     token = max(reading, computing) + LAUNCH_S[how] * shape.layers
-    first = 2 * shape.parameters * at_once * prompt / (COMPUTE * gpu.matmul_tflops * 1e12 * tensor_parallel)
+    first = (
+        2 * (shape.parameters - shape.idle) * at_once * prompt / (COMPUTE * gpu.matmul_tflops * 1e12 * tensor_parallel)
+    )
     return rounds * (response * token + first)
 
 

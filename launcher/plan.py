@@ -14,7 +14,7 @@ from launcher import pace
 from launcher.job import Job
 from launcher.pace import Seated, Work
 from launcher.site import Site
-from launcher.workload import work_of
+from launcher.workload import rows_in, work_of
 from training.config import PPO, PPO_ROLES, Lora, Phase, Placement, Sharding
 from training.errors import InputError, Problem
 from training.facts import Facts
@@ -51,7 +51,10 @@ class Asked:
 def plan(job: Job, site: Site, asked: Asked = Asked()) -> dict[str, Any]:
     """The whole plan. Raises InputError if a model is not known well enough."""
     shapes = _Shapes(job, asked.parameters)
-    phases = {name: _Planned(phase, shapes.models(phase), site, asked) for name, phase in job.phases.items()}
+    phases = {
+        name: _Planned(name, phase, shapes.models(phase), site, asked, alone=len(job.phases) == 1)
+        for name, phase in job.phases.items()
+    }
     told = {name: planned.told() for name, planned in phases.items()}
     return {
         "name": job.name,
@@ -59,6 +62,7 @@ def plan(job: Job, site: Site, asked: Asked = Asked()) -> dict[str, Any]:
         "phases": told,
         "fits": all(phase["verdict"] != TOO_LARGE for phase in told.values()),
         "total": _summed(told),
+        "limits": list(_limits(job, _summed(told))),
         "scaling": [_at(job, phases, count) for count in asked.gpus],
         "notes": list(filter(None, [site.note, *shapes.notes]))
         + [f"{name}: {p.work.note}" for name, p in phases.items() if p.work.note],
@@ -71,7 +75,14 @@ def refuse_what_cannot_fit(job: Job, site: Site) -> None:
     problems = []
     for name, phase in job.phases.items():
         try:
-            planned = _Planned(phase, shapes.models(phase), site, Asked(rows=0, tokens=1.0, response=1.0))
+            planned = _Planned(
+                name,
+                phase,
+                shapes.models(phase),
+                site,
+                Asked(rows=0, tokens=1.0, response=1.0),
+                alone=len(job.phases) == 1,
+            )
         except InputError:
             continue  # a model of which nothing is known yet
         if planned.verdict == TOO_LARGE:
@@ -129,8 +140,20 @@ class _Shapes:
 class _Planned:
     """One phase on a site."""
 
-    def __init__(self, phase: Phase, models: Models, site: Site, asked: Asked, work: Work | None = None):
-        self.phase, self.models, self.site, self.asked = phase, models, site, asked
+    def __init__(
+        self,
+        name: str,
+        phase: Phase,
+        models: Models,
+        site: Site,
+        asked: Asked,
+        work: Work | None = None,
+        *,
+        alone: bool,
+    ):
+        self.name, self.phase, self.models, self.site, self.asked = name, phase, models, site, asked
+        self.alone = alone
+        """The only phase of its job."""
         self.work = work or work_of(phase, rows=asked.rows, tokens=asked.tokens, response=asked.response)
         self.machine = site.for_workers(phase.num_workers)
         self.dtype: Any = phase.model.dtype
@@ -148,14 +171,32 @@ class _Planned:
 
     def changed(self, **changes: Any) -> _Planned:
         """The same phase with other settings. Its data is not looked at again."""
-        return _Planned(self.phase.model_copy(update=changes), self.models, self.site, self.asked, self.work)
+        return _Planned(
+            self.name,
+            self.phase.model_copy(update=changes),
+            self.models,
+            self.site,
+            self.asked,
+            self.work,
+            alone=self.alone,
+        )
 
     # -- memory ---------------------------------------------------------------------------------------------------------
 
     @property
     def verdict(self) -> Verdict:
         """Of the worst of its groups."""
+        if self._missing_places:
+            return TOO_LARGE
         return _worst(self._verdict(group, needs) for group, needs in zip(self.groups, self.needs, strict=True))
+
+    @property
+    def _missing_places(self) -> str:
+        """That there are fewer GPUs than workers, in words."""
+        most = (self.site.most_machines or 0) * self.machine.gpus
+        if not self.site.on_gpu or not most or self.phase.num_workers <= most:
+            return ""
+        return f"{self.phase.num_workers} workers, there are {most} GPUs at most"
 
     def _verdict(self, group: Seated, needs: Needs) -> Verdict:
         gpu, machine = self.machine.gpu.memory_gib * GIB, self.machine.memory_gib * GIB
@@ -174,6 +215,8 @@ class _Planned:
 
     def why(self) -> Iterator[str]:
         """What does not fit, in words."""
+        if self._missing_places:
+            yield self._missing_places
         for group, needs in zip(self.groups, self.needs, strict=True):
             who = f"{', '.join(group.roles)}: " if group.roles else ""
             limit = self.machine.gpu.memory_gib
@@ -184,55 +227,63 @@ class _Planned:
                 yield f"{who}needs {host / GIB:,.1f} GiB of memory on a machine, there are {self.machine.memory_gib:,.1f}"
 
     def changes(self) -> list[str]:
-        """Single changes that make it fit, the smallest first; pairs if there are none."""
+        """Single changes that make it fit, as they are written on the command line, what disturbs least first and those that are
+        tight last; pairs if there are none."""
         single = list(self._possible())
-        found = [words for words, changes in single if self.changed(**changes).verdict != TOO_LARGE]
-        if found:
-            return found
-        for index, (words, changes) in enumerate(single):
-            for other, more in single[index + 1 :]:
-                if not changes.keys() & more.keys() and self.changed(**changes, **more).verdict != TOO_LARGE:
-                    found.append(f"{words} and {other}")
-        return found[:3]
+        found = [(self.changed(**changes).verdict, words) for words, changes in single]
+        if all(verdict == TOO_LARGE for verdict, _ in found):
+            pairs = ((a, b) for index, a in enumerate(single) for b in single[index + 1 :])
+            apart = ((a, b) for a, b in pairs if not a[1].keys() & b[1].keys())
+            found = [(self.changed(**a[1], **b[1]).verdict, f"{a[0]} {b[0]}") for a, b in apart]
+        fitting = [words for verdict, words in found if verdict == FITS]
+        return fitting + [f"{words} (tight)" for verdict, words in found if verdict == TIGHT][: 3 if fitting else 6]
 
     def _possible(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Changes of a phase, what disturbs least first."""
-        phase, model = self.phase, self.phase.model
+        phase, model, own = self.phase, self.phase.model, self._own
         if not model.gradient_checkpointing:
             yield (
-                "model.gradient_checkpointing: true",
+                f"{own}model.gradient_checkpointing=true",
                 {"model": model.model_copy(update={"gradient_checkpointing": True})},
             )
+        yield from self._smaller("micro_batch", phase.micro_batch)
         longest = phase.data.max_length + phase.new_tokens
-        if phase.micro_batch not in (None, 1):
-            yield "micro_batch: 1", {"micro_batch": 1}
-        elif phase.micro_batch is None and self.groups[0].where.micro_tokens > longest:
-            yield f"micro_tokens: {longest}", {"micro_tokens": longest}
-        if isinstance(phase, PPO) and phase.generation == "batched" and phase.generation_batch > 1:
-            for fewer in (phase.generation_batch // 2, phase.generation_batch // 4, phase.generation_batch // 8):
-                if fewer:
-                    yield f"generation_batch: {fewer}", {"generation_batch": fewer}
-        grouped = isinstance(phase, PPO) and phase.groups is not None
-        if not grouped:
+        if phase.micro_batch is None and self.groups[0].where.micro_tokens > longest:
+            yield f"phases.{self.name}.micro_tokens={longest}", {"micro_tokens": longest}
+        if isinstance(phase, PPO) and phase.generation == "batched":
+            yield from self._smaller("generation_batch", phase.generation_batch)
+        if not (isinstance(phase, PPO) and phase.groups is not None):
             for stage in range(phase.sharding.stage + 1, 4):
-                yield f"sharding.stage: {stage}", {"sharding": phase.sharding.model_copy(update={"stage": stage})}
+                yield f"{own}sharding.stage={stage}", {"sharding": phase.sharding.model_copy(update={"stage": stage})}
             yield from self._more_workers()
         if phase.sharding.offload == "none" and self.site.on_gpu:
             stage = phase.sharding.stage or 2
             yield (
-                f"sharding: {{stage: {stage}, offload: cpu}}",
+                f"'{own}sharding={{stage: {stage}, offload: cpu}}'",
                 {"sharding": Sharding(stage=stage, offload="cpu")},
             )
         if model.lora is None:
-            yield (
-                "model.lora: {rank: 16} (trains adapters instead of all weights)",
-                {"model": model.model_copy(update={"lora": Lora()})},
-            )
-            if self.site.on_gpu and phase.sharding.stage < 3:
-                yield (
-                    "model.lora: {rank: 16, bits: 4} (QLoRA)",
-                    {"model": model.model_copy(update={"lora": Lora(bits=4)})},
+            yield f"'{own}model.lora={{rank: 16}}'", {"model": model.model_copy(update={"lora": Lora()})}
+            if self.site.on_gpu:
+                stage = min(2, phase.sharding.stage)
+                changes = {"model": model.model_copy(update={"lora": Lora(bits=4)})}
+                words = f"'{own}model.lora={{rank: 16, bits: 4}}'" + (
+                    "" if stage == phase.sharding.stage else f" {own}sharding.stage={stage}"
                 )
+                yield words, {**changes, "sharding": phase.sharding.model_copy(update={"stage": stage})}
+
+    @property
+    def _own(self) -> str:
+        """Before settings that a job may have at its top."""
+        return "" if self.alone else f"phases.{self.name}."
+
+    def _smaller(self, name: str, count: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """A count halved until it fits."""
+        while count is not None and count > 1:
+            count //= 2
+            if self.changed(**{name: count}).verdict == FITS or count == 1:
+                yield f"phases.{self.name}.{name}={count}", {name: count}
+                return
 
     def _more_workers(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The fewest workers that fit, in whole machines, if there are as many."""
@@ -240,8 +291,8 @@ class _Planned:
         most = min(_MOST_WORKERS, self.phase.batch, (self.site.most_machines or _MOST_WORKERS) * step)
         for count in range((resources.workers // step + 1) * step, most + 1, step):
             changes = {"resources": resources.model_copy(update={"workers": count})}
-            if self.changed(**changes).verdict != TOO_LARGE:
-                yield f"resources.workers: {count}", changes
+            if self.changed(**changes).verdict == FITS or (count == most and self.changed(**changes).verdict == TIGHT):
+                yield f"{self._own}resources.workers={count}", changes
                 return
 
     def alternatives(self) -> list[dict[str, Any]]:
@@ -256,11 +307,13 @@ class _Planned:
                     sharding=Sharding(stage=stage, offload=offload),
                     **self._regrouped(Sharding(stage=stage, offload=offload)),
                 )
-                worst = max(other.needs, key=lambda needs: sum(needs.device.values()) or sum(needs.host.values()))
+                device, host = (
+                    max(sum(getattr(needs, kind).values()) for needs in other.needs) for kind in ("device", "host")
+                )
                 rows.append(
                     {
-                        "stage": stage, "offload": offload, "device_gib": _gib(sum(worst.device.values())),
-                        "host_gib": _gib(sum(worst.host.values())), "verdict": other.verdict,
+                        "stage": stage, "offload": offload, "device_gib": _gib(device), "host_gib": _gib(host),
+                        "verdict": other.verdict,
                     }
                 )  # fmt: skip
         return rows
@@ -291,7 +344,7 @@ class _Planned:
                         "verdict": other.verdict,
                     }
                 )
-        return sorted(found, key=lambda each: (each["verdict"] == TOO_LARGE, each["iteration_s"]))
+        return sorted(found, key=lambda each: (_BY_DEGREE.index(each["verdict"]), each["iteration_s"]))
 
     # -- time and money -------------------------------------------------------------------------------------------------
 
@@ -324,7 +377,12 @@ class _Planned:
         step = self.step_s
         samples = self.phase.step_samples * (self.phase.samples_per_prompt if isinstance(self.phase, PPO) else 1)
         tokens = samples * (self.work.tokens + self.work.response)
-        useful = pace.useful_flops(self.models.trained, tokens, self.work.tokens + self.work.response)
+        useful = pace.useful_flops(
+            self.models.trained,
+            tokens,
+            self.work.tokens + self.work.response,
+            adapters=self.phase.model.lora is not None,
+        )
         mfu = useful / (step * self.phase.num_workers * self.machine.gpu.tflops * 1e12)
         told: dict[str, Any] = {
             "step_s": step, "range": [step * pace.LOW, step * pace.HIGH], "tokens_per_s": tokens / step, "steps": self.steps,
@@ -333,19 +391,37 @@ class _Planned:
         }  # fmt: skip
         if self.steps is None:
             return told
-        seconds = self.steps * step + (pace.starting_s(self.models, self.machine) if self.site.on_gpu else 30.0)
+        start = pace.starting_s(self.models, self.machine) if self.site.on_gpu else 30.0
+        evaluations = self._evaluations(self.steps)
+        seconds = start + self.steps * step + evaluations
         hours = [seconds * factor / 3600 for factor in (pace.LOW, 1.0, pace.HIGH)]
         price = None if self.site.price is None else self.site.price * self.machines + self.site.head_price
         return told | {
             "hours": hours,
+            "start_s": start,
+            "evaluations_s": evaluations,
             "cost": None if price is None else [each * price for each in hours],
             "kwh": [each * pace.kilowatts(self.phase.num_workers, self.machine) for each in hours],
         }
 
+    def _evaluations(self, steps: int) -> float:
+        """Seconds of all answers to the questions of `phase.eval`, as far as their number is known."""
+        asked = self.phase.eval
+        if asked is None or self.asked.tokens == 1.0:
+            return 0.0
+        count = min(filter(None, (asked.limit, rows_in(asked.data))), default=0)
+        times = steps // self.phase.eval_every + 1 if self.phase.eval_every is not None else 1
+        where = self.groups[0].where
+        each = pace.writing_s(
+            self.models.trained, self.machine, responses=count * asked.samples, prompt=self.work.tokens, response=asked.max_new_tokens,
+            copies=where.workers, batch=asked.batch, bytes_each=where.bytes,
+        )  # fmt: skip
+        return times * each if count else 0.0
+
     def checkpoint(self) -> dict[str, Any]:
         """Its size, how long one takes, whether that is shorter than the notice before a machine is taken back."""
         size, seconds, keep = checkpoint_bytes(self.phase, self.models), self.saving(), self.phase.checkpoint.keep
-        notice = self.site.machine.notice_s
+        notice = self.site.machine.notice_s if self.site.spot else None
         lora = self.phase.model.lora is not None
         model = 0 if lora else _EXPORT_BYTES * self.models.trained.parameters
         # Beside those that are kept, the one that is being written, and the best.
@@ -412,7 +488,7 @@ def _machine(site: Site) -> dict[str, Any]:
     return {
         "name": site.machine.name, "gpu": gpu.name if site.on_gpu else None, "gpus": site.machine.gpus if site.on_gpu else 0,
         "memory_gib": gpu.memory_gib if site.on_gpu else site.machine.memory_gib, "host_gib": site.machine.memory_gib, "price": site.price,
-        "spot": site.spot, "prices_of": site.machine.dated,
+        "spot": site.at_spot_price, "prices_of": site.machine.dated, "host_assumed": site.machine.memory_assumed,
     }  # fmt: skip
 
 
@@ -429,14 +505,25 @@ def _summed(phases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     }
 
 
+def _limits(job: Job, total: Mapping[str, Any] | None) -> Iterator[str]:
+    """Limits of the job that it may well reach before its end."""
+    if total is None:
+        return
+    for name, limit, found in (("max_hours", job.max_hours, total["hours"]), ("max_cost", job.max_cost, total["cost"])):
+        if limit is not None and found is not None and found[2] > limit:
+            how = "will" if found[0] > limit else "may"
+            yield f"{name} is {limit:g}: the job {how} stop there, before its end"
+
+
 def _at(job: Job, phases: Mapping[str, _Planned], count: int) -> dict[str, Any]:
-    """The job with so many GPUs: hours, cost, tokens/s; groups of PPO keep their proportions."""
+    """The job with so many GPUs, as nearly as groups of PPO can keep their proportions."""
     planned = {name: each.changed(**_resized(each.phase, count)) for name, each in phases.items()}
     dealt = [each.phase.batch >= max(group.where.workers for group in each.groups) for each in planned.values()]
     told: dict[str, dict[str, Any]] = {name: {"time": each.time()} for name, each in planned.items()}
-    slowest = next(iter(told.values()))["time"]
+    first = next(iter(told.values()))["time"]
+    gpus = max(each.phase.num_workers for each in planned.values())
     return {
-        "gpus": count, "step_s": slowest["step_s"], "tokens_per_s": slowest["tokens_per_s"], "total": _summed(told),
+        "gpus": gpus, "step_s": first["step_s"], "tokens_per_s": first["tokens_per_s"], "total": _summed(told),
         "verdict": _worst(each.verdict for each in planned.values()) if all(dealt) else "batch is smaller than the workers",
     }  # fmt: skip
 
@@ -462,7 +549,7 @@ def expected(job: Job, name: str, facts: Facts, workers: int, site: Site, price:
         phase = phase.model_copy(update={"resources": phase.resources.model_copy(update={"workers": workers})})
     response = float(phase.response_tokens) if isinstance(phase, PPO) else 0.0
     work = Work(rows=facts.num_samples, tokens=facts.mean_tokens, response=response)
-    planned = _Planned(phase, _Shapes(job, None).models(phase), site, Asked(), work)
+    planned = _Planned(name, phase, _Shapes(job, None).models(phase), site, Asked(), work, alone=True)
     needs = max(planned.needs, key=lambda each: sum(each.device.values()) or sum(each.host.values()))
     step = planned.step_s
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launcher.plan import FITS
+from launcher.plan import FITS, TIGHT
 
 GIB = 1 << 30
 _STOPS_PAYING = 0.7
@@ -15,26 +15,32 @@ _STOPS_PAYING = 0.7
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
     machine = report["machine"]
     what = f"{machine['gpus']} x {machine['gpu']} of {machine['memory_gib']:g} GiB" if machine["gpu"] else "CPUs"
-    price = f", {machine['price']:.2f} an hour" if machine["price"] is not None else ""
-    dated = f" (prices of {machine['prices_of']})" if machine["prices_of"] and machine["price"] is not None else ""
-    yield f"{report['name']} on machines with {what}, {machine['host_gib']:,.0f} GiB of memory{price}{' on the spot market' if machine['spot'] else ''}{dated}"
+    host = f"{machine['host_gib']:,.0f} GiB of memory{' (assumed)' if machine['host_assumed'] else ''}"
+    price = ""
+    if machine["price"] is not None:
+        market = " on the spot market" if machine["spot"] else ""
+        dated = f" (prices of {machine['prices_of']})" if machine["prices_of"] else ""
+        price = f", ${machine['price']:,.2f} an hour each{market}{dated}"
+    yield f"{report['name']} on machines with {what}, {host}{price}"
     for name, phase in report["phases"].items():
         yield from _phase_lines(name, phase, machine)
-    yield from _scaling_lines(report["scaling"])
+    yield from _scaling_lines(report["scaling"], len(report["phases"]))
     if report["total"] is not None and len(report["phases"]) > 1:
         yield f"all phases: {_money(report['total'])}"
+    yield from report["limits"]
     yield from (f"note: {note}" for note in report["notes"])
     if not machine["gpu"]:
-        yield "note: this is for machines without a GPU; --gpu H100 or --on CLUSTER plans for others"
+        yield "note: for machines without a GPU, by what this one does at the moment; --gpu H100 or --on CLUSTER plans for others"
 
 
 def _phase_lines(name: str, phase: Mapping[str, Any], machine: Mapping[str, Any]) -> Iterator[str]:
     yield ""
-    yield f"{name} ({phase['recipe']}, {phase['dtype']}, {phase['workers']} workers): {phase['verdict'].upper()}"
+    near = ": above 92 % of the memory, with what lies between blocks" if phase["verdict"] == TIGHT else ""
+    yield f"{name} ({phase['recipe']}, {phase['dtype']}, {_workers(phase['workers'])}): {phase['verdict'].upper()}{near}"
     for group in phase["groups"]:
         who = f"{', '.join(group['roles'])} on " if group["roles"] else ""
         offload = ", offloaded to the CPU" if group["offload"] == "cpu" else ""
-        yield f"  {who}{group['workers']} workers, ZeRO-{group['stage']}{offload}: of each worker, in GiB"
+        yield f"  {who}{_workers(group['workers'])}, ZeRO-{group['stage']}{offload}: of each worker, in GiB"
         for where, limit in (("device", machine["memory_gib"]), ("host", None)):
             if parts := group[where]:
                 label = "GPU" if where == "device" else "memory of its machine"
@@ -57,7 +63,7 @@ def _phase_lines(name: str, phase: Mapping[str, Any], machine: Mapping[str, Any]
             continue
         yield f"  {row['stage']:<7}{row['offload']:<9}{row['device_gib']:>10,.1f} {row['host_gib']:>10,.1f}   {row['verdict']}"
     for number, row in enumerate(phase["layouts"][:4]):
-        yield f"  {'best layout' if not number else 'or':<12}{row['layout']}, ZeRO-{row['stage']}: {row['iteration_s']:,.0f} s an iteration, {row['gib']:,.1f} GiB, {row['verdict']}"
+        yield f"  {'best layout' if not number else 'or':<12}{row['layout']}, ZeRO-{row['stage']}: {_seconds(row['iteration_s'])} an iteration, {row['gib']:,.1f} GiB, {row['verdict']}"
     yield from _time_lines(phase)
 
 
@@ -66,11 +72,12 @@ def _time_lines(phase: Mapping[str, Any]) -> Iterator[str]:
     low, high = time["range"]
     mfu = f", MFU {time['mfu']:.0%}" if time["mfu"] is not None else ""
     kind = "an iteration" if time["parts_s"] else "a step"
-    yield f"  {kind}: {_seconds(time['step_s'])} ({_seconds(low)} to {_seconds(high)}), {time['tokens_per_s']:,.0f} tokens/s{mfu}"
+    yield f"  {kind}: {_seconds(time['step_s'])} ({_seconds(low)} to {_seconds(high)}), {_speed(time['tokens_per_s'])}{mfu}"
     if time["parts_s"]:
         yield "    " + ", ".join(f"{part} {_seconds(seconds)}" for part, seconds in time["parts_s"].items() if seconds)
     if "hours" in time:
-        yield f"  {time['steps']:,} steps: {_money(time)}"
+        more = f", answers to questions {_seconds(time['evaluations_s'])}" if time["evaluations_s"] else ""
+        yield f"  {time['steps']:,} steps and the start ({_seconds(time['start_s'])}){more}: {_money(time)}"
     else:
         yield "  how many steps is not known: the data is not here, and max_steps is not set (--rows says how many)"
     size = checkpoint["bytes"] / 1e9
@@ -81,19 +88,27 @@ def _time_lines(phase: Mapping[str, Any]) -> Iterator[str]:
     yield f"  a checkpoint: {size:,.2f} GB in {_seconds(checkpoint['seconds'])}{notice}; storage for all that is kept: {checkpoint['disk_bytes'] / 1e9:,.2f} GB"
 
 
-def _scaling_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What more GPUs bring; `each` is the speed of one of them against one of the fewest."""
+def _scaling_lines(rows: Sequence[Mapping[str, Any]], phases: int) -> Iterator[str]:
+    """What more GPUs bring; `each` is the speed of one of them against one where it is highest."""
     if not rows:
         return
     yield ""
-    yield f"{'GPUs':>6} {'a step':>10} {'tokens/s':>12} {'each':>6}   hours and cost"
-    first = _speed_of_one(rows[0])
+    of_first = "" if phases > 1 else f" {'a step':>10} {'tokens/s':>10}"
+    yield f"{'GPUs':>6}{of_first} {'each':>6}   hours and cost{' of all phases' if phases > 1 else ''}"
+    usable = [row for row in rows if row["verdict"] in (FITS, TIGHT)] or rows
+    best = max(map(_speed_of_one, usable))
     for row in rows:
-        each = _speed_of_one(row) / first
-        told = _money(row["total"]) if row["total"] is not None else ""
+        each = _speed_of_one(row) / best
+        told = _money(row["total"]) if row["total"] is not None else "not known: --rows says how much data there is"
+        of_first = "" if phases > 1 else f" {_seconds(row['step_s']):>10} {row['tokens_per_s']:>10,.0f}"
         verdict = "" if row["verdict"] == FITS else f"  {row['verdict']}"
-        pays = "  no longer pays" if each < _STOPS_PAYING else ""
-        yield f"{row['gpus']:>6} {_seconds(row['step_s']):>10} {row['tokens_per_s']:>12,.0f} {each:>6.0%}   {told}{verdict}{pays}"
+        more = row["gpus"] > min(usable, key=_slowness)["gpus"]
+        pays = "  hardly pays" if each < _STOPS_PAYING and more and row in usable else ""
+        yield f"{row['gpus']:>6}{of_first} {each:>6.0%}   {told}{verdict}{pays}"
+
+
+def _slowness(row: Mapping[str, Any]) -> float:
+    return -_speed_of_one(row)
 
 
 def _speed_of_one(row: Mapping[str, Any]) -> float:
@@ -109,7 +124,7 @@ def _money(time: Mapping[str, Any]) -> str:
     if time["cost"] is not None:
         low, middle, high = time["cost"]
         told += f", ${middle:,.2f} (${low:,.2f} to ${high:,.2f})"
-    return f"{told}, {time['kwh'][1]:,.1f} kWh"
+    return told + (f", {time['kwh'][1]:,.1f} kWh" if time["kwh"][1] >= 0.1 else "")
 
 
 def _hours(hours: float) -> str:
@@ -120,5 +135,15 @@ def _number(gib: float) -> str:
     return f"{gib:,.1f}" if gib >= 10 else f"{gib:,.2f}" if gib >= 0.1 else f"{gib:,.4f}"
 
 
+def _workers(count: int) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}"
+
+
+def _speed(tokens: float) -> str:
+    return f"{tokens:,.0f} tokens/s" if tokens >= 10 else f"{tokens:.2g} tokens/s"
+
+
 def _seconds(seconds: float) -> str:
-    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2f} s"
+    if seconds >= 600:
+        return _hours(seconds / 3600)
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds:.1g} s"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cluster import catalog
 from cluster import home as homes
 from cluster.spec import Cluster
 from launcher import clusters, site
@@ -18,14 +19,22 @@ from launcher.site import Site
 from training.errors import InputError
 
 _MOST_GPUS = 100_000
+_MOST = 1e15
 
 
 def asked(
     gpus: str | None, rows: int | None, tokens: float | None, response: float | None, parameters: float | None
 ) -> Asked:
     """Raises InputError for numbers that are none."""
+    for name, value in (("--tokens", tokens), ("--response-tokens", response), ("--parameters", parameters)):
+        _refuse_odd(name, value)
     counts = tuple(_count(text) for text in gpus.split(",")) if gpus is not None else ()
     return Asked(rows, tokens, response, None if parameters is None else int(parameters), counts)
+
+
+def _refuse_odd(name: str, value: float | None) -> None:
+    if value is not None and not value < _MOST:  # nor is nan
+        raise InputError.of(name, f"{value} is out of all proportion")
 
 
 def _count(text: str) -> int:
@@ -45,8 +54,9 @@ def plan(
     price: float | None,
 ) -> dict[str, Any]:
     """The plan of a job file, whose data and weights need not be here."""
-    if on is not None and (gpu is not None or per_machine is not None):
-        raise InputError.of("command line", "--on names the machines; leave --gpu and --per-machine out")
+    _refuse_odd("--price", price)
+    if per_machine is not None and gpu is None:
+        raise InputError.of("--per-machine", "goes with --gpu")
     job = jobs.read(file, overrides)
     return plans.plan(job, _site(job, on, gpu, per_machine, price), what)
 
@@ -54,17 +64,20 @@ def plan(
 def _site(job: Job, on: str | None, gpu: str | None, per_machine: int | None, price: float | None) -> Site:
     kinds = {phase.resources.accelerator for phase in job.phases.values()} - {None}
     wanted = next(iter(kinds)) if len(kinds) == 1 else None
+    if gpu is not None and wanted is not None and catalog.gpu(gpu) != catalog.gpu(wanted):
+        raise InputError.of("--gpu", f"the job asks for {wanted} (resources.accelerator); say the same")
     if on is not None:
-        found = site.of_cluster(spec_of(on), wanted)
+        spec = spec_of(on)
+        if gpu is not None and getattr(spec, "pools", None):
+            raise InputError.of("--gpu", f"{spec.name} says itself which GPUs it has; leave --gpu out")
+        found = site.of_cluster(spec, wanted) if gpu is None else site.described(spec, gpu, per_machine)
     elif gpu is not None or wanted is not None:
         found = site.of_gpu(gpu or str(wanted), per_machine)
     else:
         found = site.here()
-    return (
-        found
-        if price is None
-        else replace(found, machine=replace(found.machine, price=price, spot_price=None, dated=""))
-    )
+    if price is None:
+        return found
+    return replace(found, machine=replace(found.machine, price=price, spot_price=None, dated=""), note="")
 
 
 def spec_of(on: str) -> Cluster:

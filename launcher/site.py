@@ -46,7 +46,11 @@ class Site:
     @property
     def price(self) -> float | None:
         """An hour of one machine."""
-        return self.machine.spot_price if self.spot and self.machine.spot_price else self.machine.price
+        return self.machine.spot_price if self.at_spot_price else self.machine.price
+
+    @property
+    def at_spot_price(self) -> bool:
+        return self.spot and self.machine.spot_price is not None
 
     def for_workers(self, count: int) -> Machine:
         """The machine as `count` workers have it: processors without a GPU are shared."""
@@ -60,13 +64,18 @@ class Site:
         return replace(self.machine, gpu=own, gpus=share)
 
 
-def of_gpu(name: str, gpus: int | None = None, price: float | None = None) -> Site:
-    """Machines with this kind of GPU. Raises UnknownSite if there is none of that name."""
+def of_gpu(name: str, gpus: int | None = None) -> Site:
+    """Machines with this kind of GPU, at the price of the cheapest that a cloud has. Raises UnknownSite if there is none of that name."""
     try:
-        machine = catalog.default_machine(catalog.gpu(name), gpus)
+        kind = catalog.gpu(name)
     except Refused as error:
         raise UnknownSite.of("--gpu", str(error)) from None
-    return Site(machine=machine if price is None else replace(machine, price=price, dated=""), on_gpu=True)
+    machine, rented = catalog.default_machine(kind, gpus), catalog.cheapest(kind)
+    if rented is None or rented.price is None:
+        return Site(machine=machine, on_gpu=True)
+    price = rented.price / rented.gpus * machine.gpus
+    note = f"the price is that of {rented.name} (on demand, {rented.dated}); --price says another"
+    return Site(machine=replace(machine, price=price, dated=rented.dated), on_gpu=True, note=note)
 
 
 def of_cluster(spec: Cluster, accelerator: str | None = None) -> Site:
@@ -104,6 +113,8 @@ def _of_pool(spec: Cluster, name: str, pool: Any) -> Site:
     except Refused as error:
         raise UnknownSite.of(spec.name, str(error), f"pools.{name}.gpu") from None
     machine = replace(machine, gpus=pool.gpus or machine.gpus)
+    if (memory := getattr(pool, "memory_gib", None)) is not None:
+        machine = replace(machine, memory_gib=memory, memory_assumed=False)
     if pool.price is not None:
         machine = replace(machine, price=pool.price, spot_price=getattr(pool, "spot_price", None), dated="")
     head = getattr(spec, "head", None)
@@ -114,9 +125,14 @@ def _of_pool(spec: Cluster, name: str, pool: Any) -> Site:
     )  # fmt: skip
 
 
+def described(spec: Cluster, gpu: str, gpus: int | None) -> Site:
+    """Machines of a cluster whose file does not say which GPUs they have. Raises UnknownSite."""
+    return replace(of_gpu(gpu, gpus or getattr(spec, "gpus_per_node", None) or None), note=f"{spec.name}, with {gpu}")
+
+
 def _without_gpus(spec: Cluster, pools: Mapping[str, Any]) -> Site:
     if not pools:
-        raise UnknownSite.of(spec.name, "does not say what machines it has; say it with --gpu", "--on")
+        raise UnknownSite.of(spec.name, "does not say which GPUs its machines have; say it with --gpu H100", "--on")
     name, pool = next(iter(pools.items()))
     own = here(gpus=False)
     return replace(

@@ -220,13 +220,12 @@ class Teacher:
             text = choice["message"]["content"]
             if not isinstance(text, str):
                 raise TypeError
-        except (ValueError, KeyError, IndexError, TypeError):
+            usage = told.get("usage") or {}
+            read, wrote = usage.get("prompt_tokens") or prompt, usage.get("completion_tokens")
+            cut = choice.get("finish_reason") == "length"
+            return Reply(text, cut, int(read), int(wrote or round(len(text.encode()) / _BYTES_A_TOKEN)))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise Nonsense(f"its answer is none: {body[:100]!r}") from None
-        usage = told.get("usage") or {}
-        return Reply(
-            text=text, cut=choice.get("finish_reason") == "length", prompt_tokens=int(usage.get("prompt_tokens") or prompt),
-            reply_tokens=int(usage.get("completion_tokens") or round(len(text.encode()) / _BYTES_A_TOKEN)),
-        )  # fmt: skip
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:

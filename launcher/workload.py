@@ -29,14 +29,20 @@ def work_of(
 ) -> Work:
     """What there is to do. What is given is taken as it is."""
     seen_rows, seen_tokens, notes = (None, None, []) if rows is not None and tokens is not None else _seen(phase)
-    longest = phase.data.max_length
+    sides = 2 if phase.recipe == "reward" else 1
+    longest = sides * phase.data.max_length
+    if tokens is not None and tokens > longest:
+        notes.append(f"{tokens:g} tokens are more than data.max_length lets through; taken as {longest}")
+        tokens = longest
     if tokens is None:
         tokens = min(seen_tokens, longest) if seen_tokens is not None else longest / 2
         if seen_tokens is None:
-            notes.append(f"a sample taken as {tokens:g} tokens, half of data.max_length (--tokens says better)")
+            notes.append(
+                f"a sample taken as {tokens:g} tokens, half of what data.max_length lets through (--tokens says better)"
+            )
     answer = 0.0
     if isinstance(phase, PPO):
-        answer = float(response if response is not None else phase.response_tokens)
+        answer = min(float(response if response is not None else phase.response_tokens), phase.response_tokens)
         if response is None:
             notes.append(
                 f"responses taken as long as they may be, {phase.response_tokens} tokens (--response-tokens says better)"
@@ -48,8 +54,9 @@ def _seen(phase: Phase) -> tuple[int | None, float | None, list[str]]:
     """Rows, tokens of one on average, and what of it could not be seen."""
     try:
         located = files.expand(phase.data.train, Path.cwd(), documents=RECIPES[phase.recipe].reads_documents)
-    except InputError:
-        return None, None, ["the data is not here"]
+    except InputError as error:
+        told = "; ".join(problem.message for problem in error.problems)
+        return None, None, [f"data.train cannot be looked at ({told})"]
     parts = [part for source in located for part in source.parts]
     away = [part.shown for part in parts if isinstance(part, HubSplit) or "://" in part.path]
     if away:
@@ -59,9 +66,21 @@ def _seen(phase: Phase) -> tuple[int | None, float | None, list[str]]:
     frame = encode(critique_request("", "")) if phase.recipe == "cft" else 0
     count, tokens, looked_at = 0, 0.0, 0
     for part in parts:
-        rows, own_tokens, own_rows = _of_file(part, encode)
+        rows, own_tokens, own_rows = _of_file(part, encode, phase)
         count, tokens, looked_at = count + rows, tokens + own_tokens, looked_at + own_rows
     return count, frame + tokens / max(1, looked_at), []
+
+
+def rows_in(path: str) -> int | None:
+    """Of a file or folder; None if it is not here."""
+    try:
+        (source,) = files.expand(path, Path.cwd())
+    except InputError:
+        return None
+    here = [part for part in source.parts if isinstance(part, DataFile) and "://" not in part.path]
+    if len(here) < len(source.parts):
+        return None
+    return sum(_rows(part, len(list(itertools.islice(files.rows(part), _LOOKED_AT)))) for part in here)
 
 
 def _encoder(phase: Phase) -> Any:
@@ -75,7 +94,7 @@ def _encoder(phase: Phase) -> Any:
     return lambda text: len(text.encode()) / _BYTES_A_TOKEN
 
 
-def _of_file(part: Part, encode: Any) -> tuple[int, float, int]:
+def _of_file(part: Part, encode: Any, phase: Phase) -> tuple[int, float, int]:
     """Rows of a file, tokens of those that were looked at, and their number."""
     assert isinstance(part, DataFile), "hub splits are not opened"
     looked_at, read, tokens = 0, 0, 0.0
@@ -85,8 +104,40 @@ def _of_file(part: Part, encode: Any) -> tuple[int, float, int]:
         if isinstance(row.value, RowError):
             continue
         looked_at += 1
-        tokens += sum(encode(text) for text in _texts(row.value))
+        told = _learnt(row.value, phase)
+        tokens += sum(encode(text) for text in _texts(told))
+        if phase.recipe == "reward":  # what was asked stands before both answers
+            tokens += sum(encode(text) for text in _texts([told.get("prompt"), told.get("conversations")]))
     return _rows(part, read), tokens, looked_at
+
+
+_COLUMNS = frozenset(
+    [
+        "text",
+        "prompt",
+        "completion",
+        "question",
+        "answer",
+        "critique",
+        "instruction",
+        "input",
+        "output",
+        "system",
+        "messages",
+        "conversations",
+        "chosen",
+        "rejected",
+    ]
+)
+"""Of all formats: others are not learnt."""
+
+
+def _learnt(row: dict[str, Any], phase: Phase) -> dict[str, Any]:
+    """The columns that make the sample; all of them if none has a known name. Of a prompt the answer is not read."""
+    named = set(phase.data.columns.values())
+    wanted = (_COLUMNS - {"answer", "completion"} if isinstance(phase, PPO) else _COLUMNS) | named
+    chosen = {name: value for name, value in row.items() if name in wanted}
+    return chosen or row
 
 
 def _texts(value: Any) -> list[str]:

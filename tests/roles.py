@@ -188,6 +188,7 @@ def _live_bytes() -> int:
 
     import torch
 
+    gc.collect()  # rings of objects that nobody holds any more may have tensors in them
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}

@@ -10,7 +10,7 @@ import json
 import math
 import urllib.request
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ _HEADS = ("lm_head.weight", "embed_out.weight")
 _PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold."""
 _LLAMAS_KIND = ("llama", "mistral", "qwen2")
+_SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
+_MOST_LAYERS = 10_000
 _VARIANTS = ("-instruct", "-chat")
 """Of a name: models of the same shape."""
 _PATIENCE_S = 5
@@ -52,6 +54,10 @@ class Shape:
     """Of all parameters that are so small that ZeRO-3 leaves them whole on every worker."""
     matrices: tuple[tuple[str, int, int], ...]
     """Linear layers of the body: end of the name, outputs, inputs; one entry for each that there is."""
+    multiplied: int
+    """Parameters of the body that a token is multiplied with: of experts those of the ones that it goes to."""
+    idle: int = 0
+    """Parameters of experts that a token does not go to."""
     note: str = ""
     """What should be told of where this comes from."""
 
@@ -61,8 +67,8 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     @property
-    def multiplied(self) -> int:
-        """Parameters of the body that every token is multiplied with."""
+    def linear(self) -> int:
+        """Parameters of the linear layers of the body, which 4 bits are for."""
         return sum(rows * columns for _, rows, columns in self.matrices)
 
     @property
@@ -123,7 +129,16 @@ def of_count(parameters: int) -> Shape:
 
 def of_config(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Shape:
     """From what config.json says. Raises InputError if that is not enough."""
+    if isinstance(inner := config.get("text_config"), Mapping):  # of a model that also sees
+        config = {**config, **inner}
     kind = str(config.get("model_type", "llama"))
+    if (layers := _number(config, "num_hidden_layers", "n_layer") or 0) > _MOST_LAYERS:
+        raise InputError.of("config.json", f"{layers:,} layers are out of all proportion; copy it again", "model.path")
+    absurd = [f"{name} is {config[name]!r}" for name in _SIZES if name in config and not _is_size(config[name])]
+    if absurd:
+        raise InputError.of(
+            "config.json", f"{', '.join(absurd)}: expected whole numbers above 0; copy it again", "model.path"
+        )
     if kind in _LLAMAS_KIND:
         return of_tensors(config, _of_llamas_kind(config))
     tensors = _on_meta_device(config, trust_remote_code)
@@ -132,10 +147,10 @@ def of_config(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> 
     if not _number(config, "hidden_size", "n_embd", "d_model"):
         raise InputError.of(
             "config.json",
-            f"says nothing that a plan needs ({kind} is not known to transformers); give --parameters 7e9",
+            f"says nothing that a plan needs ({kind} is no causal language model that transformers knows); give --parameters 7e9",
             "model.path",
         )
-    note = f"{kind} is not known to transformers; planned as a LLaMA of its hidden size and number of layers"
+    note = f"{kind} is not known to transformers as a causal language model; planned as a LLaMA of its hidden size and number of layers"
     return of_tensors(config, _of_llamas_kind(config), note)
 
 
@@ -152,6 +167,13 @@ def of_tensors(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
         for name, shape in tensors.items()
         if len(shape) == 2 and LAYER.search(name)
     ]
+    share = _share_of_experts(config)
+    matrices = {name: size for name, size in sizes.items() if len(tensors[name]) in (2, 3) and LAYER.search(name)}
+    of_experts = sum(size for name, size in matrices.items() if _is_of_experts(name, tensors[name]))
+    if share < 1:
+        note = "; ".join(
+            filter(None, [note, f"a mixture of experts: for time {share:.0%} of their weights count for a token"])
+        )
     wide = [max(rows, columns) for name, rows, columns in body if max(rows, columns) > hidden and "q" not in name]
     modules: Counter[str] = Counter()
     for name, size in sizes.items():
@@ -170,8 +192,20 @@ def of_tensors(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
         head=sum(size for name, size in sizes.items() if name.endswith(_HEADS)),
         small=sum(size for size in sizes.values() if size < _PERSISTENT),
         matrices=tuple(body),
+        multiplied=sum(matrices.values()) - round((1 - share) * of_experts),
+        idle=round((1 - share) * of_experts),
         note=note,
     )
+
+
+def _share_of_experts(config: Mapping[str, Any]) -> float:
+    """Of all experts of a layer those that a token goes to; 1 without experts."""
+    experts = _number(config, "num_local_experts", "n_routed_experts", "num_experts") or 1
+    return min(1.0, (_number(config, "num_experts_per_tok", "num_experts_per_token") or experts) / experts)
+
+
+def _is_of_experts(name: str, shape: Sequence[int]) -> bool:
+    return len(shape) == 3 or ".experts." in name
 
 
 def _of_folder(folder: Path, trust_remote_code: bool) -> Shape:
@@ -196,15 +230,9 @@ def _of_folder(folder: Path, trust_remote_code: bool) -> Shape:
 
 def _of_llamas_kind(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters of LLaMA, Mistral and Qwen2, which adds biases."""
-    missing = [
-        name
-        for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
-        if (_number(config, name) or 0) < 1
-    ]
-    absurd = [f"{name} is {config[name]!r}" for name in missing if name in config]
-    if (missing and config.get("model_type") in _LLAMAS_KIND) or absurd:
-        told = ", ".join(absurd) or f"does not say {', '.join(missing)}"
-        raise InputError.of("config.json", f"{told}; expected whole numbers above 0: copy it again", "model.path")
+    missing = [name for name in _SIZES if name not in config]
+    if missing and config.get("model_type", "llama") in _LLAMAS_KIND:
+        raise InputError.of("config.json", f"does not say {', '.join(missing)}; copy it again", "model.path")
     hidden = _number(config, "hidden_size", "n_embd", "d_model") or 0
     inner = _number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
     heads = _number(config, "num_attention_heads", "n_head") or max(1, hidden // 64)
@@ -238,7 +266,7 @@ def _on_meta_device(config: Mapping[str, Any], trust_remote_code: bool) -> dict[
         settings = AutoConfig.for_model(**config)
         with torch.device("meta"):
             lm: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, AttributeError, ImportError, TypeError):
+    except (ValueError, KeyError, AttributeError, ImportError, TypeError, RuntimeError):
         return None
     return {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
 
@@ -266,6 +294,10 @@ def _looked_up(name: str) -> dict[str, Any]:
             "--parameters 7e9",
             "model.path",
         ) from None
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 10**8
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int | None:

@@ -96,7 +96,8 @@ def setting_of(
     attention = phase.model.attention
     if attention == "auto":
         attention = "sdpa"  # flash attention, where it is installed, takes no more
-    most = phase.data.max_length + phase.new_tokens
+    # Both sequences of a pair lie in one row.
+    most = (2 if phase.recipe == "reward" else 1) * phase.data.max_length + phase.new_tokens
     longest = most if longest is None else min(longest, most)
     limits = limits_for(phase, longest, "cuda" if on_gpu else "cpu", attention)
     row = limits.row_tokens or longest
@@ -145,8 +146,8 @@ def states(shape: Shape, where: Setting) -> Needs:
         needs.device["weights"] = FP32 * all_weights
         needs.device["gradients"] = FP32 * t
         needs.device["optimizer"] = MOMENTS * t
-        if where.dtype == "bf16":
-            needs.device["weights in bf16"] = BF16 * (shape.multiplied + shape.vocab * shape.hidden)
+        if where.dtype == "bf16" and not (where.lora is not None and where.lora.bits):
+            needs.device["weights in bf16"] = BF16 * (shape.multiplied + shape.idle + shape.vocab * shape.hidden)
     elif stage == 3:
         home["optimizer"] = (FP32 + MOMENTS) * part
         home["weights"] = b * _share(all_weights, where.workers)
@@ -164,7 +165,7 @@ def states(shape: Shape, where: Setting) -> Needs:
         else:
             home["gradients"] = FP32 * part
     if where.lora is not None and where.lora.bits == 4:
-        needs.device["weights"] = int(_NF4 * shape.multiplied) + BF16 * (shape.parameters - shape.multiplied)
+        needs.device["weights"] = int(_NF4 * shape.linear) + BF16 * (shape.parameters - shape.linear)
     return needs
 
 
@@ -251,6 +252,16 @@ def writing(shape: Shape, where: Setting, *, tokens: int, responses: int, batch:
     return parts
 
 
+def _asked(phase: Phase, shape: Shape, where: Setting) -> Parts:
+    """While the questions of `phase.eval` are answered; nothing if there are none."""
+    if phase.eval is None:
+        return Counter()
+    tokens = phase.data.max_length + phase.eval.max_new_tokens
+    every_worker = phase.eval.batch * where.workers
+    parts = writing(shape, where, tokens=tokens, responses=every_worker, batch=phase.eval.batch, gathers=True)
+    return Counter({f"{what} (eval)": size for what, size in parts.items()})
+
+
 @dataclass(frozen=True)
 class Models:
     """The shapes of the models of a phase, those with a scalar head as such."""
@@ -267,9 +278,9 @@ def team(phase: Phase, roles: Sequence[str], models: Models, where: Setting) -> 
         needs = _of_ppo(phase, roles, models, where)
     else:
         kind: Kind = "classifier" if RECIPES[phase.recipe].makes == "classifier" else "language"
-        needs = states(models.trained, where) + Needs(
-            learning(models.trained, where, kind), _saving(models.trained, where)
-        )
+        moments = [learning(models.trained, where, kind), _asked(phase, models.trained, where)]
+        most = max(moments, key=lambda parts: sum(parts.values()))
+        needs = states(models.trained, where) + Needs(most, _saving(models.trained, where))
     return _with_the_rest(needs, where)
 
 

@@ -154,6 +154,7 @@ class RunInBucket(Run):
             return b""
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_goes_on_too(s3, tiny, tmp_path, undisturbed):
     run = RunInBucket(tiny, tmp_path)
     run.storage = f"{s3.url}/runs"

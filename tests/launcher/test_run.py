@@ -225,6 +225,7 @@ def test_a_killed_driver_takes_its_workers_with_it(folder, nothing_left):
 
 
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.slow
 def test_two_jobs_side_by_side_do_not_disturb_each_other(whole, folder):
     processes = [start(folder, "run", "job.yaml", f"name={name}") for name in ("one", "two")]
     for process in processes:
