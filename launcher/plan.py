@@ -193,8 +193,8 @@ class _Planned:
     @property
     def _missing_places(self) -> str:
         """That there are fewer GPUs than workers, in words."""
-        most = (self.site.most_machines or 0) * self.machine.gpus
-        if not self.site.on_gpu or not most or self.phase.num_workers <= most:
+        most = self.site.most_gpus
+        if not self.site.on_gpu or most is None or self.phase.num_workers <= most:
             return ""
         return f"{self.phase.num_workers} workers, there are {most} GPUs at most"
 
@@ -223,7 +223,8 @@ class _Planned:
             if self.site.on_gpu and sum(needs.device.values()) - needs.device["fragmentation"] > limit * GIB:
                 parts = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in needs.device.most_common(4))
                 yield f"{who}needs {sum(needs.device.values()) / GIB:,.1f} GiB of each GPU ({parts} ...), {_article(self.machine.gpu.name)} has {limit:g}"
-            if (host := self._on_a_machine(group, needs)) > self.machine.memory_gib * GIB:
+            host = self._on_a_machine(group, needs)
+            if host > self.machine.memory_gib * GIB and not self.machine.memory_assumed:
                 yield f"{who}needs {host / GIB:,.1f} GiB of memory on a machine, there are {self.machine.memory_gib:,.1f}"
 
     def changes(self) -> list[str]:
@@ -288,7 +289,7 @@ class _Planned:
     def _more_workers(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The fewest workers that fit, in whole machines, if there are as many."""
         resources, step = self.phase.resources, self.machine.gpus if self.site.on_gpu else 1
-        most = min(_MOST_WORKERS, self.phase.batch, (self.site.most_machines or _MOST_WORKERS) * step)
+        most = min(_MOST_WORKERS, self.phase.batch, self.site.most_gpus or _MOST_WORKERS)
         for count in range((resources.workers // step + 1) * step, most + 1, step):
             changes = {"resources": resources.model_copy(update={"workers": count})}
             if self.changed(**changes).verdict == FITS or (count == most and self.changed(**changes).verdict == TIGHT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -37,7 +38,8 @@ class Site:
 
     machine: Machine
     on_gpu: bool
-    most_machines: int | None = None
+    most_gpus: int | None = None
+    """Of all machines that the job's workers might get. None: not known."""
     head_price: float = 0.0
     """An hour, of the machine that leads."""
     spot: bool = False
@@ -96,10 +98,10 @@ def all_of_cluster(spec: Cluster, accelerator: str | None = None) -> list[Site]:
     if with_gpus and not wanted:
         has = ", ".join(f"{name}: {pool.gpu or 'GPUs'}" for name, pool in with_gpus.items())
         raise UnknownSite.of(spec.name, f"no pool has GPUs of type {accelerator} ({has})", "resources.accelerator")
-    return [_of_pool(spec, name, pool) for name, pool in wanted.items()] or [_without_gpus(spec, pools)]
+    return [_of_pool(spec, name, pool, accelerator) for name, pool in wanted.items()] or [_without_gpus(spec, pools)]
 
 
-def _of_pool(spec: Cluster, name: str, pool: Any) -> Site:
+def _of_pool(spec: Cluster, name: str, pool: Any, accelerator: str | None) -> Site:
     known = catalog.machine(pool.instance) if isinstance(pool, CloudPool) else None
     if known is None and pool.gpu is None:
         raise UnknownSite.of(
@@ -119,10 +121,16 @@ def _of_pool(spec: Cluster, name: str, pool: Any) -> Site:
         machine = replace(machine, price=pool.price, spot_price=getattr(pool, "spot_price", None), dated="")
     head = getattr(spec, "head", None)
     return Site(
-        machine=machine, on_gpu=True, most_machines=getattr(pool, "max", None) or len(getattr(pool, "hosts", ())) or None,
+        machine=machine, on_gpu=True, most_gpus=_most_gpus(spec, accelerator),
         head_price=getattr(head, "price", None) or 0.0, spot=getattr(pool, "market", "") in ("spot", "spot-first"),
         note=f"{spec.name}, pool {name}",
     )  # fmt: skip
+
+
+def _most_gpus(spec: Cluster, accelerator: str | None) -> int | None:
+    """In all pools together: workers of one job may sit in several."""
+    places = sum(offer.places(on_gpus=True, gpu=accelerator) for offer in spec.offers)
+    return int(places) if places and math.isfinite(places) else None
 
 
 def described(spec: Cluster, gpu: str, gpus: int | None) -> Site:
@@ -158,14 +166,14 @@ def here(*, gpus: bool = True) -> Site:
             price=None,
             name="this machine",
         )
-        return Site(machine=machine, on_gpu=True, most_machines=1)
+        return Site(machine=machine, on_gpu=True, most_gpus=machine.gpus)
     speed, bandwidth = _processor_speed()
     cpu = Gpu(
         name="CPU", memory_gib=memory, tflops=speed, matmul_tflops=speed, memory_gb_s=bandwidth, link_gb_s=_LOOPBACK_GB_S,
         watts=_CPU_WATTS * (os.cpu_count() or 1),
     )  # fmt: skip
     machine = Machine(name="this machine", gpu=cpu, gpus=1, memory_gib=memory, network_gbit_s=10)
-    return Site(machine=machine, on_gpu=False, most_machines=1)
+    return Site(machine=machine, on_gpu=False)
 
 
 def of_device(name: str, gpus: int) -> Site:

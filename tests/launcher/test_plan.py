@@ -187,7 +187,7 @@ def test_a_gpu_of_ones_own(tmp_path):
         "custom: {half-a100: {like: A100-80GB, share: 0.5}}\n"
     )
     found = site.of_cluster(planning.spec_of(str(file)))
-    assert (found.machine.gpu.memory_gib, found.machine.gpus, found.price, found.most_machines) == (40, 4, 3.0, 2)
+    assert (found.machine.gpu.memory_gib, found.machine.gpus, found.price, found.most_gpus) == (40, 4, 3.0, 8)
 
 
 # -- bad input
@@ -275,6 +275,16 @@ def test_more_workers_than_there_are_gpus():
     ssh = site.of_cluster(planning.spec_of(str(CONFIGS / "clusters" / "ssh.yaml")))
     (phase,) = plan.plan(jobs.read(SFT_7B, ["resources.workers=17"]), ssh)["phases"].values()
     assert (phase["verdict"], phase["why"][0]) == ("does not fit", "17 workers, there are 16 GPUs at most")
+
+
+def test_workers_may_sit_in_several_pools(tmp_path):
+    file = tmp_path / "two.yaml"
+    file.write_text(
+        "provider: ssh\nhead: {host: a}\npools: {p: {hosts: [b, c], gpus: 8, gpu: H100}, q: {hosts: [d, e], gpus: 8, gpu: H100}}\n"
+    )
+    found = site.of_cluster(planning.spec_of(str(file)))
+    (phase,) = plan.plan(jobs.read(SFT_7B, ["resources.workers=32"]), found)["phases"].values()
+    assert phase["verdict"] == "fits"
 
 
 def test_memory_that_is_only_assumed_refuses_nothing():
