@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +150,7 @@ def ask_endpoint(
     An interruption waits for what is under way, since that is paid for.
     """
     left = _left(tasks, journal)
-    waiting: dict[Future, Task] = {}
+    waiting: dict[Future[str], Task] = {}
     ended: str | None = None
     error: Exception | None = None
     told_at = time.monotonic()
@@ -162,13 +162,18 @@ def ask_endpoint(
             told_at = time.monotonic()
             say(f"critiques: {count:,}; {len(left):,} to ask")
 
-    def take(futures: Sequence[Future]) -> None:
+    def ask(task: Task) -> str:
+        """In a thread: what is answered is written down there, whatever becomes of the one who waits for it."""
+        reply = teacher.ask(messages_for(task))
+        journal.add(_kept(task, reply, teacher.endpoint.model))
+        return reply.text
+
+    def take(futures: Iterable[Future[str]]) -> None:
         nonlocal ended, error
         for future in futures:
             task = waiting.pop(future)
             try:
-                journal.add(_kept(task, future.result(), teacher.endpoint.model))
-                contradicting.append(_contradicts(task, journal.rows[-1]["critique"]))
+                contradicting.append(_contradicts(task, future.result()))
             except BudgetSpent as spent:
                 ended = str(spent)
             except Nonsense as nonsense:
@@ -176,26 +181,23 @@ def ask_endpoint(
             except (InputError, TrainingError) as failed:
                 error = error or failed
 
-    with ThreadPoolExecutor(parallel) as pool:
+    with ThreadPoolExecutor(parallel) as pool:  # which waits for its threads at the end, however that comes
         try:
             while (left or waiting) and error is None:
                 say_later(len(journal.rows))
-                while left and ended is None and error is None and len(waiting) < parallel:
+                while left and ended is None and len(waiting) < parallel:
                     task = left.pop(0)
-                    waiting[pool.submit(teacher.ask, messages_for(task))] = task
+                    waiting[pool.submit(ask, task)] = task
                 if not waiting:
                     break
-                take(list(wait(list(waiting), return_when=FIRST_COMPLETED).done))
+                take(wait(waiting, return_when=FIRST_COMPLETED).done)
                 _refuse_without_form(journal, teacher.endpoint.model)
                 _refuse_contradictions(contradicting, teacher.endpoint.model)
+            if error is not None:
+                raise error
         except BaseException:
             teacher.stopping.set()
-            take(list(wait(list(waiting)).done))
             raise
-        if error is not None:
-            teacher.stopping.set()
-            take(list(wait(list(waiting)).done))
-            raise error
     return ended
 
 
