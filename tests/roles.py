@@ -165,18 +165,20 @@ class Memory:
             return original(engine, *args, **kwargs)
 
         DeepSpeedEngine.step = step
+        self.before = _live_bytes()
         self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self.profile.__enter__()
 
     def end(self) -> tuple[int, int]:
-        """The most bytes that live tensors had before the optimizer stepped, and the most that was allocated at any time.
+        """The most bytes that live tensors had before the optimizer stepped, and the most that there was at any time: what was live at
+        the beginning, and what was allocated since.
 
         The second counts every allocation by torch, as a GPU's `max_memory_allocated` does; it misses what another thread frees, as
         collectives of several workers do.
         """
         self.profile.__exit__(None, None, None)
         events = [event for event in self.profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-        now = most = 0
+        now = most = self.before
         for event in sorted(events, key=lambda event: event.start_ns()):
             now += event.nbytes()
             most = max(most, now)
