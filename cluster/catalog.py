@@ -60,11 +60,6 @@ def _table() -> dict[str, Any]:
     return yaml.safe_load((Path(__file__).parent / "catalog.yaml").read_text(encoding="utf-8"))
 
 
-def date() -> str:
-    """Of the table."""
-    return str(_table()["date"])
-
-
 def gpu(name: str, custom: Mapping[str, Any] | None = None) -> Gpu:
     """The GPU of that name, in any spelling, such as Ray's, the driver's or a cloud's. `custom`: rows by name that add to the table's.
 

@@ -36,8 +36,7 @@ def submit(
     storage = _storage(job, found.spec)
     job.look_at_phases(lambda phase: _check_room(phase, found.spec))
     if not force:
-        kinds = {phase.resources.accelerator for phase in job.phases.values()}
-        check.fits_gpus(job, lambda: site.all_of_cluster(found.spec, kinds.pop() if len(kinds) == 1 else None))
+        check.fits_gpus(job, lambda: site.all_of_cluster(found.spec, job.accelerator))
     phases = {name: _with_gpus(phase, found.spec) for name, phase in job.phases.items()}
     name = jobs_there.submit(
         replace(job, phases=phases),

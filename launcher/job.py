@@ -93,6 +93,12 @@ class Job:
     document: Document = field(compare=False, repr=False)
     """Where every setting was written."""
 
+    @property
+    def accelerator(self) -> str | None:
+        """The type of GPU that all phases ask for; None if they ask for none, or not for the same."""
+        kinds = {phase.resources.accelerator for phase in self.phases.values()}
+        return kinds.pop() if len(kinds) == 1 else None
+
     def look_at_phases(self, look: Callable[[Phase], Found]) -> dict[str, Found]:
         """What `look` finds, by phase. Raises InputError with what it told of any of them, settings with their line."""
         found: dict[str, Found] = {}

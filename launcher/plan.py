@@ -408,7 +408,7 @@ class _Planned:
     def _evaluations(self, steps: int) -> float:
         """Seconds of all answers to the questions of `phase.eval`, as far as their number is known."""
         asked = self.phase.eval
-        if asked is None or self.asked.tokens == 1.0:
+        if asked is None:
             return 0.0
         count = min(filter(None, (asked.limit, rows_in(asked.data))), default=0)
         times = steps // self.phase.eval_every + 1 if self.phase.eval_every is not None else 1

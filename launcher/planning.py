@@ -62,8 +62,7 @@ def plan(
 
 
 def _site(job: Job, on: str | None, gpu: str | None, per_machine: int | None, price: float | None) -> Site:
-    kinds = {phase.resources.accelerator for phase in job.phases.values()} - {None}
-    wanted = next(iter(kinds)) if len(kinds) == 1 else None
+    wanted = job.accelerator
     if gpu is not None and wanted is not None and catalog.gpu(gpu) != catalog.gpu(wanted):
         raise InputError.of("--gpu", f"the job asks for {wanted} (resources.accelerator); say the same")
     if on is not None:

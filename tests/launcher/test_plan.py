@@ -176,7 +176,7 @@ def test_the_table_is_whole():
         assert machine is not None
         assert machine.price is None or machine.spot_price is None or machine.price > machine.spot_price > 0
         assert machine.gpus in (1, 4, 8)
-    assert catalog.date()
+        assert machine.dated
 
 
 def test_a_gpu_of_ones_own(tmp_path):

@@ -147,6 +147,20 @@ def test_the_most_that_is_allocated(folders, tmp_path, recipe, name, stage, dtyp
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("how", [{"gradient_checkpointing": True}, {"attention": "eager"}])
+def test_how_activations_are_kept_or_made(folders, tmp_path, how):
+    folder = folders["deep"]
+    phase = phase_in(folder, stage=2, dtype="bf16", micro_batch=8, batch=16)
+    phase = phase.model_copy(update={"model": phase.model.model_copy(update=how)})
+    ((_, found),) = measured(folder, phase, tmp_path)
+    longest, targets = lengths(folder, phase)
+    where = setting_of(phase, dtype="bf16", on_gpu=False, longest=longest, targets=targets)
+    predicted = told(team(phase, (), Models(shape_of(str(folder / "model"))), where).host, *ALWAYS)
+    print(f"sft deep 2 bf16 {how}: {predicted / found:.3f}")
+    assert found == pytest.approx(predicted, rel=TOLERANCE)
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize(("stage", "lora"), [(2, None), (3, None), (2, LORA)])
 def test_ppo(folders, tmp_path, stage, lora):
     folder = folders["wide"]
