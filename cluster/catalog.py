@@ -73,7 +73,7 @@ def gpu(name: str, custom: Mapping[str, Any] | None = None) -> Gpu:
         known = [each for each in names if each.upper() in near]
         meant = f"did you mean {', '.join(known)}" if known else f"known: {', '.join(rows)}"
         raise Refused(
-            f"{name}: no GPU of that name is in the catalogue; {meant}. One of your own, or a part of one (MIG), goes under `custom:` in a cluster file"
+            f"{name or '(nothing)'}: no GPU of that name is in the catalogue; {meant}. One of your own, or a part of one (MIG), goes under `custom:` in a cluster file"
         )
     row = rows[names[found]]
     if (like := row.get("like")) is not None:

@@ -71,7 +71,7 @@ def _site(job: Job, on: str | None, gpu: str | None, per_machine: int | None, pr
             raise InputError.of("--gpu", f"{spec.name} says itself which GPUs it has; leave --gpu out")
         found = site.of_cluster(spec, wanted) if gpu is None else site.described(spec, gpu, per_machine)
     elif gpu is not None or wanted is not None:
-        found = site.of_gpu(gpu or str(wanted), per_machine)
+        found = site.of_gpu(str(wanted) if gpu is None else gpu, per_machine)
     else:
         found = site.here()
     if price is None:
