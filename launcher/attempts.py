@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,13 +113,22 @@ def _begin(held: RunFolder, job: Job, lock: IO[str], go_on: GoOn) -> OpenRun:
     _replace(held.folder / JOB, jobs.dump(job))
     claimed = newest_claim(held.remote / CLAIMS) if held.remote else 0
     run = OpenRun(held.folder, max(held.attempts(), claimed) + 1, lock, held.remote)
-    run.event("started", host=socket.gethostname(), pid=os.getpid())
+    run.event("started", host=socket.gethostname(), pid=os.getpid(), versions=_versions())
     if go_on.accept_changes:
         run.event("changes_accepted", changes=changes)
     if go_on.rewind:
         run.event("rewound", to=dict(go_on.rewind))
     run.flush()
     return run
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that the result may hang on, here; preflight sees to it that all workers have the same."""
+    found = {"python": platform.python_version()}
+    for name in ("muster-train", "torch", "deepspeed", "transformers", "peft", "ray"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _changes(held: RunFolder, job: Job) -> list[str]:

@@ -273,6 +273,24 @@ def eval_(
 
 
 @verb
+def report(
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs, or RUN/PHASE for one phase alone.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page: what runs were, their curves over each other, what happened when, samples. Opens from disk."""
+    from launcher import page, report
+
+    found = report.report(names)
+    if as_json:
+        show(found, lambda _: (), as_json=True)
+    else:
+        print(page.write(found, out))
+
+
+@verb
 def critique(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file to write.", show_default=False)],
     data: Annotated[Path, typer.Option(help="File of rows with a question.")],

@@ -64,56 +64,39 @@ def compare(first: str, second: str) -> dict[str, Any]:
             name: {"values": [end[name] for end in ends], "difference": ends[1][name] - ends[0][name]}
             for name in shared
         },
-        "answers": _paired(*(_answers(side, end["step"]) for side, end in zip(sides, ends, strict=True))),
+        "answers": paired(
+            *(right(side.run.answers(side.phase, end["step"])) for side, end in zip(sides, ends, strict=True))
+        ),
         "settings": _differences(*sides),
     }
 
 
 def _side(text: str) -> Side:
     """What RUN or RUN/PHASE means: a run's last phase that has measured something, unless it is named."""
-    try:
-        run, phase = runs.find(text), None
-    except InputError:
-        head, _, tail = text.rpartition("/")
-        if not head:
-            raise
-        try:
-            run, phase = runs.find(head), tail
-        except InputError:
-            message = "no such run; name a run folder, a run below runs/, or RUN/PHASE"
-            raise InputError.of(text, message) from None
+    run, phase = runs.find_part(text)
     phases = list(run.job().phases)
     if phase is None:
-        measured = [name for name in phases if any(_is_evaluation(row) for row in run.metrics(name))]
+        measured = [name for name in phases if run.evaluations(name)]
         phase = (measured or phases)[-1]
-    if phase not in phases:
-        raise InputError.of(run.address, f"no phase {phase}; there are: {', '.join(phases)}")
     return Side(run, phase)
-
-
-def _is_evaluation(row: Any) -> bool:
-    """Rows that somebody else wrote may be anything."""
-    return isinstance(row, dict) and any(name.startswith("eval_") for name in row)
 
 
 def _end(side: Side) -> dict[str, Any]:
     """The evaluation of the step that the phase ended with, else its last one. Raises InputError if there is none."""
-    rows = [row for row in side.run.metrics(side.phase) if _is_evaluation(row)]
+    rows = side.run.evaluations(side.phase)
     if not rows:
         raise InputError.of(side.name, "nothing was evaluated; give the phase data.eval or eval, or use `muster eval`")
-    finished = [e for e in side.run.events() if e["event"] == "phase_finished" and e["phase"] == side.phase]
-    chosen = int(finished[-1]["checkpoint"].rpartition("-")[2]) if finished else None
+    chosen = side.run.chosen_step(side.phase)
     return next((row for row in reversed(rows) if row["step"] == chosen), rows[-1])
 
 
-def _answers(side: Side, step: int) -> dict[tuple[str, int], bool]:
-    """Whether each response of an evaluation was right, by question and sample; empty if it wrote none."""
-    file = side.run.phase(side.phase) / runs.ANSWERS / f"step-{step:08d}.jsonl"
-    whole = (row for row in runs.json_rows(file) if isinstance(row, dict) and {"question", "correct"} <= row.keys())
+def right(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], bool]:
+    """Whether each response of an evaluation was right, by question and sample."""
+    whole = (row for row in rows if {"question", "correct"} <= row.keys())
     return {(json.dumps(row["question"]), row.get("sample", 0)): bool(row["correct"]) for row in whole}
 
 
-def _paired(first: Mapping[tuple[str, int], bool], second: Mapping[tuple[str, int], bool]) -> dict[str, Any] | None:
+def paired(first: Mapping[tuple[str, int], bool], second: Mapping[tuple[str, int], bool]) -> dict[str, Any] | None:
     """The second minus the first on the questions that both were asked, with a 95 % interval and the chance of a larger difference
     between two models that are equally good."""
     by_question: dict[str, list[int]] = {}
@@ -156,7 +139,7 @@ def sign_flips(differences: Sequence[float], seed: int = 0) -> float:
 
 
 def _told(side: Side, end: Mapping[str, Any]) -> dict[str, Any]:
-    steps = [row for row in side.run.metrics(side.phase) if isinstance(row, dict) and "step_s" in row]
+    steps = [row for row in side.run.metrics(side.phase) if "step_s" in row]
     spent = side.run.folder / SPENT
     return {
         "name": side.name,

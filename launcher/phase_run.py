@@ -121,7 +121,10 @@ class PhaseRun:
             f"{self.name}: {facts.num_parameters:,} parameters, {facts.dtype} on {facts.device}, {facts.attention} attention; "
             f"{facts.num_samples:,} samples, {facts.total_steps:,} steps"
         )
-        self.event("training", step=step, total_steps=facts.total_steps, parameters=facts.num_parameters)
+        self.event(
+            "training", step=step, total_steps=facts.total_steps, parameters=facts.num_parameters, samples=facts.num_samples,
+            dtype=facts.dtype, device=facts.device, attention=facts.attention, notes=facts.notes,
+        )  # fmt: skip
         self._note_plan(facts)
         self._forget_after(step)
         self.step, self.training = step, True
@@ -146,7 +149,7 @@ class PhaseRun:
         """Drop what was written of steps that will be done again: the file is the curve, each step in it once."""
         for path in (self.folder / runs.METRICS, self.folder / runs.SAMPLES):
             rows = list(runs.json_rows(path))
-            kept = [row for row in rows if row["step"] <= step]
+            kept = [row for row in rows if row["step"] <= step and step > 0]
             if len(kept) < len(rows):
                 rewritten = path.with_suffix(".tmp")
                 rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -31,18 +31,21 @@ RUNS = Path("runs")
 """Where runs are looked for when a name alone is given."""
 JOB, EVENTS, METRICS, LOCK = "job.yaml", "events.jsonl", "metrics.jsonl", ".lock"
 ANSWERS, SAMPLES = "answers", "samples.jsonl"
+_NO_RUN = "not a run folder (there is no job.yaml in it)"
 
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file that is perhaps being written: rows that were cut short are left out."""
+    """The rows of a JSONL file that is perhaps being written: what was cut short, or is no object, is left out."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(row, dict):
+                yield row
 
 
 class RunFolder:
@@ -68,7 +71,7 @@ class RunFolder:
     def job(self) -> Job:
         """The job as it was resolved when the run began. Raises InputError if this is no run folder."""
         if not (self.folder / JOB).exists():
-            raise InputError.of(self.address, "not a run folder (there is no job.yaml in it)")
+            raise InputError.of(self.address, _NO_RUN)
         return jobs.read(self.folder / JOB)
 
     def job_here(self, overrides: Sequence[str] = ()) -> Job:
@@ -93,6 +96,21 @@ class RunFolder:
 
     def metrics(self, phase: str) -> list[dict[str, Any]]:
         return list(json_rows(self.phase(phase) / METRICS))
+
+    def evaluations(self, phase: str) -> list[dict[str, Any]]:
+        """Rows of metrics that evaluations wrote, the oldest first."""
+        rows = (row for row in self.metrics(phase) if "step" in row)
+        return [row for row in rows if any(name.startswith("eval_") for name in row)]
+
+    def chosen_step(self, phase: str) -> int | None:
+        """The step whose weights a finished phase ended with: the last one, or the best. None: it has not finished."""
+        ends = [e for e in self.events() if e["event"] == "phase_finished" and e["phase"] == phase]
+        step = str(ends[-1].get("checkpoint")).rpartition("-")[2] if ends else ""
+        return int(step) if step.isdigit() else None
+
+    def answers(self, phase: str, step: int, kind: str = "") -> list[dict[str, Any]]:
+        """Responses of the evaluation at a step; `kind` is `verdict-` for critiques. Empty if it wrote none."""
+        return list(json_rows(self.phase(phase) / ANSWERS / f"{kind}step-{step:08d}.jsonl"))
 
     def events(self) -> list[dict[str, Any]]:
         return list(json_rows(self.folder / EVENTS))
@@ -144,13 +162,31 @@ def find(text: str, storage: Path = RUNS) -> RunFolder:
         remote = place(text, patience_s=PATIENCE_S)
         with told_as_input(text):
             run = RunFolder(mirror.view(remote), remote)
-        run.job()
+        if not (run.folder / JOB).exists():
+            raise InputError.of(text, _NO_RUN)
         return run
     for folder in (Path(text), storage / text):
         if (folder / JOB).exists():
             return RunFolder(folder)
     known = ", ".join(run.name for run in runs_in(str(storage))) or "none"
     raise InputError.of(text, f"no such run: neither a run folder nor a name in {storage}/ (there: {known})")
+
+
+def find_part(text: str) -> tuple[RunFolder, str | None]:
+    """The run, and the phase if one is named, of RUN or RUN/PHASE. Raises InputError if there is no such run or phase."""
+    try:
+        return find(text), None
+    except InputError:
+        head, _, phase = text.rstrip("/").rpartition("/")
+        if not head:
+            raise
+    try:
+        run = find(head)
+    except InputError:
+        raise InputError.of(text, "no such run; name a run folder, a run below runs/, or RUN/PHASE") from None
+    if phase not in (names := list(run.job().phases)):
+        raise InputError.of(run.address, f"no phase {phase}; there are: {', '.join(names)}")
+    return run, phase
 
 
 def runs_in(storage: str) -> list[RunFolder]:

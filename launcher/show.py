@@ -57,14 +57,14 @@ def _phase(run: RunFolder, name: str, finished: bool, events: Sequence[Mapping[s
         "loss": last.get("loss"),
         "tokens_per_s": last.get("tokens_per_s"),
         "left_s": left,
-        "plan": _against_plan(planned, steps, left) if planned is not None and steps else None,
+        "plan": against_plan(planned, steps, left) if planned is not None and steps else None,
         "evaluation": {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")} if evaluations else {},
         "checkpoints": [step_of(folder) for folder in Checkpoints(run.checkpoints(name)).folders()],
         "model": str(run.model(name)) if run.model(name).children() else None,
     }
 
 
-def _against_plan(planned: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], left: float | None) -> dict[str, Any]:
+def against_plan(planned: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], left: float | None) -> dict[str, Any]:
     """What was expected beside what came, and what is left by what came."""
     real, price = _median_step_s(steps), planned["price"]
     memory = max(row["memory_gib"] for row in steps[-50:])

@@ -241,6 +241,8 @@ class Phase(Settings):
     """Steps between two lines on the terminal. metrics.jsonl has every step."""
     eval_every: PositiveInt | None = None
     """Steps between two evaluations. None: at the end only, if there is `data.eval` or `eval`."""
+    eval_on_start: bool = False
+    """Evaluate before the first step, too: what the model could do before."""
     eval: Questions | None = None
     """Evaluation by generated answers."""
     checkpoint: Checkpointing = Checkpointing()
@@ -311,6 +313,8 @@ class Phase(Settings):
             )
         if self.eval_every is not None and not measured:
             yield "eval_every", "eval_every needs data.eval or eval to measure on"
+        if self.eval_on_start and not measured:
+            yield "eval_on_start", "eval_on_start needs data.eval or eval to measure on"
         if self.eval is not None and self.eval.samples > 1 and self.eval.temperature == 0:
             yield "eval.temperature", "several samples at temperature 0 are the same; choose a temperature, such as 0.7"
         if (lora := self.model.lora) is not None and lora.bits is not None and self.sharding.stage == 3:

@@ -46,6 +46,8 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     loop = _Loop(phase, groups, facts, state)
     saver = Saver(phase, learners, hooks, facts, newest=step)
     hooks.started(facts, step)
+    if phase.eval_on_start and step == 0:
+        _evaluate(groups["policy"], hooks, step)
     evaluated: dict[str, float] = {}
     while step < facts.total_steps and not state.reached and not hooks.stop_requested():
         step += 1
@@ -256,11 +258,12 @@ def _evaluates(phase: PPO, step: int, *, is_last: bool) -> bool:
 
 def _evaluate(policy: Group, hooks: Hooks, step: int) -> dict[str, float]:
     """Accuracy on questions."""
+    began = time.perf_counter()
     shares = results(policy.call("answer"), SETUP_S)
     metrics: dict[str, float] = {}
     for name in shares[0]:
         rows = in_order([share[name] for share in shares])
         hooks.answers(step, name, rows)
         metrics |= measured(rows, f"eval_{name}")
-    hooks.log({"step": step, **metrics})
+    hooks.log({"step": step, **metrics, "evaluation_s": time.perf_counter() - began})
     return metrics

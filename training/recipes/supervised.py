@@ -39,6 +39,8 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     saver = Saver(phase, learners, hooks, facts, newest=step)
     hooks.started(facts, step)
     pace = 0.0  # seconds a step, of the last call
+    if phase.eval_on_start and step == 0:
+        _evaluate(phase, trainer, hooks, facts, step)
     evaluated: dict[str, float] = {}  # the evaluation at `step`, if there was one
     while step < facts.total_steps and not hooks.stop_requested():
         num_steps = min(
@@ -89,10 +91,11 @@ def _train(trainer: Group, hooks: Hooks, done: int, num_steps: int) -> None:
 
 
 def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, step: int) -> dict[str, float]:
+    began = time.monotonic()
     metrics = results(trainer.call("evaluate"), SETUP_S)[0] if facts.num_eval_samples else {}
     if phase.eval is not None:
         metrics |= _answer(trainer, hooks, step)
-    hooks.log({"step": step, **metrics})
+    hooks.log({"step": step, **metrics, "evaluation_s": time.monotonic() - began})
     return metrics
 
 

@@ -113,15 +113,20 @@ class Experience:
         self.facts[name] = [row[:length].numpy() for row, length in zip(values_BT.float(), lengths, strict=True)]
 
     def table(self, count: int) -> list[dict[str, Any]]:
-        """The first responses, for people."""
+        """Some responses, for people: the least and the most rewarded, and the first others, which nobody chose."""
+        scores = [float(score[0]) for score in self.facts["score"]]
+        by_score = sorted(range(len(self)), key=lambda i: scores[i])
+        extremes = [by_score[0], by_score[-1]]
+        chosen = list(dict.fromkeys([*extremes, *(i for i in range(len(self)) if i not in extremes)]))[:count]
         return [
             {
                 "row": response.row, "sample": response.sample, "response": response.text,
-                "reward": float(self.facts["score"][i][0]),
+                "reward": scores[i],
                 "kl": float((self.facts["old"][i] - self.facts["reference"][i]).sum()),
                 "ended": response.ended,
             }
-            for i, response in enumerate(self.responses[:count])
+            for i in chosen
+            for response in (self.responses[i],)
         ]  # fmt: skip
 
 
