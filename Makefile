@@ -8,7 +8,7 @@ DEMO := build/demo
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu check format bench clean
+.PHONY: help setup demo test test-all test-gpu check format docs bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -50,6 +50,9 @@ check: $(READY)  ## format, lint, types, import contracts, unit tests
 format: $(READY)  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY)  ## docs/reference, from the code
+	$(BIN)/python -m launcher.reference docs/reference
 
 bench: $(READY)  ## all benchmarks (long; on a quiet machine)
 	$(BIN)/python -m benchmarks

@@ -75,14 +75,17 @@ class CustomGpu(Settings):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of its memory and speed."""
     memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """GiB of memory."""
     tflops: Annotated[float, Field(gt=0)] | None = None
-    """bf16, dense."""
+    """10^12 operations a second by the data sheet: bf16, dense."""
     matmul_tflops: Annotated[float, Field(gt=0)] | None = None
-    """What a matrix product reaches. None: 0.85 of tflops."""
+    """Of these what a matrix product reaches. None: 0.85 of tflops."""
     memory_gb_s: Annotated[float, Field(gt=0)] | None = None
+    """GB a second between the GPU and its memory."""
     link_gb_s: Annotated[float, Field(gt=0)] | None = None
-    """NVLink to its neighbours, both directions together. None: PCIe."""
+    """GB a second of NVLink to its neighbours, both directions together. None: PCIe."""
     watts: Annotated[float, Field(gt=0)] | None = None
+    """At work, for the energy of a job."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -98,6 +101,7 @@ class Cluster(Settings):
     """Whether `up` starts it and `down` ends it."""
 
     provider: str
+    """Where the machines come from."""
     name: Name
     """What it is called on the command line (`--on NAME`)."""
     storage: str | None = None
@@ -105,7 +109,7 @@ class Cluster(Settings):
     shared: list[str] = []
     """Folders that every machine of the cluster sees: what lies there is not carried along with a job."""
     stop_s: Positive = 300
-    """Longest time that a job may take for its last checkpoint when it is stopped."""
+    """Seconds: longest time that a job may take for its last checkpoint when it is stopped."""
     custom: dict[Label, CustomGpu] = {}
     """Kinds of GPUs that the catalogue does not have, by the name that pools call them by (`gpu:`). For `muster plan`."""
 
@@ -122,7 +126,7 @@ class Local(Cluster):
     cpus: Positive | None = None
     """Places for workers without a GPU. None: the cores of the machine."""
     gpus: Count | None = None
-    """None: all there are."""
+    """Places for workers with a GPU. None: all there are."""
 
     @property
     def offers(self) -> Sequence[Offer]:
@@ -144,8 +148,11 @@ class Existing(Cluster):
     user: Host | None = None
     """On that machine. None: as ssh decides."""
     ssh_port: Port | None = None
+    """Of sshd. None: as ssh decides."""
     key: str | None = None
+    """File of the private key. None: as ssh decides."""
     ssh_options: list[str] = []
+    """For `ssh -o`, such as ProxyJump=gate."""
 
 
 class Head(Settings):
@@ -158,6 +165,7 @@ class Head(Settings):
     cpus: Count = 0
     """Places for workers without a GPU."""
     gpus: Count = 0
+    """Places for workers with a GPU."""
     price: Price | None = None
     """An hour."""
 
@@ -176,6 +184,7 @@ class Machines(Settings):
     price: Price | None = None
     """Of one machine, an hour."""
     labels: Labels = {}
+    """Of Ray's nodes: seen in `ray list nodes`, and what Ray code can select machines by."""
 
 
 class Ssh(Cluster):
@@ -183,11 +192,13 @@ class Ssh(Cluster):
 
     provider: Literal["ssh"]
     head: Head
+    """The machine that leads the cluster; drivers of jobs run there."""
     pools: Annotated[dict[str, Machines], Field(min_length=1)]
     """Machines for workers, by a name of your choice."""
     user: Host | None = None
     """On all machines. None: as ssh decides."""
     ssh_port: Port | None = None
+    """Of sshd. None: as ssh decides."""
     key: str | None = None
     """File of the private key. None: as ssh decides."""
     ssh_options: list[str] = []
@@ -233,23 +244,31 @@ class Slurm(Cluster):
     workers_per_node: Positive
     """As many as a node has GPUs, or processes without one."""
     gpus_per_node: Count = 0
+    """GPUs to ask for. 0: none."""
     cpus_per_node: Positive | None = None
     """Cores to ask for. None: one for each worker."""
     partition: str | None = None
+    """sbatch's --partition. None: Slurm's default."""
     account: str | None = None
+    """sbatch's --account. None: Slurm's default."""
     qos: str | None = None
+    """sbatch's --qos. None: Slurm's default."""
     time: Annotated[str, Field(pattern=r"^[0-9:-]+$")] = "1-00:00:00"
     """Longest time of an allocation, as Slurm writes it. A job that needs more goes on in the next one."""
     notice_s: Positive = 120
-    """Before the end of that time the job is told to save."""
+    """Seconds before the end of that time at which the job is told to save."""
     options: list[Annotated[str, Field(pattern="^--")]] = []
     """More of sbatch's options, such as --constraint=a100."""
     login: Host | None = None
     """The machine with sbatch, reached by SSH. None: this one."""
     user: Host | None = None
+    """On that machine. None: as ssh decides."""
     ssh_port: Port | None = None
+    """Of sshd. None: as ssh decides."""
     key: str | None = None
+    """File of the private key. None: as ssh decides."""
     ssh_options: list[str] = []
+    """For `ssh -o`, such as ProxyJump=gate."""
     python: str = "python3"
     """On the nodes, with Muster's dependencies."""
     setup: list[str] = []
@@ -262,16 +281,19 @@ class GrowingPool(Settings):
     min: Count = 0
     """Kept also when no job wants them."""
     max: Positive
+    """Most machines at a time."""
     cpus: Positive
     """Of a machine."""
     gpus: Count = 0
+    """Of a machine."""
     gpu: str | None = None
     """Type, for `resources.accelerator` of a job, such as A100."""
     image: str | None = None
-    """None: the cluster's."""
+    """Of these machines. None: the cluster's."""
     price: Price | None = None
     """Of one machine, an hour; on demand, where there are several markets."""
     labels: Labels = {}
+    """Of Ray's nodes: seen in `ray list nodes`, and what Ray code can select machines by."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -289,22 +311,28 @@ class PodPool(GrowingPool):
     """Pods of one kind, one a machine."""
 
     memory_gib: Positive
+    """GiB of memory of a pod."""
     gpu_resource: str = "nvidia.com/gpu"
     """What the cluster calls its GPUs, a partition of one (MIG) too."""
     shared_memory_gib: Positive = 8
-    """/dev/shm, where NCCL and data loaders put what processes of a machine share."""
+    """GiB of /dev/shm, where NCCL and data loaders put what processes of a machine share."""
     node_selector: dict[str, str] = {}
+    """Labels of the nodes that pods may go to."""
     tolerations: list[dict[str, Any]] = []
+    """Taints of nodes that pods put up with, as Kubernetes writes them."""
 
 
 class PodHead(Settings):
     """The pod that leads."""
 
     cpus: Positive = 4
+    """Cores of the pod."""
     memory_gib: Positive = 16
+    """GiB of memory of the pod."""
     price: Price | None = None
     """An hour."""
     node_selector: dict[str, str] = {}
+    """Labels of the nodes that the pod may go to."""
 
 
 KubernetesName = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")]
@@ -318,12 +346,15 @@ class Kubernetes(Cluster):
     image: str
     """With Muster's dependencies."""
     namespace: KubernetesName = "default"
+    """Where everything is made."""
     context: str | None = None
     """Of kubectl. None: the current one."""
     head: PodHead = PodHead()
+    """The pod that leads; drivers of jobs run there."""
     pools: Annotated[dict[KubernetesName, PodPool], Field(min_length=1)]
+    """Pods for workers, by a name of your choice."""
     idle_minutes: Positive = 10
-    """After which a pod that nobody uses is given back."""
+    """Minutes after which a pod that nobody uses is given back."""
     service_account: str | None = None
     """Of all pods: what lets them into storage without a key."""
 
@@ -340,6 +371,7 @@ class CloudPool(GrowingPool):
     market: Literal["on-demand", "spot", "spot-first"] = "on-demand"
     """spot-first: on demand where the cloud has no spot machines to give."""
     disk_gib: Positive = 200
+    """GiB of its disk."""
     spot_price: Price | None = None
     """As `price`, on the spot market, about."""
 
@@ -348,8 +380,11 @@ class CloudHead(Settings):
     """The machine that leads. It needs no GPU: drivers of jobs run there, workers do not."""
 
     instance: str = Field(examples=["m5.2xlarge"])
+    """What the cloud calls this kind of machine."""
     image: str | None = None
+    """None: the cluster's."""
     disk_gib: Positive = 100
+    """GiB of its disk."""
     price: Price | None = None
     """An hour."""
 
@@ -358,9 +393,11 @@ class Cloud(Cluster):
     """Machines of a cloud, by Ray's cluster launcher. They come when a job wants them and go when they are idle."""
 
     image: str | None = None
-    """None: the one that Ray's launcher takes by default."""
+    """Of all machines. None: the one that Ray's launcher takes by default."""
     head: CloudHead
+    """The machine that leads; drivers of jobs run there."""
     pools: Annotated[dict[Name, CloudPool], Field(min_length=1)]
+    """Machines for workers, by a name of your choice."""
     user: Host = "ubuntu"
     """Whom the image lets in by SSH."""
     files: dict[str, str] = {}
@@ -370,7 +407,7 @@ class Cloud(Cluster):
     python: str = "python3"
     """On the machines, with Muster's dependencies."""
     idle_minutes: Positive = 10
-    """After which a machine that nobody uses is given back."""
+    """Minutes after which a machine that nobody uses is given back."""
     private: bool = False
     """Machines without a public address: reached from inside their network only."""
 
@@ -384,6 +421,7 @@ class Aws(Cloud):
 
     provider: Literal["aws"]
     region: str = Field(examples=["us-west-2"])
+    """Of all machines."""
     zones: list[str] = []
     """Tried in order. Empty: all of the region."""
     instance_profile: str | None = None
@@ -400,7 +438,9 @@ class Gcp(Cloud):
 
     provider: Literal["gcp"]
     project: str
+    """Id of the project that pays."""
     zone: str = Field(examples=["us-central1-a"])
+    """Of all machines."""
     service_account: str | None = None
     """Email, of all machines; it lets them into storage. None: one that Ray makes for the head alone."""
 
@@ -414,10 +454,13 @@ class Azure(Cloud):
 
     provider: Literal["azure"]
     subscription: str
+    """Id of the subscription that pays."""
     resource_group: str
+    """Where everything is made."""
     region: str = Field(examples=["westus2"])
+    """Of all machines."""
     image: Annotated[str, Field(pattern="^[^:]+:[^:]+:[^:]+:[^:]+$")] | None = None
-    """PUBLISHER:OFFER:SKU:VERSION."""
+    """PUBLISHER:OFFER:SKU:VERSION. None: the one that Ray's launcher takes by default."""
 
 
 SPECS: dict[str, type[Cluster]] = {

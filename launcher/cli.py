@@ -216,7 +216,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
     file: Annotated[Path | None, typer.Option(help="JSONL file with a `prompt` in each row.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of the file to take.", min=1)] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a response.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Write each prompt as a user's turn of a chat.")] = False,
@@ -238,10 +238,12 @@ def eval_(
     limit: Annotated[int | None, typer.Option(min=1, help="Rows to take.")] = None,
     question: Annotated[str | None, typer.Option(help="Column of the question.")] = None,
     answer: Annotated[str | None, typer.Option(help="Column of the answer.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a response.")] = 512,
     samples: Annotated[int, typer.Option(min=1, help="Responses to each question; more than 1 gives pass@k.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens that together have this probability.")
+    ] = 1.0,
     template: Annotated[str, typer.Option(help="auto (as the model has learnt), plain or chat.")] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Responses that one worker writes at a time.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions out.")] = 1,

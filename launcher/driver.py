@@ -31,7 +31,15 @@ from training.recipes import RECIPES, resolve
 from training.storage import Place
 
 DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, INTERRUPTED = 0, 1, 2, 3, 75, 130
-"""Exit statuses. LIMIT_REACHED: max_hours or max_cost. RESUME_ME (EX_TEMPFAIL of sysexits.h): nothing is wrong with the job, start it again when there are machines."""
+EXIT_STATUSES = {
+    DONE: "Done.",
+    FAILED: "Failed. Of verbs that look at something: it is not well (a damaged checkpoint, a plan that cannot fit).",
+    INPUT_WRONG: "The input is wrong: the command, the job, the data, or what the run folder holds.",
+    LIMIT_REACHED: "Saved and stopped at `max_hours` or `max_cost`; resume it with a higher one.",
+    RESUME_ME: "Nothing is wrong with the job: a SIGTERM has stopped it, or its machines did not come; resume it.",
+    INTERRUPTED: "Interrupted by a person (Ctrl-C, or `muster stop`); resume it.",
+}
+"""Of every command. RESUME_ME is EX_TEMPFAIL of sysexits.h."""
 _EXPORT_S = 3600.0
 
 

@@ -103,18 +103,18 @@ def _message(detail: ErrorDetails, path: KeyPath, model: type[BaseModel]) -> str
         return _unknown_key(str(path[-1]), path[:-1], model)
     annotation, example = _expected_at(model, path)
     if kind == "missing":
-        return f"{REQUIRED}; for example `{path[-1]}: {_flow(_example(annotation, example))}`"
+        return f"{REQUIRED}; for example `{path[-1]}: {flow(_example(annotation, example))}`"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
     choices = [choice for choice in _choices(annotation) if isinstance(choice, str)]
     meant = did_you_mean(got, choices) if isinstance(got, str) else ""
     label = " (text)" if isinstance(got, str) and not choices else ""
     finite = "a finite value: " if kind == "finite_number" else ""
-    return f"got {shown(got)}{label}, expected {finite}{_describe(annotation)}{meant}"
+    return f"got {shown(got)}{label}, expected {finite}{describe(annotation)}{meant}"
 
 
 def _unknown_key(key: str, section: KeyPath, model: type[BaseModel]) -> str:
-    known = [name for found in _models(_expected_at(model, section)[0]) for name in _keys(found)]
+    known = [name for found in settings_classes(_expected_at(model, section)[0]) for name in keys_of(found)]
     if meant := did_you_mean(key, known):
         return f"{UNKNOWN_KEY}{meant}"
     if elsewhere := [dotted(path) for path in _all_keys(model) if path[-1] == key]:
@@ -123,17 +123,23 @@ def _unknown_key(key: str, section: KeyPath, model: type[BaseModel]) -> str:
 
 
 def _all_keys(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:
-    for name, field in _keys(model).items():
+    for name, field in keys_of(model).items():
         yield (*prefix, name)
-        for inner in _models(field.annotation):
+        for inner in settings_classes(field.annotation):
             yield from _all_keys(inner, (*prefix, name))
 
 
 # What is expected, read from the settings' own annotations
 
 
-def _keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a settings class by the names that a file has for them."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def annotation_of(field: FieldInfo) -> Any:
+    """What a field takes, with its limits."""
+    return Annotated[field.annotation, field] if field.metadata else field.annotation
 
 
 def _expected_at(model: type[BaseModel], path: KeyPath) -> tuple[Any, Any]:
@@ -147,18 +153,17 @@ def _expected_at(model: type[BaseModel], path: KeyPath) -> tuple[Any, Any]:
 
 def _inside(annotation: Any, part: str | int) -> Iterator[tuple[Any, Any]]:
     for option in _options(annotation):
-        bare = _bare(option)
-        if isinstance(part, str) and bare in _models(bare) and part in _keys(bare):
-            field = _keys(bare)[part]
-            limited = Annotated[field.annotation, field] if field.metadata else field.annotation
-            yield limited, (field.examples or [None])[0]
+        bare = bare_of(option)
+        if isinstance(part, str) and bare in settings_classes(bare) and part in keys_of(bare):
+            field = keys_of(bare)[part]
+            yield annotation_of(field), (field.examples or [None])[0]
         elif isinstance(part, int) and get_origin(bare) is list:
             yield get_args(bare)[0], None
         elif isinstance(part, str) and get_origin(bare) is dict:
             yield get_args(bare)[1], None
 
 
-def _bare(annotation: Any) -> Any:
+def bare_of(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
@@ -172,32 +177,32 @@ def _limits(annotation: Any) -> list[Any]:
 
 def _options(annotation: Any) -> list[Any]:
     """The branches of a union, each with the union's own limits; the annotation itself if it is none."""
-    bare = _bare(annotation)
+    bare = bare_of(annotation)
     if get_origin(bare) not in (Union, types.UnionType):
         return [annotation]
     limits = tuple(_limits(annotation))
     return [Annotated[option, *limits] if limits else option for option in get_args(bare)]
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
+def settings_classes(annotation: Any) -> list[type[BaseModel]]:
     """The settings classes that an annotation allows, not looking into lists."""
-    options = [_bare(option) for option in _options(annotation)]
+    options = [bare_of(option) for option in _options(annotation)]
     return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
 
 
 def _choices(annotation: Any) -> list[Any]:
-    return [choice for option in _options(annotation) if _is_literal(option) for choice in get_args(_bare(option))]
+    return [choice for option in _options(annotation) if _is_literal(option) for choice in get_args(bare_of(option))]
 
 
 def _is_literal(annotation: Any) -> bool:
-    return get_origin(_bare(annotation)) is Literal
+    return get_origin(bare_of(annotation)) is Literal
 
 
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 
-def _describe(annotation: Any) -> str:
+def describe(annotation: Any) -> str:
     """`a whole number > 0`, `drop or truncate`, `auto or a whole number > 0`."""
     words = [str(choice) for choice in _choices(annotation)]
     words += [_describe_one(option) for option in _options(annotation) if not _is_literal(option)]
@@ -207,7 +212,7 @@ def _describe(annotation: Any) -> str:
 
 
 def _describe_one(annotation: Any) -> str:
-    bare, limits = _bare(annotation), _limits(annotation)
+    bare, limits = bare_of(annotation), _limits(annotation)
     if bare in _WORDS:
         signs = [f"{sign} {getattr(limit, name)}" for limit in limits for name, sign in _SIGNS if hasattr(limit, name)]
         return " ".join([_WORDS[bare], " and ".join(signs)]).strip()
@@ -215,10 +220,10 @@ def _describe_one(annotation: Any) -> str:
         least = next((limit.min_length for limit in limits if hasattr(limit, "min_length")), 0)
         most = next((limit.max_length for limit in limits if hasattr(limit, "max_length")), None)
         size = f" of {least}" if least and least == most else ""
-        return f"a list{size} (each {_describe(get_args(bare)[0])})"
-    if _models(bare):
+        return f"a list{size} (each {describe(get_args(bare)[0])})"
+    if settings_classes(bare):
         example = _example(bare, None)
-        return f"a mapping such as {_flow(example)}" if example else "a mapping of settings"
+        return f"a mapping such as {flow(example)}" if example else "a mapping of settings"
     return (
         "a mapping with at least 1 entry" if any(getattr(limit, "min_length", 0) for limit in limits) else "a mapping"
     )
@@ -226,13 +231,13 @@ def _describe_one(annotation: Any) -> str:
 
 def _example(annotation: Any, example: Any) -> Any:
     """The example of a field, or one made of the required keys of its settings class."""
-    if example is not None or not _models(annotation):
+    if example is not None or not settings_classes(annotation):
         return "..." if example is None else example
-    required = {name: field for name, field in _keys(_models(annotation)[0]).items() if field.is_required()}
+    required = {name: field for name, field in keys_of(settings_classes(annotation)[0]).items() if field.is_required()}
     return {name: _example(field.annotation, (field.examples or [None])[0]) for name, field in required.items()}
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {flow(inner)}" for key, inner in value.items()) + "}"
     return str(value)

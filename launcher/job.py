@@ -122,23 +122,35 @@ class Job:
         return Problem(self.document.where(path), dotted(path), problem.message)
 
 
-class _Top(Settings):
+class TopLevel(Settings):
     """The top level of a job file. What is inside the sections is checked where they are used."""
 
     name: str | None = None
+    """The run's folder below `storage`: letters, digits and . _ -, at most 100. None: the file's own name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Root of every random choice."""
     storage: str = "runs"
+    """Where runs are kept: a folder that all machines share, or a bucket (`s3://BUCKET/FOLDER`, `gs://...`)."""
     track: Tracker | list[Tracker] = Field(default=["tensorboard"])
+    """Where metrics go beside metrics.jsonl, one or a list. An empty list: nowhere."""
     env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field(default=[], examples=["[HF_TOKEN]"])
+    """Names of environment variables, such as keys, that workers and clusters are given; their values are in no file."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Hours with workers, over all attempts, after which the run saves and stops (exit status 3). None: no limit."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
+    """The same for the price of the machines; needs prices in the cluster file, and is in their currency."""
     model: Section = Field(default={})
+    """For all phases; see below."""
     resources: Section = Field(default={})
+    """For all phases; see below."""
     sharding: Section = Field(default={})
+    """For all phases; see below."""
     deepspeed: str | Section = Field(default={})
+    """For all phases: raw DeepSpeed settings, a mapping or a JSON file. What Muster owns is refused."""
     phases: Annotated[dict[str, Section], Field(min_length=1)] = Field(
         examples=["{sft: {data: {train: data/train.jsonl}}}"]
     )
+    """What is done, in order, by names of your choice: letters, digits, _ and -."""
 
 
 def load(file: Path, overrides: Sequence[str] = (), elsewhere: Sequence[str] = ()) -> Job:
@@ -192,7 +204,7 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     report = Report(document)
     for problem in override_problems:
         report.add_command_line(problem)
-    top = validated(_Top, document.data, lambda path, message: report.add(path, _redirected(path, message)))
+    top = validated(TopLevel, document.data, lambda path, message: report.add(path, _redirected(path, message)))
     name = _name(document, file, report)
     _check_shared(document.data, report)
     phases = phases_of(document, file, report)

@@ -127,9 +127,13 @@ class Optimizer(Settings):
     """AdamW (arXiv:1711.05101); no decay on norms, biases and embeddings."""
 
     name: Literal["adamw"] = "adamw"
+    """The only one there is."""
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """How much of the running means of the gradient and of its square stays at each step."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the mean square before the step is divided by it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Share of a weight that a step takes away, times the learning rate. LLaMA-2 used 0.1 for SFT."""
 
 
 class Best(Settings):
@@ -211,13 +215,15 @@ class Phase(Settings):
     """What every recipe has."""
 
     recipe: str
-    """The recipe; the phase's own name unless given."""
+    """pretrain, sft, cft, reward or ppo."""
     from_: str | None = Field(default=None, alias="from")
     """What to start from: an earlier phase of this job, a run, or a model folder. None: the phase before, or `model.path` for the first."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Root of every random choice."""
+    """Root of every random choice: same job, same data, same seed, same curve."""
     model: Model
+    """What is trained, and how it computes."""
     data: Data
+    """What it learns from."""
     epochs: PositiveFloat | None = None
     """Passes over the data; 1 unless `max_steps` is given."""
     max_steps: PositiveInt | None = None
@@ -229,8 +235,11 @@ class Phase(Settings):
     micro_batch: PositiveInt | None = None
     """Samples in a micro-batch, instead of micro_tokens."""
     learning_rate: PositiveFloat = 2.0e-5
+    """The highest one, which the warm-up ends with."""
     schedule: Schedule = Schedule()
+    """How the learning rate goes up and down."""
     optimizer: Optimizer = Optimizer()
+    """How gradients change weights."""
     clip: PositiveFloat | None = 1.0
     """Largest gradient norm. null: no clipping."""
     on_divergence: Literal["stop", "skip"] = "stop"
@@ -246,8 +255,11 @@ class Phase(Settings):
     eval: Questions | None = None
     """Evaluation by generated answers."""
     checkpoint: Checkpointing = Checkpointing()
+    """When the run is saved, and what is kept."""
     sharding: Sharding = Sharding()
+    """What the workers share out among themselves."""
     resources: Resources = Resources()
+    """How many workers, and what they wait for."""
     deepspeed: dict = {}
     """Raw DeepSpeed settings, laid over what is derived. A clash with what Muster owns is an error."""
 
@@ -385,11 +397,11 @@ class KL(Settings):
     estimator: Literal["k1", "k3"] = "k1"
     """k1: in the reward of every token (arXiv:2203.02155). k3: as a loss."""
     beta: Annotated[float, Field(ge=0)] = 0.05
-    """Weight of the penalty."""
+    """Weight of the penalty: what a nat of KL costs, in units of the score. 0: none."""
     target: PositiveFloat | None = None
     """KL of a response that beta is steered towards (arXiv:1909.08593). None: beta stays."""
     horizon: PositiveInt = 10_000
-    """Responses over which beta follows."""
+    """Responses over which beta follows `target`; fewer, the quicker."""
     stop: PositiveFloat | None = None
     """Mean KL a token between old and new policy at which the passes over an iteration end. None: never."""
 
@@ -432,7 +444,9 @@ class Prompts(Data):
     """Which prompts a phase answers. `max_length`: of a prompt; longer ones are dropped."""
 
     overlong: Literal["drop"] = "drop"
+    """Longer prompts are left out, counted and told."""
     max_length: PositiveInt = 1024
+    """Longest prompt, in tokens; the response comes on top."""
 
 
 PPO_ROLES = ("policy", "reference", "critic", "reward")
@@ -443,7 +457,9 @@ class Placement(Settings):
     """Workers that share their processes between roles."""
 
     roles: Annotated[list[Literal["policy", "reference", "critic", "reward", "rollout"]], Field(min_length=1)]
+    """Who sits here. Every role but rollout has to sit somewhere, each once; rollout writes the responses in place of the policy."""
     workers: PositiveInt
+    """Of this group."""
     sharding: Sharding | None = None
     """None: the phase's."""
 
@@ -461,12 +477,15 @@ class PPO(Phase):
     rollout_batch: PositiveInt = 64
     """Prompts of an iteration."""
     samples_per_prompt: PositiveInt = 1
+    """Responses to each prompt of an iteration."""
     batch: PositiveInt = 64
     """Responses of an update of the weights."""
     response_tokens: PositiveInt = 128
-    """Longest response."""
+    """Longest response, in tokens. Longer ones are cut off."""
     temperature: PositiveFloat = 1.0
+    """At which responses are drawn; 1 is the policy as it is, below 1 the likelier tokens come more often."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability. 1: from all."""
     generation: Literal["batched", "continuous"] = "batched"
     """batched: prompts of like length together, finished rows leave. continuous: the next prompt takes their place (for GPUs). The tokens are the same."""
     generation_batch: PositiveInt = 64
@@ -474,24 +493,32 @@ class PPO(Phase):
     ppo_epochs: PositiveInt = 2
     """Passes over the responses of an iteration."""
     learning_rate: PositiveFloat = 1.0e-6
+    """The policy's."""
     schedule: Schedule = Schedule(name="constant", warmup=0)
     critic_learning_rate: PositiveFloat = 9.0e-6
+    """The critic's, which follows the same schedule."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """Iterations in which the critic learns alone, its values not held."""
     kl: KL = KL()
+    """What holds the policy near to where it started."""
     stop: Stop = Stop()
+    """What ends the phase early."""
     gamma: Fraction = 1.0
+    """Discount of what comes a token later. 1: none, as is usual for responses."""
     lam: Fraction = 0.95
+    """Lambda of GAE (arXiv:1506.02438). 1: what really came, noisy; 0: what the critic expects, biased."""
     clip_range: PositiveFloat = 0.2
+    """How far the probability of a token may move in an iteration before it counts no more: to 1 - 0.2 or 1 + 0.2 times what it was."""
     value_clip: PositiveFloat | None = 0.2
     """How far a value may move in an iteration, on the scale of the scores. None: any distance."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus, which keeps responses various. 0: none."""
     missing_eos_penalty: float | None = None
     """Score of a response that was cut off. None: whatever the reward says."""
     score_clip: PositiveFloat | None = 10.0
+    """Scores are held between minus and plus this before they are learnt from. null: as they are."""
     normalize_scores: bool = False
-    """Divide scores by their running standard deviation."""
+    """Divide scores by their running standard deviation first: a reward model's scale is arbitrary."""
 
     @property
     def step_samples(self) -> int:
