@@ -3,63 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
-LEARNING, POLICY, MACHINES, REST = "learning", "policy", "machines", "rest"
-"""Sections of a report, in their order."""
+from training.metrics import Metric, metric
+
+LEARNING, POLICY, MACHINES, REST = _SECTIONS = ("learning", "policy", "machines", "rest")
+"""Of a report, in their order."""
 _POINTS = 1200
 """Of a curve: about as many as a wide chart has pixels."""
 
-Row = Mapping[str, Any]
-Metrics = Sequence[Row]
 
-
-@dataclass(frozen=True)
-class Chart:
-    """What is drawn over each other: one metric, of recipes for which it means the same."""
-
-    section: str
-    metric: str
-    title: str
-    about: str
-    """For somebody who has never trained a model."""
-    unit: str = ""
-    recipes: tuple[str, ...] = ()
-    """None: all."""
-    fraction: bool = False
-    """Shown in percent."""
-
-
-_TEXT = ("pretrain", "sft", "cft")
-CHARTS = (
-    Chart(LEARNING, "loss", "Training loss", "How badly the model foretells the text that it learns from; falling is learning.", "nats a token", _TEXT),
-    Chart(LEARNING, "eval_loss", "Held-out loss", "The same on text that it does not learn from. If it rises while the training loss falls, the model learns by heart.", "nats a token", _TEXT),
-    Chart(LEARNING, "loss", "Training loss of the reward model", "0.69 is guessing which of two answers is better, 0 is never being wrong.", "nats a pair", ("reward",)),
-    Chart(LEARNING, "eval_loss", "Held-out loss of the reward model", "The same on pairs that it does not learn from.", "nats a pair", ("reward",)),
-    Chart(LEARNING, "eval_accuracy", "Right answers", "Of questions that the model was never trained on; the band is the 95 % interval.", recipes=(*_TEXT, "ppo"), fraction=True),
-    Chart(LEARNING, "eval_accuracy", "Pairs in the right order", "How often the reward model prefers the answer that people preferred; half is guessing.", recipes=("reward",), fraction=True),
-    Chart(LEARNING, "eval_verdict_accuracy", "Right verdicts", "How often the model, shown an answer, says rightly whether it is right.", fraction=True),
-    Chart(LEARNING, "reward", "Reward", "What the reward model gives the policy's responses, on average; rising is learning.", recipes=("ppo",)),
-    Chart(POLICY, "kl", "KL", "How far the policy has gone from where it started. Much of it at little reward is a warning.", "nats a response", ("ppo",)),
-    Chart(POLICY, "response_tokens", "Length of responses", "A policy may learn to please by length alone.", "tokens", ("ppo",)),
-    Chart(POLICY, "ended", "Responses that end by themselves", "The others were cut off at the longest length.", recipes=("ppo",), fraction=True),
-    Chart(POLICY, "entropy", "Entropy", "How undecided the policy is. Near 0 it says always the same, and learns no more.", "nats a token", ("ppo",)),
-    Chart(POLICY, "clip_fraction", "Clipped updates", "The part of tokens at which an update was held back; above 0.3 the learning rate is too high.", recipes=("ppo",), fraction=True),
-    Chart(POLICY, "explained_variance", "Explained variance", "How well the critic foretells what comes; 1 is perfectly, 0 is not at all.", recipes=("ppo",)),
-    Chart(POLICY, "value_loss", "Loss of the critic", "How far its forecasts are off.", recipes=("ppo",)),
-    Chart(POLICY, "beta", "Weight of the KL", "How dear it is to leave the start.", recipes=("ppo",)),
-    Chart(MACHINES, "tokens_per_s", "Throughput", "Of all workers together.", "tokens/s"),
-    Chart(MACHINES, "step_s", "Time of a step", "An iteration, for PPO.", "s"),
-    Chart(MACHINES, "memory_gib", "Memory", "Of the worker that needs most.", "GiB"),
-    Chart(MACHINES, "workers", "Workers", "Fewer after machines were lost, more when they are back.", ""),
-    Chart(REST, "grad_norm", "Gradient norm", "How hard a step pulls; spikes tell of odd data or too high a learning rate."),
-    Chart(REST, "learning_rate", "Learning rate", "How far a step goes."),
-)  # fmt: skip
-
-_NO_CURVES = ("step", "iteration", "attempt", "tokens", "target_tokens", "samples", "evaluation_s", "skipped")
+_ANSWERS = ("eval_accuracy", "eval_verdict_accuracy")
+LEARNT = {"ppo": ("reward", *_ANSWERS), "reward": ("loss", "eval_loss", "eval_accuracy")}
+"""Metrics that say whether the model learns, by recipe; of the others `LEARNT_OF_TEXT`."""
+LEARNT_OF_TEXT = ("loss", "eval_loss", *_ANSWERS)
+_IN_SECTIONS = {
+    POLICY: ("kl", "response_tokens", "ended", "entropy", "clip_fraction", "explained_variance", "value_loss"),
+    MACHINES: ("tokens_per_s", "step_s", "memory_gib", "workers"),
+}
+_NO_CURVES = ("step", "iteration", "attempt", "tokens", "target_tokens", "samples", "ppo_epochs", "skipped")
 _BOUNDS = ("_low", "_high")
 
 
@@ -69,7 +36,17 @@ class Source:
 
     key: str
     recipe: str
-    rows: Metrics
+    rows: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def tokens(self) -> list[float]:
+        """Learnt from up to each row."""
+        return list(accumulate(number(row.get("tokens")) or 0.0 for row in self.rows))
+
+    @cached_property
+    def hours(self) -> list[float]:
+        """Of steps up to each row."""
+        return list(accumulate((number(row.get("step_s")) or 0.0) / 3600 for row in self.rows))
 
 
 def number(value: Any) -> float | None:
@@ -79,64 +56,90 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def learnt(recipe: str) -> tuple[str, ...]:
+    """The metrics that say whether a model of this recipe learns."""
+    return LEARNT.get(recipe, LEARNT_OF_TEXT)
+
+
+def called(recipe: str, name: str) -> Metric:
+    """What a metric is; of one that nobody has written a word about, such as another version's, its name."""
+    return metric(recipe, name) or Metric(name.replace("_", " "), "", "")
+
+
+def is_share(found: Metric) -> bool:
+    """Whether it is shown in percent."""
+    return found.unit == "0 to 1"
+
+
 def charts(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """All charts that have something to show, in the order of the sections: {title, about, unit, section, fraction, curves}."""
-    found = []
-    for chart in (*CHARTS, *_others(sources)):
-        of_recipe = [source for source in sources if not chart.recipes or source.recipe in chart.recipes]
-        curves = [curve for source in of_recipe if (curve := _curve(source, chart.metric))]
-        if curves and not (chart.metric == "workers" and _all_equal(curves)):
-            told = {name: getattr(chart, name) for name in ("section", "metric", "title", "about", "unit", "fraction")}
-            found.append({**told, "curves": curves})
-    return found
+    """All that there is to draw, in the order of the sections: {section, metric, title, about, unit, fraction, curves}.
+
+    In one chart is one metric, of recipes for which it means the same.
+    """
+    drawn: dict[tuple[str, str, Metric], list[dict[str, Any]]] = {}
+    for source in sources:
+        for name in dict.fromkeys(name for row in source.rows for name in row):
+            if name not in _NO_CURVES and not name.endswith(_BOUNDS) and (curve := _curve(source, name)):
+                drawn.setdefault((_section(source.recipe, name), name, called(source.recipe, name)), []).append(curve)
+    titles = Counter(title(found) for _, _, found in drawn)
+    recipes = {source.key: source.recipe for source in sources}
+    return [
+        {
+            "section": section,
+            "metric": name,
+            "title": title(found) + (f" ({recipes[curves[0]['of']]})" if titles[title(found)] > 1 else ""),
+            "about": found.meaning.replace("`", ""),
+            "unit": "" if is_share(found) else found.unit,
+            "fraction": is_share(found),
+            "curves": curves,
+        }
+        for (section, name, found), curves in sorted(drawn.items(), key=lambda entry: _place(*entry[0][:2]))
+        if not (name == "workers" and _all_equal(curves))
+    ]
+
+
+def title(found: Metric) -> str:
+    return found.label[:1].upper() + found.label[1:]
+
+
+def _section(recipe: str, name: str) -> str:
+    if name in learnt(recipe):
+        return LEARNING
+    return next((section for section, names in _IN_SECTIONS.items() if name in names), REST)
+
+
+def _place(section: str, name: str) -> tuple[int, int]:
+    """In the page."""
+    ordered: dict[str, tuple[str, ...]] = {LEARNING: (*LEARNT_OF_TEXT, "reward"), **_IN_SECTIONS}
+    names = ordered.get(section, ())
+    return _SECTIONS.index(section), names.index(name) if name in names else 0
 
 
 def _all_equal(found: Sequence[Mapping[str, Any]]) -> bool:
     return all(min(curve["value"]) == max(curve["value"]) for curve in found)
 
 
-def _others(sources: Sequence[Source]) -> Iterator[Chart]:
-    """Of metrics that nobody has written a word about, such as those of another version."""
-    known = {(chart.metric, recipe) for chart in CHARTS for recipe in chart.recipes or ("",)}
-    general = {metric for metric, recipe in known if not recipe}
-    names = {
-        name: None
-        for source in sources
-        for row in source.rows
-        for name in row
-        if name not in general
-        and (name, source.recipe) not in known
-        and name not in _NO_CURVES
-        and not name.endswith(_BOUNDS)
-    }
-    for name in sorted(names):
-        recipes = {source.recipe for source in sources} - {recipe for metric, recipe in known if metric == name}
-        yield Chart(REST, name, name, "", recipes=tuple(recipes))
-
-
-def _curve(source: Source, metric: str) -> dict[str, Any] | None:
+def _curve(source: Source, name: str) -> dict[str, Any] | None:
     """Values over steps, tokens and hours of training; with the interval where there is one."""
-    tokens = list(accumulate(number(row.get("tokens")) or 0.0 for row in source.rows))
-    hours = list(accumulate((number(row.get("step_s")) or 0.0) / 3600 for row in source.rows))
     points = [
         (place, step, value)
         for place, row in enumerate(source.rows)
-        if (value := number(row.get(metric))) is not None and (step := number(row.get("step"))) is not None
+        if (value := number(row.get(name))) is not None and (step := number(row.get("step"))) is not None
     ]
     if not points:
         return None
     kept = [points[i] for i in thinned([value for _, _, value in points], _POINTS)]
     places = [place for place, _, _ in kept]
     bounds = {
-        end: [number(source.rows[place].get(f"{metric}_{end}")) for place in places]
+        end: [number(source.rows[place].get(f"{name}_{end}")) for place in places]
         for end in ("low", "high")
-        if any(f"{metric}_{end}" in source.rows[place] for place in places)
+        if any(f"{name}_{end}" in source.rows[place] for place in places)
     }
     return {
         "of": source.key,
         "step": [step for _, step, _ in kept],
-        "tokens": [tokens[place] for place in places],
-        "hours": [round(hours[place], 6) for place in places],
+        "tokens": [source.tokens[place] for place in places],
+        "hours": [round(source.hours[place], 6) for place in places],
         "value": [float(f"{value:.6g}") for _, _, value in kept],
         **bounds,
     }

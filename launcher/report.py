@@ -141,7 +141,7 @@ def _settings(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
         run.job()
     except InputError as error:
         more = f" and {len(error.problems) - 1} more" if len(error.problems) > 1 else ""
-        problems.append(f"this version cannot read all of the job: {error.problems[0]}{more}")
+        problems.append(f"its job cannot be read any more as it stands: {error.problems[0]}{more}")
     try:
         settings = yamlfile.load(run.folder / runs.JOB).data
     except InputError as error:
@@ -258,7 +258,7 @@ def _phase(part: Part, events: Sequence[Mapping[str, Any]], times: Timeline) -> 
         "learning_rate": part.settings.get("learning_rate"),
         "stage": _plain(part.settings, "sharding", "stage"),
         "results": list(_results(part.recipe, steps, evaluations, chosen)),
-        "evaluations": _evaluation_table(evaluations, chosen),
+        "evaluations": _evaluation_table(part.recipe, evaluations, chosen),
         "time": _time(rows, mine, times, part.phase),
         "before_after": _before_after(part, evaluations, chosen),
         "responses": _responses(part),
@@ -289,32 +289,32 @@ def _results(
     chosen: Mapping[str, Any] | None,
 ) -> Iterator[dict[str, Any]]:
     """The few numbers that say what came of it: before, after, with intervals where there are any."""
-    for chart in curves.CHARTS:
-        if chart.section != curves.LEARNING or (chart.recipes and recipe not in chart.recipes):
-            continue
-        told = {name: getattr(chart, name) for name in ("metric", "title", "unit", "fraction")}
-        better = "down" if chart.metric.endswith("loss") else "up"
-        if chart.metric.startswith("eval_"):
-            measured = [row for row in evaluations if number(row.get(chart.metric)) is not None]
+    for name in curves.learnt(recipe):
+        known = curves.called(recipe, name)
+        told = {
+            "metric": name, "title": curves.title(known), "fraction": curves.is_share(known),
+            "better": "down" if name.endswith("loss") else "up",
+        }  # fmt: skip
+        if name.startswith("eval_"):
+            measured = [row for row in evaluations if number(row.get(name)) is not None]
             after = chosen if chosen in measured else measured[-1] if measured else None
             if after is None:
                 continue
             before = measured[0] if measured[0] is not after else None
             yield {
-                **told, "better": better, "before": before and before[chart.metric], "before_step": before and before["step"],
-                "after": after[chart.metric], "low": number(after.get(f"{chart.metric}_low")),
-                "high": number(after.get(f"{chart.metric}_high")), "after_step": after["step"],
+                **told, "before": before and before[name], "before_step": before and before["step"], "after": after[name],
+                "low": number(after.get(f"{name}_low")), "high": number(after.get(f"{name}_high")), "after_step": after["step"],
             }  # fmt: skip
-        elif values := [value for row in steps if (value := number(row.get(chart.metric))) is not None]:
+        elif values := [value for row in steps if (value := number(row.get(name))) is not None]:
             few = max(1, len(values) // 20)  # a single step is chance
             yield {
-                **told, "better": better, "before": sum(values[:few]) / few, "before_step": None,
-                "after": sum(values[-few:]) / few, "low": None, "high": None, "after_step": None,
+                **told, "before": sum(values[:few]) / few, "before_step": None, "after": sum(values[-few:]) / few, "low": None,
+                "high": None, "after_step": None,
             }  # fmt: skip
 
 
 def _evaluation_table(
-    evaluations: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None
+    recipe: str, evaluations: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
     """Evaluations by step, with intervals; the one that counts is marked."""
     names = list(
@@ -338,8 +338,9 @@ def _evaluation_table(
         ]
         rows.append({"step": row["step"], "cells": cells, "chosen": row is chosen})
     if chosen is not None and not any(row["chosen"] for row in rows):
-        return _evaluation_table([evaluations[i] for i in places[:-1]] + [chosen], chosen)
-    titles = [{"name": name, "fraction": "accuracy" in name or "pass@" in name} for name in names]
+        return _evaluation_table(recipe, [evaluations[i] for i in places[:-1]] + [chosen], chosen)
+    known = [curves.called(recipe, name) for name in names]
+    titles = [{"title": curves.title(each), "fraction": curves.is_share(each)} for each in known]
     return {"names": titles, "rows": rows, "of": len(evaluations)}
 
 

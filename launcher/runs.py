@@ -99,7 +99,7 @@ class RunFolder:
 
     def evaluations(self, phase: str) -> list[dict[str, Any]]:
         """Rows of metrics that evaluations wrote, the oldest first."""
-        rows = (row for row in self.metrics(phase) if "step" in row)
+        rows = (row for row in self.metrics(phase) if isinstance(row.get("step"), int))
         return [row for row in rows if any(name.startswith("eval_") for name in row)]
 
     def chosen_step(self, phase: str) -> int | None:

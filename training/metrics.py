@@ -67,6 +67,10 @@ def _answers(prefix: str, what: str, right: str) -> Columns:
     }  # fmt: skip
 
 
+_EVALUATION: Columns = {
+    "evaluation_s": Metric("time of an evaluation", "s", "How long the evaluation took by the clock."),
+}  # fmt: skip
+
 _ANSWERS: Columns = {
     **_answers("", "answers", "final answer is the expected one"),
     **_answers("verdict_", "verdicts", "critique concludes what is known (`eval.verdicts`)"),
@@ -113,14 +117,14 @@ _PPO: Columns = {
     "driver_s": Metric("work of the driver", "s", "What the process that drives the run computed itself, waiting left out."),
 }  # fmt: skip
 
-_OF_LANGUAGE = {**ROW, **_LANGUAGE, **STEP, **_SUPERVISED, **_HELD_OUT, **_ANSWERS, **_ANSWERS_SPEED}
+_OF_LANGUAGE = {**ROW, **_LANGUAGE, **STEP, **_SUPERVISED, **_HELD_OUT, **_ANSWERS, **_ANSWERS_SPEED, **_EVALUATION}
 
 METRICS: dict[str, Columns] = {
     "pretrain": _OF_LANGUAGE,
     "sft": _OF_LANGUAGE,
     "cft": _OF_LANGUAGE,
-    "reward": {**ROW, **_pairs("", ""), **STEP, **_SUPERVISED, **_pairs("eval_", ", held out")},
-    "ppo": {**ROW, **STEP, **_PPO, **_ANSWERS},
+    "reward": {**ROW, **_pairs("", ""), **STEP, **_SUPERVISED, **_pairs("eval_", ", held out"), **_EVALUATION},
+    "ppo": {**ROW, **STEP, **_PPO, **_ANSWERS, **_EVALUATION},
 }
 """By recipe, in the order in which a person wants to read them."""
 
