@@ -82,12 +82,11 @@ def charts(sources: Sequence[Source]) -> list[dict[str, Any]]:
             if name not in _NO_CURVES and not name.endswith(_BOUNDS) and (curve := _curve(source, name)):
                 drawn.setdefault((_section(source.recipe, name), name, called(source.recipe, name)), []).append(curve)
     titles = Counter(title(found) for _, _, found in drawn)
-    recipes = {source.key: source.recipe for source in sources}
     return [
         {
             "section": section,
             "metric": name,
-            "title": title(found) + (f" ({recipes[curves[0]['of']]})" if titles[title(found)] > 1 else ""),
+            "title": title(found) + (f" ({_recipes(curves, sources)})" if titles[title(found)] > 1 else ""),
             "about": found.meaning.replace("`", ""),
             "unit": "" if is_share(found) else found.unit,
             "fraction": is_share(found),
@@ -100,6 +99,11 @@ def charts(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 def title(found: Metric) -> str:
     return found.label[:1].upper() + found.label[1:]
+
+
+def _recipes(drawn: Sequence[Mapping[str, Any]], sources: Sequence[Source]) -> str:
+    recipe = {source.key: source.recipe for source in sources}
+    return ", ".join(dict.fromkeys(recipe[curve["of"]] for curve in drawn))
 
 
 def _section(recipe: str, name: str) -> str:

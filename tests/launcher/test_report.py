@@ -108,7 +108,7 @@ def test_one_chart_holds_one_metric_of_recipes_for_which_it_means_the_same():
     recipes = ("pretrain", "sft", "cft", "reward", "ppo")
     found = curves.charts([curves.Source(recipe, recipe, rows) for recipe in recipes])
     told = {(chart["title"], chart["section"]): [curve["of"] for curve in chart["curves"]] for chart in found}
-    assert told[("Loss (pretrain)", "learning")] == ["pretrain", "sft", "cft"]
+    assert told[("Loss (pretrain, sft, cft)", "learning")] == ["pretrain", "sft", "cft"]
     assert told[("Loss (reward)", "learning")] == ["reward"]
     assert told[("Policy's loss", "rest")] == ["ppo"]
     assert told[("Answers right", "learning")] == ["pretrain", "sft", "cft", "ppo"]
