@@ -28,6 +28,7 @@ _IN_SECTIONS = {
 }
 _NO_CURVES = ("step", "iteration", "attempt", "tokens", "target_tokens", "samples", "ppo_epochs", "skipped")
 _BOUNDS = ("_low", "_high")
+_BAND = " The band is its 95 % interval."
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def charts(sources: Sequence[Source]) -> list[dict[str, Any]]:
             "section": section,
             "metric": name,
             "title": title(found) + (f" ({_recipes(curves, sources)})" if titles[title(found)] > 1 else ""),
-            "about": found.meaning.replace("`", ""),
+            "about": found.meaning.replace("`", "") + (_BAND if any("low" in curve for curve in curves) else ""),
             "unit": "" if is_share(found) else found.unit,
             "fraction": is_share(found),
             "curves": curves,

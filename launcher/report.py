@@ -37,7 +37,7 @@ _LONG = 1500
 _APART = ("_low", "_high", "_per_s", "_ended", "_tokens")
 _SECRET_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
 SPENT_ON = {
-    WAITING: "waiting for machines",
+    WAITING: "starting workers, waiting for machines",
     LOADING: "loading model, data and checkpoint",
     "steps": "steps",
     "sync": "sending weights to those that write",

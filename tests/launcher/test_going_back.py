@@ -13,7 +13,10 @@ from tests.launcher.test_run import events, muster
 pytestmark = pytest.mark.cpu
 
 PHASES = ("first", "second")
-PHASE = "{recipe: sft, data: {train: train.jsonl}, batch: 8, max_steps: 4, learning_rate: 3e-3, checkpoint: {every: 2}}"
+PHASE = (
+    "{recipe: sft, data: {train: train.jsonl, eval: train.jsonl}, eval_on_start: true, batch: 8, max_steps: 4, learning_rate: 3e-3, "
+    "checkpoint: {every: 2}}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +42,16 @@ def rows(folder: Path, phase: str) -> list[dict]:
 
 
 def curve(folder: Path, phase: str) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in rows(folder, phase)]
+    return [(row["step"], row["loss"]) for row in rows(folder, phase) if "loss" in row]
+
+
+def evaluations(folder: Path, phase: str) -> list[tuple[int, float]]:
+    return [(row["step"], row["eval_loss"]) for row in rows(folder, phase) if "eval_loss" in row]
 
 
 def attempts_of(folder: Path, phase: str) -> list[int]:
     """Which attempt trained each step."""
-    return [row["attempt"] for row in rows(folder, phase)]
+    return [row["attempt"] for row in rows(folder, phase) if "loss" in row]
 
 
 def weights(folder: Path, phase: str) -> bytes:
@@ -68,6 +75,8 @@ def test_going_back_in_the_first_phase_trains_the_second_anew(finished, folder):
     assert attempts_of(folder, "second") == [2, 2, 2, 2]
     for phase in PHASES:
         assert curve(folder, phase) == curve(finished, phase)
+        assert evaluations(folder, phase) == evaluations(finished, phase)
+        assert [step for step, _ in evaluations(folder, phase)] == [0, 4]
         assert weights(folder, phase) == weights(finished, phase)
 
 
@@ -95,4 +104,4 @@ def test_another_job_and_other_data_are_refused_unless_they_are_accepted(finishe
     assert attempts_of(folder, "second")[2:] == [3, 3]
     assert curve(folder, "second")[:2] == curve(finished, "second")[:2]
     assert curve(folder, "second")[2:] != curve(finished, "second")[2:]
-    assert rows(folder, "second")[-1]["learning_rate"] == pytest.approx(1e-4), "the new rate's floor"
+    assert rows(folder, "second")[-2]["learning_rate"] == pytest.approx(1e-4), "the new rate's floor"

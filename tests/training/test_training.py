@@ -24,6 +24,15 @@ def test_evaluation_is_the_loss_per_target_token_of_all_held_out_rows(train, tin
     assert evaluations[0] == pytest.approx(evaluations[1], rel=FP32)
 
 
+def test_an_evaluation_before_the_first_step_changes_nothing(train, tiny):
+    data = {"eval": str(tiny / "eval.jsonl")}
+    with_it, without = train(2, data=data, eval_on_start=True), train(2, data=data)
+    assert [row["step"] for row in with_it.rows if "eval_loss" in row] == [0, 8]
+    assert with_it.rows[0]["eval_loss"] > with_it.rows[-1]["eval_loss"]
+    losses = [[row["loss"] for row in run.rows if "loss" in row] for run in (with_it, without)]
+    assert losses[0] == losses[1]
+
+
 def test_metrics_have_what_the_design_promises(train):
     hooks = train(2, stage=2)
     row = hooks.rows[0]
