@@ -86,3 +86,14 @@ def test_every_event_in_the_code_is_there_with_what_it_says():
 def test_an_incident_says_what_the_page_says():
     facts = Incident(Kind.KILLED, "m", step=1, checkpoint=0).facts()
     assert {*facts, "retry", "why", "skip"} == EVENTS["incident"].facts.keys()
+
+
+def test_the_guide_to_failures_knows_every_class():
+    page = (ROOT / "docs" / "failures.md").read_text()
+    assert [kind for kind in Kind if f"`{kind}`" not in page] == []
+
+
+def test_every_link_between_documents_leads_somewhere():
+    for page in (ROOT / "docs").rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
