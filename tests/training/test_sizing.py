@@ -93,6 +93,11 @@ def told(parts: Counter, *but: str) -> int:
     return sum(size for what, size in parts.items() if not any(name in what for name in but))
 
 
+def one_in_three(cases: list[tuple]) -> list:
+    """Each takes seconds, and all go the same way: the others are for `make test-all`."""
+    return [case if place % 3 == 0 else pytest.param(*case, marks=pytest.mark.slow) for place, case in enumerate(cases)]
+
+
 STATES = [
     ("wide", stage, workers, dtype, lora)
     for stage in (0, 1, 2, 3) for workers in (1, 2) for dtype in ("bf16", "fp32") for lora in (None,)
@@ -101,7 +106,7 @@ STATES = [
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize(("name", "stage", "workers", "dtype", "lora"), STATES)
+@pytest.mark.parametrize(("name", "stage", "workers", "dtype", "lora"), one_in_three(STATES))
 def test_model_states(folders, tmp_path, name, stage, workers, dtype, lora):
     """Every tensor that is alive just before the optimizer steps; nothing is gathered then."""
     folder = folders[name]
@@ -130,7 +135,7 @@ PEAKS = [
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize(("recipe", "name", "stage", "dtype", "lora", "settings"), PEAKS)
+@pytest.mark.parametrize(("recipe", "name", "stage", "dtype", "lora", "settings"), one_in_three(PEAKS))
 def test_the_most_that_is_allocated(folders, tmp_path, recipe, name, stage, dtype, lora, settings):
     """Activations, logits, buckets and copies included."""
     folder = folders[name]
