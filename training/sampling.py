@@ -20,6 +20,9 @@ from torch import Tensor
 from training import pulse
 from training.data.order import mix
 
+Heard = Callable[[int, int], None]
+"""Is told which prompt goes on, and with what token."""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SHRINK_BELOW = 0.75
 """The batch is cut to the rows that go on when fewer than this share do: cutting copies the cache."""
@@ -61,7 +64,7 @@ def continue_all(
     *,
     batch: int = 64,
     window: int | None = None,
-    heard: Callable[[int, int], None] | None = None,
+    heard: Heard | None = None,
 ) -> list[Continued]:
     """One continuation of every prompt, in their order, up to a token of `ends`. `keys[i]` seeds the i-th.
 
