@@ -114,9 +114,10 @@ def asking(folder: str, template: str, workers: int) -> Iterator[Group]:
         yield InlineGroup(worker, "evaluator")
         return
     from launcher.session import ray_session
-    from launcher.workers import WorkerGroup
 
     with ray_session(workers), tempfile.TemporaryDirectory(prefix="muster-eval-") as logs:
+        from launcher.workers import WorkerGroup  # which imports Ray: it takes its token from the session's environment
+
         gang = WorkerGroup(Resources(workers=workers), models.warn, models.warn)
         try:
             gang.begin(Path(logs))
