@@ -121,7 +121,8 @@ def asking(folder: str, template: str, workers: int) -> Iterator[Group]:
         gang = WorkerGroup(Resources(workers=workers), models.warn, models.warn)
         try:
             gang.begin(Path(logs))
-            yield gang.build("evaluator", "training.evaluator:Evaluator", folder, template)
+            here = str(Path(folder).absolute())  # a Ray that was there before us works in another folder
+            yield gang.build("evaluator", "training.evaluator:Evaluator", here, template)
         finally:
             gang.close()
 

@@ -229,7 +229,7 @@ def _responses(plan: Plan, folder: str, texts: Any, given: Sequence[Given], aske
                     "ended": one.ended,
                     "tokens": len(one.tokens),
                 }
-            if time.monotonic() - told_at > _TOLD_EVERY_S:
+            if start + len(chunk) < len(asked) and time.monotonic() - told_at > _TOLD_EVERY_S:
                 told_at = time.monotonic()
                 models.warn(f"{start + len(chunk):,} of {len(asked):,} responses")
 

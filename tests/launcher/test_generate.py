@@ -7,8 +7,10 @@ import os
 import pty
 import select
 import shutil
+import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -233,7 +235,8 @@ def test_an_interruption_ends_the_response_alone_and_then_the_chat(place):
 # -- a file of prompts --------------------------------------------------------------------------------------------------
 
 
-def test_workers_write_what_one_writes(muster, place, ray_cluster):
+def test_workers_write_what_one_writes(muster, place, ray_cluster, monkeypatch):
+    monkeypatch.setattr("launcher.session.ray_session", lambda workers: nullcontext())  # there is one already
     write(place / "q.jsonl", [{"prompt": f"{n} + {'1' * (n % 5)} = ", "answer": str(n)} for n in range(9)])
     words = ("generate", "model", "--file", "q.jsonl", "--samples", "2", "--temperature", "0.8", "--top-p", "0.9", "--max-new-tokens", "12")  # fmt: skip
     one = json.loads(muster(*words, "--json").out)
@@ -241,7 +244,24 @@ def test_workers_write_what_one_writes(muster, place, ray_cluster):
     assert one[0]["response"] != one[1]["response"]
     assert [row["expected"] for row in one[::2]] == [str(n) for n in range(9)]
     two = muster(*words, "--workers", "2", "--batch", "3", "--json")
+    assert two.status == 0, two.err
     assert json.loads(two.out) == one
+
+
+def test_ray_is_imported_after_the_environment_that_its_token_is_in():
+    """Else it would not be let in by the Ray of its own that it starts."""
+    code = """
+import sys
+from launcher import evaluation, generation, session
+def ray_session(workers):
+    assert "ray" not in sys.modules
+    raise SystemExit("as it should be")
+session.ray_session = ray_session
+with evaluation.asking("model", "auto", 2): pass
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stderr == "as it should be\n"
 
 
 def test_responses_go_to_a_file_as_they_come_and_are_gone_on_with(muster, place, monkeypatch):
@@ -376,7 +396,7 @@ def test_rows_that_cannot_be_asked_are_told_together(muster, place):
     answer = muster("generate", "model", "--file", "q.jsonl")
     assert answer.errors == [
         "q.jsonl:2: column `messages`: the last turn is not one that an assistant answers",
-        "q.jsonl:3: prompt[0]: unknown role 'usr'; known are system, user, assistant, tool",
+        "q.jsonl:3: prompt[0]: unknown role 'usr'; known are system, developer, user, assistant, tool",
     ]
     write(place / "q.jsonl", [{"messages": turns}, {"prompt": "1" * 70}])
     assert muster("generate", "model", "--file", "q.jsonl").errors == [
