@@ -212,23 +212,46 @@ def export(
 
 @verb
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run, or Hugging Face folder.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Run, RUN/PHASE, model folder, adapter or checkpoint.", show_default=False
+        ),
+    ],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    file: Annotated[Path | None, typer.Option(help="JSONL file with a `prompt` in each row.")] = None,
+    file: Annotated[Path | None, typer.Option(help="JSONL file with a `prompt` or `messages` in each row.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of the file to take.", min=1)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL file to write responses to as they come. Goes on where it stopped.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Checkpoint of a run. Default: its model.")] = None,
+    phase: Annotated[str | None, typer.Option(help="Phase of the run. Default: the last that has one.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a response.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Write each prompt as a user's turn of a chat.")] = False,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens that together have it.")
+    ] = 1.0,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--plain", help="A prompt is a user's turn, or stands as it is. Default: as the model has learnt."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Responses that one worker writes at a time.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the prompts out.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts with a model."""
-    from launcher import prompts
+    """Try a model: a chat in the terminal, lines from a pipe, prompts, or a file of them."""
+    from launcher import generation
 
-    answers = prompts.answer(
-        model, prompt or [], file, limit, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat
-    )
-    show(answers, prompts.lines, as_json)
+    plan = generation.Plan(
+        model=model, phase=phase, step=step, prompts=prompt or [], file=file, limit=limit, out=out, chat=chat,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples=samples, seed=seed, batch=batch,
+        workers=workers, as_json=as_json,
+    )  # fmt: skip
+    show(generation.generate(plan), generation.lines, as_json)
 
 
 @verb

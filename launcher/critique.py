@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import prompts, runs
+from launcher import models, runs
 from launcher.teacher import Budget, BudgetSpent, Endpoint, Nonsense, Reply, Teacher
 from training import questions
 from training.answers import expected_answer, final_answer, same, verdict
@@ -388,7 +388,7 @@ def _of_models(plan: Plan, work: Path, say: Callable[[str], None]) -> list[Task]
         data=str(plan.data), samples=plan.samples, temperature=plan.temperature, max_new_tokens=plan.max_new_tokens
     )
     for model in plan.models:
-        folder = prompts.model_folder(model)
+        folder = models.model_folder(model)
         done = {row["question"] for row in journal.rows if row["model"] == model}
         if any(question.text not in done for question in asked):
             with evaluation.asking(folder, "auto", plan.workers) as group:
@@ -403,7 +403,7 @@ def _ask(plan: Plan, tasks: Sequence[Task], journal: Journal, say: Callable[[str
     from launcher import evaluation
 
     settings = Questions(data=str(plan.data), temperature=0.3, top_p=0.95, max_new_tokens=plan.max_new_tokens)
-    with evaluation.asking(prompts.model_folder(plan.teacher), "auto", plan.workers) as group:
+    with evaluation.asking(models.model_folder(plan.teacher), "auto", plan.workers) as group:
         ask_model(tasks, plan.teacher, journal, _answering(group, settings, plan.seed), say)
     return None
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher import prompts
+from launcher import models, terminal
 from training import questions
 from training.config import Questions, Resources
 from training.errors import InputError
@@ -29,7 +29,7 @@ def evaluate(
     """The accuracy of a model on the questions of a file, and how it was come by. Raises InputError before anything is loaded."""
     _refuse_template(template)
     asked = questions.read(str(data), settings.columns, settings.limit)
-    folder = prompts.model_folder(model)
+    folder = models.model_folder(model)
     rows, seconds = _answers(folder, asked, settings, template=template, workers=workers, seed=seed)
     if out is not None:
         _write(out, rows)
@@ -53,8 +53,8 @@ def compare(
     """How often a model's response is rewarded more than that of another to the same question; equals count half."""
     _refuse_template(template)
     asked = questions.read(str(data), settings.columns, settings.limit, answers=False)
-    folders = [prompts.model_folder(name) for name in (model, other)]
-    reward_model = prompts.model_folder(judge, rewards=True)
+    folders = [models.model_folder(name) for name in (model, other)]
+    reward_model = models.model_folder(judge, rewards=True)
     both = [_answers(folder, asked, settings, template=template, workers=workers, seed=seed)[0] for folder in folders]
     from training.evaluator import Judge
 
@@ -114,16 +114,15 @@ def asking(folder: str, template: str, workers: int) -> Iterator[Group]:
         yield InlineGroup(worker, "evaluator")
         return
     from launcher.session import ray_session
-    from launcher.workers import WorkerGroup
-
-    def say(text: str) -> None:
-        print(text, flush=True)
 
     with ray_session(workers), tempfile.TemporaryDirectory(prefix="muster-eval-") as logs:
-        gang = WorkerGroup(Resources(workers=workers), say, say)
+        from launcher.workers import WorkerGroup  # which imports Ray: it takes its token from the session's environment
+
+        gang = WorkerGroup(Resources(workers=workers), models.warn, models.warn)
         try:
             gang.begin(Path(logs))
-            yield gang.build("evaluator", "training.evaluator:Evaluator", folder, template)
+            here = str(Path(folder).absolute())  # a Ray that was there before us works in another folder
+            yield gang.build("evaluator", "training.evaluator:Evaluator", here, template)
         finally:
             gang.close()
 
@@ -147,7 +146,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         return
     for row in report["shown"]:
         mark = "right" if row["correct"] else "wrong"
-        response = prompts.printable(" ".join(row["response"].split()))
+        response = terminal.printable(" ".join(row["response"].split()))
         yield f"{row['row']}: {mark}: expected {row['expected']}, got {row['answer']}: {response[:200]}"
     passed = "".join(f", {name} {report[name]:.1%}" for name in report if name.startswith("pass@"))
     yield (

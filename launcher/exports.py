@@ -1,14 +1,17 @@
-"""`muster export`: a checkpoint of a run as a plain Hugging Face folder, without workers."""
+"""`muster export`: a checkpoint of a run as a plain Hugging Face folder, without workers; also in the cache, to be tried."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from launcher.cache import cache_folder
 from launcher.driver import with_its_start
 from launcher.runs import PATIENCE_S, RunFolder, phase_with_checkpoints
-from training.checkpoint import CheckpointError, verify
+from training.checkpoint import MANIFEST, CheckpointError, verify
 from training.checkpoints import Checkpoints, step_of
 from training.errors import InputError
 from training.modelfiles import at_hand
@@ -25,15 +28,56 @@ def export(run: RunFolder, *, phase: str | None, step: int | None, out: str | No
     if out is not None:
         _refuse_to_overwrite(place(out, patience_s=PATIENCE_S))
     target = place(out) if out is not None else run.root / name / f"model-{step_of(folder)}{'-merged' if merge else ''}"
+    _write(run, name, folder, target, "make room, or choose another --out", merge=merge)
+    return {"phase": name, "step": step_of(folder), "model": str(target)}
+
+
+def chosen(run: RunFolder, phase: str, step: int | None) -> Place:
+    """The whole checkpoint of a step, or the newest. What was written into the cache was whole. Raises as `export` does."""
+    checkpoints = Checkpoints(run.checkpoints(phase))
+    at_once = _found(checkpoints, step) if step is not None else checkpoints.folders()[-1]
+    return at_once if (kept := _kept(at_once)) is not None and kept.exists() else _checkpoint(checkpoints, step)
+
+
+def in_cache(run: RunFolder, phase: str, checkpoint: Place, say: Callable[[str], None]) -> Path:
+    """The model of a whole checkpoint as a folder in the cache, written there once. Raises as `export` does."""
+    kept = _kept(checkpoint)
+    assert kept is not None, "a whole checkpoint has a manifest"
+    if kept.exists():
+        return kept
+    say(f"{checkpoint}: written as a model to {kept}")
+    advice = "make room, or set MUSTER_CACHE to another folder"
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".tmp-") as beside:
+            written = Path(beside) / "model"
+            _write(run, phase, checkpoint, Local(written), advice)
+            if not kept.exists():  # else another process was faster
+                written.rename(kept)
+    except OSError as error:
+        raise InputError.of(str(kept), f"cannot be written: {error.strerror}; {advice}") from error
+    return kept
+
+
+def _kept(checkpoint: Place) -> Path | None:
+    """Where the model of a checkpoint is kept, by what is in it; None if it has no manifest."""
+    try:
+        content = (checkpoint / MANIFEST).read()
+    except OSError:
+        return None
+    address = str(checkpoint.path.resolve()) if isinstance(checkpoint, Local) else checkpoint.address
+    name = hashlib.sha256(address.encode() + content).hexdigest()[:16]
+    return cache_folder() / "checkpoints" / f"{checkpoint.name}-{name}"
+
+
+def _write(run: RunFolder, phase: str, checkpoint: Place, target: Place, advice: str, *, merge: bool = False) -> None:
     from training.export import export as write
 
-    start = at_hand(with_its_start(job.phases[name], run), cache_folder())
-
+    start = at_hand(with_its_start(run.job().phases[phase], run), cache_folder())
     try:
-        write(folder, target, start, merge=merge)
+        write(checkpoint, target, start, merge=merge)
     except OSError as error:
-        raise InputError.of(str(target), f"cannot be written: {error}; make room, or choose another --out") from error
-    return {"phase": name, "step": step_of(folder), "model": str(target)}
+        raise InputError.of(str(target), f"cannot be written: {error}; {advice}") from error
 
 
 def _refuse_to_overwrite(out: Place) -> None:
@@ -43,12 +87,16 @@ def _refuse_to_overwrite(out: Place) -> None:
         raise InputError.of(str(out), "the folder is not empty; choose another --out, or remove it first")
 
 
+def _found(checkpoints: Checkpoints, step: int) -> Place:
+    try:
+        return checkpoints.at(step)
+    except CheckpointError as error:
+        raise InputError.of("", str(error)) from error
+
+
 def _checkpoint(checkpoints: Checkpoints, step: int | None) -> Place:
     if step is not None:
-        try:
-            folder = checkpoints.at(step)
-        except CheckpointError as error:
-            raise InputError.of("", str(error)) from error
+        folder = _found(checkpoints, step)
         if wrong := verify(folder):
             raise CheckpointError("\n".join(wrong))
         return folder

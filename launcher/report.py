@@ -19,8 +19,8 @@ from launcher import curves, runs, show, yamlfile
 from launcher.compare import paired, right
 from launcher.curves import number
 from launcher.limits import SPENT
-from launcher.prompts import printable
 from launcher.runs import RunFolder
+from launcher.terminal import printable
 from launcher.timeline import LOADING, RECOVERING, REDONE, TRAINING, WAITING, Timeline, timeline
 from training.errors import InputError, Problem
 

@@ -9,15 +9,16 @@ from typing import Any
 from training import model as models
 from training.config import Model, Questions
 from training.data.files import RowError
-from training.data.formats import Answer, Chat, PromptCompletion
+from training.data.formats import Answer, Chat, Prompt, PromptCompletion
 from training.data.render import Renderer, Sample, load_tokenizer
 from training.distributed import Seat
 from training.errors import InputError, TrainingError
-from training.evaluate import Asking, by_answer
+from training.evaluate import Asking, by_answer, end_tokens
 from training.measures import Row
-from training.modelfiles import CLASSIFIER_SUFFIX, adapter_in, facts_in, inspect, tokenizer_of
+from training.modelfiles import CLASSIFIER_SUFFIX, adapter_in, facts_in, inspect, tokenizer_of, window_of
 from training.questions import Question
 from training.recipes.reward import score
+from training.sampling import Continued, Heard, Sampling, continue_all
 
 
 class Evaluator:
@@ -38,14 +39,75 @@ class Evaluator:
         )
         return asking.answered(model.lm, asked, by_answer, (self.seat.rank, self.seat.size))
 
+    def continued(self, prompts: Sequence[tuple[list[int], int]], settings: Sampling, batch: int) -> list[Continued]:
+        """The continuations of prompts, each with its key."""
+        return self.model.continued(prompts, settings, batch=batch)
 
-class Speaker:
+
+class Texts:
+    """What a model reads and writes, between texts and tokens. Without its weights, so that prompts are checked before these load.
+
+    Raises InputError for a template that the model does not have.
+    """
+
+    def __init__(self, path: str, template: str = "auto"):
+        self.path = path
+        self.tokenizer, self.chat = _tokenizer(path, template)
+        self.renderer = Renderer(self.tokenizer)
+        self.window = window_of(path)
+        """How many positions the model has, if it says."""
+
+    def ids(self, content: str | Chat) -> list[int]:
+        """The tokens of a prompt that leave room for a response. Raises RowError for one that cannot be put to the model."""
+        ids = self.tokens(content)
+        if not ids:
+            raise RowError("the prompt comes to no tokens; give it some text")
+        if self.window is not None and len(ids) >= self.window:
+            raise RowError(
+                f"the prompt has {len(ids):,} tokens, the model has {self.window:,} positions for it and the response; shorten it"
+            )
+        return ids
+
+    def tokens(self, content: str | Chat) -> list[int]:
+        """The tokens of a conversation, or of a text, which is a user's turn if the model is to chat. Raises RowError."""
+        if isinstance(content, Chat) and not self.tokenizer.chat_template:
+            raise RowError(f"the prompt is a list of messages, and {self.path} has no chat template; give it as text")
+        if isinstance(content, str):
+            try:
+                content.encode()
+            except UnicodeEncodeError:
+                raise RowError("the prompt is not UTF-8 text") from None
+            if self.chat:
+                content = Chat([{"role": "user", "content": content}], learnt=())
+        (sample,) = self.renderer.render([Prompt(content)])
+        if isinstance(sample, RowError):
+            raise sample
+        return sample.ids.tolist()
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens say, without special ones."""
+        return self.renderer.text(tokens)
+
+
+class Speaker(Texts):
     """A language model ready to be asked."""
 
     def __init__(self, path: str, template: str = "auto", *, gpu: int = 0):
+        super().__init__(path, template)
         self.lm: Any = models.for_inference(path, gpu=gpu)
-        self.tokenizer, self.chat = _tokenizer(path, template)
-        self.renderer = Renderer(self.tokenizer)
+        self.ends = end_tokens(self.tokenizer, self.lm.generation_config)
+
+    def continued(
+        self,
+        prompts: Sequence[tuple[list[int], int]],
+        settings: Sampling,
+        *,
+        batch: int = 1,
+        heard: Heard | None = None,
+    ) -> list[Continued]:
+        """The continuations of prompts, each with its key, in as many positions as the model has."""
+        ids, keys = [ids for ids, _ in prompts], [key for _, key in prompts]
+        return continue_all(self.lm, ids, keys, self.ends, settings, batch=batch, window=self.window, heard=heard)
 
 
 class Judge:
@@ -83,5 +145,7 @@ def _tokenizer(path: str, template: str) -> tuple[Any, bool]:
     if template == "auto":
         template = facts_in(path).get("questions") or ("chat" if tokenizer.chat_template else "plain")
     if template == "chat" and not tokenizer.chat_template:
-        raise InputError.of(path, "the tokenizer has no chat template; ask it plainly (--template plain)")
+        raise InputError.of(
+            path, "the tokenizer has no chat template; ask it plainly (without --chat, or with --template plain)"
+        )
     return tokenizer, template == "chat"

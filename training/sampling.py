@@ -8,7 +8,7 @@ that was drawn.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from training import pulse
 from training.data.order import mix
+
+Heard = Callable[[int, int], None]
+"""Is told which prompt goes on, and with what token."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SHRINK_BELOW = 0.75
@@ -60,18 +63,30 @@ def continue_all(
     settings: Sampling,
     *,
     batch: int = 64,
+    window: int | None = None,
+    heard: Heard | None = None,
 ) -> list[Continued]:
     """One continuation of every prompt, in their order, up to a token of `ends`. `keys[i]` seeds the i-th.
 
     `lm` is a causal language model with a cache; a prompt has at least one token. At most `batch` go at a time, those of
-    like length together.
+    like length together. No prompt goes on past `window` tokens, itself counted. `heard(i, token)` is told every token of the
+    i-th continuation as it is drawn.
     """
     out: dict[int, Continued] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(by_length), batch):
         places = by_length[start : start + batch]
-        going = _Batch(lm, [prompts[i] for i in places], [keys[i] for i in places], ends, settings)
-        out.update(zip(places, going.run(), strict=True))
+        going = _Batch(lm, [prompts[i] for i in places], [keys[i] for i in places], ends, settings, window)
+        texts: list[list[int]] = [[] for _ in places]
+        ended: dict[int, int] = {}
+        for row, token, is_end in going.drawn():
+            if is_end:
+                ended[row] = token
+                continue
+            texts[row].append(token)
+            if heard is not None:
+                heard(places[row], token)
+        out.update((place, Continued(texts[row], ended.get(row))) for row, place in enumerate(places))
     return [out[place] for place in range(len(prompts))]
 
 
@@ -79,7 +94,13 @@ class _Batch:
     """Prompts of a batch on their way, padded on the left. B rows that go on, L places so far."""
 
     def __init__(
-        self, lm: Any, prompts: Sequence[Sequence[int]], keys: Sequence[int], ends: Collection[int], settings: Sampling
+        self,
+        lm: Any,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[int],
+        ends: Collection[int],
+        settings: Sampling,
+        window: int | None,
     ):
         self.lm, self.settings = lm, settings
         self.device = next(lm.parameters()).device
@@ -87,6 +108,10 @@ class _Batch:
         """Which prompt each row is."""
         self.keys = np.array(keys, np.uint64)
         self.ends = torch.tensor(sorted(ends), device=self.device)
+        self.window = window
+        most = settings.max_new_tokens
+        self.limits = [most if window is None else min(most, window - len(prompt)) for prompt in prompts]
+        """How long the continuation of each prompt may be."""
         length = max(map(len, prompts))
         self.padded = any(len(prompt) < length for prompt in prompts)
         ids, mask = np.zeros((len(prompts), length), np.int64), np.zeros((len(prompts), length), np.int64)
@@ -98,26 +123,25 @@ class _Batch:
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.cache: Any = None
 
-    def run(self) -> list[Continued]:
-        """The continuations, in the order of the prompts."""
-        texts: list[list[int]] = [[] for _ in self.rows]
-        ended: dict[int, int] = {}
-        for position in range(self.settings.max_new_tokens):
+    def drawn(self) -> Iterator[tuple[int, int, bool]]:
+        """Of every prompt its tokens as they are drawn, up to the one that ends it: which prompt, token, whether it is an end."""
+        done = {row for row, limit in enumerate(self.limits) if limit <= 0}
+        for position in range(max(self.limits)):
             tokens_B = draw(self._logits(), self.keys, position, self.settings)
             is_end_B = torch.isin(tokens_B, self.ends).tolist()
             for row, token, is_end in zip(self.rows.tolist(), tokens_B.tolist(), is_end_B, strict=True):
-                if is_end:
-                    ended.setdefault(row, token)
-                elif row not in ended:
-                    texts[row].append(token)
+                if row in done:
+                    continue
+                if is_end or position + 1 == self.limits[row]:
+                    done.add(row)
+                yield row, token, is_end
             pulse.progressed()
-            if len(ended) == len(texts):
+            if len(done) == len(self.limits):
                 break
             self._advance(tokens_B)
-            going = np.array([row not in ended for row in self.rows.tolist()])
+            going = np.array([row not in done for row in self.rows.tolist()])
             if going.mean() < _SHRINK_BELOW:
                 self._shrink(np.flatnonzero(going))
-        return [Continued(text, ended.get(row)) for row, text in enumerate(texts)]
 
     def _logits(self) -> Tensor:
         """Of the next token of every row. [B, V]"""
@@ -135,6 +159,8 @@ class _Batch:
     def _advance(self, tokens: Tensor) -> None:
         self.next_ids = tokens[:, None]
         self.positions = self.positions[:, -1:] + 1
+        if self.window is not None:  # rows that are done still go along until the batch is cut
+            self.positions = self.positions.clamp(max=self.window - 1)
         if self.padded:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
 

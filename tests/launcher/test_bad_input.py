@@ -320,7 +320,7 @@ def test_a_tokenizer_without_an_eos_token_is_refused(muster, place):
 def test_prompts_of_a_file_that_cannot_be_used(muster, place):
     bad = ['{"promt": "x"}', "not json", '{"prompt": 5}', '{"prompt": ""}', '["x"]']
     (place / "q.jsonl").write_text("\n".join(['{"prompt": "1+1="}', *bad]) + "\n")
-    message = "expected a JSON object with a text `prompt` that is not empty"
+    message = "expected a JSON object with a text `prompt` that is not empty, or a list of messages"
     expected = [f"q.jsonl:{number}: {message}" for number in range(2, 7)]
     assert refused(muster, place, ("generate", "model", "--file", "q.jsonl")) == expected
     binary = "model/model.safetensors"
