@@ -19,6 +19,7 @@ from training.errors import InputError, Problem
 _ANSWER_S = 24 * 3600.0
 _TOLD_EVERY_S = 10.0
 Row = dict[str, Any]
+_NO_RESPONSES = "is there, and holds something else than responses; name another --out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +238,15 @@ def _responses(plan: Plan, folder: str, texts: Any, given: Sequence[Given], aske
 def _done(out: Path, given: Sequence[Given], by: Mapping[str, Any]) -> set[tuple[int, int]]:
     """Number and sample of the responses that the file holds. Raises InputError if they are others than those that are asked for."""
     done: set[tuple[int, int]] = set()
-    for row in runs.json_rows(out):
-        if not isinstance(row, dict) or not {"number", "sample", "prompt", "response", *by} <= row.keys():
-            raise InputError.of(str(out), "is there, and holds something else than responses; name another --out")
+    if not out.exists():
+        return done
+    rows = list(runs.json_rows(out))
+    content = out.read_bytes()
+    if content.count(b"\n") > len(rows) or (content and not rows):  # all but a last row that was cut off is a row
+        raise InputError.of(str(out), _NO_RESPONSES)
+    for row in rows:
+        if not {"number", "sample", "prompt", "response", *by} <= row.keys():
+            raise InputError.of(str(out), _NO_RESPONSES)
         other = [name for name, value in {**by, **by["sampling"]}.items() if {**row, **row["sampling"]}[name] != value]
         if row["number"] < len(given) and given[row["number"]].row["prompt"] != row["prompt"]:
             other.append("prompt")
@@ -247,8 +254,7 @@ def _done(out: Path, given: Sequence[Given], by: Mapping[str, Any]) -> set[tuple
             message = f"is there, and holds responses with another {', '.join(other)}; name another --out, or remove it"
             raise InputError.of(str(out), message)
         done.add((row["number"], row["sample"]))
-    if out.exists():
-        _cut_torn(out)
+    _cut_torn(out)
     return done
 
 

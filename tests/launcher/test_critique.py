@@ -212,9 +212,11 @@ def test_a_budget_is_not_passed(capsys):
 def test_a_rate_is_kept(capsys):
     write(Path("rows.jsonl"), rows(8))
     with TeacherServer(judged) as server:
+        began = time.monotonic()
         muster(*command(server, "cft.jsonl", "--per-minute", "600"), capsys=capsys)
-        gaps = [b - a for a, b in zip(sorted(server.times), sorted(server.times)[1:], strict=False)]
-    assert sum(gaps) >= 7 * 0.1 * 0.9  # the clocks of two threads
+        came = [at - began for at in sorted(server.times)]
+    # On a busy machine any of them may come late, none may come early.
+    assert all(at >= place * 0.1 for place, at in enumerate(came))
     assert len(written()) == 8
 
 

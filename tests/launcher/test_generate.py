@@ -390,6 +390,15 @@ def test_wrong_input_starts_nothing(muster, run, case):
     assert (answer.status, answer.out, answer.err) == (2, "", f"{message}\n")
 
 
+def test_a_file_that_is_no_jsonl_is_left_as_it_is(muster, place):
+    (place / "letter.txt").write_text("Dear Mia")
+    answer = muster("generate", "model", "-p", "x", "--out", "letter.txt")
+    assert (answer.status, answer.errors) == (
+        2, ["letter.txt: is there, and holds something else than responses; name another --out"],
+    )  # fmt: skip
+    assert (place / "letter.txt").read_text() == "Dear Mia"
+
+
 def test_rows_that_cannot_be_asked_are_told_together(muster, place):
     turns = [{"role": "user", "content": "x"}]
     write(place / "q.jsonl", [{"messages": turns}, {"messages": []}, {"prompt": [{"role": "usr", "content": "x"}]}])
