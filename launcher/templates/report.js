@@ -74,7 +74,7 @@ function curves(chart) {
   const words = { step: "step", tokens: "tokens", hours: "hours of training" };
   return [traces, layout({
     xaxis: axis({ title: { text: words[over], standoff: 6 } }),
-    yaxis: axis({ title: { text: chart.unit, standoff: 6 }, tickformat: chart.fraction ? ".0%" : "", rangemode: chart.section === "machines" ? "tozero" : "normal", type: document.getElementById("log").checked && !chart.fraction ? "log" : "linear" }),
+    yaxis: axis({ title: { text: chart.unit, standoff: 6 }, tickformat: chart.fraction ? ".2~%" : "", rangemode: chart.section === "machines" ? "tozero" : "normal", type: document.getElementById("log").checked && !chart.fraction ? "log" : "linear" }),
   })];
 }
 
