@@ -21,7 +21,7 @@ from typing import Any
 
 from launcher import models, runs
 from launcher.teacher import Budget, BudgetSpent, Endpoint, Nonsense, Reply, Teacher
-from training import questions
+from training import modelfiles, questions
 from training.answers import expected_answer, final_answer, same, verdict
 from training.config import Questions
 from training.data import files
@@ -122,7 +122,7 @@ def of_models(asked: Sequence[Question], models: Sequence[str], journal: Journal
     """The answers that were sampled."""
     known = {question.text: question.expected for question in asked}
     return [
-        Task(row["question"], row["response"], row["model"], known[row["question"]])
+        Task(row["question"], row["response"].strip(), row["model"], known[row["question"]])
         for row in journal.rows
         if row["question"] in known and row["model"] in models and row["response"].strip()
     ]
@@ -202,14 +202,21 @@ def ask_endpoint(
 
 
 def ask_model(
-    tasks: Sequence[Task], model: str, journal: Journal, answer: Answering, say: Callable[[str], None]
+    tasks: Sequence[Task],
+    model: str,
+    journal: Journal,
+    answer: Answering,
+    say: Callable[[str], None],
+    *,
+    learnt: bool = False,
 ) -> None:
-    """The same with a model that the workers run."""
+    """The same with a model that the workers run. `learnt`: the recipe cft has made it, so it is asked as in the rows of that recipe."""
+    told = "" if learnt else f"{SYSTEM}\n\n"
     contradicting: list[bool] = []
     left = _left(tasks, journal)
     for start in range(0, len(left), _CHUNK):
         chunk = left[start : start + _CHUNK]
-        requests = [Question("", f"{SYSTEM}\n\n{critique_request(task.question, task.answer)}", "") for task in chunk]
+        requests = [Question("", f"{told}{critique_request(task.question, task.answer)}", "") for task in chunk]
         for row in answer(requests):
             task = chunk[row["number"]]
             journal.add(_kept(task, Reply(row["response"], not row["ended"], 0, row["tokens"]), model))
@@ -403,8 +410,10 @@ def _ask(plan: Plan, tasks: Sequence[Task], journal: Journal, say: Callable[[str
     from launcher import evaluation
 
     settings = Questions(data=str(plan.data), temperature=0.3, top_p=0.95, max_new_tokens=plan.max_new_tokens)
-    with evaluation.asking(models.model_folder(plan.teacher), "auto", plan.workers) as group:
-        ask_model(tasks, plan.teacher, journal, _answering(group, settings, plan.seed), say)
+    folder = models.model_folder(plan.teacher)
+    learnt = modelfiles.facts_in(folder).get("recipe") == "cft"
+    with evaluation.asking(folder, "auto", plan.workers) as group:
+        ask_model(tasks, plan.teacher, journal, _answering(group, settings, plan.seed), say, learnt=learnt)
     return None
 
 

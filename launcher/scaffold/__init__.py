@@ -10,7 +10,7 @@ from launcher.scaffold import problems, tiny
 from training.errors import InputError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
-JOBS = ("sft.yaml", "cft.yaml", "reward.yaml", "ppo.yaml")
+JOBS = ("pretrain.yaml", "sft.yaml", "teacher.yaml", "cft.yaml", "reward.yaml", "ppo.yaml")
 Tables = dict[str, list[problems.Row]]
 
 
@@ -57,10 +57,10 @@ def _describe(folder: Path, tables: Tables, parameters: int) -> list[str]:
     num_rows = sum(map(len, tables.values()))
     return [
         f"{folder} holds",
-        f"  data/       {num_rows:,} rows of word problems and sums, generated: {', '.join(tables)}",
-        f"  model/      a LLaMA with {parameters / 1e6:.1f} million random weights, and its tokenizer",
-        *(f"  {job:<11} a job: reads data/ and model/, writes runs/" for job in JOBS),
-        "  README.md   what all of it is",
+        f"  data/         {num_rows:,} rows of word problems and sums, generated: {', '.join(tables)}",
+        f"  model/        a LLaMA with {parameters / 1e6:.1f} million random weights, and its tokenizer",
+        *(f"  {job:<13} a job: reads data/ and model/, writes runs/" for job in JOBS),
+        "  README.md     what all of it is",
         "Next:",
         f"  cd {folder}",
         *(f"  muster check {job}" for job in JOBS),

@@ -279,6 +279,22 @@ def test_models_of_ones_own(tiny, capsys):
     assert before == {path: path.stat().st_size for path in Path("cft.jsonl.work").glob("*.jsonl")}
 
 
+@pytest.mark.parametrize("learnt", [True, False])
+def test_a_model_that_has_learnt_critiques_is_asked_as_it_has_learnt(learnt):
+    asked = []
+
+    def answer(requests):
+        asked.extend(requests)
+        said = {"response": "Critique: yes.\nConclusion: right [END]", "ended": True, "tokens": 9}
+        return [{"number": number, **said} for number in range(len(requests))]
+
+    task = critique.Task("What is 1 + 1?", "2", "model_a", "2")
+    journal = critique.Journal(Path("work/critiques.jsonl"))
+    critique.ask_model([task], "teacher", journal, answer, print, learnt=learnt)
+    request = critique.messages_for(task)[-1]["content"]
+    assert asked[0].text == (request if learnt else f"{critique.SYSTEM}\n\n{request}")
+
+
 def test_the_key_of_a_task_is_what_is_asked():
     one, two = critique.Task("q", "a", "x", None), critique.Task("q", "a", "y", "1")
     assert one.key == two.key != critique.Task("q", "b", "x", None).key
