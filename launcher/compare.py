@@ -61,7 +61,10 @@ def compare(first: str, second: str) -> dict[str, Any]:
     return {
         "runs": [_told(side, end) for side, end in zip(sides, ends, strict=True)],
         "metrics": {
-            name: {"values": [end[name] for end in ends], "difference": ends[1][name] - ends[0][name]}
+            name: {
+                "values": [end[name] for end in ends],
+                "difference": ends[1][name] - ends[0][name] if _comparable(name, *sides) else None,
+            }
             for name in shared
         },
         "answers": paired(
@@ -153,6 +156,21 @@ def _told(side: Side, end: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _comparable(metric: str, first: Side, second: Side) -> bool:
+    """Whether both measured it on the same rows, in the same words: a loss on other rows says nothing."""
+    return _measured_on(metric, first) == _measured_on(metric, second)
+
+
+def _measured_on(metric: str, side: Side) -> tuple[Any, ...]:
+    phase = side.run.job().phases[side.phase]
+    asked = phase.eval
+    if phase.recipe == "reward" or metric == "eval_loss":
+        return phase.recipe == "reward", phase.data.eval, phase.data.template
+    if metric.startswith("eval_verdict_"):
+        return ("verdicts", asked and asked.verdicts, asked and asked.limit)
+    return ("questions", asked and asked.data, asked and asked.limit)
+
+
 def _differences(first: Side, second: Side) -> dict[str, list[Any]]:
     """Settings of the phases that are not the same, by key."""
     settings = [flat(side.run.job().phases[side.phase].model_dump(by_alias=True)) for side in (first, second)]
@@ -167,7 +185,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{'':<28}{first['name']:>{width}}  {second['name']:>{width}}  difference"
     for name, found in report["metrics"].items():
         values = "  ".join(f"{value:>{width}.4f}" for value in found["values"])
-        yield f"{name:<28}{values}  {found['difference']:+.4f}"
+        told = "not comparable: other rows" if found["difference"] is None else f"{found['difference']:+.4f}"
+        yield f"{name:<28}{values}  {told}"
     for label, key in (("recipe", "recipe"), ("evaluated at step", "step"), ("steps", "steps"), ("workers", "workers")):
         yield f"{label:<28}{_or_dash(first[key]):>{width}}  {_or_dash(second[key]):>{width}}"
     yield f"{'tokens':<28}{first['tokens']:>{width},}  {second['tokens']:>{width},}"

@@ -11,7 +11,7 @@ import pytest
 
 from launcher import job as jobs
 from launcher.cli import app
-from launcher.compare import compare, mcnemar, sign_flips
+from launcher.compare import compare, lines, mcnemar, sign_flips
 from launcher.runs import append
 from training.errors import InputError
 
@@ -63,6 +63,15 @@ def test_answers_are_compared_in_pairs(made):
     assert "eval_accuracy_low" not in found["metrics"]
     assert found["settings"] == {"learning_rate": [2e-5, 1e-6]}
     assert found["runs"][0]["training_s"] == 30.0
+
+
+def test_losses_on_other_rows_are_not_subtracted(made, capsys):
+    made("before", [1, 0])
+    made("after", [1, 1], "phases.sft.data.eval=other.jsonl")
+    found = compare("before", "after")
+    assert found["metrics"]["eval_loss"] == {"values": [1.25, 1.25], "difference": None}
+    assert found["metrics"]["eval_accuracy"]["difference"] == 0.5
+    assert next(line for line in lines(found) if line.startswith("eval_loss")).endswith("not comparable: other rows")
 
 
 def test_mcnemar_is_the_binomial():
