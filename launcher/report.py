@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,14 @@ class Part:
     def recipe(self) -> str:
         return str(self.settings.get("recipe") or self.phase)
 
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.run.metrics(self.phase)
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return runs.evaluations_in(self.rows)
+
 
 def report(names: Sequence[str]) -> dict[str, Any]:
     """All of it. Raises InputError that names every run that is not there, and if none has begun."""
@@ -85,11 +94,11 @@ def report(names: Sequence[str]) -> dict[str, Any]:
         ]
         told.append(_run(run, label, settings, problems, mine))
         parts += mine
-    if not any(part.run.metrics(part.phase) for part in parts):
+    if not any(part.rows for part in parts):
         addresses = ", ".join(run.address for run, _ in chosen)
         raise InputError.of(addresses, "nothing was trained yet (no metrics); `muster run` or `muster resume` first")
     times = [phase["time"] for run in told for phase in run["phases"]]
-    sources = [curves.Source(part.key, part.recipe, part.run.metrics(part.phase)) for part in parts]
+    sources = [curves.Source(part.key, part.recipe, part.rows) for part in parts]
     return {
         "version": metadata.version("muster-train"),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -145,9 +154,10 @@ def _settings(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
     try:
         settings = yamlfile.load(run.folder / runs.JOB).data
     except InputError as error:
-        return {"phases": {}}, [str(error)]
+        settings, problems = {}, [str(error)]
     phases = settings.get("phases")
-    phases = phases if isinstance(phases, dict) else {}
+    if not isinstance(phases, dict):  # then what has metrics is a phase
+        phases = {file.parent.name: {} for file in sorted(run.folder.glob(f"*/{runs.METRICS}"))}
     return {
         **settings,
         "phases": {name: each if isinstance(each, dict) else {} for name, each in phases.items()},
@@ -160,7 +170,7 @@ def _settings(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
 def _run(
     run: RunFolder, label: str, settings: Mapping[str, Any], problems: list[str], parts: Sequence[Part]
 ) -> dict[str, Any]:
-    events = [event for event in run.events() if "event" in event]
+    events = run.events()
     state = run.state()
     times = timeline(events, datetime.now(UTC) if state == "running" else None)
     versions: Mapping[str, Any] = next(
@@ -228,13 +238,13 @@ def _text(path: Path) -> str:
 
 
 def _phase(part: Part, events: Sequence[Mapping[str, Any]], times: Timeline) -> dict[str, Any]:
-    rows = part.run.metrics(part.phase)
+    rows = part.rows
     mine = [event for event in events if event.get("phase") == part.phase]
     begun: Mapping[str, Any] = next((e for e in reversed(mine) if e["event"] == "training"), {})
     members: Mapping[str, Any] = next((e for e in reversed(mine) if e["event"] == "workers"), {})
     steps = [row for row in rows if number(row.get("loss")) is not None]
-    evaluations = part.run.evaluations(part.phase)
-    chosen = _chosen_evaluation(part, evaluations)
+    evaluations = part.evaluations
+    chosen = _chosen_evaluation(part)
     finished = part.phase in part.run.finished_phases()
     return {
         "name": part.phase,
@@ -275,11 +285,11 @@ def _plain(settings: Mapping[str, Any], *path: str) -> Any:
     return text if text is None else _SECRET_IN_ADDRESS.sub("***@", text)
 
 
-def _chosen_evaluation(part: Part, evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _chosen_evaluation(part: Part) -> Mapping[str, Any] | None:
     """Of the weights that the phase ended with, else the last one."""
     step = part.run.chosen_step(part.phase)
-    found = (row for row in reversed(evaluations) if row["step"] == step)
-    return next(found, evaluations[-1] if evaluations else None)
+    found = (row for row in reversed(part.evaluations) if row["step"] == step)
+    return next(found, part.evaluations[-1] if part.evaluations else None)
 
 
 def _results(
@@ -483,7 +493,7 @@ def _answering(parts: Sequence[Part]) -> list[tuple[Part, list[dict[str, Any]]]]
     """Phases that have answered questions, with the answers that count."""
     found = []
     for part in parts:
-        chosen = _chosen_evaluation(part, part.run.evaluations(part.phase))
+        chosen = _chosen_evaluation(part)
         if chosen is not None and (rows := part.run.answers(part.phase, chosen["step"])):
             found.append((part, rows))
     return found

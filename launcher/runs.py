@@ -10,7 +10,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -46,6 +46,12 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def evaluations_in(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those rows of metrics that evaluations wrote."""
+    whole = (row for row in rows if type(row.get("step")) is int)
+    return [row for row in whole if any(name.startswith("eval_") for name in row)]
 
 
 class RunFolder:
@@ -99,12 +105,11 @@ class RunFolder:
 
     def evaluations(self, phase: str) -> list[dict[str, Any]]:
         """Rows of metrics that evaluations wrote, the oldest first."""
-        rows = (row for row in self.metrics(phase) if isinstance(row.get("step"), int))
-        return [row for row in rows if any(name.startswith("eval_") for name in row)]
+        return evaluations_in(self.metrics(phase))
 
     def chosen_step(self, phase: str) -> int | None:
         """The step whose weights a finished phase ended with: the last one, or the best. None: it has not finished."""
-        ends = [e for e in self.events() if e["event"] == "phase_finished" and e["phase"] == phase]
+        ends = [e for e in self.events() if e["event"] == "phase_finished" and e.get("phase") == phase]
         step = str(ends[-1].get("checkpoint")).rpartition("-")[2] if ends else ""
         return int(step) if step.isdigit() else None
 
@@ -113,13 +118,14 @@ class RunFolder:
         return list(json_rows(self.phase(phase) / ANSWERS / f"{kind}step-{step:08d}.jsonl"))
 
     def events(self) -> list[dict[str, Any]]:
-        return list(json_rows(self.folder / EVENTS))
+        rows = json_rows(self.folder / EVENTS)
+        return [row for row in rows if isinstance(row.get("event"), str) and isinstance(row.get("phase", ""), str)]
 
     def finished_phases(self) -> set[str]:
         finished: set[str] = set()
         for event in self.events():
             if event["event"] == "phase_finished":
-                finished.add(event["phase"])
+                finished.add(event.get("phase", ""))
             elif event["event"] == "rewound":
                 finished -= event["to"].keys()
         return finished

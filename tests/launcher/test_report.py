@@ -213,7 +213,10 @@ def test_half_written_and_odd_lines_are_left_out(place):
     run = finetuned(place, "one")
     whole = report.report(["one"])
     for file in ("events.jsonl", "sft/metrics.jsonl", "sft/answers/step-00000400.jsonl", "sft/samples.jsonl"):
-        append(run.folder / file, '[1]\n"two"\n\xff\n{"step": 401, "loss": 0.')
+        append(
+            run.folder / file,
+            '[1]\n"two"\n\xff\n{"odd": NaN}\n{"event": 5}\n{"event": "x", "phase": []}\n{"step": 401, "loss": 0.',
+        )
     found = report.report(["one"])
     assert found["charts"] == whole["charts"]
     assert found["runs"] == whole["runs"]
@@ -232,6 +235,17 @@ def test_a_run_of_another_version_is_shown_as_far_as_it_is_understood(place):
     assert "warp_factor" in found["runs"][0]["problems"][0]
     assert found["runs"][0]["phases"][0]["results"]
     assert "warp_factor" in page.render(found)
+
+
+@pytest.mark.parametrize("job", [b"phases: [1, 2]", b"\xff\xfe\x00 : {", b""])
+def test_phases_of_a_job_that_cannot_be_read_are_those_that_have_metrics(place, job):
+    run = finetuned(place, "one")
+    (run.folder / "job.yaml").write_bytes(job)
+    (told,) = report.report(["one"])["runs"]
+    assert [(phase["name"], phase["recipe"], phase["state"]) for phase in told["phases"]] == [
+        ("sft", "sft", "finished")
+    ]
+    assert told["problems"]
 
 
 def test_a_run_at_work_and_phases_that_have_not_begun(place):
