@@ -222,7 +222,8 @@ def test_the_driver_generates_scores_and_improves(tiny, tmp_path):
     assert asked[:4] == [(role, "setup") for role in ("policy", "reference", "critic", "reward")]
     row = hooks.rows[0]
     assert (row["reward"], row["response_tokens"], row["ended"], row["tokens"]) == (1.5, 2.5, 0.75, 10)
-    assert [sample["reward"] for sample in hooks.sampled[:4]] == [0.0, 1.0, 2.0, 3.0]
+    # What is written down: the least and the most rewarded, and the first others.
+    assert [sample["reward"] for sample in hooks.sampled[:4]] == [0.0, 3.0, 1.0, 2.0]
 
 
 def test_the_critic_may_warm_up_alone(tiny, tmp_path):
