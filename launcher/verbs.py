@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
@@ -73,11 +74,12 @@ def _fail(error: Exception, status: int) -> None:
 
 
 def show(value: Any, as_lines: Callable[[Any], Iterable[str]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(value, indent=1))
-    else:
-        for line in as_lines(value):
+    try:
+        for line in [json.dumps(value, indent=1)] if as_json else as_lines(value):
             print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> Any:

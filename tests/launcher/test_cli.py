@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,3 +187,15 @@ def test_the_entry_point_is_the_app(monkeypatch):
     monkeypatch.setattr(cli, "app", lambda: called.append(True))
     cli.main()
     assert called
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, more):
+    command = [sys.executable, "-m", "launcher.cli", "list", *more]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        assert process.wait(60) == 0
+        assert process.stderr.read() == b""
