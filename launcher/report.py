@@ -9,32 +9,23 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launcher import curves, runs, show, yamlfile
-from launcher.compare import paired, right
+from launcher import curves, runs, samples, show, yamlfile
 from launcher.curves import number
 from launcher.limits import SPENT
 from launcher.runs import RunFolder
-from launcher.terminal import printable
+from launcher.samples import Part
 from launcher.timeline import LOADING, RECOVERING, REDONE, TRAINING, WAITING, Timeline, timeline
 from training.errors import InputError, Problem
 
 _EVALUATIONS = 12
 """Rows of a table of evaluations: the first, the last, and some between."""
-_SAMPLES = 8
-_RESPONSES = 5
-"""Best and worst responses of PPO."""
-_RECENT = 0.2
-"""Of the iterations of PPO: from these come the best and the worst."""
 _INCIDENTS = 30
-_LONG = 1500
-"""Characters of a text that are shown."""
 _APART = ("_low", "_high", "_per_s", "_ended", "_tokens")
 _SECRET_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
 SPENT_ON = {
@@ -52,33 +43,6 @@ SPENT_ON = {
     RECOVERING: "noticing failures and starting anew",
 }
 """What time is spent on."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One phase of one run."""
-
-    run: RunFolder
-    label: str
-    """Of the run: its name, or more if two have the same."""
-    phase: str
-    settings: Mapping[str, Any]
-
-    @property
-    def key(self) -> str:
-        return f"{self.label}/{self.phase}"
-
-    @property
-    def recipe(self) -> str:
-        return str(self.settings.get("recipe") or self.phase)
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        return self.run.metrics(self.phase)
-
-    @cached_property
-    def evaluations(self) -> list[dict[str, Any]]:
-        return runs.evaluations_in(self.rows)
 
 
 def report(names: Sequence[str]) -> dict[str, Any]:
@@ -105,8 +69,8 @@ def report(names: Sequence[str]) -> dict[str, Any]:
         "runs": told,
         "spent_on": {kind: words for kind, words in SPENT_ON.items() if any(kind in time for time in times)},
         "charts": curves.charts(sources),
-        "pairs": _pairs(parts),
-        "side_by_side": _side_by_side(parts),
+        "pairs": samples.pairs(parts),
+        "side_by_side": samples.side_by_side(parts),
     }
 
 
@@ -212,7 +176,7 @@ def _incident(event: Mapping[str, Any]) -> dict[str, Any]:
         "phase": event.get("phase"),
         "class": event.get("class"),
         "who": None if event.get("rank") is None else f"worker {event['rank']} on {event.get('node')}",
-        "message": _short(event.get("message")),
+        "message": samples.short(event.get("message")),
         "lost_steps": max(0, int(step - checkpoint) - 1) if step is not None and checkpoint is not None else None,
         "then": "went on by itself" if event.get("retry") else "given up",
         "why": event.get("why"),
@@ -243,8 +207,6 @@ def _phase(part: Part, events: Sequence[Mapping[str, Any]], times: Timeline) -> 
     begun: Mapping[str, Any] = next((e for e in reversed(mine) if e["event"] == "training"), {})
     members: Mapping[str, Any] = next((e for e in reversed(mine) if e["event"] == "workers"), {})
     steps = [row for row in rows if number(row.get("loss")) is not None]
-    evaluations = part.evaluations
-    chosen = _chosen_evaluation(part)
     finished = part.phase in part.run.finished_phases()
     return {
         "name": part.phase,
@@ -267,11 +229,11 @@ def _phase(part: Part, events: Sequence[Mapping[str, Any]], times: Timeline) -> 
         "batch": part.settings.get("batch"),
         "learning_rate": part.settings.get("learning_rate"),
         "stage": _plain(part.settings, "sharding", "stage"),
-        "results": list(_results(part.recipe, steps, evaluations, chosen)),
-        "evaluations": _evaluation_table(part.recipe, evaluations, chosen),
+        "results": list(_results(part.recipe, steps, part.evaluations, part.chosen)),
+        "evaluations": _evaluation_table(part.recipe, part.evaluations, part.chosen),
         "time": _time(rows, mine, times, part.phase),
-        "before_after": _before_after(part, evaluations, chosen),
-        "responses": _responses(part),
+        "before_after": samples.before_after(part),
+        "responses": samples.responses(part),
         "plan": _plan(mine, steps),
     }
 
@@ -283,13 +245,6 @@ def _plain(settings: Mapping[str, Any], *path: str) -> Any:
         value = value.get(key) if isinstance(value, dict) else None
     text = value if isinstance(value, str) or value is None else json.dumps(value)
     return text if text is None else _SECRET_IN_ADDRESS.sub("***@", text)
-
-
-def _chosen_evaluation(part: Part) -> Mapping[str, Any] | None:
-    """Of the weights that the phase ended with, else the last one."""
-    step = part.run.chosen_step(part.phase)
-    found = (row for row in reversed(part.evaluations) if row["step"] == step)
-    return next(found, part.evaluations[-1] if part.evaluations else None)
 
 
 def _results(
@@ -381,158 +336,3 @@ def _plan(events: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]
         return show.against_plan(planned, timed, None) if planned is not None and timed else None
     except (KeyError, TypeError, ValueError):  # of another version
         return None
-
-
-# Texts
-
-
-def _short(text: Any) -> str:
-    whole = printable(str(text if text is not None else "").strip())
-    return whole if len(whole) <= _LONG else whole[:_LONG] + " ..."
-
-
-def _before_after(
-    part: Part, evaluations: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None
-) -> dict[str, Any] | None:
-    """The same questions to the model at its first evaluation and at the one that counts."""
-    answered = [(row["step"], rows) for row in evaluations if (rows := _answers(part, row["step"]))]
-    if not answered:
-        return None
-    first_step, first = answered[0]
-    last_step, last = next((pair for pair in reversed(answered) if chosen and pair[0] == chosen["step"]), answered[-1])
-    both = [question for question in first if question in last] if first_step != last_step else list(last)
-    kinds: dict[str, list[str]] = {"became right": [], "became wrong": [], "stayed wrong": [], "stayed right": []}
-    for question in both:
-        was, now = first[question]["correct"], last[question]["correct"]
-        kinds[("stayed " if was == now else "became ") + ("right" if now else "wrong")].append(question)
-    few = max(1, _SAMPLES // sum(map(bool, kinds.values()))) if both else 0
-    shown = [
-        {
-            "question": _short(question),
-            "expected": _short(last[question].get("expected")),
-            "before": _answer(first[question]) if first_step != last_step else None,
-            "after": _answer(last[question]),
-        }
-        for each in kinds.values()
-        for question in each[:few]
-    ]
-    counts = {kind: len(each) for kind, each in kinds.items()}
-    return {"first_step": first_step, "last_step": last_step, "counts": counts, "asked": len(both), "rows": shown}
-
-
-def _answers(part: Part, step: int) -> dict[str, dict[str, Any]]:
-    """The first response to every question of an evaluation, by question."""
-    return _by_question(part.run.answers(part.phase, step))
-
-
-def _by_question(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    whole = [row for row in rows if {"question", "response", "correct"} <= row.keys()]
-    return {str(row["question"]): row for row in reversed(whole) if not row.get("sample")}
-
-
-def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"text": _short(row["response"]), "correct": bool(row["correct"])}
-
-
-def _responses(part: Part) -> dict[str, Any] | None:
-    """The best and worst of the last responses of PPO, and some of the first iteration."""
-    rows = [
-        row
-        for row in runs.json_rows(part.run.phase(part.phase) / runs.SAMPLES)
-        if number(row.get("reward")) is not None and number(row.get("step")) is not None
-    ]
-    if not rows:
-        return None
-    last = max(row["step"] for row in rows)
-    first = min(row["step"] for row in rows)
-    recent = [row for row in rows if row["step"] > last - max(1, _RECENT * (last - first + 1))]
-    ordered = sorted(recent, key=lambda row: row["reward"])
-    worst = _distinct(ordered, _RESPONSES)
-    best = [row for row in _distinct(ordered[::-1], _RESPONSES) if row not in worst]
-    start = _distinct([row for row in rows if row["step"] == first], _RESPONSES) if first != last else []
-    chosen = {"best": best, "worst": worst, "first": start}
-    told = {name: [_response(row) for row in each] for name, each in chosen.items()}
-    return {**told, "first_step": first, "last_step": last}
-
-
-def _distinct(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """Of equal responses to a prompt the first alone."""
-    kept = {json.dumps([row.get("row"), row.get("response")], default=str): row for row in reversed(rows)}
-    return list(reversed(kept.values()))[:count]
-
-
-def _response(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "step": row["step"],
-        "prompt": _short(_prompt(row.get("row"))),
-        "text": _short(row.get("response")),
-        "reward": row["reward"],
-        "kl": number(row.get("kl")),
-        "ended": bool(row.get("ended", True)),
-    }
-
-
-def _prompt(row: Any) -> str:
-    """What was asked, of the row of the data that it came from."""
-    if not isinstance(row, dict):
-        return str(row)
-    for name in ("prompt", "question", "messages", "instruction", "text"):
-        value = row.get(name)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list):
-            turns = [turn for turn in value if isinstance(turn, dict)]
-            return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
-    return next((value for value in row.values() if isinstance(value, str)), "")
-
-
-# Several phases before the same questions
-
-
-def _answering(parts: Sequence[Part]) -> list[tuple[Part, list[dict[str, Any]]]]:
-    """Phases that have answered questions, with the answers that count."""
-    found = []
-    for part in parts:
-        chosen = _chosen_evaluation(part)
-        if chosen is not None and (rows := part.run.answers(part.phase, chosen["step"])):
-            found.append((part, rows))
-    return found
-
-
-def _pairs(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """Which of two is better, and whether that may be chance, for all that have answered the same questions."""
-    answered = [(part.key, right(rows)) for part, rows in _answering(parts)]
-    found = []
-    for place, (first, before) in enumerate(answered):
-        for second, after in answered[place + 1 :]:
-            if (test := paired(before, after)) is not None:
-                found.append({"first": first, "second": second, **test})
-    return found
-
-
-def _side_by_side(parts: Sequence[Part]) -> dict[str, Any] | None:
-    """Questions that several phases have answered, those first on which they differ."""
-    answered = [(part.key, _by_question(rows)) for part, rows in _answering(parts)]
-    if len(answered) < 2:
-        return None
-    shared: Counter[str] = Counter(question for _, each in answered for question in each)
-    questions = [question for question, count in shared.items() if count > 1]
-    if not questions:
-        return None
-    shown = [(key, each) for key, each in answered if any(question in each for question in questions)]
-
-    def differ(question: str) -> bool:
-        return len({each[question]["correct"] for _, each in shown if question in each}) > 1
-
-    ordered = sorted(questions, key=lambda question: (not differ(question), -shared[question]))[:_SAMPLES]
-    return {
-        "columns": [key for key, _ in shown],
-        "rows": [
-            {
-                "question": _short(question),
-                "expected": next(_short(each[question].get("expected")) for _, each in shown if question in each),
-                "answers": [_answer(each[question]) if question in each else None for _, each in shown],
-            }
-            for question in ordered
-        ],
-    }
