@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import suppress
 
@@ -18,6 +19,8 @@ _HELP = """\
 /help   this
 /quit   leave, as Ctrl-D does
 Ctrl-C  ends a response; where nothing is being written, leaves"""
+_UNKNOWN = re.compile(r"/[a-z]+")
+"""A word that was meant for us."""
 _ROOM = 4
 """A response is left at least this part of the model's positions: rather the oldest turns are forgotten."""
 
@@ -38,6 +41,8 @@ def converse(model: Speaker, name: str, settings: Sampling, seed: int) -> None:
                 print(_HELP)
             elif line.strip() == "/new":
                 conversation.turns.clear()
+            elif _UNKNOWN.fullmatch(line.strip()):
+                warn(f"no such command: {line.strip()}; /help")
             elif line.strip():
                 conversation.respond(line)
         except KeyboardInterrupt:

@@ -302,17 +302,19 @@ def report(
     names: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Runs, or RUN/PHASE for one phase alone.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("report.html"),
+    out: Annotated[Path | None, typer.Option("--out", help="HTML file to write. Default: report.html.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write one HTML page: what runs were, their curves over each other, what happened when, samples. Opens from disk."""
     from launcher import page, report
 
+    if as_json and out is not None:
+        raise InputError.of("--json", "is printed, and no page is written; leave out --json or --out")
     found = report.report(names)
     if as_json:
         show(found, lambda _: (), as_json=True)
     else:
-        print(page.write(found, out))
+        print(page.write(found, out or Path("report.html")))
 
 
 @verb

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from launcher.job import flat
 from launcher.limits import SPENT
 from launcher.progress import duration
 from launcher.runs import RunFolder
-from training.errors import InputError
+from training.errors import InputError, Problem
 
 _Z95 = 1.959963984540054
 _FLIPS = 20_000
@@ -32,15 +32,16 @@ class Side:
 
     run: RunFolder
     phase: str
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.run.name}/{self.phase}"
+        return f"{self.label or self.run.name}/{self.phase}"
 
 
 def compare(first: str, second: str) -> dict[str, Any]:
     """Both as data. Raises InputError if there is nothing that both measured."""
-    sides = [_side(text) for text in (first, second)]
+    sides = _sides(first, second)
     ends = [_end(side) for side in sides]
     shared = [
         name
@@ -72,6 +73,22 @@ def compare(first: str, second: str) -> dict[str, Any]:
         ),
         "settings": _differences(*sides),
     }
+
+
+def _sides(*texts: str) -> list[Side]:
+    """Raises InputError for both if it must."""
+    found: list[Side] = []
+    problems: list[Problem] = []
+    for text in texts:
+        try:
+            found.append(_side(text))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    same = found[0].run.folder.resolve() == found[1].run.folder.resolve()
+    labels = [side.run.name for side in found] if same else runs.labels([side.run for side in found])
+    return [replace(side, label=label) for side, label in zip(found, labels, strict=True)]
 
 
 def _side(text: str) -> Side:
@@ -207,8 +224,8 @@ def _verdict(paired: Mapping[str, Any] | None, first: str, second: str) -> Itera
         yield "no test: there are no answers of both to the same questions (`eval:` in a phase writes them), so chance is not ruled out"
         return
     told = (
-        f"{paired['questions']:,} questions that both were asked: {second} is {paired['difference']:+.1%} (95 %: {paired['low']:+.1%} to "
-        f"{paired['high']:+.1%}); better on {paired['better']}, worse on {paired['worse']}; p = {paired['p']:.3g} ({paired['test']})"
+        f"{paired['questions']:,} questions that both were asked: {second} is {100 * paired['difference']:+.1f} points (95 %: {100 * paired['low']:+.1f} to "
+        f"{100 * paired['high']:+.1f}); better on {paired['better']}, worse on {paired['worse']}; p = {paired['p']:.3g} ({paired['test']})"
     )
     yield told
     if paired["p"] < 0.05:

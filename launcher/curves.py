@@ -52,9 +52,12 @@ class Source:
 
 def number(value: Any) -> float | None:
     """A finite number as it stands in a row; None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
 
 
 def learnt(recipe: str) -> tuple[str, ...]:

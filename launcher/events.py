@@ -64,6 +64,7 @@ EVENTS: dict[str, Event] = {
         "The model is loaded, training begins.",
         {
             "step": "Steps that are done already.",
+            "redone_s": "Seconds of steps behind that, which are lost and done again.",
             "total_steps": "Steps of the phase.",
             "parameters": "How many numbers are trained.",
             "samples": "Samples of an epoch.",

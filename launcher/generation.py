@@ -105,7 +105,8 @@ def _from_stdin(plan: Plan) -> Iterable[Row] | Row:
     lines = prompts.typed(sys.stdin or ())
     first = next(lines, None)
     if first is None:
-        raise InputError.of("command line", "no prompt; give --prompt TEXT or --file FILE")
+        message = "no prompt: nothing came from the standard input; give lines there, --prompt TEXT or --file FILE"
+        raise InputError.of("command line", message)
     given = itertools.chain([first], lines)
     if not plan.one_by_one:
         return _in_batches(plan, model, list(given))

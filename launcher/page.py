@@ -6,6 +6,8 @@ Everything that a run says is text here: escaped by Jinja, or data that the page
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,33 @@ MARK = '<meta name="generator" content="muster report">'
 def write(report: Mapping[str, Any], out: Path) -> Path:
     """Write the page. A report that stands there is replaced. Raises InputError for a file of another kind, or that cannot be written."""
     try:
-        if out.is_dir():
-            raise InputError.of(str(out), "is a folder; give a file such as report.html", "--out")
-        if out.exists() and MARK not in out.read_text(encoding="utf-8", errors="replace")[:2000]:
+        if out.exists() and not out.is_file():
+            raise InputError.of(str(out), "is no file; give a file such as report.html", "--out")
+        if out.exists() and not _is_ours(out):
             raise InputError.of(str(out), "is there and is no report; choose another file", "--out")
         html = render(report)
-        draft = out.with_name(f".{out.name}.tmp")
-        draft.write_text(html, encoding="utf-8")
-        draft.replace(out)
+        place = out.resolve()
+        with tempfile.NamedTemporaryFile(
+            "w", dir=place.parent, prefix=f".{place.name}.", encoding="utf-8", delete=False
+        ) as draft:
+            try:
+                draft.write(html)
+                draft.close()
+                Path(draft.name).chmod(0o644)
+                os.replace(draft.name, place)
+            except BaseException:
+                Path(draft.name).unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise InputError.of(str(out), f"cannot be written: {error.strerror or error}", "--out") from error
     return out
+
+
+def _is_ours(file: Path) -> bool:
+    """A report, or nothing at all."""
+    with file.open("rb") as opened:
+        begin = opened.read(4096)
+    return not begin or MARK.encode() in begin
 
 
 def render(report: Mapping[str, Any]) -> str:

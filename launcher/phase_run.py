@@ -121,12 +121,12 @@ class PhaseRun:
             f"{self.name}: {facts.num_parameters:,} parameters, {facts.dtype} on {facts.device}, {facts.attention} attention; "
             f"{facts.num_samples:,} samples, {facts.total_steps:,} steps"
         )
+        redone_s = self._forget_after(step)
         self.event(
-            "training", step=step, total_steps=facts.total_steps, parameters=facts.num_parameters, samples=facts.num_samples,
+            "training", step=step, redone_s=redone_s, total_steps=facts.total_steps, parameters=facts.num_parameters, samples=facts.num_samples,
             dtype=facts.dtype, device=facts.device, attention=facts.attention, notes=facts.notes,
         )  # fmt: skip
         self._note_plan(facts)
-        self._forget_after(step)
         self.step, self.training = step, True
         self.interrupts.training = True
         self.progress.start(facts.total_steps, step)
@@ -145,15 +145,18 @@ class PhaseRun:
             return
         self.event("planned", **expected)
 
-    def _forget_after(self, step: int) -> None:
-        """Drop what was written of steps that will be done again: the file is the curve, each step in it once."""
+    def _forget_after(self, step: int) -> float:
+        """Drop what was written of steps that will be done again: the file is the curve, each step in it once. Returns their seconds."""
+        forgotten_s = 0.0
         for path in (self.folder / runs.METRICS, self.folder / runs.SAMPLES):
             rows = list(runs.json_rows(path))
             kept = [row for row in rows if row["step"] <= step and step > 0]
             if len(kept) < len(rows):
+                forgotten_s += sum(row.get("step_s", 0.0) for row in rows if row["step"] > step)
                 rewritten = path.with_suffix(".tmp")
                 rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
                 os.replace(rewritten, path)
+        return round(forgotten_s, 3)
 
     def stop_requested(self) -> bool:
         self.meter.count()

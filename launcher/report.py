@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -49,7 +48,7 @@ def report(names: Sequence[str]) -> dict[str, Any]:
     """All of it. Raises InputError that names every run that is not there, and if none has begun."""
     chosen = _chosen(names)
     told, parts = [], []
-    for (run, phases), label in zip(chosen, _labels([run for run, _ in chosen]), strict=True):
+    for (run, phases), label in zip(chosen, runs.labels([run for run, _ in chosen]), strict=True):
         settings, problems = _settings(run)
         mine = [
             Part(run, label, name, of_phase)
@@ -94,19 +93,6 @@ def _chosen(names: Sequence[str]) -> list[tuple[RunFolder, list[str]]]:
     return list(found.values())
 
 
-def _labels(chosen: Sequence[RunFolder]) -> list[str]:
-    """Names, with as much of the address before them as tells them apart."""
-    addresses = [run.address if run.remote else str(run.folder.resolve()) for run in chosen]
-    labels = [run.name for run in chosen]
-    depth = 2
-    while len(set(labels)) < len(labels):
-        twice = {label for label, count in Counter(labels).items() if count > 1}
-        longer = ["/".join(address.split("/")[-depth:]) for address in addresses]
-        labels = [more if label in twice else label for label, more in zip(labels, longer, strict=True)]
-        depth += 1
-    return labels
-
-
 def _settings(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
     """The job as it was resolved, and what is wrong with it: another version may have known other settings."""
     problems = []
@@ -136,7 +122,7 @@ def _run(
 ) -> dict[str, Any]:
     events = run.events()
     state = run.state()
-    times = timeline(events, datetime.now(UTC) if state == "running" else None)
+    times = timeline(events, datetime.now(UTC) if state == "running" else None, _trained_since_saved(events, parts))
     versions: Mapping[str, Any] = next(
         (e["versions"] for e in reversed(events) if isinstance(e.get("versions"), dict)), {}
     )
@@ -152,10 +138,10 @@ def _run(
         "versions": {name: str(version) for name, version in versions.items()},
         "spent": _spent(run),
         "job": _SECRET_IN_ADDRESS.sub("***@", _text(run.folder / runs.JOB)),
-        "problems": problems,
+        "problems": problems + _error(events, state),
         "incidents": incidents[-_INCIDENTS:],
-        "incident_count": len(incidents),
-        "recovered": bool(incidents) and state in ("done", "running", "interrupted"),
+        "incident_count": len(incidents) + times.vanished,
+        "recovered": bool(incidents) and not times.vanished and state in ("done", "running", "interrupted"),
         "lost_s": sum(each.end - each.begin for each in times.stretches if each.kind in (REDONE, RECOVERING)),
         "stretches": [asdict(each) for each in times.stretches],
         "moments": [asdict(each) for each in times.moments],
@@ -164,8 +150,29 @@ def _run(
     }
 
 
+def _error(events: Sequence[Mapping[str, Any]], state: str) -> list[str]:
+    """Why a run has failed."""
+    if state != "failed":
+        return []
+    error = next(event.get("error") for event in reversed(events) if event["event"] == "failed")
+    return [f"failed: {samples.short(error)}"]
+
+
+def _trained_since_saved(events: Sequence[Mapping[str, Any]], parts: Sequence[Part]) -> float:
+    """Seconds of steps of the last phase at work behind what the run last wrote down of it."""
+    last: Mapping[str, Any] = next((e for e in reversed(events) if e["event"] in ("training", "checkpoint")), {})
+    rows = next((part.rows for part in parts if part.phase == last.get("phase")), [])
+    step = number(last.get("step")) or 0.0
+    return sum(number(row.get("step_s")) or 0.0 for row in rows if (number(row.get("step")) or 0.0) > step)
+
+
+def _list(value: Any) -> list[Any]:
+    """What another version wrote where a list stands now may be anything."""
+    return value if isinstance(value, list) else []
+
+
 def _machines(events: Sequence[Mapping[str, Any]]) -> set[str]:
-    members = [member for e in events if e["event"] == "workers" for member in e.get("workers") or ()]
+    members = [member for e in events if e["event"] == "workers" for member in _list(e.get("workers"))]
     return {str(member["machine"]) for member in members if isinstance(member, dict) and "machine" in member}
 
 
@@ -220,8 +227,8 @@ def _phase(part: Part, events: Sequence[Mapping[str, Any]], times: Timeline) -> 
         "samples": begun.get("samples"),
         "device": begun.get("device"),
         "dtype": begun.get("dtype"),
-        "notes": list(begun.get("notes") or ()),
-        "workers": len(members.get("workers") or ()) or None,
+        "notes": _list(begun.get("notes")),
+        "workers": len(_list(members.get("workers"))) or None,
         "tokens": sum(number(row.get("tokens")) or 0.0 for row in steps),
         "model": _plain(part.settings, "model", "path"),
         "lora": _plain(part.settings, "model", "lora"),

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,13 +37,13 @@ _NO_RUN = "not a run folder (there is no job.yaml in it)"
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL file that is perhaps being written: what was cut short, or is no object, is left out."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open("rb") as file:
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 yield row
@@ -52,6 +53,11 @@ def evaluations_in(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those rows of metrics that evaluations wrote."""
     whole = (row for row in rows if type(row.get("step")) is int)
     return [row for row in whole if any(name.startswith("eval_") for name in row)]
+
+
+def _rewound(event: Mapping[str, Any]) -> dict[str, int]:
+    to = event.get("to")
+    return to if isinstance(to, dict) else {}
 
 
 class RunFolder:
@@ -100,6 +106,13 @@ class RunFolder:
     def model(self, phase: str) -> Place:
         return self.root / phase / "model"
 
+    def phase_names(self) -> list[str]:
+        """Of the job; of one that this version cannot read those that have metrics."""
+        try:
+            return list(self.job().phases)
+        except InputError:
+            return [file.parent.name for file in sorted(self.folder.glob(f"*/{METRICS}"))]
+
     def metrics(self, phase: str) -> list[dict[str, Any]]:
         return list(json_rows(self.phase(phase) / METRICS))
 
@@ -127,7 +140,7 @@ class RunFolder:
             if event["event"] == "phase_finished":
                 finished.add(event.get("phase", ""))
             elif event["event"] == "rewound":
-                finished -= event["to"].keys()
+                finished -= _rewound(event).keys()
         return finished
 
     def rewound_to(self) -> dict[str, int]:
@@ -135,9 +148,9 @@ class RunFolder:
         to: dict[str, int] = {}
         for event in self.events():
             if event["event"] == "rewound":
-                to |= event["to"]
+                to |= _rewound(event)
             elif event["event"] == "training":
-                to.pop(event["phase"], None)
+                to.pop(event.get("phase", ""), None)
         return to
 
     def accepted_before(self) -> int:
@@ -182,17 +195,30 @@ def find_part(text: str) -> tuple[RunFolder, str | None]:
     """The run, and the phase if one is named, of RUN or RUN/PHASE. Raises InputError if there is no such run or phase."""
     try:
         return find(text), None
-    except InputError:
+    except InputError as error:
         head, _, phase = text.rstrip("/").rpartition("/")
-        if not head:
+        if not head or (is_remote(text) and _NO_RUN not in str(error)):  # the network or the credentials
             raise
     try:
         run = find(head)
     except InputError:
         raise InputError.of(text, "no such run; name a run folder, a run below runs/, or RUN/PHASE") from None
-    if phase not in (names := list(run.job().phases)):
+    if phase not in (names := run.phase_names()):
         raise InputError.of(run.address, f"no phase {phase}; there are: {', '.join(names)}")
     return run, phase
+
+
+def labels(chosen: Sequence[RunFolder]) -> list[str]:
+    """Names, with as much of the address before them as tells them apart."""
+    addresses = [run.address if run.remote else str(run.folder.resolve()) for run in chosen]
+    found = [run.name for run in chosen]
+    depth = 2
+    while len(set(found)) < len(found):
+        twice = {label for label, count in Counter(found).items() if count > 1}
+        longer = ["/".join(address.split("/")[-depth:]) for address in addresses]
+        found = [more if label in twice else label for label, more in zip(found, longer, strict=True)]
+        depth += 1
+    return found
 
 
 def runs_in(storage: str) -> list[RunFolder]:

@@ -40,6 +40,8 @@ class Timeline:
     began: datetime | None = None
     stretches: list[Stretch] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
+    vanished: int = 0
+    """Drivers that ended without a word."""
 
     @property
     def end(self) -> float:
@@ -56,15 +58,17 @@ class Timeline:
         return sum(each.end - each.begin for each in self.stretches)
 
 
-def timeline(events: Iterable[Mapping[str, Any]], until: datetime | None = None) -> Timeline:
-    """The timeline of a run's events. `until`: now, for a run that is at work."""
+def timeline(events: Iterable[Mapping[str, Any]], until: datetime | None = None, trained_s: float = 0.0) -> Timeline:
+    """The timeline of a run's events. `until`: now, for a run that is at work; `trained_s`: seconds of steps behind its last
+    checkpoint, for one whose driver is gone."""
     teller = _Teller()
     for event in events:
         teller.hear(event)
     if until is not None and teller.found.began is not None:
         teller.close((until - teller.found.began).total_seconds())
-    else:
-        teller.close(teller.last)
+    elif teller.kind is not None:
+        teller.last = max(teller.last, teller.saved + trained_s)
+        teller.vanish()
     return teller.found
 
 
@@ -75,6 +79,7 @@ class _Teller:
         self.kind: str | None = None
         self.since = self.saved = self.last = 0.0
         self.workers: dict[str, int] = {}
+        self.vanished: tuple[float, int] | None = None
 
     def hear(self, event: Mapping[str, Any]) -> None:
         at = self._at(event)
@@ -83,9 +88,10 @@ class _Teller:
         kind = event.get("event")
         self.phase = str(event.get("phase") or self.phase)
         if kind == "started":
-            # A driver that vanished has written no ending: what is known ends with its last word.
-            self.close(at if event.get("by_itself") else self.last)
-            self.attempt = int(event.get("attempt") or self.attempt + 1)
+            if self.kind is not None and not event.get("by_itself"):
+                self.vanish()
+            self.close(at)
+            self.attempt = attempt if isinstance(attempt := event.get("attempt"), int) else self.attempt + 1
             if event.get("by_itself"):
                 self.open(WAITING, at)
         elif kind == "phase_started":
@@ -97,6 +103,7 @@ class _Teller:
             self.open(LOADING, at)
         elif kind == "training":
             self.close(at)
+            self.found_lost(event.get("redone_s"), at)
             self.open(TRAINING, at)
             self.saved = at
         elif kind == "incident":
@@ -104,8 +111,9 @@ class _Teller:
             self.note("failure", at, _told(event))
             self.open(RECOVERING, at)
         elif kind == "interrupted":
+            if self.kind is not None:  # else the phases that were asked for are done
+                self.note("stopped", at, "stopped by a person or a scheduler")
             self.close(at) if event.get("orderly", True) else self.lose(at)
-            self.note("stopped", at, "stopped by a person or a scheduler")
         elif kind in ("phase_finished", "done", "moved", "limit_reached", "failed"):
             self.close(at)
             self._end(str(kind), event, at)
@@ -167,6 +175,20 @@ class _Teller:
             self.close(saved)
             self.open(REDONE, saved)
         self.close(at)
+
+    def vanish(self) -> None:
+        """The driver has written no ending, as after SIGKILL or a power cut: what is known ends with its last word."""
+        self.found.vanished += 1
+        self.vanished = (self.last, self.attempt)
+        self.note("failure", self.last, "the process that drove the run was gone without a word")
+        self.close(self.last)
+
+    def found_lost(self, seconds: Any, at: float) -> None:
+        """What the steps that a vanished driver had done behind its last checkpoint took, known when they are done again."""
+        if self.vanished is not None and isinstance(seconds, int | float) and seconds > 0:
+            since, attempt = self.vanished
+            self.found.stretches.append(Stretch(self.phase, REDONE, since, min(at, since + seconds), attempt))
+        self.vanished = None
 
     def note(self, kind: str, at: float, text: str) -> None:
         self.found.moments.append(Moment(self.phase, kind, at, text))

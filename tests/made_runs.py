@@ -38,7 +38,16 @@ class MadeRun:
         row = {"time": self.now.isoformat(timespec="milliseconds"), "attempt": self.attempt, "event": kind, **facts}
         self._append(self.folder / "events.jsonl", row)
 
-    def start(self, phase: str, workers: int = 4, *, by_itself: bool = False, step: int = 0, total: int = 400) -> None:
+    def start(
+        self,
+        phase: str,
+        workers: int = 4,
+        *,
+        by_itself: bool = False,
+        step: int = 0,
+        total: int = 400,
+        redone_s: float = 0.0,
+    ) -> None:
         """An attempt, up to its first step."""
         self.attempt += 1
         self.event(
@@ -51,7 +60,7 @@ class MadeRun:
         self.event("workers", phase=phase, workers=members)
         self.wait(10)
         self.event(
-            "training", phase=phase, step=step, total_steps=total, parameters=1_111_424, samples=5000, dtype="float32",
+            "training", phase=phase, step=step, redone_s=redone_s, total_steps=total, parameters=1_111_424, samples=5000, dtype="float32",
             device="cpu", attention="sdpa", notes=["3 samples were too long and left out"],
         )  # fmt: skip
 

@@ -114,7 +114,7 @@ function spent() {
     customdata: phases.map((phase) => hms(phase.time[kind] || 0)), hovertemplate: `${data.spent_on[kind]}: %{customdata}, %{x:.1%}<extra></extra>`,
     marker: { color: SPENT[kind] },
   }));
-  return [traces, layout({ barmode: "stack", hovermode: "closest", height: 80 + 40 * phases.length, xaxis: axis({ tickformat: ".0%", range: [0, 1] }), yaxis: axis({ autorange: "reversed", type: "category" }) })];
+  return [traces, layout({ barmode: "stack", hovermode: "closest", height: 80 + 40 * phases.length, margin: { l: 58, r: 30, t: 8, b: 40 }, xaxis: axis({ tickformat: ".0%", range: [0, 1], tickvals: [0, 0.25, 0.5, 0.75, 1] }), yaxis: axis({ autorange: "reversed", type: "category" }) })];
 }
 
 function legend(id, entries) { // [words, colour, glyph]

@@ -114,7 +114,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "list of a file": (("list", "--storage", "job.yaml"), ["job.yaml: is a file; give a folder of runs"]),
     "generate without a prompt": (
         ("generate", "model"),
-        ["command line: no prompt; give --prompt TEXT or --file FILE"],
+        ["command line: no prompt: nothing came from the standard input; give lines there, --prompt TEXT or --file FILE"],
     ),
     "generate with an empty prompt": (
         ("generate", "model", "-p", ""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,14 @@ def test_losses_on_other_rows_are_not_subtracted(made, capsys):
     assert found["metrics"]["eval_loss"] == {"values": [1.25, 1.25], "difference": None}
     assert found["metrics"]["eval_accuracy"]["difference"] == 0.5
     assert next(line for line in lines(found) if line.startswith("eval_loss")).endswith("not comparable: other rows")
+
+
+def test_runs_of_one_name_are_told_apart_and_all_bad_names_told(made, tmp_path, muster):
+    folder = made("before", [1, 0])
+    shutil.copytree(folder, tmp_path / "elsewhere" / "before")
+    found = compare("before", "elsewhere/before")
+    assert [each["name"] for each in found["runs"]] == ["runs/before/sft", "elsewhere/before/sft"]
+    assert len(muster("compare", "nobody", "nowhere").errors) == 2
 
 
 def test_mcnemar_is_the_binomial():

@@ -229,6 +229,7 @@ def test_a_chat_longer_than_the_model_forgets_its_beginning_and_says_so(chatty):
     assert refused.startswith("the prompt has 66 tokens, the model has 64 positions")
     assert "forgotten" not in refused
     assert "forgotten" not in terminal.ask("/new") + terminal.ask("1")
+    assert terminal.ask("/nwe") == "no such command: /nwe; /help\n"
     terminal.type(END)
     assert terminal.end()[0] == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import timedelta
 
 import pytest
@@ -72,6 +73,41 @@ def test_a_driver_that_vanished_is_known_up_to_its_last_word(place):
     run.start("sft", step=100)
     run.finish("sft", 100)
     assert timeline(events_of(run)).active == 30 + 100 + 30
+
+
+def test_what_a_vanished_driver_had_done_is_lost_once_it_is_done_again(place):
+    run = MadeRun(place, "vanished", {"sft": {}})
+    run.start("sft")
+    run.steps("sft", 1, 20)
+    run.save("sft", 20)
+    run.wait(500)
+    run.start("sft", step=20, redone_s=18.0)
+    run.finish("sft", 20)
+    found = timeline(events_of(run))
+    assert found.seconds("sft", REDONE) == 18
+    assert found.active == 30 + 20 + 18 + 30
+    assert [moment.kind for moment in found.moments if moment.at == 50] == ["checkpoint", "failure"]
+    (told,) = report.report(["vanished"])["runs"]
+    assert (told["incident_count"], told["recovered"], told["lost_s"]) == (1, False, 18)
+
+
+def test_a_driver_that_is_gone_is_a_failure_and_its_steps_count(place):
+    run = MadeRun(place, "gone", {"sft": {}})
+    run.start("sft")
+    run.steps("sft", 1, 38)
+    (told,) = report.report(["gone"])["runs"]
+    assert (told["state"], told["incident_count"]) == ("lost", 1)
+    (phase,) = told["phases"]
+    assert phase["time"]["steps"] == pytest.approx(38 * 0.9)
+    assert sum(phase["time"].values()) == pytest.approx(told["seconds"])
+
+
+def test_phases_one_at_a_time_are_not_stopped_by_anybody(place):
+    run = MadeRun(place, "only", {"sft": {}, "reward": {}})
+    run.start("sft")
+    run.event("phase_finished", phase="sft", checkpoint="x/step-00000400")
+    run.event("interrupted")
+    assert "stopped" not in [moment.kind for moment in timeline(events_of(run)).moments]
 
 
 def test_a_run_at_work_lasts_until_now(place):
@@ -212,6 +248,19 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(place):
 def test_half_written_and_odd_lines_are_left_out(place):
     run = finetuned(place, "one")
     whole = report.report(["one"])
+    append(run.folder / "sft/metrics.jsonl", '{"step": 401, "loss": ' + "9" * 400 + "}\n" + "[" * 200_000 + "\n")
+    end = '{"time": "2026-03-01T12:08:59+00:00", "phase": "sft", "event": '
+    for odd in (
+        '"phase_finished"',
+        '"rewound"',
+        '"rewound", "to": [1]',
+        '"workers", "workers": 5',
+        '"x", "attempt": "y"',
+    ):
+        append(
+            run.folder / "events.jsonl",
+            f"{end}{odd}}}\n".replace('"phase": "sft", ', "" if "finished" in odd else '"phase": "ppo", '),
+        )
     for file in ("events.jsonl", "sft/metrics.jsonl", "sft/answers/step-00000400.jsonl", "sft/samples.jsonl"):
         append(
             run.folder / file,
@@ -219,7 +268,7 @@ def test_half_written_and_odd_lines_are_left_out(place):
         )
     found = report.report(["one"])
     assert found["charts"] == whole["charts"]
-    assert found["runs"] == whole["runs"]
+    assert found["runs"][0]["phases"] == whole["runs"][0]["phases"]
 
 
 def test_a_run_of_another_version_is_shown_as_far_as_it_is_understood(place):
@@ -290,8 +339,18 @@ def test_the_command_writes_a_page_replaces_its_own_and_nothing_else(place, must
         ["letter.html: --out: is there and is no report; choose another file"],
     )
     assert (place.parent / "letter.html").read_text() == "Dear Mia"
-    assert "is a folder" in muster("report", "one", "--out", str(place)).err
+    assert "is no file" in muster("report", "one", "--out", str(place)).err
     assert "cannot be written" in muster("report", "one", "--out", "no/such/place.html").err
+    os.mkfifo("pipe")
+    for no_file in ("pipe", "/dev/full"):  # neither waited for nor read
+        assert "is no file" in muster("report", "one", "--out", no_file).err
+    (place.parent / "empty.html").touch()
+    (place.parent / "link.html").symlink_to("empty.html")
+    assert muster("report", "one", "--out", "link.html").status == 0
+    assert (place.parent / "link.html").is_symlink()
+    assert page.MARK in (place.parent / "empty.html").read_text()
+    assert [file.name for file in place.parent.glob(".*")] == []
+    assert muster("report", "one", "--json", "--out", "b.html").status == 2
     assert json.loads(muster("report", "one", "--json").out)["runs"][0]["name"] == "one"
 
 
