@@ -94,13 +94,9 @@ def figure(value: float | None, fraction: bool = False, digits: int = 4) -> str:
         return "–"
     if fraction:
         return f"{100 * value:.1f} %"
-    return (
-        f"{value:,.0f}"
-        if abs(value) >= 1000
-        else f"{value:.{digits - 1}g}"
-        if abs(value) < 1
-        else f"{value:.{digits}g}"
-    )
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits - (abs(value) < 1)}g}"
 
 
 def count(value: float | None) -> str:

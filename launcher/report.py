@@ -106,8 +106,8 @@ def _settings(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
     except InputError as error:
         settings, problems = {}, [str(error)]
     phases = settings.get("phases")
-    if not isinstance(phases, dict):  # then what has metrics is a phase
-        phases = {file.parent.name: {} for file in sorted(run.folder.glob(f"*/{runs.METRICS}"))}
+    if not isinstance(phases, dict):
+        phases = dict.fromkeys(run.phase_names(), {})
     return {
         **settings,
         "phases": {name: each if isinstance(each, dict) else {} for name, each in phases.items()},
@@ -296,9 +296,10 @@ def _evaluation_table(
     )
     if not evaluations or not names:
         return None
-    places = curves.spread(len(evaluations), _EVALUATIONS)
+    places = set(curves.spread(len(evaluations), _EVALUATIONS))
+    places |= {place for place, row in enumerate(evaluations) if row is chosen}
     rows = []
-    for place in places:
+    for place in sorted(places):
         row = evaluations[place]
         cells = [
             {
@@ -309,8 +310,6 @@ def _evaluation_table(
             for name in names
         ]
         rows.append({"step": row["step"], "cells": cells, "chosen": row is chosen})
-    if chosen is not None and not any(row["chosen"] for row in rows):
-        return _evaluation_table(recipe, [evaluations[i] for i in places[:-1]] + [chosen], chosen)
     known = [curves.called(recipe, name) for name in names]
     titles = [{"title": curves.title(each), "fraction": curves.is_share(each)} for each in known]
     return {"names": titles, "rows": rows, "of": len(evaluations)}

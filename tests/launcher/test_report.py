@@ -231,6 +231,19 @@ def test_the_weights_that_count_are_those_of_the_best_checkpoint(place):
     assert phase["before_after"]["last_step"] == 200
 
 
+def test_a_long_table_of_evaluations_keeps_the_first_the_last_and_the_one_that_counts(place):
+    run = MadeRun(place, "long", {"sft": {}})
+    run.start("sft")
+    for step in range(1, 41):
+        run.metrics("sft", {"step": step, "eval_loss": 1.0})
+    run.finish("sft", 23)
+    (phase,) = report.report(["long"])["runs"][0]["phases"]
+    steps = [row["step"] for row in phase["evaluations"]["rows"]]
+    assert (steps[0], steps[-1], steps) == (1, 40, sorted(steps))
+    assert [row["step"] for row in phase["evaluations"]["rows"] if row["chosen"]] == [23]
+    assert (len(steps) <= 13, phase["evaluations"]["of"]) == (True, 40)
+
+
 def test_one_phase_alone_and_a_run_that_is_named_twice(place):
     run = finetuned(place, "one")
     assert [p["name"] for p in report.report(["one/sft"])["runs"][0]["phases"]] == ["sft"]
