@@ -107,7 +107,7 @@ def _settings(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
         settings, problems = {}, [str(error)]
     phases = settings.get("phases")
     if not isinstance(phases, dict):
-        phases = dict.fromkeys(run.phase_names(), {})
+        phases = {name: {} for name in run.phase_names()}
     return {
         **settings,
         "phases": {name: each if isinstance(each, dict) else {} for name, each in phases.items()},
