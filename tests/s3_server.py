@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -149,10 +150,14 @@ class _Proxy:
             first, _, rest = head.partition(b"\r\n")
             to_server.write(first + b"\r\nConnection: close\r\n" + rest)
             budget = [fault.after] if fault is not None and fault.kind == "cut" else None
-            sending = asyncio.create_task(self._pass_on(reader, to_server, budget, writer))
             lost = fault is not None and fault.kind == "lose"
-            await self._pass_on(from_server, None if lost else writer, budget, writer)
+            sending = asyncio.create_task(self._pass_on(reader, to_server, budget, writer))
+            answering = asyncio.create_task(self._pass_on(from_server, None if lost else writer, budget, writer))
+            await asyncio.wait([sending, answering], return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():  # the client is gone; half a request must not be taken for a whole one
+                _reset(to_server)
             sending.cancel()
+            await answering
             if lost:
                 _reset(writer)
         finally:
@@ -176,6 +181,8 @@ class _Proxy:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with RST, not with FIN
     writer.transport.abort()
 
 
