@@ -16,14 +16,12 @@ from training.config import Model, Phase
 from training.engine import whole
 from training.errors import InputError, Problem
 from training.hardware import cpu_multiplies_bf16
+from training.heads import measured_at
 from training.modelfiles import Adapter, adapter_in, base_of
 from training.seeding import seed_for
 
 HEAD = "score"
 """What Hugging Face's sequence classifiers of the decoder kind call their head."""
-
-# Models whose logits are not simply head(hidden): they say so in one of these settings.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def resolve_dtype(setting: str, device: str) -> torch.dtype:
@@ -215,16 +213,6 @@ def resolve_attention(setting: str, device: str) -> str:
     return "sdpa"
 
 
-def logits_at(lm: Any, input_ids: Tensor, position_ids: Tensor | None, index: Tensor) -> Tensor:
-    """What a causal language model says of the tokens after N places of the flattened rows. [R, L], [N] -> [N, V]"""
-    if any(getattr(lm.config, key, None) for key in _LOGIT_TRANSFORMS):
-        logits_RLV = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        return logits_RLV.flatten(0, 1)[index]
-    # Only these places go through the head: prompts cost no logits.
-    hidden_RLH = lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    return lm.get_output_embeddings()(hidden_RLH.flatten(0, 1)[index])
-
-
 class TokenLoss(nn.Module):
     """A causal language model that returns the loss it is trained on, summed, not averaged.
 
@@ -239,5 +227,10 @@ class TokenLoss(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor
     ) -> Tensor:
         """Sum over the N targets of -log p(target). [1]  Shapes as in training/data/collate.py."""
-        logits_NV = logits_at(self.lm, input_ids, position_ids, target_index)
-        return functional.cross_entropy(logits_NV.float(), target_ids, reduction="sum").view(1)
+        losses_N1 = measured_at(self.lm, input_ids, position_ids, target_index, _surprise, target_ids)
+        return losses_N1.sum().view(1)
+
+
+def _surprise(logits_NV: Tensor, target_ids: Tensor) -> Tensor:
+    """-log p(target). [N, 1]; 0 where a target is to be left out."""
+    return functional.cross_entropy(logits_NV.float(), target_ids, reduction="none")[:, None]

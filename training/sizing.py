@@ -18,6 +18,8 @@ from training.shape import Shape
 
 FP32, BF16 = 4, 2
 MOMENTS = 2 * FP32
+LOGITS_AT_ONCE = 64 << 20
+"""Numbers: of more the loss is computed in chunks (training/heads.py)."""
 _BUCKET_NUMBERS = 500_000_000
 _NF4 = 0.53
 """Bytes a number in 4 bits, with its scales."""
@@ -218,7 +220,7 @@ def logits(shape: Shape, where: Setting, kind: Kind) -> int:
     if kind == "classifier":
         return 0
     each = (10 if where.bytes == BF16 else 8) + (12 if kind == "policy" else 0)
-    return int(where.micro_tokens * where.targets) * shape.vocab * each
+    return min(int(where.micro_tokens * where.targets) * shape.vocab, LOGITS_AT_ONCE) * each
 
 
 def learning(shape: Shape, where: Setting, kind: Kind) -> Parts:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import PPO
-from training.model import logits_at
+from training.heads import measured_at
 from training.recipes.reward import scores
 from training.rl.losses import entropies, k3, policy_terms, token_log_probs, value_terms
 
@@ -42,19 +42,29 @@ class PolicyLoss(_OfTokens):
         """
         self.ready()
         phase = self.phase
-        logits_NV = logits_at(self.lm, input_ids, position_ids, target_index)
-        log_probs_N = token_log_probs(logits_NV, target_ids.clamp(min=0), phase.temperature)
+        places = (self.lm, input_ids, position_ids, target_index)
+        tokens_N = target_ids.clamp(min=0)
         if old is None or advantages is None:
-            return log_probs_N
+            return measured_at(*places, self._log_probs, tokens_N)[:, 0]
+        log_probs_N, entropies_N = measured_at(*places, self._log_probs_and_entropies, tokens_N).unbind(-1)
         terms_N, clipped_N = policy_terms(log_probs_N, old, advantages, phase.clip_range)
-        with torch.set_grad_enabled(phase.entropy > 0 and torch.is_grad_enabled()):
-            entropies_N = entropies(logits_NV, phase.temperature)
         if phase.entropy > 0:
             terms_N = terms_N - phase.entropy * entropies_N
         if reference is not None and beta is not None:
             terms_N = terms_N + beta * k3(log_probs_N, reference)
         approx_kl_N = k3(log_probs_N.detach(), old)
         return torch.stack([(each * counts).sum() for each in (terms_N, clipped_N, approx_kl_N, entropies_N)])
+
+    def _log_probs(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+        """[N, 1]"""
+        return token_log_probs(logits_NV, tokens_N, self.phase.temperature)[:, None]
+
+    def _log_probs_and_entropies(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+        """[N, 2]"""
+        log_probs_N1 = self._log_probs(logits_NV, tokens_N)
+        with torch.set_grad_enabled(self.phase.entropy > 0 and torch.is_grad_enabled()):
+            entropies_N = entropies(logits_NV, self.phase.temperature)
+        return torch.cat([log_probs_N1, entropies_N[:, None]], dim=1)
 
 
 class ValueLoss(_OfTokens):
