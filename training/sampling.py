@@ -69,11 +69,11 @@ def continue_all(
     """One continuation of every prompt, in their order, up to a token of `ends`. `keys[i]` seeds the i-th.
 
     `lm` is a causal language model with a cache; a prompt has at least one token. At most `batch` go at a time, those of
-    like length together. No prompt goes on past `window` tokens, itself counted. `heard(i, token)` is told every token of the
-    i-th continuation as it is drawn.
+    like length together; of these, equal prompts are read once. No prompt goes on past `window` tokens, itself counted.
+    `heard(i, token)` is told every token of the i-th continuation as it is drawn.
     """
     out: dict[int, Continued] = {}
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
     for start in range(0, len(by_length), batch):
         places = by_length[start : start + batch]
         going = _Batch(lm, [prompts[i] for i in places], [keys[i] for i in places], ends, settings, window)
@@ -112,10 +112,13 @@ class _Batch:
         most = settings.max_new_tokens
         self.limits = [most if window is None else min(most, window - len(prompt)) for prompt in prompts]
         """How long the continuation of each prompt may be."""
+        distinct = {tuple(prompt): place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        self.read_as = np.array([distinct[tuple(prompt)] for prompt in prompts])
+        """Of each prompt the row in which it is read: several that are the same share one until the first token."""
         length = max(map(len, prompts))
         self.padded = any(len(prompt) < length for prompt in prompts)
-        ids, mask = np.zeros((len(prompts), length), np.int64), np.zeros((len(prompts), length), np.int64)
-        for row, prompt in enumerate(prompts):
+        ids, mask = np.zeros((len(distinct), length), np.int64), np.zeros((len(distinct), length), np.int64)
+        for row, prompt in enumerate(distinct):
             ids[row, length - len(prompt) :] = prompt
             mask[row, length - len(prompt) :] = 1
         self.next_ids = torch.from_numpy(ids).to(self.device)
@@ -127,7 +130,8 @@ class _Batch:
         """Of every prompt its tokens as they are drawn, up to the one that ends it: which prompt, token, whether it is an end."""
         done = {row for row, limit in enumerate(self.limits) if limit <= 0}
         for position in range(max(self.limits)):
-            tokens_B = draw(self._logits(), self.keys, position, self.settings)
+            logits_BV = self._logits() if position else self._first_logits()
+            tokens_B = draw(logits_BV, self.keys, position, self.settings)
             is_end_B = torch.isin(tokens_B, self.ends).tolist()
             for row, token, is_end in zip(self.rows.tolist(), tokens_B.tolist(), is_end_B, strict=True):
                 if row in done:
@@ -142,6 +146,14 @@ class _Batch:
             going = np.array([row not in done for row in self.rows.tolist()])
             if going.mean() < _SHRINK_BELOW:
                 self._shrink(np.flatnonzero(going))
+
+    def _first_logits(self) -> Tensor:
+        """Of the first token of every prompt. [B, V]"""
+        logits_DV = self._logits()
+        if len(logits_DV) == len(self.read_as):
+            return logits_DV
+        self._select(self.read_as)
+        return logits_DV[torch.from_numpy(self.read_as).to(self.device)]
 
     def _logits(self) -> Tensor:
         """Of the next token of every row. [B, V]"""
@@ -165,10 +177,14 @@ class _Batch:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
 
     def _shrink(self, places: NDArray[np.int64]) -> None:
+        self._select(places)
+        self.rows, self.keys = self.rows[places], self.keys[places]
+
+    def _select(self, places: NDArray[np.int64]) -> None:
+        """Let the model go on with these of its rows."""
         index = torch.from_numpy(places).to(self.device)
         self.cache.batch_select_indices(index)
         self.next_ids, self.positions, self.mask = self.next_ids[index], self.positions[index], self.mask[index]
-        self.rows, self.keys = self.rows[places], self.keys[places]
 
 
 def draw(logits_BV: Tensor, keys: NDArray[np.uint64], position: int, settings: Sampling) -> Tensor:

@@ -35,6 +35,23 @@ def test_the_batch_size_and_the_order_do_not_show(lm, temperature):
     assert texts(lm, prompts=PROMPTS[::-1], keys=keys[::-1], temperature=temperature) == expected[::-1]
 
 
+def test_equal_prompts_are_read_once(lm, monkeypatch):
+    several = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0], PROMPTS[2]]
+    alone = [
+        text for i, prompt in enumerate(several) for text in texts(lm, prompts=[prompt], keys=[i], temperature=1.0)
+    ]
+    read = []
+    forward = lm.forward
+    monkeypatch.setattr(lm, "forward", lambda **given: (read.append(given["input_ids"].shape), forward(**given))[1])
+    assert texts(lm, prompts=several, temperature=1.0) == alone
+    assert read[:2] == [(2, 8), (5, 1)]
+    assert texts(lm, prompts=several, ends=range(0, 300, 3), temperature=1.0) == [
+        text
+        for i, prompt in enumerate(several)
+        for text in texts(lm, prompts=[prompt], keys=[i], ends=range(0, 300, 3), temperature=1.0)
+    ]
+
+
 def test_greedy_is_what_transformers_generates(lm):
     import torch
 

@@ -123,7 +123,7 @@ class _Loop:
         """Responses to the prompts of an iteration, in an order that does not depend on who wrote them."""
         writers = self.rollout or self.policy
         shares: list[list[Response]] = results(writers.call("roll_out", step), PART_S)
-        return Experience([response for place in range(len(shares[0])) for response in _column(shares, place)])
+        return Experience([response for share in shares for response in share])
 
     def score(self, experience: Experience) -> torch.Tensor:
         """What all roles say of the responses, asked all at once. Returns the scores. [B]"""
@@ -218,10 +218,6 @@ class _Loop:
         began = time.perf_counter()
         yield
         self.seconds[f"{part}_s"] = time.perf_counter() - began
-
-
-def _column(shares: Sequence[Sequence[Response]], place: int) -> list[Response]:
-    return [share[place] for share in shares if place < len(share)]
 
 
 def _minibatches(count: int, size: int, seed: int) -> list[list[int]]:
