@@ -15,12 +15,14 @@ PROMPTS = 64
 BATCH = 32
 NEW_TOKENS = 64
 TARGET = 1.0
+SEVERAL = 8
+"""Responses to each prompt, where there are several."""
 _END_AFTER = 12
 """A token is an end of text as often as one in so many is drawn: responses end at different places, as they do in earnest."""
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """Rounds of both; once with responses that all have the full length, once with some that end early."""
+    """Rounds of both: responses that all have the full length, some that end early, several to each prompt."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,14 +31,20 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     tokenizer: Any = AutoTokenizer.from_pretrained(work.model, padding_side="left")
     lm: Any = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32).eval()
     texts = [row["prompt"] for row in workload.rows(PROMPTS, 17)]
-    sides = {"full": [], "ending": list(range(0, workload.VOCABULARY, _END_AFTER))}
+    few = [text for text in texts[: PROMPTS // SEVERAL] for _ in range(SEVERAL)]
+    ending = list(range(0, workload.VOCABULARY, _END_AFTER))
+    sides: dict[str, tuple[list[str], list[int]]] = {
+        "full": (texts, []),
+        "ending": (texts, ending),
+        "several": (few, ending),
+    }
     figures: dict[str, Any] = {"prompts": PROMPTS, "batch": BATCH, "new_tokens": NEW_TOKENS, "target": TARGET}
-    for name, ends in sides.items():
+    for name, (asked, ends) in sides.items():
         ours: list[float] = []
         theirs: list[float] = []
         for _ in range(options.rounds):
-            ours.append(_rate(lambda ends=ends: _muster(lm, tokenizer, texts, ends)))
-            theirs.append(_rate(lambda ends=ends: _transformers(lm, tokenizer, texts, ends)))
+            ours.append(_rate(lambda asked=asked, ends=ends: _muster(lm, tokenizer, asked, ends)))
+            theirs.append(_rate(lambda asked=asked, ends=ends: _transformers(lm, tokenizer, asked, ends)))
         figures[name] = {
             "ratio": ratios(ours, theirs),
             "muster_tokens_per_s": spread(ours, 1),

@@ -17,13 +17,14 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from launcher.failures import Raised, WorkerDied
 from launcher.notices import Listener
 from launcher.nursery import STACKS
+from launcher.pipe import Pipe
 from training import pulse
 
 _BIRTH_S = 300.0
@@ -97,7 +98,7 @@ class Host:
 class _Worker:
     """A forked process: its pipe, its pulse, and how it ended."""
 
-    def __init__(self, pid: int, pipe: Connection, memory: mmap.mmap):
+    def __init__(self, pid: int, pipe: Pipe, memory: mmap.mmap):
         self.pid, self.pipe, self.memory = pid, pipe, memory
         self.gone = threading.Event()
         self.status = 0
@@ -167,7 +168,7 @@ class _Nursery:
         os.close(descriptor)
         if not self.born.wait(60) or self.process.poll() is not None:
             raise WorkerDied(self.process.poll() or 0, "no process could be forked")
-        worker = _Worker(self.pid, Connection(ours.detach()), memory)
+        worker = _Worker(self.pid, Pipe(ours), memory)
         with self._lock:
             self.workers[worker.pid] = worker
             status = self._gone_early.pop(worker.pid, None)

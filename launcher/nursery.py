@@ -13,14 +13,16 @@ import gc
 import json
 import mmap
 import os
+import pickle
 import select
 import signal
 import socket
 import sys
 import traceback
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from typing import Any, NoReturn
+
+from launcher.pipe import Pipe
 
 STACKS = signal.SIGUSR1
 """Makes a worker write the stacks of its threads to its log."""
@@ -101,7 +103,7 @@ def _live(connection: int, memory: int) -> NoReturn:
         from training import pulse
 
         pulse.begin(mmap.mmap(memory, pulse.SIZE))
-        _serve(Connection(connection))
+        _serve(Pipe(socket.socket(fileno=connection)))
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -111,7 +113,7 @@ def _live(connection: int, memory: int) -> NoReturn:
         os._exit(status)  # the nursery's exit handlers are not ours
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Pipe) -> None:
     """Do what is asked until nobody is there to ask. Each request is (function name of `Life`, arguments)."""
     life = Life()
     while True:
@@ -125,7 +127,7 @@ def _serve(connection: Connection) -> None:
             answer = (False, error, traceback.format_exc())
         try:
             connection.send(answer)
-        except (TypeError, AttributeError, ValueError) as error:  # cannot be pickled
+        except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
             unsent = RuntimeError(f"{type(answer[1]).__name__} cannot be sent: {error}")
             connection.send((False, unsent, answer[2]))
 

@@ -219,13 +219,17 @@ class Engine:
 
     @torch.no_grad()
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Whole parameters of the language model, as it computes with them now. Every worker must ask for the same."""
+        """Whole parameters of the language model, as it computes with them now and until it learns. Every worker must ask for the same."""
         import deepspeed
 
         parameters = dict(self.ds.module.lm.named_parameters())
         wanted = [parameters[name] for name in names]
         with deepspeed.zero.GatheredParameters(wanted, enabled=self.stage == 3):
-            return {name: parameter.data.clone() for name, parameter in zip(names, wanted, strict=True)}
+            # What ZeRO-3 has gathered for this block is given back after it.
+            return {
+                name: parameter.data.clone() if self.stage == 3 else parameter.data
+                for name, parameter in zip(names, wanted, strict=True)
+            }
 
     def sum_over_workers(self, values: Tensor) -> Tensor:
         """Element-wise sum over all workers, on all of them. [n] -> [n]"""

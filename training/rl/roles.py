@@ -38,7 +38,7 @@ from training.sampling import Continued, Sampling, continue_all
 from training.schedule import total_samples, total_steps
 from training.seeding import seed_for
 
-_BUCKET_NUMBERS = 16 << 20
+_BUCKET_NUMBERS = 8 << 20
 """Of a piece of the weights on its way to a rollout group."""
 Weights = dict[str, tuple[NDArray[Any], str]]
 """Parameters as arrays that any process can read, and their types."""
@@ -102,12 +102,16 @@ class _Prompts:
         self.renderer = Renderer(self.tokenizer, phase.data.template)
 
     def responses(self, lm: Any, iteration: int, share: tuple[int, int]) -> list[Response]:
-        """The share (rank, size) of the responses to the prompts of an iteration, counted from 1: rank, rank + size, ..."""
-        phase, size = self.phase, self.phase.rollout_batch
-        numbers = self.order.samples((iteration - 1) * size, iteration * size).tolist()
+        """The share (rank, size) of the responses to the prompts of an iteration, counted from 1: a stretch of them all.
+
+        So the responses to one prompt have one writer, who reads it once.
+        """
+        phase, (rank, size) = self.phase, share
+        batch = phase.rollout_batch
+        numbers = self.order.samples((iteration - 1) * batch, iteration * batch).tolist()
         samples = range(phase.samples_per_prompt)
         asked = [(place, number, sample) for place, number in enumerate(numbers) for sample in samples]
-        mine = asked[share[0] :: share[1]]
+        mine = asked[len(asked) * rank // size : len(asked) * (rank + 1) // size]
         prompts = [self.store[number][0] for _, number, _ in mine]
         continued = _generation(phase)(
             lm,
@@ -318,8 +322,8 @@ def packed(tensor: Tensor) -> tuple[NDArray[Any], str]:
 
 
 def unpacked(values: NDArray[Any], dtype: str) -> Tensor:
-    """The tensor again."""
-    return torch.from_numpy(values.copy()).view(getattr(torch, dtype))
+    """The tensor again, in the array's own memory where that may be written to."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy()).view(getattr(torch, dtype))
 
 
 def with_model(phase: PPO, path: str) -> PPO:
