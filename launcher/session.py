@@ -16,7 +16,7 @@ from typing import Any
 from training.errors import TrainingError
 
 _OBJECT_STORE_BYTES = 128 << 20
-"""Calls carry metrics and file names, never weights."""
+"""Calls carry metrics and file names; weights for a rollout group pass through in pieces of 32 MiB."""
 _LONGEST_TEMPORARY = 22
 """Characters: the names of Ray's sockets begin with it and must fit in 107."""
 
