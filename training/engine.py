@@ -24,7 +24,7 @@ from training.config import Optimizer, Phase
 from training.data.collate import to_device
 from training.distributed import Seat, limit_waits
 from training.memory import freed_memory_given_back
-from training.sizing import bucket_numbers
+from training.sizing import bucket_numbers, overlaps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _WRAPPER_PREFIX = "lm."
@@ -54,6 +54,8 @@ def derive_config(phase: Phase, seat: Seat, dtype: torch.dtype) -> dict[str, Any
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": seat.device == "cuda"}
         if phase.sharding.stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": seat.device == "cuda"}
+    if overlaps(phase.sharding, seat.device, seat.size):
+        zero["overlap_comm"] = True
     config = {
         # The micro-batches of a step differ in size and number; Muster scales the loss and marks the last one itself.
         "train_micro_batch_size_per_gpu": 1,
@@ -121,7 +123,7 @@ class Engine:
         }
         """Of the parameters that are trained."""
         config["zero_optimization"].setdefault(
-            "reduce_bucket_size", bucket_numbers(sum(map(math.prod, self.shapes.values())))
+            "reduce_bucket_size", bucket_numbers(sum(map(math.prod, self.shapes.values())), seat.device)
         )
         self.ds = _initialize(module, config, phase.optimizer)
         limit_waits(seat.timeout_s)

@@ -18,7 +18,9 @@ from training.shape import Shape
 
 FP32, BF16 = 4, 2
 MOMENTS = 2 * FP32
-_BUCKET_NUMBERS = 500_000_000
+_BUCKET_NUMBERS = {"cpu": 500_000_000, "cuda": 200_000_000}
+"""Of a bucket of gradients. DeepSpeed's own on a CPU; less on a GPU, where two of them take turns: a bucket is sent when it is full, so a
+smaller one begins earlier, and leaves less to send when the backward pass is over. 400 MB still fill any link."""
 _NF4 = 0.53
 """Bytes a number in 4 bits, with its scales."""
 _LIVE = 1_000_000_000
@@ -58,6 +60,10 @@ class Setting:
     @property
     def stage(self) -> int:
         return self.sharding.stage
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.on_gpu else "cpu"
 
     @property
     def bytes(self) -> int:
@@ -125,9 +131,17 @@ def trained(shape: Shape, lora: Lora | None) -> int:
     return shape.parameters if lora is None else shape.adapters(lora)
 
 
-def bucket_numbers(count: int) -> int:
-    """Size of the buffer in which gradients wait to be sent: DeepSpeed's own, unless all that is trained takes less."""
-    return min(_BUCKET_NUMBERS, count)
+def bucket_numbers(count: int, device: str) -> int:
+    """Size of a buffer in which gradients wait to be sent on a device, at most that of all that is trained."""
+    return min(_BUCKET_NUMBERS[device], count)
+
+
+def overlaps(sharding: Sharding, device: str, workers: int) -> bool:
+    """Whether ZeRO-2 sends gradients beside the backward pass: a GPU has streams for it, and a second buffer is its price.
+
+    ZeRO-3 does so anyway; below, gradients are sent once a step; with offload they wait for the host.
+    """
+    return sharding.stage == 2 and sharding.offload == "none" and device == "cuda" and workers > 1
 
 
 def states(shape: Shape, where: Setting) -> Needs:
@@ -153,7 +167,7 @@ def states(shape: Shape, where: Setting) -> Needs:
         home["weights"] = b * _share(all_weights, where.workers)
         home["gradients"] = FP32 * part
         needs.device["a layer, gathered"] = FP32 * shape.largest
-        needs.device["gradient bucket"] = b * bucket_numbers(t)
+        needs.device["gradient bucket"] = b * bucket_numbers(t, where.device)
         if where.workers > 1:
             small = shape.small + (shape.small_adapters(where.lora) if where.lora is not None else 0)
             needs.device["small weights, whole"] = b * small
@@ -172,14 +186,14 @@ def states(shape: Shape, where: Setting) -> Needs:
 def _buckets(shape: Shape, where: Setting) -> tuple[Parts, int]:
     """For gradients on their way: what stands beside activations, and copies that are made when those are gone."""
     b, t = where.bytes, trained(shape, where.lora)
-    bucket, biggest = bucket_numbers(t), min(shape.biggest, t)
+    bucket, biggest = bucket_numbers(t, where.device), min(shape.biggest, t)
     beside: Parts = Counter()
     if where.stage == 0:
-        return beside, FP32 * bucket
+        return beside, FP32 * bucket_numbers(t, "cpu")  # which DeepSpeed has fixed
     if where.stage == 1 and where.dtype == "bf16":
-        return beside, (FP32 + BF16) * bucket
+        return beside, (FP32 + BF16) * bucket_numbers(t, "cpu")
     if where.stage < 3:
-        beside["gradient bucket"] = b * bucket
+        beside["gradient bucket"] = b * bucket * (2 if overlaps(where.sharding, where.device, where.workers) else 1)
         flat = b * bucket if where.dtype == "bf16" else FP32 * _share(t, where.workers)
         return beside, max(flat + FP32 * biggest, 2 * FP32 * biggest - b * bucket)
     if where.workers > 1:  # what was gathered is kept as long as there is room by DeepSpeed's count
