@@ -100,7 +100,8 @@ class Engine:
     """A module under DeepSpeed.
 
     `build` makes the module (its language model under the attribute `lm`); it is called once, inside ZeRO-3's
-    partitioned initialisation where that applies, so that no worker ever holds the whole model.
+    partitioned initialisation where that applies, so that no worker ever holds the whole model. What the phase leaves open
+    (`model.gradient_checkpointing: auto`) is off.
     """
 
     def __init__(self, build: Callable[[torch.dtype], nn.Module], phase: Phase, seat: Seat, dtype: torch.dtype):
@@ -116,6 +117,9 @@ class Engine:
             module = _built_sharded(build, dtype, config)
         else:
             module = build(torch.float32 if self.stage == 0 else dtype).to(self.device)
+        if phase.model.gradient_checkpointing is True:
+            lm: Any = module.lm
+            lm.activation_checkpointing_enable({"use_reentrant": False})
         self.shapes = {
             name.removeprefix(_WRAPPER_PREFIX): tuple(getattr(p, "ds_shape", p.shape))
             for name, p in module.named_parameters()

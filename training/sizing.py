@@ -7,7 +7,7 @@ T are trained, on W workers; b bytes a number of the computation's type.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -31,6 +31,9 @@ GPU_BASE_BYTES = 1536 << 20
 """Of a GPU's memory: CUDA's context and NCCL's buffers, which no tensor shows."""
 FRAGMENTATION = 0.05
 """Of what is allocated on a GPU: what lies between the blocks."""
+_COMFORT = 0.85
+"""Of a GPU's memory: up to there activations are kept. These figures are right to a tenth, and a step that fails costs more than one
+that takes a third longer."""
 
 
 Kind = Literal["language", "policy", "classifier"]
@@ -98,7 +101,7 @@ def setting_of(
     longest: int | None = None,
     targets: float | None = None,
 ) -> Setting:
-    """How the roles of a phase compute. `longest`: tokens of the longest sample, if it is known; `targets`: as in Setting."""
+    """How the roles of a phase compute; see `recomputes` for what it leaves open. `longest`: tokens of the longest sample, if it is known; `targets`: as in Setting."""
     attention = phase.model.attention
     if attention == "auto":
         attention = "sdpa"  # flash attention, where it is installed, takes no more
@@ -117,7 +120,7 @@ def setting_of(
         targets = phase.new_tokens / most if isinstance(phase, PPO) else _TARGETS.get(phase.recipe, 1.0)
     return Setting(
         workers=phase.resources.workers, sharding=phase.sharding, dtype=dtype, on_gpu=on_gpu, row_tokens=row, micro_tokens=tokens,
-        targets=targets, lora=phase.model.lora, checkpointing=phase.model.gradient_checkpointing,
+        targets=targets, lora=phase.model.lora, checkpointing=phase.model.gradient_checkpointing is True,
         eager_attention=attention == "eager", masked_rows=limits.row_tokens is not None and not attention.startswith("flash"),
     )  # fmt: skip
 
@@ -284,6 +287,28 @@ class Models:
     """Policy and reference, in PPO."""
     critic: Shape | None = None
     rewards: Sequence[Shape] = ()
+
+
+def models_of(phase: Phase, shape_of: Callable[[str], Shape]) -> Models:
+    """The models of a phase, by a function that knows the shape of each from its path."""
+    shape = shape_of(phase.model.path)
+    if not isinstance(phase, PPO):
+        return Models(shape.as_classifier if RECIPES[phase.recipe].makes == "classifier" else shape)
+    rewards = [shape_of(source.path).as_classifier for source in phase.rewards if source.is_model]
+    critic = shape_of(phase.critic).as_classifier if phase.critic else next(iter(rewards), shape.as_classifier)
+    return Models(shape, critic, rewards)
+
+
+def recomputes(phase: Phase, roles: Sequence[str], models: Models, where: Setting, gpu_bytes: float) -> bool:
+    """Whether the learners of a group recompute activations: where the phase leaves that open, if a GPU has no room to keep them."""
+    asked = phase.model.gradient_checkpointing
+    if asked != "auto" or not where.on_gpu:
+        return asked is True
+    kept, again = (
+        sum(team(phase, roles, models, replace(where, checkpointing=checkpointing)).device.values())
+        for checkpointing in (False, True)
+    )
+    return again < kept and kept > _COMFORT * gpu_bytes
 
 
 def team(phase: Phase, roles: Sequence[str], models: Models, where: Setting) -> Needs:
