@@ -6,7 +6,7 @@ Memory by training/sizing.py, time by launcher/pace.py, machines by launcher/sit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,10 +19,9 @@ from training.config import PPO, PPO_ROLES, Lora, Phase, Placement, Sharding
 from training.errors import InputError, Problem
 from training.facts import Facts
 from training.hardware import cpu_multiplies_bf16
-from training.recipes import RECIPES
 from training.schedule import total_steps
 from training.shape import Shape, of_count, shape_of
-from training.sizing import Models, Needs, checkpoint_bytes, setting_of, team
+from training.sizing import Models, Needs, Setting, checkpoint_bytes, models_of, recomputes, setting_of, team
 
 GIB = 1 << 30
 _TIGHT_ABOVE = 0.92
@@ -125,12 +124,7 @@ class _Shapes:
         return self.known[path]
 
     def models(self, phase: Phase) -> Models:
-        shape = self.of(phase.model.path)
-        if not isinstance(phase, PPO):
-            return Models(shape.as_classifier if RECIPES[phase.recipe].makes == "classifier" else shape)
-        rewards = [self.of(source.path).as_classifier for source in phase.rewards if source.is_model]
-        critic = self.of(phase.critic).as_classifier if phase.critic else next(iter(rewards), shape.as_classifier)
-        return Models(shape, critic, rewards)
+        return models_of(phase, self.of)
 
     @property
     def notes(self) -> list[str]:
@@ -159,10 +153,13 @@ class _Planned:
         self.dtype: Any = phase.model.dtype
         if self.dtype == "auto":
             self.dtype = "bf16" if site.on_gpu or cpu_multiplies_bf16() else "fp32"
-        self.groups = [
-            Seated(roles, setting_of(seated, dtype=self.dtype, on_gpu=site.on_gpu)) for roles, seated in phase.teams
-        ]
+        self.groups = [Seated(roles, self._where(roles, seated)) for roles, seated in phase.teams]
         self.needs = [team(phase, group.roles or (), models, group.where) for group in self._named()]
+
+    def _where(self, roles: Sequence[str], seated: Phase) -> Setting:
+        where = setting_of(seated, dtype=self.dtype, on_gpu=self.site.on_gpu)
+        again = recomputes(self.phase, roles, self.models, where, self.machine.gpu.memory_gib * GIB)
+        return replace(where, checkpointing=again)
 
     def _named(self) -> list[Seated]:
         """The groups with their roles by name."""
@@ -242,7 +239,7 @@ class _Planned:
     def _possible(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Changes of a phase, what disturbs least first."""
         phase, model, own = self.phase, self.phase.model, self._own
-        if not model.gradient_checkpointing:
+        if model.gradient_checkpointing is False:
             yield (
                 f"{own}model.gradient_checkpointing=true",
                 {"model": model.model_copy(update={"gradient_checkpointing": True})},
@@ -437,7 +434,7 @@ class _Planned:
         groups = [
             {
                 "roles": list(group.roles), "workers": group.where.workers, "stage": group.where.stage,
-                "offload": group.where.sharding.offload, "device": dict(needs.device), "host": dict(needs.host),
+                "offload": group.where.sharding.offload, "recomputes": group.where.checkpointing, "device": dict(needs.device), "host": dict(needs.host),
                 "verdict": self._verdict(group, needs),
             }
             for group, needs in zip(self.groups, self.needs, strict=True)

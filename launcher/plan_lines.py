@@ -40,7 +40,8 @@ def _phase_lines(name: str, phase: Mapping[str, Any], machine: Mapping[str, Any]
     for group in phase["groups"]:
         who = f"{', '.join(group['roles'])} on " if group["roles"] else ""
         offload = ", offloaded to the CPU" if group["offload"] == "cpu" else ""
-        yield f"  {who}{_workers(group['workers'])}, ZeRO-{group['stage']}{offload}: of each worker, in GiB"
+        again = ", activations recomputed" if group["recomputes"] else ""
+        yield f"  {who}{_workers(group['workers'])}, ZeRO-{group['stage']}{offload}{again}: of each worker, in GiB"
         for where, limit in (("device", machine["memory_gib"]), ("host", None)):
             if parts := group[where]:
                 label = "GPU" if where == "device" else "memory of its machine"

@@ -1,4 +1,4 @@
-"""The trainer of SFT, watching the memory that restoring takes."""
+"""The trainer of SFT, telling what its memory hangs on: what restoring takes, which layers recompute."""
 
 from tests.roles import Peak
 from training.recipes.language import LanguageTrainer
@@ -10,3 +10,6 @@ class MeasuredTrainer(LanguageTrainer):
         with Peak() as peak:
             assert self.restore(checkpoint) is None
         return peak.bytes
+
+    def layers_that_recompute(self) -> list[bool]:
+        return [layer.gradient_checkpointing for layer in self.engine.ds.module.lm.get_decoder().layers]

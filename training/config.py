@@ -104,8 +104,9 @@ class Model(Settings):
     """Type of the computation; master weights are fp32 always. auto: bf16 where the hardware multiplies it, else fp32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """Attention kernel. auto: flash attention on GPUs that have it installed, else sdpa."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. auto: on GPUs that a step would not fit
+    into without it, by the figures of `muster plan`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you trust."""
     tokenizer: str | None = None

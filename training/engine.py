@@ -24,7 +24,7 @@ from training.config import Optimizer, Phase
 from training.data.collate import to_device
 from training.distributed import Seat, limit_waits
 from training.memory import freed_memory_given_back
-from training.sizing import bucket_numbers
+from training.sizing import bucket_numbers, overlaps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _WRAPPER_PREFIX = "lm."
@@ -54,6 +54,8 @@ def derive_config(phase: Phase, seat: Seat, dtype: torch.dtype) -> dict[str, Any
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": seat.device == "cuda"}
         if phase.sharding.stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": seat.device == "cuda"}
+    if overlaps(phase.sharding, seat.device, seat.size):
+        zero["overlap_comm"] = True
     config = {
         # The micro-batches of a step differ in size and number; Muster scales the loss and marks the last one itself.
         "train_micro_batch_size_per_gpu": 1,
@@ -98,7 +100,8 @@ class Engine:
     """A module under DeepSpeed.
 
     `build` makes the module (its language model under the attribute `lm`); it is called once, inside ZeRO-3's
-    partitioned initialisation where that applies, so that no worker ever holds the whole model.
+    partitioned initialisation where that applies, so that no worker ever holds the whole model. What the phase leaves open
+    (`model.gradient_checkpointing: auto`) is off.
     """
 
     def __init__(self, build: Callable[[torch.dtype], nn.Module], phase: Phase, seat: Seat, dtype: torch.dtype):
@@ -114,6 +117,9 @@ class Engine:
             module = _built_sharded(build, dtype, config)
         else:
             module = build(torch.float32 if self.stage == 0 else dtype).to(self.device)
+        if phase.model.gradient_checkpointing is True:
+            lm: Any = module.lm
+            lm.activation_checkpointing_enable({"use_reentrant": False})
         self.shapes = {
             name.removeprefix(_WRAPPER_PREFIX): tuple(getattr(p, "ds_shape", p.shape))
             for name, p in module.named_parameters()
@@ -121,7 +127,7 @@ class Engine:
         }
         """Of the parameters that are trained."""
         config["zero_optimization"].setdefault(
-            "reduce_bucket_size", bucket_numbers(sum(map(math.prod, self.shapes.values())))
+            "reduce_bucket_size", bucket_numbers(sum(map(math.prod, self.shapes.values())), seat.device)
         )
         self.ds = _initialize(module, config, phase.optimizer)
         limit_waits(seat.timeout_s)

@@ -21,6 +21,8 @@ class Facts:
     """That are trained."""
     dtype: str
     attention: str
+    recomputes: bool = False
+    """Activations, in the backward pass."""
     device: str
     data_hash: str
     chats: bool

@@ -21,10 +21,12 @@ from training.checkpoint import CheckpointError, File, Reader
 from training.config import Phase
 from training.data.stores import Stores, open_stores
 from training.distributed import Seat
-from training.engine import Engine, Fragment
-from training.errors import TrainingError
+from training.engine import Engine, Fragment, device_of
+from training.errors import InputError, TrainingError
 from training.memory import peak_bytes
 from training.modelfiles import at_hand
+from training.shape import shape_of
+from training.sizing import models_of, recomputes, setting_of
 from training.snapshot import ShardWriter
 from training.storage import place, why_not_writable
 
@@ -43,7 +45,7 @@ class Learner:
 
     def __init__(self, seat: Seat, phase: Phase, cache: str):
         self.seat = seat
-        self.phase = phase
+        self.phase = self.whole_phase = phase
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
         self.attention = models.resolve_attention(phase.model.attention, seat.device)
@@ -72,7 +74,18 @@ class Learner:
 
     def start(self, build: Callable[[torch.dtype], nn.Module]) -> None:
         """Load the module, which holds its model as `lm`, and begin with it."""
+        self.phase = with_recomputing(self.phase, self._recomputes())
         self.engine = Engine(build, self.phase, self.seat, self.dtype)
+
+    def _recomputes(self) -> bool:
+        """Whether activations are recomputed. The smallest GPU decides for all workers: under ZeRO-3 they gather weights together."""
+        asked = self.whole_phase.model.gradient_checkpointing
+        if asked != "auto" or self.seat.device == "cpu":
+            return asked is True
+        device = device_of(self.seat)
+        memory = torch.tensor(float(torch.cuda.get_device_properties(device).total_memory), device=device)
+        dist.all_reduce(memory, dist.ReduceOp.MIN)
+        return recomputes_on(self.whole_phase, self.role, self.seat.size, self.dtype, float(memory))
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         """For the length of a block the language model with all its weights, as they are now, to generate with."""
@@ -176,3 +189,24 @@ class Learner:
             from training.export import export
 
             export(place(checkpoint), place(out), self.phase)
+
+
+def recomputes_on(phase: Phase, role: str, workers: int, dtype: torch.dtype, gpu_bytes: float) -> bool:
+    """Whether so many workers with GPUs of this memory recompute the activations of a role and those that it shares them with.
+
+    By the job and the GPUs alone, as `muster plan` tells it. They do where nothing is known of a model.
+    """
+    seated = phase.model_copy(
+        update={"resources": phase.resources.model_copy(update={"workers": workers, "min_workers": None})}
+    )
+    where = setting_of(seated, dtype="bf16" if dtype is torch.bfloat16 else "fp32", on_gpu=True)
+    roles = next(roles for roles, _ in phase.teams if not roles or role in roles)
+    try:
+        return recomputes(phase, roles, models_of(phase, shape_of), where, gpu_bytes)
+    except InputError:
+        return True
+
+
+def with_recomputing(phase: Phase, again: bool) -> Phase:
+    """The phase with `model.gradient_checkpointing` decided."""
+    return phase.model_copy(update={"model": phase.model.model_copy(update={"gradient_checkpointing": again})})

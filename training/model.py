@@ -52,8 +52,6 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
         lora.add(lm, phase, adapter)
     if classifier:
         set_head(lm, phase, adapter, fresh=fresh_head)
-    if settings.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
     lm.train()
     return lm
 

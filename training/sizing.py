@@ -7,7 +7,7 @@ T are trained, on W workers; b bytes a number of the computation's type.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -20,7 +20,9 @@ FP32, BF16 = 4, 2
 MOMENTS = 2 * FP32
 LOGITS_AT_ONCE = 64 << 20
 """Numbers: of more the loss is computed in chunks (training/heads.py)."""
-_BUCKET_NUMBERS = 500_000_000
+_BUCKET_NUMBERS = {"cpu": 500_000_000, "cuda": 200_000_000}
+"""Of a bucket of gradients. DeepSpeed's own on a CPU; less on a GPU, where two of them take turns: a bucket is sent when it is full, so a
+smaller one begins earlier, and leaves less to send when the backward pass is over. 400 MB still fill any link."""
 _NF4 = 0.53
 """Bytes a number in 4 bits, with its scales."""
 _LIVE = 1_000_000_000
@@ -31,6 +33,9 @@ GPU_BASE_BYTES = 1536 << 20
 """Of a GPU's memory: CUDA's context and NCCL's buffers, which no tensor shows."""
 FRAGMENTATION = 0.05
 """Of what is allocated on a GPU: what lies between the blocks."""
+_COMFORT = 0.85
+"""Of a GPU's memory: up to there activations are kept. These figures are right to a tenth, and a step that fails costs more than one
+that takes a third longer."""
 
 
 Kind = Literal["language", "policy", "classifier"]
@@ -60,6 +65,10 @@ class Setting:
     @property
     def stage(self) -> int:
         return self.sharding.stage
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.on_gpu else "cpu"
 
     @property
     def bytes(self) -> int:
@@ -94,7 +103,7 @@ def setting_of(
     longest: int | None = None,
     targets: float | None = None,
 ) -> Setting:
-    """How the roles of a phase compute. `longest`: tokens of the longest sample, if it is known; `targets`: as in Setting."""
+    """How the roles of a phase compute; see `recomputes` for what it leaves open. `longest`: tokens of the longest sample, if it is known; `targets`: as in Setting."""
     attention = phase.model.attention
     if attention == "auto":
         attention = "sdpa"  # flash attention, where it is installed, takes no more
@@ -113,7 +122,7 @@ def setting_of(
         targets = phase.new_tokens / most if isinstance(phase, PPO) else _TARGETS.get(phase.recipe, 1.0)
     return Setting(
         workers=phase.resources.workers, sharding=phase.sharding, dtype=dtype, on_gpu=on_gpu, row_tokens=row, micro_tokens=tokens,
-        targets=targets, lora=phase.model.lora, checkpointing=phase.model.gradient_checkpointing,
+        targets=targets, lora=phase.model.lora, checkpointing=phase.model.gradient_checkpointing is True,
         eager_attention=attention == "eager", masked_rows=limits.row_tokens is not None and not attention.startswith("flash"),
     )  # fmt: skip
 
@@ -127,9 +136,17 @@ def trained(shape: Shape, lora: Lora | None) -> int:
     return shape.parameters if lora is None else shape.adapters(lora)
 
 
-def bucket_numbers(count: int) -> int:
-    """Size of the buffer in which gradients wait to be sent: DeepSpeed's own, unless all that is trained takes less."""
-    return min(_BUCKET_NUMBERS, count)
+def bucket_numbers(count: int, device: str) -> int:
+    """Size of a buffer in which gradients wait to be sent on a device, at most that of all that is trained."""
+    return min(_BUCKET_NUMBERS[device], count)
+
+
+def overlaps(sharding: Sharding, device: str, workers: int) -> bool:
+    """Whether ZeRO-2 sends gradients beside the backward pass: a GPU has streams for it, and a second buffer is its price.
+
+    ZeRO-3 does so anyway; below, gradients are sent once a step; with offload they wait for the host.
+    """
+    return sharding.stage == 2 and sharding.offload == "none" and device == "cuda" and workers > 1
 
 
 def states(shape: Shape, where: Setting) -> Needs:
@@ -155,7 +172,7 @@ def states(shape: Shape, where: Setting) -> Needs:
         home["weights"] = b * _share(all_weights, where.workers)
         home["gradients"] = FP32 * part
         needs.device["a layer, gathered"] = FP32 * shape.largest
-        needs.device["gradient bucket"] = b * bucket_numbers(t)
+        needs.device["gradient bucket"] = b * bucket_numbers(t, where.device)
         if where.workers > 1:
             small = shape.small + (shape.small_adapters(where.lora) if where.lora is not None else 0)
             needs.device["small weights, whole"] = b * small
@@ -174,14 +191,14 @@ def states(shape: Shape, where: Setting) -> Needs:
 def _buckets(shape: Shape, where: Setting) -> tuple[Parts, int]:
     """For gradients on their way: what stands beside activations, and copies that are made when those are gone."""
     b, t = where.bytes, trained(shape, where.lora)
-    bucket, biggest = bucket_numbers(t), min(shape.biggest, t)
+    bucket, biggest = bucket_numbers(t, where.device), min(shape.biggest, t)
     beside: Parts = Counter()
     if where.stage == 0:
-        return beside, FP32 * bucket
+        return beside, FP32 * bucket_numbers(t, "cpu")  # which DeepSpeed has fixed
     if where.stage == 1 and where.dtype == "bf16":
-        return beside, (FP32 + BF16) * bucket
+        return beside, (FP32 + BF16) * bucket_numbers(t, "cpu")
     if where.stage < 3:
-        beside["gradient bucket"] = b * bucket
+        beside["gradient bucket"] = b * bucket * (2 if overlaps(where.sharding, where.device, where.workers) else 1)
         flat = b * bucket if where.dtype == "bf16" else FP32 * _share(t, where.workers)
         return beside, max(flat + FP32 * biggest, 2 * FP32 * biggest - b * bucket)
     if where.workers > 1:  # what was gathered is kept as long as there is room by DeepSpeed's count
@@ -272,6 +289,28 @@ class Models:
     """Policy and reference, in PPO."""
     critic: Shape | None = None
     rewards: Sequence[Shape] = ()
+
+
+def models_of(phase: Phase, shape_of: Callable[[str], Shape]) -> Models:
+    """The models of a phase, by a function that knows the shape of each from its path."""
+    shape = shape_of(phase.model.path)
+    if not isinstance(phase, PPO):
+        return Models(shape.as_classifier if RECIPES[phase.recipe].makes == "classifier" else shape)
+    rewards = [shape_of(source.path).as_classifier for source in phase.rewards if source.is_model]
+    critic = shape_of(phase.critic).as_classifier if phase.critic else next(iter(rewards), shape.as_classifier)
+    return Models(shape, critic, rewards)
+
+
+def recomputes(phase: Phase, roles: Sequence[str], models: Models, where: Setting, gpu_bytes: float) -> bool:
+    """Whether the learners of a group recompute activations: where the phase leaves that open, if a GPU has no room to keep them."""
+    asked = phase.model.gradient_checkpointing
+    if asked != "auto" or not where.on_gpu:
+        return asked is True
+    kept, again = (
+        sum(team(phase, roles, models, replace(where, checkpointing=checkpointing)).device.values())
+        for checkpointing in (False, True)
+    )
+    return again < kept and kept > _COMFORT * gpu_bytes
 
 
 def team(phase: Phase, roles: Sequence[str], models: Models, where: Setting) -> Needs:

@@ -430,3 +430,26 @@ def test_status_holds_the_plan_against_what_came(tmp_path):
         "a step takes 20 s, planned were 10 (7.5 to 14): 2.00 times the plan; 42.00 GiB, planned 40.00; 18.00 more by this pace"
         in line
     )
+
+
+def test_a_plan_tells_where_activations_are_recomputed():
+    """Left open, a GPU with room keeps them; what the job says stands."""
+    told = {
+        (gpu, said): planned(SFT_7B, f"model.gradient_checkpointing={said}", gpu=gpu)["phases"]["sft"]
+        for gpu in ("H100", "A100-40GB")
+        for said in ("auto", "true", "false")
+    }
+    assert {key: phase["groups"][0]["recomputes"] for key, phase in told.items()} == {
+        ("H100", "auto"): False, ("H100", "true"): True, ("H100", "false"): False,
+        ("A100-40GB", "auto"): True, ("A100-40GB", "true"): True, ("A100-40GB", "false"): False,
+    }  # fmt: skip
+    assert told["H100", "auto"]["time"]["step_s"] < told["H100", "true"]["time"]["step_s"]
+    assert told["A100-40GB", "auto"]["verdict"] == "fits"
+    assert told["A100-40GB", "false"]["changes"][0] == "model.gradient_checkpointing=true"
+
+
+def test_what_is_recomputed_stands_in_the_plan_on_a_terminal(capsys):
+    _, out, _ = muster(
+        "plan", SFT_7B, "model.gradient_checkpointing=auto", "--gpu", "A100-40GB", "--rows", "9", capsys=capsys
+    )
+    assert "8 workers, ZeRO-2, activations recomputed: of each worker, in GiB" in out

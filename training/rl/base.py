@@ -97,7 +97,5 @@ def _base(phase: PPO, dtype: torch.dtype, seat: Seat) -> Any:
         lm, _ = models.pretrained(settings, dtype, seat.device, classifier=False)
         for parameter in lm.parameters():
             parameter.requires_grad = False
-        if settings.gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
         _bases[key] = lm.to(torch.device(seat.device, seat.local_rank) if seat.device == "cuda" else "cpu")
     return _bases[key]

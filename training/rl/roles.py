@@ -165,6 +165,7 @@ class Policy(_Learning):
             num_parameters=self.num_parameters,
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,
+            recomputes=self.phase.model.gradient_checkpointing is True,
             device=self.device_name,
             data_hash=self.store.folder.name,
             chats=self.store.meta.chats,
@@ -253,6 +254,7 @@ class Critic(_Learning):
         assert phase.critic is not None, "the driver says what the critic starts from"
         _refuse_other_tokens(phase, phase.critic)
         super().__init__(seat, with_model(phase, phase.critic), cache)
+        self.whole_phase = phase
 
     def setup(self) -> None:
         """Load the model, start the engine."""
