@@ -233,6 +233,8 @@ def iteration_s(phase: PPO, models: Models, groups: list[Seated], machine: Machi
         )
         for group in groups
     )
+    if phase.async_:  # written while the others score and learn
+        parts["generate"] = max(0.0, parts["generate"] - parts["score"] - parts["learn"])
     return parts
 
 

@@ -491,6 +491,9 @@ class PPO(Phase):
     """batched: prompts of like length together, finished rows leave. continuous: the next prompt takes their place (for GPUs). The tokens are the same."""
     generation_batch: PositiveInt = 64
     """Responses that one worker writes at a time, if batched. Changes memory and speed, never the responses."""
+    async_: Literal[0, 1] = Field(default=0, alias="async")
+    """1: while policy and critic learn, a rollout group writes the next responses already, with the policy as it is before. A token then counts
+    as much more or less as its probability has changed since, at most twice (arXiv:2505.24298). 0: all take turns."""
     ppo_epochs: PositiveInt = 2
     """Passes over the responses of an iteration."""
     learning_rate: PositiveFloat = 1.0e-6
@@ -576,6 +579,12 @@ class PPO(Phase):
                     "groups",
                     f"{self.batch} responses of an update cannot be dealt to {most} workers; choose fewer or a larger batch",
                 )
+        if self.async_ and not any(group.roles == ["rollout"] for group in self.groups or ()):
+            yield (
+                "async",
+                "who writes ahead must not wait for the others: async: 1 needs a group of its own for rollout in `groups`, "
+                "such as {roles: [rollout], workers: 1}",
+            )
         if self.data.eval is not None:
             yield "data.eval", "a policy has no held-out loss; give questions with answers as `eval`"
         if self.on_divergence == "skip":

@@ -188,7 +188,8 @@ class Engine:
     def compute(self, micro_batches: Sequence[Mapping[str, Tensor | None]]) -> list[Tensor]:
         """What the module returns for each micro-batch, on the host."""
         self.ds.eval()
-        answers = _computed(self._sums, micro_batches)
+        with self.autocast:
+            answers = computed(self.ds, micro_batches, self.device)
         self.ds.train()
         return answers
 
@@ -384,20 +385,18 @@ class Frozen:
 
     def compute(self, micro_batches: Sequence[Mapping[str, Tensor | None]]) -> list[Tensor]:
         """What the module returns for each micro-batch, on the host."""
-        return _computed(self._answer, micro_batches)
-
-    def _answer(self, micro: Mapping[str, Tensor | None]) -> Tensor:
         with self.autocast:
-            return self.module(**to_device(micro, self.device))
+            return computed(self.module, micro_batches, self.device)
 
 
 @torch.no_grad()
-def _computed(
-    answer: Callable[[Mapping[str, Tensor | None]], Tensor], micro_batches: Sequence[Mapping[str, Tensor | None]]
+def computed(
+    module: Callable[..., Tensor], micro_batches: Sequence[Mapping[str, Tensor | None]], device: torch.device
 ) -> list[Tensor]:
+    """What a module returns for each micro-batch, on the host."""
     answers = []
     for micro in micro_batches:
-        answers.append(answer(micro).float().cpu())
+        answers.append(module(**to_device(micro, device)).float().cpu())
         pulse.progressed()
     return answers
 

@@ -106,6 +106,7 @@ _PPO: Columns = {
     "policy_loss": Metric("policy's loss", "", "The clipped objective of PPO, minimised, with the entropy bonus and the penalty of `k3` where they are set. Not there while the critic warms up."),
     "clip_fraction": Metric("clipped tokens", "0 to 1", "Share of tokens whose probability had moved as far as `clip_range` allows, so that they counted no more."),
     "approx_kl": Metric("distance gone in an iteration", "nats a token", "KL between the policy that wrote the responses and the one that is learning from them; `kl.stop` acts on it."),
+    "behind_kl": Metric("distance from the writer", "nats a token", "KL between the policy that wrote the responses and the one that begins to learn from them; of `async: 1` alone."),
     "value_loss": Metric("critic's loss", "score squared", "Half of the mean squared error of the critic."),
     "explained_variance": Metric("explained by the critic", "at most 1", "How much of the differences between returns the critic foresaw: 1 all, 0 no more than their mean, below 0 less than that."),
     "critic_grad_norm": Metric("critic's gradient norm", "", "As `grad_norm`, of the critic; both are the largest of the iteration."),

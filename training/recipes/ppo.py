@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from training.measures import in_order, measured
 from training.recipes.hooks import Hooks
 from training.recipes.resuming import SETUP_S, resume
 from training.recipes.saving import Saver
-from training.rl.estimation import State, estimate
+from training.rl.estimation import State, estimate, weigh
 from training.rl.experience import Experience, Response
 from training.schedule import learning_rate
 from training.seeding import seed_for
@@ -34,6 +34,8 @@ PART_S = 7200.0
 _SAMPLES = 4
 """Responses of an iteration that are written down."""
 LEARNERS = ("policy", "critic")
+_COMPUTING = ("policy", "reference", "critic", "rollout")
+"""Who says something of every token."""
 
 
 def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
@@ -60,11 +62,11 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
         evaluated = _evaluate(groups["policy"], hooks, step) if _evaluates(phase, step, is_last=is_last) else {}
         saver.poll()
         if step % phase.checkpoint.every == 0 or saver.failed:
-            saver.save(step, evaluated, asdict(state))
+            saver.save(step, evaluated, loop.remembered())
     if state.reached:
         hooks.event("reached", step=step, what=state.reached)
         saver.last_step = step
-    return saver.end(step, evaluated, asdict(state))
+    return saver.end(step, evaluated, loop.remembered())
 
 
 def reached(stop: Stop, row: Mapping[str, Any]) -> str:
@@ -84,21 +86,23 @@ class _Loop:
         self.policy, self.reference = groups["policy"], groups["reference"]
         self.critic, self.reward = groups["critic"], groups["reward"]
         self.rollout = groups.get("rollout")
-        computing = {role: groups[role] for role in ("policy", "reference", "critic")}
+        computing = {role: groups[role] for role in _COMPUTING if role in groups}
         self.limits = {role: answers[0] for role, answers in results_of(computing, "limits", timeout_s=SETUP_S).items()}
+        self.ahead = Experience.loaded(state.ahead) if state.ahead else None
+        """Responses that were written ahead, by a policy that is no more."""
+        self._being_written: list[Future] = []
         self.seconds: dict[str, float] = {}
 
     def iterate(self, step: int) -> tuple[dict[str, Any], Experience]:
         """One iteration. Returns its metrics and what it was learnt from. Raises Diverged."""
         began, worked = time.perf_counter(), time.thread_time()
-        if self.rollout is not None:
-            with self._timed("sync"):
-                self.sync(self.rollout)
-        with self._timed("generate"):
-            experience = self.generate(step)
+        self.seconds = {}
+        experience = self.generate(step) if self.rollout is None else self.generated_apart(self.rollout, step)
         with self._timed("score"):
             scores = self.score(experience)
         measures = estimate(experience, scores, self.phase, self.state)
+        if self.phase.async_:
+            measures |= weigh(experience)
         with self._timed("learn"):
             learnt = self.improve(experience, step)
         self.state.follow(self.phase.kl, measures["kl"], len(experience))
@@ -120,10 +124,42 @@ class _Loop:
         results(loading, PART_S)
 
     def generate(self, step: int) -> Experience:
-        """Responses to the prompts of an iteration, in an order that does not depend on who wrote them."""
-        writers = self.rollout or self.policy
-        shares: list[list[Response]] = results(writers.call("roll_out", step), PART_S)
-        return Experience([response for share in shares for response in share])
+        """Responses to the prompts of an iteration, by the policy's own workers."""
+        with self._timed("generate"):
+            return _together_in_order(self.policy.call("roll_out", step))
+
+    def generated_apart(self, rollout: Group, step: int) -> Experience:
+        """The same by a rollout group, who begin to write the next ones if `async` says so."""
+        if self.ahead is None and not self._being_written:
+            self._begin_to_write(rollout, step)
+        with self._timed("generate"):
+            experience = self._written(rollout)
+        if self.phase.async_ and step < self.facts.total_steps:
+            self._begin_to_write(rollout, step + 1)
+        return experience
+
+    def _begin_to_write(self, rollout: Group, step: int) -> None:
+        with self._timed("sync"):
+            self.sync(rollout)
+        self._being_written = rollout.call("roll_out", step)
+
+    def _written(self, rollout: Group) -> Experience:
+        """What has been begun; with what the policy that wrote it says of it, where another one will learn from it."""
+        if self.ahead is not None:
+            experience, self.ahead = self.ahead, None
+            return experience
+        experience = _together_in_order(self._being_written)
+        self._being_written = []
+        if self.phase.async_:
+            name, order, futures = self._ask("rollout", rollout, experience, "written")
+            experience.learn(name, order, results(futures, PART_S))
+        return experience
+
+    def remembered(self) -> dict[str, Any]:
+        """What an iteration leaves to the next, for a checkpoint. Waits for what is being written: its policy cannot be had again."""
+        if self._being_written and self.rollout is not None and not self.state.reached:
+            self.ahead = self._written(self.rollout)
+        return asdict(replace(self.state, ahead=self.ahead.dumped() if self.ahead else ""))
 
     def score(self, experience: Experience) -> torch.Tensor:
         """What all roles say of the responses, asked all at once. Returns the scores. [B]"""
@@ -189,9 +225,10 @@ class _Loop:
 
     def _told_policy(self) -> tuple[tuple[str, ...], dict[str, float]]:
         """The facts and numbers that its loss needs."""
+        names = ("old", "advantages", *(["importance"] if self.phase.async_ else []))
         if self.phase.kl.estimator == "k3":
-            return ("old", "advantages", "reference"), {"beta": self.state.beta}
-        return ("old", "advantages"), {}
+            return (*names, "reference"), {"beta": self.state.beta}
+        return names, {}
 
     def _told_critic(self, step: int) -> tuple[tuple[str, ...], dict[str, float]]:
         # While it warms up it may start from another scale, such as a reward model's: the clip would hold it there.
@@ -218,6 +255,12 @@ class _Loop:
         began = time.perf_counter()
         yield
         self.seconds[f"{part}_s"] = time.perf_counter() - began
+
+
+def _together_in_order(futures: Sequence[Future]) -> Experience:
+    """The responses of all writers, in an order that does not depend on who wrote them."""
+    shares: list[list[Response]] = results(futures, PART_S)
+    return Experience([response for share in shares for response in share])
 
 
 def _minibatches(count: int, size: int, seed: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ import torch
 from training.config import KL, PPO
 from training.rl.advantages import adapted_beta, gae, moments, penalised_rewards, whitened
 from training.rl.experience import Experience
-from training.rl.losses import k1
+from training.rl.losses import importance, k1, k3
 
 
 @dataclass
@@ -23,6 +23,8 @@ class State:
     """Count, sum and sum of squares of all scores so far."""
     reached: str = ""
     """Why the phase is at its end before its last iteration, if it is."""
+    ahead: str = ""
+    """Responses to the prompts of the next iteration, if they have been written ahead (`Experience.dumped`)."""
 
     def follow(self, settings: KL, kl: float, responses: int) -> None:
         """Steer beta after an iteration with this mean KL of a response."""
@@ -57,6 +59,14 @@ def estimate(experience: Experience, scores_B: torch.Tensor, phase: PPO, state: 
         "tokens": int(lengths.sum()),
         "samples": len(experience),
     }  # fmt: skip
+
+
+def weigh(experience: Experience) -> dict[str, float]:
+    """Adds the fact `importance`, of the facts `old` and `written`. Returns what is measured on the way."""
+    old_BT, written_BT = experience.padded("old"), experience.padded("written")
+    mask_BT = experience.mask
+    experience.unpad("importance", importance(old_BT, written_BT))
+    return {"behind_kl": float(k3(old_BT, written_BT)[mask_BT].mean())}
 
 
 def _final(scores_B: torch.Tensor, experience: Experience, phase: PPO, state: State) -> torch.Tensor:

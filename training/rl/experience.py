@@ -5,8 +5,11 @@ Roles get responses as a deal: by worker, micro-batch and row. Their answers com
 
 from __future__ import annotations
 
+import base64
+import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -111,6 +114,29 @@ class Experience:
         """Remember what was worked out for all responses together."""
         lengths = (len(response.tokens) for response in self.responses)
         self.facts[name] = [row[:length].numpy() for row, length in zip(values_BT.float(), lengths, strict=True)]
+
+    def dumped(self) -> str:
+        """All of it as text, to go on from after an interruption."""
+        responses = [
+            {**asdict(each), "prompt": each.prompt.tolist(), "tokens": each.tokens.tolist()} for each in self.responses
+        ]
+        facts = {name: [values.tolist() for values in of_all] for name, of_all in self.facts.items()}
+        raw = json.dumps({"responses": responses, "facts": facts}, default=str).encode()
+        return base64.b64encode(zlib.compress(raw)).decode()
+
+    @classmethod
+    def loaded(cls, text: str) -> Experience:
+        """What `dumped` has made of it."""
+        raw = json.loads(zlib.decompress(base64.b64decode(text)))
+        ids = {"prompt": np.int64, "tokens": np.int64}
+        out = cls(
+            [
+                Response(**{**each, **{name: np.array(each[name], kind) for name, kind in ids.items()}})
+                for each in raw["responses"]
+            ]
+        )
+        out.facts = {name: [np.array(values, np.float32) for values in of_all] for name, of_all in raw["facts"].items()}
+        return out
 
     def table(self, count: int) -> list[dict[str, Any]]:
         """Some responses, for people: the least and the most rewarded, and the first others, which nobody chose."""

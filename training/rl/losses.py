@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+IMPORTANCE_CAP = 2.0
+"""What is rare now and was common then would count without limit: the cap trades a little bias for it (arXiv:1802.01561)."""
+
 
 def token_log_probs(logits_NV: Tensor, tokens_N: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi(token) of the distribution that was sampled from: logits divided by the temperature. [N], fp32"""
@@ -34,6 +37,11 @@ def policy_terms(log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float
     ratio = (log_probs - old).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return -torch.min(plain, clipped), clipped < plain
+
+
+def importance(old: Tensor, written: Tensor) -> Tensor:
+    """pi_old / pi_written, IMPORTANCE_CAP at most: the weight of a token that another policy wrote than the one that learns from it. Any shape."""
+    return (old - written).exp().clamp(max=IMPORTANCE_CAP)
 
 
 def value_terms(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:

@@ -35,10 +35,12 @@ class PolicyLoss(_OfTokens):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor, counts: Tensor,
         old: Tensor | None = None, advantages: Tensor | None = None, reference: Tensor | None = None, beta: Tensor | None = None,
+        importance: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Without `old` the log-probabilities of the N tokens at the temperature of the rollout. [N]
 
         With it the sums of `measures` over them, the loss first. [4]  With `beta` the KL to `reference` is part of the loss.
+        `importance`: how much each token's loss counts.
         """
         self.ready()
         phase = self.phase
@@ -48,6 +50,8 @@ class PolicyLoss(_OfTokens):
             return measured_at(*places, self._log_probs, tokens_N)[:, 0]
         log_probs_N, entropies_N = measured_at(*places, self._log_probs_and_entropies, tokens_N).unbind(-1)
         terms_N, clipped_N = policy_terms(log_probs_N, old, advantages, phase.clip_range)
+        if importance is not None:
+            terms_N = terms_N * importance
         if phase.entropy > 0:
             terms_N = terms_N - phase.entropy * entropies_N
         if reference is not None and beta is not None:

@@ -23,14 +23,14 @@ from training.data.order import Order
 from training.data.render import Renderer, load_tokenizer, same_tokens
 from training.data.stores import Stores, check_window
 from training.distributed import Seat
-from training.engine import Frozen, device_of
+from training.engine import Frozen, computed, device_of
 from training.errors import InputError
 from training.evaluate import Exam, end_tokens, exam_of
 from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
 from training.modelfiles import has_tokenizer, tokenizer_of
-from training.rl.base import as_it_was, with_adapters
+from training.rl.base import as_it_was, at_once, with_adapters
 from training.rl.experience import Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
 from training.rl.rewards import opened
@@ -231,6 +231,10 @@ class Rollout:
         self.device = device_of(self.seat)
         self.lm: Any = models.load(self.phase, dtype, self.seat.device).to(self.device).eval()
         self.parameters = dict(self.lm.named_parameters())
+        self.log_probs = PolicyLoss(self.lm, self.phase, at_once)
+
+    def limits(self) -> Limits:
+        return limits_of(self.phase, self.seat)
 
     def load(self, weights: Weights) -> None:
         """Take over a piece of the policy's weights."""
@@ -240,6 +244,10 @@ class Rollout:
     def roll_out(self, iteration: int) -> list[Response]:
         """This worker's share of the responses to the prompts of an iteration, counted from 1."""
         return self.prompts.responses(self.lm, iteration, (self.seat.rank, self.seat.size))
+
+    def computed(self, share: Share) -> list[NDArray[np.float32]]:
+        """The log-probabilities of the tokens of each response, by the weights as they are here."""
+        return split(share, computed(self.log_probs, [collated(rows, ()) for rows in share], self.device))
 
 
 class Critic(_Learning):

@@ -140,6 +140,72 @@ def test_what_it_ends_with_is_the_policy(tiny, plain, tmp_path):
         assert (reader.whole(name) == parameter.detach().numpy()).all()
 
 
+# ── a rollout group that writes ahead ──
+
+
+def ahead(workers=1, writers=1, **more):
+    together = {"roles": ["policy", "reference", "critic", "reward"], "workers": workers}
+    return {"groups": [together, {"roles": ["rollout"], "workers": writers}], "async": 1, **more}
+
+
+@pytest.fixture(scope="module")
+def written_ahead(tiny, train):
+    return train(1, **settings(tiny, **ahead(max_steps=4)))
+
+
+def test_responses_are_a_policy_behind_but_for_the_first(tiny, train, plain, written_ahead):
+    still = train(1, **settings(tiny, learning_rate=1e-12))
+    assert curve(written_ahead)[0] == pytest.approx(curve(plain)[0], rel=1e-3, abs=1e-4)
+    assert (
+        written_ahead.rows[1]["response_tokens"] == still.rows[1]["response_tokens"]
+    )  # by the policy as it was at first
+    assert written_ahead.rows[1]["reward"] == still.rows[1]["reward"]
+    behind = [row["behind_kl"] for row in written_ahead.rows]
+    assert behind[0] == pytest.approx(0, abs=1e-6)
+    assert min(behind[1:]) > 1e-4
+
+
+@pytest.mark.parametrize(("stage", "workers", "writers"), [(3, 2, 1), (2, 1, 2)])
+def test_ahead_the_curve_does_not_depend_on_the_machines_either(tiny, train, written_ahead, stage, workers, writers):
+    other = train(1, stage=stage, **settings(tiny, **ahead(workers, writers, max_steps=4)))
+    assert curve(other) == pytest.approx(curve(written_ahead), rel=1e-3, abs=1e-4)
+
+
+def test_what_was_written_ahead_is_learnt_from_after_an_interruption(tiny, train, tmp_path, written_ahead):
+    """The policy that wrote it is no more: it is part of the checkpoint."""
+    first = train(1, tmp_path, stop_after=2, **settings(tiny, **ahead(max_steps=4)))
+    on = train(1, tmp_path, **settings(tiny, **ahead(max_steps=4)))
+    assert (len(first.rows), on.first) == (2, 2)
+    assert (curve(on) == curve(written_ahead)[2:]).all()
+    assert contents(on.last) == contents(written_ahead.last)
+
+
+def test_it_learns_from_what_was_written_ahead(tiny, train):
+    hooks = train(1, **settings(tiny, **ahead(max_steps=25, rollout_batch=32, batch=16)))
+    rewards = [row["reward"] for row in hooks.rows if "reward" in row]
+    print(rewards)
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 1
+
+
+def test_a_token_counts_as_much_as_it_has_become_likelier():
+    import torch
+
+    from training.rl.losses import importance
+
+    old, written = torch.tensor([-1.0, -2.0, -1.0]), torch.tensor([-1.0, -1.0, -5.0])
+    assert importance(old, written).tolist() == pytest.approx([1.0, np.exp(-1), 2.0])
+
+
+def test_who_writes_ahead_sits_alone(tiny):
+    together = [
+        {"roles": ["policy", "reference", "critic"], "workers": 1},
+        {"roles": ["rollout", "reward"], "workers": 1},
+    ]
+    for groups in (None, together):
+        with pytest.raises(ValueError, match="needs a group of its own for rollout"):
+            phase_of(tiny, **settings(tiny, **{"async": 1}, groups=groups))
+
+
 # ── the driver alone ──
 
 
@@ -194,13 +260,22 @@ def driven(tiny, tmp_path, **more):
         "is_saving": False, "restore": None, "publish": None,
     }  # fmt: skip
     answers = {
-        "policy": {"setup": facts, "roll_out": responses, **learning},
+        "policy": {"setup": facts, "roll_out": responses, "num_buckets": 1, "bucket": {}, **learning},
         "reference": {"setup": None, "limits": Limits(micro_tokens=64), "computed": ones},
         "critic": {"setup": None, **learning},
+        "rollout": {
+            "setup": None,
+            "limits": Limits(micro_tokens=64),
+            "roll_out": responses,
+            "computed": ones,
+            "load": None,
+        },
         "reward": {"setup": None, "scores": lambda part: [float(each.number) for each in part]},
     }
     hooks = Recorder(tmp_path)
-    hooks.last = ppo.run(phase, {role: Fake(role, asked, table) for role, table in answers.items()}, hooks)
+    seated = {role for roles, _ in phase.teams for role in roles}
+    groups = {role: Fake(role, asked, table) for role, table in answers.items() if role in seated}
+    hooks.last = ppo.run(phase, groups, hooks)
     return asked, hooks
 
 
@@ -224,6 +299,15 @@ def test_the_driver_generates_scores_and_improves(tiny, tmp_path):
     assert (row["reward"], row["response_tokens"], row["ended"], row["tokens"]) == (1.5, 2.5, 0.75, 10)
     # What is written down: the least and the most rewarded, and the first others.
     assert [sample["reward"] for sample in hooks.sampled[:4]] == [0.0, 3.0, 1.0, 2.0]
+
+
+def test_the_next_responses_are_begun_before_these_are_learnt_from(tiny, tmp_path):
+    asked, _ = driven(tiny, tmp_path, **ahead())
+    sent = [("policy", "num_buckets"), ("policy", "bucket"), ("rollout", "load")]
+    write, recall = ("rollout", "roll_out"), ("rollout", "computed")
+    rest = [each for each in ITERATION if each != ("policy", "roll_out")]
+    begun = [each for each in asked if each in {*sent, write, recall} or each in rest]
+    assert begun == [*sent, write, recall, *sent, write, *rest, recall, *rest]
 
 
 def test_the_critic_may_warm_up_alone(tiny, tmp_path):
