@@ -108,10 +108,10 @@ class PhaseRun:
             self.gang.saved()
         elif kind == "profiled":
             self.progress.say(
-                f"{self.name}: profiled steps {facts['steps']} of {facts['worker']}: {facts['summary']}; {facts['table']}"
+                f"{self.name}: profile {{steps: {facts['steps']}}} of {facts['worker']}: {facts['summary']}; {facts['table']}"
             )
         elif kind == "profile_failed":
-            self.progress.say(f"{self.name}: steps {facts['steps']} are not profiled: {facts['error']}")
+            self.progress.say(f"{self.name}: there is no profile {{steps: {facts['steps']}}}: {facts['error']}")
         elif kind == "reached":
             self.progress.say(f"{self.name}: ends after step {facts['step']}: {facts['what']}")
         elif kind == "restored":

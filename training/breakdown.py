@@ -22,6 +22,7 @@ MEANINGS = {
     REST: "of the call what is none of its parts",
     WAITING: "nothing was asked of this worker: other groups are at work, or the process that drives the run",
 }
+_LEAST_SHARE = 0.0005
 Key = tuple[str, str]
 """A call, such as `trainer.train`, and a part."""
 
@@ -96,14 +97,19 @@ def summary(seconds: Mapping[Key, float], count: int = 4) -> str:
 
 
 def table(seconds: Mapping[Key, float], num_steps: int) -> list[str]:
-    """One line a part, call by call, with its seconds a step and its share; the calls that took longest first."""
+    """One line a part, call by call, with its seconds a step and its share; the calls that took longest first.
+
+    Parts that would show as 0.0% are left out.
+    """
     total = sum(seconds.values())
     of_calls: dict[str, float] = {}
     for (call, _), length in seconds.items():
         of_calls[call] = of_calls.get(call, 0.0) + length
     lines = [_row("where the time went", "s a step", "share")]
     for call in sorted(of_calls, key=lambda name: -of_calls[name]):
-        parts = {part: length for (name, part), length in seconds.items() if name == call}
+        parts = {
+            part: length for (name, part), length in seconds.items() if name == call and length >= _LEAST_SHARE * total
+        }
         lines += [
             _row(f"{call:<20}  {part}" if call else part, f"{length / num_steps:.4f}", f"{length / total:.1%}")
             for part, length in parts.items()

@@ -91,14 +91,14 @@ class _Profile:
             self.profiler.export_chrome_trace(str(local))
             upload_file(local, trace)
         seconds = seconds_of(self.profiler.events())
-        head = f"{worker}, steps {steps}: {sum(seconds.values()) / num_steps:.3f} s a step"
+        head = f"{worker}, profile {{steps: {steps}}}: {sum(seconds.values()) / num_steps:.3f} s a step"
         lines = self._report(head, seconds, num_steps)
         report.write("\n".join(lines).encode() + b"\n")
         return {"worker": worker, "summary": summary(seconds), "table": str(report), "trace": str(trace)}
 
     def _report(self, head: str, seconds: dict[Key, float], num_steps: int) -> list[str]:
         most = torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_bytes()
-        threads = "" if self.device == "cuda" else f", {torch.get_num_threads()} threads"
+        threads = "" if self.device == "cuda" else f" with {torch.get_num_threads()} thread(s)"
         blind = self.device == "cuda" and not any(event.activity_type in _ON_GPU for event in self.profiler.events())
         return [
             f"{head} under the profiler, on {self.device}{threads}; at most {most / _GIB:.2f} GiB of memory so far",

@@ -54,7 +54,7 @@ def test_a_run_leaves_trace_and_table_and_says_so(place, muster):
     assert (event["phase"], event["steps"], event["worker"]) == ("sft", "3", "trainer-0"), "1 and 2 were done before"
     table = place / "runs/sums/sft/profile/steps-3.trainer-0.txt"
     assert event["table"] == str(table)
-    assert f"sft: profiled steps 3 of trainer-0: {event['summary']}; {table}" in answer.out
+    assert f"sft: profile {{steps: 3}} of trainer-0: {event['summary']}; {table}" in answer.out
     assert "trainer.train" in table.read_text()
     assert Path(event["trace"]).read_bytes()[:2] == b"\x1f\x8b"
 
