@@ -6,7 +6,9 @@ profile is running it does nothing.
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,20 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from training.breakdown import PARTS, Key, Span, Work, breakdown, summary, table
+from training.breakdown import Key, summary, table
 from training.distributed import Seat
 from training.memory import peak_bytes
 from training.storage import Local, Place, place, upload_file
+from training.trace import WINDOW, Event, Operator, operators, read, seconds_of, tells_of_gpu
 
-_WINDOW = "profiled steps"
 _NUM_OPERATORS = 20
-_ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-"""What Kineto calls that which a GPU does."""
 _NOTHING = nullcontext()
 _GIB = 1 << 30
+_BLOCK_BYTES = 1 << 20
 
 
 def part(name: str) -> AbstractContextManager[Any]:
@@ -71,7 +71,7 @@ class _Profile:
         self.profiler = profile(activities=activities)
         self._finish_on_device()
         self.profiler.start()
-        self.window = record_function(_WINDOW)
+        self.window = record_function(WINDOW)
         self.window.__enter__()
 
     def _finish_on_device(self) -> None:
@@ -87,74 +87,39 @@ class _Profile:
             folder.path.mkdir(parents=True, exist_ok=True)
         trace, report = folder / f"{name}.trace.json.gz", folder / f"{name}.txt"
         with tempfile.TemporaryDirectory(prefix="muster-profile-") as here:
-            local = Path(here) / trace.name
+            local, packed = Path(here) / "trace.json", Path(here) / trace.name
             self.profiler.export_chrome_trace(str(local))
-            upload_file(local, trace)
-        seconds = seconds_of(self.profiler.events())
-        head = f"{worker}, profile {{steps: {steps}}}: {sum(seconds.values()) / num_steps:.3f} s a step"
-        lines = self._report(head, seconds, num_steps)
+            # The profiler would compress it line by line, which takes ten times as long.
+            with local.open("rb") as source, gzip.open(packed, "wb", compresslevel=5) as target:
+                shutil.copyfileobj(source, target, _BLOCK_BYTES)
+            upload_file(packed, trace)
+            events = read(local)
+        seconds = seconds_of(events)
+        lines = self._report(f"{worker}, profile {{steps: {steps}}}", events, seconds, num_steps)
         report.write("\n".join(lines).encode() + b"\n")
         return {"worker": worker, "summary": summary(seconds), "table": str(report), "trace": str(trace)}
 
-    def _report(self, head: str, seconds: dict[Key, float], num_steps: int) -> list[str]:
-        most = torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_bytes()
-        threads = "" if self.device == "cuda" else f" with {torch.get_num_threads()} thread(s)"
-        blind = self.device == "cuda" and not any(event.activity_type in _ON_GPU for event in self.profiler.events())
+    def _report(self, head: str, events: Sequence[Event], seconds: dict[Key, float], num_steps: int) -> list[str]:
+        total = sum(seconds.values())
+        on_gpu = self.device == "cuda"
+        most = torch.cuda.max_memory_allocated() if on_gpu else peak_bytes()
+        where = "cuda" if on_gpu else f"cpu with {torch.get_num_threads()} thread(s)"
+        blind = on_gpu and not tells_of_gpu(events)
         return [
-            f"{head} under the profiler, on {self.device}{threads}; at most {most / _GIB:.2f} GiB of memory so far",
+            f"{head}: {total / num_steps:.3f} s a step under the profiler, on {where}; at most {most / _GIB:.2f} GiB of memory so far",
             *(["the GPU did not tell its times: these are the main thread's, which runs ahead of it"] if blind else []),
             "",
             *table(seconds, num_steps),
             "",
-            *self._operators(sum(seconds.values()), num_steps),
+            *_costly(operators(events)[:_NUM_OPERATORS], total, num_steps),
         ]
 
-    def _operators(self, total_s: float, num_steps: int) -> Iterator[str]:
-        """The most costly operators by the time of their own, that of others which they call left out."""
-        averages = [each for each in self.profiler.key_averages() if each.device_type == DeviceType.CPU]
-        own = (
-            "self_device_time_total" if any(each.self_device_time_total for each in averages) else "self_cpu_time_total"
-        )
-        ranked = sorted(
-            (each for each in averages if not each.is_user_annotation), key=lambda each: -getattr(each, own)
-        )
-        yield f"  {'operator, time of its own':<58}{'calls a step':>14}{'s a step':>10}{'share':>9}"
-        for each in ranked[:_NUM_OPERATORS]:
-            own_s = getattr(each, own) / 1e6
-            calls, seconds, share = each.count / num_steps, own_s / num_steps, own_s / total_s
-            yield f"  {each.key[:57]:<58}{calls:>14,.1f}{seconds:>10.4f}{share:>9.1%}"
 
-
-def seconds_of(events: Sequence[Any]) -> dict[Key, float]:
-    """Where the time went, from torch's FunctionEvents. If they know nothing of a GPU, that is as the main thread saw it."""
-    on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
-    whole = next(event for event in on_cpu if event.name == _WINDOW)
-    mine = [event for event in on_cpu if event.thread == whole.thread and not event.is_async]
-    kernels = [event for event in events if event.activity_type in _ON_GPU]
-    if kernels:
-        launches = {event.id: event.time_range.start for event in on_cpu if not event.linked_correlation_id}
-        works = [(event.name, _work(event, launches.get(event.linked_correlation_id))) for event in kernels]
-        sent = [work for name, work in works if name.startswith("nccl")]
-        computed = [work for name, work in works if not name.startswith("nccl")]
-    else:
-        sent = [_work(event) for event in on_cpu if event.is_async and event.name.startswith("gloo:")]
-        computed = [_work(event) for event in mine if event.name.startswith("aten::")]
-    calls = _spans(event for event in mine if event.cpu_parent is whole and event.is_user_annotation)
-    parts = _spans(event for event in mine if event.name in PARTS)
-    return breakdown(_span(whole), calls, parts, sent, computed, on_gpu=bool(kernels))
-
-
-def _span(event: Any) -> Span:
-    return Span(event.name, event.time_range.start, event.time_range.end)
-
-
-def _spans(events: Iterable[Any]) -> list[Span]:
-    return sorted(map(_span, events), key=lambda span: span.start)
-
-
-def _work(event: Any, launched: float | None = None) -> Work:
-    start, end = event.time_range.start, event.time_range.end
-    return Work(start, end, start if launched is None else launched)
+def _costly(found: Iterable[Operator], total_s: float, num_steps: int) -> Iterator[str]:
+    yield f"  {'operator, time of its own':<58}{'calls a step':>14}{'s a step':>10}{'share':>9}"
+    for name, calls, seconds in found:
+        figures = f"{calls / num_steps:>14,.1f}{seconds / num_steps:>10.4f}{seconds / total_s:>9.1%}"
+        yield f"  {name[:57]:<58}{figures}"
 
 
 _running: _Profile | None = None

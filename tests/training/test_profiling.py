@@ -6,18 +6,16 @@ import gzip
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from torch.autograd import DeviceType
 
 from tests.training_fixtures import Recorder, phase_of
 from training.breakdown import Span, Work, breakdown, summary, table
 from training.config import Profile
-from training.profiling import seconds_of
 from training.recipes.profiled import Profiled
 from training.schedule import never_profiled
 from training.storage import place
+from training.trace import operators, read, seconds_of
 
 NINES = "tests.some_rewards:nines"
 
@@ -91,34 +89,49 @@ def test_on_a_gpu_kernels_belong_to_what_launched_them_and_gaps_are_idle():
     }  # fmt: skip
 
 
-def test_what_torch_says_of_a_gpu_is_understood():
+def written(path: Path, *events: dict) -> Path:
+    """A trace as torch writes it."""
+    path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": [{"ph": "M"}, *events]}))
+    return path
+
+
+def event(name: str, start: float, end: float, kind: str = "cpu_op", thread: int = 1, id: int = 0) -> dict:
+    more = {"ph": "X", "cat": kind, "tid": thread, "args": {"External id": id}}
+    return {**more, "name": name, "ts": start, "dur": end - start}
+
+
+def note(name: str, start: float, end: float) -> dict:
+    return event(name, start, end, kind="user_annotation")
+
+
+def test_a_trace_of_a_gpu_is_understood(tmp_path):
     """Kernels know the operator that launched them, also one of the backward pass's own thread."""
-    window = event("profiled steps", 0, 100)
-    call = event("trainer.train", 0, 100, parent=window, note=True)
-    launches = [event("aten::mm", 12, 13, id=7), event("aten::mm", 31, 32, id=8, thread=2)]
-    seen = [
-        window, call, event("forward", 10, 20, parent=call, note=True), event("backward", 30, 40, parent=call, note=True),
-        *launches, event("cudaLaunchKernel", 12, 13, linked=7),
-        gpu("gemm", 15, 45, linked=7), gpu("gemm", 45, 75, linked=8), gpu("ncclDevKernel_AllReduce", 60, 90, linked=8),
-        gpu("forward", 15, 45, activity="gpu_user_annotation"),
-    ]  # fmt: skip
-    assert {part: round(length * 1e6) for (_, part), length in seconds_of(seen).items()} == {
+    path = written(
+        tmp_path / "trace.json",
+        note("profiled steps", 0, 100), note("trainer.train", 0, 100), note("forward", 10, 20), note("backward", 30, 40),
+        event("aten::linear", 11, 14, id=6), event("aten::mm", 12, 13, id=7), event("aten::mm", 31, 32, thread=2, id=8),
+        event("cudaLaunchKernel", 12, 13, kind="cuda_runtime", id=7), event("forward", 15, 45, kind="gpu_user_annotation"),
+        event("gemm", 15, 45, kind="kernel", thread=7, id=7), event("gemm", 45, 75, kind="kernel", thread=7, id=8),
+        event("ncclDevKernel_AllReduce", 60, 90, kind="kernel", thread=8, id=9),
+    )  # fmt: skip
+    events = read(path)
+    assert {part: round(length * 1e6) for (_, part), length in seconds_of(events).items()} == {
         "forward": 30, "backward": 30, "idle": 25, "communication": 15,
     }  # fmt: skip
+    assert [(name, calls, round(s * 1e6)) for name, calls, s in operators(events)] == [
+        ("aten::mm", 2, 60), ("aten::linear", 1, 0),
+    ]  # fmt: skip
 
 
-def event(
-    name, start, end, *, parent=None, note=False, id=0, linked=0, thread=1, activity="cpu_op", device=DeviceType.CPU
-):
-    """As torch's FunctionEvent."""
-    return SimpleNamespace(
-        name=name, time_range=SimpleNamespace(start=start, end=end), cpu_parent=parent, is_user_annotation=note, id=id,
-        linked_correlation_id=linked, thread=thread, activity_type=activity, device_type=device, is_async=False,
+def test_the_time_of_an_operator_is_its_own(tmp_path):
+    path = written(
+        tmp_path / "trace.json",
+        event("aten::linear", 0, 10, id=1), event("aten::mm", 2, 8, id=2), event("aten::view", 3, 4, id=3),
+        event("aten::mm", 5, 9, thread=2, id=4),
     )  # fmt: skip
-
-
-def gpu(name, start, end, *, linked=0, activity="kernel"):
-    return event(name, start, end, linked=linked, thread=7, activity=activity, device=DeviceType.CUDA)
+    assert [(name, calls, round(s * 1e6)) for name, calls, s in operators(read(path))] == [
+        ("aten::mm", 2, 9), ("aten::linear", 1, 4), ("aten::view", 1, 1),
+    ]  # fmt: skip
 
 
 def test_the_table_has_a_line_for_each_part_of_each_call():
