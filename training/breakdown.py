@@ -105,17 +105,14 @@ def table(seconds: Mapping[Key, float], num_steps: int) -> list[str]:
     of_calls: dict[str, float] = {}
     for (call, _), length in seconds.items():
         of_calls[call] = of_calls.get(call, 0.0) + length
-    lines = [_row("where the time went", "s a step", "share")]
-    for call in sorted(of_calls, key=lambda name: -of_calls[name]):
-        parts = {
-            part: length for (name, part), length in seconds.items() if name == call and length >= _LEAST_SHARE * total
-        }
-        lines += [
-            _row(f"{call:<20}  {part}" if call else part, f"{length / num_steps:.4f}", f"{length / total:.1%}")
-            for part, length in parts.items()
-        ]
+    lines, shown = [_row("where the time went", "s a step", "share")], set()
+    for (call, part), length in sorted(seconds.items(), key=lambda item: (-of_calls[item[0][0]], -item[1])):
+        if length >= _LEAST_SHARE * total:
+            name = f"{call:<20}  {part}" if call else part
+            lines.append(_row(name, f"{length / num_steps:.4f}", f"{length / total:.1%}"))
+            shown.add(part)
     lines += [_row("all", f"{total / num_steps:.4f}", "100.0%"), ""]
-    return lines + [f"{part}: {meaning}" for part, meaning in MEANINGS.items() if any(p == part for _, p in seconds)]
+    return lines + [f"{part}: {meaning}" for part, meaning in MEANINGS.items() if part in shown]
 
 
 def _row(name: str, seconds: str, share: str) -> str:

@@ -135,10 +135,15 @@ def test_the_time_of_an_operator_is_its_own(tmp_path):
 
 
 def test_the_table_has_a_line_for_each_part_of_each_call():
-    seconds = {("policy.roll_out", "generation"): 6.0, ("policy.improve", "backward"): 2.0, ("", "waiting"): 2.0}
+    seconds = {
+        ("policy.roll_out", "generation"): 6.0, ("policy.improve", "backward"): 2.0, ("policy.improve", "data"): 0.1,
+        ("", "waiting"): 1.899, ("policy.roll_out", "rest"): 0.001,
+    }  # fmt: skip
     lines = [re.split(r"\s{2,}", line.strip()) for line in table(seconds, num_steps=2)]
+    assert [line[0] for line in lines[1:5]] == ["policy.roll_out", "policy.improve", "policy.improve", "waiting"]
+    assert not any(line[0].startswith("rest") for line in lines), "nothing to see, nothing to explain"
     assert ["policy.roll_out", "generation", "3.0000", "60.0%"] in lines
-    assert ["waiting", "1.0000", "20.0%"] in lines
+    assert ["waiting", "0.9495", "19.0%"] in lines
     assert ["all", "5.0000", "100.0%"] in lines
 
 
