@@ -108,6 +108,19 @@ EVENTS: dict[str, Event] = {
     "checkpoint_set_aside": Event(
         "A checkpoint behind the step that the run goes on from is moved away, not deleted.", {"step": "Its step."}
     ),
+    "profiled": Event(
+        "The steps of `profile` are done, and where their time went is written down.",
+        {
+            "steps": "The first and the last.",
+            "worker": "Whose they are: the first worker of a group, named by the group's first role.",
+            "summary": "The largest shares of the time.",
+            "table": "File of the table.",
+            "trace": "File of the trace, for chrome://tracing or Perfetto.",
+        },
+    ),
+    "profile_failed": Event(
+        "Steps could not be profiled, which stops nothing.", {"steps": "The first and the last.", "error": "Why."}
+    ),
     "warning": Event("Something that a person should know, and that stops nothing.", {"what": "It, in words."}),
     "incident": Event(
         "Something failed; docs/failures.md says what is done about each class.",

@@ -51,6 +51,7 @@ NEUTRAL = (
     "phases.*.micro_batch",
     "phases.*.generation_batch",
     "phases.*.log_every",
+    "phases.*.profile",
     "phases.*.eval_on_start",
     "phases.*.on_divergence",
     "phases.*.loss_limit",

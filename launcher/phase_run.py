@@ -51,6 +51,7 @@ class PhaseRun:
         self.resume_at = run.rewound_to().get(name)
         self.accepted_before = run.accepted_before()
         self.checkpoints = opened(run.checkpoints(name), run.attempt)
+        self.profiles = run.profiles(name)
         self.trackers = trackers.open_all(
             job.track, job.name, name, self.folder, job.phases[name].model_dump(), progress.say
         )
@@ -105,6 +106,12 @@ class PhaseRun:
         elif kind == "checkpoint":
             self.saved_step = facts["step"]
             self.gang.saved()
+        elif kind == "profiled":
+            self.progress.say(
+                f"{self.name}: profile {{steps: {facts['steps']}}} of {facts['worker']}: {facts['summary']}; {facts['table']}"
+            )
+        elif kind == "profile_failed":
+            self.progress.say(f"{self.name}: there is no profile {{steps: {facts['steps']}}}: {facts['error']}")
         elif kind == "reached":
             self.progress.say(f"{self.name}: ends after step {facts['step']}: {facts['what']}")
         elif kind == "restored":

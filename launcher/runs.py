@@ -1,6 +1,6 @@
 """A run to look at: what it was asked, what happened, what came of it. `attempts.py` begins to work on one.
 
-runs/NAME/job.yaml, events.jsonl, PHASE/{metrics.jsonl, answers/, tensorboard/, checkpoints/, model/, logs/attempt-1/rank-0.log}
+runs/NAME/job.yaml, events.jsonl, PHASE/{metrics.jsonl, answers/, profile/, tensorboard/, checkpoints/, model/, logs/...}
 In a folder, or in a bucket; of the latter the small files are copied to this machine first.
 """
 
@@ -105,6 +105,9 @@ class RunFolder:
 
     def model(self, phase: str) -> Place:
         return self.root / phase / "model"
+
+    def profiles(self, phase: str) -> Place:
+        return self.root / phase / "profile"
 
     def phase_names(self) -> list[str]:
         """Of the job; of one that this version cannot read those that have metrics."""

@@ -111,6 +111,7 @@ class Recorder:
 
     def __init__(self, folder: Path | str, stop_after: int | None = None):
         self.checkpoints = opened(place(folder), next(_attempts))
+        self.profiles = place(folder) / "profile"
         self.stop_after = stop_after
         self.rows: list[dict] = []
         self.events: list[tuple[str, dict]] = []

@@ -6,10 +6,11 @@ reference text: meaning, unit, special values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -212,6 +213,37 @@ class Questions(Settings):
     """File of rows with question, answer and verdict: the model critiques the answer, its conclusion is compared."""
 
 
+_STEPS = re.compile(r"([1-9][0-9]{0,17})(?:-([1-9][0-9]{0,17}))?")
+_MOST_PROFILED = 20
+"""A trace of more steps is too large to look at."""
+
+
+class Profile(Settings):
+    """Where the time of some steps goes: a trace and a table of the first worker of each group."""
+
+    steps: int | str = Field(examples=["10-12"])
+    """The first and the last, such as 10-12, or one step such as 10; at most 20. Of PPO: iterations."""
+
+    @field_validator("steps")
+    @classmethod
+    def _is_a_range(cls, steps: int | str) -> int | str:
+        found = _STEPS.fullmatch(str(steps))
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise ValueError(f'got "{steps}", expected a step such as 10, or the first and the last such as 10-12')
+        if (count := last - first + 1) > _MOST_PROFILED:
+            raise ValueError(f'got "{steps}" ({count:,} steps), expected at most {_MOST_PROFILED} steps')
+        return steps
+
+    @property
+    def first(self) -> int:
+        return int(str(self.steps).partition("-")[0])
+
+    @property
+    def last(self) -> int:
+        return int(str(self.steps).rpartition("-")[2])
+
+
 class Phase(Settings):
     """What every recipe has."""
 
@@ -249,6 +281,8 @@ class Phase(Settings):
     """A loss above it has diverged. None: only one that is no number."""
     log_every: PositiveInt = 1
     """Steps between two lines on the terminal. metrics.jsonl has every step."""
+    profile: Profile | None = None
+    """Find out where the time goes, for some steps. None: nothing is measured."""
     eval_every: PositiveInt | None = None
     """Steps between two evaluations. None: at the end only, if there is `data.eval` or `eval`."""
     eval_on_start: bool = False
@@ -306,6 +340,8 @@ class Phase(Settings):
         """(key, message) of settings that cannot go together. A recipe with more of them adds its own."""
         if self.epochs is not None and self.max_steps is not None:
             yield "max_steps", "epochs and max_steps exclude each other; keep one"
+        if self.profile is not None and self.max_steps is not None and self.profile.first > self.max_steps:
+            yield "profile.steps", f"{self.profile.steps} comes after the last step, {self.max_steps} (max_steps)"
         if self.micro_batch is not None and self.micro_tokens != "auto":
             yield "micro_batch", "micro_tokens and micro_batch exclude each other; keep one"
         if self.batch < self.resources.workers:

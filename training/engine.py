@@ -20,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import pulse
+from training.breakdown import BACKWARD, FORWARD, OPTIMIZER
 from training.config import Optimizer, Phase
 from training.data.collate import to_device
 from training.distributed import Seat, limit_waits
 from training.memory import freed_memory_given_back
+from training.profiling import part
 from training.sizing import bucket_numbers, overlaps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -154,13 +156,15 @@ class Engine:
         for number, micro in enumerate(micro_batches, 1):
             self.micro_in_hand = number
             self.ds.set_gradient_accumulation_boundary(number == len(micro_batches))
-            with self.stopwatch:
+            with self.stopwatch, part(FORWARD):
                 sums = self._sums(micro)
-            self.ds.backward(sums[0] * scale, scale_wrt_gas=False)
+            with part(BACKWARD):
+                self.ds.backward(sums[0] * scale, scale_wrt_gas=False)
             totals.append(sums.detach())
             pulse.progressed()
-        norm = self._norm_of_unsharded() if self.stage == 0 else None
-        self.ds.step()
+        with part(OPTIMIZER):
+            norm = self._norm_of_unsharded() if self.stage == 0 else None
+            self.ds.step()
         return torch.stack(totals).sum(0), torch.as_tensor(
             self.ds.get_global_grad_norm() if norm is None else norm
         ).detach()
@@ -180,7 +184,8 @@ class Engine:
         self.ds.eval()
         totals = []
         for micro in micro_batches:
-            totals.append(self._sums(micro))
+            with part(FORWARD):
+                totals.append(self._sums(micro))
             pulse.progressed()
         self.ds.train()
         return torch.stack(totals).sum(0)
@@ -396,7 +401,8 @@ def computed(
     """What a module returns for each micro-batch, on the host."""
     answers = []
     for micro in micro_batches:
-        answers.append(module(**to_device(micro, device)).float().cpu())
+        with part(FORWARD):
+            answers.append(module(**to_device(micro, device)).float().cpu())
         pulse.progressed()
     return answers
 

@@ -62,7 +62,13 @@ class Worker:
         self.roles[role] = resolve(target)(self.seat, *args)
 
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.roles[role], method)(*args, **kwargs)
+        """What the role answers. `begin_profile` and `end_profile` are the worker's own, whatever roles it hosts."""
+        from training import profiling
+
+        if method in ("begin_profile", "end_profile"):
+            return getattr(profiling, method)(self.seat, *args)
+        with profiling.part(f"{role}.{method}"):
+            return getattr(self.roles[role], method)(*args, **kwargs)
 
 
 class Done:

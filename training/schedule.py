@@ -19,6 +19,13 @@ def total_steps(phase: Phase, epoch_size: int) -> int:
     return math.ceil(total_samples(phase, epoch_size) / phase.step_samples)
 
 
+def never_profiled(phase: Phase, total: int) -> list[str]:
+    """What to tell of a profile of steps that the phase, of `total` steps, does not come to."""
+    if phase.profile is None or phase.profile.first <= total:
+        return []
+    return [f"profile.steps {phase.profile.steps} comes after the last step, {total:,}: nothing is profiled"]
+
+
 def learning_rate(peak: float, schedule: Schedule, step: int, total: int) -> float:
     """The learning rate of step 1..total.
 

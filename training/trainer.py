@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from training import pulse
+from training.breakdown import DATA
 from training.config import Phase
 from training.data.collate import collate
 from training.data.dealing import deal, limits_for
@@ -28,7 +29,8 @@ from training.evaluate import Exam, exam_of
 from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
-from training.schedule import learning_rate, total_samples, total_steps
+from training.profiling import part
+from training.schedule import learning_rate, never_profiled, total_samples, total_steps
 from training.seeding import seed_for
 
 _TOLD_ROWS = 5
@@ -80,7 +82,11 @@ class Trainer(Learner):
             device=self.device_name,
             data_hash=self.store.folder.name,
             chats=self.store.meta.chats,
-            notes=[*self.store.meta.notes, *self._longer_than_the_model()],
+            notes=[
+                *self.store.meta.notes,
+                *self._longer_than_the_model(),
+                *never_profiled(self.phase, self.total_steps),
+            ],
         )
 
     def _longer_than_the_model(self) -> list[str]:
@@ -154,11 +160,12 @@ class Trainer(Learner):
     def _step(self, step: int) -> tuple[dict[str, Any], Tensor]:
         began = time.perf_counter()
         torch.manual_seed(seed_for(self.phase.seed, "step", step, self.seat.rank))
-        samples = self.samples_of(step)
-        weight = self.weight_of(self.store, samples)
         rate = learning_rate(self.phase.learning_rate, self.phase.schedule, step, self.total_steps)
-        mine = self._deal(self.store, samples)
-        hand = [self.collated(self.store, rows) for rows in mine]
+        with part(DATA):
+            samples = self.samples_of(step)
+            weight = self.weight_of(self.store, samples)
+            mine = self._deal(self.store, samples)
+            hand = [self.collated(self.store, rows) for rows in mine]
         self.own_tokens += sum(micro["input_ids"].numel() for micro in hand if micro["input_ids"] is not None)
         try:
             loss, norm = self.engine.step(hand, weight=weight, learning_rate=rate)

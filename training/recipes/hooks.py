@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from training.checkpoints import OpenCheckpoints
 from training.facts import Facts
+from training.storage import Place
 
 
 class Hooks(Protocol):
@@ -18,6 +19,9 @@ class Hooks(Protocol):
     """Step of the checkpoint to go on from, 0 for the beginning; None for the newest whole one."""
     accepted_before: int
     """Checkpoints of attempts before this one may be of another job or other data: the user wants to go on with them."""
+
+    profiles: Place
+    """Folder of what profiled steps leave."""
 
     skipped: frozenset[int]
     """Steps whose batches are not trained on, because the loss diverged there."""

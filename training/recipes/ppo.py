@@ -21,6 +21,7 @@ from training.facts import Facts
 from training.group import Future, Group, results, results_of
 from training.measures import in_order, measured
 from training.recipes.hooks import Hooks
+from training.recipes.profiled import Profiled
 from training.recipes.resuming import SETUP_S, resume
 from training.recipes.saving import Saver
 from training.rl.estimation import State, estimate, weigh
@@ -47,14 +48,17 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     step, state = (found.step, State(**found.state)) if found is not None else (0, State(phase.kl.beta))
     loop = _Loop(phase, groups, facts, state)
     saver = Saver(phase, learners, hooks, facts, newest=step)
+    profiled = Profiled(phase, groups, hooks)
     hooks.started(facts, step)
     if phase.eval_on_start and step == 0:
         _evaluate(groups["policy"], hooks, step)
     evaluated: dict[str, float] = {}
     while step < facts.total_steps and not state.reached and not hooks.stop_requested():
         step += 1
+        profiled.before(step)
         with saver.kept_on_failure():
             row, experience = loop.iterate(step)
+        profiled.after(step)
         hooks.log({"step": step, "iteration": step, **row, "workers": groups["policy"].size})
         hooks.samples(step, experience.table(_SAMPLES))
         state.reached = reached(phase.stop, row)
@@ -63,6 +67,7 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
         saver.poll()
         if step % phase.checkpoint.every == 0 or saver.failed:
             saver.save(step, evaluated, loop.remembered())
+    profiled.end(step)
     if state.reached:
         hooks.event("reached", step=step, what=state.reached)
         saver.last_step = step

@@ -14,6 +14,7 @@ from training.facts import Facts
 from training.group import Group, results
 from training.measures import in_order, measured
 from training.recipes.hooks import Hooks
+from training.recipes.profiled import Profiled
 from training.recipes.resuming import SETUP_S, resume
 from training.recipes.saving import Saver
 from training.storage import Place
@@ -37,6 +38,7 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     step = found.step if found is not None else 0
     results(trainer.call("get_ready", hooks.skipped), SETUP_S)
     saver = Saver(phase, learners, hooks, facts, newest=step)
+    profiled = Profiled(phase, groups, hooks)
     hooks.started(facts, step)
     pace = 0.0  # seconds a step, of the last call
     if phase.eval_on_start and step == 0:
@@ -46,15 +48,18 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
         num_steps = min(
             _next_stop(phase, facts, step) - step, _steps_in_a_call(pace, trainer.size, saving=saver.is_saving)
         )
+        profiled.before(step + 1)
         began = time.monotonic()
         with saver.kept_on_failure():
             _train(trainer, hooks, step, num_steps)
         pace = (time.monotonic() - began) / num_steps
         step += num_steps
+        profiled.after(step)
         evaluated = _evaluate(phase, trainer, hooks, facts, step) if _evaluates(phase, facts, step) else {}
         saver.poll()
         if step % phase.checkpoint.every == 0 or saver.failed:
             saver.save(step, evaluated)
+    profiled.end(step)
     return saver.end(step, evaluated)
 
 
@@ -70,6 +75,8 @@ def _next_stop(phase: Phase, facts: Facts, step: int) -> int:
     stops = [facts.total_steps, (step // phase.checkpoint.every + 1) * phase.checkpoint.every]
     if phase.eval_every is not None:
         stops.append((step // phase.eval_every + 1) * phase.eval_every)
+    if phase.profile is not None:
+        stops += [stop for stop in (phase.profile.first - 1, phase.profile.last) if stop > step]
     return min(stops)
 
 

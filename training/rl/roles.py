@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training import model as models
+from training.breakdown import DATA, GENERATION
 from training.config import PPO, Model
 from training.data.dealing import Limits, limits_for
 from training.data.order import Order
@@ -30,12 +31,13 @@ from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
 from training.modelfiles import has_tokenizer, tokenizer_of
+from training.profiling import part
 from training.rl.base import as_it_was, at_once, with_adapters
 from training.rl.experience import Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
 from training.rl.rewards import opened
 from training.sampling import Continued, Sampling, continue_all
-from training.schedule import total_samples, total_steps
+from training.schedule import never_profiled, total_samples, total_steps
 from training.seeding import seed_for
 
 _BUCKET_NUMBERS = 8 << 20
@@ -61,7 +63,9 @@ class _Learning(Learner):
 
     def computed(self, share: Share) -> list[NDArray[np.float32]]:
         """What the module says of the tokens of each response, [T] each, in the order of the share."""
-        return split(share, self.engine.compute([collated(rows, ()) for rows in share]))
+        with part(DATA):
+            micros = [collated(rows, ()) for rows in share]
+        return split(share, self.engine.compute(micros))
 
     def improve(
         self,
@@ -78,8 +82,9 @@ class _Learning(Learner):
         """
         sums, norms = [], []
         for share, weight in zip(shares, weights, strict=True):
-            of_all = {name: torch.tensor(number) for name, number in numbers.items()}
-            micros = [{**collated(rows, names), **of_all} for rows in share]
+            with part(DATA):
+                of_all = {name: torch.tensor(number) for name, number in numbers.items()}
+                micros = [{**collated(rows, names), **of_all} for rows in share]
             total, norm = self.engine.step(micros, weight=weight, learning_rate=learning_rate)
             sums.append(total)
             norms.append(float(norm))
@@ -113,14 +118,15 @@ class _Prompts:
         asked = [(place, number, sample) for place, number in enumerate(numbers) for sample in samples]
         mine = asked[len(asked) * rank // size : len(asked) * (rank + 1) // size]
         prompts = [self.store[number][0] for _, number, _ in mine]
-        continued = _generation(phase)(
-            lm,
-            [prompt.tolist() for prompt in prompts],
-            # By place, not by number: the same prompt may come twice in an iteration.
-            [seed_for(phase.seed, "sample", iteration, place, sample) for place, _, sample in mine],
-            end_tokens(self.tokenizer, getattr(lm, "generation_config", None)),
-            Sampling(max_new_tokens=phase.response_tokens, temperature=phase.temperature, top_p=phase.top_p),
-        )
+        with part(GENERATION):
+            continued = _generation(phase)(
+                lm,
+                [prompt.tolist() for prompt in prompts],
+                # By place, not by number: the same prompt may come twice in an iteration.
+                [seed_for(phase.seed, "sample", iteration, place, sample) for place, _, sample in mine],
+                end_tokens(self.tokenizer, getattr(lm, "generation_config", None)),
+                Sampling(max_new_tokens=phase.response_tokens, temperature=phase.temperature, top_p=phase.top_p),
+            )
         return [
             Response(
                 number=number,
@@ -169,7 +175,10 @@ class Policy(_Learning):
             device=self.device_name,
             data_hash=self.store.folder.name,
             chats=self.store.meta.chats,
-            notes=self.store.meta.notes,
+            notes=[
+                *self.store.meta.notes,
+                *never_profiled(self.phase, total_steps(self.phase, self.order.epoch_size)),
+            ],
         )
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
@@ -303,7 +312,9 @@ class Reference:
 
     def computed(self, share: Share) -> list[NDArray[np.float32]]:
         """The log-probabilities of the tokens of each response."""
-        return split(share, self.frozen.compute([collated(rows, ()) for rows in share]))
+        with part(DATA):
+            micros = [collated(rows, ()) for rows in share]
+        return split(share, self.frozen.compute(micros))
 
 
 class Judges:
