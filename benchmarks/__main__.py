@@ -55,6 +55,10 @@ BENCHMARKS = {
         "benchmarks.scale",
         "the driver with 1 to 1,024 workers that answer at once (targets: 0.01 of a step of 10 s; at most linear)",
     ),
+    "data": Benchmark(
+        "benchmarks.data",
+        "rows/s and memory from files to tokens against datasets.map (target: above 1.0, flat); how long a step waits for data (target: 0.01)",
+    ),
     "trl": Benchmark(
         "benchmarks.peer_trl", "SFT tokens/s against TRL under accelerate + ZeRO-2 (target: packed at least 1.0)"
     ),

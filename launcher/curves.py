@@ -24,7 +24,7 @@ LEARNT = {"ppo": ("reward", *_ANSWERS), "reward": ("loss", "eval_loss", "eval_ac
 LEARNT_OF_TEXT = ("loss", "eval_loss", *_ANSWERS)
 _IN_SECTIONS = {
     POLICY: ("kl", "response_tokens", "ended", "entropy", "clip_fraction", "explained_variance", "value_loss"),
-    MACHINES: ("tokens_per_s", "step_s", "memory_gib", "workers"),
+    MACHINES: ("tokens_per_s", "step_s", "data_s", "memory_gib", "workers"),
 }
 _NO_CURVES = ("step", "iteration", "attempt", "tokens", "target_tokens", "samples", "ppo_epochs", "skipped")
 _BOUNDS = ("_low", "_high")

@@ -6,8 +6,9 @@ Knows no data and no loss. Several learners may share a checkpoint: each keeps t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from training.snapshot import ShardWriter
 from training.storage import place, why_not_writable
 
 GIB = 1 << 30
+_PARALLEL = "TOKENIZERS_PARALLELISM"
+"""The tokenizer looks at it at every call."""
 
 
 class Learner:
@@ -56,7 +59,8 @@ class Learner:
         same data and compute alike: else their deals would differ."""
         # The first worker of a node prepares what its node does not have yet; the others then find it there.
         if self.seat.local_rank == 0:
-            open_stores(self.phase, self.cache)
+            with _tokenizer_on_all_cores():
+                open_stores(self.phase, self.cache)
             at_hand(self.phase, self.cache)
         dist.barrier()
         self.phase = at_hand(self.phase, self.cache)
@@ -210,3 +214,16 @@ def recomputes_on(phase: Phase, role: str, workers: int, dtype: torch.dtype, gpu
 def with_recomputing(phase: Phase, again: bool) -> Phase:
     """The phase with `model.gradient_checkpointing` decided."""
     return phase.model_copy(update={"model": phase.model.model_copy(update={"gradient_checkpointing": again})})
+
+
+@contextmanager
+def _tokenizer_on_all_cores() -> Iterator[None]:
+    """While the other workers of a node wait. Otherwise every worker keeps to its own thread."""
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        os.environ.pop(_PARALLEL)
+        if before is not None:
+            os.environ[_PARALLEL] = before

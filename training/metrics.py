@@ -42,6 +42,7 @@ STEP: Columns = {
 """Of a step of any recipe."""
 
 _SUPERVISED: Columns = {
+    "data_s": Metric("time for data", "s", "The part of `step_s` in which worker 0 put its micro-batches together, before it began to compute."),
     "target_tokens": Metric("tokens learnt", "tokens", "Tokens that the loss is about: answers without their questions, all of a text but its first token."),
     "skipped": Metric("left out", "true", "Stands in place of all other metrics: the batch made the loss diverge and is not learnt from (`on_divergence: skip`)."),
 }  # fmt: skip

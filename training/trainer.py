@@ -167,6 +167,7 @@ class Trainer(Learner):
             mine = self._deal(self.store, samples)
             hand = [self.collated(self.store, rows) for rows in mine]
         self.own_tokens += sum(micro["input_ids"].numel() for micro in hand if micro["input_ids"] is not None)
+        data_s = time.perf_counter() - began
         try:
             loss, norm = self.engine.step(hand, weight=weight, learning_rate=rate)
         except Exception as error:
@@ -184,6 +185,7 @@ class Trainer(Learner):
             "target_tokens": int(self.store.target_counts[samples].sum()),
             "samples": len(samples),
             "step_s": seconds,
+            "data_s": data_s,
             "tokens_per_s": tokens / seconds,
         }, loss
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import save, sft, start, step, workload
+from benchmarks import data, data_side, save, sft, start, step, workload
 from benchmarks.processes import Finished, Line
 
 
@@ -71,3 +71,26 @@ def test_checkpoint_ratios_compare_a_round_with_itself():
     assert (figures["restore_1_workers_ratio"]["max"], figures["restore_3_workers_ratio"]["max"]) == (0.25, 0.75)
     assert figures["size_ratio"] == 1.05
     assert figures["step_ratio"]["median"] == pytest.approx(1.1)
+
+
+def test_rates_and_growth_of_the_data_are_those_of_neighbouring_rounds():
+    def sides(*cold_s: float, peak: float) -> dict[int, list[data.Side]]:
+        return {
+            rows: [data.Side(rows, time, 0.01, peak_mib) for time in cold_s]
+            for rows, peak_mib in ((data.SMALL, 100.0), (data.LARGE, peak))
+        }
+
+    figures = data.summary({"muster": sides(10.0, 20.0, peak=100.0), "datasets": sides(20.0, 60.0, peak=150.0)})
+    assert figures["ratio"] == {"median": 2.5, "min": 2.0, "max": 3.0}
+    assert figures["muster_rows_per_s"]["max"] == data.LARGE / 10
+    assert (figures["muster_memory_growth"]["median"], figures["datasets_memory_growth"]["median"]) == (1.0, 1.5)
+
+
+@pytest.mark.cpu
+def test_both_sides_of_the_data_give_the_same_tokens_and_another_row_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_side, "PROCESSES", 1)
+    work = workload.make(tmp_path, 40, shape=workload.Shape(8, 8, 1, 1))
+    fewer = data._first(work.rows, 30)
+    assert data._same(tmp_path / "ours", tmp_path / "theirs", work.model, fewer)
+    monkeypatch.setattr(data_side, "IGNORED", 0)
+    assert not data._same(tmp_path / "ours", tmp_path / "others", work.model, fewer)

@@ -63,7 +63,7 @@ def whole(go):
 
 def curve(runs: list[Recorder]) -> list[dict]:
     """All rows of metrics without what tells the time."""
-    drop = ("step_s", "tokens_per_s", "memory_gib", "evaluation_s")
+    drop = ("step_s", "data_s", "tokens_per_s", "memory_gib", "evaluation_s")
     return [{k: v for k, v in row.items() if k not in drop} for run in runs for row in run.rows]
 
 

@@ -39,11 +39,12 @@ def test_metrics_have_what_the_design_promises(train):
     assert len(hooks.paces_seen) == 2
     assert min(hooks.paces_seen) > 0
     assert row.keys() >= {
-        "step", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "samples", "step_s", "tokens_per_s",
-        "memory_gib", "workers",
+        "step", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "samples", "step_s", "data_s",
+        "tokens_per_s", "memory_gib", "workers",
     }  # fmt: skip
     assert (row["step"], row["samples"], row["workers"]) == (1, 16, 2)
     assert 0 < row["target_tokens"] < row["tokens"]
+    assert 0 < row["data_s"] < row["step_s"]
 
 
 def test_a_smaller_last_batch_ends_the_epoch(train):

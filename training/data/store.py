@@ -95,7 +95,8 @@ class TokenStore:
         count = counts.get(name, meta.kept)
         if path.stat().st_size != count * np.dtype(dtype).itemsize:
             raise ValueError(f"{path}: expected {count} values, got {path.stat().st_size} bytes; delete the folder")
-        return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+        # A view as a plain array: slicing a memmap itself costs several times as much.
+        return np.asarray(np.memmap(path, dtype, mode="r")) if count else np.empty(0, dtype)
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return TokenStore, (self.folder,)

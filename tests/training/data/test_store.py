@@ -43,6 +43,12 @@ def test_a_sample_is_a_copy(store):
     assert store[0][0].tolist() == [0, 1, 2, 3]
 
 
+def test_arrays_are_mapped_and_read_as_plain_ones(store):
+    """Slicing a memmap itself takes several times as long, for every sample of every step."""
+    assert type(store.offsets) is np.ndarray
+    assert isinstance(store.offsets.base, np.memmap)
+
+
 def test_meta_counts_what_was_added(store):
     meta = store.meta
     assert (meta.kept, meta.tokens, meta.target_tokens, meta.notes) == (3, 13, 6, ["a note"])
