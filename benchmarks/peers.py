@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -68,16 +69,14 @@ class Peer(NamedTuple):
     """From its python and a file of DeepSpeed's settings: the beginning of the command."""
 
 
-_SINGLE = Layout(1, 8)
+_UNPACKED = {"gsm8k": Layout(2, 4), "skewed": Layout(1, 8)}
 _PACKED = Layout(1, 3, pack=True)
 """With batches of 16 samples Muster has 2.5 packed rows of 512 tokens a worker on average."""
 PEERS = {
-    "trl": Peer(
-        {"gsm8k": Layout(2, 4), "packed": _PACKED, "skewed": _SINGLE, "lora": _PACKED}, environments.TRL, accelerate
-    ),
-    "llamafactory": Peer({"gsm8k": _SINGLE, "skewed": _SINGLE}, environments.LLAMAFACTORY),
-    "openrlhf": Peer({"gsm8k": _SINGLE, "skewed": _SINGLE}, environments.OPENRLHF),
-    "loop": Peer({"gsm8k": _SINGLE, "skewed": _SINGLE}),
+    "trl": Peer({**_UNPACKED, "packed": _PACKED, "lora": _PACKED}, environments.TRL, accelerate),
+    "llamafactory": Peer(_UNPACKED, environments.LLAMAFACTORY),
+    "openrlhf": Peer(_UNPACKED, environments.OPENRLHF),
+    "loop": Peer(_UNPACKED),
 }
 
 
@@ -147,7 +146,8 @@ def train(name: str, work: workload.Workload, training: sft.Training, layout: La
         return sft.plain_loop(work, training, "padded", cache, ["--rows-a-device", str(layout.rows)])
     zero = folder / "zero.json"
     zero.write_text(json.dumps(zero_settings(training.stage)))
-    places = (ROOT / "benchmarks" / f"peer_{name}.py", work.model, work.rows, folder / f"{name}-out", "--zero", zero)
+    out = tempfile.mkdtemp(dir=folder)  # new for every run: LLaMA-Factory refuses one that it has written to
+    places = (ROOT / "benchmarks" / f"peer_{name}.py", work.model, work.rows, out, "--zero", zero)
     command = [*PEERS[name].launch(python, zero), *map(str, places), *_words(work, training, layout)]
     env = {**sft.environment(cache), **ENVIRONMENT}
     return sft.printed_curve(
