@@ -11,7 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import trl_ppo
 from benchmarks.options import Options, Skipped
+from benchmarks.peers import PEERS
 from benchmarks.processes import CommandFailed
 from benchmarks.record import conditions, keep
 
@@ -20,7 +22,7 @@ class Benchmark(NamedTuple):
     """One row of the table."""
 
     module: str
-    """Has `measure(options, folder) -> figures`. (Not named after a peer: scripts beside it import the peer by name.)"""
+    """Has `measure(options, folder) -> figures`. (Not named after a peer's package: scripts beside it import that by name.)"""
     what: str
 
 
@@ -59,15 +61,16 @@ BENCHMARKS = {
         "benchmarks.data",
         "rows/s and memory from files to tokens against datasets.map (target: above 1.0, flat); how long a step waits for data (target: 0.01)",
     ),
-    "trl": Benchmark(
-        "benchmarks.peer_trl", "SFT tokens/s against TRL under accelerate + ZeRO-2 (target: packed at least 1.0)"
+    "peers": Benchmark(
+        "benchmarks.peers",
+        "SFT against TRL, LLaMA-Factory, OpenRLHF, a loop: tokens/s, start, memory (targets: at least 1.0; at most 0.8; 1.0)",
     ),
     "trl-reward": Benchmark(
-        "benchmarks.peer_trl_reward",
+        "benchmarks.trl_reward",
         "reward model pairs/s against TRL under accelerate + ZeRO-2 (target: at least 1.0)",
     ),
     "trl-ppo": Benchmark(
-        "benchmarks.peer_trl_ppo",
+        "benchmarks.trl_ppo",
         "seconds of an iteration of PPO against TRL's under accelerate + ZeRO-2 (target: 0.5)",
     ),
 }
@@ -94,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=Options.rounds, help="how often each side runs (%(default)s)")
     parser.add_argument("--steps", type=int, default=Options.steps, help="steps that count in a run (%(default)s)")
     parser.add_argument("--stage", type=int, default=Options.stage, choices=(1, 2, 3), help="ZeRO (%(default)s)")
-    parser.add_argument("--only", choices=("packed", "unpacked"), help="one half of trl")
+    parser.add_argument("--only", choices=(*PEERS, *trl_ppo.KINDS), help="one peer of peers, one half of trl-ppo")
     parser.add_argument("--timeout", type=float, default=Options.timeout_s, help="s, of one run (%(default)s)")
     parser.add_argument("--no-record", action="store_true", help="print the line, do not append it to the results")
     return parser

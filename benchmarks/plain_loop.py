@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, required=True)
     parser.add_argument("--max-length", type=int, required=True)
     parser.add_argument("--layout", choices=("padded", "dealt"), required=True)
+    parser.add_argument("--rows-a-device", type=int, default=8, help="in a micro-batch (padded)")
     parser.add_argument("--checkpoints", type=Path)
     parser.add_argument("--save-every", type=int, default=0, help="steps; 0: never")
     parser.add_argument("--no-pack", dest="pack", action="store_false", help="one sample in a row (dealt)")
@@ -57,24 +58,30 @@ def read_samples(path: Path, tokenizer: Any, max_length: int) -> list[Sample]:
     return samples
 
 
+def padded(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """Samples as rows, each as long as the longest. All [B, T]."""
+    shape = (len(samples), max(len(ids) for ids, _ in samples))
+    input_ids, mask, labels = np.zeros(shape, int), np.zeros(shape, int), np.full(shape, IGNORED)
+    for row, (ids, learnt) in enumerate(samples):
+        input_ids[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+        labels[row, : len(ids)] = np.where(learnt, ids, IGNORED)
+    arrays = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
 class PaddedBatches:
-    """One micro-batch a step and the model's own loss."""
+    """Every other sample, so many rows in a micro-batch, and the model's own loss."""
 
     def __init__(self, args: argparse.Namespace, samples: list[Sample]):
+        self.rows = args.rows_a_device
         self.lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
         self.module = self.lm
 
     def micro_batches(self, samples: list[Sample]) -> Iterator[dict[str, Any]]:
         mine = samples[dist.get_rank() :: dist.get_world_size()]
-        length = max(len(ids) for ids, _ in mine)
-        shape = (len(mine), length)
-        input_ids, mask, labels = np.zeros(shape, int), np.zeros(shape, int), np.full(shape, IGNORED)
-        for row, (ids, learnt) in enumerate(mine):
-            input_ids[row, : len(ids)] = ids
-            mask[row, : len(ids)] = 1
-            labels[row, : len(ids)] = np.where(learnt, ids, IGNORED)
-        arrays = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-        yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+        for first in range(0, len(mine), self.rows):
+            yield padded(mine[first : first + self.rows])
 
     def loss_sum(self, engine: Any, micro: dict[str, Any]) -> torch.Tensor:
         return engine(**micro, use_cache=False, num_items_in_batch=torch.tensor(1)).loss

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peer_trl_ppo, workload
+from benchmarks import trl_ppo, workload
 from benchmarks.options import Options
 from benchmarks.record import ratios, spread
 
@@ -20,9 +20,9 @@ _TOGETHER = ["policy", "reference", "critic", "reward"]
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
     """One run of each kind a round: two workers, a rollout group apart, one worker with four models, one with adapters."""
-    small = peer_trl_ppo.make(folder)
+    small = trl_ppo.make(folder)
     (folder / "large").mkdir()
-    large = peer_trl_ppo.make(folder / "large", workload.LARGE)
+    large = trl_ppo.make(folder / "large", workload.LARGE)
     adapted = replace(large, reward=_adapter(large, folder / "adapter"))
     shares: list[float] = []
     sent: list[float] = []
@@ -31,10 +31,10 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     for number in range(options.rounds):
 
         def rows(
-            kind: str, roles: peer_trl_ppo.Roles, lora: dict[str, int] | None = None, number: int = number, **phase: Any
+            kind: str, roles: trl_ppo.Roles, lora: dict[str, int] | None = None, number: int = number, **phase: Any
         ) -> list[dict[str, Any]]:
             place = folder / f"{kind}-{number}"
-            return peer_trl_ppo.muster(roles, options, ITERATIONS, place, folder / "cache", lora=lora, **phase)[1][1:]
+            return trl_ppo.muster(roles, options, ITERATIONS, place, folder / "cache", lora=lora, **phase)[1][1:]
 
         shares += [row["driver_s"] / row["step_s"] for row in rows("together", small)]
         apart = [{"roles": _TOGETHER, "workers": 1}, {"roles": ["rollout"], "workers": 1}]
@@ -57,7 +57,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     }
 
 
-def _adapter(roles: peer_trl_ppo.Roles, folder: Path) -> Path:
+def _adapter(roles: trl_ppo.Roles, folder: Path) -> Path:
     """A reward model that is an adapter of the policy's own base."""
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import AutoModelForSequenceClassification
@@ -69,7 +69,7 @@ def _adapter(roles: peer_trl_ppo.Roles, folder: Path) -> Path:
     return folder
 
 
-def _bytes(roles: peer_trl_ppo.Roles) -> int:
+def _bytes(roles: trl_ppo.Roles) -> int:
     """Of the policy's weights, as they are sent."""
     from transformers import AutoModelForCausalLM
 

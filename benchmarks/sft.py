@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.processes import Finished, Line, run
 from benchmarks.record import ROOT
-from benchmarks.workload import MAX_LENGTH, Workload
+from benchmarks.workload import Workload
 
 RATE = 1e-3
 WORKERS = 2
@@ -31,6 +31,7 @@ class Training:
     lora: dict[str, int] | None = None
     save_every: int | None = None
     """Steps. None: never but at the end."""
+    watch_memory: bool = False
     timeout_s: float = 300.0
 
 
@@ -45,6 +46,8 @@ class Curve:
     """Non-padding tokens of each step."""
     memory_gib: float = 0.0
     """The most that a worker had resident; 0 where the side does not say."""
+    peak_gib: float = 0.0
+    """The most that all its processes had together, as seen from outside; 0 if nobody looked."""
     first_step_s: float
     """From the command to the end of the first step."""
     rest_s: float
@@ -61,13 +64,14 @@ class Curve:
         return sum(self.tokens[1:]) / self.rest_s
 
 
-def curve(rows: Sequence[dict[str, Any]], ends: Sequence[float]) -> Curve:
-    """A run from its rows of metrics and the times at which its first and its last step had ended."""
+def curve(rows: Sequence[dict[str, Any]], ends: Sequence[float], peak_gib: float = 0.0) -> Curve:
+    """A run from its rows of metrics, the times at which its first and its last step had ended, and its memory."""
     return Curve(
         losses=[row["loss"] for row in rows],
         step_s=[row["step_s"] for row in rows if "step_s" in row],
         tokens=[row["tokens"] for row in rows],
         memory_gib=max((row["memory_gib"] for row in rows if "memory_gib" in row), default=0.0),
+        peak_gib=peak_gib,
         first_step_s=ends[0],
         rest_s=ends[-1] - ends[0],
     )
@@ -117,11 +121,12 @@ def muster(
         env=environment(cache),
         timeout_s=training.timeout_s,
         on_line=on_line,
+        watch_memory=training.watch_memory,
     )
     rows = _json_rows((folder / f"runs/bench/{training.recipe}/metrics.jsonl").read_text().splitlines())
     # The first call to the workers is one step long; its line and the last step's come when the call has ended.
     ends = [line.at for line in finished.lines if line.text.startswith(f"{training.recipe}  step")]
-    return MusterRun(curve=curve(rows, ends), finished=finished, events=events(folder))
+    return MusterRun(curve=curve(rows, ends, finished.peak_gib), finished=finished, events=events(folder))
 
 
 def muster_from(step: int, training: Training, folder: Path, cache: Path, workers: int) -> list[dict[str, Any]]:
@@ -141,7 +146,7 @@ def _job(work: Workload, training: Training) -> dict[str, Any]:
     data = {
         "train": str(work.rows),
         "template": "none",
-        "max_length": MAX_LENGTH,
+        "max_length": work.max_tokens,
         "shuffle": False,
         "pack": training.pack,
     }
@@ -168,10 +173,15 @@ def _job(work: Workload, training: Training) -> dict[str, Any]:
 
 
 def plain_loop(
-    work: Workload, training: Training, layout: str, cache: Path, extra: dict[str, str] | None = None
+    work: Workload,
+    training: Training,
+    layout: str,
+    cache: Path,
+    settings: Sequence[str] = (),
+    extra: dict[str, str] | None = None,
 ) -> Curve:
     """benchmarks/plain_loop.py under torchrun. Raises CommandFailed."""
-    return printed_curve(_plain_loop(work, training, layout, cache, extra=extra).lines)
+    return printed_curve(_plain_loop(work, training, layout, cache, settings, extra))
 
 
 def plain_loop_checkpoints(work: Workload, training: Training, folder: Path, cache: Path) -> list[dict[str, float]]:
@@ -194,7 +204,7 @@ def _plain_loop(
         "--batch": training.batch,
         "--stage": training.stage,
         "--rate": RATE,
-        "--max-length": MAX_LENGTH,
+        "--max-length": work.max_tokens,
     }
     if training.save_every:
         numbers["--save-every"] = training.save_every
@@ -204,13 +214,14 @@ def _plain_loop(
         folder=work.model.parent,
         env={**environment(cache), **(extra or {})},
         timeout_s=training.timeout_s,
+        watch_memory=training.watch_memory,
     )
 
 
-def printed_curve(lines: Sequence[Line]) -> Curve:
+def printed_curve(finished: Finished) -> Curve:
     """The run of a side that prints one JSON object a step, at the end of the step, between other lines."""
-    steps = [line for line in lines if line.text.startswith('{"step":')]
-    return curve(_json_rows([line.text for line in steps]), [line.at for line in steps])
+    steps = [line for line in finished.lines if line.text.startswith('{"step":')]
+    return curve(_json_rows([line.text for line in steps]), [line.at for line in steps], finished.peak_gib)
 
 
 def _json_rows(lines: Sequence[str]) -> list[dict[str, Any]]:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 4096
-MAX_LENGTH = 512
-"""Tokens; no row is longer."""
 
 _CORRELATION = 0.5
 """Of the logarithms of the two lengths of a GSM8K row: long questions have long answers."""
@@ -32,9 +30,20 @@ class Length:
         return max(1, min(round(math.exp(self.log_mean + self.log_std * deviation)), self.most))
 
 
-# As a tokenizer of 4,096 tokens that was trained on GSM8K cuts its training rows.
-PROMPT = Length(4.05, 0.38, 200)
-COMPLETION = Length(4.50, 0.43, 300)
+@dataclass(frozen=True)
+class Lengths:
+    """Of the rows of a workload."""
+
+    prompt: Length
+    completion: Length
+    max_tokens: int
+    """No row is longer."""
+
+
+GSM8K = Lengths(Length(4.05, 0.38, 200), Length(4.50, 0.43, 300), 512)
+"""As a tokenizer of 4,096 tokens that was trained on GSM8K cuts its training rows."""
+SKEWED = Lengths(Length(3.60, 0.50, 120), Length(4.30, 1.10, 1700), 2048)
+"""A heavy tail: as many tokens a row on average, half of the rows shorter than 130, one in a hundred longer than 1,000."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +68,29 @@ class Workload:
 
     model: Path
     rows: Path
+    max_tokens: int
+    """No row is longer."""
 
 
-def make(folder: Path, num_rows: int, seed: int = 17, shape: Shape = SMALL) -> Workload:
+def make(folder: Path, num_rows: int, seed: int = 17, shape: Shape = SMALL, lengths: Lengths = GSM8K) -> Workload:
     """Write a workload into `folder`. Equal arguments, equal rows."""
-    work = Workload(folder / "model", folder / "rows.jsonl")
-    made = list(rows(num_rows, seed))
+    folder.mkdir(exist_ok=True)
+    work = Workload(folder / "model", folder / "rows.jsonl", lengths.max_tokens)
+    made = list(rows(num_rows, seed, lengths))
     work.rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-    _save_model(work.model, [text for row in made[:_TOKENIZER_ROWS] for text in row.values()], seed, shape)
+    _save_model(
+        work.model, [text for row in made[:_TOKENIZER_ROWS] for text in row.values()], seed, shape, work.max_tokens
+    )
     return work
 
 
-def rows(count: int, seed: int) -> Iterator[dict[str, str]]:
+def rows(count: int, seed: int, lengths: Lengths = GSM8K) -> Iterator[dict[str, str]]:
     """Prompt and completion of made-up words, the frequent ones frequent as in a language (Zipf)."""
     chance = random.Random(seed)
     lexicon = _lexicon(chance)
     weights = [1 / rank for rank in range(1, len(lexicon) + 1)]
     for _ in range(count):
-        prompt, completion = _lengths(chance)
+        prompt, completion = _draw(lengths, chance)
         words = chance.choices(lexicon, weights, k=prompt + completion)
         # A token does not go across the line break, so that all sides cut a row alike.
         yield {"prompt": " ".join(words[:prompt]) + "\n", "completion": " ".join(words[prompt:])}
@@ -94,11 +108,12 @@ def make_pairs(folder: Path, num_rows: int, seed: int = 17, shape: Shape = SMALL
     return work
 
 
-def _lengths(chance: random.Random) -> tuple[int, int]:
+def _draw(lengths: Lengths, chance: random.Random) -> tuple[int, int]:
     """Words of a prompt and of its completion."""
     shared = math.sqrt(_CORRELATION) * chance.gauss(0, 1)
     rest = math.sqrt(1 - _CORRELATION)
-    return PROMPT.draw(shared + rest * chance.gauss(0, 1)), COMPLETION.draw(shared + rest * chance.gauss(0, 1))
+    prompt, completion = (shared + rest * chance.gauss(0, 1) for _ in range(2))
+    return lengths.prompt.draw(prompt), lengths.completion.draw(completion)
 
 
 def _lexicon(chance: random.Random) -> list[str]:
@@ -107,13 +122,13 @@ def _lexicon(chance: random.Random) -> list[str]:
     return sorted(words, key=lambda word: (len(word), word))[:_LEXICON]
 
 
-def _save_model(folder: Path, texts: list[str], seed: int, shape: Shape) -> None:
-    tokenizer = _tokenizer(texts)
+def _save_model(folder: Path, texts: list[str], seed: int, shape: Shape, max_tokens: int) -> None:
+    tokenizer = _tokenizer(texts, max_tokens)
     tokenizer.save_pretrained(folder)
-    _model(tokenizer, seed, shape).save_pretrained(folder)
+    _model(tokenizer, seed, shape, max_tokens).save_pretrained(folder)
 
 
-def _tokenizer(texts: list[str]) -> Any:
+def _tokenizer(texts: list[str], max_tokens: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -128,10 +143,10 @@ def _tokenizer(texts: list[str]) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=MAX_LENGTH, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=max_tokens, **special)
 
 
-def _model(tokenizer: Any, seed: int, shape: Shape) -> Any:
+def _model(tokenizer: Any, seed: int, shape: Shape, max_tokens: int) -> Any:
     """A LLaMA with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -143,7 +158,7 @@ def _model(tokenizer: Any, seed: int, shape: Shape) -> Any:
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        max_position_embeddings=MAX_LENGTH,
+        max_position_embeddings=max_tokens,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

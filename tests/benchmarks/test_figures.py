@@ -23,7 +23,9 @@ def curve(step_s: float, steps: int = 8, first_step_s: float = 10.0) -> sft.Curv
 
 def test_a_printed_curve_is_read_from_between_other_lines():
     texts = ["noise", '{"step": 1, "loss": 8.0, "step_s": 2.0, "tokens": 30}', "more", '{"step": 2, "loss": 7.0, "step_s": 1.0, "tokens": 50}']  # fmt: skip
-    read = sft.printed_curve([Line(float(at), text) for at, text in enumerate(texts)])
+    lines = [Line(float(at), text) for at, text in enumerate(texts)]
+    read = sft.printed_curve(Finished(0.0, 4.0, lines, peak_gib=2.5))
+    assert read.peak_gib == 2.5
     assert read.losses == [8.0, 7.0]
     assert (read.first_step_s, read.rest_s) == (1.0, 2.0)
     assert read.tokens_per_s == 25.0  # the first step's tokens do not count: its time holds the start
@@ -54,8 +56,16 @@ def test_rows_are_equal_for_equal_seeds_and_long_as_those_of_gsm8k():
     assert made != list(workload.rows(500, seed=2))
     words = [len(json.dumps(row).split()) for row in made]
     assert 140 < sum(words) / len(words) < 180
-    assert max(words) < workload.MAX_LENGTH
+    assert max(words) < workload.GSM8K.max_tokens
     assert all(row["prompt"].endswith("\n") and row["completion"] for row in made)
+
+
+def test_skewed_rows_have_a_heavy_tail_and_about_the_mean_of_gsm8k():
+    lengths = sorted(len(" ".join(row.values()).split()) for row in workload.rows(2000, 1, workload.SKEWED))
+    assert 130 < sum(lengths) / len(lengths) < 190
+    assert lengths[1000] < 130
+    assert lengths[-20] > 800
+    assert lengths[-1] < workload.SKEWED.max_tokens
 
 
 def test_checkpoint_ratios_compare_a_round_with_itself():

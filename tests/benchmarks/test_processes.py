@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,6 +16,16 @@ import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
 print(child.pid, flush=True)
 time.sleep(60)
+"""
+
+SHARING = """
+import os, time
+shared = bytearray(b"x") * (200 << 20)
+if os.fork() == 0:
+    own = bytearray(b"y") * (100 << 20)
+    time.sleep(3)
+    os._exit(0)
+time.sleep(3)
 """
 
 
@@ -50,3 +61,9 @@ def test_a_command_that_takes_too_long_is_ended_with_its_descendants(tmp_path):
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the grandchild lives on"
         time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
+def test_memory_is_that_of_all_descendants_with_what_they_share_counted_once(tmp_path):
+    finished = run(python(SHARING), folder=tmp_path, env={}, timeout_s=30, watch_memory=True)
+    assert 300 < finished.peak_gib * 1024 < 400
