@@ -107,6 +107,9 @@ class Model(Settings):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. auto: on GPUs that a step would not fit
     into without it, by the figures of `muster plan`."""
+    compile: bool = False
+    """Compile the layers with torch: for GPUs, CPUs gain little. The first steps take up to a minute longer. Needs a C++ compiler; not at
+    ZeRO stage 3, not in PPO."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you trust."""
     tokenizer: str | None = None
@@ -332,6 +335,14 @@ class Phase(Settings):
             yield "eval.temperature", "several samples at temperature 0 are the same; choose a temperature, such as 0.7"
         if (lora := self.model.lora) is not None and lora.bits is not None and self.sharding.stage == 3:
             yield "model.lora.bits", "4-bit weights are not sharded: choose sharding.stage 0, 1 or 2, or leave bits out"
+        if self.model.compile and lora is not None and lora.bits is not None:
+            yield "model.compile", "4-bit weights are not compiled; leave one of the two out"
+        if self.model.compile and any(seated.sharding.stage == 3 for _, seated in self.teams):
+            yield (
+                "model.compile",
+                "at ZeRO stage 3 weights are gathered before every module, and compiled code breaks off at each; "
+                "choose sharding.stage 0, 1 or 2, or leave compile out",
+            )
         if self.data.overlong == "split" and not isinstance(self, Pretrain):
             yield "data.overlong", "only documents (recipe pretrain) can be split; choose drop or truncate"
         if self.sharding.offload != "none" and self.sharding.stage == 0:
@@ -576,6 +587,8 @@ class PPO(Phase):
                     "groups",
                     f"{self.batch} responses of an update cannot be dealt to {most} workers; choose fewer or a larger batch",
                 )
+        if self.model.compile:
+            yield "model.compile", "PPO does not compile its layers yet; leave it out"
         if self.data.eval is not None:
             yield "data.eval", "a policy has no held-out loss; give questions with answers as `eval`"
         if self.on_divergence == "skip":
