@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from launcher.job import Job
-from training import compiling
+from training import compiling, kernels
 from training.config import Phase
 from training.errors import InputError, Problem
 from training.modelfiles import inspect
@@ -43,6 +43,8 @@ def check(job: Job, *, inline: bool, force: bool = False) -> None:
             problems.append(Problem(str(job.file), f"phases.{name}.resources.workers", wrong))
         if wrong := _cannot_quantize(phase):
             problems.append(Problem(str(job.file), f"phases.{name}.model.lora.bits", wrong))
+        if wrong := _cannot_fuse(phase):
+            problems.append(Problem(str(job.file), f"phases.{name}.model.kernels", wrong))
         if wrong := _cannot_compile(phase):
             problems.append(Problem(str(job.file), f"phases.{name}.model.compile", wrong))
     if problems:
@@ -88,9 +90,16 @@ def _cannot_quantize(phase: Phase) -> str | None:
     return None
 
 
+def _device(phase: Phase) -> str:
+    return "cuda" if phase.resources.gpus_per_worker != 0 and num_gpus() else "cpu"
+
+
+def _cannot_fuse(phase: Phase) -> str:
+    return kernels.lacks(_device(phase)) if phase.model.kernels == "liger" else ""
+
+
 def _cannot_compile(phase: Phase) -> str | None:
-    on_gpus = phase.resources.gpus_per_worker != 0 and num_gpus() > 0
-    missing = compiling.lacks("cuda" if on_gpus else "cpu") if phase.model.compile else ""
+    missing = compiling.lacks(_device(phase)) if phase.model.compile else ""
     return f"this machine {missing}; {compiling.ADVICE}" if missing else None
 
 

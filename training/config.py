@@ -104,6 +104,9 @@ class Model(Settings):
     """Type of the computation; master weights are fp32 always. auto: bf16 where the hardware multiplies it, else fp32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """Attention kernel. auto: flash attention on GPUs that have it installed, else sdpa."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """Kernels of norms, rotations and gated layers. auto: Liger's fused ones on GPUs that have the package liger-kernel, for models that it
+    knows, unless layers are compiled; else torch's."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. auto: on GPUs that a step would not fit
     into without it, by the figures of `muster plan`."""
@@ -342,6 +345,11 @@ class Phase(Settings):
                 "model.compile",
                 "at ZeRO stage 3 weights are gathered before every module, and compiled code breaks off at each; "
                 "choose sharding.stage 0, 1 or 2, or leave compile out",
+            )
+        if self.model.compile and self.model.kernels == "liger":
+            yield (
+                "model.kernels",
+                "compiled layers fuse the same operations by themselves; leave kernels or compile out",
             )
         if self.data.overlong == "split" and not isinstance(self, Pretrain):
             yield "data.overlong", "only documents (recipe pretrain) can be split; choose drop or truncate"

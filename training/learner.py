@@ -24,7 +24,7 @@ from training.distributed import Seat
 from training.engine import Engine, Fragment, device_of
 from training.errors import InputError, TrainingError
 from training.memory import peak_bytes
-from training.modelfiles import at_hand
+from training.modelfiles import at_hand, base_of
 from training.shape import shape_of
 from training.sizing import models_of, recomputes, setting_of
 from training.snapshot import ShardWriter
@@ -61,13 +61,16 @@ class Learner:
         dist.barrier()
         self.phase = at_hand(self.phase, self.cache)
         stores = open_stores(self.phase, self.cache)
+        self.kernels = models.resolve_kernels(
+            self.phase.model.model_copy(update={"path": base_of(self.phase.model.path)}), self.seat.device
+        )
         held_out = stores.eval.folder.name if stores.eval is not None else ""
-        mine = (stores.train.folder.name, held_out, str(self.dtype), self.attention)
+        mine = (stores.train.folder.name, held_out, str(self.dtype), self.attention, self.kernels)
         all_of_them: list[Any] = [None] * self.seat.size
         dist.all_gather_object(all_of_them, mine)
         if odd := [rank for rank, other in enumerate(all_of_them) if other != all_of_them[0]]:
             raise TrainingError(
-                f"workers {', '.join(map(str, odd))} have other data, precision or attention than worker 0 "
+                f"workers {', '.join(map(str, odd))} have other data, precision, attention or kernels than worker 0 "
                 f"({all_of_them[odd[0]]}, {all_of_them[0]}); give all machines the same files and packages"
             )
         return stores

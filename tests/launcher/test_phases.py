@@ -165,6 +165,16 @@ def test_four_bit_weights_are_not_compiled(chain, muster):
     )
 
 
+def test_ligers_kernels_need_a_gpu_and_are_not_compiled(chain, muster):
+    arguments = edited(chain, ("dtype: fp32}", "dtype: fp32, kernels: liger}"))
+    assert (
+        "model.kernels: Liger's kernels need a GPU, and there is none for the workers"
+        in refused(muster, chain, arguments)[0]
+    )
+    arguments = edited(chain, ("dtype: fp32}", "dtype: fp32, kernels: liger, compile: true}"))
+    assert "model.kernels: compiled layers fuse the same operations" in refused(muster, chain, arguments)[0]
+
+
 # ── the phases of a run ──
 
 
