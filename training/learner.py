@@ -45,7 +45,9 @@ class Learner:
 
     def __init__(self, seat: Seat, phase: Phase, cache: str):
         self.seat = seat
-        self.phase = self.whole_phase = phase
+        self.phase = phase
+        self.whole_phase = phase
+        """With the models of all roles: what they share a device with counts where memory is planned."""
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
         self.attention = models.resolve_attention(phase.model.attention, seat.device)
@@ -59,7 +61,7 @@ class Learner:
             open_stores(self.phase, self.cache)
             at_hand(self.phase, self.cache)
         dist.barrier()
-        self.phase = at_hand(self.phase, self.cache)
+        self.phase = self.whole_phase = at_hand(self.phase, self.cache)
         stores = open_stores(self.phase, self.cache)
         self.kernels = models.resolve_kernels(
             self.phase.model.model_copy(update={"path": base_of(self.phase.model.path)}), self.seat.device
