@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from launcher.job import Job
+from training import compiling, kernels
 from training.config import Phase
 from training.errors import InputError, Problem
 from training.modelfiles import inspect
@@ -42,6 +43,10 @@ def check(job: Job, *, inline: bool, force: bool = False) -> None:
             problems.append(Problem(str(job.file), f"phases.{name}.resources.workers", wrong))
         if wrong := _cannot_quantize(phase):
             problems.append(Problem(str(job.file), f"phases.{name}.model.lora.bits", wrong))
+        if wrong := _cannot_fuse(phase):
+            problems.append(Problem(str(job.file), f"phases.{name}.model.kernels", wrong))
+        if wrong := _cannot_compile(phase):
+            problems.append(Problem(str(job.file), f"phases.{name}.model.compile", wrong))
     if problems:
         raise InputError(problems)
 
@@ -83,6 +88,19 @@ def _cannot_quantize(phase: Phase) -> str | None:
     if find_spec("bitsandbytes") is None:
         return "4-bit weights need the package bitsandbytes; pip install bitsandbytes"
     return None
+
+
+def _device(phase: Phase) -> str:
+    return "cuda" if phase.resources.gpus_per_worker != 0 and num_gpus() else "cpu"
+
+
+def _cannot_fuse(phase: Phase) -> str:
+    return kernels.lacks(_device(phase)) if phase.model.kernels == "liger" else ""
+
+
+def _cannot_compile(phase: Phase) -> str | None:
+    missing = compiling.lacks(_device(phase)) if phase.model.compile else ""
+    return f"this machine {missing}; {compiling.ADVICE}" if missing else None
 
 
 def _too_little_memory(phase: Phase) -> str | None:

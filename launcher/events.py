@@ -71,6 +71,7 @@ EVENTS: dict[str, Event] = {
             "dtype": "Type of the computation.",
             "device": "cpu or cuda.",
             "attention": "Attention kernel.",
+            "kernels": "Of norms, rotations and gated layers: torch or liger.",
             "recomputes": "true if activations are recomputed in the backward pass (`model.gradient_checkpointing`).",
             "notes": "What the user was told of data and settings.",
         },

@@ -59,6 +59,8 @@ NEUTRAL = (
     "phases.*.data.pack",
     "phases.*.model.attention",
     "phases.*.model.gradient_checkpointing",
+    "phases.*.model.kernels",
+    "phases.*.model.compile",
 )
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 

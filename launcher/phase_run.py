@@ -124,15 +124,17 @@ class PhaseRun:
     def started(self, facts: Facts, step: int) -> None:
         for note in facts.notes:
             self.progress.say(f"{self.name}: {note}")
-        again = ", activations recomputed" if facts.recomputes else ""
+        more = ", Liger's kernels" if facts.kernels == "liger" else ""
+        more += ", activations recomputed" if facts.recomputes else ""
         self.progress.say(
-            f"{self.name}: {facts.num_parameters:,} parameters, {facts.dtype} on {facts.device}, {facts.attention} attention{again}; "
+            f"{self.name}: {facts.num_parameters:,} parameters, {facts.dtype} on {facts.device}, {facts.attention} attention{more}; "
             f"{facts.num_samples:,} samples, {facts.total_steps:,} steps"
         )
         redone_s = self._forget_after(step)
         self.event(
             "training", step=step, redone_s=redone_s, total_steps=facts.total_steps, parameters=facts.num_parameters, samples=facts.num_samples,
-            dtype=facts.dtype, device=facts.device, attention=facts.attention, recomputes=facts.recomputes,
+            dtype=facts.dtype, device=facts.device, attention=facts.attention, kernels=facts.kernels,
+            recomputes=facts.recomputes,
             notes=facts.notes,
         )  # fmt: skip
         self._note_plan(facts)

@@ -251,7 +251,7 @@ class _Planned:
         if isinstance(phase, PPO) and phase.generation == "batched":
             yield from self._smaller("generation_batch", phase.generation_batch)
         if not (isinstance(phase, PPO) and phase.groups is not None):
-            for stage in range(phase.sharding.stage + 1, 4):
+            for stage in range(phase.sharding.stage + 1, 3 if model.compile else 4):
                 yield f"{own}sharding.stage={stage}", {"sharding": phase.sharding.model_copy(update={"stage": stage})}
             yield from self._more_workers()
         if phase.sharding.offload == "none" and self.site.on_gpu:
@@ -262,7 +262,7 @@ class _Planned:
             )
         if model.lora is None:
             yield f"'{own}model.lora={{rank: 16}}'", {"model": model.model_copy(update={"lora": Lora()})}
-            if self.site.on_gpu:
+            if self.site.on_gpu and not model.compile:
                 stage = min(2, phase.sharding.stage)
                 changes = {"model": model.model_copy(update={"lora": Lora(bits=4)})}
                 words = f"'{own}model.lora={{rank: 16, bits: 4}}'" + (

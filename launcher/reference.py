@@ -41,6 +41,8 @@ OF_A_PHASE = {
 """Defaults that are not in the settings classes, since they depend on the rest of the file."""
 
 ENVIRONMENT = {
+    "CC": "The C compiler that `model.compile` and Liger's kernels use on GPUs; else gcc or clang.",
+    "CXX": "The C++ compiler that `model.compile` uses on CPUs; else g++.",
     "MUSTER_CACHE": "Folder of what can be made again: tokenised data. Default: `~/.cache/muster`.",
     "MUSTER_HOME": "Folder of what is known of clusters that are up, with their keys and tokens. Default: `~/.muster`.",
     "MUSTER_STORAGE_PATIENCE_S": "Seconds for which storage that does not answer is tried again. Default: 300.",

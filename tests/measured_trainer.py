@@ -1,4 +1,4 @@
-"""The trainer of SFT, telling what its memory hangs on: what restoring takes, which layers recompute."""
+"""The trainer of SFT, telling what its memory hangs on: what restoring takes, which layers recompute; and how often they are compiled."""
 
 from tests.roles import Peak
 from training.recipes.language import LanguageTrainer
@@ -13,3 +13,8 @@ class MeasuredTrainer(LanguageTrainer):
 
     def layers_that_recompute(self) -> list[bool]:
         return [layer.gradient_checkpointing for layer in self.engine.ds.module.lm.get_decoder().layers]
+
+    def compilations(self) -> int:
+        from torch._dynamo.utils import counters
+
+        return counters["stats"]["unique_graphs"]

@@ -105,9 +105,15 @@ class Model(Settings):
     """Type of the computation; master weights are fp32 always. auto: bf16 where the hardware multiplies it, else fp32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """Attention kernel. auto: flash attention on GPUs that have it installed, else sdpa."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """Kernels of norms, rotations and gated layers. auto: Liger's fused ones on GPUs that have the package liger-kernel, for models that it
+    knows, unless layers are compiled; else torch's."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. auto: on GPUs that a step would not fit
     into without it, by the figures of `muster plan`."""
+    compile: bool = False
+    """Compile the layers with torch: for GPUs, CPUs gain little. The first steps take up to a minute longer. Needs a C++ compiler; not at
+    ZeRO stage 3, not in PPO."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you trust."""
     tokenizer: str | None = None
@@ -368,6 +374,19 @@ class Phase(Settings):
             yield "eval.temperature", "several samples at temperature 0 are the same; choose a temperature, such as 0.7"
         if (lora := self.model.lora) is not None and lora.bits is not None and self.sharding.stage == 3:
             yield "model.lora.bits", "4-bit weights are not sharded: choose sharding.stage 0, 1 or 2, or leave bits out"
+        if self.model.compile and lora is not None and lora.bits is not None:
+            yield "model.compile", "4-bit weights are not compiled; leave one of the two out"
+        if self.model.compile and any(seated.sharding.stage == 3 for _, seated in self.teams):
+            yield (
+                "model.compile",
+                "at ZeRO stage 3 weights are gathered before every module, and compiled code breaks off at each; "
+                "choose sharding.stage 0, 1 or 2, or leave compile out",
+            )
+        if self.model.compile and self.model.kernels == "liger":
+            yield (
+                "model.kernels",
+                "compiled layers fuse the same operations by themselves; leave kernels or compile out",
+            )
         if self.data.overlong == "split" and not isinstance(self, Pretrain):
             yield "data.overlong", "only documents (recipe pretrain) can be split; choose drop or truncate"
         if self.sharding.offload != "none" and self.sharding.stage == 0:
@@ -621,6 +640,8 @@ class PPO(Phase):
                 "who writes ahead must not wait for the others: async: 1 needs a group of its own for rollout in `groups`, "
                 "such as {roles: [rollout], workers: 1}",
             )
+        if self.model.compile:
+            yield "model.compile", "PPO does not compile its layers yet; leave it out"
         if self.data.eval is not None:
             yield "data.eval", "a policy has no held-out loss; give questions with answers as `eval`"
         if self.on_divergence == "skip":

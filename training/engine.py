@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training import pulse
+from training import compiling, pulse
 from training.breakdown import BACKWARD, FORWARD, OPTIMIZER
 from training.config import Optimizer, Phase
 from training.data.collate import to_device
@@ -133,6 +133,9 @@ class Engine:
         )
         self.ds = _initialize(module, config, phase.optimizer)
         limit_waits(seat.timeout_s)
+        self.compiles = phase.model.compile
+        if self.compiles:
+            compiling.compile_layers(self.ds.module.lm, seat.device)
         self.micro_in_hand = 0
         """Number of the micro-batch that `step` has begun last, from 1."""
         self.stopwatch = Stopwatch(self.device)
@@ -207,7 +210,7 @@ class Engine:
         if self.stage < 3:
             self.ds.eval()
             try:
-                with self.autocast:
+                with self.autocast, compiling.eagerly() if self.compiles else nullcontext():
                     yield self.ds.module.lm
             finally:
                 self.ds.train()

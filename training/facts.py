@@ -21,6 +21,7 @@ class Facts:
     """That are trained."""
     dtype: str
     attention: str
+    kernels: str = "torch"
     recomputes: bool = False
     """Activations, in the backward pass."""
     device: str

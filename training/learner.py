@@ -25,7 +25,7 @@ from training.distributed import Seat
 from training.engine import Engine, Fragment, device_of
 from training.errors import InputError, TrainingError
 from training.memory import peak_bytes
-from training.modelfiles import at_hand
+from training.modelfiles import at_hand, base_of
 from training.shape import shape_of
 from training.sizing import models_of, recomputes, setting_of
 from training.snapshot import ShardWriter
@@ -48,7 +48,9 @@ class Learner:
 
     def __init__(self, seat: Seat, phase: Phase, cache: str):
         self.seat = seat
-        self.phase = self.whole_phase = phase
+        self.phase = phase
+        self.whole_phase = phase
+        """With the models of all roles: what they share a device with counts where memory is planned."""
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
         self.attention = models.resolve_attention(phase.model.attention, seat.device)
@@ -63,15 +65,18 @@ class Learner:
                 open_stores(self.phase, self.cache)
             at_hand(self.phase, self.cache)
         dist.barrier()
-        self.phase = at_hand(self.phase, self.cache)
+        self.phase = self.whole_phase = at_hand(self.phase, self.cache)
         stores = open_stores(self.phase, self.cache)
+        self.kernels = models.resolve_kernels(
+            self.phase.model.model_copy(update={"path": base_of(self.phase.model.path)}), self.seat.device
+        )
         held_out = stores.eval.folder.name if stores.eval is not None else ""
-        mine = (stores.train.folder.name, held_out, str(self.dtype), self.attention)
+        mine = (stores.train.folder.name, held_out, str(self.dtype), self.attention, self.kernels)
         all_of_them: list[Any] = [None] * self.seat.size
         dist.all_gather_object(all_of_them, mine)
         if odd := [rank for rank, other in enumerate(all_of_them) if other != all_of_them[0]]:
             raise TrainingError(
-                f"workers {', '.join(map(str, odd))} have other data, precision or attention than worker 0 "
+                f"workers {', '.join(map(str, odd))} have other data, precision, attention or kernels than worker 0 "
                 f"({all_of_them[odd[0]]}, {all_of_them[0]}); give all machines the same files and packages"
             )
         return stores

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training import lora
+from training import kernels, lora
 from training.config import Model, Phase
 from training.engine import whole
 from training.errors import InputError, Problem
@@ -121,6 +121,8 @@ def pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifie
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError.of(model.path, f"cannot load the model: {error}", "model") from error
     lm, info = loaded
+    if kernels.resolve(model, device, lambda: config.model_type) == "liger":
+        kernels.fuse(lm)
     head = {f"{HEAD}.weight"} & set(info["missing_keys"]) if classifier else set()
     refuse_holes(model.path, {**info, "missing_keys": set(info["missing_keys"]) - head})
     return lm, bool(head)
@@ -185,6 +187,11 @@ def refuse_holes(path: str, info: Mapping[str, Any]) -> None:
             problems.append(Problem(path, "model", f"{named} {what}; copy the model again or correct config.json"))
     if problems:
         raise InputError(problems)
+
+
+def resolve_kernels(model: Model, device: str) -> kernels.Kernels:
+    """The kernels that `load` gives a model. Raises InputError if those that are asked for cannot be had."""
+    return kernels.resolve(model, device, lambda: load_config(model).model_type)
 
 
 def load_config(model: Model) -> Any:

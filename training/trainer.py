@@ -78,6 +78,7 @@ class Trainer(Learner):
             num_parameters=self.num_parameters,
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,
+            kernels=self.kernels,
             recomputes=self.phase.model.gradient_checkpointing is True,
             device=self.device_name,
             data_hash=self.store.folder.name,

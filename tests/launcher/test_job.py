@@ -429,6 +429,8 @@ def test_a_dumped_job_reads_back_equal_from_anywhere(folder, tmp_path_factory):
         "phases.sft.checkpoint.every=5",
         "phases.sft.data.pack=false",
         "model.gradient_checkpointing=true",
+        "model.compile=true",
+        "model.kernels=torch",
         "storage=elsewhere",
         "track=[]",
     ],

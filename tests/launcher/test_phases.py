@@ -141,6 +141,40 @@ def test_four_bit_weights_need_a_gpu(chain, muster):
     assert all("model.lora.bits: 4-bit weights need a GPU, and there is none for the workers" in line for line in lines)
 
 
+def test_compiling_needs_a_compiler(chain, muster, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    lines = refused(muster, chain, edited(chain, ("dtype: fp32}", "dtype: fp32, compile: true}")))
+    assert (
+        "model.compile: this machine has no compiler (/nowhere/g++); install gcc and Python's headers there" in lines[0]
+    )
+
+
+def test_layers_are_not_compiled_at_stage_3(chain, muster):
+    arguments = edited(chain, ("dtype: fp32}", "dtype: fp32, compile: true}"), ("stage: 0", "stage: 3"))
+    assert (
+        "model.compile: at ZeRO stage 3 weights are gathered before every module"
+        in refused(muster, chain, arguments)[0]
+    )
+
+
+def test_four_bit_weights_are_not_compiled(chain, muster):
+    arguments = edited(chain, ("dtype: fp32}", "dtype: fp32, compile: true, lora: {bits: 4}}"))
+    assert (
+        "model.compile: 4-bit weights are not compiled; leave one of the two out"
+        in refused(muster, chain, arguments)[0]
+    )
+
+
+def test_ligers_kernels_need_a_gpu_and_are_not_compiled(chain, muster):
+    arguments = edited(chain, ("dtype: fp32}", "dtype: fp32, kernels: liger}"))
+    assert (
+        "model.kernels: Liger's kernels need a GPU, and there is none for the workers"
+        in refused(muster, chain, arguments)[0]
+    )
+    arguments = edited(chain, ("dtype: fp32}", "dtype: fp32, kernels: liger, compile: true}"))
+    assert "model.kernels: compiled layers fuse the same operations" in refused(muster, chain, arguments)[0]
+
+
 # ── the phases of a run ──
 
 
