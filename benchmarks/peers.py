@@ -62,7 +62,7 @@ class Peer(NamedTuple):
     """Who trains the same."""
 
     layouts: Mapping[str, Layout]
-    """By kind of work, the fastest that was found (benchmarks/README.md)."""
+    """By kind of work (benchmarks/README.md says how they were found)."""
     environment: environments.Environment | None = None
     """Where `benchmarks/peer_NAME.py` runs. None: `plain_loop.py` in Muster's own."""
     launch: Callable[[Path, Path], list[str]] = torchrun
