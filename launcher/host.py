@@ -13,9 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -30,6 +32,9 @@ from training import pulse
 _BIRTH_S = 300.0
 """Longest time for the imports of a nursery, on a machine that is busy with many."""
 _STACKS_S = 2.0
+_AT_HAND = "MUSTER_NURSERY"
+"""Environment variable: device and socket of a nursery on this machine."""
+_MOST_PARENTS = 128
 
 
 @dataclass(frozen=True)
@@ -136,17 +141,18 @@ class _Worker:
 
 
 class _Nursery:
-    """The process that forks workers, and the thread that hears from it."""
+    """The process that forks workers, and the thread that hears from it: the one at hand on this machine, else one of our own."""
 
     def __init__(self, device: str):
-        self.control, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "launcher.nursery", str(theirs.fileno()), device]
-        self.process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment(device)
-        )
-        theirs.close()
+        self.process: subprocess.Popen | None = None
+        control = _at_hand(device)
+        if control is None:
+            control, theirs = socket.socketpair()
+            self.process = begin_nursery(theirs, device)
+        self.control = control
         self.ready = threading.Event()
         self.born = threading.Event()
+        self.gone = threading.Event()
         self.pid = 0
         self.workers: dict[int, _Worker] = {}
         self._gone_early: dict[int, int] = {}
@@ -156,8 +162,8 @@ class _Nursery:
 
     def fork(self) -> _Worker:
         """A new worker. Raises WorkerDied if the nursery is gone."""
-        if not self.ready.wait(_BIRTH_S) or self.process.poll() is not None:
-            raise WorkerDied(self.process.poll() or 0, "its imports failed or took too long")
+        if not self.ready.wait(_BIRTH_S) or self.gone.is_set():
+            raise WorkerDied(self._status(), "its imports failed or took too long")
         ours, theirs = socket.socketpair()
         descriptor = os.memfd_create("pulse")
         os.ftruncate(descriptor, pulse.SIZE)
@@ -166,8 +172,8 @@ class _Nursery:
         socket.send_fds(self.control, [b"f"], [theirs.fileno(), descriptor])
         theirs.close()
         os.close(descriptor)
-        if not self.born.wait(60) or self.process.poll() is not None:
-            raise WorkerDied(self.process.poll() or 0, "no process could be forked")
+        if not self.born.wait(60) or self.gone.is_set():
+            raise WorkerDied(self._status(), "no process could be forked")
         worker = _Worker(self.pid, Pipe(ours), memory)
         with self._lock:
             self.workers[worker.pid] = worker
@@ -176,11 +182,17 @@ class _Nursery:
             worker.ended(status)
         return worker
 
+    def _status(self) -> int:
+        """Of the process, where that is known."""
+        return (self.process.poll() if self.process is not None else 0) or 0
+
     def _listen(self) -> None:
         with self.control.makefile("r") as lines, suppress(OSError):
             for line in lines:
                 self._told(json.loads(line))
-        self.process.wait()
+        if self.process is not None:
+            self.process.wait()
+        self.gone.set()
         self.ready.set()
         self.born.set()
         for worker in list(self.workers.values()):  # the kernel kills them with their parent
@@ -203,9 +215,59 @@ class _Nursery:
     def close(self) -> None:
         with suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
-        self.process.kill()
+        if self.process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+            self.process.kill()
+
+
+@contextmanager
+def nursery_at_hand(device: str) -> Iterator[None]:
+    """For the length of the block a nursery for all workers on this machine, which begins to import at once.
+
+    Whoever starts them knows it by the environment. Their memory is one process's, and nobody has to wait for the imports after
+    Ray has started.
+    """
+    with tempfile.TemporaryDirectory(prefix="muster-") as folder, socket.socket(socket.AF_UNIX) as listener:
+        path = f"{folder}/nursery"
+        listener.bind(path)  # in a folder that is open to us alone
+        listener.listen(_MOST_PARENTS)
+        ours, theirs = socket.socketpair()
+        process = begin_nursery(theirs, device, listener)
+        listener.close()  # or who connects after its end would wait for an answer
+        os.environ[_AT_HAND] = f"{device}:{path}"
+        try:
+            yield
+        finally:
+            del os.environ[_AT_HAND]
+            ours.close()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            process.kill()
+            process.wait()
+
+
+def _at_hand(device: str) -> socket.socket | None:
+    """A connection to the machine's nursery for a device, if there is one."""
+    its_device, _, path = os.environ.get(_AT_HAND, "").partition(":")
+    if its_device != device:
+        return None
+    control = socket.socket(socket.AF_UNIX)
+    try:
+        control.connect(path)
+    except OSError:
+        control.close()
+        return None
+    return control
+
+
+def begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen:
+    """Start the process; `parent` is its end of the connection and closed here."""
+    descriptors = [parent.fileno(), *(listener.fileno() for listener in listeners)]
+    command = [sys.executable, "-m", "launcher.nursery", str(descriptors[0]), device, *map(str, descriptors[1:])]
+    process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=_environment(device))
+    parent.close()
+    return process
 
 
 def _environment(device: str) -> dict[str, str]:

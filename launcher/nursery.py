@@ -1,8 +1,9 @@
-"""A process that has imported what workers need and forks one in a moment: `python -m launcher.nursery FD DEVICE`.
+"""A process that has imported what workers need and forks one in a moment: `python -m launcher.nursery FD DEVICE [FD]`.
 
-FD is a Unix socket to the parent. The parent sends a byte with two file descriptors (a connection, the memory of the pulse)
-for each worker it wants; the nursery answers with JSON lines: {"ready"}, {"born": pid}, {"gone": pid, "status": code}.
-Nobody outlives the other: the nursery ends its workers when the parent is gone, and the kernel ends them with the nursery.
+The first FD is a Unix socket to the parent, the second one that listens: who connects to it is a parent, too. A parent sends a byte
+with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the nursery answers with JSON lines:
+{"ready"}, {"born": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the nursery ends the workers of a parent that is
+gone, and itself with the first; the kernel ends them with the nursery.
 """
 
 from __future__ import annotations
@@ -30,64 +31,90 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    parent = socket.socket(fileno=int(sys.argv[1]))
+    first = socket.socket(fileno=int(sys.argv[1]))
+    listener = socket.socket(fileno=int(sys.argv[3])) if len(sys.argv) > 3 else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C on a terminal is for the one who drives
     from training import preload
 
     preload.run(sys.argv[2])
     gc.collect()
     gc.freeze()  # or the first collection in each worker would copy every page that they share
-    _tell(parent, ready=True)
+    _tell(first, ready=True)
     wakeup, woken = socket.socketpair()
     wakeup.setblocking(False)
     woken.setblocking(False)
     signal.set_wakeup_fd(wakeup.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    alive: set[int] = set()
-    while True:
-        ready, _, _ = select.select([parent, woken], [], [])
+    nursery = _Nursery(first, listener, (wakeup, woken))
+    while first in nursery.parents:
+        ready, _, _ = select.select([woken, *nursery.parents, *([listener] if listener is not None else [])], [], [])
         if woken in ready:
             with suppress(BlockingIOError):
                 woken.recv(4096)
-            _bury(parent, alive)
-        if parent in ready:
-            request, descriptors, _, _ = socket.recv_fds(parent, 1, 2)
-            if not request:
-                break
-            alive.add(_fork(parent, descriptors, (wakeup, woken)))
-    for pid in alive:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            nursery.bury()
+        if listener in ready and listener is not None:
+            nursery.adopt(listener.accept()[0])
+        for parent in nursery.parents & set(ready):
+            nursery.answer(parent)
 
 
 def _tell(parent: socket.socket, **facts: Any) -> None:
-    with suppress(ConnectionError):
+    with suppress(OSError):
         parent.sendall(json.dumps(facts).encode() + b"\n")
 
 
-def _bury(parent: socket.socket, alive: set[int]) -> None:
-    while alive:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid == 0:
+class _Nursery:
+    """Who asks for workers, and whose they are."""
+
+    def __init__(self, first: socket.socket, listener: socket.socket | None, own: tuple[socket.socket, ...]):
+        self.parents = {first}
+        self.own = (*own, *([listener] if listener is not None else []))
+        """Sockets that are nothing to a worker."""
+        self.parent_of: dict[int, socket.socket] = {}
+        """Of each worker that lives."""
+
+    def adopt(self, parent: socket.socket) -> None:
+        """Somebody else who may ask."""
+        self.parents.add(parent)
+        _tell(parent, ready=True)
+
+    def answer(self, parent: socket.socket) -> None:
+        """Do what a parent asks, or end its workers if it is gone."""
+        try:
+            request, descriptors, _, _ = socket.recv_fds(parent, 1, 2)
+        except OSError:
+            request = b""
+        if request:
+            self._fork(parent, descriptors)
             return
-        alive.discard(pid)
-        _tell(parent, gone=pid, status=os.waitstatus_to_exitcode(status))
+        self.parents.discard(parent)
+        parent.close()
+        for pid in [pid for pid, its in self.parent_of.items() if its is parent]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
+    def bury(self) -> None:
+        """Tell the parents of workers that have ended."""
+        while self.parent_of:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            _tell(self.parent_of.pop(pid), gone=pid, status=os.waitstatus_to_exitcode(status))
 
-def _fork(parent: socket.socket, descriptors: list[int], own: tuple[socket.socket, ...]) -> int:
-    nursery = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for end in (parent, *own):
-            end.close()
-        _end_with(nursery)
-        _live(*descriptors)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    _tell(parent, born=pid)
-    return pid
+    def _fork(self, parent: socket.socket, descriptors: list[int]) -> None:
+        nursery = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for end in (*self.parents, *self.own):
+                end.close()
+            _end_with(nursery)
+            _live(*descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self.parent_of[pid] = parent
+        _tell(parent, born=pid)
 
 
 def _end_with(nursery: int) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launcher.capacity import num_gpus
+from launcher.host import nursery_at_hand
 from training.errors import TrainingError
 
 _OBJECT_STORE_BYTES = 128 << 20
@@ -85,7 +87,11 @@ def _local(num_workers: int) -> Iterator[None]:
     }
     try:
         advice = f"is there room in {folder} and /dev/shm?"
-        with _connected("Ray did not start on this machine", advice, address="local", **settings):
+        # Ray's start is mostly waiting, and so are the first seconds of a worker: they are spent side by side.
+        with (
+            nursery_at_hand("cuda" if num_gpus() else "cpu"),
+            _connected("Ray did not start on this machine", advice, address="local", **settings),
+        ):
             yield
     finally:
         _remove(folder)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from launcher.failures import Raised, WorkerDied
-from launcher.host import Host
+from launcher.host import Host, nursery_at_hand
 from training.distributed import Seat
 from training.errors import InputError
 
@@ -173,6 +173,56 @@ def test_what_cannot_be_sent_is_an_error_of_the_call_alone(host):
     with pytest.raises(Raised, match="cannot be sent"):
         call(host, "something_that_cannot_be_pickled")
     assert call(host, "who").rank == 0
+
+
+@pytest.fixture
+def two_places(tmp_path):
+    """With the workers of one nursery, which was there before them."""
+    with nursery_at_hand("cpu"):
+        places = [Host("cpu"), Host("cpu")]
+        for rank, place in enumerate(places):
+            (tmp_path / str(rank)).mkdir()
+            begin(place, tmp_path / str(rank))
+        yield places
+        for place in places:
+            place.close()
+
+
+def test_places_share_a_nursery_that_is_there(two_places):
+    first, second = (place.worker.pid for place in two_places)
+    assert psutil.Process(first).parent() == psutil.Process(second).parent()
+    assert call(two_places[0], "who").rank == call(two_places[1], "who").rank == 0
+    two_places[0].close()
+    wait_for(lambda: not _lives(first), "the worker outlives its place")
+    assert call(two_places[1], "who").rank == 0, "the other place's worker has nothing to do with it"
+
+
+def test_with_their_nursery_all_workers_are_gone_and_new_places_have_their_own(two_places):
+    nursery = psutil.Process(two_places[0].worker.pid).parent()
+    workers = [place.worker.pid for place in two_places]
+    nursery.kill()
+    wait_for(lambda: not any(map(_lives, workers)), "a worker outlives the nursery")
+    for place in two_places:
+        with pytest.raises(WorkerDied):
+            call(place, "who")
+        with pytest.raises(WorkerDied):
+            place.begin(os.devnull, {})
+    another = Host("cpu")
+    try:
+        another.begin(os.devnull, {})
+        assert psutil.Process(another.worker.pid).parent().pid == another.nursery.process.pid
+    finally:
+        another.close()
+
+
+def test_a_nursery_at_hand_ends_with_the_block(tmp_path):
+    with nursery_at_hand("cpu"):
+        place = Host("cpu")
+        pid = place.begin(str(tmp_path / "log"), {})
+        nursery = psutil.Process(pid).parent()
+    wait_for(lambda: not _lives(pid) and not _lives(nursery.pid), "somebody lives on")
+    assert "MUSTER_NURSERY" not in os.environ
+    place.close()
 
 
 HOLDER = """
