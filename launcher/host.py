@@ -265,7 +265,10 @@ def begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket)
     """Start the process; `parent` is its end of the connection and closed here."""
     descriptors = [parent.fileno(), *(listener.fileno() for listener in listeners)]
     command = [sys.executable, "-m", "launcher.nursery", str(descriptors[0]), device, *map(str, descriptors[1:])]
-    process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=_environment(device))
+    # In a session of its own a Ctrl-C on a terminal is not for it.
+    process = subprocess.Popen(
+        command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=_environment(device), start_new_session=True
+    )
     parent.close()
     return process
 
