@@ -235,11 +235,12 @@ def nursery_at_hand(device: str) -> Iterator[None]:
         ours, theirs = socket.socketpair()
         process = begin_nursery(theirs, device, listener)
         listener.close()  # or who connects after its end would wait for an answer
+        before = os.environ.get(_AT_HAND, "")
         os.environ[_AT_HAND] = f"{device}:{path}"
         try:
             yield
         finally:
-            del os.environ[_AT_HAND]
+            os.environ[_AT_HAND] = before
             ours.close()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)

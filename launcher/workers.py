@@ -35,6 +35,8 @@ class _Place:
 
     def __init__(self, device: str, environment: dict[str, str]):
         os.environ.update(environment)
+        self.environment = environment
+        """For the worker too: the nursery may be older than what stands in it."""
         onsite.land()
         self.host = Host(device)
         self.log = Path()
@@ -49,7 +51,7 @@ class _Place:
 
     def begin(self, log: str) -> int:
         self.log = Path(log)
-        return self.host.begin(log, {})
+        return self.host.begin(log, self.environment)
 
     def ask(self, name: str, *args: Any) -> Any:
         return self.host.ask(name, *args)

@@ -216,12 +216,13 @@ def test_with_their_nursery_all_workers_are_gone_and_new_places_have_their_own(t
 
 
 def test_a_nursery_at_hand_ends_with_the_block(tmp_path):
+    before = os.environ.get("MUSTER_NURSERY", "")
     with nursery_at_hand("cpu"):
         place = Host("cpu")
         pid = place.begin(str(tmp_path / "log"), {})
         nursery = psutil.Process(pid).parent()
     wait_for(lambda: not _lives(pid) and not _lives(nursery.pid), "somebody lives on")
-    assert "MUSTER_NURSERY" not in os.environ
+    assert os.environ["MUSTER_NURSERY"] == before
     place.close()
 
 

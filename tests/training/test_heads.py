@@ -89,8 +89,10 @@ def test_chunks_change_neither_losses_nor_gradients(lm, micro, made, monkeypatch
     # Sums of 37 fp32 terms, in another order.
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(asked, whole, rtol=1e-6, atol=1e-6)
+    # Of both signs: what matters is the largest. Some units in the last place (6e-8) on the way back through two layers.
     for name, gradient in gradients.items():
-        torch.testing.assert_close(of_chunks[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+        atol = 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(of_chunks[name], gradient, rtol=0, atol=atol, msg=name)
     assert "forward" not in vars(lm.lm_head), "the head is its own again"
 
 
