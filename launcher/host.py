@@ -148,7 +148,7 @@ class _Nursery:
         control = _at_hand(device)
         if control is None:
             control, theirs = socket.socketpair()
-            self.process = begin_nursery(theirs, device)
+            self.process = _begin_nursery(theirs, device)
         self.control = control
         self.ready = threading.Event()
         self.born = threading.Event()
@@ -233,7 +233,7 @@ def nursery_at_hand(device: str) -> Iterator[None]:
         listener.bind(path)  # in a folder that is open to us alone
         listener.listen(_MOST_PARENTS)
         ours, theirs = socket.socketpair()
-        process = begin_nursery(theirs, device, listener)
+        process = _begin_nursery(theirs, device, listener)
         listener.close()  # or who connects after its end would wait for an answer
         before = os.environ.get(_AT_HAND, "")
         os.environ[_AT_HAND] = f"{device}:{path}"
@@ -262,7 +262,7 @@ def _at_hand(device: str) -> socket.socket | None:
     return control
 
 
-def begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen:
+def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen:
     """Start the process; `parent` is its end of the connection and closed here."""
     descriptors = [parent.fileno(), *(listener.fileno() for listener in listeners)]
     command = [sys.executable, "-m", "launcher.nursery", str(descriptors[0]), device, *map(str, descriptors[1:])]

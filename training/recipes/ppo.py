@@ -131,7 +131,7 @@ class _Loop:
     def generate(self, step: int) -> Experience:
         """Responses to the prompts of an iteration, by the policy's own workers."""
         with self._timed("generate"):
-            return _together_in_order(self.policy.call("roll_out", step))
+            return _experience_of(self.policy.call("roll_out", step))
 
     def generated_apart(self, rollout: Group, step: int) -> Experience:
         """The same by a rollout group, who begin to write the next ones if `async` says so."""
@@ -153,7 +153,7 @@ class _Loop:
         if self.ahead is not None:
             experience, self.ahead = self.ahead, None
             return experience
-        experience = _together_in_order(self._being_written)
+        experience = _experience_of(self._being_written)
         self._being_written = []
         if self.phase.async_:
             name, order, futures = self._ask("rollout", rollout, experience, "written")
@@ -262,7 +262,7 @@ class _Loop:
         self.seconds[f"{part}_s"] = time.perf_counter() - began
 
 
-def _together_in_order(futures: Sequence[Future]) -> Experience:
+def _experience_of(futures: Sequence[Future]) -> Experience:
     """The responses of all writers, in an order that does not depend on who wrote them."""
     shares: list[list[Response]] = results(futures, PART_S)
     return Experience([response for share in shares for response in share])
