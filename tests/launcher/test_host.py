@@ -238,7 +238,8 @@ time.sleep(600)
 @pytest.mark.parametrize("victim", ["the place", "the nursery"])
 def test_nobody_outlives_the_place_or_the_nursery(tmp_path, victim):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "log")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+    own_nursery = {**os.environ, "MUSTER_NURSERY": ""}
+    with subprocess.Popen(command, env=own_nursery, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None
             nursery, worker = map(int, holder.stdout.readline().split())
