@@ -19,13 +19,13 @@ from typing import Any
 import launcher
 from launcher import job as jobs
 from launcher.job import Job
+from launcher.landing import FOLDER, INPUTS, JOB
 from training.config import PPO, Data, Phase, Source
 from training.errors import InputError, Problem
 from training.storage import is_remote
 
 LIMIT = 90 << 20
 """Bytes. Ray takes 100 MiB, packed."""
-FOLDER, INPUTS, JOB = "submitted", "inputs", "job.yaml"
 PACKAGES = ("launcher", "training", "cluster")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """Of every file in the bundle: equal contents are then an equal bundle, which is not sent twice."""

@@ -113,9 +113,9 @@ def asking(folder: str, template: str, workers: int) -> Iterator[Group]:
         worker.roles["evaluator"] = Evaluator(worker.seat, folder, template)
         yield InlineGroup(worker, "evaluator")
         return
-    from launcher.session import ray_session
+    from launcher.session import own_nursery, ray_session
 
-    with ray_session(workers), tempfile.TemporaryDirectory(prefix="muster-eval-") as logs:
+    with own_nursery(), ray_session(workers), tempfile.TemporaryDirectory(prefix="muster-eval-") as logs:
         from launcher.workers import WorkerGroup  # which imports Ray: it takes its token from the session's environment
 
         gang = WorkerGroup(Resources(workers=workers), models.warn, models.warn)

@@ -221,6 +221,23 @@ class _Nursery:
             self.process.kill()
 
 
+def apart(name: str, *args: Any) -> Any:
+    """Have a process of its own, which ends with that, do something (a function of nursery.Life): a fork of the nursery at hand.
+
+    Raises what `Host.ask` raises.
+    """
+    nursery = _Nursery(nearest() or "cpu")
+    try:
+        return nursery.fork().ask(name, *args)
+    finally:
+        nursery.close()
+
+
+def nearest() -> str | None:
+    """The device that the nursery at hand is for; None if there is none."""
+    return os.environ.get(_AT_HAND, "").partition(":")[0] or None
+
+
 @contextmanager
 def nursery_at_hand(device: str) -> Iterator[None]:
     """For the length of the block a nursery for all workers on this machine, which begins to import at once.

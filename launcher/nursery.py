@@ -21,6 +21,7 @@ import socket
 import sys
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.pipe import Pipe
@@ -161,6 +162,13 @@ def _serve(connection: Pipe) -> None:
 
 class Life:
     """What a worker can be asked."""
+
+    def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> None:
+        """Tokenise the data of a phase. Raises what open_stores raises."""
+        os.environ.update(environment)
+        from training.data.stores import open_stores
+
+        open_stores(phase, Path(cache))
 
     def begin(self, log: str, environment: dict[str, str]) -> int:
         """Write to `log` from now on. Answers with the pid."""

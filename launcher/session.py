@@ -23,6 +23,19 @@ _LONGEST_TEMPORARY = 22
 """Characters: the names of Ray's sockets begin with it and must fit in 107."""
 
 
+_KEEP_IDLE_MS = 600_000
+
+
+@contextmanager
+def own_nursery() -> Iterator[None]:
+    """A nursery for the length of the block, where Ray will be our own. Its imports take as long as Ray's start: begin it before."""
+    if os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    with nursery_at_hand("cuda" if num_gpus() else "cpu"):
+        yield
+
+
 @contextmanager
 def ray_session(num_workers: int) -> Iterator[None]:
     """Be connected to Ray for the length of the block."""
@@ -84,14 +97,12 @@ def _local(num_workers: int) -> Iterator[None]:
         "object_store_memory": _OBJECT_STORE_BYTES,
         "_node_ip_address": "127.0.0.1",
         "_temp_dir": inside,
+        # Ray begins processes for actors early, and would end them again while the data are prepared.
+        "_system_config": {"idle_worker_killing_time_threshold_ms": _KEEP_IDLE_MS},
     }
     try:
         advice = f"is there room in {folder} and /dev/shm?"
-        # Ray's start is mostly waiting, and so are the first seconds of a worker: they are spent side by side.
-        with (
-            nursery_at_hand("cuda" if num_gpus() else "cpu"),
-            _connected("Ray did not start on this machine", advice, address="local", **settings),
-        ):
+        with _connected("Ray did not start on this machine", advice, address="local", **settings):
             yield
     finally:
         _remove(folder)

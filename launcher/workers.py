@@ -13,9 +13,9 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launcher import machines, onsite
+from launcher import machines
+from launcher.actor import WorkerActor
 from launcher.failures import Kind, Raised, WorkerDied, WorkerError, first_cause, worker_error
-from launcher.host import Host, Signs
 from launcher.job import ENV_NAMES
 from launcher.watch import Watch
 from training.config import Resources
@@ -28,54 +28,6 @@ START_S = 300.0
 _PASSED_ON = ("HF_", "NCCL_", "MUSTER_", "AWS_", "GOOGLE_", "FSSPEC_")
 _GRACE_S = 2.0
 """After a first error, how long to wait for others: a victim's death is often seen after its survivors' complaints."""
-
-
-class _Place:
-    """The actor: a worker's host, and what Ray knows of where it is. Its control methods answer while the worker is busy."""
-
-    def __init__(self, device: str, environment: dict[str, str]):
-        os.environ.update(environment)
-        self.environment = environment
-        """For the worker too: the nursery may be older than what stands in it."""
-        onsite.land()
-        self.host = Host(device)
-        self.log = Path()
-
-    def place(self) -> dict[str, Any]:
-        return {
-            "node": ray.get_runtime_context().get_node_id(),
-            "address": ray.util.get_node_ip_address(),
-            "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
-            "cores": len(os.sched_getaffinity(0)),
-        }
-
-    def begin(self, log: str) -> int:
-        self.log = Path(log)
-        return self.host.begin(log, self.environment)
-
-    def ask(self, name: str, *args: Any) -> Any:
-        return self.host.ask(name, *args)
-
-    def call(self, role: str, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
-        return self.host.ask("call", role, method, args, kwargs)
-
-    @ray.method(concurrency_group="control")
-    def end(self) -> None:
-        self.host.end()
-
-    @ray.method(concurrency_group="control")
-    def signs(self) -> Signs:
-        return self.host.signs()
-
-    @ray.method(concurrency_group="control")
-    def stacks(self) -> str:
-        return self.host.stacks(self.log)
-
-    @ray.method(concurrency_group="control")
-    def read_log(self, offset: int) -> bytes:
-        with self.log.open("rb") as file:
-            file.seek(offset)
-            return file.read(1 << 16)
 
 
 class _Call:
@@ -202,10 +154,10 @@ class WorkerGroup:
         # Ranks of one node are neighbours: a ring then crosses between nodes as seldom as it can.
         nodes = placement_group_table(self.placement)["bundles_to_node_id"]
         bundles = sorted(range(self.size), key=lambda bundle: (nodes[bundle], bundle))
-        place: Any = ray.remote(concurrency_groups={"control": 2})(_Place)  # type: ignore[call-overload]
+        actor: Any = ray.remote(concurrency_groups={"control": 2})(WorkerActor)  # type: ignore[call-overload]
         self.places: list[dict[str, Any]] = []
         self.actors = [
-            place.options(
+            actor.options(
                 num_cpus=1,
                 num_gpus=self.gpus,
                 max_restarts=0,

@@ -156,7 +156,7 @@ def _write_tokenizer(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray of the tests' own, with four places for workers."""
-    from launcher.session import ray_session
+    from launcher.session import own_nursery, ray_session
 
-    with ray_session(4):
+    with own_nursery(), ray_session(4):
         yield

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import bundle, onsite, sealed
+from launcher import bundle, landing, sealed
 from launcher import job as jobs
 from training.errors import InputError
 
@@ -57,7 +57,7 @@ def test_equal_inputs_are_an_equal_bundle_whenever_and_wherever_it_is_made(place
 
 def test_on_site_the_job_is_the_same_job_with_paths_that_depend_on_content(place, monkeypatch):
     monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
-    landed = onsite.land(unpacked(place, written(place)))
+    landed = landing.land(unpacked(place, written(place)))
     assert landed is not None
     (landed / "job.yaml").write_bytes(written(place)["submitted/job.yaml"])
     there, here = jobs.load(landed / "job.yaml"), jobs.load(place / "job.yaml")
@@ -67,11 +67,11 @@ def test_on_site_the_job_is_the_same_job_with_paths_that_depend_on_content(place
     train = Path(str(there.phases["sft"].data.train))
     assert train.read_bytes() == (place / "data/train.jsonl").read_bytes()
     assert train.is_relative_to(place / "cache")
-    assert onsite.land(unpacked(place, written(place))) == landed  # once more changes nothing
+    assert landing.land(unpacked(place, written(place))) == landed  # once more changes nothing
 
 
 def test_without_a_bundle_there_is_nothing_to_land(place):
-    assert onsite.land() is None
+    assert landing.land() is None
 
 
 def test_globs_folders_and_reward_functions_go_along(place):

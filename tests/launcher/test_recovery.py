@@ -54,7 +54,7 @@ def test_the_place_of_a_worker_is_killed(run, undisturbed):
     run.start()
     run.reach(20)
     titles = ((place, place.info["cmdline"] or [""]) for place in psutil.process_iter(["cmdline"]))
-    next(place for place, words in titles if words[0].startswith("ray::_Place")).kill()
+    next(place for place, words in titles if words[0].startswith("ray::WorkerActor")).kill()
     run.finish()
     assert run.incident["class"] == "killed"
     assert "with the process that watched over it" in run.incident["message"]
