@@ -1,0 +1,60 @@
+"""The Ray actor of a worker. Its process imports what stands here and little more: every worker waits for that."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from launcher import landing
+from launcher.host import Host, Signs
+
+
+class WorkerActor:
+    """A worker's host, and what Ray knows of where it is. Its control methods answer while the worker is busy."""
+
+    def __init__(self, device: str, environment: dict[str, str]):
+        os.environ.update(environment)
+        self.environment = environment
+        """For the worker too: the nursery may be older than what stands in it."""
+        landing.land()
+        self.host = Host(device)
+        self.log = Path()
+
+    def place(self) -> dict[str, Any]:
+        return {
+            "node": ray.get_runtime_context().get_node_id(),
+            "address": ray.util.get_node_ip_address(),
+            "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
+            "cores": len(os.sched_getaffinity(0)),
+        }
+
+    def begin(self, log: str) -> int:
+        self.log = Path(log)
+        return self.host.begin(log, self.environment)
+
+    def ask(self, name: str, *args: Any) -> Any:
+        return self.host.ask(name, *args)
+
+    def call(self, role: str, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
+        return self.host.ask("call", role, method, args, kwargs)
+
+    @ray.method(concurrency_group="control")
+    def end(self) -> None:
+        self.host.end()
+
+    @ray.method(concurrency_group="control")
+    def signs(self) -> Signs:
+        return self.host.signs()
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        return self.host.stacks(self.log)
+
+    @ray.method(concurrency_group="control")
+    def read_log(self, offset: int) -> bytes:
+        with self.log.open("rb") as file:
+            file.seek(offset)
+            return file.read(1 << 16)
