@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from training.config import Phase
 
 _MICRO_TOKENS = 4096
-_MICRO_TOKENS_PADDED_CPU = 1024
-"""A CPU gains nothing from large micro-batches, and without packing small ones have less padding."""
+_MICRO_TOKENS_CPU = 1024
+"""A CPU gains from large micro-batches only that gradients are sent less often, and its memory is slow where it is not used again soon."""
+_MICRO_TOKENS_CPU_LORA = 512
+"""Gradients of adapters are quickly sent."""
 _ROW_TOKENS_WITHOUT_VARLEN = 320
 """Without a kernel for packed rows, attention pays for the whole row: longer packs cost more than they save."""
+_ROW_TOKENS_CPU = 512
+"""Rows that packing makes at most; a longer sample has one for itself."""
 
 Row = list[int]
 """Samples that share a row, as places in the global batch."""
@@ -38,11 +42,16 @@ class Limits:
 
 def limits_for(phase: Phase, longest: int, device: str, attention: str) -> Limits:
     """What a micro-batch may hold, from the settings and, where they say auto, from the hardware."""
-    packs = phase.data.pack
-    auto = _MICRO_TOKENS if packs or device != "cpu" else _MICRO_TOKENS_PADDED_CPU
-    tokens = max(auto, longest) if phase.micro_tokens == "auto" else phase.micro_tokens
-    varlen = attention.startswith("flash_attention")
-    row = tokens if varlen else min(tokens, max(_ROW_TOKENS_WITHOUT_VARLEN, longest))
+    on_cpu = device == "cpu"
+    if phase.micro_tokens != "auto":
+        tokens = phase.micro_tokens
+    elif on_cpu:
+        tokens = _MICRO_TOKENS_CPU if phase.model.lora is None else _MICRO_TOKENS_CPU_LORA
+    else:
+        tokens = max(_MICRO_TOKENS, longest)
+    packs, varlen = phase.data.pack, attention.startswith("flash_attention")
+    dense = max(_ROW_TOKENS_WITHOUT_VARLEN, min(longest, _ROW_TOKENS_CPU) if on_cpu else longest)
+    row = tokens if varlen else min(tokens, dense)
     return Limits(
         micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if packs else None, one_row=varlen and packs
     )
