@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import trl_ppo
+from benchmarks import gpu, trl_ppo
 from benchmarks.options import Options, Skipped
 from benchmarks.peers import PEERS
 from benchmarks.processes import CommandFailed
@@ -67,11 +67,15 @@ BENCHMARKS = {
     ),
     "trl-reward": Benchmark(
         "benchmarks.trl_reward",
-        "reward model pairs/s against TRL under accelerate + ZeRO-2 (target: at least 1.0)",
+        "reward model pairs/s against TRL under accelerate + ZeRO-2 (target: at least 1.2)",
     ),
     "trl-ppo": Benchmark(
         "benchmarks.trl_ppo",
         "seconds of an iteration of PPO against TRL's under accelerate + ZeRO-2 (target: 0.5)",
+    ),
+    "gpu": Benchmark(
+        "benchmarks.gpu",
+        "one GPU: tokens/s, MFU (targets: 0.5; 0.45) and memory of 7B LoRA and 1B full, what each choice brings, PPO of 1B",
     ),
 }
 
@@ -97,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=Options.rounds, help="how often each side runs (%(default)s)")
     parser.add_argument("--steps", type=int, default=Options.steps, help="steps that count in a run (%(default)s)")
     parser.add_argument("--stage", type=int, default=Options.stage, choices=(1, 2, 3), help="ZeRO (%(default)s)")
-    parser.add_argument("--only", choices=(*PEERS, *trl_ppo.KINDS), help="one peer of peers, one half of trl-ppo")
+    parser.add_argument(
+        "--only", choices=(*PEERS, *trl_ppo.KINDS, *gpu.CASES, gpu.PPO), help="one part of peers, trl-ppo or gpu"
+    )
     parser.add_argument("--timeout", type=float, default=Options.timeout_s, help="s, of one run (%(default)s)")
     parser.add_argument("--no-record", action="store_true", help="print the line, do not append it to the results")
     return parser

@@ -42,7 +42,9 @@ def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def machine() -> str:
     """A short name of the kind of machine, such as `2-core-xeon-amx` or `16-core-xeon-amx-h100`."""
     cpu = _cpu_info()
-    return machine_name(os.cpu_count() or 1, cpu.get("model name", platform.machine()), cpu.get("flags", ""), _gpu())
+    return machine_name(
+        os.cpu_count() or 1, cpu.get("model name", platform.machine()), cpu.get("flags", ""), gpu_name()
+    )
 
 
 def machine_name(cores: int, cpu: str, flags: str, gpu: str | None) -> str:
@@ -63,7 +65,8 @@ def _cpu_info() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
-def _gpu() -> str | None:
+def gpu_name() -> str | None:
+    """The driver's name of the first GPU; None if there is none."""
     return (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").partition("\n")[0] or None
 
 

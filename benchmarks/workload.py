@@ -54,6 +54,8 @@ class Shape:
     intermediate: int
     layers: int
     heads: int
+    vocabulary: int = VOCABULARY
+    """At least that of the tokenizer."""
 
 
 SMALL = Shape(384, 1024, 7, 6)
@@ -72,15 +74,24 @@ class Workload:
     """No row is longer."""
 
 
-def make(folder: Path, num_rows: int, seed: int = 17, shape: Shape = SMALL, lengths: Lengths = GSM8K) -> Workload:
-    """Write a workload into `folder`. Equal arguments, equal rows."""
+def make(
+    folder: Path,
+    num_rows: int,
+    seed: int = 17,
+    shape: Shape = SMALL,
+    lengths: Lengths = GSM8K,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Workload:
+    """Write a workload into `folder`. Equal arguments, equal rows. `device`: where the weights are drawn, `dtype`: how they are kept."""
     folder.mkdir(exist_ok=True)
     work = Workload(folder / "model", folder / "rows.jsonl", lengths.max_tokens)
     made = list(rows(num_rows, seed, lengths))
     work.rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-    _save_model(
-        work.model, [text for row in made[:_TOKENIZER_ROWS] for text in row.values()], seed, shape, work.max_tokens
-    )
+    tokenizer = _tokenizer([text for row in made[:_TOKENIZER_ROWS] for text in row.values()], work.max_tokens)
+    tokenizer.save_pretrained(work.model)
+    _model(tokenizer, seed, shape, work.max_tokens, device, dtype).save_pretrained(work.model)
     return work
 
 
@@ -122,12 +133,6 @@ def _lexicon(chance: random.Random) -> list[str]:
     return sorted(words, key=lambda word: (len(word), word))[:_LEXICON]
 
 
-def _save_model(folder: Path, texts: list[str], seed: int, shape: Shape, max_tokens: int) -> None:
-    tokenizer = _tokenizer(texts, max_tokens)
-    tokenizer.save_pretrained(folder)
-    _model(tokenizer, seed, shape, max_tokens).save_pretrained(folder)
-
-
 def _tokenizer(texts: list[str], max_tokens: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -146,14 +151,14 @@ def _tokenizer(texts: list[str], max_tokens: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=max_tokens, **special)
 
 
-def _model(tokenizer: Any, seed: int, shape: Shape, max_tokens: int) -> Any:
+def _model(tokenizer: Any, seed: int, shape: Shape, max_tokens: int, device: str, dtype: str) -> Any:
     """A LLaMA with random weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -163,4 +168,5 @@ def _model(tokenizer: Any, seed: int, shape: Shape, max_tokens: int) -> Any:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

@@ -14,7 +14,7 @@ from rich.console import Console
 from launcher import attempts, host
 from launcher.attempts import GoOn, OpenRun
 from launcher.cache import cache_folder
-from launcher.failures import NoMachines
+from launcher.failures import NoMachines, Raised, WorkerDied, in_words
 from launcher.gang import Gang, gang_of
 from launcher.interrupts import Interrupts
 from launcher.job import ENV_NAMES, Job
@@ -24,7 +24,7 @@ from launcher.progress import PhaseProgress
 from launcher.recovery import Recovery
 from launcher.runs import RunFolder
 from training.config import PPO, Phase
-from training.errors import InputError, MusterError
+from training.errors import InputError, MusterError, TrainingError
 from training.group import Group, results
 from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES, resolve
@@ -165,10 +165,13 @@ def prepare(job: Job, *, apart: bool = False) -> None:
 
     def prepare_phase(phase: Phase) -> None:
         questions.check(phase)
-        if apart and host.nearest():
-            host.apart("prepare", phase, str(cache_folder()), dict(os.environ))
-        else:
+        if not (apart and host.has_nursery()):
             open_stores(phase, cache_folder())
+            return
+        try:
+            host.apart("prepare", phase, str(cache_folder()), dict(os.environ))
+        except (Raised, WorkerDied) as error:
+            raise TrainingError(f"the process that prepares the data {in_words(error)}") from error
 
     job.look_at_phases(prepare_phase)
 

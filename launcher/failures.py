@@ -103,10 +103,14 @@ def _worker_error(rank: int, kind: Kind, message: str, log: Path, rest: dict[str
 
 def worker_error(rank: int, evidence: Raised | WorkerDied, log: Path, node: str) -> WorkerError:
     """What a worker's evidence says, as a failure of that worker."""
-    if isinstance(evidence, Raised):
-        message = f"raised: {evidence.name}: {evidence.message}"
-        return WorkerError(rank, _kind_of_exception(evidence), message, log, node=node, trace=evidence.trace)
-    return WorkerError(rank, _kind_of_death(evidence), _told_death(evidence), log, node=node)
+    kind = _kind_of_exception(evidence) if isinstance(evidence, Raised) else _kind_of_death(evidence)
+    trace = evidence.trace if isinstance(evidence, Raised) else ""
+    return WorkerError(rank, kind, in_words(evidence), log, node=node, trace=trace)
+
+
+def in_words(evidence: Raised | WorkerDied) -> str:
+    """What a process did, behind its name."""
+    return f"raised: {evidence.name}: {evidence.message}" if isinstance(evidence, Raised) else _told_death(evidence)
 
 
 # What a healthy worker says when another one is gone.

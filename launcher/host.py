@@ -222,20 +222,21 @@ class _Nursery:
 
 
 def apart(name: str, *args: Any) -> Any:
-    """Have a process of its own, which ends with that, do something (a function of nursery.Life): a fork of the nursery at hand.
-
-    Raises what `Host.ask` raises.
-    """
-    nursery = _Nursery(nearest() or "cpu")
+    """Have a fork of the nursery at hand do something (a function of nursery.Life), and end. Raises what `Host.ask` raises."""
+    nursery = _Nursery(_device_at_hand())
     try:
         return nursery.fork().ask(name, *args)
     finally:
         nursery.close()
 
 
-def nearest() -> str | None:
-    """The device that the nursery at hand is for; None if there is none."""
-    return os.environ.get(_AT_HAND, "").partition(":")[0] or None
+def has_nursery() -> bool:
+    """Whether there is one at hand."""
+    return bool(_device_at_hand())
+
+
+def _device_at_hand() -> str:
+    return os.environ.get(_AT_HAND, "").partition(":")[0]
 
 
 @contextmanager

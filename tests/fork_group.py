@@ -22,8 +22,15 @@ class _Answer:
     def __init__(self, pipe: Any, number: int = 0):
         self.pipe = pipe
         self.number = number
+        self.known: list[Any] = []
+        """The answer, once it was asked for."""
 
     def result(self, timeout_s: float | None = None) -> Any:
+        if not self.known:
+            self.known.append(self._received())
+        return self.known[0]
+
+    def _received(self) -> Any:
         answered = -1
         while answered < self.number:  # nobody has asked for the answers to earlier calls
             if not self.pipe.poll(_TIMEOUT_S):
@@ -87,7 +94,7 @@ class ForkRole:
         return self.workers.send(self.role, [(method, tuple(map(arrived, args)), kwargs)] * self.size)
 
     def map(self, method: str, shards: Any, *args: Any) -> list[_Answer]:
-        return self.workers.send(self.role, [(method, (shard, *args), {}) for shard in shards])
+        return self.workers.send(self.role, [(method, tuple(map(arrived, (shard, *args))), {}) for shard in shards])
 
 
 class ForkGroup(ForkWorkers):

@@ -28,7 +28,7 @@ class Group(Protocol):
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Future]:
         """Call the method on every worker; one future a worker, in rank order.
 
-        An argument that is a future of another group stands for its answer, which goes to the workers by itself.
+        An argument, or a shard, that is a future stands for its answer, which goes to the workers by itself.
         """
         ...
 

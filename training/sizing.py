@@ -20,9 +20,11 @@ FP32, BF16 = 4, 2
 MOMENTS = 2 * FP32
 LOGITS_AT_ONCE = 64 << 20
 """Numbers: of more the loss is computed in chunks (training/heads.py)."""
-_BUCKET_NUMBERS = {"cpu": 500_000_000, "cuda": 200_000_000}
-"""Of a bucket of gradients. DeepSpeed's own on a CPU; less on a GPU, where two of them take turns: a bucket is sent when it is full, so a
-smaller one begins earlier, and leaves less to send when the backward pass is over. 400 MB still fill any link."""
+_BUCKET_NUMBERS = {"cpu": 4_000_000, "cuda": 200_000_000}
+"""Of a bucket of gradients, where DeepSpeed's own is of 500 million. A bucket is sent when it is full, so a smaller one begins earlier, and leaves less
+to send when the backward pass is over. On a GPU 400 MB fill any link; on a CPU 16 MB stay in the cache until they are sent, and gradients go as they come."""
+_FIXED_BUCKET = 500_000_000
+"""Numbers that DeepSpeed sends at once where no setting changes it."""
 _NF4 = 0.53
 """Bytes a number in 4 bits, with its scales."""
 _LIVE = 1_000_000_000
@@ -194,9 +196,9 @@ def _buckets(shape: Shape, where: Setting) -> tuple[Parts, int]:
     bucket, biggest = bucket_numbers(t, where.device), min(shape.biggest, t)
     beside: Parts = Counter()
     if where.stage == 0:
-        return beside, FP32 * bucket_numbers(t, "cpu")  # which DeepSpeed has fixed
+        return beside, FP32 * min(_FIXED_BUCKET, t)
     if where.stage == 1 and where.dtype == "bf16":
-        return beside, (FP32 + BF16) * bucket_numbers(t, "cpu")
+        return beside, (FP32 + BF16) * min(_FIXED_BUCKET, t)
     if where.stage < 3:
         beside["gradient bucket"] = b * bucket * (2 if overlaps(where.sharding, where.device, where.workers) else 1)
         flat = b * bucket if where.dtype == "bf16" else FP32 * _share(t, where.workers)

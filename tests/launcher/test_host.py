@@ -14,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher import job as jobs
 from launcher.failures import Raised, WorkerDied
-from launcher.host import Host, nursery_at_hand
+from launcher.host import Host, apart, has_nursery, nursery_at_hand
+from training.data.stores import open_stores
 from training.distributed import Seat
 from training.errors import InputError
 
@@ -224,6 +226,26 @@ def test_a_nursery_at_hand_ends_with_the_block(tmp_path):
     wait_for(lambda: not _lives(pid) and not _lives(nursery.pid), "somebody lives on")
     assert os.environ["MUSTER_NURSERY"] == before
     place.close()
+
+
+def test_a_fork_prepares_data(place, tmp_path):
+    phase = jobs.load(place / "job.yaml").phases["sft"]
+    cache = tmp_path / "cache"
+    with nursery_at_hand("cpu"):
+        assert has_nursery()
+        apart("prepare", phase, str(cache), {})
+        assert len(open_stores(phase, cache).train) == 40
+        made = sorted(cache.iterdir())
+        with Path("data/train.jsonl").open("a") as rows:
+            rows.write('{"prompt": 7, "completion": "x"}\n')
+        with pytest.raises(InputError, match="train.jsonl:41"):
+            apart("prepare", phase, str(cache), {})
+        assert sorted(path for path in cache.iterdir() if path in made) == made
+
+
+def test_a_fork_that_cannot_do_what_it_should_says_so():
+    with nursery_at_hand("cpu"), pytest.raises(Raised, match="no_such_function"):
+        apart("no_such_function")
 
 
 HOLDER = """

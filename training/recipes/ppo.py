@@ -35,8 +35,8 @@ PART_S = 7200.0
 _SAMPLES = 4
 """Responses of an iteration that are written down."""
 LEARNERS = ("policy", "critic")
-_COMPUTING = ("policy", "reference", "critic", "rollout")
-"""Who says something of every token."""
+_COMPUTING = ("policy", "reference", "critic")
+"""Who is dealt responses to say something of every token."""
 
 
 def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
@@ -91,11 +91,13 @@ class _Loop:
         self.policy, self.reference = groups["policy"], groups["reference"]
         self.critic, self.reward = groups["critic"], groups["reward"]
         self.rollout = groups.get("rollout")
-        computing = {role: groups[role] for role in _COMPUTING if role in groups}
+        computing = {role: groups[role] for role in _COMPUTING}
         self.limits = {role: answers[0] for role, answers in results_of(computing, "limits", timeout_s=SETUP_S).items()}
         self.ahead = Experience.loaded(state.ahead) if state.ahead else None
         """Responses that were written ahead, by a policy that is no more."""
         self._being_written: list[Future] = []
+        self._being_told: list[Future] = []
+        """What their writers say of them."""
         self.seconds: dict[str, float] = {}
 
     def iterate(self, step: int) -> tuple[dict[str, Any], Experience]:
@@ -138,7 +140,7 @@ class _Loop:
         if self.ahead is None and not self._being_written:
             self._begin_to_write(rollout, step)
         with self._timed("generate"):
-            experience = self._written(rollout)
+            experience = self._written()
         if self.phase.async_ and step < self.facts.total_steps:
             self._begin_to_write(rollout, step + 1)
         return experience
@@ -147,8 +149,10 @@ class _Loop:
         with self._timed("sync"):
             self.sync(rollout)
         self._being_written = rollout.call("roll_out", step)
+        if self.phase.async_:  # asked now, or it would be computed while others wait
+            self._being_told = rollout.map("says_of", self._being_written)
 
-    def _written(self, rollout: Group) -> Experience:
+    def _written(self) -> Experience:
         """What has been begun; with what the policy that wrote it says of it, where another one will learn from it."""
         if self.ahead is not None:
             experience, self.ahead = self.ahead, None
@@ -156,14 +160,15 @@ class _Loop:
         experience = _experience_of(self._being_written)
         self._being_written = []
         if self.phase.async_:
-            name, order, futures = self._ask("rollout", rollout, experience, "written")
-            experience.learn(name, order, results(futures, PART_S))
+            experience.facts["written"] = [
+                values for of_worker in results(self._being_told, PART_S) for values in of_worker
+            ]
         return experience
 
     def remembered(self) -> dict[str, Any]:
         """What an iteration leaves to the next, for a checkpoint. Waits for what is being written: its policy cannot be had again."""
-        if self._being_written and self.rollout is not None and not self.state.reached:
-            self.ahead = self._written(self.rollout)
+        if self._being_written and not self.state.reached:
+            self.ahead = self._written()
         return asdict(replace(self.state, ahead=self.ahead.dumped() if self.ahead else ""))
 
     def score(self, experience: Experience) -> torch.Tensor:

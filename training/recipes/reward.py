@@ -1,7 +1,8 @@
 """reward: a scalar head on the language model, trained on pairs of which one answer is preferred.
 
-The score of a sequence is what the head makes of its last token. Both sequences of a pair lie in one row, one after the
-other, so they are always in the same micro-batch; position ids that start again keep them apart.
+The score of a sequence is what the head makes of its last token. Both sequences of a pair lie in one row, so they are always in the
+same micro-batch: as a tree (training/pairs.py) where the model can be told so, else one after the other, kept apart by position ids
+that start again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from training import model as models
 from training.data.collate import collate, to_device
 from training.data.render import sides_of
 from training.data.store import TokenStore
+from training.pairs import Pair, can_be_trees, mask_of, trees
 from training.trainer import Trainer
 
 
@@ -29,13 +31,21 @@ class PairLoss(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None, last_index: Tensor, margins: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        last_index: Tensor,
+        margins: Tensor,
+        branches: Tensor | None = None,
+    ) -> Tensor:
         """-log sigmoid(chosen - rejected - margin), and the measures of RewardTrainer, summed over P pairs. [5]
 
         last_index [2 P]: places, in the flattened rows, of the last tokens: chosen, rejected, chosen, ...  margins [P];
-        a margin of -inf marks a pair that does not count.
+        a margin of -inf marks a pair that does not count. `branches`: as of `trees`, where the rows are such.
         """
-        rewards_P2 = scores(self.lm, input_ids, position_ids, last_index).view(-1, 2)
+        mask = None if branches is None else mask_of(branches)
+        rewards_P2 = scores(self.lm, input_ids, position_ids, last_index, mask=mask).view(-1, 2)
         difference_P = rewards_P2[:, 0] - rewards_P2[:, 1]
         counts_P = (margins > -math.inf).float()
         # softplus(-x) is -log sigmoid(x), without overflow.
@@ -48,11 +58,20 @@ class PairLoss(nn.Module):
 
 
 def scores(
-    lm: Any, input_ids: Tensor, position_ids: Tensor | None, last_index: Tensor, head: nn.Module | None = None
+    lm: Any,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    last_index: Tensor,
+    head: nn.Module | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """The score of each sequence, read at its last token by a head (None: the model's own), in fp32. [R, L], [N] -> [N]"""
+    """The score of each sequence, read at its last token by a head (None: the model's own), in fp32. [R, L], [N] -> [N]
+
+    `mask` [R, 1, L, L]: what may look where, if position ids do not say it.
+    """
     body = getattr(lm, lm.base_model_prefix)
-    hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    asked = {} if mask is None else {"attention_mask": mask}
+    hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **asked).last_hidden_state
     return (head or models.head_of(lm))(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
 
 
@@ -82,29 +101,27 @@ class RewardTrainer(Trainer):
     """Sums over the pairs: right orders, differences, both rewards, their squares."""
 
     def build(self, dtype: torch.dtype) -> nn.Module:
-        return PairLoss(models.load(self.phase, dtype, self.seat.device, classifier=True))
+        lm: Any = models.load(self.phase, dtype, self.seat.device, classifier=True)
+        self.makes_trees = can_be_trees(lm.config)
+        return PairLoss(lm)
 
     def weight_of(self, store: TokenStore, samples: np.ndarray) -> int:
         """The loss is a mean over pairs."""
         return len(samples)
 
     def collated(self, store: TokenStore, rows: list[list[int]]) -> dict[str, Tensor | None]:
-        pairs = [[sides_of(*store[sample]) for sample in row] for row in rows]
-        batch = collate([[_judged(side) for pair in row for side in pair] for row in pairs])
-        index = batch["target_index"]
-        assert index is not None
         if not rows:
+            batch = collate([])
             return {
                 "input_ids": batch["input_ids"],
                 "position_ids": None,
                 "last_index": torch.zeros(2, dtype=torch.long),
                 "margins": torch.full((1,), -math.inf),
             }
+        pairs = [[sides_of(*store[sample]) for sample in row] for row in rows]
         margins = np.array([store.margins[sample] for row in rows for sample in row], np.float32)
         return {
-            "input_ids": batch["input_ids"],
-            "position_ids": batch["position_ids"],
-            "last_index": index + 1,  # of a target, the place before it
+            **(trees(pairs) if self.makes_trees else _one_after_the_other(pairs)),
             "margins": torch.from_numpy(margins),
         }
 
@@ -118,6 +135,15 @@ class RewardTrainer(Trainer):
             "reward_mean": reward,
             "reward_std": math.sqrt(max(0.0, variance)),
         }
+
+
+def _one_after_the_other(rows: Sequence[Sequence[Pair]]) -> dict[str, Tensor | None]:
+    """As `trees`, with nothing shared."""
+    batch = collate([[_judged(side) for pair in row for side in pair] for row in rows])
+    index = batch["target_index"]
+    assert index is not None, "each sequence has a last token"
+    last_index = index + 1  # of a target, the place before it
+    return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "last_index": last_index}
 
 
 def _judged(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ from training.measures import Row
 from training.modelfiles import has_tokenizer, tokenizer_of
 from training.profiling import part
 from training.rl.base import as_it_was, at_once, with_adapters
-from training.rl.experience import Response, Share, collated, split
+from training.rl.experience import Experience, Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
 from training.rl.rewards import opened
 from training.sampling import Continued, Sampling, continue_all
@@ -243,9 +243,6 @@ class Rollout:
         self.parameters = dict(self.lm.named_parameters())
         self.log_probs = PolicyLoss(self.lm, self.phase, at_once)
 
-    def limits(self) -> Limits:
-        return limits_of(self.phase, self.seat)
-
     def load(self, weights: Weights) -> None:
         """Take over a piece of the policy's weights."""
         for name, values in weights.items():
@@ -255,9 +252,13 @@ class Rollout:
         """This worker's share of the responses to the prompts of an iteration, counted from 1."""
         return self.prompts.responses(self.lm, iteration, (self.seat.rank, self.seat.size))
 
-    def computed(self, share: Share) -> list[NDArray[np.float32]]:
+    def says_of(self, responses: Sequence[Response]) -> list[NDArray[np.float32]]:
         """The log-probabilities of the tokens of each response, by the weights as they are here."""
-        return split(share, computed(self.log_probs, [collated(rows, ()) for rows in share], self.device))
+        experience = Experience(responses)
+        (share,), order = experience.dealt(1, limits_of(self.phase, self.seat))
+        answers = split(share, computed(self.log_probs, [collated(rows, ()) for rows in share], self.device))
+        experience.learn("written", order, [answers])
+        return experience.facts["written"]
 
 
 class Critic(_Learning):

@@ -265,9 +265,8 @@ def driven(tiny, tmp_path, **more):
         "critic": {"setup": None, **learning},
         "rollout": {
             "setup": None,
-            "limits": Limits(micro_tokens=64),
             "roll_out": responses,
-            "computed": ones,
+            "says_of": [np.full(len(each.tokens), -1.0, np.float32) for each in responses],
             "load": None,
         },
         "reward": {"setup": None, "scores": lambda part: [float(each.number) for each in part]},
@@ -304,10 +303,10 @@ def test_the_driver_generates_scores_and_improves(tiny, tmp_path):
 def test_the_next_responses_are_begun_before_these_are_learnt_from(tiny, tmp_path):
     asked, _ = driven(tiny, tmp_path, **ahead())
     sent = [("policy", "num_buckets"), ("policy", "bucket"), ("rollout", "load")]
-    write, recall = ("rollout", "roll_out"), ("rollout", "computed")
+    write, recall = ("rollout", "roll_out"), ("rollout", "says_of")
     rest = [each for each in ITERATION if each != ("policy", "roll_out")]
     begun = [each for each in asked if each in {*sent, write, recall} or each in rest]
-    assert begun == [*sent, write, recall, *sent, write, *rest, recall, *rest]
+    assert begun == [*sent, write, recall, *sent, write, recall, *rest, *rest]
 
 
 def test_the_critic_may_warm_up_alone(tiny, tmp_path):

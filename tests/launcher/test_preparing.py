@@ -1,0 +1,45 @@
+"""Data that another process prepares: what it tells, and what is told of it."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from launcher import driver
+from launcher import job as jobs
+from launcher.failures import Raised, WorkerDied
+from training.errors import InputError, TrainingError
+
+
+@pytest.mark.parametrize(
+    ("evidence", "words"),
+    [
+        (WorkerDied(-signal.SIGKILL, "the kernel was short of memory"), "was killed by SIGKILL.*short of memory"),
+        (WorkerDied(1, "its imports failed or took too long"), "ended with status 1.*its imports failed"),
+        (Raised("ZeroDivisionError", "division by zero", "trace"), "raised: ZeroDivisionError: division by zero"),
+    ],
+    ids=["killed", "no imports", "a defect"],
+)
+def test_a_process_that_fails_is_told_of_in_words(place, monkeypatch, evidence, words):
+    def fail(*_):
+        raise evidence
+
+    monkeypatch.setattr("launcher.host.has_nursery", lambda: True)
+    monkeypatch.setattr("launcher.host.apart", fail)
+    with pytest.raises(TrainingError, match=f"the process that prepares the data {words}"):
+        driver.prepare(jobs.load(place / "job.yaml"), apart=True)
+
+
+def test_bad_rows_are_told_as_they_would_be_here(place, monkeypatch):
+    job = jobs.load(place / "job.yaml")
+    with (place / "data/train.jsonl").open("a") as rows:
+        rows.write('{"prompt": 7, "completion": "x"}\n')
+    with pytest.raises(InputError) as here:
+        driver.prepare(job)
+    from launcher.host import nursery_at_hand
+
+    with nursery_at_hand("cpu"), pytest.raises(InputError) as there:
+        driver.prepare(job, apart=True)
+    assert str(there.value) == str(here.value)
+    assert "train.jsonl:41" in str(there.value)
