@@ -21,9 +21,8 @@ _OBJECT_STORE_BYTES = 128 << 20
 """Calls carry metrics and file names; weights for a rollout group pass through in pieces of 32 MiB."""
 _LONGEST_TEMPORARY = 22
 """Characters: the names of Ray's sockets begin with it and must fit in 107."""
-
-
 _KEEP_IDLE_MS = 600_000
+"""Ray begins processes for actors when it starts, and by itself ends them after a second in which nobody needs them."""
 
 
 @contextmanager
@@ -97,7 +96,6 @@ def _local(num_workers: int) -> Iterator[None]:
         "object_store_memory": _OBJECT_STORE_BYTES,
         "_node_ip_address": "127.0.0.1",
         "_temp_dir": inside,
-        # Ray begins processes for actors early, and would end them again while the data are prepared.
         "_system_config": {"idle_worker_killing_time_threshold_ms": _KEEP_IDLE_MS},
     }
     try:

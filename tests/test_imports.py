@@ -18,7 +18,7 @@ FORBIDDEN = {
     "cluster": {"launcher", "training", "torch"},
     "launcher": set(),
 }
-RAY = ("session", "machines", "autoscaler", "workers", "watch", "rayjobs")
+RAY = ("actor", "session", "machines", "autoscaler", "workers", "watch", "rayjobs")
 """Modules of launcher that know Ray."""
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "datasets", "tensorboard", "pyarrow")
 
