@@ -271,7 +271,7 @@ class Phase(Settings):
     """Samples in a global batch. Never changes with the machines."""
     micro_tokens: Literal["auto"] | PositiveInt = "auto"
     """Tokens in a micro-batch of one worker. Changes memory and speed, never the loss. auto: 4,096 or the longest sample on a GPU; on a CPU
-    1,024, where adapters learn 512."""
+    1,024, for adapters and pairs 512."""
     micro_batch: PositiveInt | None = None
     """Samples in a micro-batch, instead of micro_tokens."""
     learning_rate: PositiveFloat = 2.0e-5

@@ -15,8 +15,8 @@ from training.config import Phase
 _MICRO_TOKENS = 4096
 _MICRO_TOKENS_CPU = 1024
 """A CPU gains from large micro-batches only that gradients are sent less often, and its memory is slow where it is not used again soon."""
-_MICRO_TOKENS_CPU_LORA = 512
-"""Gradients of adapters are quickly sent."""
+_MICRO_TOKENS_CPU_SMALL = 512
+"""For adapters, whose gradients are quickly sent, and for pairs, of which two that differ in length cost each other more than the sending."""
 _ROW_TOKENS_WITHOUT_VARLEN = 320
 """Without a kernel for packed rows, attention pays for the whole row: longer packs cost more than they save."""
 _ROW_TOKENS_CPU = 512
@@ -46,7 +46,8 @@ def limits_for(phase: Phase, longest: int, device: str, attention: str) -> Limit
     if phase.micro_tokens != "auto":
         tokens = phase.micro_tokens
     elif on_cpu:
-        tokens = _MICRO_TOKENS_CPU if phase.model.lora is None else _MICRO_TOKENS_CPU_LORA
+        small = phase.model.lora is not None or phase.recipe == "reward"
+        tokens = _MICRO_TOKENS_CPU_SMALL if small else _MICRO_TOKENS_CPU
     else:
         tokens = max(_MICRO_TOKENS, longest)
     packs, varlen = phase.data.pack, attention.startswith("flash_attention")

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from training.data.dealing import Limits, deal
+from tests.training_fixtures import phase_of
+from training.data.dealing import Limits, deal, limits_for
 
 
 def skewed(n, seed=0):
@@ -72,3 +73,23 @@ def test_a_worker_without_samples_still_takes_its_turns():
 def test_kernels_for_packed_rows_get_one_row_at_a_time(micro_batch):
     limits = Limits(micro_tokens=2048, micro_batch=micro_batch, row_tokens=2048, one_row=True)
     assert all(len(rows) <= 1 for hand in deal(skewed(200), 2, limits) for rows in hand)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "attention", "longest", "expected"),
+    [
+        ({}, "cuda", "sdpa", 600, Limits(micro_tokens=4096, row_tokens=600)),
+        ({}, "cuda", "flash_attention_2", 600, Limits(micro_tokens=4096, row_tokens=4096, one_row=True)),
+        ({}, "cuda", "sdpa", 8192, Limits(micro_tokens=8192, row_tokens=8192)),
+        ({}, "cpu", "sdpa", 2048, Limits(micro_tokens=1024, row_tokens=512)),
+        ({}, "cpu", "sdpa", 100, Limits(micro_tokens=1024, row_tokens=320)),
+        ({"lora": {}}, "cpu", "sdpa", 2048, Limits(micro_tokens=512, row_tokens=512)),
+        ({"recipe": "reward"}, "cpu", "sdpa", 2048, Limits(micro_tokens=512, row_tokens=512)),
+        ({"micro_tokens": 2048}, "cpu", "sdpa", 2048, Limits(micro_tokens=2048, row_tokens=512)),
+        ({"data": {"pack": False}}, "cpu", "sdpa", 2048, Limits(micro_tokens=1024)),
+    ],
+)
+def test_what_is_left_open_fits_the_device(tiny, settings, device, attention, longest, expected):
+    settings = {"recipe": "sft", "micro_batch": None, **settings}
+    phase = phase_of(tiny, settings.pop("recipe"), **settings)
+    assert limits_for(phase, longest, device, attention) == expected
