@@ -171,7 +171,8 @@ def prepare(job: Job, *, apart: bool = False) -> None:
         try:
             host.apart("prepare", phase, str(cache_folder()), dict(os.environ))
         except (Raised, WorkerDied) as error:
-            raise TrainingError(f"the process that prepares the data {in_words(error)}") from error
+            trace = f"\n{error.trace}" if isinstance(error, Raised) else ""
+            raise TrainingError(f"the process that prepares the data {in_words(error)}{trace}") from error
 
     job.look_at_phases(prepare_phase)
 

@@ -17,7 +17,10 @@ from training.errors import InputError, TrainingError
     [
         (WorkerDied(-signal.SIGKILL, "the kernel was short of memory"), "was killed by SIGKILL.*short of memory"),
         (WorkerDied(1, "its imports failed or took too long"), "ended with status 1.*its imports failed"),
-        (Raised("ZeroDivisionError", "division by zero", "trace"), "raised: ZeroDivisionError: division by zero"),
+        (
+            Raised("ZeroDivisionError", "division by zero", "trace"),
+            "raised: ZeroDivisionError: division by zero\ntrace",
+        ),
     ],
     ids=["killed", "no imports", "a defect"],
 )
