@@ -49,6 +49,10 @@ BENCHMARKS = {
         "benchmarks.ppo",
         "PPO: the driver's share of an iteration (target: 0.02), weights sent against a copy in memory, memory with LoRA",
     ),
+    "overlap": Benchmark(
+        "benchmarks.overlap",
+        "PPO with a rollout group: time of an iteration scored in rounds and written ahead, against taking turns; what is learnt",
+    ),
     "submit": Benchmark(
         "benchmarks.submit",
         "a job handed to a cluster: seconds to its first line against `ray job submit` (target: 2 more), following again, growing",

@@ -140,7 +140,8 @@ def _waiting(work: workload.Workload, options: Options, folder: Path) -> dict[st
 def _hands(folder: Path) -> dict[str, Any]:
     """Milliseconds in which one of eight workers has its part of a batch in hand, and what share of a short step that is."""
     chance = random.Random(17)
-    gsm8k = [workload.PROMPT.draw(chance.gauss(0, 1)) + workload.COMPLETION.draw(chance.gauss(0, 1)) for _ in range(1 << 14)]  # fmt: skip
+    of_rows = (workload.GSM8K.prompt, workload.GSM8K.completion)
+    gsm8k = [sum(length.draw(chance.gauss(0, 1)) for length in of_rows) for _ in range(1 << 14)]
     times = {
         "64_rows_of_2048_tokens": _hand_s([2048] * 4096, 64, folder / "long"),
         "512_rows_of_gsm8k": _hand_s(gsm8k, 512, folder / "gsm8k"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         ours: list[float] = []
         theirs: list[float] = []
         for _ in range(options.rounds):
-            ours.append(_rate(lambda asked=asked, ends=ends: _muster(lm, tokenizer, asked, ends)))
-            theirs.append(_rate(lambda asked=asked, ends=ends: _transformers(lm, tokenizer, asked, ends)))
+            ours.append(_rate(partial(_muster, lm, tokenizer, asked, ends)))
+            theirs.append(_rate(partial(_transformers, lm, tokenizer, asked, ends)))
         figures[name] = {
             "ratio": ratios(ours, theirs),
             "muster_tokens_per_s": spread(ours, 1),

@@ -41,7 +41,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         size = _bytes(large)
         sent += [size / row["sync_s"] for row in rows("apart", large, groups=apart, rollout_batch=4, batch=4)]
         copied += [size / _copy_s(size) for _ in range(ITERATIONS - 1)]
-        alone = {"groups": [{"roles": _TOGETHER, "workers": 1}], "rollout_batch": 4, "batch": 4}
+        alone: dict[str, Any] = {"groups": [{"roles": _TOGETHER, "workers": 1}], "rollout_batch": 4, "batch": 4}
         memory["full"].append(max(row["memory_gib"] for row in rows("full", large, **alone)))
         memory["lora"].append(max(row["memory_gib"] for row in rows("lora", adapted, LORA, **alone)))
     return {
@@ -65,7 +65,7 @@ def _adapter(roles: trl_ppo.Roles, folder: Path) -> Path:
     base: Any = AutoModelForSequenceClassification.from_pretrained(roles.policy, num_labels=1)
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     settings = LoraConfig(task_type=TaskType.SEQ_CLS, r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=layers)
-    get_peft_model(base, settings).save_pretrained(folder)
+    get_peft_model(base, settings).save_pretrained(str(folder))
     return folder
 
 

@@ -7,7 +7,7 @@ whom many share a few processes, so that a machine of any size can play 128 mach
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,17 @@ class FakePlace:
 class _Hooks:
     """What a run offers, as cheap as it can be."""
 
-    job_hash, resume_at, accepted_before, skipped = "0" * 16, None, 0, frozenset[int]()
+    job_hash = "0" * 16
+    resume_at: int | None = None
+    accepted_before = 0
+    skipped = frozenset[int]()
 
     def __init__(self, folder: Path):
         from training.checkpoints import opened
         from training.storage import place
 
         self.checkpoints = opened(place(folder), 1)
+        self.profiles = place(folder / "profiles")
         self.seconds: dict[str, float] = {}
 
     def event(self, kind: str, **facts: Any) -> None:
@@ -93,6 +97,8 @@ class _Hooks:
             self.seconds["checkpoint_s"] = facts["seconds"]
 
     def log(self, row: Mapping[str, Any]) -> None: ...
+    def answers(self, step: int, kind: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def paces(self, seconds_a_token: Any) -> None: ...
     def gpus_full(self, fractions: Any) -> None: ...
     def flush(self) -> None: ...
@@ -109,7 +115,8 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
         num_cpus=max(SIZES) + _PROCESSES, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20
     )
     try:
-        places = [ray.remote(num_cpus=0, max_concurrency=2)(FakePlace).remote() for _ in range(_PROCESSES)]
+        place: Any = ray.remote(FakePlace).options(num_cpus=0, max_concurrency=2)
+        places = [place.remote() for _ in range(_PROCESSES)]
         ray.get([place.signs.remote() for place in places])
         by_size = {size: _with(size, places, folder / str(size)) for size in SIZES}
     finally:

@@ -214,14 +214,18 @@ def iteration_s(phase: PPO, models: Models, groups: list[Seated], machine: Machi
         "critic": [models.critic or policy],
         "reward": list(models.rewards),
     }
-    parts["score"] = max(
-        sum(
+
+    def left(group: Seated) -> float:
+        """Of a group's scoring, once all is written: where others write, it goes on beside them, a round behind."""
+        seconds = sum(
             _asking_s(shape, group.where, machine, responses * length, length, head, role)
             for role in group.roles
             for shape in asked.get(role, ())
         )
-        for group in groups
-    )
+        beside = 0.0 if group.where is writers or phase.async_ else 1 - 1 / phase.rounds(writers.workers)
+        return seconds - min(seconds, parts["generate"]) * beside
+
+    parts["score"] = max(map(left, groups))
     updates = math.ceil(responses / phase.batch) * phase.ppo_epochs
     size = min(phase.batch, responses)
     learners = {"policy": (policy, head), "critic": (models.critic or policy, 0.0)}

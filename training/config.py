@@ -6,6 +6,7 @@ reference text: meaning, unit, special values.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, Self
@@ -546,7 +547,7 @@ class PPO(Phase):
     generation: Literal["batched", "continuous"] = "batched"
     """batched: prompts of like length together, finished rows leave. continuous: the next prompt takes their place (for GPUs). The tokens are the same."""
     generation_batch: PositiveInt = 64
-    """Responses that one worker writes at a time, if batched. Changes memory and speed, never the responses."""
+    """Responses that one worker writes at a time, if batched; they are scored while it writes the next. Changes memory and speed, never the responses."""
     async_: Literal[0, 1] = Field(default=0, alias="async")
     """1: while policy and critic learn, a rollout group writes the next responses already, with the policy as it is before. A token then counts
     as much more or less as its probability has changed since, at most twice (arXiv:2505.24298). 0: all take turns."""
@@ -587,6 +588,13 @@ class PPO(Phase):
     @property
     def new_tokens(self) -> int:
         return self.response_tokens
+
+    def rounds(self, writers: int) -> int:
+        """In how many rounds so many workers write the responses of an iteration; the others score one while the next is written."""
+        if self.generation == "continuous":
+            return 1
+        longest_share = math.ceil(self.rollout_batch * self.samples_per_prompt / writers)
+        return math.ceil(longest_share / self.generation_batch)
 
     @property
     def teams(self) -> list[tuple[tuple[str, ...], Phase]]:

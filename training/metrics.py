@@ -114,7 +114,7 @@ _PPO: Columns = {
     "ppo_epochs": Metric("passes", "", "Passes over the responses of the iteration; fewer than the setting if `kl.stop` ended them."),
     "sync_s": Metric("time of sending weights", "s", "Sending the policy's weights to a rollout group, if there is one."),
     "generate_s": Metric("time of writing", "s", "Writing the responses."),
-    "score_s": Metric("time of scoring", "s", "Asking policy, reference, critic and rewards about them."),
+    "score_s": Metric("time of scoring", "s", "What is left of asking policy, reference, critic and rewards about them when all are written."),
     "learn_s": Metric("time of learning", "s", "Changing policy and critic."),
     "driver_s": Metric("work of the driver", "s", "What the process that drives the run computed itself, waiting left out."),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from training import pulse
 from training.data.order import mix
+from training.kvcache import give_room
 
 Heard = Callable[[int, int], None]
 """Is told which prompt goes on, and with what token."""
@@ -165,7 +166,9 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.cache = out.past_key_values
+        if self.cache is None:
+            self.cache = out.past_key_values
+            give_room(self.cache)
         return out.logits[:, -1]
 
     def _advance(self, tokens: Tensor) -> None:

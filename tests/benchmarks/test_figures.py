@@ -104,3 +104,8 @@ def test_both_sides_of_the_data_give_the_same_tokens_and_another_row_is_noticed(
     assert data._same(tmp_path / "ours", tmp_path / "theirs", work.model, fewer)
     monkeypatch.setattr(data_side, "IGNORED", 0)
     assert not data._same(tmp_path / "ours", tmp_path / "others", work.model, fewer)
+
+
+def test_the_hands_of_a_batch_are_a_small_part_of_a_step(tmp_path):
+    for figures in data._hands(tmp_path).values():
+        assert 0 < figures["share"] < 1

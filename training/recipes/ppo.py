@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 
 from training.config import PPO, Stop
 from training.errors import Diverged
@@ -37,6 +37,8 @@ _SAMPLES = 4
 LEARNERS = ("policy", "critic")
 _COMPUTING = ("policy", "reference", "critic")
 """Who is dealt responses to say something of every token."""
+_Asked = tuple[str, list[int], list[Future]]
+"""What is asked about responses: the fact, the order of the answers, those who answer."""
 
 
 def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
@@ -91,12 +93,14 @@ class _Loop:
         self.policy, self.reference = groups["policy"], groups["reference"]
         self.critic, self.reward = groups["critic"], groups["reward"]
         self.rollout = groups.get("rollout")
-        computing = {role: groups[role] for role in _COMPUTING}
-        self.limits = {role: answers[0] for role, answers in results_of(computing, "limits", timeout_s=SETUP_S).items()}
+        self.computing = {role: groups[role] for role in _COMPUTING}
+        limits = results_of(self.computing, "limits", timeout_s=SETUP_S)
+        self.limits = {role: answers[0] for role, answers in limits.items()}
         self.ahead = Experience.loaded(state.ahead) if state.ahead else None
         """Responses that were written ahead, by a policy that is no more."""
-        self._being_written: list[Future] = []
-        self._being_told: list[Future] = []
+        self._being_written: list[list[Future]] = []
+        """By rounds."""
+        self._being_told: list[list[Future]] = []
         """What their writers say of them."""
         self.seconds: dict[str, float] = {}
 
@@ -104,10 +108,12 @@ class _Loop:
         """One iteration. Returns its metrics and what it was learnt from. Raises Diverged."""
         began, worked = time.perf_counter(), time.thread_time()
         self.seconds = {}
-        experience = self.generate(step) if self.rollout is None else self.generated_apart(self.rollout, step)
+        asked = [(written, self.ask(written)) for written in self.written(step)]
         with self._timed("score"):
-            scores = self.score(experience)
-        measures = estimate(experience, scores, self.phase, self.state)
+            for written, answers in asked:
+                _take(written, answers)
+        experience = Experience.together([written for written, _ in asked])
+        measures = estimate(experience, self.phase, self.state)
         if self.phase.async_:
             measures |= weigh(experience)
         with self._timed("learn"):
@@ -130,66 +136,68 @@ class _Loop:
             results(before, PART_S)
         results(loading, PART_S)
 
-    def generate(self, step: int) -> Experience:
-        """Responses to the prompts of an iteration, by the policy's own workers."""
-        with self._timed("generate"):
-            return _experience_of(self.policy.call("roll_out", step))
+    def written(self, step: int) -> Iterator[Experience]:
+        """Responses to the prompts of an iteration, those of a round as soon as they are there."""
+        if self.phase.async_:
+            yield self._written_ahead(step)
+            return
+        for futures in self._begin_to_write(step):
+            with self._timed("generate"):
+                experience = _experience_of(futures)
+            yield experience
 
-    def generated_apart(self, rollout: Group, step: int) -> Experience:
-        """The same by a rollout group, who begin to write the next ones if `async` says so."""
-        if self.ahead is None and not self._being_written:
-            self._begin_to_write(rollout, step)
+    def _begin_to_write(self, step: int) -> list[list[Future]]:
+        """Ask for all rounds: by a rollout group, who get the policy's weights before, or by the policy's own workers."""
+        writers = self.policy
+        if self.rollout is not None:
+            writers = self.rollout
+            with self._timed("sync"):
+                self.sync(writers)
         with self._timed("generate"):
-            experience = self._written()
-        if self.phase.async_ and step < self.facts.total_steps:
-            self._begin_to_write(rollout, step + 1)
+            return [writers.call("roll_out", step, nth) for nth in range(self.phase.rounds(writers.size))]
+
+    def _written_ahead(self, step: int) -> Experience:
+        """All of them, from a rollout group, who begin to write the next ones."""
+        if self.ahead is None and not self._being_written:
+            self._begin_to_write_ahead(step)
+        with self._timed("generate"):
+            experience = self._taken()
+        if step < self.facts.total_steps:
+            self._begin_to_write_ahead(step + 1)
         return experience
 
-    def _begin_to_write(self, rollout: Group, step: int) -> None:
-        with self._timed("sync"):
-            self.sync(rollout)
-        self._being_written = rollout.call("roll_out", step)
-        if self.phase.async_:  # asked now, or it would be computed while others wait
-            self._being_told = rollout.map("says_of", self._being_written)
+    def _begin_to_write_ahead(self, step: int) -> None:
+        assert self.rollout is not None
+        self._being_written = self._begin_to_write(step)
+        # Asked now, or it would be computed while others wait.
+        self._being_told = [self.rollout.map("says_of", futures) for futures in self._being_written]
 
-    def _written(self) -> Experience:
-        """What has been begun; with what the policy that wrote it says of it, where another one will learn from it."""
+    def _taken(self) -> Experience:
+        """What has been begun; with what the policy that wrote it says of it, since another one will learn from it."""
         if self.ahead is not None:
             experience, self.ahead = self.ahead, None
             return experience
-        experience = _experience_of(self._being_written)
+        parts = [_experience_of(futures) for futures in self._being_written]
+        for part, told in zip(parts, self._being_told, strict=True):
+            part.facts["written"] = [values for of_worker in results(told, PART_S) for values in of_worker]
         self._being_written = []
-        if self.phase.async_:
-            experience.facts["written"] = [
-                values for of_worker in results(self._being_told, PART_S) for values in of_worker
-            ]
-        return experience
+        return Experience.together(parts)
 
     def remembered(self) -> dict[str, Any]:
         """What an iteration leaves to the next, for a checkpoint. Waits for what is being written: its policy cannot be had again."""
         if self._being_written and not self.state.reached:
-            self.ahead = self._written()
+            self.ahead = self._taken()
         return asdict(replace(self.state, ahead=self.ahead.dumped() if self.ahead else ""))
 
-    def score(self, experience: Experience) -> torch.Tensor:
-        """What all roles say of the responses, asked all at once. Returns the scores. [B]"""
-        told = [
-            self._ask("policy", self.policy, experience, "old"),
-            self._ask("reference", self.reference, experience, "reference"),
-            self._ask("critic", self.critic, experience, "values"),
-        ]
-        parts = [experience.responses[rank :: self.reward.size] for rank in range(self.reward.size)]
-        scored = self.reward.map("scores", parts)
-        for name, order, futures in told:
-            experience.learn(name, order, results(futures, PART_S))
-        scores = torch.zeros(len(experience))
-        for rank, answers in enumerate(results(scored, PART_S)):
-            scores[rank :: self.reward.size] = torch.tensor(answers)
-        return scores
-
-    def _ask(self, role: str, group: Group, experience: Experience, name: str) -> tuple[str, list[int], list[Future]]:
-        shares, order = experience.dealt(group.size, self.limits[role])
-        return name, order, group.map("computed", shares)
+    def ask(self, experience: Experience) -> list[_Asked]:
+        """Ask all roles at once what they say of responses, and what these are worth."""
+        asked = []
+        for role, name in (("policy", "old"), ("reference", "reference"), ("critic", "values")):
+            shares, order = experience.dealt(self.computing[role].size, self.limits[role])
+            asked.append((name, order, self.computing[role].map("computed", shares)))
+        places = [list(range(len(experience)))[rank :: self.reward.size] for rank in range(self.reward.size)]
+        parts = [[experience.responses[i] for i in share] for share in places]
+        return [*asked, ("score", list(chain(*places)), self.reward.map("scores", parts))]
 
     def improve(self, experience: Experience, step: int) -> dict[str, Any]:
         """Passes over the responses in minibatches, policy and critic at the same time. Returns the means of the losses."""
@@ -264,13 +272,17 @@ class _Loop:
     def _timed(self, part: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.seconds[f"{part}_s"] = time.perf_counter() - began
+        self.seconds[f"{part}_s"] = self.seconds.get(f"{part}_s", 0.0) + time.perf_counter() - began
 
 
 def _experience_of(futures: Sequence[Future]) -> Experience:
-    """The responses of all writers, in an order that does not depend on who wrote them."""
     shares: list[list[Response]] = results(futures, PART_S)
     return Experience([response for share in shares for response in share])
+
+
+def _take(experience: Experience, asked: Sequence[_Asked]) -> None:
+    for name, order, futures in asked:
+        experience.learn(name, order, results(futures, PART_S))
 
 
 def _minibatches(count: int, size: int, seed: int) -> list[list[int]]:

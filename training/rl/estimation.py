@@ -32,11 +32,12 @@ class State:
             self.beta = adapted_beta(self.beta, kl, responses, target=settings.target, horizon=settings.horizon)
 
 
-def estimate(experience: Experience, scores_B: torch.Tensor, phase: PPO, state: State) -> dict[str, float]:
-    """Adds the facts `advantages`, whitened over all tokens, `returns` and `score` to the experience.
+def estimate(experience: Experience, phase: PPO, state: State) -> dict[str, float]:
+    """Adds the facts `advantages`, whitened over all tokens, and `returns` to the experience.
 
-    Of the facts `old`, `reference` and `values`, and the scores. Returns what is measured on the way.
+    Of the facts `old`, `reference`, `values` and `score`. Returns what is measured on the way.
     """
+    scores_B = torch.from_numpy(np.concatenate(experience.facts["score"]))
     mask_BT = experience.mask
     old_BT, reference_BT, values_BT = (experience.padded(name) for name in ("old", "reference", "values"))
     kl_BT = k1(old_BT, reference_BT)
@@ -45,7 +46,6 @@ def estimate(experience: Experience, scores_B: torch.Tensor, phase: PPO, state: 
     advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, phase.gamma, phase.lam)
     experience.unpad("advantages", whitened(advantages_BT, mask_BT, moments(advantages_BT, mask_BT)))
     experience.unpad("returns", returns_BT)
-    experience.facts["score"] = [np.array([score], np.float32) for score in scores_B.tolist()]
     returns, values = returns_BT[mask_BT], values_BT[mask_BT]
     lengths = mask_BT.sum(1).float()
     return {

@@ -25,6 +25,8 @@ from training.data.dealing import Limits, deal
 class Response:
     """A continuation of a prompt."""
 
+    place: int
+    """Among the responses of the iteration."""
     number: int
     """Of the prompt, in the data."""
     sample: int
@@ -62,7 +64,7 @@ Share = list[list[list[Item]]]
 
 
 class Experience:
-    """The responses of an iteration. `facts[name][i]` is known of the tokens of response i, [T_i]."""
+    """Responses of an iteration. `facts[name][i]` is known of response i: of its tokens, [T_i], or of the whole, [1]."""
 
     def __init__(self, responses: Sequence[Response]):
         self.responses = list(responses)
@@ -70,6 +72,15 @@ class Experience:
 
     def __len__(self) -> int:
         return len(self.responses)
+
+    @classmethod
+    def together(cls, parts: Sequence[Experience]) -> Experience:
+        """Parts of which the same is known, as one: in an order that does not depend on who wrote what, and when."""
+        every = [(part, i) for part in parts for i in range(len(part))]
+        every.sort(key=lambda one: one[0].responses[one[1]].place)
+        out = cls([part.responses[i] for part, i in every])
+        out.facts = {name: [part.facts[name][i] for part, i in every] for name in parts[0].facts}
+        return out
 
     def dealt(
         self, size: int, limits: Limits, names: Sequence[str] = (), places: Sequence[int] | None = None
@@ -91,7 +102,7 @@ class Experience:
         return Item(ids, len(response.prompt), {name: self.facts[name][i] for name in names})
 
     def learn(self, name: str, order: Sequence[int], answers: Sequence[Sequence[NDArray[np.float32]]]) -> None:
-        """Remember what workers have answered about the tokens of the responses that they were dealt in this order."""
+        """Remember what workers have answered about the responses that they were dealt in this order."""
         self.facts[name] = [np.empty(0, np.float32)] * len(self)
         for i, values in zip(order, (values for of_worker in answers for values in of_worker), strict=True):
             self.facts[name][i] = values

@@ -106,38 +106,42 @@ class _Prompts:
         self.tokenizer: Any = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
         self.renderer = Renderer(self.tokenizer, phase.data.template)
 
-    def responses(self, lm: Any, iteration: int, share: tuple[int, int]) -> list[Response]:
-        """The share (rank, size) of the responses to the prompts of an iteration, counted from 1: a stretch of them all.
+    def responses(self, lm: Any, iteration: int, nth: int, share: tuple[int, int]) -> list[Response]:
+        """Of the responses to the prompts of an iteration, counted from 1, those of a round, counted from 0: of this share (rank, size).
 
-        So the responses to one prompt have one writer, who reads it once.
+        A share is a stretch of them all, so the responses to one prompt have one writer, who reads it once; a round has
+        those to prompts of like length.
         """
         phase, (rank, size) = self.phase, share
-        batch = phase.rollout_batch
+        batch, samples = phase.rollout_batch, phase.samples_per_prompt
         numbers = self.order.samples((iteration - 1) * batch, iteration * batch).tolist()
-        samples = range(phase.samples_per_prompt)
-        asked = [(place, number, sample) for place, number in enumerate(numbers) for sample in samples]
-        mine = asked[len(asked) * rank // size : len(asked) * (rank + 1) // size]
-        prompts = [self.store[number][0] for _, number, _ in mine]
+        asked = range(batch * samples)
+        mine = list(asked[len(asked) * rank // size : len(asked) * (rank + 1) // size])
+        prompts = {place: self.store[numbers[place // samples]][0] for place in mine}
+        if phase.generation == "batched":
+            by_length = sorted(mine, key=lambda place: (len(prompts[place]), prompts[place].tolist()))
+            mine = by_length[nth * phase.generation_batch :][: phase.generation_batch]
         with part(GENERATION):
             continued = _generation(phase)(
                 lm,
-                [prompt.tolist() for prompt in prompts],
+                [prompts[place].tolist() for place in mine],
                 # By place, not by number: the same prompt may come twice in an iteration.
-                [seed_for(phase.seed, "sample", iteration, place, sample) for place, _, sample in mine],
+                [seed_for(phase.seed, "sample", iteration, *divmod(place, samples)) for place in mine],
                 end_tokens(self.tokenizer, getattr(lm, "generation_config", None)),
                 Sampling(max_new_tokens=phase.response_tokens, temperature=phase.temperature, top_p=phase.top_p),
             )
         return [
             Response(
-                number=number,
-                sample=sample,
-                prompt=prompt,
+                place=place,
+                number=numbers[place // samples],
+                sample=place % samples,
+                prompt=prompts[place],
                 tokens=np.array([*one.tokens, *([] if one.end is None else [one.end])], np.int64),
                 ended=one.ended,
-                row=self.store.row(number),
+                row=self.store.row(numbers[place // samples]),
                 text=self.renderer.text(one.tokens),
             )
-            for (_, number, sample), prompt, one in zip(mine, prompts, continued, strict=True)
+            for place, one in zip(mine, continued, strict=True)
         ]
 
 
@@ -188,11 +192,11 @@ class Policy(_Learning):
         check_window(self.phase, self.store, getattr(lm.config, "max_position_embeddings", None))
         return PolicyLoss(lm, self.phase, self.ready)
 
-    def roll_out(self, iteration: int) -> list[Response]:
-        """This worker's share of the responses to the prompts of an iteration, counted from 1."""
+    def roll_out(self, iteration: int, nth: int) -> list[Response]:
+        """This worker's share of a round of an iteration's responses."""
         self.ready()
         with self.whole_model() as lm:
-            return self.prompts.responses(lm, iteration, (self.seat.rank, self.seat.size))
+            return self.prompts.responses(lm, iteration, nth, (self.seat.rank, self.seat.size))
 
     def num_buckets(self) -> int:
         """In how many pieces the weights are sent to a rollout group."""
@@ -248,9 +252,9 @@ class Rollout:
         for name, values in weights.items():
             self.parameters[name].data.copy_(unpacked(*values))
 
-    def roll_out(self, iteration: int) -> list[Response]:
-        """This worker's share of the responses to the prompts of an iteration, counted from 1."""
-        return self.prompts.responses(self.lm, iteration, (self.seat.rank, self.seat.size))
+    def roll_out(self, iteration: int, nth: int) -> list[Response]:
+        """This worker's share of a round of an iteration's responses."""
+        return self.prompts.responses(self.lm, iteration, nth, (self.seat.rank, self.seat.size))
 
     def says_of(self, responses: Sequence[Response]) -> list[NDArray[np.float32]]:
         """The log-probabilities of the tokens of each response, by the weights as they are here."""
@@ -329,12 +333,12 @@ class Judges:
         """Load reward models, import functions."""
         self.judges = [(source.weight, opened(source, self.phase, self.seat)) for source in self.phase.rewards]
 
-    def scores(self, responses: Sequence[Response]) -> list[float]:
-        """The weighted sum of all rewards of each response."""
+    def scores(self, responses: Sequence[Response]) -> list[NDArray[np.float32]]:
+        """The weighted sum of all rewards of each response. [1] each"""
         totals = np.zeros(len(responses))
         for weight, judge in self.judges:
             totals += weight * np.array(judge(responses) if responses else [])
-        return totals.tolist()
+        return list(totals.astype(np.float32)[:, None])
 
 
 def packed(tensor: Tensor) -> tuple[NDArray[Any], str]:

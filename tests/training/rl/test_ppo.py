@@ -76,6 +76,13 @@ def test_the_curve_does_not_depend_on_who_sits_where(tiny, train, plain, layout)
     assert curve(train(1, **settings(tiny, groups=LAYOUTS[layout]))) == pytest.approx(curve(plain), rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["two groups", "rollout apart"])
+def test_the_curve_does_not_depend_on_the_rounds(tiny, train, plain, layout):
+    """Two writers have eight responses each, the last round is a smaller one; one has sixteen."""
+    in_rounds = train(1, **settings(tiny, generation_batch=3, groups=LAYOUTS[layout]))
+    assert curve(in_rounds) == pytest.approx(curve(plain), rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize(("stage", "lora"), [(3, None), (2, {"rank": 4})])
 def test_the_curve_does_not_depend_on_how_the_prompts_are_batched(tiny, train, stage, lora):
     plain, continuous = (
@@ -209,6 +216,18 @@ def test_who_writes_ahead_sits_alone(tiny):
 # ── the driver alone ──
 
 
+class Awaited(Done):
+    """Writes down that it was waited for."""
+
+    def __init__(self, answer, asked, entry):
+        super().__init__(answer)
+        self.asked, self.entry = asked, entry
+
+    def result(self, timeout_s=None):
+        self.asked.append(self.entry)
+        return super().result(timeout_s)
+
+
 class Fake:
     """A group of one whose role answers from a table and writes down what it was asked."""
 
@@ -220,7 +239,8 @@ class Fake:
     def call(self, method, *args):
         self.asked.append((self.role, method))
         answer = self.answers[method] if method in self.answers else getattr(self, method)
-        return [Done(answer(*args) if callable(answer) else answer)]
+        answer = answer(*args) if callable(answer) else answer
+        return [Awaited(answer, self.asked, (self.role, "written", args[1])) if method == "roll_out" else Done(answer)]
 
     def map(self, method, shards, *args):
         return self.call(method, shards[0], *args)
@@ -248,9 +268,18 @@ def driven(tiny, tmp_path, **more):
     phase = phase_of(tiny, **settings(tiny, rollout_batch=4, batch=2, max_steps=2, checkpoint={"every": 5}, **more))
     ids = np.arange(1, 6)
     responses = [
-        Response(number=i, sample=0, prompt=ids, tokens=ids[: i + 1], ended=i < 3, row={"prompt": "?"}, text="!")
+        Response(
+            place=i, number=i, sample=0, prompt=ids, tokens=ids[: i + 1], ended=i < 3, row={"prompt": "?"}, text="!"
+        )
         for i in range(4)
     ]
+
+    def written(iteration, nth):
+        return responses[nth * phase.generation_batch :][: phase.generation_batch]
+
+    def told(responses):
+        return [np.full(len(each.tokens), -1.0, np.float32) for each in responses.result()]
+
     facts = Facts(
         total_steps=2, total_samples=8, num_samples=4, num_eval_samples=0, num_parameters=1, dtype="float32",
         attention="sdpa", device="cpu", data_hash="d", chats=False, notes=[],
@@ -260,16 +289,16 @@ def driven(tiny, tmp_path, **more):
         "is_saving": False, "restore": None, "publish": None,
     }  # fmt: skip
     answers = {
-        "policy": {"setup": facts, "roll_out": responses, "num_buckets": 1, "bucket": {}, **learning},
+        "policy": {"setup": facts, "roll_out": written, "num_buckets": 1, "bucket": {}, **learning},
         "reference": {"setup": None, "limits": Limits(micro_tokens=64), "computed": ones},
         "critic": {"setup": None, **learning},
         "rollout": {
             "setup": None,
-            "roll_out": responses,
-            "says_of": [np.full(len(each.tokens), -1.0, np.float32) for each in responses],
+            "roll_out": written,
+            "says_of": told,
             "load": None,
         },
-        "reward": {"setup": None, "scores": lambda part: [float(each.number) for each in part]},
+        "reward": {"setup": None, "scores": lambda part: [np.array([each.number], np.float32) for each in part]},
     }
     hooks = Recorder(tmp_path)
     seated = {role for roles, _ in phase.teams for role in roles}
@@ -298,6 +327,18 @@ def test_the_driver_generates_scores_and_improves(tiny, tmp_path):
     assert (row["reward"], row["response_tokens"], row["ended"], row["tokens"]) == (1.5, 2.5, 0.75, 10)
     # What is written down: the least and the most rewarded, and the first others.
     assert [sample["reward"] for sample in hooks.sampled[:4]] == [0.0, 3.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("writers", ["policy", "rollout"])
+def test_a_round_is_scored_while_the_next_is_written(tiny, tmp_path, writers):
+    apart = {"groups": LAYOUTS["rollout apart"]} if writers == "rollout" else {}
+    asked, hooks = driven(tiny, tmp_path, generation_batch=3, **apart)
+    scoring = ITERATION[1:5]
+    first = [each for each in asked if each[1] in ("roll_out", "written", "computed", "scores")][:12]
+    assert first == [
+        (writers, "roll_out"), (writers, "roll_out"), (writers, "written", 0), *scoring, (writers, "written", 1), *scoring,
+    ]  # fmt: skip
+    assert (hooks.rows[0]["reward"], hooks.rows[0]["tokens"]) == (1.5, 10)
 
 
 def test_the_next_responses_are_begun_before_these_are_learnt_from(tiny, tmp_path):

@@ -22,7 +22,9 @@ def response(text, prompt="Q: 1 + 1 = ", **row):
     from training.rl.experience import Response
 
     ids = np.array([5, 6, 7], np.int64)
-    return Response(number=0, sample=0, prompt=ids, tokens=ids, ended=True, row={"prompt": prompt, **row}, text=text)
+    return Response(
+        place=0, number=0, sample=0, prompt=ids, tokens=ids, ended=True, row={"prompt": prompt, **row}, text=text
+    )
 
 
 @pytest.fixture
