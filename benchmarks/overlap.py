@@ -24,11 +24,15 @@ WAYS: dict[str, dict[str, Any]] = {
 """Scored when all are written; while the rest is written; learnt from while the next ones are written."""
 TINY = Shape(128, 256, 2, 4)
 """A model that can be seen to learn in minutes."""
+STRONG = {
+    "response_tokens": 16, "batch": 8, "learning_rate": 1e-3, "critic_learning_rate": 3e-3, "kl": {"beta": 0.01},
+}  # fmt: skip
+"""Many updates of the weights, and large ones: what is written ahead is far behind."""
 LEARNT = 60
 """Iterations of a run that learns."""
 LAST = 10
 """Iterations at its ends whose mean reward is compared."""
-REWARD = "def score(prompts, completions, **columns):\n    return [text.count('a') / 10 for text in completions]\n"
+REWARD = "def score(prompts, completions, **columns):\n    return [text.count('a') / 2 for text in completions]\n"
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,13 @@ def _learning(options: Options, folder: Path) -> dict[str, Any]:
     runs: dict[str, list[Learning]] = {way: [] for way in ("turns", "ahead")}
     for number in range(options.rounds):
         for way, of_way in runs.items():
-            more = {"seed": number, "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "critic": str(roles.policy)}
-            _, rows = trl_ppo.muster(
-                roles, options, LEARNT, folder / f"{way}-{number}", folder / "cache", groups=APART, **WAYS[way], **more
-            )
+            settings = {**WAYS[way], **STRONG, "critic": str(roles.policy), "seed": number}
+            place = folder / f"{way}-{number}"
+            _, rows = trl_ppo.muster(roles, options, LEARNT, place, folder / "cache", groups=APART, **settings)
             of_way.append(Learning([row["reward"] for row in rows], max(row.get("behind_kl", 0.0) for row in rows)))
     return {
         "iterations": LEARNT,
-        "ahead_to_turns": ratios(*([run.gained for run in runs[way]] for way in ("ahead", "turns"))),
+        "ahead_gained_to_turns": ratios(*([run.gained for run in runs[way]] for way in ("ahead", "turns"))),
         **{f"{way}_gained": spread([run.gained for run in of_way]) for way, of_way in runs.items()},
         "behind_kl": spread([run.behind_kl for run in runs["ahead"]]),
     }

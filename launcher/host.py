@@ -294,7 +294,10 @@ def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket
 
 def _environment(device: str) -> dict[str, str]:
     # One thread while importing; a worker sets what it computes with when it knows its seat.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
+    if device == "cpu":  # whose every step takes new pages by the hundred thousand, where they are small
+        own.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    return own
 
 
 def _state(pid: int) -> str:

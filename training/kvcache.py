@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-_ROOM = 64
-"""Places ahead. So many more are held than needed, and everything is copied once in so many tokens."""
+from training.sizing import CACHE_ROOM
 
 
 def give_room(cache: Any) -> None:
@@ -37,7 +36,7 @@ class RoomyLayer(DynamicLayer):
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
         if self._room is None or self._room[0].shape[-2] < end:
-            self._room = _moved(self.keys, end + _ROOM), _moved(self.values, end + _ROOM)
+            self._room = _moved(self.keys, end + CACHE_ROOM), _moved(self.values, end + CACHE_ROOM)
         keys, values = self._room
         keys[..., start:end, :] = key_states
         values[..., start:end, :] = value_states

@@ -20,6 +20,8 @@ FP32, BF16 = 4, 2
 MOMENTS = 2 * FP32
 LOGITS_AT_ONCE = 64 << 20
 """Numbers: of more the loss is computed in chunks (training/heads.py)."""
+CACHE_ROOM = 64
+"""Places that a cache of keys and values has ready (training/kvcache.py): all it holds is copied once in so many tokens."""
 _BUCKET_NUMBERS = {"cpu": 4_000_000, "cuda": 200_000_000}
 """Of a bucket of gradients, where DeepSpeed's own is of 500 million. A bucket is sent when it is full, so a smaller one begins earlier, and leaves less
 to send when the backward pass is over. On a GPU 400 MB fill any link; on a CPU 16 MB stay in the cache until they are sent, and gradients go as they come."""
@@ -264,7 +266,7 @@ def frozen(shape: Shape, where: Setting, *, sharded: bool) -> Parts:
 def writing(shape: Shape, where: Setting, *, tokens: int, responses: int, batch: int, gathers: bool) -> Parts:
     """While a worker writes its share of `responses`, `batch` at a time, prompts and responses of `tokens` at most."""
     batch = max(1, min(batch, _share(responses, where.workers)))
-    cache = 2 * shape.layers * shape.kv_dim * where.bytes * batch * tokens
+    cache = 2 * shape.layers * shape.kv_dim * where.bytes * batch * (tokens + CACHE_ROOM)
     parts: Parts = Counter()
     parts["KV cache"] = cache + cache // max(1, shape.layers)  # a layer's grows by a copy of it
     if gathers and where.stage == 3:

@@ -38,11 +38,13 @@ def test_it_holds_the_same_while_rows_leave():
 def test_what_is_held_is_moved_once_in_many_tokens():
     import torch
 
+    from training.sizing import CACHE_ROOM
+
     _, roomy = layers()
     token = torch.rand(4, 2, 1, 3)
     places = [roomy.update(token, token)[0].data_ptr() for _ in range(200)]
     moves = sum(here != before for here, before in zip(places[1:], places, strict=False))
-    assert moves <= 200 // 64
+    assert moves <= 200 // CACHE_ROOM
 
 
 def test_layers_that_hold_a_window_stay_as_they_are():
