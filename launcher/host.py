@@ -28,6 +28,7 @@ from launcher.notices import Listener
 from launcher.nursery import STACKS
 from launcher.pipe import Pipe
 from training import pulse
+from training.memory import TUNABLES
 
 _BIRTH_S = 300.0
 """Longest time for the imports of a nursery, on a machine that is busy with many."""
@@ -295,8 +296,8 @@ def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket
 def _environment(device: str) -> dict[str, str]:
     # One thread while importing; a worker sets what it computes with when it knows its seat.
     own = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
-    if device == "cpu":  # whose every step takes new pages by the hundred thousand, where they are small
-        own.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    if device == "cpu":
+        own.setdefault("GLIBC_TUNABLES", TUNABLES)
     return own
 
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_SMALL, _LARGE = 256 << 10, 32 << 20
-"""glibc's own limits: it starts near the first and raises it, up to the second, as large blocks are freed."""
+_SMALL, _HUGE_PAGE, _KEPT = 256 << 10, 2 << 20, 64 << 20
+TUNABLES = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={_HUGE_PAGE}:glibc.malloc.trim_threshold={_KEPT}"
+"""GLIBC_TUNABLES of workers on CPUs, whose every step takes hundreds of megabytes anew: in huge pages. Blocks as large as one are
+mapped by themselves: rows of all lengths would leave holes of all sizes in the heap."""
 
 
 def peak_bytes() -> int:
@@ -35,6 +37,6 @@ def freed_memory_given_back() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE)
-        mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
+        mallopt(_M_MMAP_THRESHOLD, _HUGE_PAGE)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
         malloc_trim(0)

@@ -63,6 +63,16 @@ def test_a_worker_answers_with_its_environment_and_writes_to_its_log(host, tmp_p
     assert (tmp_path / "rank-0.log").read_text() == "hello\n"
 
 
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE.exists() or "[madvise]" not in HUGE.read_text(), reason="huge pages are not for who asks")
+@pytest.mark.skipif("GLIBC_TUNABLES" in os.environ, reason="the tests run with settings of glibc's")
+def test_a_worker_on_cpus_asks_for_huge_pages(host):
+    lines = Path(f"/proc/{host.pid}/smaps").read_text().splitlines()
+    assert any("hg" in line.split() for line in lines if line.startswith("VmFlags:"))
+
+
 def test_errors_arrive_with_the_workers_own_traceback(host):
     with pytest.raises(Raised) as caught:
         call(host, "fail", 0)

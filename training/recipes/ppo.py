@@ -35,8 +35,8 @@ PART_S = 7200.0
 _SAMPLES = 4
 """Responses of an iteration that are written down."""
 LEARNERS = ("policy", "critic")
-_COMPUTING = ("policy", "reference", "critic")
-"""Who is dealt responses to say something of every token."""
+_SAYS = {"policy": "old", "reference": "reference", "critic": "values"}
+"""Who is dealt responses to say something of every token, and what the fact is called."""
 _Asked = tuple[str, list[int], list[Future]]
 """What is asked about responses: the fact, the order of the answers, those who answer."""
 
@@ -90,10 +90,9 @@ class _Loop:
 
     def __init__(self, phase: PPO, groups: Mapping[str, Group], facts: Facts, state: State):
         self.phase, self.facts, self.state = phase, facts, state
-        self.policy, self.reference = groups["policy"], groups["reference"]
-        self.critic, self.reward = groups["critic"], groups["reward"]
+        self.policy, self.critic, self.reward = groups["policy"], groups["critic"], groups["reward"]
         self.rollout = groups.get("rollout")
-        self.computing = {role: groups[role] for role in _COMPUTING}
+        self.computing = {role: groups[role] for role in _SAYS}
         limits = results_of(self.computing, "limits", timeout_s=SETUP_S)
         self.limits = {role: answers[0] for role, answers in limits.items()}
         self.ahead = Experience.loaded(state.ahead) if state.ahead else None
@@ -192,9 +191,9 @@ class _Loop:
     def ask(self, experience: Experience) -> list[_Asked]:
         """Ask all roles at once what they say of responses, and what these are worth."""
         asked = []
-        for role, name in (("policy", "old"), ("reference", "reference"), ("critic", "values")):
-            shares, order = experience.dealt(self.computing[role].size, self.limits[role])
-            asked.append((name, order, self.computing[role].map("computed", shares)))
+        for role, group in self.computing.items():
+            shares, order = experience.dealt(group.size, self.limits[role])
+            asked.append((_SAYS[role], order, group.map("computed", shares)))
         places = [list(range(len(experience)))[rank :: self.reward.size] for rank in range(self.reward.size)]
         parts = [[experience.responses[i] for i in share] for share in places]
         return [*asked, ("score", list(chain(*places)), self.reward.map("scores", parts))]
