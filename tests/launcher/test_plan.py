@@ -103,6 +103,20 @@ def test_adapters_of_ppo_share_a_base():
 # -- time and money
 
 
+def test_scoring_hides_behind_writing_but_for_the_last_round():
+    groups = (
+        "phases.ppo.groups=[{roles: [policy, reference, critic, reward], workers: 8}, {roles: [rollout], workers: 8}]"
+    )
+
+    def score_s(*more: str) -> float:
+        job = (CONFIGS / "llama2-7b-ppo.yaml", groups, "phases.ppo.rollout_batch=512", *more)
+        return planned(*job)["phases"]["ppo"]["time"]["parts_s"]["score"]
+
+    in_one = score_s("phases.ppo.generation_batch=64")
+    assert score_s("phases.ppo.generation_batch=16") == pytest.approx(in_one / 4)
+    assert score_s("phases.ppo.generation_batch=16", "phases.ppo.async=1") == pytest.approx(in_one)
+
+
 def test_published_runs_are_met():
     """With one set of constants: PPO and critique fine-tuning within 30 %, throughputs within 40 %."""
     ratios = {row.what: row.ratio for row in published.rows() if "alone" not in row.what}
