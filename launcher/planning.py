@@ -14,7 +14,7 @@ from launcher import clusters, site
 from launcher import job as jobs
 from launcher import plan as plans
 from launcher.job import Job
-from launcher.plan import Asked
+from launcher.planned import Asked
 from launcher.site import Site
 from training.errors import InputError
 

@@ -14,7 +14,7 @@ from cluster.errors import Refused
 from launcher import job as jobs
 from launcher import pace, plan, planning, site
 from launcher.cli import app
-from launcher.plan import Asked
+from launcher.planned import Asked
 from training.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
