@@ -88,19 +88,22 @@ class PaddedBatches:
 
 
 class DealtBatches:
-    """Muster's layout and loss."""
+    """Muster's layout, attention and loss."""
 
     def __init__(self, args: argparse.Namespace, samples: list[Sample]):
+        from training import attention
         from training.config import SFT
+        from training.data.dealing import SDPA_VARLEN
         from training.model import TokenLoss
         from training.trainer import limits_for
 
-        lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
+        attention.register()
+        lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=SDPA_VARLEN)
         lm.train()
         self.module = TokenLoss(lm)
         data = {"train": str(args.rows), "max_length": args.max_length, "pack": args.pack}
         phase = SFT.model_validate({"recipe": "sft", "model": {"path": str(args.model)}, "data": data})
-        self.limits = limits_for(phase, max(len(ids) for ids, _ in samples), "cpu", "sdpa")
+        self.limits = limits_for(phase, max(len(ids) for ids, _ in samples), "cpu", SDPA_VARLEN)
 
     def micro_batches(self, samples: list[Sample]) -> Iterator[dict[str, Any]]:
         from training.data.collate import collate

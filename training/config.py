@@ -104,8 +104,11 @@ class Model(Settings):
     """Train adapters instead of the weights. None: all weights."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of the computation; master weights are fp32 always. auto: bf16 where the hardware multiplies it, else fp32."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
-    """Attention kernel. auto: flash attention on GPUs that have it installed, else sdpa."""
+    attention: Literal[
+        "auto", "eager", "sdpa", "sdpa_varlen", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
+    """Attention kernel. auto: flash attention on GPUs that have it installed; on CPUs sdpa_varlen, torch's kernel called for every sample of
+    a packed row, unless layers are compiled; else sdpa."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """Kernels of norms, rotations and gated layers. auto: Liger's fused ones on GPUs that have the package liger-kernel, for models that it
     knows, unless layers are compiled; else torch's."""

@@ -5,7 +5,8 @@ The tokens are those of training/sampling.py, drawn by the same numbers, whateve
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.logits_process import LogitsProcessorList
 
 from training import pulse
+from training.data.dealing import SDPA_VARLEN
 from training.sampling import Continued, Sampling, picked, uniform
 
 _ON_CPU: dict[str, Any] = {"page_size": 32, "num_blocks": 256, "max_batch_tokens": 1024}
@@ -39,6 +41,26 @@ def continue_all(
     """
     if not prompts:
         return []
+    with _plain_attention(lm):
+        return _continue_all(lm, prompts, keys, ends, settings)
+
+
+@contextmanager
+def _plain_attention(lm: Any) -> Iterator[None]:
+    """For the length of a block torch's kernel instead of ours, which knows no pages."""
+    ours = lm.config._attn_implementation == SDPA_VARLEN
+    if ours:
+        lm.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if ours:
+            lm.set_attn_implementation(SDPA_VARLEN)
+
+
+def _continue_all(
+    lm: Any, prompts: Sequence[Sequence[int]], keys: Sequence[int], ends: Collection[int], settings: Sampling
+) -> list[Continued]:
     manager = _manager(lm, ends, settings)
     manager.start()
     try:

@@ -53,7 +53,6 @@ class Learner:
         """With the models of all roles: what they share a device with counts where memory is planned."""
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
-        self.attention = models.resolve_attention(phase.model.attention, seat.device)
         self.writer = ShardWriter(pinned=seat.device == "cuda")
 
     def open_data(self) -> Stores:
@@ -67,6 +66,7 @@ class Learner:
         dist.barrier()
         self.phase = self.whole_phase = at_hand(self.phase, self.cache)
         stores = open_stores(self.phase, self.cache)
+        self.attention = models.resolve_attention(self.phase.model, self.seat.device)
         self.kernels = models.resolve_kernels(
             self.phase.model.model_copy(update={"path": base_of(self.phase.model.path)}), self.seat.device
         )

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training import kernels, lora
+from training import attention, kernels, lora
 from training.config import Model, Phase
 from training.engine import whole
 from training.errors import InputError, Problem
@@ -77,11 +77,12 @@ def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:
 
     settings = phase.model.model_copy(update={"path": base_of(phase.model.path)})
     config = load_config(settings)
+    attention.register()
     with init_empty_weights(include_buffers=False):
         lm: Any = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
-            attn_implementation=resolve_attention(settings.attention, device),
+            attn_implementation=attention.resolve(settings, device, config),
             trust_remote_code=settings.trust_remote_code,
         )
         if phase.model.lora is not None:
@@ -103,15 +104,16 @@ def pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifie
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what is missing or new is told below
     kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    attention.register()
+    config = load_config(model)
+    if classifier:
+        config.num_labels = 1
     try:
-        config = load_config(model)
-        if classifier:
-            config.num_labels = 1
         loaded: Any = kind.from_pretrained(
             model.path,
             config=config,
             dtype=dtype,
-            attn_implementation=resolve_attention(model.attention, device),
+            attn_implementation=attention.resolve(model, device, config),
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
@@ -195,10 +197,13 @@ def resolve_kernels(model: Model, device: str) -> kernels.Kernels:
 
 
 def load_config(model: Model) -> Any:
-    """The model's configuration with every dropout set to 0."""
+    """The model's configuration with every dropout set to 0. Raises InputError if there is none to be read."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError.of(model.path, f"cannot load the model: {error}", "model") from error
     for key, value in config.to_dict().items():
         if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -206,16 +211,10 @@ def load_config(model: Model) -> Any:
     return config
 
 
-def resolve_attention(setting: str, device: str) -> str:
-    """The attention kernel. auto: flash attention on GPUs that have it installed, else sdpa."""
-    if setting != "auto":
-        return setting
-    if device == "cuda":
-        from transformers.utils import is_flash_attn_2_available
-
-        if is_flash_attn_2_available():
-            return "flash_attention_2"
-    return "sdpa"
+def resolve_attention(model: Model, device: str) -> str:
+    """The attention kernel that `load` gives a model."""
+    settings = model.model_copy(update={"path": base_of(model.path)})
+    return attention.resolve(settings, device, load_config(settings))
 
 
 class TokenLoss(nn.Module):

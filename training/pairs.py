@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.data.dealing import SDPA_VARLEN
+
 Pair = tuple[NDArray, NDArray]
 """Token ids of the chosen and of the rejected sequence."""
 
@@ -29,7 +31,7 @@ def can_be_trees(config: Any) -> bool:
     windows = {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ())
     return (
         config.model_type in _MASK_ALONE
-        and config._attn_implementation == "sdpa"
+        and config._attn_implementation in ("sdpa", SDPA_VARLEN)
         and not windows
         and (config.model_type != "mistral" or config.sliding_window is None)
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from training.config import PPO, Lora, Phase, Sharding
-from training.data.dealing import limits_for
+from training.data.dealing import SDPA_VARLEN, is_varlen, limits_for
 from training.recipes import RECIPES
 from training.shape import Shape
 
@@ -110,7 +110,8 @@ def setting_of(
     """How the roles of a phase compute; see `recomputes` for what it leaves open. `longest`: tokens of the longest sample, if it is known; `targets`: as in Setting."""
     attention = phase.model.attention
     if attention == "auto":
-        attention = "sdpa"  # flash attention, where it is installed, takes no more
+        # Flash attention, where it is installed, takes no more.
+        attention = "sdpa" if on_gpu or phase.model.compile else SDPA_VARLEN
     # Both sequences of a pair lie in one row.
     most = (2 if phase.recipe == "reward" else 1) * phase.data.max_length + phase.new_tokens
     longest = most if longest is None else min(longest, most)
@@ -127,7 +128,7 @@ def setting_of(
     return Setting(
         workers=phase.resources.workers, sharding=phase.sharding, dtype=dtype, on_gpu=on_gpu, row_tokens=row, micro_tokens=tokens,
         targets=targets, lora=phase.model.lora, checkpointing=phase.model.gradient_checkpointing is True,
-        eager_attention=attention == "eager", masked_rows=limits.row_tokens is not None and not attention.startswith("flash"),
+        eager_attention=attention == "eager", masked_rows=limits.row_tokens is not None and not is_varlen(attention),
     )  # fmt: skip
 
 

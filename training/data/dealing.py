@@ -22,6 +22,9 @@ _ROW_TOKENS_WITHOUT_VARLEN = 320
 _ROW_TOKENS_CPU = 512
 """Rows that packing makes at most; a longer sample has one for itself."""
 
+SDPA_VARLEN = "sdpa_varlen"
+"""Attention by torch's kernel, sample by sample (training/attention.py)."""
+
 Row = list[int]
 """Samples that share a row, as places in the global batch."""
 
@@ -50,12 +53,17 @@ def limits_for(phase: Phase, longest: int, device: str, attention: str) -> Limit
         tokens = _MICRO_TOKENS_CPU_SMALL if small else _MICRO_TOKENS_CPU
     else:
         tokens = max(_MICRO_TOKENS, longest)
-    packs, varlen = phase.data.pack, attention.startswith("flash_attention")
+    packs, varlen = phase.data.pack, is_varlen(attention)
     dense = max(_ROW_TOKENS_WITHOUT_VARLEN, min(longest, _ROW_TOKENS_CPU) if on_cpu else longest)
     row = tokens if varlen else min(tokens, dense)
     return Limits(
         micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if packs else None, one_row=varlen and packs
     )
+
+
+def is_varlen(attention: str) -> bool:
+    """Whether an attention kernel pays for the samples of a packed row, not for the whole row."""
+    return attention.startswith("flash_attention") or attention == SDPA_VARLEN
 
 
 def deal(lengths: Sequence[int], num_workers: int, limits: Limits) -> list[list[list[Row]]]:

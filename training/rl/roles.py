@@ -48,7 +48,7 @@ Weights = dict[str, tuple[NDArray[Any], str]]
 
 def limits_of(phase: PPO, seat: Seat) -> Limits:
     """What a micro-batch of prompts with their responses may hold."""
-    attention = models.resolve_attention(phase.model.attention, seat.device)
+    attention = models.resolve_attention(phase.model, seat.device)
     return limits_for(phase, phase.data.max_length + phase.response_tokens, seat.device, attention)
 
 

@@ -83,6 +83,8 @@ def test_kernels_for_packed_rows_get_one_row_at_a_time(micro_batch):
         ({}, "cuda", "sdpa", 8192, Limits(micro_tokens=8192, row_tokens=8192)),
         ({}, "cpu", "sdpa", 2048, Limits(micro_tokens=1024, row_tokens=512)),
         ({}, "cpu", "sdpa", 100, Limits(micro_tokens=1024, row_tokens=320)),
+        ({}, "cpu", "sdpa_varlen", 2048, Limits(micro_tokens=1024, row_tokens=1024, one_row=True)),
+        ({"lora": {}}, "cpu", "sdpa_varlen", 2048, Limits(micro_tokens=512, row_tokens=512, one_row=True)),
         ({"lora": {}}, "cpu", "sdpa", 2048, Limits(micro_tokens=512, row_tokens=512)),
         ({"recipe": "reward"}, "cpu", "sdpa", 2048, Limits(micro_tokens=512, row_tokens=512)),
         ({"micro_tokens": 2048}, "cpu", "sdpa", 2048, Limits(micro_tokens=2048, row_tokens=512)),
