@@ -89,8 +89,9 @@ def _attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """As transformers calls an attention: [R, H, L, D] each -> [R, L, H, D]. `attention_mask` as of `_mask`."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    sdpa: Any = sdpa_attention_forward
     if attention_mask is None or attention_mask.dim() > 1:
         return sdpa(module, query, key, value, attention_mask, **settings)
     lengths = attention_mask.tolist()

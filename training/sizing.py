@@ -108,7 +108,7 @@ def setting_of(
     targets: float | None = None,
 ) -> Setting:
     """How the roles of a phase compute; see `recomputes` for what it leaves open. `longest`: tokens of the longest sample, if it is known; `targets`: as in Setting."""
-    attention = phase.model.attention
+    attention: str = phase.model.attention
     if attention == "auto":
         # Flash attention, where it is installed, takes no more.
         attention = "sdpa" if on_gpu or phase.model.compile else SDPA_VARLEN

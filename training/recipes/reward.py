@@ -17,11 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training import model as models
+from training.breakdown import FORWARD
 from training.data.collate import collate, to_device
+from training.data.dealing import Limits, deal
 from training.data.render import sides_of
 from training.data.store import TokenStore
 from training.pairs import Pair, can_be_trees, mask_of, trees
+from training.profiling import part
 from training.trainer import Trainer
+
+_AT_ONCE = {"cuda": Limits(micro_tokens=0, micro_batch=32), "cpu": Limits(micro_tokens=512)}
+"""How much is scored at once. A CPU gains nothing from more, and pays for the padding of unlike lengths."""
 
 
 class PairLoss(nn.Module):
@@ -76,20 +82,19 @@ def scores(
 
 
 @torch.inference_mode()
-def score(
-    lm: nn.Module, sequences: Sequence[np.ndarray], *, head: nn.Module | None = None, batch: int = 32
-) -> list[float]:
-    """The scores of token sequences, those of like length together."""
+def score(lm: nn.Module, sequences: Sequence[np.ndarray], *, head: nn.Module | None = None) -> list[float]:
+    """The scores of token sequences, those of like length together. One in a row: whatever model a judge is, this it can read."""
     device = next(lm.parameters()).device
     out = [0.0] * len(sequences)
-    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(by_length), batch):
-        places = by_length[start : start + batch]
-        micro = to_device(collate([[_judged(sequences[i].astype(np.int64))] for i in places]), device)
-        ids, index = micro["input_ids"], micro["target_index"]
-        assert ids is not None, "a batch has rows"
-        assert index is not None, "and a last token in each"
-        for place, value in zip(places, scores(lm, ids, None, index + 1, head).tolist(), strict=True):
+    for rows in deal([len(ids) for ids in sequences], 1, _AT_ONCE[device.type])[0]:
+        places = [place for row in rows for place in row]
+        with part(FORWARD):
+            micro = to_device(collate([[_judged(sequences[i].astype(np.int64))] for i in places]), device)
+            ids, index = micro["input_ids"], micro["target_index"]
+            assert ids is not None, "a batch has rows"
+            assert index is not None, "and a last token in each"
+            values = scores(lm, ids, None, index + 1, head).tolist()
+        for place, value in zip(places, values, strict=True):
             out[place] = value
     return out
 

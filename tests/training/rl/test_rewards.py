@@ -147,6 +147,23 @@ def test_an_endpoint_that_is_too_slow_is_given_up(judge, endpoint, monkeypatch):
         judge(path=endpoint.url, timeout=0.1)([response("a")])
 
 
+def test_sequences_of_unlike_lengths_are_scored_as_each_alone():
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from training.recipes.reward import score
+
+    torch.manual_seed(1)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    lm = LlamaForSequenceClassification(LlamaConfig(vocab_size=50, num_labels=1, pad_token_id=0, **shape)).eval()
+    lengths = np.random.default_rng(2).integers(1, 300, 20).tolist()
+    sequences = [np.arange(length) % 49 + 1 for length in [*lengths, 600]]
+    alone = [score(lm, [each])[0] for each in sequences]
+    # fp32, products of other shapes.
+    assert score(lm, sequences) == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    assert score(lm, []) == []
+
+
 def test_several_rewards_are_weighted(tiny):
     from training.rl.roles import Judges
 
