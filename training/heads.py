@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from training.lastlayer import looked_at
 from training.sizing import LOGITS_AT_ONCE
 
 Measure = Callable[..., Tensor]
@@ -37,7 +38,9 @@ def measured_at(
         logits_RLV = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         return measure(logits_RLV.flatten(0, 1)[index], *known)
     # Only these places go through the head: prompts cost no logits.
-    hidden_RLH = lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    body = lm.get_decoder()
+    with looked_at(body, input_ids, index):
+        hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     hidden_NH = hidden_RLH.flatten(0, 1)[index]
     head = lm.get_output_embeddings()
     num_chunks = -(-len(index) * lm.config.get_text_config().vocab_size // LOGITS_AT_ONCE)

@@ -22,6 +22,7 @@ from training.data.collate import collate, to_device
 from training.data.dealing import Limits, deal
 from training.data.render import sides_of
 from training.data.store import TokenStore
+from training.lastlayer import looked_at
 from training.pairs import Pair, can_be_trees, mask_of, trees
 from training.profiling import part
 from training.trainer import Trainer
@@ -77,7 +78,8 @@ def scores(
     """
     body = getattr(lm, lm.base_model_prefix)
     asked = {} if mask is None else {"attention_mask": mask}
-    hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **asked).last_hidden_state
+    with looked_at(body, input_ids, last_index):
+        hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **asked).last_hidden_state
     return (head or models.head_of(lm))(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
 
 
