@@ -23,7 +23,9 @@ _WORTH_IT = 7 / 8
 
 @contextmanager
 def looked_at(body: Any, input_ids: Tensor, index: Tensor) -> Iterator[None]:
-    """Within the block a decoder computes its last MLP at these places of the flattened rows alone; others keep what they had. [R, L], [N]
+    """Within the block a decoder computes its last MLP at these places of the flattened rows alone; others keep what they had.
+
+    input_ids [R, L]; index [N], no place twice.
 
     Where it cannot be told to, it computes all. The MLP is still called once: ZeRO-3 gathers its weights for a call, and all
     workers must ask for them equally often.
@@ -33,12 +35,11 @@ def looked_at(body: Any, input_ids: Tensor, index: Tensor) -> Iterator[None]:
         yield
         return
     plain, own = mlp.forward, vars(mlp).get("forward")
-    places_N = index.unique()  # two sequences may share a last token
 
     def forward(hidden_RLH: Tensor) -> Tensor:
         flat = hidden_RLH.flatten(0, 1)
-        made_NH = plain(flat[places_N])
-        return flat.new_zeros(flat.shape, dtype=made_NH.dtype).index_copy(0, places_N, made_NH).view_as(hidden_RLH)
+        made_NH = plain(flat[index])
+        return flat.new_zeros(flat.shape, dtype=made_NH.dtype).index_copy(0, index, made_NH).view_as(hidden_RLH)
 
     mlp.forward = forward
     try:
@@ -55,4 +56,4 @@ def _last_mlp(body: Any) -> nn.Module | None:
         return None
     layer: Any = body.layers[-1]
     again = torch.is_grad_enabled() and body.training and getattr(layer, "gradient_checkpointing", False)
-    return None if again or layer._compiled_call_impl is not None else layer.mlp
+    return None if again or layer._compiled_call_impl is not None else getattr(layer, "mlp", None)

@@ -78,7 +78,7 @@ def scores(
     """
     body = getattr(lm, lm.base_model_prefix)
     asked = {} if mask is None else {"attention_mask": mask}
-    with looked_at(body, input_ids, last_index):
+    with looked_at(body, input_ids, last_index.unique()):  # two sequences may share a last token
         hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **asked).last_hidden_state
     return (head or models.head_of(lm))(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
 
