@@ -64,6 +64,10 @@ NEUTRAL = (
 )
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 
+ADDED: dict[str, Any] = {}
+"""Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
+they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""
+
 ENV_NAMES = "MUSTER_ENV"
 """The environment variable with the names, separated by spaces, of those that a job's `env` asks for."""
 
@@ -361,8 +365,23 @@ def _as_data(job: Job) -> dict[str, Any]:
 
 def _meaning(job: Job) -> dict[str, Any]:
     """All that decides the loss curve, flat: {"phases.sft.batch": 64}; `phases` alone is their order."""
-    leaves = {dotted(path): value for path, value in _leaves(_as_data(job)) if not _is_neutral(path)}
+    leaves = {dotted(path): value for path, value in _leaves(_without_added(_as_data(job))) if not _is_neutral(path)}
     return leaves | {"phases": list(job.phases)}
+
+
+def _without_added(value: Any, path: KeyPath = ()) -> Any:
+    """The same data without settings of ADDED that change nothing."""
+    if isinstance(value, list):
+        return [_without_added(entry, (*path, "*")) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    inner = {key: (_general((*path, key)), _without_added(entry, (*path, key))) for key, entry in value.items()}
+    return {key: entry for key, (name, entry) in inner.items() if name not in ADDED or entry != ADDED[name]}
+
+
+def _general(path: KeyPath) -> str:
+    """The setting that a path is of, whatever its phase is called."""
+    return dotted(("phases", "*", *path[2:]) if path[0] == "phases" and len(path) > 1 else path)
 
 
 def _leaves(data: dict[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
@@ -374,8 +393,7 @@ def _leaves(data: dict[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[KeyPat
 
 
 def _is_neutral(path: KeyPath) -> bool:
-    general = dotted(("phases", "*", *path[2:]) if path[0] == "phases" else path)
-    return any(f"{general}.".startswith(f"{neutral}.") for neutral in NEUTRAL)
+    return any(f"{_general(path)}.".startswith(f"{neutral}.") for neutral in NEUTRAL)
 
 
 def _compact(leaves: dict[str, Any], key: str) -> str:

@@ -465,3 +465,16 @@ def test_loading_jobs_stays_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_setting_that_came_later_does_not_make_an_older_job_another(
+    monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    before = job.job_hash(job.load(place / "job.yaml"))
+    monkeypatch.setitem(job.ADDED, "phases.*.data.shuffle", False)
+    assert job.job_hash(job.load(place / "job.yaml")) == before
+    assert job.job_hash(job.load(place / "job.yaml", ["phases.sft.data.shuffle=false"])) != before
+    sources = ["phases.sft.data.train=[{path: data/train.jsonl}]"]
+    in_a_list = job.job_hash(job.load(place / "job.yaml", sources))
+    monkeypatch.setitem(job.ADDED, "phases.*.data.train.*.split", "train")
+    assert job.job_hash(job.load(place / "job.yaml", sources)) != in_a_list
