@@ -60,7 +60,9 @@ class Conversations:
         try:
             chat = self._in_form(chat, template)
             if not chat.learnt:
-                return [Written(self._render(chat, template, len(chat.messages)), [])]
+                text = self._render(chat, template, len(chat.messages))
+                text.encode()
+                return [Written(text, [])]
             return self._sequences(chat, template)
         except RowError as error:
             return error

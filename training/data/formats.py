@@ -530,7 +530,7 @@ def _weight(message: Message, role: str, place: str, remarks: Remarks) -> dict[s
         remarks.note(
             f"`{next(iter(given))}` in messages that are not the assistant's has no effect: only answers are learned"
         )
-    return {"weight": value for value in given.values()}
+    return {"weight": next(iter(given.values()))} if given else {}
 
 
 def _switch(value: Any, key: str, place: str) -> int:
@@ -771,6 +771,8 @@ def _sharegpt_side(record: Record, column: str, before: list[Message]) -> tuple[
     answer, place = record.need(column), f"column `{record.name(column)}`"
     if isinstance(answer, list):
         whole = _joined(before, _turns(answer, record.name(column), record.remarks))
+        if whole.repeats:
+            _note_repeated(record)
         return _judged(whole.messages, record, column), whole.repeats
     turn = {"from": "gpt", "value": answer} if isinstance(answer, str) else answer
     messages = [*before, _turn(turn, place, record.remarks)]
