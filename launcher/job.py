@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +27,18 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from launcher import yamlfile
+from launcher import shared_settings, yamlfile
 from launcher.explain import REQUIRED, UNKNOWN_KEY, did_you_mean, validated
 from launcher.overrides import overlaid
-from launcher.phases import absolute, base_folder, origin, phases_of
+from launcher.phases import base_folder, origin, phases_of
 from launcher.problems import Report
+from launcher.shared_settings import RESOLVED, OwnSettings
 from launcher.yamlfile import Document, KeyPath, dotted
 from training import modelfiles
 from training.config import Model, Phase, Resources, Settings, Sharding, Source
 from training.data import files, templates
 from training.errors import InputError, Problem
+from training.paths import absolute
 from training.recipes import RECIPES
 from training.storage import is_remote, place
 
@@ -100,6 +103,8 @@ class Job:
     """By name, in the order in which they run."""
     document: Document = field(compare=False, repr=False)
     """Where every setting was written."""
+    own_settings: OwnSettings = field(default_factory=dict, repr=False)
+    """By phase: the settings of `model`, `resources`, `sharding`, `seed` and `deepspeed` that the user's file gives inside the phase."""
 
     @property
     def accelerator(self) -> str | None:
@@ -154,6 +159,9 @@ class TopLevel(Settings):
     """For all phases; see below."""
     deepspeed: str | Section = Field(default={})
     """For all phases: raw DeepSpeed settings, a mapping or a JSON file. What Muster owns is refused."""
+    resolved: dict[str, list[str]] | None = None
+    """Written by Muster into a run's job.yaml, where every phase is complete: by phase, the settings that your file gave inside it.
+    What is given at the top, there or on the command line, replaces all others."""
     phases: Annotated[dict[str, Section], Field(min_length=1)] = Field(
         examples=["{sft: {data: {train: data/train.jsonl}}}"]
     )
@@ -180,7 +188,10 @@ def read(file: Path, overrides: Sequence[str] = ()) -> Job:
 
 def dump(job: Job) -> str:
     """The job as YAML, as resolved: absolute paths, complete phases. `read` of it gives an equal Job."""
-    return yamlfile.dump(_as_data(job))
+    data = _as_data(job)
+    phases = data.pop("phases")
+    own = {name: job.own_settings.get(name, []) for name in phases}
+    return yamlfile.dump({**data, RESOLVED: own, "phases": phases})
 
 
 def differences(old: Job, new: Job) -> list[str]:
@@ -207,10 +218,15 @@ def job_hash(job: Job) -> str:
 
 
 def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
-    document, override_problems = overlaid(yamlfile.load(file), overrides)
+    written = yamlfile.load(file)
+    document, overridden, override_problems = overlaid(written, overrides)
+    own = shared_settings.own_settings(written)
+    shared_settings.inherit_from_top(document, overridden, own)
     report = Report(document)
     for problem in override_problems:
         report.add_command_line(problem)
+    for path, message in shared_settings.unknown_phases(document):
+        report.add(path, message)
     top = validated(TopLevel, document.data, lambda path, message: report.add(path, _redirected(path, message)))
     name = _name(document, file, report)
     _check_shared(document.data, report)
@@ -219,12 +235,18 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
         report.add(("storage",), wrong)
     report.raise_any()
     assert top is not None, "its problems were raised"
+    effects = shared_settings.effects(document, overridden, phases)
+    for path, message in effects.problems:
+        report.add(path, message)
+    report.raise_any()
+    for note in effects.notes:
+        print(note, file=sys.stderr)
     track: list[str] = [top.track] if isinstance(top.track, str) else [*dict.fromkeys(top.track)]
     base = base_folder(document, ("storage",), file)
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     job = Job(
         name=name, file=file, storage=storage, seed=top.seed, track=track, env=top.env, max_hours=top.max_hours,
-        max_cost=top.max_cost, phases=phases, document=document,
+        max_cost=top.max_cost, phases=phases, document=document, own_settings=own,
     )  # fmt: skip
     return job, report, document
 
