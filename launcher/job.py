@@ -28,9 +28,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from launcher import shared_settings, yamlfile
-from launcher.explain import REQUIRED, UNKNOWN_KEY, did_you_mean, validated
+from launcher.explain import REQUIRED, UNKNOWN_KEY, all_keys, did_you_mean, listed, validated
+from launcher.other_tools import name_here
 from launcher.overrides import overlaid
-from launcher.phases import base_folder, origin, phases_of
+from launcher.phases import SHARED, base_folder, origin, phases_of
 from launcher.problems import Report
 from launcher.shared_settings import RESOLVED, OwnSettings
 from launcher.yamlfile import Document, KeyPath, dotted
@@ -264,9 +265,17 @@ def _storage_problem(storage: str) -> str | None:
 
 
 def _redirected(path: KeyPath, message: str) -> str:
-    if message.startswith(UNKNOWN_KEY) and path[0] in Phase.model_fields:
-        return f"this key belongs in a phase: phases.NAME.{path[0]}"
-    return message
+    """The message about the top level; a key that has its place in a phase or a section is told which."""
+    key = str(path[-1])
+    if path[:-1] == ("phases",) and name_here(key):
+        return f"{message}; {name_here(key)}"
+    if not message.startswith(UNKNOWN_KEY) or name_here(key):
+        return message
+    known = {inside for recipe in RECIPES.values() for inside in all_keys(recipe.config) if inside[-1] == key}
+    if (key,) in known:
+        return f"this key belongs in a phase: phases.NAME.{key}"
+    meant = sorted(dotted(inside if inside[0] in SHARED else ("phases", "NAME", *inside)) for inside in known)
+    return f"{UNKNOWN_KEY}; did you mean {listed(meant)}?" if meant else message
 
 
 def _name(document: Document, file: Path, report: Report) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launcher.explain import did_you_mean, shown
+from launcher.other_tools import name_here
 from launcher.yamlfile import COMMAND_LINE, Document, KeyPath, dotted, parse_value, paths
 from training.errors import InputError, Problem
 
@@ -86,6 +87,8 @@ def _set(document: Document, path: KeyPath, value: Any) -> KeyPath:
 
 
 def _no_phase(name: str, phases: Any) -> str:
+    if here := name_here(name):
+        return f"there is no phase {name}; {here}"
     advice = did_you_mean(name, phases) or f"; phases: {', '.join(phases)}"
     return f"there is no phase {name}{advice} (`phases.{name}={{...}}` adds one)"
 
