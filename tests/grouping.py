@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from _pytest.nodeid import coerce_node_id
 
 TESTS = Path(__file__).parent
 SHARED = {"ray_cluster": "ray", "muster_here": "clusters on this machine", "growing": "clusters on this machine"}
@@ -29,8 +30,8 @@ def _turn(item: pytest.Item) -> tuple[int, bool]:
 
 
 def arrange(items: list[pytest.Item]) -> None:
-    """Give every test the mark that keeps its group together, and put the groups in the order in which they start."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    """Write its group into every test's id, where the scheduler reads it, and put the groups in the order in which they start."""
     items.sort(key=_turn)
+    for item in items:
+        # pytest-xdist 3.8 does this for the mark `xdist_group`, but to an attribute that pytest 9.2 no longer has.
+        item._id = coerce_node_id(f"{item.nodeid}@{group_of(item)}")

