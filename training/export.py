@@ -21,6 +21,7 @@ from torch import Tensor
 from training.checkpoint import Reader
 from training.config import Lora, Phase
 from training.errors import TrainingError
+from training.layout import buffers
 from training.lora import NAME, base_name, delta, write_folder
 from training.modelfiles import FACTS, base_of, inspect, tokenizer_of
 from training.recipes import RECIPES
@@ -69,11 +70,20 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     if lora is not None and not merge:
         write_folder(staged, dict(_weights(reader, dtype)), phase, classifier=classifier)
     else:
-        weights = _weights(reader, dtype) if lora is None else _merged(reader, base, lora, dtype, classifier)
+        weights = (
+            _whole(reader, phase, dtype, classifier) if lora is None else _merged(reader, base, lora, dtype, classifier)
+        )
         _write_weights(staged, weights, shard_bytes)
         _write_config(staged, phase, base, dtype, tokenizer, classifier)
     tokenizer.save_pretrained(staged)
     (staged / FACTS).write_text(json.dumps(_facts(reader, phase, classifier), indent=1) + "\n")
+
+
+def _whole(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
+    """All that a model's folder holds: the weights as they were trained, and what lies beside them in the base."""
+    yield from _weights(reader, dtype)
+    base = phase.model.model_copy(update={"path": base_of(phase.model.path), "attention": "auto"})
+    yield from buffers(base, classifier=classifier)
 
 
 def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

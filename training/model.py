@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from training.heads import measured_at
 from training.modelfiles import Adapter, adapter_in, base_of
 from training.seeding import seed_for
 
+_NOISE = re.compile(r"dropout|pdrop$|layerdrop|drop_path|jitter")
+"""Settings of how much is left out or disturbed at random: dropouts, whole layers, the noise of a router."""
 HEAD = "score"
 """What Hugging Face's sequence classifiers of the decoder kind call their head."""
 
@@ -197,18 +200,25 @@ def resolve_kernels(model: Model, device: str) -> kernels.Kernels:
 
 
 def load_config(model: Model) -> Any:
-    """The model's configuration with every dropout set to 0. Raises InputError if there is none to be read."""
+    """The model's configuration with all that is random in training set to 0. Raises InputError if there is none to be read."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise InputError.of(model.path, f"cannot load the model: {error}", "model") from error
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, key, 0.0)
+    _without_noise(config)
     config.use_cache = False
     return config
+
+
+def _without_noise(config: Any) -> None:
+    """Set what is random in training to 0, also in the settings of a part of the model: else the loss would depend on it."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, dict) and hasattr(part := getattr(config, key, None), "to_dict"):
+            _without_noise(part)
+        elif isinstance(value, float) and _NOISE.search(key):
+            setattr(config, key, 0.0)
 
 
 def resolve_attention(model: Model, device: str) -> str:
