@@ -27,7 +27,7 @@ def test_noise_is_off(kind, settings, tmp_path):
 
 
 def test_noise_of_a_part_of_a_model_is_off(tmp_path):
-    from transformers import MptConfig
+    from transformers import Gemma3Config
 
-    MptConfig(attn_config={"attn_pdrop": 0.2}).save_pretrained(tmp_path)
-    assert load_config(Model(path=str(tmp_path))).attn_config.attn_pdrop == 0.0
+    Gemma3Config(text_config={"attention_dropout": 0.2}).save_pretrained(tmp_path)
+    assert load_config(Model(path=str(tmp_path))).text_config.attention_dropout == 0.0
