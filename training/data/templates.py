@@ -94,7 +94,14 @@ ALPACA = (
 """
 )
 
+_FAMILIES = Path(__file__).parent / "chat_templates"
+"""The templates of model families, with the answers marked for training. Each renders what the template of the models named in it renders."""
+
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML, "llama2": LLAMA2, "alpaca": ALPACA}
+TEMPLATES |= {
+    path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8") for path in sorted(_FAMILIES.glob("*.jinja"))
+}
+TEMPLATES["phi"] = TEMPLATES["phi4"]
 SETTINGS = ("auto", "none")
 
 
