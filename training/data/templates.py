@@ -7,6 +7,7 @@ prompt and ends assistant turns with a token that generation can stop at, so tha
 from __future__ import annotations
 
 import difflib
+import re
 import os
 from pathlib import Path
 
@@ -103,6 +104,13 @@ TEMPLATES |= {
 }
 TEMPLATES["phi"] = TEMPLATES["phi4"]
 SETTINGS = ("auto", "none")
+
+_MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
+
+
+def without_marks(template: str) -> str:
+    """The same template without the marks for training, which not every program that reads chat templates knows."""
+    return _MARK.sub(r"{#\1 \2#}", template)
 
 
 def load(setting: str, base: Path) -> str | None:

@@ -9,7 +9,7 @@ from tests.training.data.test_render import byte_level, every, inference, learnt
 from training.data.conversations import GENERATION
 from training.data.formats import Chat, Parser
 from training.data.render import Renderer, Sample
-from training.data.templates import TEMPLATES
+from training.data.templates import TEMPLATES, without_marks
 
 SYSTEM = {"role": "system", "content": " Be brief."}
 TWO_ANSWERS = [
@@ -97,6 +97,14 @@ def test_every_answer_is_learned_once_with_turns_all():
 
 def test_the_marked_templates_are_marked():
     assert all(GENERATION.search(TEMPLATES[name]) for name in DOCUMENTED)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_template_without_its_marks_renders_the_same(name):
+    template = without_marks(TEMPLATES[name])
+    assert not GENERATION.search(template)
+    for chat in conversations(name):
+        assert rendered_by(template, chat, False) == rendered_by(TEMPLATES[name], chat, False)
 
 
 # ── thoughts ──
