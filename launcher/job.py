@@ -239,7 +239,7 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
         report.add(("storage",), wrong)
     report.raise_any()
     assert top is not None, "its problems were raised"
-    effects = shared_settings.effects(document, overridden, phases)
+    effects = shared_settings.effects(written, document, overridden, phases)
     for path, message in effects.problems:
         report.add(path, message)
     report.raise_any()

@@ -72,6 +72,8 @@ def _as_setting(option: str) -> str:
     from launcher.other_tools import name_here
 
     key = option.lstrip("-").replace("-", "_")
+    if "." in option:
+        return f"Settings of a job are given without dashes: {option.lstrip('-')}=..."
     meant = name_here(key) or listed(f"{path}=..." for path in settings_named(key) or ["phases.NAME.learning_rate"])
     return f"Settings of a job are given as key=value: {meant}"
 
