@@ -7,8 +7,8 @@ prompt and ends assistant turns with a token that generation can stop at, so tha
 from __future__ import annotations
 
 import difflib
-import re
 import os
+import re
 from pathlib import Path
 
 from training.errors import InputError
