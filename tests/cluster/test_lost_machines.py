@@ -28,7 +28,7 @@ def victim(lab, run) -> Iterator[str]:
 
 def test_a_machine_that_is_switched_off_is_replaced(lab, run, victim, undisturbed):
     lab[victim].switch_off()
-    run.wait_for(lambda: run.events("incident"), "the loss", 15)
+    run.wait_for(lambda: run.events("incident"), "the loss", 60)
     out = run.finish()
     assert (run.incident["class"], run.incident["node"]) == ("lost machine", lab[victim].address), out
     assert len(run.events("started")) == 2
@@ -38,7 +38,7 @@ def test_a_machine_that_is_switched_off_is_replaced(lab, run, victim, undisturbe
 def test_a_machine_whose_ray_is_killed_is_replaced(lab, run, victim, undisturbed):
     for pid in lab[victim].processes_with("raylet/raylet"):
         os.kill(pid, signal.SIGKILL)
-    run.wait_for(lambda: run.events("incident"), "the loss", 15)
+    run.wait_for(lambda: run.events("incident"), "the loss", 60)
     run.finish()
     assert (run.incident["class"], run.incident["node"]) == ("lost machine", lab[victim].address)
     assert run.result == undisturbed
@@ -46,7 +46,7 @@ def test_a_machine_whose_ray_is_killed_is_replaced(lab, run, victim, undisturbed
 
 def test_a_machine_that_is_cut_off_is_replaced_and_its_worker_does_not_stay(lab, run, victim, undisturbed):
     lab.cut(victim)
-    run.wait_for(lambda: run.events("incident"), "the loss", 15)
+    run.wait_for(lambda: run.events("incident"), "the loss", 60)
     run.wait_for(lambda: len(run.events("training")) == 2, "the second attempt")
     lab.heal(victim)
     run.finish()
