@@ -109,7 +109,7 @@ def test_a_machine_on_which_two_workers_died_is_avoided(lab, run, victim, undist
         run.wait_for(lambda attempt=attempt: len(run.events("training")) == attempt, f"attempt {attempt}")
         rank = next(rank for rank in (0, 1) if run.machine_of(rank) == victim)
         run.reach(20 * attempt)
-        lab[victim].run("kill", "-9", str(run.worker(rank)["pid"]), log=run.log).wait(10)
+        lab[victim].run("kill", "-9", str(run.worker(rank)["pid"]), log=run.log).wait(60)
         run.wait_for(lambda attempt=attempt: len(run.events("incident")) == attempt, f"incident {attempt}")
     out = run.finish()
     assert f"avoided from now on: {lab[victim].address}" in out

@@ -33,7 +33,7 @@ def _signal(lab: Lab, victim: str, number: signal.Signals, run: LabRun) -> None:
     pids = [
         worker["pid"] for worker in run.events("workers")[-1]["workers"] if worker["machine"] == lab[victim].address
     ]
-    lab[victim].run("kill", f"-{number.value}", str(pids[0]), log=run.log).wait(10)
+    lab[victim].run("kill", f"-{number.value}", str(pids[0]), log=run.log).wait(60)
 
 
 def kill_place(lab: Lab, run: LabRun, victim: str) -> None:
@@ -59,7 +59,7 @@ def cut_off(lab: Lab, run: LabRun, victim: str) -> None:
 
 def kill_driver(lab: Lab, run: LabRun, victim: str) -> None:
     _kill(lab[DRIVER].processes_with("launcher.cli"))
-    run.process.wait(10)
+    run.process.wait(60)
     run.start(*run.settings, verb="resume")
 
 
