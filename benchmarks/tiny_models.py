@@ -11,9 +11,8 @@ from training.shrink import VOCABULARY, shrunk, small_model
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ("<pad>", "<bos>", "<eos>")
-_LATIN = [*range(ord("!"), ord("~")), *range(ord("\u00c0"), ord("\u00ff"))]
-CHARACTERS = "".join(map(chr, _LATIN))[: VOCABULARY - len(SPECIAL)]
-"""Without the space, so that text and tokens are one to one."""
+CHARACTERS = "".join(map(chr, range(ord("!"), ord("~"))))
+"""Without the space: tokenizers treat it in ways of their own."""
 MOST_PARAMETERS = 5_000_000
 
 
@@ -68,13 +67,15 @@ def _small(config: Any) -> Any:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One token a character, and three special ones. Nothing is added to a text."""
-    from tokenizers import Tokenizer, decoders, models
+    """One token a byte, as far as there is room for bytes, and three special ones. Nothing is added to a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *CHARACTERS])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(CHARACTERS))
+    tokens = [*SPECIAL, *CHARACTERS, *others][:VOCABULARY]
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
     tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -83,13 +84,3 @@ def _write_tokenizer(folder: Path) -> None:
 def text(length: int, rng: random.Random) -> str:
     """So many tokens."""
     return "".join(rng.choice(CHARACTERS) for _ in range(length))
-
-
-def tokens(of: str) -> list[int]:
-    """What the tokenizer makes of a text."""
-    return [len(SPECIAL) + CHARACTERS.index(character) for character in of]
-
-
-def decoded(ids: list[int]) -> str:
-    """What the tokenizer makes of tokens, without special ones."""
-    return "".join(CHARACTERS[each - len(SPECIAL)] for each in ids if each >= len(SPECIAL))

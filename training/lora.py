@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.config import Lora, Phase
+from training import targets
+from training.config import Lora, Model, Phase
 from training.engine import whole
 from training.errors import InputError
+from training.layout import empty_model
 from training.modelfiles import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -35,6 +37,8 @@ from training.seeding import seed_for
 
 NAME = "default"
 _BASE = ".base_layer"
+_SHOWN = 200
+"""Characters of what PEFT says."""
 
 
 def add(lm: nn.Module, phase: Phase, existing: Adapter | None, name: str = NAME) -> None:
@@ -66,12 +70,20 @@ def inject(lm: nn.Module, phase: Phase, existing: Adapter | None, name: str = NA
 
     settings = phase.model.lora
     assert settings is not None, "a phase that asks for adapters"
-    targets = existing.targets if existing is not None else targets_in(lm, settings)
+    wanted = existing.targets if existing is not None else targets_in(lm, settings)
     for parameter in lm.parameters():
         parameter.requires_grad = False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-        inject_adapter_in_model(config_for(settings, targets), lm, adapter_name=name)
+        try:
+            inject_adapter_in_model(config_for(settings, wanted), lm, adapter_name=name)
+        except ValueError as error:
+            raise InputError.of("", _refused_by_peft(lm, error), "model.lora.targets") from error
+
+
+def _refused_by_peft(lm: Any, error: ValueError) -> str:
+    said = " ".join(str(error).split())[:_SHOWN]
+    return f"PEFT gives these layers no adapters: {said}; choose among {', '.join(targets.all_linear(lm)[0])}"
 
 
 def config_for(settings: Lora, targets: list[str], **more: Any) -> Any:
@@ -84,21 +96,11 @@ def config_for(settings: Lora, targets: list[str], **more: Any) -> Any:
 
 def targets_in(lm: Any, settings: Lora) -> list[str]:
     """Ends of the names of the layers that get adapters. Raises InputError if one of the settings matches no layer."""
-    modules = [name for name, module in lm.named_modules() if _is_linear(module) and ".lora_" not in name]
-    linear = [name.removesuffix(_BASE) for name in modules]  # there may be other adapters in it
-    body = [name for name in linear if name.startswith(f"{lm.base_model_prefix}.")]
-    ends = sorted({name.rpartition(".")[2] for name in body})
     if settings.targets == "all-linear":
-        return ends
-    if problems := unmatched(settings.targets, linear):
+        return targets.all_linear(lm)[0]
+    if problems := unmatched(settings.targets, targets.linear_layers(lm)):
         raise InputError.of("", "\n".join(problems), "model.lora.targets")
     return list(settings.targets)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _adapters(lm: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -179,15 +181,15 @@ def write_folder(folder: Path, weights: dict[str, Tensor], phase: Phase, *, clas
     settings, existing = phase.model.lora, adapter_in(phase.model.path)
     assert settings is not None, "a phase that has trained adapters"
     if existing is not None:
-        targets = existing.targets
+        wanted = existing.targets
     elif settings.targets == "all-linear":
-        targets = sorted({name.partition(".lora_A.")[0].rpartition(".")[2] for name in weights if ".lora_A." in name})
+        wanted = _ends(weights, phase.model, classifier)
     else:
-        targets = sorted(settings.targets)
+        wanted = sorted(settings.targets)
     heads = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
     config = config_for(
         settings,
-        targets,
+        wanted,
         task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
         modules_to_save=heads or None,
         base_model_name_or_path=base_of(phase.model.path),
@@ -197,8 +199,15 @@ def write_folder(folder: Path, weights: dict[str, Tensor], phase: Phase, *, clas
     file = folder / ADAPTER_CONFIG
     written = json.loads(file.read_text())
     file.write_text(
-        json.dumps({**written, "target_modules": targets}, indent=2, sort_keys=True) + "\n"
+        json.dumps({**written, "target_modules": wanted}, indent=2, sort_keys=True) + "\n"
     )  # PEFT has a set
+
+
+def _ends(weights: Iterable[str], model: Model, classifier: bool) -> list[str]:
+    """What PEFT finds the layers by that have adapters, and no others."""
+    layers = [name.partition(".lora_A.")[0] for name in weights if ".lora_A." in name]
+    base = empty_model(model.model_copy(update={"path": base_of(model.path)}), classifier=classifier)
+    return targets.ends_of(layers, (name for name, _ in base.named_modules()))
 
 
 def base_name(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,8 +56,21 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
         lora.add(lm, phase, adapter)
     if classifier:
         set_head(lm, phase, adapter, fresh=fresh_head)
+    _keep_routers_still(lm)
     lm.train()
     return lm
+
+
+def _keep_routers_still(lm: nn.Module) -> None:
+    """Have routers send tokens to experts as in evaluation, always: some draw experts at random in training, whatever the settings say."""
+    for module in lm.modules():
+        if "Router" in type(module).__name__:
+            module.train = partial(_evaluates, module)  # type: ignore[method-assign]
+
+
+def _evaluates(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of `train`, which a model calls of its parts."""
+    return nn.Module.train(module, False)
 
 
 def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Module:

@@ -38,8 +38,20 @@ def all_linear(lm: Any) -> tuple[list[str], list[str]]:
     """Ends of the names of the layers that get adapters, and of those that PEFT does not give any."""
     body = body_layers(lm)
     ends = ends_of(body, (name for name, _ in lm.named_modules()))
-    refused = [end for end in ends if is_refused(lm, end)]
+    renamed = _renamed(lm, body)
+    refused = [end for end in ends if is_refused(lm, end) or any(_has_end(name, end) for name in renamed)]
     return [end for end in ends if end not in refused], refused
+
+
+def left_out(lm: Any) -> str:
+    """What a user should know of linear layers that all-linear leaves out; nothing if there are none."""
+    ends, refused = all_linear(lm)
+    if not refused:
+        return ""
+    return (
+        f"model.lora.targets all-linear trains no adapters on {', '.join(refused)}: PEFT could not load them into a model of type "
+        f"{lm.config.model_type}; it trains adapters on {', '.join(ends)}"
+    )
 
 
 def ends_of(layers: Sequence[str], modules: Iterable[str]) -> list[str]:
@@ -56,7 +68,7 @@ def _ends(name: str) -> Iterator[str]:
 
 
 def is_refused(lm: Any, end: str) -> bool:
-    """Whether PEFT takes a name for something else than a linear layer of this type of model.
+    """Whether PEFT does not take a name for that of a linear layer of this type of model.
 
     Of mixtures of experts it takes the names that experts had as single layers for the tensor that holds all of them; of some models
     with states it refuses layers whose weights the fused kernel reads past the adapter.
@@ -72,3 +84,16 @@ def is_refused(lm: Any, end: str) -> bool:
     except ValueError:
         return True
     return not config.target_modules
+
+
+def _renamed(lm: Any, layers: Sequence[str]) -> list[str]:
+    """Layers whose names PEFT changes when it loads an adapter, as transformers changes the older names of their weights."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [each for each in get_model_conversion_mapping(lm) if isinstance(each, WeightRenaming)]
+    return [name for name in layers if rename_source_key(f"{name}.weight", renamings, [])[0] != f"{name}.weight"]
+
+
+def _has_end(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
