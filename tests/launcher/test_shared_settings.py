@@ -193,6 +193,7 @@ def test_an_override_is_not_lost_to_one_after_it(folder):
     assert errors(TWO, "resources.threads=1", "resources={workers: 1}") == [
         f"command line: resources.threads: has no effect: {told}"
     ]
+    assert load(TWO, "resources.threads=1", "resources={threads: 2}").phases["more"].resources.threads == 2
     loaded = load(TWO, "resources={workers: 1}", "resources.threads=1")
     assert (loaded.phases["more"].resources.workers, loaded.phases["more"].resources.threads) == (1, 1)
 
