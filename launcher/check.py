@@ -13,8 +13,8 @@ from launcher import job as jobs
 from launcher.cache import cache_folder
 from launcher.job import Job
 from launcher.site import Site, UnknownSite
-from training import questions
-from training.config import Phase
+from training import questions, reward_signature
+from training.config import PPO, Phase
 from training.data import files
 from training.data.files import HubSplit, Located
 from training.errors import InputError
@@ -72,6 +72,8 @@ def _rows(phase: Phase) -> dict[str, Any]:
         for source in located
         if _on_hub(source)
     ]
+    if isinstance(phase, PPO) and (notes or not os.path.isdir(tokenizer_of(phase.model))):
+        notes += reward_signature.check(phase)
     if not local:
         return {"recipe": phase.recipe, "notes": notes}
     tokenizer = tokenizer_of(phase.model)
@@ -86,9 +88,9 @@ def _rows(phase: Phase) -> dict[str, Any]:
 
 
 def _counts(phase: Phase) -> dict[str, Any]:
-    from training.data.stores import open_stores
+    from training.data.stores import prepare_phase
 
-    stores = open_stores(phase, cache_folder())
+    stores, not_checked = prepare_phase(phase, cache_folder())
     parts = {"train": stores.train, "eval": stores.eval}
     counts = {
         name: {
@@ -102,8 +104,10 @@ def _counts(phase: Phase) -> dict[str, Any]:
         for name, store in parts.items()
         if store is not None
     }
-    notes = list(dict.fromkeys(note for store in parts.values() if store is not None for note in store.meta.notes))
-    return {**counts, "notes": notes}
+    told = [note for store in parts.values() if store is not None for note in store.meta.notes]
+    if isinstance(phase, PPO):
+        told += [*reward_signature.notes(phase, stores.train), *not_checked]
+    return {**counts, "notes": list(dict.fromkeys(told))}
 
 
 def _on_hub(source: Located) -> bool:

@@ -161,12 +161,12 @@ def prepare(job: Job, *, apart: bool = False) -> None:
     `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
     """
     from training import questions
-    from training.data.stores import open_stores
+    from training.data.stores import prepare_phase as prepare_data
 
     def prepare_phase(phase: Phase) -> None:
         questions.check(phase)
         if not (apart and host.has_nursery()):
-            open_stores(phase, cache_folder())
+            prepare_data(phase, cache_folder())
             return
         try:
             host.apart("prepare", phase, str(cache_folder()), dict(os.environ))

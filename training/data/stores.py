@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import Phase, Source
+from training import reward_signature
+from training.config import PPO, Phase, Source
 from training.data import files
 from training.data.prepare import prepare
 from training.data.store import TokenStore
@@ -39,6 +40,13 @@ def open_stores(phase: Phase, cache: Path) -> Stores:
     assert train is not None, "a phase has data to train on"
     check_window(phase, train, window_of(phase.model.path))
     return Stores(train, held_out, _weights(phase.data.train))
+
+
+def prepare_phase(phase: Phase, cache: Path) -> tuple[Stores, list[str]]:
+    """The stores of a phase, and what its rewards could not be checked for. Raises as `open_stores`, and for reward functions
+    that cannot be called with the rows."""
+    stores = open_stores(phase, cache)
+    return stores, reward_signature.check(phase, stores.train) if isinstance(phase, PPO) else []
 
 
 def check_window(phase: Phase, train: TokenStore, window: int | None) -> None:

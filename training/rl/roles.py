@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training import model as models
+from training import reward_signature
 from training.breakdown import DATA, GENERATION
 from training.config import PPO, Model
 from training.data.dealing import Limits, limits_for
@@ -35,7 +36,7 @@ from training.profiling import part
 from training.rl.base import as_it_was, at_once, with_adapters
 from training.rl.experience import Experience, Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
-from training.rl.rewards import opened
+from training.rl.rewards import opened, total
 from training.sampling import Continued, Sampling, continue_all
 from training.schedule import never_profiled, total_samples, total_steps
 from training.seeding import seed_for
@@ -182,6 +183,7 @@ class Policy(_Learning):
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,
+                *reward_signature.notes(self.phase, self.store),
                 *never_profiled(self.phase, total_steps(self.phase, self.order.epoch_size)),
             ],
         )
@@ -335,10 +337,10 @@ class Judges:
 
     def scores(self, responses: Sequence[Response]) -> list[NDArray[np.float32]]:
         """The weighted sum of all rewards of each response. [1] each"""
-        totals = np.zeros(len(responses))
-        for weight, judge in self.judges:
-            totals += weight * np.array(judge(responses) if responses else [])
-        return list(totals.astype(np.float32)[:, None])
+        if not responses:
+            return []
+        scores = [(weight, judge(responses)) for weight, judge in self.judges]
+        return list(total(scores, responses).astype(np.float32)[:, None])
 
 
 def packed(tensor: Tensor) -> tuple[NDArray[Any], str]:
