@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -24,6 +27,7 @@ from launcher.progress import PhaseProgress
 from launcher.recovery import Recovery
 from launcher.runs import RunFolder
 from training.config import PPO, Phase
+from training.data.store import BAD_ROWS
 from training.errors import InputError, MusterError, TrainingError
 from training.group import Group, results
 from training.modelfiles import tokenizer_of
@@ -41,6 +45,7 @@ EXIT_STATUSES = {
 }
 """Of every command. RESUME_ME is EX_TEMPFAIL of sysexits.h."""
 _EXPORT_S = 3600.0
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -63,43 +68,53 @@ def run_job(
     attempts.check(job, go_on, only)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
-        _get_ready(job, stack, inline=inline)
+        stores = _get_ready(job, stack, inline=inline)
         interrupts.take()
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
+        _list_bad_rows(run, stores)
         status = _run_phases(run, job, interrupts, console, _How(inline, only, preflight))
         interrupts.end()
         return status
 
 
-def _get_ready(job: Job, stack: ExitStack, *, inline: bool) -> None:
-    """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile."""
+def _get_ready(job: Job, stack: ExitStack, *, inline: bool) -> dict[str, Path]:
+    """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile. Returns what `prepare` does."""
     if inline:
-        prepare(job)
-        return
+        return prepare(job)
     from launcher.session import own_nursery, ray_session
 
     os.environ[ENV_NAMES] = " ".join(job.env)
     stack.enter_context(own_nursery())
     wait_for_data = _in_background(lambda: prepare(job, apart=True))
     stack.enter_context(ray_session(max(phase.num_workers for phase in job.phases.values())))
-    wait_for_data()
+    return wait_for_data()
 
 
-def _in_background(function: Callable[[], None]) -> Callable[[], None]:
-    """Begin a call in a thread that ends with the process; returns what waits for it and raises its error."""
+def _list_bad_rows(run: OpenRun, stores: Mapping[str, Path]) -> None:
+    """Rows that were dropped, in the folder of their phase."""
+    for phase, folder in stores.items():
+        if (folder / BAD_ROWS).exists():
+            run.phase(phase).mkdir(exist_ok=True)
+            shutil.copyfile(folder / BAD_ROWS, run.phase(phase) / BAD_ROWS)
+
+
+def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin a call in a thread that ends with the process; returns what waits for it and gives its result or raises its error."""
+    results: list[Result] = []
     errors: list[BaseException] = []
 
     def attempt() -> None:
         try:
-            function()
+            results.append(function())
         except BaseException as error:
             errors.append(error)
 
-    def wait() -> None:
+    def wait() -> Result:
         thread.join()
         if errors:
             raise errors[0]
+        return results[0]
 
     thread = threading.Thread(target=attempt, daemon=True)  # Ctrl-C need not wait for it
     thread.start()
@@ -155,26 +170,27 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
         run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
 
 
-def prepare(job: Job, *, apart: bool = False) -> None:
-    """Check and tokenise the data of every phase, once. Raises InputError with the bad rows of all of them.
+def prepare(job: Job, *, apart: bool = False) -> dict[str, Path]:
+    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase. Raises InputError with the
+    bad rows of all of them.
 
     `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
     """
     from training import questions
     from training.data.stores import prepare_phase as prepare_data
 
-    def prepare_phase(phase: Phase) -> None:
+    def prepare_phase(phase: Phase) -> Path:
         questions.check(phase)
         if not (apart and host.has_nursery()):
-            prepare_data(phase, cache_folder())
-            return
+            stores, _ = prepare_data(phase, cache_folder())
+            return stores.train.folder
         try:
-            host.apart("prepare", phase, str(cache_folder()), dict(os.environ))
+            return Path(host.apart("prepare", phase, str(cache_folder()), dict(os.environ)))
         except (Raised, WorkerDied) as error:
             trace = f"\n{error.trace}" if isinstance(error, Raised) else ""
             raise TrainingError(f"the process that prepares the data {in_words(error)}{trace}") from error
 
-    job.look_at_phases(prepare_phase)
+    return job.look_at_phases(prepare_phase)
 
 
 def _unfinished(run: OpenRun, job: Job) -> Iterator[str]:

@@ -56,6 +56,13 @@ class Source(Settings):
     """Split of a hub data set."""
 
 
+class BadRows(Settings):
+    """How many rows that cannot be used are left out."""
+
+    drop: Annotated[float, Field(gt=0, lt=1)]
+    """Largest fraction of all rows. With more of them the data is refused."""
+
+
 class Data(Settings):
     """Which rows a phase reads and how they become tokens."""
 
@@ -76,6 +83,10 @@ class Data(Settings):
     """Longest sample, in tokens."""
     overlong: Literal["drop", "truncate", "split"] = "drop"
     """What happens to longer samples: left out, cut, or (documents) learnt in pieces. It is counted and told."""
+    bad_rows: Literal["refuse"] | BadRows = "refuse"
+    """What happens to training rows that cannot be used: broken JSON, a missing column, an empty answer, a conversation that the template
+    refuses. refuse: the job does not start. {drop: 0.01}: up to this fraction of all rows is left out, counted and listed in bad_rows.jsonl.
+    Rows of `eval` are always refused."""
     shuffle: bool = True
     """False: the files' own order."""
     pack: bool = True

@@ -213,8 +213,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     write(tmp_path / "data/train.jsonl", LINES)
     write(tmp_path / "data/empty.jsonl", "")
     (tmp_path / "nothing").mkdir()
-    write(tmp_path / "table.csv", "a,b")
-    named = ["data/trian.jsonl", "data/empty.jsonl", "nothing", "data/*.json", "table.csv", "nowhere/a.jsonl"]
+    write(tmp_path / "table.xyz", "a,b")
+    named = ["data/trian.jsonl", "data/empty.jsonl", "nothing", "data/*.json", "table.xyz", "nowhere/a.jsonl"]
     with pytest.raises(InputError) as caught:
         expand(named, tmp_path, where="job.yaml:7", what="phases.sft.data.train")
     lines = str(caught.value).splitlines()

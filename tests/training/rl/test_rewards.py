@@ -189,7 +189,7 @@ def test_columns_with_the_names_of_arguments_are_left_out(judge, tmp_path):
 
 
 def test_a_function_gets_what_it_has_parameters_for(judge, tmp_path):
-    (tmp_path / "mine.py").write_text("def score(completions, hint, log_extra=None):\n    return [len(hint)]\n")
+    (tmp_path / "mine.py").write_text("def score(completions, hint, log_extra=None):\n    return [len(hint[0])]\n")
     assert judge(path=f"{tmp_path}/mine.py:score")([response("x", answer="2", hint="abc")]) == [3.0]
     (tmp_path / "rare.py").write_text("def score(completions, hint):\n    return [float(hint == [None])]\n")
     assert judge(path=f"{tmp_path}/rare.py:score")([response("x", answer="2")]) == [1.0]
