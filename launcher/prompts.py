@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.data import files
-from training.data.files import RowError
+from training.data.files import DataFile, Part, RowError
 from training.data.formats import Chat, Parser, Prompt
 from training.errors import InputError, Problem
 
@@ -52,10 +52,9 @@ def typed(lines: Iterable[str]) -> Iterator[Given]:
 def _read(file: Path, limit: int | None) -> list[Given]:
     if not file.exists():
         raise InputError.of(str(file), "no such file")
-    (source,) = files.expand(str(file), Path.cwd(), what="", split="")
     found: list[Given] = []
     problems: list[Problem] = []
-    for row in (row for part in source.parts for row in files.rows(part)):
+    for row in (row for part in _parts(file) for row in files.rows(part)):
         if len(found) == limit or len(problems) == SHOWN_PROBLEMS:
             break
         try:
@@ -65,6 +64,15 @@ def _read(file: Path, limit: int | None) -> list[Given]:
     if problems:
         raise InputError(problems)
     return found
+
+
+def _parts(file: Path) -> Sequence[Part]:
+    """The file, or those of a folder. One whose name does not say what it is holds JSON lines."""
+    known = (*files.DATA_SUFFIXES, *files.FOREIGN)
+    if file.is_file() and not file.name.endswith(known):
+        return (DataFile(str(file), str(file)),)
+    (source,) = files.expand(str(file), Path.cwd(), what="", split="")
+    return source.parts
 
 
 def _of_row(where: str, row: dict[str, Any] | RowError) -> Given:
