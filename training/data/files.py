@@ -30,6 +30,7 @@ from training.config import Source
 from training.data import saved_datasets
 from training.data.row_errors import RowError, UnreadableFile
 from training.errors import InputError, Problem
+from training.paths import absolute
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SEPARATED = {".csv": ",", ".tsv": "\t"}
@@ -198,7 +199,7 @@ def _find(source: Source, base: Path, suffixes: tuple[str, ...], split: str) -> 
 
 
 def _find_local(source: Source, base: Path, suffixes: tuple[str, ...], split: str) -> tuple[Part, ...]:
-    path = base / Path(source.path).expanduser()
+    path = base / os.path.expanduser(source.path)
     if path.is_dir():
         if (saved := saved_datasets.files_in(_LocalFolder(path), split)) is not None:
             return _checked([_local(path / name, base) for name in saved], "folder", suffixes)
@@ -215,9 +216,9 @@ def _find_local(source: Source, base: Path, suffixes: tuple[str, ...], split: st
 
 
 def _local(path: Path, base: Path) -> DataFile:
-    absolute = Path(os.path.normpath(path))
-    shown = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
-    return DataFile(str(absolute), shown.as_posix())
+    found = Path(absolute(path))
+    shown = found.relative_to(base) if found.is_relative_to(base) else found
+    return DataFile(str(found), shown.as_posix())
 
 
 def _is_data(path: Path, suffixes: tuple[str, ...]) -> bool:
