@@ -159,14 +159,16 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         for part in ("train", "eval"):
             if part in phase:
                 counts = phase[part]
-                yield from (f"{name}: {part}: {_form_line(form)}" for form in counts["sources"])
                 yield (
                     f"{name}: {part}: {counts['samples']:,} samples of {counts['rows']:,} rows, {counts['tokens']:,} tokens, "
                     f"{counts['target_tokens']:,} of them targets; the longest has {counts['longest']:,}"
                 )
         if "rows" in phase:
-            yield from (f"{name}: {_form_line(form)}" for form in phase["sources"])
             yield f"{name}: {phase['rows']:,} rows"
+            yield from (f"{name}: {_form_line(form)}" for form in phase["sources"])
+        for part in ("train", "eval"):
+            sources = phase[part]["sources"] if part in phase else []
+            yield from (f"{name}: {part}: {_form_line(form)}" for form in sources)
         for note in phase["notes"]:
             yield f"{name}: {note}"
         for bad in phase.get("bad_rows", ()):

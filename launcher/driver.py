@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from launcher import attempts, host
+from launcher import attempts, host, revisions
 from launcher.attempts import GoOn, OpenRun
 from launcher.cache import cache_folder
 from launcher.failures import NoMachines, Raised, WorkerDied, in_words
@@ -30,7 +30,7 @@ from training.config import PPO, Phase
 from training.data.store import BAD_ROWS
 from training.errors import InputError, MusterError, TrainingError
 from training.group import Group, results
-from training.modelfiles import tokenizer_of
+from training.modelfiles import tokenizer_of, tokenizer_revision
 from training.recipes import RECIPES, resolve
 from training.storage import Place
 
@@ -66,27 +66,31 @@ def run_job(
     Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
     """
     attempts.check(job, go_on, only)
+    recorded = attempts.recorded_commits(job)
+    looked_up = revisions.look_up(job, recorded)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
-        stores = _get_ready(job, stack, inline=inline)
+        stores = _get_ready(job, recorded | looked_up, stack, inline=inline)
         interrupts.take()
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
+        if looked_up:
+            run.event("revisions", commits=looked_up)
         _list_bad_rows(run, stores)
         status = _run_phases(run, job, interrupts, console, _How(inline, only, preflight))
         interrupts.end()
         return status
 
 
-def _get_ready(job: Job, stack: ExitStack, *, inline: bool) -> dict[str, Path]:
+def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Path]:
     """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile. Returns what `prepare` does."""
     if inline:
-        return prepare(job)
+        return prepare(job, commits)
     from launcher.session import own_nursery, ray_session
 
     os.environ[ENV_NAMES] = " ".join(job.env)
     stack.enter_context(own_nursery())
-    wait_for_data = _in_background(lambda: prepare(job, apart=True))
+    wait_for_data = _in_background(lambda: prepare(job, commits, apart=True))
     stack.enter_context(ray_session(max(phase.num_workers for phase in job.phases.values())))
     return wait_for_data()
 
@@ -170,16 +174,17 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
         run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
 
 
-def prepare(job: Job, *, apart: bool = False) -> dict[str, Path]:
+def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Path]:
     """Check and tokenise the data of every phase, once: the folder of its training samples, by phase. Raises InputError with the
     bad rows of all of them.
 
-    `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
+    `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
     """
     from training import questions
     from training.data.stores import prepare_phase as prepare_data
 
     def prepare_phase(phase: Phase) -> Path:
+        phase = revisions.with_commits(phase, commits or {})
         questions.check(phase)
         if not (apart and host.has_nursery()):
             stores, _ = prepare_data(phase, cache_folder())
@@ -268,10 +273,13 @@ def _room_for_two(phase: Phase) -> int:
 
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:
-    """The phase with the model of the phase that it starts from, and the tokenizer that its data was checked with."""
+    """The phase with the model of the phase that it starts from, the tokenizer that its data was checked with, and the commits of
+    the Hugging Face hub that the run uses."""
+    phase = revisions.with_commits(phase, run.commits())
     if phase.starts_from_phase:
         assert phase.from_ is not None
-        changes = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}
+        changes: dict[str, str | None] = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}
+        changes["tokenizer_revision"] = tokenizer_revision(phase.model)
         phase = phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
     return _with_its_rewards(phase, run) if isinstance(phase, PPO) else phase
 

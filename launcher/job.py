@@ -68,7 +68,13 @@ NEUTRAL = (
 )
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 
-ADDED: dict[str, Any] = {"phases.*.data.bad_rows": "refuse"}
+ADDED: dict[str, Any] = {
+    "phases.*.data.bad_rows": "refuse",
+    "phases.*.data.train.*.revision": None,
+    "phases.*.data.eval.*.revision": None,
+    "phases.*.model.revision": None,
+    "phases.*.model.tokenizer_revision": None,
+}
 """Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
 they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""
 

@@ -61,7 +61,7 @@ FOREIGN = {
 }
 """Kinds of files that are not read, and what to do with them."""
 FOREIGN_SUFFIXES = (*TEXT_SUFFIXES, *FOREIGN, ".gz")
-HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+HUB_NAME = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 
 ARRAY_CHUNK = 1 << 18  # characters read at once from a JSON array
 ERROR_MARGIN = 16  # a JSON error this near to the end of the buffer may only mean that the rest is not read yet
@@ -105,10 +105,12 @@ class HubSplit:
     path: str
     name: str | None
     split: str
+    revision: str | None = None
 
     @property
     def shown(self) -> str:
-        return f"{self.path}[{self.name}]:{self.split}" if self.name else f"{self.path}:{self.split}"
+        revision = f"@{self.revision[:12]}" if self.revision else ""
+        return f"{self.path}{revision}" + (f"[{self.name}]" if self.name else "") + f":{self.split}"
 
     @property
     def kind(self) -> str:
@@ -195,7 +197,10 @@ def _weight_problems(sources: Sequence[Source], where: str, what: str) -> list[P
 def _find(source: Source, base: Path, suffixes: tuple[str, ...], split: str) -> tuple[Part, ...]:
     split = source.split if "split" in source.model_fields_set else split
     finder = _find_remote if "://" in source.path else _find_local
-    return finder(source, base, suffixes, split)
+    parts = finder(source, base, suffixes, split)
+    if source.revision is not None and not isinstance(parts[0], HubSplit):
+        raise RowError("`revision` has no effect: this is no data set on the Hugging Face hub; leave it out")
+    return parts
 
 
 def _find_local(source: Source, base: Path, suffixes: tuple[str, ...], split: str) -> tuple[Part, ...]:
@@ -211,8 +216,21 @@ def _find_local(source: Source, base: Path, suffixes: tuple[str, ...], split: st
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         return _checked([_local(match, base) for match in matches if _is_data(match, suffixes)], "glob", suffixes)
     if _may_be_hub(source.path):
-        return (HubSplit(source.path, source.name, source.split),)
+        return (_hub_split(source),)
     raise RowError(f"no such file or folder{_nearby(path, base)}")
+
+
+def _hub_split(source: Source) -> HubSplit:
+    name, revision = hub_name(source.path)
+    if None not in (revision, source.revision):
+        raise RowError(f"the name says the revision {revision}, `revision` says {source.revision}; keep one")
+    return HubSplit(name, source.name, source.split, revision or source.revision)
+
+
+def hub_name(path: str) -> tuple[str, str | None]:
+    """The data set that `owner/name` or `owner/name@revision` names, and its revision."""
+    found = HUB_NAME.fullmatch(path)
+    return (found["name"], found["revision"]) if found else (path, None)
 
 
 def _local(path: Path, base: Path) -> DataFile:
@@ -498,7 +516,7 @@ def _hub_dataset(split: HubSplit) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(split.path, split.name, split=split.split)
+        return datasets.load_dataset(split.path, split.name, split=split.split, revision=split.revision)
     except Exception as error:  # the hub's client has no common base: offline, unknown name, gated, wrong configuration
         message = (
             f"no such file or folder, and the Hugging Face hub did not give a data set of this name: {one_line(error)}"

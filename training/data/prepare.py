@@ -130,10 +130,11 @@ def prepare(
     *,
     base: Path = Path(),
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> TokenStore:
     """The samples of `sources` as tokens, from the folder `cache` if they are there, else read, checked and kept there.
 
-    `formats` are those the recipe reads; `base` is where a template file is looked for. A store is found again by the
+    `formats` are those the recipe reads; `revision` is of a tokenizer on the hub; `base` is where a template file is looked for. A store is found again by the
     content of files (see `files.digest`), tokenizer and template, and by the settings that make a difference.
     `store.meta` has the counts, and in `notes` what the user should be told.
     Raises InputError: the bad rows, a source of which no sample is left, data or a cache that
@@ -144,11 +145,11 @@ def prepare(
 
     parser = Parser(data.format, data.columns, formats)
     try:
-        words = _tokenizer_content(tokenizer_path, trust_remote_code)
+        words = _tokenizer_content(tokenizer_path, trust_remote_code, revision)
         folder = cache / _key(sources, data, formats, words, base, memo=cache / "digests")
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            renderer = Renderer(load_tokenizer(tokenizer_path, trust_remote_code), data.template, base)
+            renderer = Renderer(load_tokenizer(tokenizer_path, trust_remote_code, revision), data.template, base)
             _build(folder, sources, data, parser, renderer)
         return TokenStore.open(folder)
     except OSError as error:
@@ -167,7 +168,7 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _tokenizer_content(path: str, trust_remote_code: bool) -> str:
+def _tokenizer_content(path: str, trust_remote_code: bool, revision: str | None) -> str:
     """A hash of what the tokenizer does. Of a folder its files are read, which is quick; of a hub id what was loaded."""
     if os.path.isdir(path):
         found = {file for pattern in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS) for file in Path(path).glob(pattern)}
@@ -175,7 +176,7 @@ def _tokenizer_content(path: str, trust_remote_code: bool) -> str:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
     from training.data.render import load_tokenizer
 
-    tokenizer = load_tokenizer(path, trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code, revision)
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     text = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special])
     return hashlib.sha256(text.encode()).hexdigest()

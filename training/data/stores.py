@@ -12,7 +12,7 @@ from training.data.files import Located
 from training.data.prepare import prepare
 from training.data.store import TokenStore
 from training.errors import InputError, Problem
-from training.modelfiles import tokenizer_of, window_of
+from training.modelfiles import tokenizer_of, tokenizer_revision, window_of
 from training.recipes import RECIPES
 
 
@@ -82,6 +82,7 @@ def _open(phase: Phase, held_out: bool, cache: Path) -> TokenStore:
         tokenizer_of(phase.model),
         cache,
         trust_remote_code=phase.model.trust_remote_code,
+        revision=tokenizer_revision(phase.model),
     )
 
 

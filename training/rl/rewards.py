@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from training.config import PPO, Model, RewardSource
 from training.data.files import RowError
 from training.data.formats import Answer, Chat, Prompt, PromptCompletion
-from training.data.render import Renderer, Sample, load_tokenizer, same_tokens
+from training.data.render import Renderer, Sample, load_tokenizer, same_tokens, tokenizer_for
 from training.distributed import Seat
 from training.modelfiles import facts_in, tokenizer_of
 from training.recipes.reward import score
@@ -91,7 +91,7 @@ class _RewardModel:
     def __init__(self, path: str, phase: PPO, seat: Seat):
         self.lm, self.head, self.ready = of_reward(path, phase, seat)
         tokenizer: Any = load_tokenizer(tokenizer_of(Model(path=path)))
-        policy: Any = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+        policy: Any = tokenizer_for(phase.model)
         self.same_words = same_tokens(tokenizer, policy)
         self.in_turns = facts_in(path).get("questions") == "chat"
         self.renderer = Renderer(tokenizer)

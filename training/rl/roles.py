@@ -22,7 +22,7 @@ from training.breakdown import DATA, GENERATION
 from training.config import PPO, Model
 from training.data.dealing import Limits, limits_for
 from training.data.order import Order
-from training.data.render import Renderer, load_tokenizer, same_tokens
+from training.data.render import Renderer, load_tokenizer, same_tokens, tokenizer_for
 from training.data.stores import Stores, check_window
 from training.distributed import Seat
 from training.engine import Frozen, computed, device_of
@@ -31,7 +31,7 @@ from training.evaluate import Exam, end_tokens, exam_of
 from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
-from training.modelfiles import has_tokenizer, tokenizer_of
+from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
 from training.profiling import part
 from training.rl.base import as_it_was, at_once, with_adapters
 from training.rl.experience import Experience, Response, Share, collated, split
@@ -104,7 +104,7 @@ class _Prompts:
     def __init__(self, phase: PPO, stores: Stores):
         self.phase, self.store = phase, stores.train
         self.order = Order(self.store.source_sizes, weights=stores.weights, seed=phase.seed, shuffle=phase.data.shuffle)
-        self.tokenizer: Any = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+        self.tokenizer: Any = tokenizer_for(phase.model)
         self.renderer = Renderer(self.tokenizer, phase.data.template)
 
     def responses(self, lm: Any, iteration: int, nth: int, share: tuple[int, int]) -> list[Response]:
@@ -295,7 +295,7 @@ def _refuse_other_tokens(phase: PPO, critic: str) -> None:
     if Path(own).is_dir() and not has_tokenizer(Path(own)):
         return  # nothing is known of it
     trust = phase.model.trust_remote_code
-    if not same_tokens(load_tokenizer(own, trust), load_tokenizer(tokenizer_of(phase.model), trust)):
+    if not same_tokens(load_tokenizer(own, trust), tokenizer_for(phase.model)):
         message = "the critic would read the policy's tokens as others: its tokenizer is another one; start it from a model that shares the policy's"
         raise InputError.of(critic, message, "critic")
 
@@ -358,5 +358,6 @@ def unpacked(values: NDArray[Any], dtype: str) -> Tensor:
 def with_model(phase: PPO, path: str) -> PPO:
     """The phase with another model of the same tokenizer."""
     tokenizer = tokenizer_of(phase.model)
-    model = phase.model.model_copy(update={"path": str(Path(path)), "tokenizer": tokenizer})
+    changes = {"tokenizer": tokenizer, "tokenizer_revision": tokenizer_revision(phase.model)}
+    model = phase.model.model_copy(update={"path": str(Path(path)), **changes})
     return phase.model_copy(update={"model": model})

@@ -288,7 +288,7 @@ def test_more_bad_rows_than_the_limit_are_refused_with_all_of_them(tmp_path, tok
     ):
         assert refused(call, bad_rows={"drop": 0.04}) == [
             "a.jsonl:25: column `completion` is empty",
-            "a.jsonl:32: broken JSON: Expecting property name enclosed in double quotes (column 2); a row is one object on one line",
+            "a.jsonl:32: broken JSON: Expecting property name enclosed in double quotes (column 1); a row is one object on one line",
             "data.bad_rows: 2 of 32 rows are bad (6.25%), more than the 4.00% that may be dropped",
         ]
     assert stores(tmp_path) == []
