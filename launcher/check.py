@@ -79,7 +79,7 @@ def _rows(phase: Phase) -> dict[str, Any]:
     if notes or not os.path.isdir(tokenizer):
         if not os.path.isdir(tokenizer):
             notes.append(f"lengths were not looked at: the tokenizer {tokenizer} is on the hub")
-        return {"recipe": phase.recipe, **_parsed_counts(phase, notes), "notes": notes}
+        return {"recipe": phase.recipe, **_parsed_counts(phase, notes), "notes": list(dict.fromkeys(notes))}
     return {"recipe": phase.recipe, **_counts(phase)}
 
 
@@ -94,6 +94,7 @@ def _parsed_counts(phase: Phase, notes: list[str]) -> dict[str, Any]:
         findings = check_rows(local, data, RECIPES[phase.recipe].formats)
         rows, formats = rows + findings.rows, formats + findings.formats
         forms += _forms(local, findings.source_formats, findings.formats)
+        notes += findings.notes
         if findings.bad:
             notes.append(bad_rows_note(findings.bad, findings.rows))
     return {"rows": rows, "formats": dict(formats), "sources": forms}

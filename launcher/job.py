@@ -74,6 +74,7 @@ ADDED: dict[str, Any] = {
     "phases.*.data.eval.*.revision": None,
     "phases.*.model.revision": None,
     "phases.*.model.tokenizer_revision": None,
+    "phases.*.data.turns": "auto",
 }
 """Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
 they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""

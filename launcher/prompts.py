@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.data import files
-from training.data.files import DataFile, Part, RowError
+from training.data.files import DataFile, Part, Row, RowError
 from training.data.formats import Chat, Parser, Prompt
 from training.errors import InputError, Problem
 
@@ -58,7 +58,7 @@ def _read(file: Path, limit: int | None) -> list[Given]:
         if len(found) == limit or len(problems) == SHOWN_PROBLEMS:
             break
         try:
-            found.append(_of_row(row.where, row.value))
+            found.append(_of_row(row))
         except RowError as error:
             problems.append(Problem(row.where, "", str(error)))
     if problems:
@@ -75,26 +75,27 @@ def _parts(file: Path) -> Sequence[Part]:
     return source.parts
 
 
-def _of_row(where: str, row: dict[str, Any] | RowError) -> Given:
+def _of_row(read: Row) -> Given:
     """Raises RowError."""
+    where, row = read.where, read.value
     if isinstance(row, RowError):
         raise row
     for name, parse in _PROMPTS.items():
         if isinstance(row.get(name), list):
-            return _conversation(where, {**row, name: list(row[name])}, name, parse)
+            return _conversation(read, {**row, name: list(row[name])}, name, parse)
     if isinstance(row.get("prompt"), str) and row["prompt"]:
         return Given(where, row["prompt"], _expected(row))
     raise RowError("expected a row with a text `prompt` that is not empty, or a list of messages")
 
 
-def _conversation(where: str, row: dict[str, Any], name: str, parse: Parser) -> Given:
+def _conversation(read: Row, row: dict[str, Any], name: str, parse: Parser) -> Given:
     """An answer at its end, as rows to learn from have it, is what is expected."""
     expected, last = _expected(row), row[name][-1] if row[name] else None
     if isinstance(last, dict) and last.get("role") == "assistant":
         expected = {"expected": row[name].pop().get("content")}
-    _, example = parse(row)
+    _, example = parse(row, from_arrow=read.from_arrow)
     assert isinstance(example, Prompt)
-    return Given(where, example.content, expected)
+    return Given(read.where, example.content, expected)
 
 
 def _expected(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,10 @@ class Data(Settings):
     """The data's own names for the format's columns: {prompt: question, completion: answer}."""
     template: str = "auto"
     """Chat template. auto: the tokenizer's own for message formats, none for prompt_completion. none, a built-in name, or a Jinja file."""
+    turns: Literal["auto", "last", "all"] = "auto"
+    """Which answers of a conversation are learned. auto: all, in one sequence; where the chat template rewrites earlier turns, those that it
+    leaves as they were, which is often the last alone. last: the last. all: also those that are rewritten later, each in a sequence that ends with
+    it. Answers that are not learned are counted."""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Longest sample, in tokens."""
     overlong: Literal["drop", "truncate", "split"] = "drop"

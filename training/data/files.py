@@ -152,6 +152,11 @@ class Row(NamedTuple):
     def where(self) -> str:
         return f"{self.part.shown}:{self.number}"
 
+    @property
+    def from_arrow(self) -> bool:
+        """Whether the row comes from Arrow or Parquet, which give all objects of a column the same keys, null where there was none."""
+        return isinstance(self.part, HubSplit) or self.part.path.endswith((".parquet", *ARROW_SUFFIXES))
+
 
 # ── Finding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
