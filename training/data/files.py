@@ -521,7 +521,8 @@ def _hub_dataset(split: HubSplit) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(split.path, split.name, split=split.split, revision=split.revision)
+        at = {"revision": split.revision} if split.revision is not None else {}
+        return datasets.load_dataset(split.path, split.name, split=split.split, **at)
     except Exception as error:  # the hub's client has no common base: offline, unknown name, gated, wrong configuration
         message = (
             f"no such file or folder, and the Hugging Face hub did not give a data set of this name: {one_line(error)}"
