@@ -79,16 +79,18 @@ def _set(document: Document, path: KeyPath, value: Any) -> KeyPath:
         section, real = section[step], (*real, step)
     last = _step(section, real, path[-1])
     if real == ("phases",) and last not in section and not isinstance(value, dict):
-        raise _refused(dotted(path), _no_phase(str(last), section))
+        raise _refused(dotted(path), _no_phase(str(last), section, is_setting=not did_you_mean(str(last), section)))
     section[last] = value
     _forget(document.lines, (*real, last))
     document.lines.update({(*real, last, *inner): COMMAND_LINE for inner in [(), *(path for path, _ in paths(value))]})
     return (*real, last)
 
 
-def _no_phase(name: str, phases: Any) -> str:
+def _no_phase(name: str, phases: Any, *, is_setting: bool = False) -> str:
     if here := name_here(name):
         return f"there is no phase {name}; {here}"
+    if is_setting:
+        return f"there is no phase {name}; a setting of a phase is phases.NAME.{name}; phases: {', '.join(phases)}"
     advice = did_you_mean(name, phases) or f"; phases: {', '.join(phases)}"
     return f"there is no phase {name}{advice} (`phases.{name}={{...}}` adds one)"
 

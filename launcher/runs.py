@@ -22,6 +22,7 @@ from launcher import job as jobs
 from launcher import mirror
 from launcher.job import Job
 from launcher.mirror import is_alive
+from launcher.yamlfile import JOB_FILE
 from training.checkpoints import Checkpoints
 from training.errors import InputError, StorageError
 from training.storage import Local, Place, is_remote, place
@@ -30,7 +31,7 @@ PATIENCE_S = 10.0
 """How long a person is kept waiting for a bucket that does not answer."""
 RUNS = Path("runs")
 """Where runs are looked for when a name alone is given."""
-JOB, EVENTS, METRICS, LOCK = "job.yaml", "events.jsonl", "metrics.jsonl", ".lock"
+JOB, EVENTS, METRICS, LOCK = JOB_FILE, "events.jsonl", "metrics.jsonl", ".lock"
 ANSWERS, SAMPLES = "answers", "samples.jsonl"
 _NO_RUN = "not a run folder (there is no job.yaml in it)"
 
@@ -203,6 +204,10 @@ def find(text: str, storage: Path = RUNS) -> RunFolder:
     for folder in (Path(text), storage / text):
         if (folder / JOB).exists():
             return RunFolder(folder)
+    if Path(text).is_file():
+        raise InputError.of(
+            text, f"is a file, not a run; `muster run {text}` begins a run of a job file, or goes on with it"
+        )
     known = ", ".join(run.name for run in runs_in(str(storage))) or "none"
     raise InputError.of(text, f"no such run: neither a run folder nor a name in {storage}/ (there: {known})")
 

@@ -132,8 +132,10 @@ class Effects:
     """Overrides that some phases do not take over."""
 
 
-def effects(document: Document, overridden: Sequence[KeyPath], phases: Mapping[str, Phase]) -> Effects:
-    """Compare the overrides of a document with the phases that came of it."""
+def effects(
+    written: Document, document: Document, overridden: Sequence[KeyPath], phases: Mapping[str, Phase]
+) -> Effects:
+    """Compare the overrides of a document, which were laid over `written`, with the phases that came of it."""
     result = Effects()
     settings = {name: phase.model_dump(by_alias=True) for name, phase in phases.items()}
     for path in dict.fromkeys(overridden):
@@ -143,7 +145,7 @@ def effects(document: Document, overridden: Sequence[KeyPath], phases: Mapping[s
             _check_top_level(result, document, leaf, value, phases, settings)
         if path[0] == "phases" and len(path) > 2 and str(path[1]) in phases:
             for leaf, value in _given(document, path):
-                _check_phase(result, leaf, value, settings[str(path[1])])
+                _check_phase(result, leaf, value, phases[str(path[1])], settings[str(path[1])], written)
     return result
 
 
@@ -196,8 +198,13 @@ def _check_top_level(
         result.problems.append((leaf, f"has no effect: every phase has a value of its own; use {use}"))
 
 
-def _check_phase(result: Effects, leaf: KeyPath, value: Any, settings: dict[str, Any]) -> None:
-    """An override inside a phase that groups of workers have their own values for."""
+def _check_phase(
+    result: Effects, leaf: KeyPath, value: Any, phase: Phase, settings: dict[str, Any], written: Document
+) -> None:
+    """An override inside a phase that groups of workers have their own values for, or that other settings leave unused."""
+    for key, why in phase.settings_without_effect():
+        if dotted(leaf[2:]) == key and value_at(written.data, leaf) != value:
+            result.problems.append((leaf, f"has no effect: {why}"))
     winners = _group_winners(settings, leaf[2:], value)
     if winners is not None and winners.paths and not winners.reached:
         use = listed((f"{dotted((*leaf[:2], *path))}={_text(value)}" for path in winners.paths), "and")

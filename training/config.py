@@ -426,6 +426,13 @@ class Phase(Settings):
                 f"sample would not fit; choose micro_tokens >= {self.data.max_length}",
             )
 
+    def settings_without_effect(self) -> Iterator[tuple[str, str]]:
+        """(key, why) of settings that are not used with the others as they are. A recipe with more of them adds its own."""
+        if self.schedule.name == "constant":
+            yield "schedule.floor", "the schedule constant does not decay; choose schedule.name cosine or linear"
+        if self.eval is not None and self.eval.temperature == 0:
+            yield "eval.top_p", "at eval.temperature 0 the likeliest token is always taken; raise the temperature"
+
 
 class Documents(Data):
     """Which texts a phase reads."""
@@ -643,6 +650,11 @@ class PPO(Phase):
         """What is added up to the reward."""
         given = [self.reward] if isinstance(self.reward, str) else self.reward
         return [RewardSource(path=each) if isinstance(each, str) else each for each in given]
+
+    def settings_without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().settings_without_effect()
+        if self.kl.target is None:
+            yield "kl.horizon", "beta follows no target; set kl.target"
 
     def combinations(self) -> Iterator[tuple[str, str]]:
         yield from super().combinations()

@@ -191,8 +191,9 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
 def _tokenizer(phase: Phase, learnt_chats: bool) -> Any:
     """The tokenizer, with the chat template that the model has learnt, if it has learnt one."""
     from training.data.render import Renderer, tokenizer_for
+    from training.data.templates import without_marks
 
     tokenizer: Any = tokenizer_for(phase.model)
     if learnt_chats:
-        tokenizer.chat_template = Renderer(tokenizer, phase.data.template).chat_template()
+        tokenizer.chat_template = without_marks(Renderer(tokenizer, phase.data.template).chat_template())
     return tokenizer

@@ -195,6 +195,25 @@ def test_an_override_makes_no_phase_by_a_slip(folder, override):
     assert errors(TWO, override) == [f"command line: {override.partition('=')[0]}: {told}"]
 
 
+@pytest.mark.parametrize(
+    ("override", "other", "told"),
+    [
+        (
+            "phases.ppo.schedule={name: constant, floor: 0.5}",
+            "phases.ppo.schedule.name=linear",
+            "the schedule constant does not decay",
+        ),
+        ("phases.ppo.kl.horizon=5", "phases.ppo.kl.target=6", "beta follows no target"),
+        ("phases.ppo.eval={data: rows.jsonl, top_p: 0.5}", "phases.ppo.eval.temperature=1", "at eval.temperature 0"),
+    ],
+)
+def test_an_override_that_other_settings_leave_unused_is_refused(folder, override, other, told):
+    text = PPO.replace("groups:\n", "").split("      - ")[0]
+    (problem,) = errors(text, override)
+    assert f"has no effect: {told}" in problem
+    load(text, override, other)
+
+
 def test_what_is_inside_of_a_section_that_is_absent_makes_it(folder):
     text = "model: {path: org/m, lora: null}\nphases: {sft: {data: {train: rows.jsonl}}}\n"
     for override in ("model.lora.rank=8", "phases.sft.model.lora.rank=8"):
