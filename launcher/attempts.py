@@ -159,6 +159,16 @@ def check(job: Job, go_on: GoOn = GoOn(), only: str | None = None) -> None:
         _refuse_phase(job, only, finished)
 
 
+def recorded_commits(job: Job) -> dict[str, str]:
+    """What `RunFolder.commits` says of the run of a job; empty if it has not begun."""
+    address = _address(job)
+    with told_as_input(address):
+        if not is_remote(address):
+            return RunFolder(Path(address)).commits()
+        remote = place(address, patience_s=PATIENCE_S)
+        return RunFolder(mirror.view(remote), remote).commits()
+
+
 def _refuse_phase(job: Job, only: str, finished: set[str]) -> None:
     if only not in job.phases:
         raise InputError.of(

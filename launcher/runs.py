@@ -158,6 +158,14 @@ class RunFolder:
         """The last attempt that accepted changes of job or data: checkpoints of attempts before it may differ. 0: none."""
         return max((e["attempt"] for e in self.events() if e["event"] == "changes_accepted"), default=0)
 
+    def commits(self) -> dict[str, str]:
+        """What branches and tags of the Hugging Face hub were when the run began to use them; see revisions.py."""
+        found: dict[str, str] = {}
+        for event in self.events():
+            if event["event"] == "revisions" and isinstance(event.get("commits"), dict):
+                found |= event["commits"]
+        return found
+
     def attempts(self) -> int:
         return sum(event["event"] == "started" for event in self.events())
 
