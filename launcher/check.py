@@ -13,7 +13,7 @@ from launcher import job as jobs
 from launcher.cache import cache_folder
 from launcher.job import Job
 from launcher.site import Site, UnknownSite
-from training import questions
+from training import questions, vocabulary
 from training.config import Phase
 from training.data import files
 from training.data.files import HubSplit, Located
@@ -103,6 +103,7 @@ def _counts(phase: Phase) -> dict[str, Any]:
         if store is not None
     }
     notes = list(dict.fromkeys(note for store in parts.values() if store is not None for note in store.meta.notes))
+    notes += vocabulary.notes(phase)
     return {**counts, "notes": notes}
 
 

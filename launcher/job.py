@@ -64,7 +64,7 @@ NEUTRAL = (
 )
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {"phases.*.model.resize_embedding": "never"}
 """Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
 they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""
 

@@ -18,9 +18,8 @@ from typing import Any
 from training import modelfiles
 from training.config import Lora
 from training.errors import InputError
-from training.modelfiles import EMBEDDING, LAYER
+from training.modelfiles import EMBEDDING, LAYER, TOKEN_HEADS
 
-_HEADS = ("lm_head.weight", "embed_out.weight")
 _PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold."""
 _LLAMAS_KIND = ("llama", "mistral", "qwen2")
@@ -141,7 +140,7 @@ def of_config(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> 
         )
     if kind in _LLAMAS_KIND:
         return of_tensors(config, _of_llamas_kind(config))
-    tensors = _on_meta_device(config, trust_remote_code)
+    tensors = on_meta_device(config, trust_remote_code)
     if tensors is not None:
         return of_tensors(config, tensors)
     if not _number(config, "hidden_size", "n_embd", "d_model"):
@@ -189,7 +188,7 @@ def of_tensors(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
         vocab=_number(config, "vocab_size") or embedding[0],
         largest=max(modules.values(), default=0),
         biggest=max(sizes.values(), default=0),
-        head=sum(size for name, size in sizes.items() if name.endswith(_HEADS)),
+        head=sum(size for name, size in sizes.items() if name.endswith(TOKEN_HEADS)),
         small=sum(size for size in sizes.values() if size < _PERSISTENT),
         matrices=tuple(body),
         multiplied=sum(matrices.values()) - round((1 - share) * of_experts),
@@ -257,7 +256,7 @@ def _of_llamas_kind(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def _on_meta_device(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, tuple[int, ...]] | None:
+def on_meta_device(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, tuple[int, ...]] | None:
     """Names and shapes as transformers makes them, without memory; None if it does not know the architecture."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -12,6 +12,7 @@ from training.data.store import TokenStore
 from training.errors import InputError, Problem
 from training.modelfiles import tokenizer_of, window_of
 from training.recipes import RECIPES
+from training.vocabulary import check_tokens, embedding_rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def open_stores(phase: Phase, cache: Path) -> Stores:
     train, held_out = stores
     assert train is not None, "a phase has data to train on"
     check_window(phase, train, window_of(phase.model.path))
+    check_tokens(phase, stores, embedding_rows(phase.model.path))
     return Stores(train, held_out, _weights(phase.data.train))
 
 
