@@ -103,7 +103,7 @@ def _counts(phase: Phase) -> dict[str, Any]:
         if store is not None
     }
     notes = list(dict.fromkeys(note for store in parts.values() if store is not None for note in store.meta.notes))
-    notes += vocabulary.notes(phase)
+    notes += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
     return {**counts, "notes": notes}
 
 

@@ -87,7 +87,7 @@ class Trainer(Learner):
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,
-                *vocabulary_notes(self.phase),
+                *vocabulary_notes(self.phase, self.store.meta.tokenizer_rows),
                 *self.left_out,
                 *self._longer_than_the_model(),
                 *never_profiled(self.phase, self.total_steps),

@@ -31,7 +31,12 @@ def embedding_rows(path: str) -> int | None:
 
 def tokenizer_rows(model: Model) -> int:
     """Rows that an embedding needs for every token of the model's tokenizer."""
-    return max(_tokenizer(model).get_vocab().values(), default=-1) + 1
+    return rows_for(_tokenizer(model))
+
+
+def rows_for(tokenizer: Any) -> int:
+    """The same of a loaded tokenizer."""
+    return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
 
 
 def check_tokens(phase: Phase, stores: Iterable[TokenStore | None], rows: int | None) -> None:
@@ -51,10 +56,10 @@ def check_tokens(phase: Phase, stores: Iterable[TokenStore | None], rows: int | 
         )
 
 
-def notes(phase: Phase) -> list[str]:
-    """What a user should know of a tokenizer with more tokens than the embedding has rows."""
+def notes(phase: Phase, needed: int) -> list[str]:
+    """What a user should know of a tokenizer that needs more rows (0: not known) than the embedding has."""
     model, rows = phase.model, embedding_rows(phase.model.path)
-    if rows is None or (needed := tokenizer_rows(model)) <= rows:
+    if rows is None or needed <= rows:
         return []
     some = _named(model, range(rows, needed))
     if model.resize_embedding == "auto":

@@ -91,8 +91,8 @@ def test_tokens_beyond_the_embedding_that_do_not_occur_are_a_note(added, tiny, t
     phase = phase_of(
         added, "sft", **settings(added, resize_embedding="never") | {"data": {"train": str(tiny / "train.jsonl")}}
     )
-    open_stores(phase, tmp_path)
-    (note,) = vocabulary.notes(phase)
+    store = open_stores(phase, tmp_path).train
+    (note,) = vocabulary.notes(phase, store.meta.tokenizer_rows)
     assert "no row for: <|look|> (300), <|end_look|> (301); none of them occurs" in note
 
 

@@ -67,6 +67,8 @@ class Meta:
     """Sentences for the user."""
     largest_id: int = -1
     """The largest token id; -1 in stores that were written before it was noted."""
+    tokenizer_rows: int = 0
+    """Rows that an embedding needs for every token of the tokenizer; 0 where it was not noted."""
     row_bytes: int = 0
     """Of the rows that are kept as they are."""
     parts: list[str] = field(default_factory=list)

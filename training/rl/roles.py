@@ -185,7 +185,7 @@ class Policy(_Learning):
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,
-                *vocabulary_notes(self.phase),
+                *vocabulary_notes(self.phase, self.store.meta.tokenizer_rows),
                 *self.left_out,
                 *never_profiled(self.phase, total_steps(self.phase, self.order.epoch_size)),
             ],
