@@ -200,7 +200,6 @@ def _characters(example: Example) -> int:
 
 def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser, renderer: Renderer) -> None:
     from training.data.store import create
-    from training.vocabulary import rows_for
 
     findings = Findings()
     with create(folder, len(sources)) as writer:
@@ -214,7 +213,7 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
         findings.raise_if_bad(sources)
         writer.meta.rows = findings.rows
         writer.meta.formats = dict(findings.formats)
-        writer.meta.tokenizer_rows = rows_for(renderer.tokenizer)
+        writer.meta.tokenizer_rows = renderer.tokenizer_rows
         writer.meta.chats = renderer.has_written_chats
         writer.meta.notes = renderer.notes + _notes(writer.meta, data)
         _raise_if_nothing_left(sources, writer.meta, data)
