@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,10 @@ from training.config import Lora
 from training.errors import InputError
 from training.modelfiles import EMBEDDING, LAYER, TOKEN_HEADS
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Experts that lie apart in the files: in the loaded model those of a layer are one tensor, no linear layers."""
+_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+"""What older files hold beside the parameters."""
 _PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold."""
 _LLAMAS_KIND = ("llama", "mistral", "qwen2")
@@ -57,6 +62,8 @@ class Shape:
     """Parameters of the body that a token is multiplied with: of experts those of the ones that it goes to."""
     idle: int = 0
     """Parameters of experts that a token does not go to."""
+    trains_tokens: bool = False
+    """Whether embedding and head are trained beside adapters."""
     note: str = ""
     """What should be told of where this comes from."""
 
@@ -69,6 +76,11 @@ class Shape:
     def linear(self) -> int:
         """Parameters of the linear layers of the body, which 4 bits are for."""
         return sum(rows * columns for _, rows, columns in self.matrices)
+
+    @property
+    def whole(self) -> int:
+        """Parameters that are trained beside adapters: those of embedding and head."""
+        return self.vocab * self.hidden + self.head if self.trains_tokens else 0
 
     @property
     def as_classifier(self) -> Shape:
@@ -164,7 +176,7 @@ def of_tensors(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
     body = [
         (name.removesuffix(".weight").rpartition(".")[2], shape[0], shape[1])
         for name, shape in tensors.items()
-        if len(shape) == 2 and LAYER.search(name)
+        if len(shape) == 2 and LAYER.search(name) and not _EXPERT.search(name)
     ]
     share = _share_of_experts(config)
     matrices = {name: size for name, size in sizes.items() if len(tensors[name]) in (2, 3) and LAYER.search(name)}
@@ -222,9 +234,7 @@ def _of_folder(folder: Path, trust_remote_code: bool) -> Shape:
     tensors = modelfiles.tensor_shapes(folder)
     if not tensors:
         return of_config(config, trust_remote_code=trust_remote_code)
-    return of_tensors(
-        config, {name: shape for name, shape in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    )
+    return of_tensors(config, {name: shape for name, shape in tensors.items() if not name.endswith(_BUFFERS)})
 
 
 def _of_llamas_kind(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
