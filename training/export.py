@@ -31,7 +31,6 @@ from training.modelfiles import (
     inspect,
     merge_first,
     tensor_shapes,
-    tokenizer_of,
 )
 from training.recipes import RECIPES
 from training.storage import Local, Place, upload
@@ -187,7 +186,8 @@ def _write_config(
 ) -> None:
     from transformers import AutoConfig, GenerationConfig
 
-    config: Any = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code)
+    revision = phase.model.revision or "main"
+    config: Any = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code, revision=revision)
     config.dtype = dtype
     if rows is not None and rows > config.get_text_config().vocab_size:  # it has grown
         config.get_text_config().vocab_size = rows
@@ -200,7 +200,7 @@ def _write_config(
         return
     config.save_pretrained(folder)
     try:
-        generation = GenerationConfig.from_pretrained(base)
+        generation = GenerationConfig.from_pretrained(base, revision=revision)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     with warnings.catch_warnings():
@@ -269,9 +269,10 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
 
 def _tokenizer(phase: Phase, learnt_chats: bool) -> Any:
     """The tokenizer, with the chat template that the model has learnt, if it has learnt one."""
-    from training.data.render import Renderer, load_tokenizer
+    from training.data.render import Renderer, tokenizer_for
+    from training.data.templates import without_marks
 
-    tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+    tokenizer: Any = tokenizer_for(phase.model)
     if learnt_chats:
-        tokenizer.chat_template = Renderer(tokenizer, phase.data.template).chat_template()
+        tokenizer.chat_template = without_marks(Renderer(tokenizer, phase.data.template).chat_template())
     return tokenizer

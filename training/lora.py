@@ -32,6 +32,7 @@ from training.modelfiles import (
     base_of,
     check_continues,
     merge_first,
+    on_hub,
     unmatched,
 )
 from training.seeding import seed_for
@@ -254,7 +255,8 @@ def write_folder(folder: Path, weights: dict[str, Tensor], phase: Phase, *, clas
         targets,
         task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
         modules_to_save=heads or None,
-        base_model_name_or_path=base_of(phase.model.path),
+        base_model_name_or_path=(base := base_of(phase.model.path)),
+        revision=phase.model.revision if on_hub(base) else None,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
@@ -288,9 +290,12 @@ def _without_weights(phase: Phase) -> Any:
     """The language model of a phase, in no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base_of(phase.model.path), trust_remote_code=phase.model.trust_remote_code)
+    model = phase.model
+    config = AutoConfig.from_pretrained(
+        base_of(model.path), trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
+    )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=phase.model.trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
 def base_name(name: str) -> str:

@@ -81,6 +81,8 @@ class Adapter:
     """Parameters of the language model that are saved whole, by the model's own names, with their shapes: embedding and head."""
     classifier: bool
     """Whether it is the adapter of a reward model."""
+    revision: str | None = None
+    """Of the base, if that is on the hub."""
 
     @property
     def embedding_rows(self) -> int | None:
@@ -130,6 +132,7 @@ def adapter_in(path: str) -> Adapter | None:
         folder, base, rank, alpha, _targets(config["target_modules"]), heads,
         whole={name: shape for name, shape in saved.items() if name != f"{SCORE}.weight"},
         classifier=bool(heads) or config.get("task_type") == "SEQ_CLS",
+        revision=config.get("revision"),
     )  # fmt: skip
 
 
@@ -311,6 +314,16 @@ def tokenizer_of(model: Model) -> str:
         return model.tokenizer
     folder = Path(model.path)
     return base_of(model.path) if is_adapter(folder) and not has_tokenizer(folder) else model.path
+
+
+def tokenizer_revision(model: Model) -> str | None:
+    """Branch, tag or commit of the tokenizer; without effect where that is a folder."""
+    return model.tokenizer_revision if model.tokenizer else model.revision
+
+
+def on_hub(path: str) -> bool:
+    """Whether the path of a model in a job is a name on the Hugging Face hub: folders are absolute there."""
+    return bool(path) and not path.startswith(("/", ".", "~")) and not is_remote(path) and not Path(path).exists()
 
 
 def inspect(

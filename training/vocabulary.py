@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.config import Model, Phase
 from training.errors import InputError
-from training.modelfiles import adapter_in, base_of, rows_of_embedding, tokenizer_of
+from training.modelfiles import adapter_in, base_of, rows_of_embedding
 
 if TYPE_CHECKING:
     from training.data.store import TokenStore
@@ -126,9 +126,9 @@ def rows_in(lm: Any) -> int:
 
 
 def _tokenizer(model: Model) -> Any:
-    from training.data.render import load_tokenizer
+    from training.data.render import tokenizer_for
 
-    return load_tokenizer(tokenizer_of(model), model.trust_remote_code)
+    return tokenizer_for(model)
 
 
 def _named(model: Model, ids: Sequence[int]) -> str:
