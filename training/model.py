@@ -65,11 +65,14 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Mo
     adapter = adapter_in(path)
     dtype: Any = "auto" if kind == "cpu" else resolve_dtype("auto", kind)
     base = Model(path=base_of(path), revision=adapter.revision if adapter is not None else None)
-    lm, _ = pretrained(base, dtype, kind, classifier=classifier)
+    lm, fresh_head = pretrained(base, dtype, kind, classifier=classifier)
+    brings_head = adapter is not None and HEAD in adapter.heads
+    if fresh_head and not brings_head:
+        raise InputError.of(path, f"is no reward model: it has no scalar head `{HEAD}`; the recipe `reward` trains one")
     if adapter is not None:
         _bring_rows(lm, adapter)
         lora.merge(lm, adapter)
-        if classifier:
+        if classifier and brings_head:
             weight: Any = head_of(lm).weight
             weight.data.copy_(lora.head_in(adapter, HEAD))
     return lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
