@@ -1,4 +1,4 @@
-"""What a model's class says of its tensors, without the memory of its weights: which are buffers, and which weights lie transposed."""
+"""What a model's class says of its tensors, without the memory of its weights: which are buffers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def empty_model(model: Model, *, classifier: bool = False) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        model.path, trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
+    )
     if classifier:
         config.num_labels = 1
     with init_empty_weights(include_buffers=False):
@@ -41,14 +43,6 @@ def buffers(model: Model, *, classifier: bool = False) -> Iterator[tuple[str, Te
     else:  # transformers gives them other names when it loads them
         loaded = _loaded(model, classifier).state_dict()
         yield from ((name, loaded[name]) for name in sorted(names))
-
-
-def transposed(model: Model, *, classifier: bool = False) -> set[str]:
-    """Names of the weights of linear layers that lie as [in, out], as those of GPT-2 do; of a square one the shape does not tell."""
-    from transformers.pytorch_utils import Conv1D
-
-    modules = empty_model(model, classifier=classifier).named_modules()
-    return {f"{name}.weight" for name, module in modules if isinstance(module, Conv1D)}
 
 
 def _read(folder: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:

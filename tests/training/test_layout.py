@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import tiny_models
 from training.config import Model
-from training.layout import buffers, transposed
+from training.layout import buffers
 
 pytestmark = pytest.mark.cpu
 
@@ -40,12 +40,3 @@ def test_buffers_under_other_names_are_those_of_the_loaded_model(tmp_path):
     found = dict(buffers(Model(path=str(tmp_path))))
     assert found
     assert all(".gate.e_score_correction_bias" in name for name in found)
-
-
-def test_weights_of_gpt2_lie_transposed_and_those_of_llama_do_not(tmp_path):
-    for model_type in ("gpt2", "llama"):
-        tiny_models.make(model_type, tmp_path / model_type)
-    found = transposed(Model(path=str(tmp_path / "gpt2")))
-    assert "transformer.h.0.attn.c_proj.weight" in found
-    assert "transformer.wte.weight" not in found
-    assert transposed(Model(path=str(tmp_path / "llama"))) == set()
