@@ -81,8 +81,8 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     if lora is not None and not merge:
         write_folder(staged, dict(_weights(reader, dtype)), phase, classifier=classifier)
     else:
-        whole = lora is None
-        weights = (_whole if whole else _merged)(reader, phase, dtype, classifier)
+        write = _whole if lora is None else _merged
+        weights = write(reader, phase, dtype, classifier)
         _write_weights(staged, weights, shard_bytes)
         _write_config(staged, phase, base, dtype, tokenizer, classifier, _rows_of_embedding(reader))
     tokenizer.save_pretrained(staged)
