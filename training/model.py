@@ -23,8 +23,10 @@ from training.modelfiles import SCORE as HEAD
 from training.modelfiles import Adapter, adapter_in, base_of
 from training.seeding import seed_for
 
-_NOISE = re.compile(r"dropout|pdrop$|layerdrop|drop_path|jitter")
-"""Settings of how much is left out or disturbed at random: dropouts, whole layers, the noise of a router."""
+_NOISE = re.compile(r"dropout|pdrop$|layerdrop|drop_path")
+"""Settings of how much is left out at random: of activations, or whole layers."""
+_ROUTES = re.compile(r"Router|(Moe|MoE)Block")
+"""Classes of transformers that choose experts."""
 
 
 def resolve_dtype(setting: str, device: str) -> torch.dtype:
@@ -66,9 +68,9 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
 
 
 def _keep_routers_still(lm: nn.Module) -> None:
-    """Have routers send tokens to experts as in evaluation, always: some draw experts at random in training, whatever the settings say."""
+    """Have routers send tokens to experts as in evaluation, always: some disturb or draw at random in training."""
     for module in lm.modules():
-        if "Router" in type(module).__name__:
+        if _ROUTES.search(type(module).__name__):
             module.train = partial(_evaluates, module)  # type: ignore[method-assign]
 
 
