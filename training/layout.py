@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from training.modelfiles import inspect, tensor_shapes
 
 def empty_model(model: Model, *, classifier: bool = False) -> Any:
     """The model of a folder or hub id as transformers builds it, without the memory of its parameters."""
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
@@ -24,7 +24,7 @@ def empty_model(model: Model, *, classifier: bool = False) -> Any:
     )
     if classifier:
         config.num_labels = 1
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):  # keeps tied weights tied
         return kind.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
