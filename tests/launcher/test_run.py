@@ -20,7 +20,7 @@ import pytest
 pytestmark = pytest.mark.cpu
 
 MUSTER = [sys.executable, "-m", "launcher.cli"]
-LIMIT_S = 240
+LIMIT_S = 480
 STEPS = 120
 JOB = """
 model: {path: MODEL, dtype: fp32}
