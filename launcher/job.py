@@ -69,6 +69,11 @@ NEUTRAL = (
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 
 ADDED: dict[str, Any] = {
+    "phases.*.data.bad_rows": "refuse",
+    "phases.*.data.train.*.revision": None,
+    "phases.*.data.eval.*.revision": None,
+    "phases.*.model.revision": None,
+    "phases.*.model.tokenizer_revision": None,
     "phases.*.data.turns": "auto",
 }
 """Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
@@ -328,7 +333,9 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
         prefix: KeyPath = ("phases", name)
         data = phase.data
         for key, source in (("train", data.train), ("eval", data.eval)):
-            for inner, message in _source_problems(source, job.file.parent, phase, away) if source is not None else ():
+            split = "train" if key == "train" else ""
+            found = _source_problems(source, job.file.parent, phase, away, split) if source is not None else ()
+            for inner, message in found:
                 yield (*prefix, "data", key, *inner), message
         for key in ("data", "verdicts") if phase.eval is not None else ():
             asked = getattr(phase.eval, key)
@@ -357,14 +364,14 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
 
 
 def _source_problems(
-    source: Any, folder: Path, phase: Phase, away: Callable[[Any], bool]
+    source: Any, folder: Path, phase: Phase, away: Callable[[Any], bool], split: str = ""
 ) -> Iterator[tuple[KeyPath, str]]:
     entries = source if isinstance(source, list) else [source]
     here = [entry for entry in entries if not away(entry.path if isinstance(entry, Source) else entry)]
     if len(here) < len(entries):
         source = here  # of the others nothing can be said
     try:
-        files.expand(source, folder, what="", documents=RECIPES[phase.recipe].reads_documents)
+        files.expand(source, folder, what="", documents=RECIPES[phase.recipe].reads_documents, split=split)
     except InputError as error:
         for problem in error.problems:
             index = re.fullmatch(r"\[(\d+)\]", problem.what)  # of the list's entry

@@ -22,7 +22,7 @@ from training.checkpoint import Reader
 from training.config import Lora, Phase
 from training.errors import TrainingError
 from training.lora import NAME, base_name, delta, write_folder
-from training.modelfiles import FACTS, base_of, inspect, tokenizer_of
+from training.modelfiles import FACTS, base_of, inspect
 from training.recipes import RECIPES
 from training.storage import Local, Place, upload
 
@@ -140,7 +140,8 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_by
 def _write_config(folder: Path, phase: Phase, base: str, dtype: torch.dtype, tokenizer: Any, classifier: bool) -> None:
     from transformers import AutoConfig, GenerationConfig
 
-    config: Any = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code)
+    revision = phase.model.revision or "main"
+    config: Any = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code, revision=revision)
     config.dtype = dtype
     if classifier:
         config.architectures = [_classifier_of(config)]
@@ -150,7 +151,7 @@ def _write_config(folder: Path, phase: Phase, base: str, dtype: torch.dtype, tok
         return
     config.save_pretrained(folder)
     try:
-        generation = GenerationConfig.from_pretrained(base)
+        generation = GenerationConfig.from_pretrained(base, revision=revision)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     with warnings.catch_warnings():
@@ -189,9 +190,10 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
 
 def _tokenizer(phase: Phase, learnt_chats: bool) -> Any:
     """The tokenizer, with the chat template that the model has learnt, if it has learnt one."""
-    from training.data.render import Renderer, load_tokenizer
+    from training.data.render import Renderer, tokenizer_for
+    from training.data.templates import without_marks
 
-    tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+    tokenizer: Any = tokenizer_for(phase.model)
     if learnt_chats:
-        tokenizer.chat_template = Renderer(tokenizer, phase.data.template).chat_template()
+        tokenizer.chat_template = without_marks(Renderer(tokenizer, phase.data.template).chat_template())
     return tokenizer
