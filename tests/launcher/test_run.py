@@ -24,7 +24,7 @@ LIMIT_S = 480
 STEPS = 120
 JOB = """
 model: {path: MODEL, dtype: fp32}
-resources: {workers: 2}
+resources: {workers: 2, threads: 1}
 sharding: {stage: 2}
 seed: 3
 phases:
