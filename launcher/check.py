@@ -16,7 +16,7 @@ from launcher.job import Job
 from launcher.site import Site, UnknownSite
 from training import questions, reward_signature
 from training.config import PPO, Phase
-from training.data.files import HubSplit, Located
+from training.data.files import HubSplit, Located, without_effect
 from training.data.prepare import bad_rows_note
 from training.data.stores import data_of, prepare_phase, sources_of
 from training.errors import InputError
@@ -121,7 +121,10 @@ def _counts(phase: Phase) -> dict[str, Any]:
         for name, store in parts.items()
         if store is not None
     }
-    told = [note for store in parts.values() if store is not None for note in store.meta.notes]
+    located = [source for held_out in (False, True) for source in sources_of(phase, held_out=held_out)]
+    told = without_effect(located) + [
+        note for store in parts.values() if store is not None for note in store.meta.notes
+    ]
     if isinstance(phase, PPO):
         told += [*reward_signature.notes(phase, stores.train), *not_checked]
     bad = {"bad_rows": stores.train.bad_rows(SHOWN_BAD_ROWS)} if stores.train.meta.dropped_bad else {}

@@ -297,7 +297,7 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
         writer.meta.formats = dict(findings.formats)
         writer.meta.source_formats = [dict(counts) for counts in findings.source_formats]
         writer.meta.chats = renderer.has_written_chats
-        writer.meta.notes = (
+        writer.meta.notes = files.without_effect(sources) + (
             parser.remarks.notes + renderer.notes + _turn_notes(writer.meta, data) + _notes(writer.meta, data)
         )
         _raise_if_nothing_left(sources, writer.meta, data)
