@@ -122,13 +122,13 @@ def _counts(phase: Phase) -> dict[str, Any]:
         if store is not None
     }
     located = [source for held_out in (False, True) for source in sources_of(phase, held_out=held_out)]
-    told = without_effect(located) + [
+    notes = without_effect(located) + [
         note for store in parts.values() if store is not None for note in store.meta.notes
     ]
     if isinstance(phase, PPO):
-        told += [*reward_signature.notes(phase, stores.train), *not_checked]
+        notes += [*reward_signature.notes(phase, stores.train), *not_checked]
     bad = {"bad_rows": stores.train.bad_rows(SHOWN_BAD_ROWS)} if stores.train.meta.dropped_bad else {}
-    return {**counts, **bad, "notes": list(dict.fromkeys(told))}
+    return {**counts, **bad, "notes": list(dict.fromkeys(notes))}
 
 
 def _forms(
