@@ -14,7 +14,7 @@ from launcher import job as jobs
 from launcher.cache import cache_folder
 from launcher.job import Job
 from launcher.site import Site, UnknownSite
-from training import questions, reward_signature
+from training import questions, reward_signature, vocabulary
 from training.config import PPO, Phase
 from training.data.files import HubSplit, Located, without_effect
 from training.data.prepare import bad_rows_note
@@ -127,6 +127,7 @@ def _counts(phase: Phase) -> dict[str, Any]:
     ]
     if isinstance(phase, PPO):
         notes += [*reward_signature.notes(phase, stores.train), *not_checked]
+    notes += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
     bad = {"bad_rows": stores.train.bad_rows(SHOWN_BAD_ROWS)} if stores.train.meta.dropped_bad else {}
     return {**counts, **bad, "notes": list(dict.fromkeys(notes))}
 
