@@ -14,7 +14,7 @@ from launcher import job as jobs
 from launcher.cache import cache_folder
 from launcher.job import Job
 from launcher.site import Site, UnknownSite
-from training import questions, reward_signature
+from training import questions, reward_signature, vocabulary
 from training.config import PPO, Phase
 from training.data.files import HubSplit, Located
 from training.data.prepare import bad_rows_note
@@ -124,6 +124,7 @@ def _counts(phase: Phase) -> dict[str, Any]:
     told = [note for store in parts.values() if store is not None for note in store.meta.notes]
     if isinstance(phase, PPO):
         told += [*reward_signature.notes(phase, stores.train), *not_checked]
+    told += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
     bad = {"bad_rows": stores.train.bad_rows(SHOWN_BAD_ROWS)} if stores.train.meta.dropped_bad else {}
     return {**counts, **bad, "notes": list(dict.fromkeys(told))}
 

@@ -25,6 +25,7 @@ from launcher.mirror import is_alive
 from launcher.yamlfile import JOB_FILE
 from training.checkpoints import Checkpoints
 from training.errors import InputError, StorageError
+from training.paths import absolute
 from training.storage import Local, Place, is_remote, place
 
 PATIENCE_S = 10.0
@@ -203,7 +204,8 @@ def find(text: str, storage: Path = RUNS) -> RunFolder:
         return run
     for folder in (Path(text), storage / text):
         if (folder / JOB).exists():
-            return RunFolder(folder)
+            # `.` and `RUN/PHASE/..` name a run, too; its last part has to be the run's name.
+            return RunFolder(Path(absolute(folder)) if folder.name in ("", "..") else folder)
     if Path(text).is_file():
         raise InputError.of(
             text, f"is a file, not a run; `muster run {text}` begins a run of a job file, or goes on with it"

@@ -145,6 +145,9 @@ class Model(Settings):
     """Hub id or folder of the tokenizer. None: the model's own."""
     tokenizer_revision: str | None = None
     """Branch, tag or commit of `tokenizer`, where that is on the hub."""
+    resize_embedding: Literal["never", "auto"] = "never"
+    """What happens when the tokenizer has more tokens than the embedding has rows. never: data with such tokens are refused. auto: embedding
+    and head grow to the tokenizer's size; the new rows begin as the mean of the others. With LoRA, embedding and head are then trained whole."""
 
 
 class Schedule(Settings):
@@ -643,6 +646,8 @@ class PPO(Phase):
     def shares_base(self) -> bool:
         """Whether roles of a worker that begin with the same weights hold them once: that is what adapters are for. Under
         ZeRO-3, where two engines cannot share parameters, every role has its own."""
+        if self.model.resize_embedding == "auto":  # then each role trains an embedding of its own
+            return False
         return self.model.lora is not None and self.sharding.stage < 3
 
     @property

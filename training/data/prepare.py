@@ -298,6 +298,7 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
         writer.meta.rows = findings.rows
         writer.meta.formats = dict(findings.formats)
         writer.meta.source_formats = [dict(counts) for counts in findings.source_formats]
+        writer.meta.tokenizer_rows = renderer.tokenizer_rows
         writer.meta.chats = renderer.has_written_chats
         writer.meta.notes = (
             parser.remarks.notes + renderer.notes + _turn_notes(writer.meta, data) + _notes(writer.meta, data)
