@@ -479,6 +479,8 @@ def _parse_messages(record: Record) -> Example:
 def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, remarks: Remarks, first: int = 0) -> Chat:
     """The assistant turns from `first` on are learnt, unless they have weight 0 or open the conversation unasked."""
     turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if turns[:1] == [0] and "weight" not in messages[0]:
+        remarks.note("assistant messages that open a conversation are not learned: nothing asks for them")
     if any(messages[place].get("weight") == 1 for place in turns if place < max(first, 1)):
         remarks.note(
             "assistant messages that open a conversation or belong to the prompt are not learned, whatever their weight"

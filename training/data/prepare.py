@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 VERSION = 3
 """Raise it when the same rows give other tokens than before, so that older stores are not used."""
+WITHOUT_TURNS = {"text", "preference", "sharegpt_preference", "prompts"}
+"""Formats that `data.turns` says nothing of: a pair is judged at its last answer, a prompt has none to learn."""
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
 SHOWN_PROBLEMS = 20
@@ -349,10 +351,11 @@ def _notes(meta: Meta, data: Data) -> list[str]:
 
 def _turn_notes(meta: Meta, data: Data) -> list[str]:
     """What became of the answers of conversations."""
-    if not meta.chats and data.turns != "auto":
+    if data.turns != "auto" and not (meta.chats and meta.formats.keys() - WITHOUT_TURNS):
         return [f"data.turns: {data.turns} changes nothing: it is for conversations whose answers are learned"]
-    if data.turns == "all" and meta.sequences > meta.rows:
-        return [f"the chat template rewrites earlier answers: {meta.rows:,} rows became {meta.sequences:,} samples, so that each is learned as it was given"]  # fmt: skip
+    used = meta.rows - meta.dropped_bad
+    if data.turns == "all" and meta.sequences > used:
+        return [f"the chat template rewrites earlier answers: {used:,} rows became {meta.sequences:,} samples, so that each is learned as it was given"]  # fmt: skip
     if not meta.left_out_answers:
         return []
     if data.turns == "last":
