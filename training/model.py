@@ -11,17 +11,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training import attention, kernels, lora
+from training import attention, kernels, lora, vocabulary
 from training.config import Model, Phase
 from training.engine import whole
 from training.errors import InputError, Problem
 from training.hardware import cpu_multiplies_bf16
 from training.heads import measured_at
+from training.modelfiles import SCORE as HEAD
 from training.modelfiles import Adapter, adapter_in, base_of
 from training.seeding import seed_for
-
-HEAD = "score"
-"""What Hugging Face's sequence classifiers of the decoder kind call their head."""
 
 
 def resolve_dtype(setting: str, device: str) -> torch.dtype:
@@ -46,10 +44,15 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
     adapter = adapter_in(phase.model.path)
     settings = phase.model.model_copy(update={"path": base_of(phase.model.path)})
     lm, fresh_head = pretrained(settings, dtype, device, classifier=classifier)
+    if adapter is not None:
+        _bring_rows(lm, adapter)
+    grows = phase.model.resize_embedding == "auto" and vocabulary.grow(lm, vocabulary.tokenizer_rows(phase.model))
     if adapter is not None and phase.model.lora is None:
         lora.merge(lm, adapter)
     elif phase.model.lora is not None:
+        of_tokens = lora.token_parameters(lm) if grows else []
         lora.add(lm, phase, adapter)
+        lora.train_whole(lm, of_tokens)
     if classifier:
         set_head(lm, phase, adapter, fresh=fresh_head)
     lm.train()
@@ -62,13 +65,24 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Mo
     adapter = adapter_in(path)
     dtype: Any = "auto" if kind == "cpu" else resolve_dtype("auto", kind)
     base = Model(path=base_of(path), revision=adapter.revision if adapter is not None else None)
-    lm, _ = pretrained(base, dtype, kind, classifier=classifier)
+    lm, fresh_head = pretrained(base, dtype, kind, classifier=classifier)
+    brings_head = adapter is not None and HEAD in adapter.heads
+    if fresh_head and not brings_head:
+        raise InputError.of(path, f"is no reward model: it has no scalar head `{HEAD}`; the recipe `reward` trains one")
     if adapter is not None:
+        _bring_rows(lm, adapter)
         lora.merge(lm, adapter)
-        if classifier:
+        if classifier and brings_head:
             weight: Any = head_of(lm).weight
             weight.data.copy_(lora.head_in(adapter, HEAD))
     return lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
+
+
+def _bring_rows(lm: Any, adapter: Adapter) -> None:
+    """The embedding and the head that an adapter brings, in place of the model's own."""
+    if adapter.embedding_rows is not None:
+        vocabulary.grow(lm, adapter.embedding_rows)
+    lora.put_whole(lm, adapter)
 
 
 def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:
