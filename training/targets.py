@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 _BASE = ".base_layer"
+_READ_PAST = frozenset({"correction_coefs"})
+"""Linear layers of Gemma 3n whose weights its code reads past the layer in training: an adapter there would learn nothing."""
 
 
 def linear_layers(lm: nn.Module) -> list[str]:
@@ -35,11 +37,13 @@ def body_layers(lm: Any) -> list[str]:
 
 
 def all_linear(lm: Any) -> tuple[list[str], list[str]]:
-    """Ends of the names of the layers that get adapters, and of those that PEFT does not give any."""
+    """Ends of the names of the layers that get adapters, and of those whose adapters would be lost."""
     body = body_layers(lm)
     ends = ends_of(body, (name for name, _ in lm.named_modules()))
     renamed = _renamed(lm, body)
-    refused = [end for end in ends if is_refused(lm, end) or any(_has_end(name, end) for name in renamed)]
+    refused = [
+        end for end in ends if end in _READ_PAST or is_refused(lm, end) or any(_has_end(name, end) for name in renamed)
+    ]
     return [end for end in ends if end not in refused], refused
 
 
@@ -49,8 +53,8 @@ def left_out(lm: Any) -> str:
     if not refused:
         return ""
     return (
-        f"model.lora.targets all-linear trains no adapters on {', '.join(refused)}: PEFT could not load them into a model of type "
-        f"{lm.config.model_type}; it trains adapters on {', '.join(ends)}"
+        f"model.lora.targets all-linear trains no adapters on {', '.join(refused)}: in a model of type {lm.config.model_type} they would "
+        f"have no effect, or PEFT could not load them; it trains adapters on {', '.join(ends)}"
     )
 
 
