@@ -8,18 +8,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import capacity, plan, site, trackers
+from launcher import capacity, plan, probing, site, trackers
 from launcher import job as jobs
 from launcher.cache import cache_folder
 from launcher.job import Job
 from launcher.site import Site, UnknownSite
-from training import questions
+from training import questions, traits
 from training.config import Phase
 from training.data import files
 from training.data.files import HubSplit, Located
 from training.errors import InputError
 from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES
+from training.traits import Traits
 
 
 def load(file: Path, overrides: Sequence[str], *, inline: bool = False, force: bool = False) -> Job:
@@ -75,6 +76,7 @@ def _rows(phase: Phase) -> dict[str, Any]:
     if not local:
         return {"recipe": phase.recipe, "notes": notes}
     tokenizer = tokenizer_of(phase.model)
+    known = probing.examined(phase)
     if notes or not os.path.isdir(tokenizer):
         from training.data.prepare import check_rows
 
@@ -82,10 +84,10 @@ def _rows(phase: Phase) -> dict[str, Any]:
         if not os.path.isdir(tokenizer):
             notes.append(f"lengths were not looked at: the tokenizer {tokenizer} is on the hub")
         return {"recipe": phase.recipe, "rows": findings.rows, "formats": dict(findings.formats), "notes": notes}
-    return {"recipe": phase.recipe, **_counts(phase)}
+    return {"recipe": phase.recipe, **_counts(phase, known)}
 
 
-def _counts(phase: Phase) -> dict[str, Any]:
+def _counts(phase: Phase, known: Traits | None) -> dict[str, Any]:
     from training.data.stores import open_stores
 
     stores = open_stores(phase, cache_folder())
@@ -103,7 +105,16 @@ def _counts(phase: Phase) -> dict[str, Any]:
         if store is not None
     }
     notes = list(dict.fromkeys(note for store in parts.values() if store is not None for note in store.meta.notes))
-    return {**counts, "notes": notes}
+    longest = min(stores.train.meta.longest, phase.data.max_length) + phase.new_tokens
+    return {**counts, "notes": [*notes, *(_of_model(phase, known, longest) if known is not None else ())]}
+
+
+def _of_model(phase: Phase, known: Traits, longest: int) -> Iterator[str]:
+    """What goes another way than usual. Raises InputError for what the model cannot do."""
+    device = "cuda" if capacity.num_gpus() and phase.resources.gpus_per_worker != 0 else "cpu"
+    attention = traits.attention_of(phase.model, known, device)
+    traits.refuse(phase, known, attention, longest)
+    return traits.notes(phase, known, attention, longest)
 
 
 def _on_hub(source: Located) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from launcher import attempts, host
+from launcher import attempts, host, probing
 from launcher.attempts import GoOn, OpenRun
 from launcher.cache import cache_folder
 from launcher.failures import NoMachines, Raised, WorkerDied, in_words
@@ -156,7 +156,7 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
 
 
 def prepare(job: Job, *, apart: bool = False) -> None:
-    """Check and tokenise the data of every phase, once. Raises InputError with the bad rows of all of them.
+    """Check and tokenise the data of every phase, once, and examine its models. Raises InputError with all that is wrong with any of them.
 
     `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
     """
@@ -165,6 +165,7 @@ def prepare(job: Job, *, apart: bool = False) -> None:
 
     def prepare_phase(phase: Phase) -> None:
         questions.check(phase)
+        probing.examined(phase, apart=apart)
         if not (apart and host.has_nursery()):
             open_stores(phase, cache_folder())
             return
@@ -197,6 +198,9 @@ def _run_phase(
         run.event("warning", phase=name, what=what)
         progress.say(f"{name}: {what}")
 
+    if not how.inline:
+        probing.examined(phase)
+        probing.pass_on(phase)
     recovery = Recovery(run, name, phase, progress.say)
     with gang_of(phase, name, cache_folder(), progress.say, warn, inline=how.inline) as gang:
         while True:

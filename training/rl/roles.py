@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from training.rl.rewards import opened
 from training.sampling import Continued, Sampling, continue_all
 from training.schedule import never_profiled, total_samples, total_steps
 from training.seeding import seed_for
+from training.traits import notes, rows_of
 
 _BUCKET_NUMBERS = 8 << 20
 """Of a piece of the weights on its way to a rollout group."""
@@ -48,8 +50,12 @@ Weights = dict[str, tuple[NDArray[Any], str]]
 
 def limits_of(phase: PPO, seat: Seat) -> Limits:
     """What a micro-batch of prompts with their responses may hold."""
-    attention = models.resolve_attention(phase.model, seat.device)
-    return limits_for(phase, phase.data.max_length + phase.response_tokens, seat.device, attention)
+    attention, longest = (
+        models.resolve_attention(phase.model, seat.device),
+        phase.data.max_length + phase.response_tokens,
+    )
+    rows = rows_of(models.resolve_traits(phase.model), attention, longest)
+    return limits_for(phase, longest, seat.device, attention, **asdict(rows))
 
 
 class _Learning(Learner):
@@ -182,6 +188,9 @@ class Policy(_Learning):
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,
+                *notes(
+                    self.phase, self.traits, self.attention, self.phase.data.max_length + self.phase.response_tokens
+                ),
                 *never_profiled(self.phase, total_steps(self.phase, self.order.epoch_size)),
             ],
         )
