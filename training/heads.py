@@ -33,15 +33,16 @@ def measured_at(
     `known` [N, ...] is handed to `measure` beside the logits.
     """
     known_of_lm = traits_of(lm)
+    inputs = {"input_ids": input_ids} | ({} if position_ids is None else {"position_ids": position_ids})
     if (
         not known_of_lm.body
     ):  # the logits are scaled or capped, or what is called the decoder is not what the head reads
-        logits_RLV = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        logits_RLV = lm(**inputs, use_cache=False).logits
         return measure(logits_RLV.flatten(0, 1)[index], *known)
     # Only these places go through the head: prompts cost no logits.
     body = lm.get_decoder()
     with looked_at(body, input_ids, index, known=known_of_lm.last_mlp):
-        hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden_RLH = body(**inputs, use_cache=False).last_hidden_state
     hidden_NH = hidden_RLH.flatten(0, 1)[index]
     head = lm.get_output_embeddings()
     num_chunks = -(-len(index) * lm.config.get_text_config().vocab_size // LOGITS_AT_ONCE)

@@ -32,6 +32,12 @@ _ROUNDING = 1e-6
 _LENGTHS = (5, 17, 11)
 """Of the samples: shorter and longer than the windows of a small copy."""
 _NEW_TOKENS = 6
+_ON_GPUS = {
+    "flash_attention_2": "_supports_flash_attn",
+    "flash_attention_3": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
+}
+"""Kernels that cannot be tried here, and what the class of a model says of them."""
 
 Ids = NDArray[np.int64]
 
@@ -135,17 +141,13 @@ class _Probe:
 
         attention.register()
         kernels = {name: self.kernel(name) for name in ("eager", "sdpa", SDPA_VARLEN)}
-        flash = bool(getattr(self.lm, "_supports_flash_attn", False))
+        for name, flag in _ON_GPUS.items():
+            has_it = bool(getattr(self.lm, flag, False))
+            kernels[name] = Kernel(exists=has_it, right=has_it)
         return Traits(
             architecture=type(self.lm).__name__,
             causal=self.is_causal(),
-            kernels=kernels
-            | {name: Kernel(exists=flash, right=flash) for name in ("flash_attention_2", "flash_attention_3")}
-            | {
-                "flex_attention": Kernel(
-                    exists=(flex := bool(getattr(self.lm, "_supports_flex_attn", False))), right=flex
-                )
-            },
+            kernels=kernels,
             body=_holds(self.has_body),
             last_mlp=_holds(self.has_last_mlp),
             rotary_limit=self.rotary_limit(),
@@ -274,11 +276,9 @@ class _Probe:
         lm = self.classifier("eager")
         lm.traits = Traits(architecture="")
         with torch.no_grad():
-            for ids in self.samples:
-                score = scores(lm, _tensor(ids), None, torch.tensor([len(ids) - 1]))
-                if not _equal(score, lm(input_ids=_tensor(ids), use_cache=False).logits[0]):
-                    return False
-        return True
+            ours = [scores(lm, _tensor(ids), None, torch.tensor([len(ids) - 1])) for ids in self.samples]
+            own = [lm(input_ids=_tensor(ids), use_cache=False).logits[0] for ids in self.samples]
+        return _equal(torch.cat(ours), torch.cat(own))
 
     def has_trees(self, attention: str) -> bool:
         """Whether pairs that share what they begin with have the scores of their sequences alone."""
@@ -354,7 +354,8 @@ def _logits(lm: Any, rows: Sequence[Sequence[Ids]]) -> list[list[Tensor]]:
 def _computed(lm: Any, rows: Sequence[Sequence[Ids]]) -> Tensor:
     samples: list[list[Sample]] = [[(ids, np.arange(len(ids)) > 0) for ids in row] for row in rows]
     batch = collate(samples)
-    return lm(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits.float()
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if batch[name] is not None}
+    return lm(**inputs, use_cache=False).logits.float()
 
 
 def _split(logits_RLV: Tensor, rows: Sequence[Sequence[Ids]]) -> list[list[Tensor]]:

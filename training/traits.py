@@ -226,8 +226,9 @@ def refuse(phase: Phase, traits: Traits, attention: str, longest: int) -> None:
         message = f"transformers has no sequence classifier of {name} with a linear head called `score`, which a reward model needs; take a model of another kind"
         raise InputError.of("", message, "model.path")
     if (above := rows_of(traits, attention, longest).same_length_above) is not None:
+        why = "could not be examined" if traits.unknown else "computes a sequence otherwise beside a longer one"
         way_out = f"set data.max_length to {above} or less" if above else "take a model of another kind"
-        message = f"the two sequences of a pair differ in length, and {name} computes a sequence otherwise beside a longer one; {way_out}"
+        message = f"the two sequences of a pair differ in length, and {name} {why}; {way_out}"
         raise InputError.of("", message, "data.max_length" if above else "model.path")
 
 

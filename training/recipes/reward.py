@@ -80,11 +80,12 @@ def scores(
     `mask` [R, 1, L, L]: what may look where, if position ids do not say it.
     """
     body = getattr(lm, lm.base_model_prefix)
-    asked = {} if mask is None else {"attention_mask": mask}
+    given = {"position_ids": position_ids, "attention_mask": mask}
+    asked = {name: tensor for name, tensor in given.items() if tensor is not None}
     with looked_at(
         body, input_ids, last_index.unique(), known=traits_of(lm).last_mlp
     ):  # two sequences may share a last token
-        hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **asked).last_hidden_state
+        hidden_RLH = body(input_ids=input_ids, use_cache=False, **asked).last_hidden_state
     return (head or models.head_of(lm))(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
 
 

@@ -40,7 +40,7 @@ from training.rl.rewards import opened
 from training.sampling import Continued, Sampling, continue_all
 from training.schedule import never_profiled, total_samples, total_steps
 from training.seeding import seed_for
-from training.traits import notes, rows_of
+from training.traits import notes, refuse, rows_of
 
 _BUCKET_NUMBERS = 8 << 20
 """Of a piece of the weights on its way to a rollout group."""
@@ -170,6 +170,7 @@ class Policy(_Learning):
     def setup(self) -> Facts:
         """Open the prompts, load the model, start the engine."""
         self.prompts = _Prompts(self.phase, self.open_data())
+        refuse(self.phase, self.traits, self.attention, self.phase.data.max_length + self.phase.response_tokens)
         self.store, self.order = self.prompts.store, self.prompts.order
         self.start(self._build)
         return Facts(
