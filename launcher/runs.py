@@ -22,6 +22,7 @@ from launcher import job as jobs
 from launcher import mirror
 from launcher.job import Job
 from launcher.mirror import is_alive
+from launcher.yamlfile import JOB_FILE
 from training.checkpoints import Checkpoints
 from training.errors import InputError, StorageError
 from training.storage import Local, Place, is_remote, place
@@ -30,7 +31,7 @@ PATIENCE_S = 10.0
 """How long a person is kept waiting for a bucket that does not answer."""
 RUNS = Path("runs")
 """Where runs are looked for when a name alone is given."""
-JOB, EVENTS, METRICS, LOCK = "job.yaml", "events.jsonl", "metrics.jsonl", ".lock"
+JOB, EVENTS, METRICS, LOCK = JOB_FILE, "events.jsonl", "metrics.jsonl", ".lock"
 ANSWERS, SAMPLES = "answers", "samples.jsonl"
 _NO_RUN = "not a run folder (there is no job.yaml in it)"
 
@@ -88,11 +89,7 @@ class RunFolder:
 
     def job_here(self, overrides: Sequence[str] = ()) -> Job:
         """The job to go on with, in the folder where it lies now. Raises InputError for overrides that would move it."""
-        moved = [override for override in overrides if override.partition("=")[0] in ("name", "storage")]
-        if moved:
-            raise InputError.of(
-                "command line", "a run keeps its folder; `muster run` with another name begins a new one", moved[0]
-            )
+        refuse_another_folder(overrides)
         here = self.address if self.remote else str(self.folder.resolve())
         storage, _, name = here.rpartition("/")
         return replace(jobs.load(self.folder / JOB, overrides), name=name, storage=storage)
@@ -175,6 +172,15 @@ class RunFolder:
         return endings[last]
 
 
+def refuse_another_folder(overrides: Sequence[str]) -> None:
+    """Raises InputError for overrides of what names the run's folder."""
+    for override in overrides:
+        if override.partition("=")[0].strip() in ("name", "storage"):
+            raise InputError.of(
+                "command line", "a run keeps its folder; `muster run` with another name begins a new one", override
+            )
+
+
 def find(text: str, storage: Path = RUNS) -> RunFolder:
     """The run that a person means: a folder, a name under `storage`, or an address in a bucket.
 
@@ -190,6 +196,10 @@ def find(text: str, storage: Path = RUNS) -> RunFolder:
     for folder in (Path(text), storage / text):
         if (folder / JOB).exists():
             return RunFolder(folder)
+    if Path(text).is_file():
+        raise InputError.of(
+            text, f"is a file, not a run; `muster run {text}` begins a run of a job file, or goes on with it"
+        )
     known = ", ".join(run.name for run in runs_in(str(storage))) or "none"
     raise InputError.of(text, f"no such run: neither a run folder nor a name in {storage}/ (there: {known})")
 

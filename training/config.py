@@ -72,6 +72,10 @@ class Data(Settings):
     """The data's own names for the format's columns: {prompt: question, completion: answer}."""
     template: str = "auto"
     """Chat template. auto: the tokenizer's own for message formats, none for prompt_completion. none, a built-in name, or a Jinja file."""
+    turns: Literal["auto", "last", "all"] = "auto"
+    """Which answers of a conversation are learned. auto: all, in one sequence; where the chat template rewrites earlier turns, those that it
+    leaves as they were, which is often the last alone. last: the last. all: also those that are rewritten later, each in a sequence that ends with
+    it. Answers that are not learned are counted."""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Longest sample, in tokens."""
     overlong: Literal["drop", "truncate", "split"] = "drop"
@@ -405,6 +409,13 @@ class Phase(Settings):
                 f"sample would not fit; choose micro_tokens >= {self.data.max_length}",
             )
 
+    def settings_without_effect(self) -> Iterator[tuple[str, str]]:
+        """(key, why) of settings that are not used with the others as they are. A recipe with more of them adds its own."""
+        if self.schedule.name == "constant":
+            yield "schedule.floor", "the schedule constant does not decay; choose schedule.name cosine or linear"
+        if self.eval is not None and self.eval.temperature == 0:
+            yield "eval.top_p", "at eval.temperature 0 the likeliest token is always taken; raise the temperature"
+
 
 class Documents(Data):
     """Which texts a phase reads."""
@@ -622,6 +633,11 @@ class PPO(Phase):
         """What is added up to the reward."""
         given = [self.reward] if isinstance(self.reward, str) else self.reward
         return [RewardSource(path=each) if isinstance(each, str) else each for each in given]
+
+    def settings_without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().settings_without_effect()
+        if self.kl.target is None:
+            yield "kl.horizon", "beta follows no target; set kl.target"
 
     def combinations(self) -> Iterator[tuple[str, str]]:
         yield from super().combinations()

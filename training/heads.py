@@ -34,9 +34,7 @@ def measured_at(
     """
     known_of_lm = traits_of(lm)
     inputs = {"input_ids": input_ids} | ({} if position_ids is None else {"position_ids": position_ids})
-    if (
-        not known_of_lm.body
-    ):  # the logits are scaled or capped, or what is called the decoder is not what the head reads
+    if not known_of_lm.body:  # they are scaled or capped, or the decoder's are not the states that the head reads
         logits_RLV = lm(**inputs, use_cache=False).logits
         return measure(logits_RLV.flatten(0, 1)[index], *known)
     # Only these places go through the head: prompts cost no logits.

@@ -24,7 +24,7 @@ from tests.launcher.test_jobs_on_cluster import until
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         any(shutil.which(name, path="/usr/sbin:/usr/bin") is None for name in ("sshd", "rsync")),
@@ -133,7 +133,7 @@ class Ec2Lab:
             ("mkdir", "-p", "/run/sshd", "/tmp/ray"),
             *(("mount", "--bind", str(own), there) for own, there in mounts),
         ):
-            assert machine.run(*command, log=folder / "sshd.log").wait(10) == 0
+            assert machine.run(*command, log=folder / "sshd.log").wait(60) == 0
         machine.run("/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config"), log=folder / "sshd.log")
 
     def file(self, name: str = "cloud", **changes: object) -> Path:

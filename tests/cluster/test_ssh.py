@@ -45,7 +45,7 @@ class SshLab:
             f"SetEnv HOME={self.home} MUSTER_CACHE={folder}/cache TMPDIR={folder} OMP_NUM_THREADS=1",
         ]  # fmt: skip
         (folder / "sshd_config").write_text("\n".join(lines) + "\n")
-        machine.run("mkdir", "-p", "/run/sshd", log=folder / "sshd.log").wait(10)
+        machine.run("mkdir", "-p", "/run/sshd", log=folder / "sshd.log").wait(60)
         machine.run("/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config"), log=folder / "sshd.log")
 
     def file(self, **changes: object) -> Path:
@@ -192,7 +192,7 @@ def test_following_survives_a_lost_connection(up, job):
     assert steps == [f"{step}/400" for step in range(1, 401)]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_machine_is_lost_and_the_job_goes_on_with_the_other(up, job):
     """The last test: there is one machine less afterwards."""
     long = ("name=shrunk", "phases.sft.max_steps=400", "resources.min_workers=1", "resources.wait_for_machines=5")

@@ -12,7 +12,7 @@ from tests.disturbed import Result, Run
 from tests.launcher.test_run import nothing_left, processes_of, wait_for
 
 __all__ = ["nothing_left"]
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nothing_left")]
+pytestmark = [pytest.mark.cpu, pytest.mark.faults, pytest.mark.usefixtures("nothing_left")]
 
 JOB = """
 model: {{path: {tiny}/model, dtype: fp32}}
@@ -79,9 +79,7 @@ def run(tiny, tmp_path):
     run.close()
 
 
-@pytest.mark.parametrize(
-    "role", ["critic", pytest.param("policy", marks=pytest.mark.slow), pytest.param("rollout", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("role", RANKS)
 def test_a_killed_worker_of_any_role(run, whole, role):
     run.start()
     run.reach(5)
@@ -92,12 +90,11 @@ def test_a_killed_worker_of_any_role(run, whole, role):
     assert len(run.rows("ppo/samples.jsonl")) == 4 * 12
 
 
-@pytest.mark.slow
 def test_a_killed_driver(run, whole, nothing_left):
     run.start()
     run.reach(5)
     os.kill(run.process.pid, signal.SIGKILL)
-    run.process.wait(10)
+    run.process.wait(60)
     wait_for(lambda: not processes_of(str(nothing_left)), "the end of the workers", 60)
     for leftover in nothing_left.glob("muster-*"):  # Ray's log files, which nobody was left to remove
         shutil.rmtree(leftover)

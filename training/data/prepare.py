@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.config import Data
 from training.data import files, templates
@@ -49,6 +49,8 @@ class Findings:
     rows_by_part: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     """The first of the bad rows."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of the rows."""
 
     def add_bad(self, row: Row, error: RowError) -> None:
         self.bad += 1
@@ -81,6 +83,7 @@ def check_rows(sources: Sequence[Located], data: Data, formats: Sequence[str], b
     for _ in _parsed(sources, parser, findings):
         pass
     findings.raise_if_bad(sources)
+    findings.notes = parser.remarks.notes
     return findings
 
 
@@ -109,15 +112,40 @@ def prepare(
     try:
         words = _tokenizer_content(tokenizer_path, trust_remote_code)
         folder = cache / _key(sources, data, formats, words, base, memo=cache / "digests")
-        if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            renderer = Renderer(load_tokenizer(tokenizer_path, trust_remote_code), data.template, base)
-            _build(folder, sources, data, parser, renderer)
-        return TokenStore.open(folder)
+        found = _existing(folder)
+        if found is None:
+            tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
+            renderer = Renderer(tokenizer, data.template, base, turns=data.turns)
+            found = _build(folder, sources, data, parser, renderer)
+        return TokenStore.open(found)
     except OSError as error:
         raise InputError.of(
             str(cache), f"cannot read the data or write the token cache (MUSTER_CACHE names another folder): {error}"
         ) from error
+
+
+def _existing(folder: Path) -> Path | None:
+    """The store at `folder`, or at its place for rows that make use of CHANGES. Removes what cannot be used."""
+    for each in (_with_changes(folder), folder):
+        if each.exists():
+            if _is_whole(each) and _is_current(each):
+                return each
+            shutil.rmtree(each, ignore_errors=True)
+    return None
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether the rows of a store mean what they meant when it was made. Stores of earlier versions do not say it of themselves."""
+    from training.data.store import TokenStore
+
+    meta = TokenStore.open(folder).meta
+    has_pairs = any(name.endswith("preference") for name in meta.formats)
+    return meta.changes is not None or not (meta.chats or has_pairs)
+
+
+def _with_changes(folder: Path) -> Path:
+    """The place of a store whose rows make use of CHANGES. That of all others stays as it was."""
+    return folder.with_name(hashlib.sha256(f"{folder.name} with changes".encode()).hexdigest()[:32])
 
 
 def _is_whole(folder: Path) -> bool:
@@ -148,7 +176,8 @@ def _key(sources: Sequence[Located], data: Data, formats: Sequence[str], words: 
     """Names a store by everything that its tokens depend on, and nothing else: equal on every machine, wherever files lie."""
     content = [[files.digest(part, memo) for part in source.parts] for source in sources]
     template = [data.template, templates.load(data.template, base)]
-    settings = [data.format, data.columns, list(formats), data.max_length, data.overlong]
+    settings: list[Any] = [data.format, data.columns, list(formats), data.max_length, data.overlong]
+    settings += [data.turns] if data.turns != "auto" else []
     text = json.dumps([VERSION, content, words, template, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -162,7 +191,7 @@ def _parsed(sources: Sequence[Located], parser: Parser, findings: Findings) -> I
             try:
                 if isinstance(row.value, RowError):
                     raise row.value
-                format, example = parser(row.value)
+                format, example = parser(row.value, from_arrow=row.from_arrow)
             except RowError as error:
                 findings.add_bad(row, error)
             else:
@@ -198,24 +227,33 @@ def _characters(example: Example) -> int:
             return len(content) if isinstance(content, str) else _characters(content)
 
 
-def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser, renderer: Renderer) -> None:
+def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser, renderer: Renderer) -> Path:
+    """Writes a store and returns its folder, which is another one for rows that make use of CHANGES."""
     from training.data.store import create
 
     findings = Findings()
     with create(folder, len(sources)) as writer:
         for batch in _batches(_parsed(sources, parser, findings)):
-            results = renderer.render([example for _, _, example in batch])
+            results = renderer.samples([example for _, _, example in batch])
             for (place, row, example), result in zip(batch, results, strict=True):
                 if isinstance(result, RowError):
                     findings.add_bad(row, result)
                 elif not findings.bad:
-                    _keep(writer, result, data, place, row, example)
+                    for sample in result:
+                        _keep(writer, sample, data, place, row, example)
         findings.raise_if_bad(sources)
         writer.meta.rows = findings.rows
         writer.meta.formats = dict(findings.formats)
         writer.meta.chats = renderer.has_written_chats
-        writer.meta.notes = renderer.notes + _notes(writer.meta, data)
+        writer.meta.notes = (
+            parser.remarks.notes + renderer.notes + _turn_notes(writer.meta, data) + _notes(writer.meta, data)
+        )
         _raise_if_nothing_left(sources, writer.meta, data)
+        writer.meta.changes = sorted(parser.remarks.changes | renderer.changes)
+        if writer.meta.changes:
+            writer.meta.hash_before = folder.name
+            writer.destination = _with_changes(folder)
+    return writer.destination
 
 
 def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row, example: Example) -> None:
@@ -223,6 +261,8 @@ def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row,
     from training.data.render import fitted, fitted_pair, sides_of
 
     meta, is_pair = writer.meta, isinstance(example, Pair)
+    meta.sequences += 1
+    meta.left_out_answers += sample.left_out
     length = max(map(len, sides_of(sample.ids, sample.targets))) if is_pair else len(sample.ids)
     meta.longest = max(meta.longest, length)
     meta.shortest = min(meta.shortest or length, length)
@@ -248,7 +288,20 @@ def _notes(meta: Meta, data: Data) -> list[str]:
         f"are longer than {limit} and were split": meta.split,
         f"have nothing to learn within {limit} and were dropped": meta.dropped_without_target,
     }
-    return [f"{count:,} of {meta.rows:,} samples {what}" for what, count in told.items() if count]
+    return [f"{count:,} of {meta.sequences:,} samples {what}" for what, count in told.items() if count]
+
+
+def _turn_notes(meta: Meta, data: Data) -> list[str]:
+    """What became of the answers of conversations."""
+    if not meta.chats and data.turns != "auto":
+        return [f"data.turns: {data.turns} changes nothing: it is for conversations whose answers are learned"]
+    if data.turns == "all" and meta.sequences > meta.rows:
+        return [f"the chat template rewrites earlier answers: {meta.rows:,} rows became {meta.sequences:,} samples, so that each is learned as it was given"]  # fmt: skip
+    if not meta.left_out_answers:
+        return []
+    if data.turns == "last":
+        return [f"{meta.left_out_answers:,} earlier answers are not learned (data.turns: last)"]
+    return [f"the chat template rewrites earlier answers of a conversation: {meta.left_out_answers:,} are not learned; data.turns: all learns each as it was given"]  # fmt: skip
 
 
 def _raise_if_nothing_left(sources: Sequence[Located], meta: Meta, data: Data) -> None:

@@ -63,6 +63,14 @@ class Meta:
     """Rows by format."""
     chats: bool = False
     """Whether any of them were written with a chat template."""
+    sequences: int = 0
+    """Samples that the rows gave before any was dropped or split: with `data.turns: all` a row may give several."""
+    left_out_answers: int = 0
+    """Answers of conversations that could be learned and are not, see `data.turns`."""
+    changes: list[str] | None = None
+    """Entries of `formats.CHANGES` that the rows make use of. None: the store is of a version that had none."""
+    hash_before: str = ""
+    """The name that the store would have without `changes`, if there are any."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user."""
     row_bytes: int = 0
@@ -144,6 +152,8 @@ class StoreWriter:
 
     def __init__(self, folder: Path, sources: int, files: ExitStack):
         self.meta = Meta(source_sizes=[0] * sources)
+        self.destination: Path
+        """Where the store stands in the end."""
         self._folder = folder
         self._part_places: dict[str, int] = {}
         self._files = {name: files.enter_context((folder / f"{name}.bin").open("wb")) for name in ARRAYS}
@@ -187,7 +197,8 @@ class StoreWriter:
 
 @contextmanager
 def create(folder: Path, sources: int) -> Iterator[StoreWriter]:
-    """A writer whose store stands at `folder` when the block ends without an error; else nothing is left.
+    """A writer whose store stands at `folder`, or at the `destination` that it is given, when the block ends without an error; else nothing is
+    left.
 
     Two processes may create the same store at once: each writes beside, the first rename wins, and the stores are equal.
     """
@@ -197,9 +208,10 @@ def create(folder: Path, sources: int) -> Iterator[StoreWriter]:
     try:
         with ExitStack() as files:
             writer = StoreWriter(building, sources, files)
+            writer.destination = folder
             yield writer
         writer.finish()
-        _move(building, folder)
+        _move(building, writer.destination)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from training.checkpoint import CheckpointError, Manifest, NewerFormat
 from training.checkpoints import step_of
+from training.data.formats import CHANGES
 from training.errors import InputError
 from training.facts import Facts
 from training.group import Group, results_of
@@ -90,7 +91,10 @@ def _refuse_change(folder: Place, manifest: Manifest, hooks: Hooks, facts: Facts
     changes = []
     if manifest.job_hash != hooks.job_hash:
         changes.append("it belongs to another job: a setting that shapes the curve is another one")
-    if manifest.data_hash != facts.data_hash:
+    if manifest.data_hash != facts.data_hash and manifest.data_hash == facts.data_hash_before:
+        read = "; ".join(CHANGES[name] for name in facts.data_changes)
+        changes.append(f"it was trained by a version of Muster that read these rows differently; now {read}")
+    elif manifest.data_hash != facts.data_hash:
         changes.append("it was trained on other data: the rows, the tokenizer or the template have changed since")
     if manifest.dtype != facts.dtype:
         changes.append(
