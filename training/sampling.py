@@ -75,7 +75,8 @@ def continue_all(
     `heard(i, token)` is told every token of the i-th continuation as it is drawn.
     """
     out: dict[int, Continued] = {}
-    batch = batch if traits_of(lm).generation == "batched" else 1
+    longest = max(map(len, prompts), default=0) + settings.max_new_tokens
+    batch = batch if traits_of(lm).batches(longest) else 1
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
     for start in range(0, len(by_length), batch):
         places = by_length[start : start + batch]

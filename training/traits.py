@@ -93,6 +93,10 @@ class Traits:
             else bool(here) and all(k.pads for k in here)
         )
 
+    def batches(self, longest: int) -> bool:
+        """Whether texts of at most `longest` tokens can be written together."""
+        return self.generation == "batched" and (self.rotary_limit is None or longest <= self.rotary_limit)
+
     def json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -23,7 +23,8 @@ def config_of(kind: str, **settings: Any) -> Any:
     from transformers import AutoConfig
 
     known = AutoConfig.for_model(kind).to_dict()
-    return AutoConfig.for_model(kind, **{name: value for name, value in SMALL.items() if name in known}, **settings)
+    small = {name: value for name, value in SMALL.items() if name in known}
+    return AutoConfig.for_model(kind, **(small | settings))
 
 
 def found(kind: str, **settings: Any) -> Any:
@@ -127,7 +128,8 @@ def alone(folder: Path, rows: list[dict[str, str]], phase: Any) -> float:
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     store = open_stores(phase, Path("cache")).train
     total, count = 0.0, 0
-    for ids, targets in (store[i] for i in range(len(store))):
+    # From the shortest on: dynamic rotary factors stay those of the longest row so far.
+    for ids, targets in sorted((store[i] for i in range(len(store))), key=lambda sample: len(sample[0])):
         row = torch.from_numpy(ids.astype("int64"))[None]
         with torch.no_grad():
             logits = lm(input_ids=row, use_cache=False).logits.float()[0]
