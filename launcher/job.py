@@ -36,7 +36,7 @@ from launcher.problems import Report
 from launcher.shared_settings import RESOLVED, OwnSettings
 from launcher.yamlfile import Document, KeyPath, dotted
 from training import modelfiles
-from training.config import Model, Phase, Resources, Settings, Sharding, Source
+from training.config import PPO, Model, Phase, Resources, Settings, Sharding, Source
 from training.data import files, templates
 from training.errors import InputError, Problem
 from training.paths import absolute
@@ -69,7 +69,13 @@ NEUTRAL = (
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 
 ADDED: dict[str, Any] = {
+    "phases.*.data.bad_rows": "refuse",
+    "phases.*.data.train.*.revision": None,
+    "phases.*.data.eval.*.revision": None,
+    "phases.*.model.revision": None,
+    "phases.*.model.tokenizer_revision": None,
     "phases.*.data.turns": "auto",
+    "phases.*.model.resize_embedding": "never",
 }
 """Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
 they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""
@@ -328,7 +334,9 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
         prefix: KeyPath = ("phases", name)
         data = phase.data
         for key, source in (("train", data.train), ("eval", data.eval)):
-            for inner, message in _source_problems(source, job.file.parent, phase, away) if source is not None else ():
+            split = "train" if key == "train" else ""
+            found = _source_problems(source, job.file.parent, phase, away, split) if source is not None else ()
+            for inner, message in found:
                 yield (*prefix, "data", key, *inner), message
         for key in ("data", "verdicts") if phase.eval is not None else ():
             asked = getattr(phase.eval, key)
@@ -343,6 +351,9 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
                 yield (*prefix, *where), problem
             for problem in modelfiles.unmatched_targets(phase.model) if not problems else ():
                 yield (*prefix, "model", "lora", "targets"), problem
+        for key, path in _judging_models(phase) if isinstance(phase, PPO) else ():
+            for message in _folder_problems(path) if not away(path) else ():
+                yield (*prefix, key), message
         tokenizer = phase.model.tokenizer
         if (
             tokenizer
@@ -357,14 +368,14 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
 
 
 def _source_problems(
-    source: Any, folder: Path, phase: Phase, away: Callable[[Any], bool]
+    source: Any, folder: Path, phase: Phase, away: Callable[[Any], bool], split: str = ""
 ) -> Iterator[tuple[KeyPath, str]]:
     entries = source if isinstance(source, list) else [source]
     here = [entry for entry in entries if not away(entry.path if isinstance(entry, Source) else entry)]
     if len(here) < len(entries):
         source = here  # of the others nothing can be said
     try:
-        files.expand(source, folder, what="", documents=RECIPES[phase.recipe].reads_documents)
+        files.expand(source, folder, what="", documents=RECIPES[phase.recipe].reads_documents, split=split)
     except InputError as error:
         for problem in error.problems:
             index = re.fullmatch(r"\[(\d+)\]", problem.what)  # of the list's entry
@@ -378,6 +389,23 @@ def _template_problem(template: str) -> str | None:
     if template in names:
         return None
     return f"no template {template}; there are {', '.join(names)}, or name a Jinja file{did_you_mean(template, names)}"
+
+
+def _judging_models(phase: PPO) -> Iterator[tuple[str, str]]:
+    """Folders of reward models, and of what the critic starts from."""
+    named = [("reward", source.path) for source in phase.rewards if source.is_model]
+    for key, path in [*named, *([("critic", phase.critic)] if phase.critic else [])]:
+        if os.path.isabs(path):
+            yield key, path
+
+
+def _folder_problems(path: str) -> list[str]:
+    """What keeps a folder from being loaded as a classifier, or with a scalar head in place of the one for tokens."""
+    try:
+        modelfiles.inspect(Path(path), tokenizer_elsewhere=True, trust_remote_code=True, classifier=True)
+    except InputError as error:
+        return [str(problem) for problem in error.problems]
+    return []
 
 
 def _model_problems(phase: Phase) -> list[str]:

@@ -32,14 +32,15 @@ def overlaid(document: Document, overrides: Sequence[str]) -> tuple[Document, li
             set_paths.append(_set(result, path, value))
         except InputError as error:
             problems += error.problems
-    return result, set_paths, problems + list(_wiped_out(set_paths))
+    return result, set_paths, problems + list(_wiped_out(result, set_paths))
 
 
-def _wiped_out(set_paths: Sequence[KeyPath]) -> Iterator[Problem]:
-    """Overrides that a later one replaces together with the section around them."""
+def _wiped_out(document: Document, set_paths: Sequence[KeyPath]) -> Iterator[Problem]:
+    """Overrides that a later one wipes out together with the section around them, without a value in their place."""
+    present = {path for path, _ in paths(document.data)}
     for index, path in enumerate(set_paths):
         for later in set_paths[index + 1 :]:
-            if len(later) < len(path) and path[: len(later)] == later:
+            if path not in present and len(later) < len(path) and path[: len(later)] == later:
                 advice = f"{dotted(later)}=... after it replaces the whole section; give it after that, or inside it"
                 yield Problem("command line", dotted(path), f"has no effect: {advice}")
 

@@ -22,6 +22,8 @@ from training.paths import absolute
 RESOLVED = "resolved"
 """The key that marks the job.yaml of a run."""
 
+_MODEL_PATH: KeyPath = ("model", "path")
+
 OwnSettings = dict[str, list[str]]
 """By phase: dotted paths of the shared settings that its own section gives."""
 
@@ -72,7 +74,8 @@ def inherit_from_top(document: Document, overridden: Sequence[KeyPath], own: Own
     for name, section in _phases(document).items():
         kept: list[KeyPath] = [tuple(key.split(".")) for key in own.get(name, ())]
         kept += [path[2:] for path in overridden if path[:2] == ("phases", name)]
-        for path in top:
+        starts_elsewhere = [_MODEL_PATH] if section.get("from") is not None else []  # its path follows from `from`
+        for path in (*top, *starts_elsewhere):
             _remove(section, path, kept)
 
 
@@ -181,7 +184,7 @@ def _check_top_level(
     winners: list[KeyPath] = []
     reached = False
     for name, phase in phases.items():
-        if leaf == ("model", "path") and phase.starts_from_phase:
+        if leaf == _MODEL_PATH and phase.starts_from_phase:
             continue  # its weights are those that the earlier phase started from
         in_phase = _winners(document, name, phase, settings[name], leaf, value)
         winners += [("phases", name, *path) for path in in_phase.paths]
@@ -222,7 +225,7 @@ class _Winners:
 
 
 def _winners(document: Document, name: str, phase: Phase, settings: Any, leaf: KeyPath, value: Any) -> _Winners:
-    if leaf == ("model", "path") and phase.from_ is not None:
+    if leaf == _MODEL_PATH and phase.from_ is not None:
         same = _same(phase.model.path, value)
         return _Winners([] if same else [("from",)], reached=same)
     own = _own_path(_phases(document)[name], leaf)

@@ -47,20 +47,30 @@ class Source(Settings):
     """One source of rows."""
 
     path: str = Field(examples=["data/train.jsonl"])
-    """File, folder, glob, or the name of a data set on the Hugging Face hub."""
+    """File, folder, glob, or the name of a data set on the Hugging Face hub, also as `owner/name@revision`."""
     weight: PositiveFloat | None = None
     """Share of the samples that come from this source, relative to the other weights. None: every row once an epoch."""
     name: str | None = None
     """Configuration of a hub data set, such as `main`."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder that DatasetDict.save_to_disk wrote."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; `owner/name@revision` says the same. None: its default branch. The commit that it is when the
+    run begins is recorded and used again."""
+
+
+class BadRows(Settings):
+    """How many rows that cannot be used are left out."""
+
+    drop: Annotated[float, Field(gt=0, lt=1)]
+    """Largest fraction of all rows. With more of them the data is refused."""
 
 
 class Data(Settings):
     """Which rows a phase reads and how they become tokens."""
 
     train: str | Annotated[list[str | Source], Field(min_length=1)] = Field(examples=["data/train.jsonl"])
-    """Path, glob, hub name, or a list of them or of {path, weight}."""
+    """Path, glob, hub name, {path, split, revision}, or a list of them or of {path, weight}."""
     eval: str | Annotated[list[str | Source], Field(min_length=1)] | None = None
     """Held-out rows for the evaluation loss."""
     format: Literal[
@@ -80,11 +90,21 @@ class Data(Settings):
     """Longest sample, in tokens."""
     overlong: Literal["drop", "truncate", "split"] = "drop"
     """What happens to longer samples: left out, cut, or (documents) learnt in pieces. It is counted and told."""
+    bad_rows: Literal["refuse"] | BadRows = "refuse"
+    """What happens to training rows that cannot be used: broken JSON, a missing column, an empty answer, a conversation that the template
+    refuses. refuse: the job does not start. {drop: 0.01}: up to this fraction of all rows is left out, counted and listed in bad_rows.jsonl.
+    Rows of `eval` are always refused."""
     shuffle: bool = True
     """False: the files' own order."""
     pack: bool = True
     """Put several samples into one row, with attention that never crosses them. Changes speed, never the loss: models that were not found to
     keep samples apart get one sample a row, which is told."""
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _as_list(cls, given: object) -> object:
+        """One source may be written without a list around it."""
+        return [given] if isinstance(given, dict) else given
 
 
 class Lora(Settings):
@@ -105,6 +125,9 @@ class Model(Settings):
 
     path: str = Field(examples=["meta-llama/Llama-2-7b-hf"])
     """Hub id or Hugging Face folder, or the folder of a PEFT adapter."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub, and of its tokenizer. None: its default branch. The commit that it is when the run begins
+    is recorded and used again."""
     lora: Lora | None = None
     """Train adapters instead of the weights. None: all weights."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -128,6 +151,11 @@ class Model(Settings):
     """Run Python code that comes with the model. Only for models you trust."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer. None: the model's own."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of `tokenizer`, where that is on the hub."""
+    resize_embedding: Literal["never", "auto"] = "never"
+    """What happens when the tokenizer has more tokens than the embedding has rows. never: data with such tokens are refused. auto: embedding
+    and head grow to the tokenizer's size; the new rows begin as the mean of the others. With LoRA, embedding and head are then trained whole."""
 
 
 class Schedule(Settings):
@@ -626,6 +654,8 @@ class PPO(Phase):
     def shares_base(self) -> bool:
         """Whether roles of a worker that begin with the same weights hold them once: that is what adapters are for. Under
         ZeRO-3, where two engines cannot share parameters, every role has its own."""
+        if self.model.resize_embedding == "auto":  # then each role trains an embedding of its own
+            return False
         return self.model.lora is not None and self.sharding.stage < 3
 
     @property

@@ -12,9 +12,8 @@ from typing import Any
 from training import questions
 from training.answers import final_answer, same, verdict
 from training.config import Phase, Questions
-from training.data.render import Renderer, load_tokenizer
+from training.data.render import Renderer, tokenizer_for
 from training.measures import Row
-from training.modelfiles import tokenizer_of
 from training.questions import Question
 from training.sampling import Sampling, continue_all
 from training.seeding import seed_for
@@ -89,7 +88,7 @@ def exam_of(phase: Phase, *, chats: bool) -> Exam:
     """The exam of a phase that has learnt conversations, or texts as they stand. Raises InputError for rows that cannot be asked."""
     settings = phase.eval
     assert settings is not None, "there is nothing to ask"
-    tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+    tokenizer = tokenizer_for(phase.model)
     asking = Asking(
         renderer=Renderer(tokenizer, phase.data.template),
         tokenizer=tokenizer,

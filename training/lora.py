@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,15 @@ from training.errors import InputError
 from training.modelfiles import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    EMBEDDING,
     PEFT_PREFIX,
+    TOKEN_HEADS,
     Adapter,
     adapter_in,
     base_of,
     check_continues,
+    merge_first,
+    on_hub,
     unmatched,
 )
 from training.seeding import seed_for
@@ -47,6 +51,7 @@ def add(lm: nn.Module, phase: Phase, existing: Adapter | None, name: str = NAME)
     _initialize(lm, phase.seed, name)
     if existing is not None:
         _load(lm, existing, name)
+        train_whole(lm, existing.whole)
 
 
 def activate(lm: nn.Module, name: str | None) -> None:
@@ -66,7 +71,7 @@ def inject(lm: nn.Module, phase: Phase, existing: Adapter | None, name: str = NA
 
     settings = phase.model.lora
     assert settings is not None, "a phase that asks for adapters"
-    targets = existing.targets if existing is not None else targets_in(lm, settings)
+    targets: list[str] | str = existing.targets if existing is not None else targets_in(lm, settings)
     for parameter in lm.parameters():
         parameter.requires_grad = False
     with warnings.catch_warnings():
@@ -74,7 +79,7 @@ def inject(lm: nn.Module, phase: Phase, existing: Adapter | None, name: str = NA
         inject_adapter_in_model(config_for(settings, targets), lm, adapter_name=name)
 
 
-def config_for(settings: Lora, targets: list[str], **more: Any) -> Any:
+def config_for(settings: Lora, targets: list[str] | str, **more: Any) -> Any:
     """PEFT's own settings of the same adapter."""
     from peft import LoraConfig
 
@@ -93,6 +98,24 @@ def targets_in(lm: Any, settings: Lora) -> list[str]:
     if problems := unmatched(settings.targets, linear):
         raise InputError.of("", "\n".join(problems), "model.lora.targets")
     return list(settings.targets)
+
+
+def left_out(lm: nn.Module, settings: Lora | None) -> list[str]:
+    """What a user should know of weights that all-linear leaves out: experts in one tensor are no linear layers."""
+    if settings is None or settings.targets != "all-linear":
+        return []
+    sizes = {
+        name: math.prod(shape)
+        for name, parameter in lm.named_parameters()
+        if len(shape := getattr(parameter, "ds_shape", parameter.shape)) == 3
+    }
+    if not sizes:
+        return []
+    ends = ", ".join(sorted({name.rpartition(".")[2] for name in sizes}))
+    return [
+        f"model.lora.targets all-linear trains no adapters on the experts ({ends}, {sum(sizes.values()):,} parameters): they are no "
+        f"linear layers of the model; it trains adapters on {', '.join(targets_in(lm, settings))}"
+    ]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -127,8 +150,43 @@ def _initialize(lm: nn.Module, seed: int, adapter: str) -> None:
 
 def _load(lm: nn.Module, existing: Adapter, adapter: str) -> None:
     saved = load_file(existing.folder / ADAPTER_WEIGHTS)
-    for name, parameter in _adapters(lm, adapter):
-        parameter.data.copy_(saved[peft_name(name)])
+    there = {peft_name(name): parameter for name, parameter in _adapters(lm, adapter)}
+    unlike = sorted({name for name in saved if ".lora_" in name} ^ there.keys())
+    if unlike:
+        raise InputError.of(
+            str(existing.folder),
+            f"is an adapter for another model: {len(unlike)} of its tensors and the model's layers have no counterpart "
+            f"({', '.join(unlike[:3])}); {merge_first(existing.folder)}",
+        )
+    for name, parameter in there.items():
+        parameter.data.copy_(saved[name])
+
+
+def train_whole(lm: nn.Module, names: Iterable[str]) -> None:
+    """Train these parameters beside the adapters: an embedding or a head that gets new tokens, or that an adapter brings."""
+    parameters = dict(lm.named_parameters())
+    for name in names:
+        if name in parameters:  # the head of a tied model is its embedding, a reward model has none
+            parameters[name].requires_grad = True
+
+
+def token_parameters(lm: Any) -> list[str]:
+    """Names of what has a row for each token: embedding and head."""
+    modules = [module for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module is not None]
+    ids = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+    return [name for name, parameter in lm.named_parameters() if id(parameter) in ids]
+
+
+def put_whole(lm: nn.Module, adapter: Adapter) -> None:
+    """Put the embedding and the head that an adapter brings into the model, which has as many rows as they. ZeRO-3 may have sharded it."""
+    saved = load_file(adapter.folder / ADAPTER_WEIGHTS)
+    parameters = dict(lm.named_parameters())
+    for name in adapter.whole:
+        if (parameter := parameters.get(name)) is None:
+            continue
+        with whole(parameter):
+            if parameter.numel():  # not on a worker that holds none of it
+                parameter.data.copy_(saved[PEFT_PREFIX + name])
 
 
 def peft_name(name: str) -> str:
@@ -159,6 +217,11 @@ def merge(lm: nn.Module, adapter: Adapter) -> None:
     """Add an adapter to the weights for good. Works on weights that ZeRO-3 has sharded, too."""
     weights = dict(lm.named_parameters())
     for name, change in deltas(adapter):
+        if name not in weights:
+            if name.endswith(TOKEN_HEADS):  # a reward model has none
+                continue
+            message = f"is an adapter for another model: there is no {name}; {merge_first(adapter.folder)}"
+            raise InputError.of(str(adapter.folder), message)
         weight = weights[name]
         with whole(weight):
             weight.data += (change.T if _is_transposed(lm, name) else change).to(weight.dtype).to(weight.device)
@@ -174,23 +237,26 @@ def write_folder(folder: Path, weights: dict[str, Tensor], phase: Phase, *, clas
     """A PEFT folder of a phase's trained parameters, by the model's own names."""
     from safetensors.torch import save_file
 
+    weights = _with_tied_head(weights, phase, classifier)
     saved = {peft_name(name): tensor for name, tensor in weights.items()}
     save_file(saved, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     settings, existing = phase.model.lora, adapter_in(phase.model.path)
     assert settings is not None, "a phase that has trained adapters"
+    targets: list[str] | str
     if existing is not None:
         targets = existing.targets
     elif settings.targets == "all-linear":
         targets = sorted({name.partition(".lora_A.")[0].rpartition(".")[2] for name in weights if ".lora_A." in name})
     else:
         targets = sorted(settings.targets)
-    heads = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
+    heads = sorted({name.split(".")[-2] for name in weights if ".lora_" not in name})
     config = config_for(
         settings,
         targets,
         task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
         modules_to_save=heads or None,
-        base_model_name_or_path=base_of(phase.model.path),
+        base_model_name_or_path=(base := base_of(phase.model.path)),
+        revision=phase.model.revision if on_hub(base) else None,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
@@ -199,6 +265,37 @@ def write_folder(folder: Path, weights: dict[str, Tensor], phase: Phase, *, clas
     file.write_text(
         json.dumps({**written, "target_modules": targets}, indent=2, sort_keys=True) + "\n"
     )  # PEFT has a set
+
+
+def _with_tied_head(weights: dict[str, Tensor], phase: Phase, classifier: bool) -> dict[str, Tensor]:
+    """Of a model with one tensor for embedding and head both, if it was trained: PEFT keeps them apart when it loads them."""
+    embedding = next((name for name in weights if EMBEDDING.search(name)), None)
+    if embedding is None or classifier or any(name.endswith(TOKEN_HEADS) for name in weights):
+        return weights
+    lm = _without_weights(phase)
+    head = lm.get_output_embeddings()
+    if head.weight is not lm.get_input_embeddings().weight:
+        return weights  # the head was not trained
+    name = next(name for name, module in lm.named_modules() if module is head)
+    return {**weights, f"{name}.weight": weights[embedding].clone()}
+
+
+def transposed_in(phase: Phase) -> set[str]:
+    """Names of the weights of a phase's model that lie as [in, out], as GPT-2's do."""
+    lm = _without_weights(phase)
+    return {name for name, _ in lm.named_parameters() if name.endswith(".weight") and _is_transposed(lm, name)}
+
+
+def _without_weights(phase: Phase) -> Any:
+    """The language model of a phase, in no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = phase.model
+    config = AutoConfig.from_pretrained(
+        base_of(model.path), trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
 def base_name(name: str) -> str:

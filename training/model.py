@@ -11,19 +11,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training import attention, kernels, lora
+from training import attention, kernels, lora, vocabulary
 from training.config import Model, Phase
 from training.engine import whole
 from training.errors import InputError, Problem
 from training.hardware import cpu_multiplies_bf16
 from training.heads import measured_at
+from training.modelfiles import SCORE as HEAD
 from training.modelfiles import Adapter, adapter_in, base_of
 from training.probe import traits_for
 from training.seeding import seed_for
 from training.traits import Traits, attention_of
-
-HEAD = "score"
-"""What Hugging Face's sequence classifiers of the decoder kind call their head."""
 
 
 def resolve_dtype(setting: str, device: str) -> torch.dtype:
@@ -48,10 +46,15 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
     adapter = adapter_in(phase.model.path)
     settings = phase.model.model_copy(update={"path": base_of(phase.model.path)})
     lm, fresh_head = pretrained(settings, dtype, device, classifier=classifier)
+    if adapter is not None:
+        _bring_rows(lm, adapter)
+    grows = phase.model.resize_embedding == "auto" and vocabulary.grow(lm, vocabulary.tokenizer_rows(phase.model))
     if adapter is not None and phase.model.lora is None:
         lora.merge(lm, adapter)
     elif phase.model.lora is not None:
+        of_tokens = lora.token_parameters(lm) if grows else []
         lora.add(lm, phase, adapter)
+        lora.train_whole(lm, of_tokens)
     if classifier:
         set_head(lm, phase, adapter, fresh=fresh_head)
     lm.train()
@@ -63,13 +66,25 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Mo
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     adapter = adapter_in(path)
     dtype: Any = "auto" if kind == "cpu" else resolve_dtype("auto", kind)
-    lm, _ = pretrained(Model(path=base_of(path)), dtype, kind, classifier=classifier)
+    base = Model(path=base_of(path), revision=adapter.revision if adapter is not None else None)
+    lm, fresh_head = pretrained(base, dtype, kind, classifier=classifier)
+    brings_head = adapter is not None and HEAD in adapter.heads
+    if fresh_head and not brings_head:
+        raise InputError.of(path, f"is no reward model: it has no scalar head `{HEAD}`; the recipe `reward` trains one")
     if adapter is not None:
+        _bring_rows(lm, adapter)
         lora.merge(lm, adapter)
-        if classifier:
+        if classifier and brings_head:
             weight: Any = head_of(lm).weight
             weight.data.copy_(lora.head_in(adapter, HEAD))
     return lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
+
+
+def _bring_rows(lm: Any, adapter: Adapter) -> None:
+    """The embedding and the head that an adapter brings, in place of the model's own."""
+    if adapter.embedding_rows is not None:
+        vocabulary.grow(lm, adapter.embedding_rows)
+    lora.put_whole(lm, adapter)
 
 
 def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:
@@ -119,6 +134,7 @@ def pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifie
             attn_implementation=kernel_of(model, device),
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
+            revision=model.revision or "main",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, all at once
             **_quantized(model, device),
@@ -205,7 +221,9 @@ def load_config(model: Model) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            model.path, trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
+        )
     except (OSError, ValueError, ImportError) as error:
         raise InputError.of(model.path, f"cannot load the model: {error}", "model") from error
     for key, value in config.to_dict().items():

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from training import pulse
 from training.data.order import mix
+from training.errors import InputError
 from training.kvcache import give_room
 from training.probe import traits_of
+from training.vocabulary import beyond, rows_in
 
 Heard = Callable[[int, int], None]
 """Is told which prompt goes on, and with what token."""
@@ -73,7 +75,10 @@ def continue_all(
     `lm` is a causal language model; a prompt has at least one token. At most `batch` go at a time, those of like length together
     (one, where the model cannot do more); of these, equal prompts are read once. No prompt goes on past `window` tokens, itself counted.
     `heard(i, token)` is told every token of the i-th continuation as it is drawn.
+    Raises InputError for tokens that the model's embedding has no row for.
     """
+    if wrong := beyond((max(prompt, default=-1) for prompt in prompts), rows_in(lm)):
+        raise InputError.of("the prompts", wrong)
     out: dict[int, Continued] = {}
     longest = max(map(len, prompts), default=0) + settings.max_new_tokens
     batch = batch if traits_of(lm).batches(longest) else 1

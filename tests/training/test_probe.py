@@ -28,9 +28,11 @@ def config_of(kind: str, **settings: Any) -> Any:
 
 
 def found(kind: str, **settings: Any) -> Any:
+    from transformers import AutoConfig
+
     from training.probe import probe
 
-    return probe(config_of(kind, **settings))
+    return probe(AutoConfig.for_model(kind, **settings))
 
 
 def model_in(folder: Path, config: Any, tokenizer: Path) -> Path:
@@ -95,9 +97,9 @@ def test_a_model_that_sees_later_tokens_is_found_out():
 @pytest.mark.parametrize(
     ("rope", "limit"),
     [
-        ({"rope_type": "dynamic", "factor": 4.0}, 128),
+        ({"rope_type": "dynamic", "factor": 4.0}, 2048),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, None),
-        ({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 32, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}, 32),
+        ({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 32, "short_factor": [1.0] * 64, "long_factor": [4.0] * 64}, 32),
     ],
     ids=lambda value: value["rope_type"] if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -117,14 +117,15 @@ class Record:
 
     def get(self, column: str) -> Any:
         """The value of an optional column: None if it is absent or null."""
-        return self.row.get(self.name(column))
+        return self.row.get(self.names.get(column, column))
 
     def need(self, column: str) -> Any:
-        if not self.has(column):
-            raise RowError(f"missing column `{self.name(column)}`; the row has {_listed(self.row)}")
-        if self.get(column) is None:
+        value = self.get(column)
+        if value is not None:
+            return value
+        if self.has(column):
             raise RowError(f"column `{self.name(column)}` is null")
-        return self.get(column)
+        raise RowError(f"missing column `{self.name(column)}`; the row has {_listed(self.row)}")
 
     def text(self, column: str) -> str:
         return _text(self.need(column), f"column `{self.name(column)}`")
@@ -137,7 +138,10 @@ class Record:
         return text
 
     def list(self, column: str) -> list[Any]:
-        return _list(self.need(column), f"column `{self.name(column)}`")
+        """A list, also as JSON in a text: tables have no other way to hold one."""
+        place, value = f"column `{self.name(column)}`", self.need(column)
+        is_json = isinstance(value, str) and value.lstrip().startswith("[")
+        return _list(_decoded(value, place) if is_json else value, place)
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ class Parser:
     def __init__(self, format: str, columns: Mapping[str, str], allowed: Sequence[str]):
         self._candidates = tuple(allowed) if format == "auto" else (format,)
         self._columns = columns
+        self._names_of = {key: {name: columns.get(name, name) for name in _names(FORMATS[key])} for key in FORMATS}
         self._auto = format == "auto"
         self.remarks = Remarks()
         problems = [] if self._auto or format in allowed else [_foreign_format(format, allowed)]
@@ -176,7 +181,7 @@ class Parser:
         """
         record = Record(row, self._columns, self.remarks)
         key = self._recognise(record) if self._auto else self._candidates[0]
-        columns = {name: record.name(name) for name in _names(FORMATS[key])}
+        columns = self._names_of[key]
         if from_arrow:
             record = replace(record, row=_without_filled_nulls(row, columns.values(), self.remarks))
         example = FORMATS[key].parse(record)
@@ -476,6 +481,8 @@ def _parse_messages(record: Record) -> Example:
 def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, remarks: Remarks, first: int = 0) -> Chat:
     """The assistant turns from `first` on are learnt, unless they have weight 0 or open the conversation unasked."""
     turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if turns[:1] == [0] and "weight" not in messages[0]:
+        remarks.note("assistant messages that open a conversation are not learned: nothing asks for them")
     if any(messages[place].get("weight") == 1 for place in turns if place < max(first, 1)):
         remarks.note(
             "assistant messages that open a conversation or belong to the prompt are not learned, whatever their weight"
@@ -606,8 +613,9 @@ CRITIQUE_INSTRUCTION = "Please critique whether the following solution to the qu
 def _parse_critique(record: Record) -> Example:
     """The published form of critique data: instruction, question and solution in the user's turn (arXiv:2501.17703)."""
     question, answer = record.filled_text("question"), record.filled_text("answer")
-    said = as_verdict(record.get("verdict")) if record.get("verdict") is not None else None
-    if record.get("verdict") is not None and said is None:
+    given = record.get("verdict") if record.get("verdict") != "" else None  # "": an empty cell of a table
+    said = as_verdict(given) if given is not None else None
+    if given is not None and said is None:
         raise RowError(
             f"column `{record.name('verdict')}`: expected right or wrong, got {describe(record.get('verdict'))}"
         )
@@ -792,6 +800,14 @@ def _parse_prompts(record: Record) -> Example:
     return Prompt(Chat(turns, (), _tools(record)))
 
 
+def _number(value: Any) -> Any:
+    """A number that is written in a cell of a table; an empty cell is none."""
+    try:
+        return (float(value) if value.strip() else None) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _pair(record: Record, chosen: Answer, rejected: Answer, repeats: tuple[bool, bool]) -> Pair:
     names = f"`{record.name('chosen')}` and `{record.name('rejected')}`"
     if chosen == rejected:
@@ -802,7 +818,7 @@ def _pair(record: Record, chosen: Answer, rejected: Answer, repeats: tuple[bool,
             f"column `{record.name(with_prompt)}` begins with the prompt, column `{record.name(without)}` does not"
         )
         raise RowError(f"{message}; give both with it or both without")
-    margin = record.get("margin")
+    margin = _number(record.get("margin"))
     if margin is None:
         return Pair(chosen, rejected)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin) or margin < 0:
