@@ -97,7 +97,8 @@ class Data(Settings):
     shuffle: bool = True
     """False: the files' own order."""
     pack: bool = True
-    """Put several samples into one row, with attention that never crosses them. Changes speed, never the loss."""
+    """Put several samples into one row, with attention that never crosses them. Changes speed, never the loss: models that were not found to
+    keep samples apart get one sample a row, which is told."""
 
     @field_validator("train", "eval", mode="before")
     @classmethod
@@ -136,7 +137,8 @@ class Model(Settings):
         "auto", "eager", "sdpa", "sdpa_varlen", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
     """Attention kernel. auto: flash attention on GPUs that have it installed; on CPUs sdpa_varlen, torch's kernel called for every sample of
-    a packed row, unless layers are compiled; else sdpa."""
+    a packed row, unless layers are compiled; else sdpa; eager for models that transformers has no other for. A kernel that a model does not
+    have is refused."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """Kernels of norms, rotations and gated layers. auto: Liger's fused ones on GPUs that have the package liger-kernel, for models that it
     knows, unless layers are compiled; else torch's."""
