@@ -223,7 +223,9 @@ def _length(name: str, value: int, plain: Sizes, hidden: int | None) -> int | No
 
 
 def _other(name: str, value: int, plain: Sizes, hidden: int | None) -> int | None:
-    if name == "vocab_size" or name.startswith("vocab_size_") or name.endswith("_vocab_size"):
+    if name == "vocab_size":
+        return VOCABULARY  # also of a model that has fewer tokens: a probe draws from them all
+    if name.startswith("vocab_size_") or name.endswith("_vocab_size"):
         return min(value, VOCABULARY)
     if name in _OTHER_LAYER_NAMES:
         return min(value, 2)
