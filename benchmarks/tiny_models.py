@@ -16,6 +16,15 @@ CHARACTERS = "".join(map(chr, range(ord("!"), ord("~"))))
 MOST_PARAMETERS = 5_000_000
 
 
+_NEEDED: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8, "kv_n_heads": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+}
+"""What published models of a type say, and the defaults of transformers do not."""
+
+
 class CannotBuild(Exception):
     """There is no tiny model of this type. Says why."""
 
@@ -41,7 +50,7 @@ def _config_of(model_type: str) -> Any:
     """The configuration of a small copy of what the type's own defaults give; with the tokenizer's special tokens."""
     from transformers import AutoConfig
 
-    config: Any = shrunk(AutoConfig.for_model(model_type))
+    config: Any = shrunk(AutoConfig.for_model(model_type, **_NEEDED.get(model_type, {})))
     for name, token in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):
         if hasattr(config, name):
             setattr(config, name, token)
