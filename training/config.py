@@ -71,7 +71,10 @@ class Data(Settings):
     columns: dict[str, str] = {}
     """The data's own names for the format's columns: {prompt: question, completion: answer}."""
     template: str = "auto"
-    """Chat template. auto: the tokenizer's own for message formats, none for prompt_completion. none, a built-in name, or a Jinja file."""
+    """Chat template. auto: the tokenizer's own for message formats, none for prompt_completion. tokenizer: the tokenizer's own for prompts
+    and completions that are texts, too. none, a built-in name, or a Jinja file."""
+    bos: Literal["auto", "none"] = "auto"
+    """What plain texts begin with. auto: what the tokenizer puts before a text (BOS), as at inference. none: nothing, as runs had it before there was this setting."""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Longest sample, in tokens."""
     overlong: Literal["drop", "truncate", "split"] = "drop"

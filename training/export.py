@@ -20,6 +20,8 @@ from torch import Tensor
 
 from training.checkpoint import Reader
 from training.config import Lora, Phase
+from training.data.render import Renderer, load_tokenizer
+from training.data.turn_end import stop_tokens
 from training.errors import TrainingError
 from training.lora import NAME, base_name, delta, write_folder
 from training.modelfiles import FACTS, base_of, inspect, tokenizer_of
@@ -63,7 +65,9 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     dtype = getattr(torch, reader.manifest.dtype)
     classifier = RECIPES[phase.recipe].makes == "classifier"
     base, lora = base_of(phase.model.path), phase.model.lora
-    tokenizer = _tokenizer(phase, learnt_chats=reader.manifest.chats)
+    renderer = _renderer(phase, learnt_chats=reader.manifest.chats)
+    tokenizer = renderer.tokenizer
+    facts = _facts(reader, phase, classifier)
     if classifier:
         _give_pad_token(tokenizer)
     if lora is not None and not merge:
@@ -72,8 +76,10 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
         weights = _weights(reader, dtype) if lora is None else _merged(reader, base, lora, dtype, classifier)
         _write_weights(staged, weights, shard_bytes)
         _write_config(staged, phase, base, dtype, tokenizer, classifier)
+    if not classifier:
+        facts["stop_tokens"] = _write_generation_config(staged, phase, base, renderer, chats=reader.manifest.chats)
     tokenizer.save_pretrained(staged)
-    (staged / FACTS).write_text(json.dumps(_facts(reader, phase, classifier), indent=1) + "\n")
+    (staged / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -138,7 +144,7 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_by
 
 
 def _write_config(folder: Path, phase: Phase, base: str, dtype: torch.dtype, tokenizer: Any, classifier: bool) -> None:
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code)
     config.dtype = dtype
@@ -146,16 +152,24 @@ def _write_config(folder: Path, phase: Phase, base: str, dtype: torch.dtype, tok
         config.architectures = [_classifier_of(config)]
         config.num_labels = 1
         config.pad_token_id = tokenizer.pad_token_id
-        config.save_pretrained(folder)
-        return
     config.save_pretrained(folder)
+
+
+def _write_generation_config(folder: Path, phase: Phase, base: str, renderer: Renderer, *, chats: bool) -> list[int]:
+    """The base model's, with the tokens that the phase has learnt to end responses with. Returns all that end one."""
+    from transformers import AutoConfig, GenerationConfig
+
     try:
         generation = GenerationConfig.from_pretrained(base)
     except OSError:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code)
         generation = GenerationConfig.from_model_config(config)
+    stops = stop_tokens(renderer, generation, chats=chats)
+    generation.eos_token_id = stops if len(stops) > 1 else stops[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # complaints about sampling settings that the base model came with
         generation.save_pretrained(folder)
+    return stops
 
 
 def _classifier_of(config: Any) -> str:
@@ -178,6 +192,7 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
         "recipe": phase.recipe,
         "step": manifest.step,
         "questions": "chat" if manifest.chats else "plain",
+        "bos": manifest.bos,
     }
     if classifier:  # mean and standard deviation on the evaluation data, for whoever wants to normalise
         names = ("mean", "std")
@@ -187,11 +202,10 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
     return facts
 
 
-def _tokenizer(phase: Phase, learnt_chats: bool) -> Any:
-    """The tokenizer, with the chat template that the model has learnt, if it has learnt one."""
-    from training.data.render import Renderer, load_tokenizer
-
+def _renderer(phase: Phase, learnt_chats: bool) -> Renderer:
+    """The renderer of the phase. Its tokenizer has the chat template that the model has learnt, if it has learnt one."""
     tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+    renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos)
     if learnt_chats:
-        tokenizer.chat_template = Renderer(tokenizer, phase.data.template).chat_template()
-    return tokenizer
+        tokenizer.chat_template = renderer.chat_template()
+    return renderer

@@ -26,6 +26,8 @@ class Facts:
     """Activations, in the backward pass."""
     device: str
     data_hash: str
+    data_hash_without_bos: str = ""
+    """That of the same data with `data.bos: none`, if it gives other tokens."""
     chats: bool
     """Whether the training data are conversations, so that a question is a user's turn."""
     notes: list[str]

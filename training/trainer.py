@@ -82,6 +82,7 @@ class Trainer(Learner):
             recomputes=self.phase.model.gradient_checkpointing is True,
             device=self.device_name,
             data_hash=self.store.folder.name,
+            data_hash_without_bos=self.store.meta.hash_without_bos,
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 VERSION = 3
 """Raise it when the same rows give other tokens than before, so that older stores are not used."""
+ALWAYS_CHATS = {"messages", "sharegpt", "alpaca", "critique", "sharegpt_preference"}
+"""Formats whose rows are conversations, whatever they hold."""
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
 SHOWN_PROBLEMS = 20
@@ -106,18 +108,46 @@ def prepare(
     from training.data.store import TokenStore
 
     parser = Parser(data.format, data.columns, formats)
+
+    def renderer() -> Renderer:
+        return Renderer(load_tokenizer(tokenizer_path, trust_remote_code), data.template, base, bos=data.bos)
+
     try:
         words = _tokenizer_content(tokenizer_path, trust_remote_code)
         folder = cache / _key(sources, data, formats, words, base, memo=cache / "digests")
-        if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            renderer = Renderer(load_tokenizer(tokenizer_path, trust_remote_code), data.template, base)
-            _build(folder, sources, data, parser, renderer)
-        return TokenStore.open(folder)
+        found = _existing(folder, data, renderer)
+        return TokenStore.open(found or _build(folder, sources, data, parser, renderer()))
     except OSError as error:
         raise InputError.of(
             str(cache), f"cannot read the data or write the token cache (MUSTER_CACHE names another folder): {error}"
         ) from error
+
+
+def _existing(folder: Path, data: Data, renderer: Callable[[], Renderer]) -> Path | None:
+    """The store at `folder`, or at its place for texts with BOS, whichever holds the tokens of these settings. Removes what is damaged."""
+    from training.data.store import TokenStore
+
+    with_bos = _with_bos(folder)
+    for each in (folder, with_bos):
+        if each.exists() and not _is_whole(each):
+            shutil.rmtree(each, ignore_errors=True)
+    if data.bos == "auto" and with_bos.exists():
+        return with_bos
+    if not folder.exists():
+        return None
+    return folder if data.bos == "none" or _same_without_bos(TokenStore.open(folder).meta, renderer) else None
+
+
+def _same_without_bos(meta: Meta, renderer: Callable[[], Renderer]) -> bool:
+    """Whether a store without BOS holds the tokens that these rows have with it. Stores of earlier versions do not say it of themselves."""
+    if meta.same_without_bos is not None:
+        return meta.same_without_bos
+    return set(meta.formats) <= ALWAYS_CHATS or not renderer().adds_tokens
+
+
+def _with_bos(folder: Path) -> Path:
+    """The place of a store whose texts have what the tokenizer adds to them. That of all others stays as it was before there was `data.bos`."""
+    return folder.with_name(hashlib.sha256(f"{folder.name} with added tokens".encode()).hexdigest()[:32])
 
 
 def _is_whole(folder: Path) -> bool:
@@ -198,7 +228,8 @@ def _characters(example: Example) -> int:
             return len(content) if isinstance(content, str) else _characters(content)
 
 
-def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser, renderer: Renderer) -> None:
+def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser, renderer: Renderer) -> Path:
+    """Writes a store and returns its folder, which is another one where `data.bos` has given other tokens."""
     from training.data.store import create
 
     findings = Findings()
@@ -216,6 +247,11 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
         writer.meta.chats = renderer.has_written_chats
         writer.meta.notes = renderer.notes + _notes(writer.meta, data)
         _raise_if_nothing_left(sources, writer.meta, data)
+        writer.meta.same_without_bos = not renderer.bos_matters
+        if renderer.bos_matters and data.bos == "auto":
+            writer.meta.hash_without_bos = folder.name
+            writer.destination = _with_bos(folder)
+    return writer.destination
 
 
 def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row, example: Example) -> None:

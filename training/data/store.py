@@ -63,6 +63,10 @@ class Meta:
     """Rows by format."""
     chats: bool = False
     """Whether any of them were written with a chat template."""
+    same_without_bos: bool | None = None
+    """Whether the tokens are the same with `data.bos: none`. None: the store is of a version without that setting."""
+    hash_without_bos: str = ""
+    """The name that the store would have with `data.bos: none`, if that gives other tokens."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user."""
     row_bytes: int = 0
@@ -144,6 +148,8 @@ class StoreWriter:
 
     def __init__(self, folder: Path, sources: int, files: ExitStack):
         self.meta = Meta(source_sizes=[0] * sources)
+        self.destination: Path
+        """Where the store stands in the end."""
         self._folder = folder
         self._part_places: dict[str, int] = {}
         self._files = {name: files.enter_context((folder / f"{name}.bin").open("wb")) for name in ARRAYS}
@@ -187,7 +193,8 @@ class StoreWriter:
 
 @contextmanager
 def create(folder: Path, sources: int) -> Iterator[StoreWriter]:
-    """A writer whose store stands at `folder` when the block ends without an error; else nothing is left.
+    """A writer whose store stands at `folder`, or at the `destination` that it is given, when the block ends without an error; else nothing is
+    left.
 
     Two processes may create the same store at once: each writes beside, the first rename wins, and the stores are equal.
     """
@@ -197,9 +204,10 @@ def create(folder: Path, sources: int) -> Iterator[StoreWriter]:
     try:
         with ExitStack() as files:
             writer = StoreWriter(building, sources, files)
+            writer.destination = folder
             yield writer
         writer.finish()
-        _move(building, folder)
+        _move(building, writer.destination)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -94,11 +94,12 @@ ALPACA = (
 )
 
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML, "llama2": LLAMA2, "alpaca": ALPACA}
-SETTINGS = ("auto", "none")
+TOKENIZER = "tokenizer"
+SETTINGS = ("auto", "none", TOKENIZER)
 
 
 def load(setting: str, base: Path) -> str | None:
-    """The Jinja text that `data.template` names: a built-in or a file under `base`; None for auto and none.
+    """The Jinja text that `data.template` names: a built-in or a file under `base`; None for auto, none and tokenizer.
 
     Raises InputError for an unknown name and for a file that cannot be read.
     """

@@ -90,7 +90,12 @@ def _refuse_change(folder: Place, manifest: Manifest, hooks: Hooks, facts: Facts
     changes = []
     if manifest.job_hash != hooks.job_hash:
         changes.append("it belongs to another job: a setting that shapes the curve is another one")
-    if manifest.data_hash != facts.data_hash:
+    if manifest.data_hash != facts.data_hash and manifest.data_hash == facts.data_hash_without_bos:
+        changes.append(
+            "the tokenizer puts BOS before plain texts, which is now learnt; data.bos: none goes on with the old tokens: "
+            "muster resume RUN phases.PHASE.data.bos=none"
+        )
+    elif manifest.data_hash != facts.data_hash:
         changes.append("it was trained on other data: the rows, the tokenizer or the template have changed since")
     if manifest.dtype != facts.dtype:
         changes.append(
