@@ -6,9 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := build/demo
 PYTEST := $(BIN)/python -m pytest
+# Most tests wait for processes: more of them side by side than there are cores. tests/grouping.py says which stay together.
+PARALLEL ?= 4
+SIDE_BY_SIDE := -n $(PARALLEL) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu check format docs bench clean
+.PHONY: help setup demo test test-faults test-long test-gpu check format docs bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,11 +34,14 @@ demo: $(READY)  ## a working folder, an SFT job on two workers with ZeRO-2, thre
 	@echo; echo "== after"
 	$(BIN)/muster generate $(DEMO)/runs/word-problems --file $(DEMO)/data/sft.heldout.jsonl --limit 3 --max-new-tokens 96
 
-test: $(READY)  ## the tests that .ci/run runs
-	$(PYTEST) -m "not slow and not gpu"
+test: $(READY)  ## what every change must pass
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not faults and not long and not gpu"
 
-test-all: $(READY)  ## and the long ones
-	$(PYTEST) -m "not gpu"
+test-faults: $(READY)  ## real faults: killed workers, drivers and machines, hangs, full disks; .ci/run runs it after `test`
+	$(PYTEST) $(SIDE_BY_SIDE) -m "faults and not long and not gpu"
+
+test-long: $(READY)  ## soaks, learning runs, Slurm, AWS, whole tables (hours, by hand)
+	$(PYTEST) -m "long and not gpu"
 
 test-gpu: $(READY)  ## the tests that need a GPU
 	$(PYTEST) -m gpu
@@ -45,7 +51,7 @@ check: $(READY)  ## format, lint, types, import contracts, unit tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST) -q -m "not cpu and not cluster and not slow and not gpu"
+	$(PYTEST) -q -n 2 --dist loadgroup -m "not cpu and not cluster and not faults and not long and not gpu"
 
 format: $(READY)  ## format and mend what can be mended
 	$(BIN)/ruff format .

@@ -77,6 +77,10 @@ BENCHMARKS = {
         "benchmarks.trl_ppo",
         "seconds of an iteration of PPO against TRL's under accelerate + ZeRO-2 (target: 0.5)",
     ),
+    "architectures": Benchmark(
+        "benchmarks.architectures",
+        "what works with which causal architecture of transformers, against transformers and PEFT (target: nothing wrong)",
+    ),
     "gpu": Benchmark(
         "benchmarks.gpu",
         "one GPU: tokens/s, MFU (targets: 0.5; 0.45) and memory of 7B LoRA and 1B full, what each choice brings, PPO of 1B",
@@ -85,15 +89,16 @@ BENCHMARKS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 if a benchmark failed. A benchmark that a machine cannot run is no failure."""
+    """Exit status: 0, or 1 if a benchmark failed or has found something wrong. A benchmark that a machine cannot run is no failure."""
     parsed = _parser().parse_args(arguments)
     if parsed.list:
         print("\n".join(f"{name:<12}{benchmark.what}" for name, benchmark in BENCHMARKS.items()))
         return 0
     options = Options(
-        rounds=parsed.rounds, steps=parsed.steps, stage=parsed.stage, timeout_s=parsed.timeout, only=parsed.only
-    )
-    return max([_run(name, options, record=not parsed.no_record) for name in parsed.names or BENCHMARKS])
+        rounds=parsed.rounds, steps=parsed.steps, stage=parsed.stage, timeout_s=parsed.timeout, only=parsed.only,
+        types=tuple(parsed.types), record=not parsed.no_record,
+    )  # fmt: skip
+    return max([_run(name, options) for name in parsed.names or BENCHMARKS])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", choices=(*PEERS, *trl_ppo.KINDS, *gpu.CASES, gpu.PPO), help="one part of peers, trl-ppo or gpu"
     )
+    parser.add_argument(
+        "--types", nargs="+", default=[], metavar="TYPE", help="architectures: these model types alone, such as llama"
+    )
     parser.add_argument("--timeout", type=float, default=Options.timeout_s, help="s, of one run (%(default)s)")
     parser.add_argument("--no-record", action="store_true", help="print the line, do not append it to the results")
     return parser
@@ -119,7 +127,7 @@ def _name(text: str) -> str:
     return text
 
 
-def _run(name: str, options: Options, *, record: bool) -> int:
+def _run(name: str, options: Options) -> int:
     row: dict[str, Any] = {"benchmark": name, **conditions()}
     try:
         with tempfile.TemporaryDirectory(prefix="muster-bench-") as folder:
@@ -130,9 +138,9 @@ def _run(name: str, options: Options, *, record: bool) -> int:
         print(error, file=sys.stderr)
         return 1
     print(json.dumps(row), flush=True)
-    if record:
+    if options.record:
         keep(row)
-    return 0
+    return int(bool(row.get("wrong")))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ class Options:
     """Longest time of one run of one side."""
     only: str | None = None
     """Part of the benchmark to run. None: all of it."""
+    types: tuple[str, ...] = ()
+    """Model types to look at. Empty: all of them."""
+    record: bool = True
+    """Whether results are kept."""
 
 
 class Skipped(Exception):

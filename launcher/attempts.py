@@ -9,7 +9,7 @@ import fcntl
 import os
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from launcher import job as jobs
-from launcher import mirror
+from launcher import mirror, yamlfile
 from launcher.explain import did_you_mean
 from launcher.job import Job
 from launcher.mirror import Mirror
+from launcher.phases import SHARED
 from launcher.runs import EVENTS, JOB, LOCK, PATIENCE_S, RunFolder, append, now, phase_with_checkpoints, told_as_input
+from launcher.shared_settings import value_at
+from launcher.yamlfile import COMMAND_LINE, KeyPath, dotted
 from training.checkpoint import CheckpointError
 from training.checkpoints import CLAIMS, Checkpoints, Claim, newest_claim
-from training.errors import InputError
+from training.errors import InputError, Problem
 from training.storage import Place, is_remote, place
 
 
@@ -193,12 +196,39 @@ def _refuse_others(held: RunFolder, job: Job, go_on: GoOn) -> None:
             "this run folder holds another job; choose another `name:`, remove the folder, or go on with it all the same: "
             "`muster resume RUN --accept-changes key=value ...`. What differs:\n  " + "\n  ".join(changes),
         )
-    if not go_on.rewind and held.finished_phases() >= set(job.phases):
+    finished = held.finished_phases() - go_on.rewind.keys()
+    if not go_on.rewind and finished >= set(job.phases):
         raise InputError.of(
             held.address,
             "this run is finished; choose another `name:`, remove the folder to run it again, or go back with "
             "`muster resume RUN --step N`",
         )
+    _refuse_overrides_of(finished, held, job)
+
+
+def _refuse_overrides_of(finished: set[str], held: RunFolder, job: Job) -> None:
+    """Raises InputError for settings from the command line that change nothing but phases which will not be run again."""
+    before = {name: phase.model_dump(by_alias=True) for name, phase in held.job().phases.items()}
+    after = {name: phase.model_dump(by_alias=True) for name, phase in job.phases.items()}
+    problems = []
+    for path in _from_command_line(job):
+        names = [str(path[1])] if path[0] == "phases" else list(after)
+        inside = path[2:] if path[0] == "phases" else path
+        changed = {name for name in names if value_at(before.get(name), inside) != value_at(after[name], inside)}
+        if changed and changed <= finished:
+            name = min(changed, key=list(after).index)
+            told = f"the phase {name} is finished; `muster resume RUN --step N --phase {name}` goes back into it"
+            problems.append(Problem("command line", dotted(path), f"has no effect: {told}"))
+    if problems:
+        raise InputError(problems)
+
+
+def _from_command_line(job: Job) -> Iterator[KeyPath]:
+    """The settings of phases, and those for all phases, that were given there."""
+    for path, value in yamlfile.paths(job.document.data):
+        of_phases = path[0] in SHARED or (path[0] == "phases" and len(path) > 2)
+        if of_phases and not isinstance(value, dict | list) and job.document.lines.get(path) == COMMAND_LINE:
+            yield path
 
 
 def _take_lock(path: Path) -> IO[str]:

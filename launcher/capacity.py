@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from launcher.job import Job
+from launcher.shared_settings import advised_path
 from training import compiling, kernels
 from training.config import Phase
 from training.errors import InputError, Problem
@@ -38,7 +39,7 @@ def check(job: Job, *, inline: bool, force: bool = False) -> None:
         return
     problems = []
     for name, phase in job.phases.items():
-        wrong = (inline and _one_inline(phase)) or _too_few_gpus(phase) or (not force and _too_little_memory(phase))
+        wrong = (inline and _one_inline(job, name)) or _too_few_gpus(phase) or (not force and _too_little_memory(phase))
         if wrong:
             problems.append(Problem(str(job.file), f"phases.{name}.resources.workers", wrong))
         if wrong := _cannot_quantize(phase):
@@ -63,11 +64,14 @@ def _reach(address: str) -> None:
         raise InputError.of(f"RAY_ADDRESS={address}", message) from error
 
 
-def _one_inline(phase: Phase) -> str | None:
+def _one_inline(job: Job, name: str) -> str | None:
+    phase = job.phases[name]
     if len(phase.teams) > 1:
-        return "--inline has one worker, which holds all roles; leave `groups` out"
-    workers = phase.num_workers
-    return f"--inline has one worker, the job asks for {workers}; say resources.workers=1" if workers > 1 else None
+        return f"--inline has one worker, which holds all roles; leave `groups` out (phases.{name}.groups=null)"
+    if phase.num_workers == 1:
+        return None
+    setting = advised_path(job.document, job.own_settings, name, "resources.workers")
+    return f"--inline has one worker, the job asks for {phase.num_workers}; say {setting}=1"
 
 
 def _too_few_gpus(phase: Phase) -> str | None:

@@ -79,6 +79,7 @@ def _rows(phase: Phase) -> dict[str, Any]:
         from training.data.prepare import check_rows
 
         findings = check_rows(local, phase.data, RECIPES[phase.recipe].formats)
+        notes += findings.notes
         if not os.path.isdir(tokenizer):
             notes.append(f"lengths were not looked at: the tokenizer {tokenizer} is on the hub")
         return {"recipe": phase.recipe, "rows": findings.rows, "formats": dict(findings.formats), "notes": notes}

@@ -19,10 +19,10 @@ from cluster.providers import Finding, Provider, provider_of
 from cluster.spec import SPECS, Cluster, Existing
 from launcher import submit, yamlfile
 from launcher.explain import did_you_mean, listed, validated
-from launcher.phases import absolute
 from launcher.problems import Report
 from launcher.submit import Session
 from training.errors import InputError
+from training.paths import absolute
 from training.storage import is_remote
 
 Say = Callable[[str], None]

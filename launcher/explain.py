@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from launcher.other_tools import name_here
 from launcher.yamlfile import KeyPath, dotted
 from training.config import Impossible
 
@@ -114,19 +115,22 @@ def _message(detail: ErrorDetails, path: KeyPath, model: type[BaseModel]) -> str
 
 
 def _unknown_key(key: str, section: KeyPath, model: type[BaseModel]) -> str:
+    if here := name_here(key):
+        return f"{UNKNOWN_KEY}; {here}"
     known = [name for found in settings_classes(_expected_at(model, section)[0]) for name in keys_of(found)]
     if meant := did_you_mean(key, known):
         return f"{UNKNOWN_KEY}{meant}"
-    if elsewhere := [dotted(path) for path in _all_keys(model) if path[-1] == key]:
+    if elsewhere := [dotted(path) for path in all_keys(model) if path[-1] == key]:
         return f"{UNKNOWN_KEY}; did you mean {listed(elsewhere)}?"
     return f"{UNKNOWN_KEY}; known here: {', '.join(known)}"
 
 
-def _all_keys(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+def all_keys(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    """The paths of all settings in a settings class and in those inside it."""
     for name, field in keys_of(model).items():
         yield (*prefix, name)
         for inner in settings_classes(field.annotation):
-            yield from _all_keys(inner, (*prefix, name))
+            yield from all_keys(inner, (*prefix, name))
 
 
 # What is expected, read from the settings' own annotations

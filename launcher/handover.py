@@ -19,6 +19,7 @@ from launcher import check, clusters, site
 from launcher import job as jobs
 from launcher import submit as jobs_there
 from launcher.job import Job
+from launcher.runs import refuse_another_folder
 from training.config import Phase
 from training.errors import InputError, Problem
 from training.storage import is_remote
@@ -55,6 +56,7 @@ def resume(
     name: str, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool = False
 ) -> dict[str, Any]:
     """Submit a job once more, with further settings. Raises Refused while it runs, InputError if it is not known here."""
+    refuse_another_folder(overrides)
     facts = jobs_there.status(clusters.target(on).jobs, name)
     if not jobs_there.is_over(facts):
         raise Refused(f"{name} is {facts['state']}; `muster stop {name} --on {on}` saves and ends it")

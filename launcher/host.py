@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -27,6 +27,7 @@ from launcher.failures import Raised, WorkerDied
 from launcher.notices import Listener
 from launcher.nursery import STACKS
 from launcher.pipe import Pipe
+from launcher.short_tempdir import SOCKET_PATH, short_tempdir
 from training import pulse
 from training.memory import TUNABLES
 
@@ -36,6 +37,8 @@ _STACKS_S = 2.0
 _AT_HAND = "MUSTER_NURSERY"
 """Environment variable: device and socket of a nursery on this machine."""
 _MOST_PARENTS = 128
+_SOCKET = "nursery"
+"""Name of its socket."""
 
 
 @dataclass(frozen=True)
@@ -247,8 +250,11 @@ def nursery_at_hand(device: str) -> Iterator[None]:
     Whoever starts them knows it by the environment. Their memory is one process's, and nobody has to wait for the imports after
     Ray has started.
     """
-    with tempfile.TemporaryDirectory(prefix="muster-") as folder, socket.socket(socket.AF_UNIX) as listener:
-        path = f"{folder}/nursery"
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        folder = short_tempdir(SOCKET_PATH - len(_SOCKET) - 1)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        path = f"{folder}/{_SOCKET}"
         listener.bind(path)  # in a folder that is open to us alone
         listener.listen(_MOST_PARENTS)
         ours, theirs = socket.socketpair()

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +27,19 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from launcher import yamlfile
-from launcher.explain import REQUIRED, UNKNOWN_KEY, did_you_mean, validated
+from launcher import shared_settings, yamlfile
+from launcher.explain import REQUIRED, UNKNOWN_KEY, all_keys, did_you_mean, listed, validated
+from launcher.other_tools import name_here
 from launcher.overrides import overlaid
-from launcher.phases import absolute, base_folder, origin, phases_of
+from launcher.phases import SHARED, base_folder, origin, phases_of
 from launcher.problems import Report
+from launcher.shared_settings import RESOLVED, OwnSettings
 from launcher.yamlfile import Document, KeyPath, dotted
 from training import modelfiles
 from training.config import Model, Phase, Resources, Settings, Sharding, Source
 from training.data import files, templates
 from training.errors import InputError, Problem
+from training.paths import absolute
 from training.recipes import RECIPES
 from training.storage import is_remote, place
 
@@ -65,7 +69,9 @@ NEUTRAL = (
 )
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {
+    "phases.*.data.turns": "auto",
+}
 """Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
 they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""
 
@@ -101,6 +107,8 @@ class Job:
     """By name, in the order in which they run."""
     document: Document = field(compare=False, repr=False)
     """Where every setting was written."""
+    own_settings: OwnSettings = field(default_factory=dict, repr=False)
+    """By phase: the settings of `model`, `resources`, `sharding`, `seed` and `deepspeed` that the user's file gives inside the phase."""
 
     @property
     def accelerator(self) -> str | None:
@@ -155,6 +163,9 @@ class TopLevel(Settings):
     """For all phases; see below."""
     deepspeed: str | Section = Field(default={})
     """For all phases: raw DeepSpeed settings, a mapping or a JSON file. What Muster owns is refused."""
+    resolved: dict[str, list[str]] | None = None
+    """Written by Muster into a run's job.yaml, where every phase is complete: by phase, the settings that your file gave inside it.
+    What is given at the top, there or on the command line, replaces all others."""
     phases: Annotated[dict[str, Section], Field(min_length=1)] = Field(
         examples=["{sft: {data: {train: data/train.jsonl}}}"]
     )
@@ -181,7 +192,10 @@ def read(file: Path, overrides: Sequence[str] = ()) -> Job:
 
 def dump(job: Job) -> str:
     """The job as YAML, as resolved: absolute paths, complete phases. `read` of it gives an equal Job."""
-    return yamlfile.dump(_as_data(job))
+    data = _as_data(job)
+    phases = data.pop("phases")
+    own = {name: job.own_settings.get(name, []) for name in phases}
+    return yamlfile.dump({**data, RESOLVED: own, "phases": phases})
 
 
 def differences(old: Job, new: Job) -> list[str]:
@@ -208,10 +222,15 @@ def job_hash(job: Job) -> str:
 
 
 def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
-    document, override_problems = overlaid(yamlfile.load(file), overrides)
+    written = yamlfile.load(file)
+    document, overridden, override_problems = overlaid(written, overrides)
+    own = shared_settings.own_settings(written)
+    shared_settings.inherit_from_top(document, overridden, own)
     report = Report(document)
     for problem in override_problems:
         report.add_command_line(problem)
+    for path, message in shared_settings.unknown_phases(document):
+        report.add(path, message)
     top = validated(TopLevel, document.data, lambda path, message: report.add(path, _redirected(path, message)))
     name = _name(document, file, report)
     _check_shared(document.data, report)
@@ -220,12 +239,18 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
         report.add(("storage",), wrong)
     report.raise_any()
     assert top is not None, "its problems were raised"
+    effects = shared_settings.effects(document, overridden, phases)
+    for path, message in effects.problems:
+        report.add(path, message)
+    report.raise_any()
+    for note in effects.notes:
+        print(note, file=sys.stderr)
     track: list[str] = [top.track] if isinstance(top.track, str) else [*dict.fromkeys(top.track)]
     base = base_folder(document, ("storage",), file)
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     job = Job(
         name=name, file=file, storage=storage, seed=top.seed, track=track, env=top.env, max_hours=top.max_hours,
-        max_cost=top.max_cost, phases=phases, document=document,
+        max_cost=top.max_cost, phases=phases, document=document, own_settings=own,
     )  # fmt: skip
     return job, report, document
 
@@ -243,9 +268,17 @@ def _storage_problem(storage: str) -> str | None:
 
 
 def _redirected(path: KeyPath, message: str) -> str:
-    if message.startswith(UNKNOWN_KEY) and path[0] in Phase.model_fields:
-        return f"this key belongs in a phase: phases.NAME.{path[0]}"
-    return message
+    """The message about the top level; a key that has its place in a phase or a section is told which."""
+    key = str(path[-1])
+    if path[:-1] == ("phases",) and name_here(key):
+        return f"{message}; {name_here(key)}"
+    if not message.startswith(UNKNOWN_KEY) or name_here(key):
+        return message
+    known = {inside for recipe in RECIPES.values() for inside in all_keys(recipe.config) if inside[-1] == key}
+    if (key,) in known:
+        return f"this key belongs in a phase: phases.NAME.{key}"
+    meant = sorted(dotted(inside if inside[0] in SHARED else ("phases", "NAME", *inside)) for inside in known)
+    return f"{UNKNOWN_KEY}; did you mean {listed(meant)}?" if meant else message
 
 
 def _name(document: Document, file: Path, report: Report) -> str:

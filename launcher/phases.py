@@ -16,6 +16,7 @@ from training.config import PPO, Data, Phase, Questions, RewardSource, Source
 from training.data import files
 from training.errors import InputError
 from training.modelfiles import ADAPTER_CONFIG
+from training.paths import absolute
 from training.recipes import RECIPES
 from training.storage import is_remote
 
@@ -344,10 +345,6 @@ def _holds(data: Any, path: KeyPath) -> bool:
 def base_folder(document: Document, path: KeyPath, file: Path) -> Path:
     """The folder that a relative path given at `path` is relative to."""
     return Path.cwd() if document.line(path) == COMMAND_LINE else file.parent
-
-
-def absolute(path: str, base: Path) -> str:
-    return os.path.abspath(base / Path(path).expanduser())
 
 
 def _says_local(path: str) -> bool:

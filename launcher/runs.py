@@ -88,11 +88,7 @@ class RunFolder:
 
     def job_here(self, overrides: Sequence[str] = ()) -> Job:
         """The job to go on with, in the folder where it lies now. Raises InputError for overrides that would move it."""
-        moved = [override for override in overrides if override.partition("=")[0] in ("name", "storage")]
-        if moved:
-            raise InputError.of(
-                "command line", "a run keeps its folder; `muster run` with another name begins a new one", moved[0]
-            )
+        refuse_another_folder(overrides)
         here = self.address if self.remote else str(self.folder.resolve())
         storage, _, name = here.rpartition("/")
         return replace(jobs.load(self.folder / JOB, overrides), name=name, storage=storage)
@@ -173,6 +169,15 @@ class RunFolder:
             at_work = is_alive(self.remote) if self.remote else _is_locked(self.folder / LOCK)
             return "running" if at_work else "lost"
         return endings[last]
+
+
+def refuse_another_folder(overrides: Sequence[str]) -> None:
+    """Raises InputError for overrides of what names the run's folder."""
+    for override in overrides:
+        if override.partition("=")[0].strip() in ("name", "storage"):
+            raise InputError.of(
+                "command line", "a run keeps its folder; `muster run` with another name begins a new one", override
+            )
 
 
 def find(text: str, storage: Path = RUNS) -> RunFolder:

@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,13 @@ from typing import Any
 
 from launcher.capacity import num_gpus
 from launcher.host import nursery_at_hand
+from launcher.short_tempdir import short_tempdir
 from training.errors import TrainingError
 
 _OBJECT_STORE_BYTES = 128 << 20
 """Calls carry metrics and file names; weights for a rollout group pass through in pieces of 32 MiB."""
-_LONGEST_TEMPORARY = 22
-"""Characters: the names of Ray's sockets begin with it and must fit in 107."""
+_LONGEST_FOLDER = 38
+"""Bytes: the paths of Ray's sockets begin with it and must fit in 107."""
 _KEEP_IDLE_MS = 600_000
 """Ray begins processes for actors when it starts, and by itself ends them after a second in which nobody needs them."""
 
@@ -75,9 +75,7 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
 @contextmanager
 def _local(num_workers: int) -> Iterator[None]:
     """A Ray of this process alone: bound to loopback, opened by a token nobody else has, its files in a folder of its own."""
-    temporary = tempfile.gettempdir()
-    short_enough = len(temporary) <= _LONGEST_TEMPORARY
-    folder = tempfile.mkdtemp(prefix="muster-", dir=temporary if short_enough else "/tmp")
+    folder = short_tempdir(_LONGEST_FOLDER)
     inside = f"{folder}/r"  # Ray opens its folder to everyone; the one around it is ours alone
     own = {
         "RAY_AUTH_MODE": "token",

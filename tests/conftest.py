@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import grouping
+
 _HOME = tempfile.mkdtemp(prefix="muster-tests-")
 os.environ.update(  # before Ray or a Hugging Face library is imported
     HOME=_HOME,
@@ -27,17 +29,20 @@ os.environ.update(  # before Ray or a Hugging Face library is imported
 for _variable in ("RAY_ADDRESS", "HF_HOME", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
     os.environ.pop(_variable, None)
 
-pytest_plugins = ["tests.training_fixtures", "tests.s3_server", "tests.disturbed"]
+pytest_plugins = ["tests.training_fixtures", "tests.s3_server", "tests.disturbed", "tests.skips"]
 
 MARKED_FOLDERS = ("cluster", "gpu")
 """Tests in a folder of this name have the mark of this name."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         for name in MARKED_FOLDERS:
             if Path(__file__).parent / name in item.path.parents:
                 item.add_marker(name)
+    if config.getoption("loadgroup", False):  # of a process beside others
+        grouping.arrange(items)
 
 
 def pytest_unconfigure() -> None:

@@ -75,6 +75,10 @@ class Data(Settings):
     and completions that are texts, too. none, a built-in name, or a Jinja file."""
     bos: Literal["auto", "none"] = "auto"
     """What plain texts begin with. auto: what the tokenizer puts before a text (BOS), as at inference. none: nothing, as runs had it before there was this setting."""
+    turns: Literal["auto", "last", "all"] = "auto"
+    """Which answers of a conversation are learned. auto: all, in one sequence; where the chat template rewrites earlier turns, those that it
+    leaves as they were, which is often the last alone. last: the last. all: also those that are rewritten later, each in a sequence that ends with
+    it. Answers that are not learned are counted."""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Longest sample, in tokens."""
     overlong: Literal["drop", "truncate", "split"] = "drop"

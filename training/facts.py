@@ -26,8 +26,10 @@ class Facts:
     """Activations, in the backward pass."""
     device: str
     data_hash: str
-    data_hash_without_bos: str = ""
-    """That of the same data with `data.bos: none`, if it gives other tokens."""
+    data_hash_before: str = ""
+    """What `data_hash` was in versions that read these rows differently."""
+    data_changes: tuple[str, ...] = ()
+    """Names in `formats.CHANGES`: what has changed in how these rows are read."""
     chats: bool
     """Whether the training data are conversations, so that a question is a user's turn."""
     notes: list[str]

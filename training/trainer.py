@@ -82,7 +82,8 @@ class Trainer(Learner):
             recomputes=self.phase.model.gradient_checkpointing is True,
             device=self.device_name,
             data_hash=self.store.folder.name,
-            data_hash_without_bos=self.store.meta.hash_without_bos,
+            data_hash_before=self.store.meta.hash_before,
+            data_changes=tuple(self.store.meta.changes or ()),
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,

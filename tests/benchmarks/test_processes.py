@@ -38,7 +38,7 @@ def test_lines_carry_the_time_at_which_they_came(tmp_path):
     finished = run(python(code), folder=tmp_path, env={}, timeout_s=30)
     first, second = finished.lines
     assert (first.text, second.text) == ("first", "second")
-    assert 0.4 < second.at - first.at < 5
+    assert second.at - first.at > 0.4
     assert finished.seconds >= second.at
 
 
@@ -57,7 +57,7 @@ def test_a_command_that_takes_too_long_is_ended_with_its_descendants(tmp_path):
     with pytest.raises(CommandFailed, match="did not end within 2 s") as caught:
         run(python(FAMILY), folder=tmp_path, env={}, timeout_s=2)
     child = int(str(caught.value).splitlines()[-1])
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the grandchild lives on"
         time.sleep(0.05)

@@ -24,7 +24,7 @@ from tests.launcher.test_jobs_on_cluster import until
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         any(shutil.which(name, path="/usr/sbin:/usr/bin") is None for name in ("sshd", "rsync")),

@@ -13,6 +13,8 @@ import pytest
 
 from tests.cluster.conftest import DRIVER, LabRun
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def victim(lab, run) -> Iterator[str]:
@@ -33,7 +35,6 @@ def test_a_machine_that_is_switched_off_is_replaced(lab, run, victim, undisturbe
     assert run.result == undisturbed
 
 
-@pytest.mark.slow
 def test_a_machine_whose_ray_is_killed_is_replaced(lab, run, victim, undisturbed):
     for pid in lab[victim].processes_with("raylet/raylet"):
         os.kill(pid, signal.SIGKILL)
@@ -103,7 +104,6 @@ def test_a_machine_with_other_packages_is_found_before_the_first_step_and_avoide
     assert run.result == undisturbed
 
 
-@pytest.mark.slow
 def test_a_machine_on_which_two_workers_died_is_avoided(lab, run, victim, undisturbed):
     for attempt in (1, 2):
         run.wait_for(lambda attempt=attempt: len(run.events("training")) == attempt, f"attempt {attempt}")
@@ -126,7 +126,6 @@ HTTPServer(("127.0.0.1", 8123), Taken).serve_forever()
 """
 
 
-@pytest.mark.slow
 def test_a_spot_machine_is_left_when_its_cloud_says_so(lab, run, undisturbed, monkeypatch):
     """The metadata service of one machine says that it is preempted; those of the others do not answer."""
     monkeypatch.setenv("MUSTER_CLOUD", "gcp")
@@ -144,7 +143,6 @@ def test_a_spot_machine_is_left_when_its_cloud_says_so(lab, run, undisturbed, mo
     assert run.result.losses == pytest.approx(undisturbed.losses, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_when_all_is_lost_but_the_storage_the_run_resumes_on_another_cluster(lab, run, undisturbed):
     run.start("phases.sft.micro_batch=4")
     run.wait_for(lambda: run.events("checkpoint"), "a checkpoint")

@@ -16,8 +16,6 @@ from tests.cluster.conftest import DRIVER, LabRun
 from tests.cluster.lab import Lab
 from tests.disturbed import Result, Run
 
-pytestmark = pytest.mark.slow
-
 HANG_AFTER_S = 4
 
 
@@ -113,9 +111,12 @@ def calm_of(tiny, tmp_path_factory) -> Callable[[str], Result]:
     return calm
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.xdist_group(f"faults of {kind}")) for kind in KINDS]
+)
 def test_the_run_comes_to_the_same_end(lab, run, tiny, calm_of, kind, fault, moment):
     undisturbed = calm_of(kind)
     start(run, MOMENTS[moment], *settings_of(tiny, kind))
@@ -142,6 +143,7 @@ def calm(tiny, tmp_path_factory) -> Result:
     return run.result
 
 
+@pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_faults_at_random_lose_nothing(lab, run, calm):
     """A fault every 5 to 20 s until the run is done. A machine that was hurt is renewed before the next."""

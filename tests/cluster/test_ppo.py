@@ -10,7 +10,7 @@ from tests import some_rewards
 from tests.cluster.conftest import LabRun
 from tests.launcher.test_ppo_recovery import PPORun
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.faults
 THREE = "      - {roles: [critic, reward], workers: 1}\n      - {roles: [rollout], workers: 1}\n"
 TWO = "      - {roles: [critic, reward, rollout], workers: 1}\n"
 

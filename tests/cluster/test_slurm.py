@@ -20,7 +20,7 @@ _PATH = f"/usr/sbin:{os.environ['PATH']}"
 _MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=_PATH) is None]
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(_MISSING) or os.geteuid() != 0, reason=f"needs root and {', '.join(_MISSING)}"),
 ]

@@ -192,7 +192,7 @@ def test_following_survives_a_lost_connection(up, job):
     assert steps == [f"{step}/400" for step in range(1, 401)]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_machine_is_lost_and_the_job_goes_on_with_the_other(up, job):
     """The last test: there is one machine less afterwards."""
     long = ("name=shrunk", "phases.sft.max_steps=400", "resources.min_workers=1", "resources.wait_for_machines=5")

@@ -364,6 +364,7 @@ def test_the_real_command_says_it_on_stderr_and_exits_with_2(place, arguments):
 
 
 @pytest.mark.cpu
+@pytest.mark.faults
 def test_a_full_disk_ends_the_run_keeps_earlier_checkpoints_and_the_run_goes_on_when_there_is_room(muster, place):
     """After the first checkpoint the process may write no file of more than 60 KB: to it the disk is full."""
     long = ("phases.sft.max_steps=60", "phases.sft.checkpoint.every=1", "track=[]")

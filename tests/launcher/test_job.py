@@ -92,6 +92,32 @@ def test_relative_paths_start_at_the_job_file_and_on_the_command_line_at_the_cur
     assert (data.template, data.eval) == (str(project / "chat.jinja"), str(here / "a.jsonl"))
 
 
+def test_two_dots_behind_a_link_are_followed_as_the_system_does(tmp_path, monkeypatch):
+    (tmp_path / "far/models").mkdir(parents=True)
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near/link").symlink_to(tmp_path / "far/models")
+    for name, content in (("a.jsonl", "{}"), ("t.jinja", ""), ("ds.json", '{"x": 1}'), ("r.py", "")):
+        (tmp_path / "far" / name).write_text(content)
+    (tmp_path / "near/job.yaml").write_text(
+        "model: {path: link/../m, tokenizer: ./link/../m}\nstorage: link/../runs\ndeepspeed: link/../ds.json\nphases:\n"
+        "  sft: {data: {train: [link/../a.jsonl], eval: link/../*.jsonl, template: link/../t.jinja}}\n"
+        "  ppo: {data: {train: link/../a.jsonl}, reward: 'link/../r.py:score'}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    loaded = job.read(Path("near/job.yaml"), ["phases.sft.eval={data: near/link/../a.jsonl}"])
+    far = str(tmp_path / "far")
+    sft, ppo = loaded.phases["sft"], loaded.phases["ppo"]
+    assert (loaded.storage, sft.model.path, sft.model.tokenizer) == (f"{far}/runs", f"{far}/m", f"{far}/m")
+    assert (sft.data.train, sft.data.eval, sft.data.template) == (
+        [f"{far}/a.jsonl"],
+        f"{far}/*.jsonl",
+        f"{far}/t.jinja",
+    )
+    assert sft.eval is not None
+    assert (sft.deepspeed, sft.eval.data) == ({"x": 1}, f"{far}/a.jsonl")
+    assert [source.path for source in ppo.rewards] == [f"{far}/r.py:score"]
+
+
 def test_one_tracker_may_be_given_without_a_list(folder):
     assert load("track: wandb\n" + HEAD).track == ["wandb"]
 

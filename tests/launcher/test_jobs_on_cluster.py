@@ -108,7 +108,7 @@ def test_a_job_with_bad_rows_fails_with_its_own_words_and_status(muster_here, jo
     assert "Traceback" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_jobs_run_side_by_side_and_a_third_waits_and_says_for_what(muster_here, job):
     forever = ("phases.sft.max_steps=1000000", "phases.sft.checkpoint.every=500000")
     names = [muster_here.submitted(job, f"name=side-{number}", *forever) for number in range(2)]

@@ -92,7 +92,7 @@ def test_the_listener_hears_a_notice_that_comes_later(monkeypatch, metadata):
     time.sleep(0.2)
     assert listener.said is None
     metadata.taken_back = True
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while listener.said is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)

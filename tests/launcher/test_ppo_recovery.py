@@ -12,7 +12,7 @@ from tests.disturbed import Result, Run
 from tests.launcher.test_run import nothing_left, processes_of, wait_for
 
 __all__ = ["nothing_left"]
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nothing_left")]
+pytestmark = [pytest.mark.cpu, pytest.mark.faults, pytest.mark.usefixtures("nothing_left")]
 
 JOB = """
 model: {{path: {tiny}/model, dtype: fp32}}
@@ -79,9 +79,7 @@ def run(tiny, tmp_path):
     run.close()
 
 
-@pytest.mark.parametrize(
-    "role", ["critic", pytest.param("policy", marks=pytest.mark.slow), pytest.param("rollout", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("role", RANKS)
 def test_a_killed_worker_of_any_role(run, whole, role):
     run.start()
     run.reach(5)
@@ -92,7 +90,6 @@ def test_a_killed_worker_of_any_role(run, whole, role):
     assert len(run.rows("ppo/samples.jsonl")) == 4 * 12
 
 
-@pytest.mark.slow
 def test_a_killed_driver(run, whole, nothing_left):
     run.start()
     run.reach(5)

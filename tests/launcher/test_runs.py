@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -260,3 +261,34 @@ def test_accepting_changes_keeps_the_new_job_and_writes_down_what_was_another(jo
     assert run.accepted_before() == 2
     run.close()
     assert attempts.begin(changed("phases.sft.learning_rate=2e-3")).accepted_before() == 2
+
+
+def test_settings_of_a_finished_phase_are_refused_unless_it_is_done_again(finished):
+    back = attempts.GoOn(rewind={"second": 2})
+    of_first, of_second, of_both = (
+        finished.job_here([f"{where}resources.threads=1"]) for where in ("phases.first.", "phases.second.", "")
+    )
+    told = "command line: phases.first.resources.threads: has no effect: the phase first is finished; "
+    with pytest.raises(InputError) as caught:
+        attempts.check(of_first, back)
+    assert str(caught.value) == f"{told}`muster resume RUN --step N --phase first` goes back into it"
+    attempts.check(of_first, attempts.GoOn(rewind={"first": 2, "second": 0}))
+    attempts.check(of_second, back)
+    attempts.check(of_both, back)
+    attempts.check(finished.job_here(["phases.first.resources.gpus_per_worker=0"]), back)  # as it is
+    own = {"second": ["resources.threads"]}
+    (finished.folder / "job.yaml").write_text(jobs.dump(replace(finished.job(), own_settings=own)))
+    with pytest.raises(InputError, match=r"^command line: resources\.threads: has no effect: the phase first is"):
+        attempts.check(finished.job_here(["resources.threads=1"]), back)
+
+
+def test_a_run_goes_on_with_overrides_at_the_top_for_all_phases(finished):
+    overridden = finished.job_here(["resources.workers=3", "sharding.stage=0"])
+    attempts.begin(overridden, attempts.GoOn(rewind={"second": 2})).close()
+    assert [(p.resources.workers, p.sharding.stage) for p in finished.job().phases.values()] == [(3, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("override", ["name=x", "storage=x", " name =x"])
+def test_a_run_keeps_its_folder(finished, override):
+    with pytest.raises(InputError, match="a run keeps its folder"):
+        finished.job_here([override])

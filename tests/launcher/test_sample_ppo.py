@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.cpu, pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.cpu, pytest.mark.long, pytest.mark.timeout(2400)]
 
 
 @pytest.mark.parametrize("seed", [17, 18])

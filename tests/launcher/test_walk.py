@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.cpu, pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.cpu, pytest.mark.long, pytest.mark.timeout(3600)]
 
 PAGE = Path(__file__).parents[2] / "docs" / "walk.md"
 SUMS = ["phases.sft.max_steps=500", "phases.reward.max_steps=250", "phases.ppo.max_steps=24"]

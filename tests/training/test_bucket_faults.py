@@ -11,7 +11,7 @@ from training.checkpoint import Manifest, Reader, verify
 from training.checkpoints import Checkpoints, step_of
 from training.storage import place
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.faults]
 
 SETTINGS = {"stage": 2, "max_steps": 12, "checkpoint": {"every": 2, "keep": 2}}
 
@@ -79,7 +79,7 @@ class GoesAway(Recorder):
             self.faults.down(self.seconds)
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [5, 60])
 def test_storage_that_is_away_for_a_while_costs_time_alone(train, whole, s3, seconds):
     kind = type("Goes", (GoesAway,), {"faults": s3.faults, "seconds": seconds})
     run = train(2, checkpoints=s3.url + "/run", hooks=kind, **SETTINGS)

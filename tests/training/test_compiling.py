@@ -53,7 +53,7 @@ def test_a_model_without_layers_that_are_known_says_so():
 
 
 @pytest.mark.cpu
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("workers", "settings", "model"),
@@ -72,7 +72,7 @@ def test_compiled_layers_give_the_same_curve(train, tiny, workers, settings, mod
 
 
 @pytest.mark.cpu
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_layers_are_compiled_a_few_times_not_once_for_every_length(tiny):
     """Twelve steps of packed rows, none as long as another, and answers to questions, for which nothing is compiled."""

@@ -1,12 +1,14 @@
 """Which checkpoint a run goes on from: the newest whole one, or the one that is asked for, of this job and these data."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from training.checkpoint import CheckpointError, NewerFormat
+from training.checkpoint import CheckpointError, Manifest, NewerFormat
 from training.checkpoints import Checkpoints, step_of
 from training.errors import InputError
+from training.recipes.resuming import _refuse_change
 from training.storage import place
 
 pytestmark = pytest.mark.cpu
@@ -108,6 +110,18 @@ def test_a_run_does_not_go_on_with_other_data_unless_that_is_accepted(train, tin
     with pytest.raises(InputError, match="it was trained on other data"):
         go_on(train, folder, data={"train": str(data)})
     assert go_on(train, folder, data={"train": str(data)}, accepted_before=10**9).first == 4
+
+
+def test_rows_that_an_earlier_version_read_differently_are_refused_with_what_has_changed(stopped, tmp_path):
+    folder = place(tmp_path / "step-00000006")
+    manifest = Manifest.read(folder)
+    facts = replace(
+        stopped.facts, data_hash="another", data_hash_before=manifest.data_hash, data_changes=("flags", "nested_nulls")
+    )
+    with pytest.raises(
+        InputError, match="read these rows differently; now `train` and `loss` in messages are read; nulls that"
+    ):
+        _refuse_change(folder, manifest, stopped, facts)
 
 
 def test_a_checkpoint_of_a_newer_muster_is_not_passed_over(train, stopped, tmp_path):

@@ -178,8 +178,12 @@ def run(name, tiny, tmp_path_factory):
 
 def table(*places: tuple, also: tuple[tuple, ...] = ()):
     """Parameters of a test: SFT at all places, the others `also` at some; where they add time alone only in the long tests."""
+
+    def long(entry: str, place: tuple) -> list[pytest.MarkDecorator]:
+        return [] if entry == "sft" or place in also else [pytest.mark.long]
+
     cases = [
-        pytest.param(entry, *place, marks=[] if entry == "sft" or place in also else pytest.mark.slow)
+        pytest.param(entry, *place, marks=[pytest.mark.xdist_group(f"the curve of {entry}"), *long(entry, place)])
         for entry in CANONICAL
         for place in places
     ]

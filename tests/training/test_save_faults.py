@@ -23,7 +23,7 @@ from training.errors import SaveError, Superseded, TrainingError
 from training.recipes import supervised
 from training.storage import Place, place
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.faults]
 
 TRIES = 50
 LIMIT_S = 60

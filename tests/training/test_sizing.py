@@ -94,8 +94,8 @@ def told(parts: Counter, *but: str) -> int:
 
 
 def one_in_three(cases: list[tuple]) -> list:
-    """Each takes seconds, and all go the same way: the others are for `make test-all`."""
-    return [case if place % 3 == 0 else pytest.param(*case, marks=pytest.mark.slow) for place, case in enumerate(cases)]
+    """Each takes seconds, and all go the same way: the others are for `make test-long`."""
+    return [case if place % 3 == 0 else pytest.param(*case, marks=pytest.mark.long) for place, case in enumerate(cases)]
 
 
 STATES = [

@@ -27,6 +27,7 @@ import fsspec
 
 from training.config import Source
 from training.errors import InputError, Problem
+from training.paths import absolute
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DATA_SUFFIXES = (*JSON_SUFFIXES, *(suffix + ".gz" for suffix in JSON_SUFFIXES), ".parquet")
@@ -93,6 +94,11 @@ class Row(NamedTuple):
     def where(self) -> str:
         return f"{self.part.shown}:{self.number}"
 
+    @property
+    def from_arrow(self) -> bool:
+        """Whether the row comes from Arrow or Parquet, which give all objects of a column the same keys, null where there was none."""
+        return isinstance(self.part, HubSplit) or self.part.path.endswith(".parquet")
+
 
 # ── Finding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -134,7 +140,7 @@ def _find(source: Source, base: Path, suffixes: tuple[str, ...]) -> tuple[Part, 
 
 
 def _find_local(source: Source, base: Path, suffixes: tuple[str, ...]) -> tuple[Part, ...]:
-    path = base / Path(source.path).expanduser()
+    path = base / os.path.expanduser(source.path)
     if path.is_dir():
         found = [_local(file, base) for file in sorted(path.iterdir()) if _is_data(file, suffixes)]
         return _checked(found, "folder", suffixes)
@@ -149,9 +155,9 @@ def _find_local(source: Source, base: Path, suffixes: tuple[str, ...]) -> tuple[
 
 
 def _local(path: Path, base: Path) -> DataFile:
-    absolute = Path(os.path.normpath(path))
-    shown = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
-    return DataFile(str(absolute), shown.as_posix())
+    found = Path(absolute(path))
+    shown = found.relative_to(base) if found.is_relative_to(base) else found
+    return DataFile(str(found), shown.as_posix())
 
 
 def _is_data(path: Path, suffixes: tuple[str, ...]) -> bool:

@@ -11,12 +11,13 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from training.answers import as_verdict, verdict
 from training.data.files import RowError, describe
+from training.data.unread import unread_columns, unread_keys
 from training.errors import InputError, Problem
 
 Message = dict[str, Any]
@@ -71,6 +72,36 @@ class Prompt:
 Example = Answer | Pair | Prompt
 
 
+@dataclass
+class Remarks:
+    """What rows have shown beside their examples."""
+
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the user, each once."""
+    changes: set[str] = field(default_factory=set)
+    """Entries of CHANGES that the rows make use of."""
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+BOS = "bos"
+CHANGES = {
+    BOS: "what the tokenizer puts before plain texts (BOS) is learnt, unless data.bos is none",
+    "flags": "`train` and `loss` in messages are read",
+    "system": "the column `system` is read, and a system message that stands there already is not repeated",
+    "history": "the column `history` is read",
+    "repeated_prompt": "a prompt that an answer repeats is written once",
+    "nested_nulls": "nulls that Parquet fills in are removed at every depth",
+    "nulls": "nulls in tool schemas and in the arguments of tool calls are kept",
+    "arguments": "arguments of tool calls are written as text where the template expects text",
+    "marks": "marks of the template are read as well where not all answers of a conversation are learned",
+    "rewritten": "answers that the template rewrites are not learned in their rewritten form",
+}
+"""What rows mean since commit 3f9f597 that they did not mean before: only data sets that make use of it have other tokens than they had."""
+
+
 @dataclass(frozen=True)
 class Record:
     """A row seen through the format's names; errors speak in the data's own."""
@@ -78,6 +109,7 @@ class Record:
     row: Mapping[str, Any]
     names: Mapping[str, str]
     """The format's name -> the data's, where they differ."""
+    remarks: Remarks = field(default_factory=Remarks)
 
     def name(self, column: str) -> str:
         return self.names.get(column, column)
@@ -132,17 +164,28 @@ class Parser:
         self._candidates = tuple(allowed) if format == "auto" else (format,)
         self._columns = columns
         self._auto = format == "auto"
+        self.remarks = Remarks()
         problems = [] if self._auto or format in allowed else [_foreign_format(format, allowed)]
         known = [name for key in self._candidates for name in _names(FORMATS[key])]
         problems += [_unknown_column(name, known) for name in columns if name not in known]
         if problems:
             raise InputError(problems)
 
-    def __call__(self, row: Mapping[str, Any]) -> tuple[str, Example]:
-        """The name of the row's format and the example. Raises RowError."""
-        record = Record(row, self._columns)
+    def __call__(self, row: Mapping[str, Any], *, from_arrow: bool = False) -> tuple[str, Example]:
+        """The name of the row's format and the example. Raises RowError.
+
+        `from_arrow`: the row comes from Parquet or Arrow, where a key that one object lacks and another has is null.
+        """
+        record = Record(row, self._columns, self.remarks)
         key = self._recognise(record) if self._auto else self._candidates[0]
-        return key, FORMATS[key].parse(record)
+        columns = {name: record.name(name) for name in _names(FORMATS[key])}
+        if from_arrow:
+            record = replace(record, row=_without_filled_nulls(row, columns.values(), self.remarks))
+        example = FORMATS[key].parse(record)
+        if key != "prompts":  # whose other columns go to reward functions
+            for note in unread_columns(row, key, columns):
+                self.remarks.note(note)
+        return key, example
 
     def _recognise(self, record: Record) -> str:
         for present in (lambda name: record.get(name) is not None, record.has):
@@ -261,11 +304,40 @@ def _list(value: Any, place: str) -> list[Any]:
     return value
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
-    """The object without its nulls: Parquet writes every absent key as null."""
+def _mapping(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowError(f"{place}: expected an object, got {describe(value)}")
-    return {key: item for key, item in value.items() if item is not None}
+    return value
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    """The object without keys that are null: a null and an absent key mean the same there."""
+    return {key: item for key, item in _mapping(value, place).items() if item is not None}
+
+
+def _without_filled_nulls(row: Mapping[str, Any], columns: Iterable[str], remarks: Remarks) -> Mapping[str, Any]:
+    """The row with no null in the objects of these columns, at any depth: Arrow gives all objects of a column the same keys."""
+    nested = {name: row[name] for name in columns if isinstance(row.get(name), list | dict)}
+    return {**row, **{name: _without_nulls(value, remarks, name) for name, value in nested.items()}} if nested else row
+
+
+_OUTER = ("tool_calls", "function", "arguments", "content")
+"""Keys of messages and tools whose values had their nulls removed before this was done at every depth."""
+
+
+def _without_nulls(value: Any, remarks: Remarks, key: str, is_deep: bool = False) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item, remarks, key, is_deep) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if is_deep and None in value.values():
+        remarks.changes.add("nested_nulls")
+    deeper = is_deep or key == "arguments"
+    return {
+        name: _without_nulls(item, remarks, name, deeper or name not in _OUTER)
+        for name, item in value.items()
+        if item is not None
+    }
 
 
 def _key(item: Mapping[str, Any], key: str, place: str, hint: str = "") -> Any:
@@ -287,23 +359,40 @@ def _decoded(value: Any, place: str) -> Any:
 def _tools(record: Record) -> list[dict[str, Any]] | None:
     place = f"column `{record.name('tools')}`"
     tools = _decoded(record.get("tools") or [], place)
-    return [_tool(tool, f"{place}[{index}]") for index, tool in enumerate(_list(tools, place))] or None
+    listed = [_tool(tool, f"{place}[{index}]", record.remarks) for index, tool in enumerate(_list(tools, place))]
+    return listed or None
 
 
-def _tool(tool: Any, place: str) -> dict[str, Any]:
+def _tool(tool: Any, place: str, remarks: Remarks) -> dict[str, Any]:
     tool = _object(_decoded(tool, place), place)
-    function = tool if "function" not in tool else _object(tool["function"], f"{place}.function")
+    function = tool if "function" not in tool else _mapping(tool["function"], f"{place}.function")
+    if None in function.values():
+        remarks.changes.add("nulls")
     _text(_key(function, "name", place), f"{place}.name")
     return {"type": "function", "function": function}
 
 
-def _call(call: Any, place: str) -> dict[str, Any]:
-    """A tool call with its arguments as an object, the form that chat templates expect."""
+class Arguments(dict[str, Any]):
+    """Arguments of a tool call as an object, which most chat templates expect; `text` is for those that expect text."""
+
+    own_text: str | None = None
+    """What the row has, if that is text."""
+
+    @property
+    def text(self) -> str:
+        return json.dumps(self, ensure_ascii=False) if self.own_text is None else self.own_text
+
+
+def _call(call: Any, place: str, remarks: Remarks) -> dict[str, Any]:
+    """A tool call with its arguments as an object."""
     call = _object(call, place)
     function = call if "function" not in call else _object(call["function"], f"{place}.function")
     name = _text(_key(function, "name", place), f"{place}.name")
-    place = f"{place}.arguments"
-    arguments = _object(_decoded(function.get("arguments") or {}, place), place)
+    given = function.get("arguments") or {}
+    arguments = Arguments(_mapping(_decoded(given, f"{place}.arguments"), f"{place}.arguments"))
+    arguments.own_text = given if isinstance(given, str) else None
+    if None in arguments.values():
+        remarks.changes.add("nulls")
     identity = {"id": call["id"]} if "id" in call else {}
     return {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -322,51 +411,134 @@ def _parse_prompt_completion(record: Record) -> Example:
         got = f"{describe(prompt)} and {describe(completion)}"
         raise RowError(f"columns {names}: expected two texts or two lists of messages, got {got}")
     if not isinstance(prompt, list):
-        return PromptCompletion(record.text("prompt"), record.filled_text("completion"))
-    before = _messages(prompt, record.name("prompt"))
-    return _chat(before + _messages(completion, record.name("completion")), _tools(record), first=len(before))
+        return _text_completion(record)
+    before = _messages(prompt, record.name("prompt"), record.remarks)
+    whole = _joined(before, _messages(completion, record.name("completion"), record.remarks))
+    if whole.repeats:
+        _note_repeated(record)
+    return _chat(whole.messages, _tools(record), record.remarks, first=whole.start)
+
+
+def _text_completion(record: Record) -> PromptCompletion:
+    prompt, completion = record.text("prompt"), record.filled_text("completion")
+    if _after_prompt(prompt, completion):
+        names = f"`{record.name('completion')}` begins with the text of `{record.name('prompt')}`"
+        record.remarks.note(f"column {names} in some rows, which stands there twice; take it out if it is not meant")
+    return PromptCompletion(prompt, completion)
 
 
 def _parse_alpaca(record: Record) -> Example:
+    """The answers of `history` are learned as well, as in LLaMA-Factory and ms-swift."""
     question = record.text("instruction")
     if record.get("input") is not None and (extra := record.text("input")):
         question = f"{question}\n{extra}"
-    answer = record.filled_text("output")
-    return Chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], learnt=(1,))
+    said = [*_history(record), question, record.filled_text("output")]
+    roles = ("user", "assistant")
+    turns = [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]
+    return _chat(_with_system(turns, record), None, record.remarks)
+
+
+def _history(record: Record) -> list[str]:
+    """Question, answer, question, answer, ..."""
+    name = f"column `{record.name('history')}`"
+    texts: list[str] = []
+    for index, pair in enumerate(_list(record.get("history") or [], name)):
+        place = f"{name}[{index}]"
+        if not isinstance(pair, list) or len(pair) != 2:
+            got = f"{len(pair)} of them" if isinstance(pair, list) else describe(pair)
+            raise RowError(f"{place}: expected a question and its answer, [text, text], got {got}")
+        texts += [_text(text, place) for text in pair]
+        if not texts[-1].strip():
+            raise RowError(f"{place}: the answer is empty")
+    if texts:
+        record.remarks.changes.add("history")
+    return texts
+
+
+def _with_system(messages: list[Message], record: Record) -> list[Message]:
+    """The messages behind the text of the column `system`, unless they begin with it. Raises RowError if they begin with another."""
+    if record.get("system") is None or not (system := record.text("system")):
+        return messages
+    first = messages[0] if messages else {}
+    if first.get("role") not in ("system", "developer"):
+        record.remarks.changes.add("system")
+        return [{"role": "system", "content": system}, *messages]
+    if first["content"].strip() != system.strip():
+        name = record.name("system")
+        raise RowError(f"column `{name}` and the first message are two different system messages; give one of them")
+    record.remarks.changes.add("system")
+    return messages
 
 
 def _parse_messages(record: Record) -> Example:
-    return _chat(_messages(record.list("messages"), record.name("messages")), _tools(record))
+    messages = _messages(record.list("messages"), record.name("messages"), record.remarks)
+    return _chat(_with_system(messages, record), _tools(record), record.remarks)
 
 
-def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, first: int = 0) -> Chat:
-    """The assistant turns from `first` on are learnt, unless they say `weight: 0` or open the conversation unasked."""
+def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, remarks: Remarks, first: int = 0) -> Chat:
+    """The assistant turns from `first` on are learnt, unless they have weight 0 or open the conversation unasked."""
     turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if any(messages[place].get("weight") == 1 for place in turns if place < max(first, 1)):
+        remarks.note(
+            "assistant messages that open a conversation or belong to the prompt are not learned, whatever their weight"
+        )
     learnt = tuple(place for place in turns if place >= max(first, 1) and messages[place].get("weight") != 0)
     if not learnt:
         reason = "all open the conversation, belong to the prompt or have weight 0" if turns else "there is none"
         raise RowError(f"no assistant turn to learn: {reason}")
-    return Chat([{k: v for k, v in message.items() if k != "weight"} for message in messages], learnt, tools)
+    return Chat(_bare(messages), learnt, tools)
+
+
+def _bare(messages: list[Message]) -> list[Message]:
+    """The messages as chat templates see them."""
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def _messages(messages: list[Any], name: str) -> list[Message]:
-    return [_message(message, f"{name}[{place}]") for place, message in enumerate(messages)]
+def _messages(messages: list[Any], name: str, remarks: Remarks) -> list[Message]:
+    return [_message(message, f"{name}[{place}]", remarks) for place, message in enumerate(messages)]
 
 
-def _message(message: Any, place: str) -> Message:
+def _message(message: Any, place: str, remarks: Remarks) -> Message:
     message = _object(message, place)
     role = _key(message, "role", place)
     if role not in ROLES:
         raise RowError(f"{place}: unknown role {role!r}; known are {_listed(ROLES)}")
+    weight = _weight(message, role, place, remarks)
     calls = _list(message.pop("tool_calls", []), f"{place}.tool_calls")
-    calls = [_call(call, f"{place}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    calls = [_call(call, f"{place}.tool_calls[{index}]", remarks) for index, call in enumerate(calls)]
     content = _content(message.get("content", "" if calls else None), place)
     if role == "assistant" and not calls and not content.strip():
         raise RowError(f"assistant turn is empty ({place})")
-    return {**message, "content": content, **({"tool_calls": calls} if calls else {})}
+    return {**message, "content": content, **({"tool_calls": calls} if calls else {}), **weight}
+
+
+FLAGS = ("weight", "train", "loss")
+"""Keys of a message that say whether it is learned: OpenAI's, axolotl's, ms-swift's."""
+
+
+def _weight(message: Message, role: str, place: str, remarks: Remarks) -> dict[str, int]:
+    """`{"weight": 0 or 1}` if the message says whether it is learned, else nothing. Takes the keys out of the message."""
+    for note in unread_keys(message, place):
+        remarks.note(note)
+    given = {key: _switch(message.pop(key), key, place) for key in FLAGS if key in message}
+    if len(set(given.values())) > 1:
+        raise RowError(f"{place}: {' and '.join(f'`{key}`' for key in given)} contradict each other")
+    if 0 in given.values() and "weight" not in given:
+        remarks.changes.add("flags")
+    if 1 in given.values() and role != "assistant":
+        remarks.note(
+            f"`{next(iter(given))}` in messages that are not the assistant's has no effect: only answers are learned"
+        )
+    return {"weight": next(iter(given.values()))} if given else {}
+
+
+def _switch(value: Any, key: str, place: str) -> int:
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return int(value)
+    raise RowError(f"{place}.{key}: expected {'0 or 1' if key == 'weight' else 'true or false'}, got {describe(value)}")
 
 
 def _content(content: Any, place: str) -> str:
@@ -400,14 +572,15 @@ SHAREGPT_ROLES = {
 
 
 def _parse_sharegpt(record: Record) -> Example:
-    name = record.name("conversations")
-    turns = [_turn(turn, f"{name}[{place}]") for place, turn in enumerate(record.list("conversations"))]
-    if record.get("system") is not None and (system := record.text("system")):
-        turns.insert(0, {"role": "system", "content": system})
-    return _chat(turns, _tools(record))
+    turns = _turns(record.list("conversations"), record.name("conversations"), record.remarks)
+    return _chat(_with_system(turns, record), _tools(record), record.remarks)
 
 
-def _turn(turn: Any, place: str) -> Message:
+def _turns(turns: list[Any], name: str, remarks: Remarks) -> list[Message]:
+    return [_turn(turn, f"{name}[{place}]", remarks) for place, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, place: str, remarks: Remarks) -> Message:
     turn = _object(turn, place)
     hint = "; these are OpenAI messages: set `format: messages` and `columns`" if "role" in turn else ""
     sender = _text(_key(turn, "from", place, hint), f"{place}.from")
@@ -417,14 +590,16 @@ def _turn(turn: Any, place: str) -> Message:
     value = _text(_key(turn, "value", place), f"{place}.value")
     if not value.strip() and role in ("assistant", "call"):
         raise RowError(f"assistant turn is empty ({place})")
-    return _call_turn(value, f"{place}.value") if role == "call" else {"role": role, "content": value}
+    weight = _weight(turn, "assistant" if role == "call" else role, place, remarks)
+    message = _call_turn(value, f"{place}.value", remarks) if role == "call" else {"role": role, "content": value}
+    return {**message, **weight}
 
 
-def _call_turn(value: str, place: str) -> Message:
+def _call_turn(value: str, place: str, remarks: Remarks) -> Message:
     """`{"name": ..., "arguments": ...}`, or a list of them, as an assistant turn that calls tools."""
     decoded = _decoded(value, place)
     calls = decoded if isinstance(decoded, list) else [decoded]
-    return {"role": "assistant", "content": "", "tool_calls": [_call(call, place) for call in calls]}
+    return {"role": "assistant", "content": "", "tool_calls": [_call(call, place, remarks) for call in calls]}
 
 
 CRITIQUE_INSTRUCTION = "Please critique whether the following solution to the question is correct."
@@ -455,25 +630,118 @@ def _asked(user: str, assistant: str) -> Chat:
 
 def _parse_preference(record: Record) -> Example:
     """Prompt with two completions, two conversations, or two whole transcripts."""
-    sides = [_preference_side(record, column) for column in ("chosen", "rejected")]
-    return _pair(record, *sides)
+    (chosen, first), (rejected, second) = (_preference_side(record, column) for column in ("chosen", "rejected"))
+    return _pair(record, chosen, rejected, (first, second))
 
 
-def _preference_side(record: Record, column: str) -> Answer:
+def _preference_side(record: Record, column: str) -> tuple[Answer, bool]:
+    """An answer with its prompt, and whether the column holds both although there is a column `prompt`."""
     answer, prompt = record.need(column), record.get("prompt")
-    if isinstance(answer, list):
-        turns = _messages(answer, record.name(column))
-        # A prompt that is a text repeats what the conversation begins with.
-        before = _messages(prompt, record.name("prompt")) if isinstance(prompt, list) else []
-        if (before + turns)[-1:] and (before + turns)[-1]["role"] != "assistant":
-            raise RowError(
-                f"column `{record.name(column)}`: the last turn is not the assistant's; there is no answer to judge"
-            )
-        return _chat(before + turns, _tools(record))
-    text = record.filled_text(column)
-    if prompt is not None:
-        return PromptCompletion(record.text("prompt"), text)
-    return _transcript(text, f"column `{record.name(column)}`")
+    if not isinstance(answer, list):
+        return _text_side(record, column)
+    turns = _messages(answer, record.name(column), record.remarks)
+    if isinstance(prompt, list):
+        whole = _joined(_messages(prompt, record.name("prompt"), record.remarks), turns)
+        if whole.repeats:
+            _note_repeated(record)
+        return _judged(whole.messages, record, column), whole.repeats
+    before = [] if prompt is None else _question_before(turns, record)
+    return _judged(before + turns, record, column), prompt is not None and not before
+
+
+def _question_before(turns: list[Message], record: Record) -> list[Message]:
+    """The prompt, a text, as a message before turns that begin with the answer. Whole conversations begin with it already."""
+    text = record.text("prompt")
+    if turns and turns[0]["role"] == "assistant":
+        return [{"role": "user", "content": text}]
+    if not any(text.strip() in turn["content"] for turn in turns):
+        record.remarks.note(f"column `{record.name('prompt')}` is not read where the answers are whole conversations")
+    return []
+
+
+def _text_side(record: Record, column: str) -> tuple[Answer, bool]:
+    text, place = record.filled_text(column), f"column `{record.name(column)}`"
+    if record.get("prompt") is None:
+        return _transcript(text, place), False
+    prompt = record.text("prompt")
+    rest = _after_prompt(prompt, text)
+    if rest is not None and not rest.strip():
+        raise RowError(f"{place}: holds the prompt alone; there is no answer to judge")
+    whole = PromptCompletion(prompt, rest) if rest is not None else _transcript_of(prompt, text)
+    if whole is None:
+        return PromptCompletion(prompt, text), False
+    _note_repeated(record)
+    return whole, True
+
+
+def _transcript_of(prompt: str, text: str) -> Chat | None:
+    """A transcript in which the prompt is what the human says."""
+    try:
+        whole = _transcript(text.lstrip(), "")
+    except RowError:
+        return None
+    said = [turn["content"] for turn in whole.messages if turn["role"] == "user"] if isinstance(whole, Chat) else []
+    return whole if isinstance(whole, Chat) and prompt.strip() in said else None
+
+
+def _judged(messages: list[Message], record: Record, column: str) -> Chat:
+    """A conversation that ends with the answer to judge."""
+    place = f"column `{record.name(column)}`"
+    if messages and messages[-1]["role"] != "assistant":
+        raise RowError(f"{place}: the last turn is not the assistant's; there is no answer to judge")
+    if messages and messages[-1].get("weight") == 0:
+        raise RowError(f"{place}: the last message has weight 0 (or train, loss: false), but it is the answer to judge")
+    return _chat(messages, _tools(record), record.remarks)
+
+
+class _Whole(NamedTuple):
+    messages: list[Message]
+    start: int
+    """Place of the first message of the answer."""
+    repeats: bool
+    """Whether the answer repeated the prompt, or its end."""
+
+
+def _joined(prompt: list[Message], answer: list[Message]) -> _Whole:
+    """Prompt and answer as one conversation. What the answer repeats of the prompt stands there once.
+
+    A system message may stand in one of the two only. Raises RowError if they begin with different ones.
+    """
+    systems = [each[0] for each in (prompt, answer) if each and each[0]["role"] == "system"]
+    if len(systems) == 2 and not _same(*systems):
+        raise RowError("the prompt and the answer begin with different system messages; give one of them")
+    is_own = len(systems) == 1 and answer[0] is systems[0]
+    head, rest = (answer[:1], answer[1:]) if is_own else ([], answer)
+    for count in range(min(len(prompt), len(rest)), 0, -1):
+        repeated = rest[:count]
+        if any(turn["role"] == "user" for turn in repeated) and all(map(_same, prompt[-count:], repeated)):
+            return _Whole([*head, *prompt, *rest[count:]], len(head) + len(prompt), repeats=True)
+    if len(systems) == 2:
+        return _Whole(prompt + answer[1:], len(prompt), repeats=True)
+    return _Whole(prompt + answer, len(prompt), repeats=False)
+
+
+def _same(one: Message, other: Message) -> bool:
+    return one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
+
+
+def _after_prompt(prompt: str, text: str) -> str | None:
+    """What follows the prompt in a text that begins with it; None if it does not, or if the prompt is a single word, which may be chance."""
+    stem = prompt.strip()
+    if not stem or stem.isalnum():
+        return None
+    if text.startswith(prompt):
+        rest = text[len(prompt) :]
+    elif text.lstrip().startswith(stem):
+        rest = text.lstrip()[len(stem) :].removeprefix(prompt[len(prompt.rstrip()) :])
+    else:
+        return None
+    return None if prompt[-1:].isalnum() and rest[:1].isalnum() else rest
+
+
+def _note_repeated(record: Record) -> None:
+    record.remarks.note("the answers of some rows begin with their prompt, which is written once")
+    record.remarks.changes.add("repeated_prompt")
 
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):[ ]?")
@@ -494,16 +762,24 @@ def _transcript(text: str, place: str) -> Answer:
 
 
 def _parse_sharegpt_preference(record: Record) -> Example:
-    name = record.name("conversations")
-    before = [_turn(turn, f"{name}[{place}]") for place, turn in enumerate(record.list("conversations"))]
-    sides = []
-    for column in ("chosen", "rejected"):
-        answer = record.need(column)
-        turn = {"from": "gpt", "value": answer} if isinstance(answer, str) else answer
-        sides.append(
-            _chat([*before, _turn(turn, f"column `{record.name(column)}`")], _tools(record), first=len(before))
-        )
-    return _pair(record, *sides)
+    before = _turns(record.list("conversations"), record.name("conversations"), record.remarks)
+    before = _with_system(before, record)
+    sides = [_sharegpt_side(record, column, before) for column in ("chosen", "rejected")]
+    return _pair(record, sides[0][0], sides[1][0], (sides[0][1], sides[1][1]))
+
+
+def _sharegpt_side(record: Record, column: str, before: list[Message]) -> tuple[Chat, bool]:
+    """An answer, one turn or several that may begin with the conversation, behind the conversation; and whether they do."""
+    answer, place = record.need(column), f"column `{record.name(column)}`"
+    if isinstance(answer, list):
+        whole = _joined(before, _turns(answer, record.name(column), record.remarks))
+        if whole.repeats:
+            _note_repeated(record)
+        return _judged(whole.messages, record, column), whole.repeats
+    turn = {"from": "gpt", "value": answer} if isinstance(answer, str) else answer
+    messages = [*before, _turn(turn, place, record.remarks)]
+    chat = _judged(messages, record, column)
+    return replace(chat, learnt=chat.learnt[-1:]), False
 
 
 def _parse_prompts(record: Record) -> Example:
@@ -512,16 +788,22 @@ def _parse_prompts(record: Record) -> Example:
     if not isinstance(given, list):
         return Prompt(record.filled_text("prompt"))
     name = record.name("prompt")
-    turns = _messages(given, name)
+    turns = _bare(_messages(given, name, record.remarks))
     if not turns or turns[-1]["role"] == "assistant":
         raise RowError(f"column `{name}`: the last turn is not one that an assistant answers")
     return Prompt(Chat(turns, (), _tools(record)))
 
 
-def _pair(record: Record, chosen: Answer, rejected: Answer) -> Pair:
+def _pair(record: Record, chosen: Answer, rejected: Answer, repeats: tuple[bool, bool]) -> Pair:
+    names = f"`{record.name('chosen')}` and `{record.name('rejected')}`"
     if chosen == rejected:
-        names = f"`{record.name('chosen')}` and `{record.name('rejected')}`"
         raise RowError(f"columns {names} are the same: nothing is preferred")
+    if repeats[0] != repeats[1]:
+        with_prompt, without = ("chosen", "rejected") if repeats[0] else ("rejected", "chosen")
+        message = (
+            f"column `{record.name(with_prompt)}` begins with the prompt, column `{record.name(without)}` does not"
+        )
+        raise RowError(f"{message}; give both with it or both without")
     margin = record.get("margin")
     if margin is None:
         return Pair(chosen, rejected)
@@ -533,13 +815,13 @@ def _pair(record: Record, chosen: Answer, rejected: Answer) -> Pair:
 FORMATS: dict[str, Format] = {
     "text": Format(("text",), (), _parse_text),
     "prompt_completion": Format(("prompt", "completion"), ("tools",), _parse_prompt_completion),
-    "alpaca": Format(("instruction", "output"), ("input",), _parse_alpaca),
+    "alpaca": Format(("instruction", "output"), ("input", "system", "history"), _parse_alpaca),
     "sharegpt": Format(("conversations",), ("system", "tools"), _parse_sharegpt),
-    "messages": Format(("messages",), ("tools",), _parse_messages),
+    "messages": Format(("messages",), ("system", "tools"), _parse_messages),
     "critique": Format(("question", "answer", "critique"), ("verdict",), _parse_critique),
     "preference": Format(("chosen", "rejected"), ("prompt", "margin", "tools"), _parse_preference),
     "sharegpt_preference": Format(
-        ("conversations", "chosen", "rejected"), ("margin", "tools"), _parse_sharegpt_preference
+        ("conversations", "chosen", "rejected"), ("system", "margin", "tools"), _parse_sharegpt_preference
     ),
     "prompts": Format(("prompt",), ("tools",), _parse_prompts),
 }

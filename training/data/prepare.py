@@ -9,13 +9,14 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.config import Data
 from training.data import files, templates
 from training.data.files import Located, Row, RowError
-from training.data.formats import Chat, Example, Pair, Parser, Prompt, PromptCompletion, Text
+from training.data.formats import BOS, Chat, Example, Pair, Parser, Prompt, PromptCompletion, Text
 from training.errors import InputError, Problem
 from training.modelfiles import TOKENIZER_FILES
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 VERSION = 3
 """Raise it when the same rows give other tokens than before, so that older stores are not used."""
-ALWAYS_CHATS = {"messages", "sharegpt", "alpaca", "critique", "sharegpt_preference"}
-"""Formats whose rows are conversations, whatever they hold."""
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
 SHOWN_PROBLEMS = 20
@@ -51,6 +50,8 @@ class Findings:
     rows_by_part: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     """The first of the bad rows."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of the rows."""
 
     def add_bad(self, row: Row, error: RowError) -> None:
         self.bad += 1
@@ -83,6 +84,7 @@ def check_rows(sources: Sequence[Located], data: Data, formats: Sequence[str], b
     for _ in _parsed(sources, parser, findings):
         pass
     findings.raise_if_bad(sources)
+    findings.notes = parser.remarks.notes
     return findings
 
 
@@ -110,7 +112,9 @@ def prepare(
     parser = Parser(data.format, data.columns, formats)
 
     def renderer() -> Renderer:
-        return Renderer(load_tokenizer(tokenizer_path, trust_remote_code), data.template, base, bos=data.bos)
+        return Renderer(
+            load_tokenizer(tokenizer_path, trust_remote_code), data.template, base, turns=data.turns, bos=data.bos
+        )
 
     try:
         words = _tokenizer_content(tokenizer_path, trust_remote_code)
@@ -124,30 +128,38 @@ def prepare(
 
 
 def _existing(folder: Path, data: Data, renderer: Callable[[], Renderer]) -> Path | None:
-    """The store at `folder`, or at its place for texts with BOS, whichever holds the tokens of these settings. Removes what is damaged."""
+    """The store at `folder`, or at its place for rows that make use of CHANGES. Removes what cannot be used."""
     from training.data.store import TokenStore
 
-    with_bos = _with_bos(folder)
-    for each in (folder, with_bos):
-        if each.exists() and not _is_whole(each):
+    for with_bos, changed in product((True, False) if data.bos == "auto" else (False,), (True, False)):
+        each = _changed(folder, changed=changed, with_bos=with_bos)
+        if not each.exists():
+            continue
+        if not (_is_whole(each) and _is_current(each)):
             shutil.rmtree(each, ignore_errors=True)
-    if data.bos == "auto" and with_bos.exists():
-        return with_bos
-    if not folder.exists():
-        return None
-    return folder if data.bos == "none" or _same_without_bos(TokenStore.open(folder).meta, renderer) else None
+        elif with_bos or data.bos == "none" or _same_without_bos(TokenStore.open(each).meta, renderer):
+            return each
+    return None
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether the rows of a store mean what they meant when it was made. Stores of earlier versions do not say it of themselves."""
+    from training.data.store import TokenStore
+
+    meta = TokenStore.open(folder).meta
+    has_pairs = any(name.endswith("preference") for name in meta.formats)
+    return meta.changes is not None or not (meta.chats or has_pairs)
 
 
 def _same_without_bos(meta: Meta, renderer: Callable[[], Renderer]) -> bool:
-    """Whether a store without BOS holds the tokens that these rows have with it. Stores of earlier versions do not say it of themselves."""
-    if meta.same_without_bos is not None:
-        return meta.same_without_bos
-    return set(meta.formats) <= ALWAYS_CHATS or not renderer().adds_tokens
+    """Whether a store without BOS holds the tokens that its rows have with it. Stores of earlier versions do not say it of themselves."""
+    return not renderer().adds_tokens if meta.same_without_bos is None else meta.same_without_bos
 
 
-def _with_bos(folder: Path) -> Path:
-    """The place of a store whose texts have what the tokenizer adds to them. That of all others stays as it was before there was `data.bos`."""
-    return folder.with_name(hashlib.sha256(f"{folder.name} with added tokens".encode()).hexdigest()[:32])
+def _changed(folder: Path, *, changed: bool, with_bos: bool) -> Path:
+    """The place of a store whose rows make use of CHANGES: of BOS, or of others. That of all others stays as it was."""
+    name = folder.name + " with changes" * changed + " with bos" * with_bos
+    return folder.with_name(hashlib.sha256(name.encode()).hexdigest()[:32]) if changed or with_bos else folder
 
 
 def _is_whole(folder: Path) -> bool:
@@ -178,7 +190,8 @@ def _key(sources: Sequence[Located], data: Data, formats: Sequence[str], words: 
     """Names a store by everything that its tokens depend on, and nothing else: equal on every machine, wherever files lie."""
     content = [[files.digest(part, memo) for part in source.parts] for source in sources]
     template = [data.template, templates.load(data.template, base)]
-    settings = [data.format, data.columns, list(formats), data.max_length, data.overlong]
+    settings: list[Any] = [data.format, data.columns, list(formats), data.max_length, data.overlong]
+    settings += [data.turns] if data.turns != "auto" else []
     text = json.dumps([VERSION, content, words, template, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -192,7 +205,7 @@ def _parsed(sources: Sequence[Located], parser: Parser, findings: Findings) -> I
             try:
                 if isinstance(row.value, RowError):
                     raise row.value
-                format, example = parser(row.value)
+                format, example = parser(row.value, from_arrow=row.from_arrow)
             except RowError as error:
                 findings.add_bad(row, error)
             else:
@@ -229,28 +242,33 @@ def _characters(example: Example) -> int:
 
 
 def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser, renderer: Renderer) -> Path:
-    """Writes a store and returns its folder, which is another one where `data.bos` has given other tokens."""
+    """Writes a store and returns its folder, which is another one for rows that make use of CHANGES."""
     from training.data.store import create
 
     findings = Findings()
     with create(folder, len(sources)) as writer:
         for batch in _batches(_parsed(sources, parser, findings)):
-            results = renderer.render([example for _, _, example in batch])
+            results = renderer.samples([example for _, _, example in batch])
             for (place, row, example), result in zip(batch, results, strict=True):
                 if isinstance(result, RowError):
                     findings.add_bad(row, result)
                 elif not findings.bad:
-                    _keep(writer, result, data, place, row, example)
+                    for sample in result:
+                        _keep(writer, sample, data, place, row, example)
         findings.raise_if_bad(sources)
         writer.meta.rows = findings.rows
         writer.meta.formats = dict(findings.formats)
         writer.meta.chats = renderer.has_written_chats
-        writer.meta.notes = renderer.notes + _notes(writer.meta, data)
+        writer.meta.notes = (
+            parser.remarks.notes + renderer.notes + _turn_notes(writer.meta, data) + _notes(writer.meta, data)
+        )
         _raise_if_nothing_left(sources, writer.meta, data)
         writer.meta.same_without_bos = not renderer.bos_matters
-        if renderer.bos_matters and data.bos == "auto":
-            writer.meta.hash_without_bos = folder.name
-            writer.destination = _with_bos(folder)
+        changes, with_bos = parser.remarks.changes | renderer.changes, renderer.bos_matters and data.bos == "auto"
+        writer.meta.changes = sorted(changes | ({BOS} if with_bos else set()))
+        if writer.meta.changes:
+            writer.meta.hash_before = folder.name
+            writer.destination = _changed(folder, changed=bool(changes), with_bos=with_bos)
     return writer.destination
 
 
@@ -259,6 +277,8 @@ def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row,
     from training.data.render import fitted, fitted_pair, sides_of
 
     meta, is_pair = writer.meta, isinstance(example, Pair)
+    meta.sequences += 1
+    meta.left_out_answers += sample.left_out
     length = max(map(len, sides_of(sample.ids, sample.targets))) if is_pair else len(sample.ids)
     meta.longest = max(meta.longest, length)
     meta.shortest = min(meta.shortest or length, length)
@@ -284,7 +304,20 @@ def _notes(meta: Meta, data: Data) -> list[str]:
         f"are longer than {limit} and were split": meta.split,
         f"have nothing to learn within {limit} and were dropped": meta.dropped_without_target,
     }
-    return [f"{count:,} of {meta.rows:,} samples {what}" for what, count in told.items() if count]
+    return [f"{count:,} of {meta.sequences:,} samples {what}" for what, count in told.items() if count]
+
+
+def _turn_notes(meta: Meta, data: Data) -> list[str]:
+    """What became of the answers of conversations."""
+    if not meta.chats and data.turns != "auto":
+        return [f"data.turns: {data.turns} changes nothing: it is for conversations whose answers are learned"]
+    if data.turns == "all" and meta.sequences > meta.rows:
+        return [f"the chat template rewrites earlier answers: {meta.rows:,} rows became {meta.sequences:,} samples, so that each is learned as it was given"]  # fmt: skip
+    if not meta.left_out_answers:
+        return []
+    if data.turns == "last":
+        return [f"{meta.left_out_answers:,} earlier answers are not learned (data.turns: last)"]
+    return [f"the chat template rewrites earlier answers of a conversation: {meta.left_out_answers:,} are not learned; data.turns: all learns each as it was given"]  # fmt: skip
 
 
 def _raise_if_nothing_left(sources: Sequence[Located], meta: Meta, data: Data) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data import templates
+from training.data.conversations import Conversations, Turns, Written
 from training.data.files import RowError, one_line
 from training.data.formats import Answer, Chat, Example, Pair, Prompt, PromptCompletion, Text
 from training.data.turn_end import turn_end
@@ -32,9 +33,6 @@ from training.modelfiles import has_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Span = tuple[int, int]  # characters [start, end) of a rendered text
-
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TODAY_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 FIXED_DATE = date(2024, 1, 1)
 _PROBE = "a"
@@ -50,6 +48,8 @@ class Sample(NamedTuple):
     instead, of a prompt its last."""
     margin: float = 0.0
     """Of a pair."""
+    left_out: int = 0
+    """Answers of a conversation that could be learned and are not, see `data.turns`."""
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -120,10 +120,12 @@ class Renderer:
         template: str = "auto",
         base: Path = Path(),
         *,
+        turns: Turns = "auto",
         bos: str = "auto",
         in_turns: bool = False,
     ):
         self.tokenizer: Any = tokenizer
+        self._conversations = Conversations(tokenizer, turns, self._note)
         self._setting = template
         self._named = templates.load(template, base)
         if template == templates.TOKENIZER and not tokenizer.chat_template:
@@ -160,11 +162,14 @@ class Renderer:
             places = [place for place, example in enumerate(examples) if type(example) is kind]
             if places:
                 results.update(zip(places, render([examples[place] for place in places]), strict=True))
-        if self.has_written_chats and not self._end_is_checked:
+        return [results[place] for place in range(len(examples))]
+
+    def _check_end(self) -> None:
+        """Note, once, what keeps generation from stopping where answers end."""
+        if not self._end_is_checked:
             self._end_is_checked = True
             if note := turn_end(self).note:
                 self._note(note)
-        return [results[place] for place in range(len(examples))]
 
     @functools.cached_property
     def adds_tokens(self) -> bool:
@@ -173,6 +178,20 @@ class Renderer:
             return _frame(self.tokenizer, "auto") != _frame(self.tokenizer, "none")
         except InputError:
             return True
+
+    def samples(self, examples: Sequence[Example]) -> list[list[Sample] | RowError]:
+        """All samples of every example, or the reason why there are none: of conversations with `turns: all` it may be several."""
+        examples = [self._as_chat(example) for example in examples]
+        chats = [example for example in examples if isinstance(example, Chat)]
+        rendered = iter(self.render([example for example in examples if not isinstance(example, Chat)]))
+        written = iter(self._conversations_of(chats) if chats else [])
+        singles = ([each] if isinstance(each, Sample) else each for each in rendered)
+        return [next(written) if isinstance(example, Chat) else next(singles) for example in examples]
+
+    @property
+    def changes(self) -> set[str]:
+        """See `formats.CHANGES`."""
+        return self._conversations.changes
 
     @property
     def bos_matters(self) -> bool:
@@ -287,6 +306,8 @@ class Renderer:
         """What inference sees before the answer begins."""
         texts = [self._prompt_text(prompt.content) for prompt in prompts]
         all_ids = iter(self._ids([text for text in texts if isinstance(text, str)]))
+        if any(isinstance(prompt.content, Chat) for prompt in prompts):
+            self._check_end()
         results: list[Sample | RowError] = []
         for prompt, text in zip(prompts, texts, strict=True):
             if isinstance(text, RowError):
@@ -328,77 +349,33 @@ class Renderer:
         return Chat([{"role": role, "content": text} for role, text in turns], learnt=(1,))
 
     def _chats(self, chats: Sequence[Chat]) -> list[Sample | RowError]:
-        self.has_written_chats = True
-        rendered = [self._rendered(chat) for chat in chats]
-        encodings = iter(self._encode([each[0] for each in rendered if not isinstance(each, RowError)]))
-        return [each if isinstance(each, RowError) else self._masked(*each, next(encodings)) for each in rendered]
+        """One sequence of each: the one that ends with the last answer."""
+        return [each if isinstance(each, RowError) else each[-1] for each in self._conversations_of(chats)]
 
-    def _rendered(self, chat: Chat) -> tuple[str, list[Span]] | RowError:
-        """The text of the conversation and the spans in it that are learnt."""
-        template = self.chat_template(chat.tools)
-        turns = tuple(place for place, message in enumerate(chat.messages) if message["role"] == "assistant")
-        try:
-            if GENERATION.search(template) and chat.learnt == turns:
-                text, spans = self._marked_spans(chat, template)
-            else:
-                text = self._write(chat, template, len(chat.messages))
-                spans = [self._span(chat, template, text, turn) for turn in chat.learnt]
-            text.encode()
-        except RowError as error:
-            return error
-        except UnicodeEncodeError:
-            return RowError("half of a surrogate pair is not text")
-        except (
-            Exception
-        ) as error:  # a template is a program: it raises on purpose, or trips over what it did not expect
-            return RowError(f"the chat template refuses this conversation: {one_line(error)}")
-        return text, spans
+    def _conversations_of(self, chats: Sequence[Chat]) -> list[list[Sample] | RowError]:
+        """The sequences of each conversation, see `Conversations.learned`."""
+        self.has_written_chats = True
+        written = [self._conversations.learned(chat, self.chat_template(chat.tools)) for chat in chats]
+        texts = [one.text for each in written if not isinstance(each, RowError) for one in each]
+        encodings = iter(self._encode(texts))
+        self._check_end()
+        return [
+            each if isinstance(each, RowError) else [self._masked(one, next(encodings)) for one in each]
+            for each in written
+        ]
 
     def _write(self, chat: Chat, template: str, count: int, prompt: bool = False) -> str:
         """The first `count` messages; with `prompt`, up to where the assistant begins to speak."""
-        text = self.tokenizer.apply_chat_template(
-            chat.messages[:count],
-            tools=chat.tools,
-            chat_template=template,
-            add_generation_prompt=prompt,
-            tokenize=False,
-        )
-        return str(text)
+        return self._conversations.write(chat, template, count, prompt)
 
-    def _span(self, chat: Chat, template: str, text: str, turn: int) -> Span:
-        """Where an assistant turn lies: from the end of its prompt to its end-of-turn token, without white space after it."""
-        prompt = self._write(chat, template, turn, prompt=True)
-        is_last = turn + 1 == len(chat.messages)
-        until = (text if is_last else self._write(chat, template, turn + 1)).rstrip()
-        if text.startswith(prompt) and text.startswith(until) and len(prompt) < len(until):
-            return len(prompt), len(until)
-        raise RowError(
-            f"the chat template writes messages[{turn}] differently once later turns follow, or differently from its own "
-            "generation prompt, so its tokens cannot be found; set data.template to one that keeps every turn (chatml, "
-            "plain, or a file that marks them with {% generation %}), or give rows that end with the answer to learn"
-        )
-
-    def _marked_spans(self, chat: Chat, template: str) -> tuple[str, list[Span]]:
-        """The spans that the template itself marks with `{% generation %}`."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        render: Any = render_jinja_template
-        texts, spans = render(
-            [chat.messages],
-            tools=chat.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        return texts[0], spans[0]
-
-    def _masked(self, text: str, spans: list[Span], encoding: Any) -> Sample:
+    def _masked(self, written: Written, encoding: Any) -> Sample:
         """A token is learnt if it starts inside a span.
 
         As for pairs, the prompt's tokens are those that inference sees: where a token would straddle the start of a span,
         the text is cut there and the parts are tokenized apart. (With offsets that leave out spaces, a token of spaces
         only is an empty range at its end; `ends > start` keeps such a one, just before a span, out of it.)
         """
+        text, spans, left_out = written
         ids, starts, ends = encoding.ids, *_offsets(encoding)
         cuts = [start for start, _ in spans if ((starts < start) & (ends > start)).any()]
         if cuts:
@@ -407,7 +384,7 @@ class Renderer:
         for start, end in spans:
             targets |= (starts >= start) & (starts < end) & (ends > start)
         targets[:1] = False
-        return Sample(np.array(ids, np.uint32), targets)
+        return Sample(np.array(ids, np.uint32), targets, left_out=left_out)
 
     # ── tokens ──
 

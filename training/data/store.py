@@ -65,8 +65,14 @@ class Meta:
     """Whether any of them were written with a chat template."""
     same_without_bos: bool | None = None
     """Whether the tokens are the same with `data.bos: none`. None: the store is of a version without that setting."""
-    hash_without_bos: str = ""
-    """The name that the store would have with `data.bos: none`, if that gives other tokens."""
+    sequences: int = 0
+    """Samples that the rows gave before any was dropped or split: with `data.turns: all` a row may give several."""
+    left_out_answers: int = 0
+    """Answers of conversations that could be learned and are not, see `data.turns`."""
+    changes: list[str] | None = None
+    """Entries of `formats.CHANGES` that the rows make use of. None: the store is of a version that had none."""
+    hash_before: str = ""
+    """The name that the store would have without `changes`, if there are any."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user."""
     row_bytes: int = 0

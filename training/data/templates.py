@@ -7,6 +7,7 @@ prompt and ends assistant turns with a token that generation can stop at, so tha
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from training.errors import InputError
@@ -109,7 +110,7 @@ def load(setting: str, base: Path) -> str | None:
 
 
 def _file(setting: str, base: Path) -> str:
-    path = base / Path(setting).expanduser()
+    path = base / os.path.expanduser(setting)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

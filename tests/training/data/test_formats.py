@@ -128,6 +128,180 @@ def test_a_turn_of_weight_zero_and_one_that_opens_are_not_learnt():
     assert chat.messages[2] == ANSWER
 
 
+def sharegpt(*turns: tuple[str, str, dict]) -> dict:
+    return {"conversations": [{"from": sender, "value": value, **more} for sender, value, more in turns]}
+
+
+@pytest.mark.parametrize("flag", [{"train": False}, {"loss": False}, {"weight": 0}, {"weight": 0.0}, {"train": 0}])
+@pytest.mark.parametrize("sender", ["gpt", "assistant", "model"])
+def test_a_message_that_is_marked_is_not_learned(flag, sender):
+    openai = {"messages": [USER, {**ANSWER, **flag}, USER, {**ANSWER, "train": True, "weight": 1}]}
+    ours = sharegpt(("human", "2 + 2?", {}), (sender, "4", flag), ("user", "2 + 2?", {}), (sender, "4", {"loss": True}))
+    split = {"prompt": [USER], "completion": [{**ANSWER, **flag}, USER, ANSWER]}
+    for row in (openai, ours, split):
+        assert parse(row)[1] == Chat([USER, ANSWER, USER, ANSWER], (3,))
+
+
+@pytest.mark.parametrize(
+    ("message", "error_text"),
+    [
+        ({"weight": 0.5}, "messages[1].weight: expected 0 or 1, got a number (0.5)"),
+        ({"weight": "1"}, "messages[1].weight: expected 0 or 1, got text"),
+        ({"train": "no"}, "messages[1].train: expected true or false, got text"),
+        ({"loss": 0.3}, "messages[1].loss: expected true or false, got a number (0.3)"),
+        ({"weight": 1, "train": False}, "messages[1]: `weight` and `train` contradict each other"),
+        ({"train": True, "loss": False}, "messages[1]: `train` and `loss` contradict each other"),
+    ],
+)
+def test_flags_that_mean_nothing_or_contradict_each_other_are_refused(message, error_text):
+    assert error({"messages": [USER, {**ANSWER, **message}]}) == error_text
+
+
+def remarks(*rows, allowed=ALL, **options) -> list[str]:
+    parser = Parser("auto", {}, allowed)
+    for row in rows:
+        parser(row, **options)
+    return parser.remarks.notes
+
+
+def test_flags_without_effect_are_mentioned():
+    (note,) = remarks({"messages": [{**USER, "train": True}, ANSWER]})
+    assert note.startswith("`train` in messages that are not the assistant's has no effect")
+    (note,) = remarks({"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]})
+    assert "belong to the prompt are not learned" in note
+
+
+def test_the_answer_to_judge_cannot_be_one_that_is_not_learned():
+    row = {"prompt": [USER], "chosen": [{**ANSWER, "train": False}], "rejected": [{**ANSWER, "content": "5"}]}
+    assert "column `chosen`: the last message has weight 0 (or train, loss: false)" in error(row)
+    earlier = [USER, {**ANSWER, "weight": 0}, USER]
+    row = {"chosen": [*earlier, ANSWER], "rejected": [*earlier, {**ANSWER, "content": "5"}]}
+    assert parse(row)[1].chosen.learnt == (3,)
+
+
+def test_system_and_history_of_an_alpaca_row_come_first_and_the_answers_of_the_history_are_learned():
+    row = {
+        "system": "Be brief.",
+        "history": [["2 + 2?", "4"], ["2 + 2?", "4"]],
+        "instruction": "2 +",
+        "input": "2?",
+        "output": "4",
+    }
+    _, chat = parse(row)
+    asked = {"role": "user", "content": "2 +\n2?"}
+    assert chat == Chat(
+        [{"role": "system", "content": "Be brief."}, USER, ANSWER, USER, ANSWER, asked, ANSWER], (2, 4, 6)
+    )
+    assert parse({"system": "", "history": None, "instruction": "2 + 2?", "output": "4"})[1] == Chat(
+        [USER, ANSWER], (1,)
+    )
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ("2 + 2? 4", "column `history`: expected a list, got text"),
+        ([["2 + 2?"]], "column `history`[0]: expected a question and its answer, [text, text], got 1 of them"),
+        ([["2 + 2?", 4]], "column `history`[0]: expected text, got a number (4)"),
+        ([["2 + 2?", " "]], "column `history`[0]: the answer is empty"),
+    ],
+)
+def test_a_history_that_holds_no_pairs_is_refused(history, message):
+    assert error({"instruction": "2 + 2?", "output": "4", "history": history}) == message
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("first", [[], [SYSTEM]])
+def test_a_system_column_beside_messages_stands_there_once(first):
+    _, chat = parse({"system": "Be brief.", "messages": [*first, USER, ANSWER]})
+    assert chat == Chat([SYSTEM, USER, ANSWER], (2,))
+    turns = [("system", "Be brief.", {})] if first else []
+    _, chat = parse({"system": "Be brief.", **sharegpt(*turns, ("human", "2 + 2?", {}), ("gpt", "4", {}))})
+    assert chat == Chat([SYSTEM, USER, ANSWER], (2,))
+
+
+def test_two_different_system_messages_are_refused():
+    row = {"system": "Be long.", "messages": [SYSTEM, USER, ANSWER]}
+    assert error(row) == "column `system` and the first message are two different system messages; give one of them"
+
+
+# ── what is not read ──
+
+PLAIN_ROW = {"prompt": "2 + 2 = ", "completion": "4"}
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        ({"messages": [USER, ANSWER], "system_prompt": "Be brief."}, "column `system_prompt` is not read: set data.columns to {system: system_prompt}"),
+        ({"instruction": "2?", "output": "2", "chat_history": [["a", "b"]]}, "set data.columns to {history: chat_history}"),
+        ({"messages": [USER, ANSWER], "history": [["a", "b"]]}, "column `history` is not read: messages has no column `history`"),
+        ({"messages": [USER, ANSWER], "mask": [0, 1]}, "column `mask` is not read: parts are left out of the loss by `weight: 0`"),
+        ({"messages": [USER, {**ANSWER, "masked": True}]}, "key `masked` in `messages` is not read"),
+        (sharegpt(("human", "a", {}), ("gpt", "b", {"train_on_turn": False})), "key `train_on_turn` in `conversations` is not read"),
+        ({**PLAIN_ROW, "weight": 0.5}, "column `weight` is not read: sources are weighted"),
+        ({**PLAIN_ROW, "reasoning": "two and two"}, "column `reasoning` is not read: thoughts are learned where they stand in the answer"),
+        ({**PLAIN_ROW, "label": False}, "column `label` is not read"),
+        ({**PLAIN_ROW, "context": "Sums."}, "column `context` is not read: it is no part of the prompt"),
+        ({"instruction": "2 + 2?", "chosen": "4", "rejected": "5"}, "set data.columns to {prompt: instruction}"),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, "column `images` is not read: only text is learned"),
+    ],
+)  # fmt: skip
+def test_columns_and_keys_that_look_meant_are_mentioned_once(row, note):
+    (told,) = remarks(row, row)
+    assert note in told
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**PLAIN_ROW, "id": 7, "source": "web", "loss": 0.53, "label": "sums", "question": "2 + 2", "weight": None},
+        {"messages": [USER, {**ANSWER, "name": "bot", "id": 3}], "tools": [], "score": 0.5, "system": None},
+        {"text": "once", "label": True, "images": ["a.png"]},
+        {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5", "question": "2 + 2", "score_chosen": 0.5},
+    ],
+)
+def test_metadata_is_not_mentioned(row):
+    assert remarks(row) == []
+
+
+def test_columns_beside_prompts_go_to_reward_functions_and_are_not_mentioned():
+    assert remarks({"prompt": [USER], "label": True, "weight": 2, "history": ["a"]}, allowed=("prompts",)) == []
+
+
+# ── nulls of Parquet ──
+
+FULL_TOOL = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": None}}}
+
+
+def test_nulls_that_arrow_fills_in_are_removed_at_every_depth_and_those_of_json_stay():
+    call = {"function": {"name": "add", "arguments": {"a": {"x": 1, "y": None}, "b": None}}}
+    row = {
+        "messages": [{**USER, "tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": [FULL_TOOL],
+    }
+    _, from_json = parse(row)
+    assert from_json.tools[0]["function"] == FULL_TOOL
+    assert from_json.messages[1]["tool_calls"][0]["function"]["arguments"] == call["function"]["arguments"]
+    parser = Parser("auto", {}, ALL)
+    _, from_parquet = parser(row, from_arrow=True)
+    assert from_parquet.tools[0]["function"]["parameters"]["properties"] == {"a": {"type": "number"}}
+    assert from_parquet.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": {"x": 1}}
+    assert "nested_nulls" in parser.remarks.changes
+    assert row["tools"] == [FULL_TOOL]
+
+
+def test_nulls_in_lists_and_in_json_that_is_text_stay():
+    schema = {"name": "add", "parameters": {"enum": [None, "a"]}}
+    row = {"messages": [USER, ANSWER], "tools": [schema, json.dumps({**schema, "parameters": {"default": None}})]}
+    _, chat = parse({**row, "tools": [schema]}, allowed=ALL)
+    assert chat.tools[0]["function"] == schema
+    _, chat = Parser("auto", {}, ALL)({**row, "tools": json.dumps([FULL_TOOL])}, from_arrow=True)
+    assert chat.tools[0]["function"] == FULL_TOOL
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -272,6 +446,70 @@ PAIR_OF_CHATS = Pair(Chat([USER, ANSWER], (1,)), Chat([USER, {"role": "assistant
 )
 def test_preferences(row, pair):
     assert parse(row, allowed=("sharegpt_preference", "preference"))[1] == pair
+
+
+FIVE = {"role": "assistant", "content": "5"}
+ASKED = HH.format("").rstrip()
+
+
+def pair_of(chosen, rejected) -> Pair:
+    return Pair(Chat(chosen, (len(chosen) - 1,)), Chat(rejected, (len(rejected) - 1,)))
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, FIVE]}, PAIR_OF_CHATS),
+        ({"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, FIVE]}, pair_of([SYSTEM, USER, ANSWER], [SYSTEM, USER, FIVE])),
+        ({"prompt": [USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, FIVE]}, pair_of([SYSTEM, USER, ANSWER], [SYSTEM, USER, FIVE])),
+        ({"prompt": [SYSTEM, USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, FIVE]}, pair_of([SYSTEM, USER, ANSWER], [SYSTEM, USER, FIVE])),
+        ({"prompt": ASKED, "chosen": ASKED + " 4", "rejected": ASKED + " 5"}, Pair(PromptCompletion(ASKED, " 4"), PromptCompletion(ASKED, " 5"))),
+        ({"prompt": ASKED + " ", "chosen": ASKED.lstrip() + " 4", "rejected": ASKED + " 5"}, Pair(PromptCompletion(ASKED + " ", "4"), PromptCompletion(ASKED + " ", "5"))),
+        ({"prompt": "2 + 2?", "chosen": HH.format("4"), "rejected": HH.format("5")}, PAIR_OF_CHATS),
+        ({"prompt": "2 + 2 =", "chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"}, Pair(PromptCompletion("2 + 2 =", " 4"), PromptCompletion("2 + 2 =", " 5"))),
+        ({"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}], "rejected": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "5"}]}, PAIR_OF_CHATS),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_the_answers_repeat_stands_once(row, pair):
+    parser = Parser("auto", {}, ("sharegpt_preference", "preference"))
+    assert parser(row)[1] == pair
+    assert parser.remarks.notes == ["the answers of some rows begin with their prompt, which is written once"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [FIVE]},
+        {"prompt": "2 + 2?", "chosen": [USER, ANSWER], "rejected": [FIVE]},
+        {"prompt": ASKED, "chosen": ASKED + " 4", "rejected": " 5"},
+    ],
+)
+def test_a_prompt_that_one_answer_alone_repeats_is_refused(row):
+    assert (
+        error(row)
+        == "column `chosen` begins with the prompt, column `rejected` does not; give both with it or both without"
+    )
+
+
+def test_answers_without_the_prompt_follow_a_prompt_that_is_a_text():
+    assert parse({"prompt": "2 + 2?", "chosen": [ANSWER], "rejected": [FIVE]})[1] == PAIR_OF_CHATS
+
+
+def test_a_single_word_that_prompt_and_answer_share_is_chance():
+    row = {"prompt": "The", "chosen": "The cat", "rejected": "Their cat"}
+    assert parse(row)[1] == Pair(PromptCompletion("The", "The cat"), PromptCompletion("The", "Their cat"))
+
+
+def test_a_completion_of_messages_that_repeats_its_prompt_is_learned_once():
+    row = {"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [USER, ANSWER, USER, ANSWER]}
+    assert parse(row)[1] == Chat([SYSTEM, USER, ANSWER, USER, ANSWER], (4,))
+    assert "which stands there twice" in remarks({"prompt": "2 + 2 =", "completion": "2 + 2 = 4"})[0]
+
+
+def test_different_system_messages_in_prompt_and_answer_are_refused():
+    other = {"role": "system", "content": "Be long."}
+    row = {"prompt": [SYSTEM, USER], "completion": [other, USER, ANSWER]}
+    assert "begin with different system messages" in error(row)
 
 
 def test_a_transcript_of_several_turns_is_judged_at_its_end():

@@ -261,3 +261,99 @@ def test_checking_finds_wrong_settings_before_reading(tmp_path):
     assert "data.template" in refused(check, tmp_path, template="chatlm")[0]
     assert "data.columns" in refused(check, tmp_path, columns={"promt": "q"})[0]
     assert "data.format" in refused(check, tmp_path, format="text")[0]
+
+
+# ── conversations ──
+
+REWRITING = (
+    "{% for m in messages %}{{ m.role[0] + ':' + ('<>' if loop.last and m.role == 'assistant' else '') + m.content + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+"""Writes an answer with its thoughts only as long as nothing follows."""
+
+
+def conversation(*texts: str, **columns) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)], **columns}
+
+
+def test_with_turns_all_a_row_gives_a_sample_for_each_answer(tmp_path, tokenizer):
+    (tmp_path / "mine").write_text(REWRITING)
+    write(tmp_path / "a.jsonl", [conversation("1?", "1", "2?", "2"), conversation("3?", "3")])
+    by_setting = {turns: run(tmp_path, tokenizer, template="mine", turns=turns) for turns in ("auto", "last", "all")}
+    assert {turns: (store.meta.kept, store.meta.left_out_answers) for turns, store in by_setting.items()} == {
+        "auto": (2, 1),
+        "last": (2, 1),
+        "all": (3, 0),
+    }
+    assert [by_setting["all"].where(n) for n in range(3)] == ["a.jsonl:1", "a.jsonl:1", "a.jsonl:2"]
+    assert (
+        by_setting["auto"]
+        .meta.notes[-1]
+        .startswith("the chat template rewrites earlier answers of a conversation: 1 are not learned; data.turns: all")
+    )
+    assert by_setting["last"].meta.notes[-1] == "1 earlier answers are not learned (data.turns: last)"
+    assert "2 rows became 3 samples" in by_setting["all"].meta.notes[-1]
+
+
+def test_a_setting_of_turns_without_conversations_is_mentioned(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    (note,) = run(tmp_path, tokenizer, turns="last").meta.notes
+    assert note.startswith("data.turns: last changes nothing")
+
+
+def test_what_rows_say_that_is_not_read_is_in_the_notes(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", [conversation("1?", "1", system_prompt="Be brief.")] * 2)
+    expected = "column `system_prompt` is not read: set data.columns to {system: system_prompt}"
+    assert expected in run(tmp_path, tokenizer).meta.notes
+    assert check(tmp_path).notes == [expected]
+
+
+def parquet(path: Path, rows: list[dict]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def with_tool(name: str, **properties: str) -> dict:
+    schema = {"type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}}
+    call = {"type": "function", "function": {"name": name, "arguments": dict.fromkeys(properties, 1)}}
+    messages = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    return {"messages": messages, "tools": [{"type": "function", "function": {"name": name, "parameters": schema}}]}
+
+
+def test_tools_from_parquet_are_those_of_json_lines(tmp_path, tokenizer):
+    rows = [with_tool("weather", city="integer"), with_tool("add", a="number", b="number")]
+    write(tmp_path / "a.jsonl", rows)
+    parquet(tmp_path / "a.parquet", rows)
+    ours, theirs = (run(tmp_path, tokenizer, train=name) for name in ("a.jsonl", "a.parquet"))
+    assert [ids.tolist() for ids, _ in theirs] == [ids.tolist() for ids, _ in ours]
+    assert (ours.meta.changes, theirs.meta.changes) == ([], ["nested_nulls"])
+
+
+def test_a_store_has_another_name_only_where_rows_mean_something_else_than_before(tmp_path, tokenizer):
+    plain, flagged = conversation("1?", "1", "2?", "2"), conversation("1?", "1", "2?", "2")
+    flagged["messages"][1]["train"] = False
+    write(tmp_path / "a.jsonl", [plain])
+    write(tmp_path / "b.jsonl", [flagged])
+    for name, changes in (("a.jsonl", []), ("b.jsonl", ["flags"])):
+        store = run(tmp_path, tokenizer, train=name)
+        assert store.meta.changes == changes
+        assert (store.meta.hash_before == "") == (not changes)
+        assert store.folder.name != store.meta.hash_before
+        assert run(tmp_path, tokenizer, train=name).folder == store.folder
+    assert len(stores(tmp_path)) == 2
+
+
+def test_a_store_of_an_earlier_version_is_used_where_its_tokens_cannot_have_changed(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    write(tmp_path / "b.jsonl", [conversation("1?", "1")])
+    for name, is_used in (("a.jsonl", True), ("b.jsonl", False)):
+        store = run(tmp_path, tokenizer, train=name)
+        path = store.folder / "meta.json"
+        old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("changes", "sequences")}
+        path.write_text(json.dumps(old))
+        again = run(tmp_path, tokenizer, train=name)
+        assert again.folder == store.folder
+        assert (again.meta.changes is None) == is_used

@@ -1,6 +1,7 @@
 """Token ids and target masks, checked by decoding what is learnt."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from training.data.files import RowError
-from training.data.formats import Chat, Example, Message, Pair, Prompt, PromptCompletion, Text
+from training.data.formats import Chat, Example, Message, Pair, Parser, Prompt, PromptCompletion, Text
 from training.data.render import Renderer, Sample, fitted, fitted_pair, load_tokenizer, sides_of
 from training.data.templates import TEMPLATES
 from training.errors import InputError
@@ -318,16 +319,199 @@ def test_a_lone_space_before_an_answer_is_not_learnt(trim_offsets):
     assert learnt(rendered(turns("2?", "é"), tokenizer), tokenizer) == ["é"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_told():
+REWRITING = (
+    "{% for m in messages %}{{ m.role + ':' + ('<think></think>' if loop.last and m.role == 'assistant' else '') }}"
+    "{{ m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+"""Writes an answer with its thoughts only as long as nothing follows, as thinking models do."""
+
+
+def every(renderer: Renderer, *examples: Example) -> list[list[Sample]]:
+    results = renderer.samples(examples)
+    assert not [result for result in results if isinstance(result, RowError)]
+    return [result for result in results if not isinstance(result, RowError)]
+
+
+def inference(tokenizer, chat: Chat, turn: int) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt of an answer and of both, as transformers writes them when the answer is given."""
+    prompt = tokenizer.apply_chat_template(
+        chat.messages[:turn], tools=chat.tools, add_generation_prompt=True, return_dict=False
+    )
+    whole = tokenizer.apply_chat_template(chat.messages[: turn + 1], tools=chat.tools, return_dict=False)
+    return list(prompt), list(whole)
+
+
+THREE_ANSWERS = turns("What is 2 + 2?", "It is 4", "And 48 clips?", "In May", "What?", "4, sir")
+
+
+@pytest.mark.parametrize("setting", ["auto", "last"])
+def test_of_a_template_that_rewrites_earlier_turns_the_last_answer_is_learned_and_the_others_counted(setting):
+    tokenizer = byte_level(chat_template=REWRITING)
+    ((sample,),) = every(Renderer(tokenizer, turns=setting), THREE_ANSWERS)
+    assert learnt(sample, tokenizer) == ["<think></think>4, sir</s>"]
+    assert sample.left_out == 2
+    assert sample.ids.tolist() == inference(tokenizer, THREE_ANSWERS, 5)[1]
+
+
+def test_with_turns_all_each_answer_is_learned_as_it_was_given():
+    tokenizer = byte_level(chat_template=REWRITING)
+    (parts,) = every(Renderer(tokenizer, turns="all"), THREE_ANSWERS)
+    assert len(parts) == 3
+    for turn, sample in zip((1, 3, 5), parts, strict=True):
+        prompt, whole = inference(tokenizer, THREE_ANSWERS, turn)
+        assert sample.ids.tolist() == whole
+        assert sample.targets.tolist() == [place >= len(prompt) for place in range(len(whole))]
+        assert sample.left_out == 0
+
+
+def test_a_template_that_keeps_earlier_turns_learns_all_in_one_sequence():
+    for setting in ("auto", "all"):
+        (parts,) = every(Renderer(TOKENIZER, "chatml", turns=setting), THREE_ANSWERS)
+        assert [learnt(sample) for sample in parts] == [["It is 4<|im_end|>", "In May<|im_end|>", "4, sir<|im_end|>"]]
+    ((last,),) = every(Renderer(TOKENIZER, "chatml", turns="last"), THREE_ANSWERS)
+    assert (learnt(last), last.left_out) == (["4, sir<|im_end|>"], 2)
+
+
+def test_an_answer_that_is_followed_by_messages_which_are_not_learned_is_learned_as_it_was_given():
+    tokenizer = byte_level(chat_template=REWRITING)
+    for chat in (Chat(THREE_ANSWERS.messages[:5], (1, 3)), Chat(THREE_ANSWERS.messages, (3,))):
+        sample = every(Renderer(tokenizer), chat)[0][0]
+        assert sample.ids.tolist() == inference(tokenizer, THREE_ANSWERS, 3)[1]
+        assert learnt(sample, tokenizer) == ["<think></think>In May</s>"]
+
+
+def test_pairs_of_conversations_are_judged_at_their_last_answer_under_a_template_that_rewrites():
+    tokenizer = byte_level(chat_template=REWRITING)
+    other = Chat([*THREE_ANSWERS.messages[:-1], {"role": "assistant", "content": "48"}], (1, 3, 5))
+    for setting in ("auto", "last", "all"):
+        ((pair,),) = every(Renderer(tokenizer, turns=setting), Pair(THREE_ANSWERS, other))
+        chosen, rejected = sides_of(pair.ids, pair.targets)
+        assert chosen.tolist() == inference(tokenizer, THREE_ANSWERS, 5)[1]
+        assert rejected.tolist() == inference(tokenizer, other, 5)[1]
+        assert pair.left_out == 0
+
+
+def test_an_answer_that_does_not_go_on_from_its_own_prompt_is_refused():
     template = (
-        "{% for m in messages %}{{ m.role + ':' + ('<think></think>' if loop.last and m.role == 'assistant' else '') }}"
-        "{{ m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    )
+    with pytest.raises(RowError, match=r"messages\[1\] differently from its own generation prompt.*data.template"):
+        rendered(turns("2?", "4"), byte_level(chat_template=template))
+
+
+MARKED = (
+    "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def test_marks_of_turns_that_are_not_to_be_learned_are_passed_over():
+    tokenizer = byte_level(chat_template=MARKED)
+    for chosen, expected in [((1, 5), ["It is 4</s>", "4, sir</s>"]), ((3,), ["In May</s>"])]:
+        sample = every(Renderer(tokenizer), Chat(THREE_ANSWERS.messages, chosen))[0][0]
+        assert learnt(sample, tokenizer) == expected
+
+
+def test_a_mark_may_hold_less_than_the_answer_where_only_some_are_learned():
+    template = MARKED.replace(
+        "{{ m.content + eos_token }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}{{ eos_token }}"
     )
     tokenizer = byte_level(chat_template=template)
-    with pytest.raises(RowError, match=r"messages\[1\] differently once later turns follow.*data.template"):
-        rendered(MULTI_TURN, tokenizer)
-    last = Chat(MULTI_TURN.messages, learnt=(3,))
-    assert learnt(rendered(last, tokenizer), tokenizer) == ["<think></think>In May</s>"]
+    sample = every(Renderer(tokenizer), Chat(THREE_ANSWERS.messages, (5,)))[0][0]
+    assert learnt(sample, tokenizer) == ["4, sir"]
+
+
+def test_marks_in_turns_that_the_template_rewrites_are_passed_over():
+    marked = (
+        "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ ('<think></think>' if loop.last else '') + m.content + eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer, plain = byte_level(chat_template=marked), byte_level(chat_template=REWRITING)
+    for setting in ("auto", "all"):
+        ours, theirs = (every(Renderer(each, turns=setting), THREE_ANSWERS)[0] for each in (tokenizer, plain))
+        assert [learnt(sample, tokenizer) for sample in ours] == [learnt(sample, plain) for sample in theirs]
+
+
+# ── forms of tool calls ──
+
+
+def with_call(arguments: Any, content: str | None = None) -> Chat:
+    """As the parser gives it."""
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    rows = {
+        "messages": [
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "content": content, "tool_calls": [call]},
+            {"role": "tool", "content": "four"},
+            {"role": "assistant", "content": "It is 4"},
+        ],
+        "tools": [{"name": "add", "parameters": {"type": "object"}}],
+    }
+    _, chat = Parser("messages", {}, ("messages",))(rows)
+    assert isinstance(chat, Chat)
+    return chat
+
+
+CALLS = (
+    "{% for m in messages %}{{ m.role + ':' }}{% if m.tool_calls %}{% for c in m.tool_calls %}{{ CALL }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("call", ["c.function.name + c.function.arguments", "c.function.name ~ c.function.arguments"])
+@pytest.mark.parametrize("arguments", ['{"a":  2}', {"a": 2}])
+def test_arguments_are_text_where_the_template_wants_text(call, arguments):
+    tokenizer = byte_level(chat_template=CALLS.replace("CALL", call))
+    written = text(rendered(with_call(arguments), tokenizer), tokenizer)
+    expected = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    assert f"assistant:add{expected}</s>" in written
+
+
+@pytest.mark.parametrize("call", ["c.function.arguments.a | string", "c.function.arguments | tojson"])
+def test_arguments_are_an_object_where_the_template_wants_an_object(call):
+    tokenizer = byte_level(chat_template=CALLS.replace("CALL", call))
+    written = text(rendered(with_call('{"a":  2}'), tokenizer), tokenizer)
+    assert "assistant:2</s>" in written or 'assistant:{"a": 2}</s>' in written
+
+
+def test_the_content_of_a_call_is_absent_where_the_template_refuses_an_empty_one():
+    refusing = "{% if m.tool_calls and m.content is defined %}{{ raise_exception('content beside calls') }}{% endif %}"
+    template = CALLS.replace("CALL", "c.function.name").replace("{{ m.role + ':' }}", refusing + "{{ m.role + ':' }}")
+    tokenizer = byte_level(chat_template=template)
+    assert "assistant:add</s>" in text(rendered(with_call({}), tokenizer), tokenizer)
+
+
+def test_tools_have_no_wrapper_where_the_template_reads_their_name_at_once():
+    tokenizer = byte_level(
+        chat_template="{% for t in tools %}{{ 'tool ' ~ t.name }}{% endfor %}" + CALLS.replace("CALL", "'call'")
+    )
+    assert text(rendered(with_call({}), tokenizer), tokenizer).startswith("tool adduser:")
+
+
+def test_a_template_that_can_write_no_form_speaks_of_the_form_of_the_row():
+    template = CALLS.replace("CALL", "raise_exception('is text' if c.function.arguments is string else 'is an object')")
+    tokenizer = byte_level(chat_template=template)
+    for arguments, said in [('{"a": 2}', "is text"), ({"a": 2}, "is an object")]:
+        with pytest.raises(RowError, match=f"the chat template refuses this conversation: {said}"):
+            rendered(with_call(arguments), tokenizer)
+
+
+def test_tools_and_thoughts_that_the_template_does_not_write_are_mentioned_once():
+    renderer = Renderer(byte_level(chat_template=CALLS.replace("CALL", "'call'")))
+    chat = with_call({})
+    thoughtful = Chat(
+        [*chat.messages[:-1], {**chat.messages[-1], "reasoning_content": "two and two"}], chat.learnt, chat.tools
+    )
+    assert all(isinstance(result, Sample) for result in renderer.render([thoughtful, thoughtful]))
+    assert renderer.notes == [
+        "the chat template does not write the tools of the rows, so the model does not see them",
+        "the chat template does not write `reasoning_content` of messages, so these thoughts are not learned",
+    ]
+
+
+# ── batches ──
 
 
 def test_a_bad_row_does_not_spoil_its_batch():

@@ -1,0 +1,259 @@
+"""From a conversation to its text, and to the parts of the text that are learned, by a chat template. Knows no token.
+
+Some templates rewrite earlier turns: those of thinking models take the thoughts out of an answer once a question follows. Whether one does
+is seen in what it renders: an answer is *intact* in a text if the text begins with what inference saw when that answer was due, and goes on
+with the answer as the template writes it at that moment. Only intact answers are learned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+from training.data.files import RowError, one_line
+from training.data.formats import Arguments, Chat, Message
+
+Span = tuple[int, int]  # characters [start, end) of a rendered text
+Turns = Literal["auto", "last", "all"]
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that transformers shows to a template under each of these names."""
+
+
+class Written(NamedTuple):
+    """A sequence that is learned from."""
+
+    text: str
+    spans: list[Span]
+    """What is learned of it, ascending."""
+    left_out: int = 0
+    """Answers that could be learned and are not."""
+
+
+class Conversations:
+    """Writes conversations with the chat templates of one tokenizer. `turns` is the setting `data.turns`.
+
+    Methods raise RowError, or what a template raises: it is a program, and refuses on purpose or trips over what it did not expect.
+    """
+
+    def __init__(self, tokenizer: Any, turns: Turns, note: Callable[[str], None]):
+        self._tokenizer = tokenizer
+        self._turns = turns
+        self._note = note
+        self._known_form: tuple[Chat, str, Chat] | None = None
+        self.changes: set[str] = set()
+        """See `formats.CHANGES`."""
+
+    def write(self, chat: Chat, template: str, count: int, prompt: bool = False) -> str:
+        """The first `count` messages; with `prompt`, up to where the assistant begins to speak."""
+        return self._render(self._in_form(chat, template), template, count, prompt)
+
+    def learned(self, chat: Chat, template: str) -> list[Written] | RowError:
+        """The sequences that are learned of a conversation, in the order of the answers: one, or with `turns: all` as many as it takes.
+
+        A conversation without answers to learn is one text without spans.
+        """
+        try:
+            chat = self._in_form(chat, template)
+            if not chat.learnt:
+                text = self._render(chat, template, len(chat.messages))
+                text.encode()
+                return [Written(text, [])]
+            return self._sequences(chat, template)
+        except RowError as error:
+            return error
+        except UnicodeEncodeError:
+            return RowError("half of a surrogate pair is not text")
+        except Exception as error:
+            return RowError(f"the chat template refuses this conversation: {one_line(error)}")
+
+    def _sequences(self, chat: Chat, template: str) -> list[Written]:
+        wanted = chat.learnt[-1:] if self._turns == "last" else chat.learnt
+        text, spans = self._longest(chat, template, wanted)
+        sequences = [Written(text, _flat(spans, wanted), len(chat.learnt) - len(spans))]
+        if self._turns != "all":
+            return sequences
+        sequences = [sequences[0]._replace(left_out=0)]
+        while wanted := tuple(turn for turn in wanted if turn not in spans):
+            text, spans = self._longest(chat, template, wanted)
+            sequences.insert(0, Written(text, _flat(spans, wanted)))
+        return sequences
+
+    def _longest(self, chat: Chat, template: str, wanted: Sequence[int]) -> tuple[str, dict[int, list[Span]]]:
+        """A text in which the last of the wanted answers is intact, and the spans of all that are: the whole conversation, or up to there."""
+        last = wanted[-1] + 1
+        for count in dict.fromkeys((len(chat.messages) if wanted[-1] == chat.learnt[-1] else last, last)):
+            text, spans = self._intact(chat, template, count, wanted)
+            text.encode()
+            if wanted[-1] in spans:
+                self._look_for_thoughts(chat, text, spans)
+                return text, spans
+        raise RowError(
+            f"the chat template writes messages[{wanted[-1]}] differently from its own generation prompt, so its tokens cannot be found; "
+            "set data.template to one that goes on from its prompt (chatml, plain, or a file that marks answers with {% generation %})"
+        )
+
+    def _intact(
+        self, chat: Chat, template: str, count: int, wanted: Sequence[int]
+    ) -> tuple[str, dict[int, list[Span]]]:
+        """The text of the first `count` messages, and the spans in it of the wanted answers that are intact."""
+        if GENERATION.search(template):
+            return self._intact_marks(chat, template, count, wanted)
+        text = self._render(chat, template, count)
+        spans = {turn: self._span(chat, template, text, turn, count) for turn in wanted}
+        return text, {turn: [span] for turn, span in spans.items() if span is not None}
+
+    def _span(self, chat: Chat, template: str, text: str, turn: int, count: int) -> Span | None:
+        """Where an assistant turn lies: from the end of its prompt to its end-of-turn token, without white space after it."""
+        prompt = self._render(chat, template, turn, prompt=True)
+        until = (text if turn + 1 == count else self._render(chat, template, turn + 1)).rstrip()
+        is_intact = text.startswith(prompt) and text.startswith(until) and len(prompt) < len(until)
+        return (len(prompt), len(until)) if is_intact else None
+
+    def _intact_marks(
+        self, chat: Chat, template: str, count: int, wanted: Sequence[int]
+    ) -> tuple[str, dict[int, list[Span]]]:
+        """The same by the template's own marks. Where all answers are wanted and intact, every mark counts, wherever it stands."""
+        text, marks = self._marked(chat, template, count)
+        answers = [turn for turn, message in enumerate(chat.messages[:count]) if message["role"] == "assistant"]
+        until = {turn: self._marked(chat, template, turn + 1) for turn in wanted if turn + 1 < count}
+        intact = [turn for turn in wanted if turn not in until or text.startswith(until[turn][0].rstrip())]
+        if len(intact) < len(wanted):
+            self.changes.add("rewritten")
+        if intact == answers:
+            return text, {turn: marks if turn == intact[-1] else [] for turn in intact}
+        self.changes.add("marks")
+        own: dict[int, list[Span]] = {}
+        for turn in intact:
+            first = len(self._marked(chat, template, turn)[1]) if turn else 0
+            here = until[turn][1] if turn in until else marks
+            if here[first:] == marks[first : len(here)]:
+                own[turn] = here[first:]
+        return text, own
+
+    def _marked(self, chat: Chat, template: str, count: int) -> tuple[str, list[Span]]:
+        """The first `count` messages and the spans that the template marks with `{% generation %}`."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template
+        texts, spans = render(
+            [chat.messages[:count]],
+            tools=chat.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return texts[0], spans[0]
+
+    def _render(self, chat: Chat, template: str, count: int, prompt: bool = False) -> str:
+        text = self._tokenizer.apply_chat_template(
+            chat.messages[:count],
+            tools=chat.tools,
+            chat_template=template,
+            add_generation_prompt=prompt,
+            tokenize=False,
+        )
+        return str(text)
+
+    # ── forms of tool calls ──
+
+    def _in_form(self, chat: Chat, template: str) -> Chat:
+        """The conversation in the first form of its tools and tool calls that the template can write.
+
+        Raises what the template raises for the row's own form if it can write none.
+        """
+        if not chat.tools and not any("tool_calls" in message for message in chat.messages):
+            return chat
+        if self._known_form is None or self._known_form[0] is not chat or self._known_form[1] != template:
+            self._known_form = (chat, template, self._first_form(chat, template))
+        return self._known_form[2]
+
+    def _first_form(self, chat: Chat, template: str) -> Chat:
+        written: list[tuple[Chat, str]] = []
+        errors: list[Exception] = []
+        for form in _forms(chat):
+            try:
+                written.append((form, self._render(form, template, len(form.messages), prompt=not form.learnt)))
+            except Exception as error:
+                errors.append(error)
+                continue
+            if not _holds_python(written[-1][1], form):
+                break
+        if not written:
+            raise errors[_own_form(chat)]
+        form, text = written[0] if _holds_python(written[-1][1], written[-1][0]) else written[-1]
+        if len(written) > 1 and not errors:  # the first form, which was used before, could be written, but wrongly
+            self.changes.add("arguments")
+        return self._with_tools(form, template, text)
+
+    def _with_tools(self, form: Chat, template: str, text: str) -> Chat:
+        """The same form, or the one whose tools have no wrapper if only their names are written."""
+        if not form.tools or _names_tools(text, form.tools):
+            return form
+        bare = replace(form, tools=[tool.get("function", tool) for tool in form.tools])
+        try:
+            if _names_tools(self._render(bare, template, len(bare.messages), prompt=not bare.learnt), form.tools):
+                self.changes.add("arguments")
+                return bare
+        except Exception:  # the form at hand can be written
+            return form
+        self._note("the chat template does not write the tools of the rows, so the model does not see them")
+        return form
+
+    def _look_for_thoughts(self, chat: Chat, text: str, turns: Iterable[int]) -> None:
+        for turn in turns:
+            for key in REASONING:
+                thought = chat.messages[turn].get(key)
+                if isinstance(thought, str) and thought.strip() not in text:
+                    self._note(
+                        f"the chat template does not write `{key}` of messages, so these thoughts are not learned"
+                    )
+
+
+def _flat(spans: dict[int, list[Span]], wanted: Sequence[int]) -> list[Span]:
+    return [span for turn in wanted for span in spans.get(turn, [])]
+
+
+def _forms(chat: Chat) -> Iterator[Chat]:
+    """The conversation as templates may want it, the likeliest first: arguments as objects or as text, the content of a message that only
+    calls tools as an empty text or absent, tools with their wrapper or without."""
+    for bare, absent, as_text in product((False, True), repeat=3):
+        messages = [_message_in_form(message, as_text, absent) for message in chat.messages]
+        tools = [tool["function"] for tool in chat.tools] if bare and chat.tools else chat.tools
+        if not bare or chat.tools:
+            yield replace(chat, messages=messages, tools=tools)
+
+
+def _message_in_form(message: Message, as_text: bool, absent: bool) -> Message:
+    if "tool_calls" not in message:
+        return message
+    calls = [_call_in_form(call) if as_text else call for call in message["tool_calls"]]
+    kept = {key: value for key, value in message.items() if key != "content" or not absent or value}
+    return {**kept, "tool_calls": calls}
+
+
+def _call_in_form(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = call["function"]["arguments"]
+    text = arguments.text if isinstance(arguments, Arguments) else Arguments(arguments).text
+    return {**call, "function": {**call["function"], "arguments": text}}
+
+
+def _own_form(chat: Chat) -> int:
+    """The place among the forms of what the row itself has."""
+    calls = [call for message in chat.messages for call in message.get("tool_calls", [])]
+    own = [call["function"]["arguments"] for call in calls]
+    return int(any(isinstance(each, Arguments) and each.own_text is not None for each in own))
+
+
+def _holds_python(text: str, form: Chat) -> bool:
+    """Whether arguments stand in the text as Python prints an object, which no template means to write."""
+    calls = [call["function"]["arguments"] for message in form.messages for call in message.get("tool_calls", [])]
+    return any(str(dict(each)) in text for each in calls if isinstance(each, dict) and each)
+
+
+def _names_tools(text: str, tools: Sequence[dict[str, Any]]) -> bool:
+    return all(str(tool.get("function", tool)["name"]) in text for tool in tools)
