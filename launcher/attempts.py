@@ -159,6 +159,16 @@ def check(job: Job, go_on: GoOn = GoOn(), only: str | None = None) -> None:
         _refuse_phase(job, only, finished)
 
 
+def recorded_commits(job: Job) -> dict[str, str]:
+    """What `RunFolder.commits` says of the run of a job; empty if it has not begun."""
+    address = _address(job)
+    with told_as_input(address):
+        if not is_remote(address):
+            return RunFolder(Path(address)).commits()
+        remote = place(address, patience_s=PATIENCE_S)
+        return RunFolder(mirror.view(remote), remote).commits()
+
+
 def _refuse_phase(job: Job, only: str, finished: set[str]) -> None:
     if only not in job.phases:
         raise InputError.of(
@@ -190,20 +200,22 @@ def _refuse_others(held: RunFolder, job: Job, go_on: GoOn) -> None:
                 f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or storage",
             )
         return
+    finished = held.finished_phases() - go_on.rewind.keys()
+    is_over = not go_on.rewind and finished >= set(job.phases)
+    if not is_over:
+        _refuse_overrides_of(finished, held, job)
     if not go_on.accept_changes and (changes := _changes(held, job)):
         raise InputError.of(
             held.address,
             "this run folder holds another job; choose another `name:`, remove the folder, or go on with it all the same: "
             "`muster resume RUN --accept-changes key=value ...`. What differs:\n  " + "\n  ".join(changes),
         )
-    finished = held.finished_phases() - go_on.rewind.keys()
-    if not go_on.rewind and finished >= set(job.phases):
+    if is_over:
         raise InputError.of(
             held.address,
             "this run is finished; choose another `name:`, remove the folder to run it again, or go back with "
             "`muster resume RUN --step N`",
         )
-    _refuse_overrides_of(finished, held, job)
 
 
 def _refuse_overrides_of(finished: set[str], held: RunFolder, job: Job) -> None:

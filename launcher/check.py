@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from launcher import job as jobs
 from launcher.cache import cache_folder
 from launcher.job import Job
 from launcher.site import Site, UnknownSite
-from training import questions
-from training.config import Phase
-from training.data import files
+from training import questions, reward_signature
+from training.config import PPO, Phase
 from training.data.files import HubSplit, Located
+from training.data.prepare import bad_rows_note
+from training.data.stores import data_of, prepare_phase, sources_of
 from training.errors import InputError
 from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES
+
+SHOWN_BAD_ROWS = 3
 
 
 def load(file: Path, overrides: Sequence[str], *, inline: bool = False, force: bool = False) -> Job:
@@ -60,37 +64,50 @@ def check(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def _rows(phase: Phase) -> dict[str, Any]:
     """Counts of the rows of a phase, and what could not be looked at."""
     questions.check(phase)
-    located = [
-        source
-        for data in (phase.data.train, phase.data.eval)
-        if data is not None
-        for source in files.expand(data, Path.cwd(), documents=RECIPES[phase.recipe].reads_documents)
-    ]
+    located = [source for held_out in (False, True) for source in sources_of(phase, held_out=held_out)]
     local = [source for source in located if not _on_hub(source)]
     notes = [
         f"{source.source.path} is on the hub; its rows are read when the job runs"
         for source in located
         if _on_hub(source)
     ]
+    if isinstance(phase, PPO) and (notes or not os.path.isdir(tokenizer_of(phase.model))):
+        notes += reward_signature.check(phase)
     if not local:
         return {"recipe": phase.recipe, "notes": notes}
     tokenizer = tokenizer_of(phase.model)
     if notes or not os.path.isdir(tokenizer):
-        from training.data.prepare import check_rows
-
-        findings = check_rows(local, phase.data, RECIPES[phase.recipe].formats)
-        notes += findings.notes
         if not os.path.isdir(tokenizer):
             notes.append(f"lengths were not looked at: the tokenizer {tokenizer} is on the hub")
-        return {"recipe": phase.recipe, "rows": findings.rows, "formats": dict(findings.formats), "notes": notes}
+        return {"recipe": phase.recipe, **_parsed_counts(phase, notes), "notes": list(dict.fromkeys(notes))}
     return {"recipe": phase.recipe, **_counts(phase)}
 
 
-def _counts(phase: Phase) -> dict[str, Any]:
-    from training.data.stores import open_stores
+def _parsed_counts(phase: Phase, notes: list[str]) -> dict[str, Any]:
+    """Counts of the rows that are here, where there is no tokenizer to read them with."""
+    from training.data.prepare import check_rows
 
-    stores = open_stores(phase, cache_folder())
+    rows, formats, forms = 0, Counter[str](), []
+    for held_out in (False, True):
+        local = [source for source in sources_of(phase, held_out=held_out) if not _on_hub(source)]
+        data = data_of(phase, held_out=held_out)
+        findings = check_rows(local, data, RECIPES[phase.recipe].formats)
+        rows, formats = rows + findings.rows, formats + findings.formats
+        forms += _forms(local, findings.source_formats, findings.formats)
+        notes += findings.notes
+        if findings.bad:
+            notes.append(bad_rows_note(findings.bad, findings.rows))
+    return {"rows": rows, "formats": dict(formats), "sources": forms}
+
+
+def _counts(phase: Phase) -> dict[str, Any]:
+    stores, not_checked = prepare_phase(phase, cache_folder())
     parts = {"train": stores.train, "eval": stores.eval}
+    forms = {
+        name: _forms(sources_of(phase, held_out=name == "eval"), store.meta.source_formats, store.meta.formats)
+        for name, store in parts.items()
+        if store is not None
+    }
     counts = {
         name: {
             "rows": store.meta.rows,
@@ -99,12 +116,38 @@ def _counts(phase: Phase) -> dict[str, Any]:
             "target_tokens": store.meta.target_tokens,
             "longest": store.meta.longest,
             "formats": store.meta.formats,
+            "sources": forms[name],
         }
         for name, store in parts.items()
         if store is not None
     }
-    notes = list(dict.fromkeys(note for store in parts.values() if store is not None for note in store.meta.notes))
-    return {**counts, "notes": notes}
+    told = [note for store in parts.values() if store is not None for note in store.meta.notes]
+    if isinstance(phase, PPO):
+        told += [*reward_signature.notes(phase, stores.train), *not_checked]
+    bad = {"bad_rows": stores.train.bad_rows(SHOWN_BAD_ROWS)} if stores.train.meta.dropped_bad else {}
+    return {**counts, **bad, "notes": list(dict.fromkeys(told))}
+
+
+def _forms(
+    sources: Sequence[Located], by_source: Sequence[Mapping[str, int]], total: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """What was read of each source: its name, kinds of files, and rows by format; {} where these were not counted apart."""
+    if len(by_source) != len(sources):  # a store that was made before they were
+        by_source = [total if len(sources) == 1 else {} for _ in sources]
+    return [
+        {
+            "path": source.shown,
+            "kinds": list(dict.fromkeys(part.kind for part in source.parts)),
+            "formats": dict(formats),
+        }
+        for source, formats in zip(sources, by_source, strict=True)
+    ]
+
+
+def _form_line(form: Mapping[str, Any]) -> str:
+    """`rows.csv: 8 rows of prompt_completion (CSV)`."""
+    rows = " and ".join(f"{count:,} row{'s' * (count != 1)} of {name}" for name, count in form["formats"].items())
+    return f"{form['path']}: {rows or 'rows'} ({', '.join(form['kinds'])})"
 
 
 def _on_hub(source: Located) -> bool:
@@ -123,6 +166,12 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
                 )
         if "rows" in phase:
             yield f"{name}: {phase['rows']:,} rows"
+            yield from (f"{name}: {_form_line(form)}" for form in phase["sources"])
+        for part in ("train", "eval"):
+            sources = phase[part]["sources"] if part in phase else []
+            yield from (f"{name}: {part}: {_form_line(form)}" for form in sources)
         for note in phase["notes"]:
             yield f"{name}: {note}"
+        for bad in phase.get("bad_rows", ()):
+            yield f"{name}: dropped: {bad['row']}: {bad['reason']}"
     yield f"{report['name']}: ok"

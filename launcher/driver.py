@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
-from launcher import attempts, host
+from launcher import attempts, host, revisions
 from launcher.attempts import GoOn, OpenRun
 from launcher.cache import cache_folder
 from launcher.failures import NoMachines, Raised, WorkerDied, in_words
@@ -24,9 +27,10 @@ from launcher.progress import PhaseProgress
 from launcher.recovery import Recovery
 from launcher.runs import RunFolder
 from training.config import PPO, Phase
+from training.data.store import BAD_ROWS
 from training.errors import InputError, MusterError, TrainingError
 from training.group import Group, results
-from training.modelfiles import tokenizer_of
+from training.modelfiles import tokenizer_of, tokenizer_revision
 from training.recipes import RECIPES, resolve
 from training.storage import Place
 
@@ -41,6 +45,7 @@ EXIT_STATUSES = {
 }
 """Of every command. RESUME_ME is EX_TEMPFAIL of sysexits.h."""
 _EXPORT_S = 3600.0
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,45 +66,59 @@ def run_job(
     Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
     """
     attempts.check(job, go_on, only)
+    recorded = attempts.recorded_commits(job)
+    looked_up = revisions.look_up(job, recorded)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
-        _get_ready(job, stack, inline=inline)
+        stores = _get_ready(job, recorded | looked_up, stack, inline=inline)
         interrupts.take()
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
+        if looked_up:
+            run.event("revisions", commits=looked_up)
+        _list_bad_rows(run, stores)
         status = _run_phases(run, job, interrupts, console, _How(inline, only, preflight))
         interrupts.end()
         return status
 
 
-def _get_ready(job: Job, stack: ExitStack, *, inline: bool) -> None:
-    """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile."""
+def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Path]:
+    """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile. Returns what `prepare` does."""
     if inline:
-        prepare(job)
-        return
+        return prepare(job, commits)
     from launcher.session import own_nursery, ray_session
 
     os.environ[ENV_NAMES] = " ".join(job.env)
     stack.enter_context(own_nursery())
-    wait_for_data = _in_background(lambda: prepare(job, apart=True))
+    wait_for_data = _in_background(lambda: prepare(job, commits, apart=True))
     stack.enter_context(ray_session(max(phase.num_workers for phase in job.phases.values())))
-    wait_for_data()
+    return wait_for_data()
 
 
-def _in_background(function: Callable[[], None]) -> Callable[[], None]:
-    """Begin a call in a thread that ends with the process; returns what waits for it and raises its error."""
+def _list_bad_rows(run: OpenRun, stores: Mapping[str, Path]) -> None:
+    """Rows that were dropped, in the folder of their phase."""
+    for phase, folder in stores.items():
+        if (folder / BAD_ROWS).exists():
+            run.phase(phase).mkdir(exist_ok=True)
+            shutil.copyfile(folder / BAD_ROWS, run.phase(phase) / BAD_ROWS)
+
+
+def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin a call in a thread that ends with the process; returns what waits for it and gives its result or raises its error."""
+    results: list[Result] = []
     errors: list[BaseException] = []
 
     def attempt() -> None:
         try:
-            function()
+            results.append(function())
         except BaseException as error:
             errors.append(error)
 
-    def wait() -> None:
+    def wait() -> Result:
         thread.join()
         if errors:
             raise errors[0]
+        return results[0]
 
     thread = threading.Thread(target=attempt, daemon=True)  # Ctrl-C need not wait for it
     thread.start()
@@ -155,26 +174,28 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
         run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
 
 
-def prepare(job: Job, *, apart: bool = False) -> None:
-    """Check and tokenise the data of every phase, once. Raises InputError with the bad rows of all of them.
+def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Path]:
+    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase. Raises InputError with the
+    bad rows of all of them.
 
-    `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
+    `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
     """
     from training import questions
-    from training.data.stores import open_stores
+    from training.data.stores import prepare_phase as prepare_data
 
-    def prepare_phase(phase: Phase) -> None:
+    def prepare_phase(phase: Phase) -> Path:
+        phase = revisions.with_commits(phase, commits or {})
         questions.check(phase)
         if not (apart and host.has_nursery()):
-            open_stores(phase, cache_folder())
-            return
+            stores, _ = prepare_data(phase, cache_folder())
+            return stores.train.folder
         try:
-            host.apart("prepare", phase, str(cache_folder()), dict(os.environ))
+            return Path(host.apart("prepare", phase, str(cache_folder()), dict(os.environ)))
         except (Raised, WorkerDied) as error:
             trace = f"\n{error.trace}" if isinstance(error, Raised) else ""
             raise TrainingError(f"the process that prepares the data {in_words(error)}{trace}") from error
 
-    job.look_at_phases(prepare_phase)
+    return job.look_at_phases(prepare_phase)
 
 
 def _unfinished(run: OpenRun, job: Job) -> Iterator[str]:
@@ -252,10 +273,13 @@ def _room_for_two(phase: Phase) -> int:
 
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:
-    """The phase with the model of the phase that it starts from, and the tokenizer that its data was checked with."""
+    """The phase with the model of the phase that it starts from, the tokenizer that its data was checked with, and the commits of
+    the Hugging Face hub that the run uses."""
+    phase = revisions.with_commits(phase, run.commits())
     if phase.starts_from_phase:
         assert phase.from_ is not None
-        changes = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}
+        changes: dict[str, str | None] = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}
+        changes["tokenizer_revision"] = tokenizer_revision(phase.model)
         phase = phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
     return _with_its_rewards(phase, run) if isinstance(phase, PPO) else phase
 

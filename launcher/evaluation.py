@@ -55,9 +55,10 @@ def compare(
     asked = questions.read(str(data), settings.columns, settings.limit, answers=False)
     folders = [models.model_folder(name) for name in (model, other)]
     reward_model = models.model_folder(judge, rewards=True)
-    both = [_answers(folder, asked, settings, template=template, workers=workers, seed=seed)[0] for folder in folders]
-    from training.evaluator import Judge
+    from training.evaluator import Judge, require_reward_model
 
+    require_reward_model(reward_model)  # before any question is answered
+    both = [_answers(folder, asked, settings, template=template, workers=workers, seed=seed)[0] for folder in folders]
     court = Judge(reward_model)
     for rows in both:
         for row, reward in zip(rows, court.rewards(*_columns(rows, "question", "response", "ended")), strict=True):

@@ -44,6 +44,11 @@ EVENTS: dict[str, Event] = {
     "rewound": Event(
         "A person takes the run back (`--step`).", {"to": "Step by phase; 0 is its beginning."}, of_phase=False
     ),
+    "revisions": Event(
+        "Branches, tags and default branches of the Hugging Face hub were looked up; the run uses these commits from now on.",
+        {"commits": "By what the job names, such as `model owner/name` or `dataset owner/name@v1`."},
+        of_phase=False,
+    ),
     "phase_started": Event("A phase is taken up, from its beginning or its newest checkpoint."),
     "workers": Event(
         "The workers of an attempt are there.",

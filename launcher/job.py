@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from launcher import shared_settings, yamlfile
-from launcher.explain import REQUIRED, UNKNOWN_KEY, all_keys, did_you_mean, listed, validated
+from launcher.explain import REQUIRED, UNKNOWN_KEY, all_keys, did_you_mean, keys_of, listed, validated
 from launcher.other_tools import name_here
 from launcher.overrides import overlaid
 from launcher.phases import SHARED, base_folder, origin, phases_of
@@ -70,6 +70,11 @@ NEUTRAL = (
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 
 ADDED: dict[str, Any] = {
+    "phases.*.data.bad_rows": "refuse",
+    "phases.*.data.train.*.revision": None,
+    "phases.*.data.eval.*.revision": None,
+    "phases.*.model.revision": None,
+    "phases.*.model.tokenizer_revision": None,
     "phases.*.data.turns": "auto",
 }
 """Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
@@ -231,7 +236,8 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
         report.add_command_line(problem)
     for path, message in shared_settings.unknown_phases(document):
         report.add(path, message)
-    top = validated(TopLevel, document.data, lambda path, message: report.add(path, _redirected(path, message)))
+    names = document.data.get("phases")
+    top = validated(TopLevel, document.data, lambda path, message: report.add(path, _redirected(path, message, names)))
     name = _name(document, file, report)
     _check_shared(document.data, report)
     phases = phases_of(document, file, report)
@@ -239,7 +245,7 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
         report.add(("storage",), wrong)
     report.raise_any()
     assert top is not None, "its problems were raised"
-    effects = shared_settings.effects(document, overridden, phases)
+    effects = shared_settings.effects(written, document, overridden, phases)
     for path, message in effects.problems:
         report.add(path, message)
     report.raise_any()
@@ -267,18 +273,26 @@ def _storage_problem(storage: str) -> str | None:
     return None
 
 
-def _redirected(path: KeyPath, message: str) -> str:
+def _redirected(path: KeyPath, message: str, phases: Any) -> str:
     """The message about the top level; a key that has its place in a phase or a section is told which."""
     key = str(path[-1])
     if path[:-1] == ("phases",) and name_here(key):
         return f"{message}; {name_here(key)}"
     if not message.startswith(UNKNOWN_KEY) or name_here(key):
         return message
-    known = {inside for recipe in RECIPES.values() for inside in all_keys(recipe.config) if inside[-1] == key}
-    if (key,) in known:
+    if isinstance(phases, dict) and key in phases:
+        return f"{UNKNOWN_KEY}; did you mean phases.{key}?"
+    if any(key in keys_of(recipe.config) for recipe in RECIPES.values()):
         return f"this key belongs in a phase: phases.NAME.{key}"
-    meant = sorted(dotted(inside if inside[0] in SHARED else ("phases", "NAME", *inside)) for inside in known)
+    meant = settings_named(key)
     return f"{UNKNOWN_KEY}; did you mean {listed(meant)}?" if meant else message
+
+
+def settings_named(key: str) -> list[str]:
+    """The paths of all settings of a job that end with a key, as they are given for all phases where that can be."""
+    inside = {path for recipe in RECIPES.values() for path in all_keys(recipe.config) if path[-1] == key}
+    top = [key] if key in TopLevel.model_fields else []
+    return sorted({*top, *(dotted(path if path[0] in SHARED else ("phases", "NAME", *path)) for path in inside)})
 
 
 def _name(document: Document, file: Path, report: Report) -> str:
@@ -320,7 +334,9 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
         prefix: KeyPath = ("phases", name)
         data = phase.data
         for key, source in (("train", data.train), ("eval", data.eval)):
-            for inner, message in _source_problems(source, job.file.parent, phase, away) if source is not None else ():
+            split = "train" if key == "train" else ""
+            found = _source_problems(source, job.file.parent, phase, away, split) if source is not None else ()
+            for inner, message in found:
                 yield (*prefix, "data", key, *inner), message
         for key in ("data", "verdicts") if phase.eval is not None else ():
             asked = getattr(phase.eval, key)
@@ -349,14 +365,14 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
 
 
 def _source_problems(
-    source: Any, folder: Path, phase: Phase, away: Callable[[Any], bool]
+    source: Any, folder: Path, phase: Phase, away: Callable[[Any], bool], split: str = ""
 ) -> Iterator[tuple[KeyPath, str]]:
     entries = source if isinstance(source, list) else [source]
     here = [entry for entry in entries if not away(entry.path if isinstance(entry, Source) else entry)]
     if len(here) < len(entries):
         source = here  # of the others nothing can be said
     try:
-        files.expand(source, folder, what="", documents=RECIPES[phase.recipe].reads_documents)
+        files.expand(source, folder, what="", documents=RECIPES[phase.recipe].reads_documents, split=split)
     except InputError as error:
         for problem in error.problems:
             index = re.fullmatch(r"\[(\d+)\]", problem.what)  # of the list's entry

@@ -15,6 +15,7 @@ from training import modelfiles
 from training.checkpoint import MANIFEST
 from training.checkpoints import Checkpoints, step_of
 from training.errors import InputError
+from training.paths import absolute
 from training.recipes import RECIPES
 from training.storage import Place, is_remote, local_copy, place
 
@@ -93,6 +94,8 @@ def _folder(text: str) -> Path | None:
 
 def _meant(text: str) -> _Meant:
     """A run, RUN/PHASE, or the folder of a checkpoint."""
+    if not is_remote(text) and ".." in Path(text).parts:
+        text = absolute(text)
     address = text.rstrip("/") if is_remote(text) else str(Path(text).absolute())
     if checkpoint := _CHECKPOINT.fullmatch(address):
         run, phase, step = checkpoint.groups()

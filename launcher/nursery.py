@@ -163,12 +163,13 @@ def _serve(connection: Pipe) -> None:
 class Life:
     """What a worker can be asked."""
 
-    def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> None:
-        """Tokenise the data of a phase. Raises what open_stores raises."""
+    def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> str:
+        """Tokenise the data of a phase; returns the folder of the training samples. Raises what prepare_phase raises."""
         os.environ.update(environment)
-        from training.data.stores import open_stores
+        from training.data.stores import prepare_phase
 
-        open_stores(phase, Path(cache))
+        stores, _ = prepare_phase(phase, Path(cache))
+        return str(stores.train.folder)
 
     def begin(self, log: str, environment: dict[str, str]) -> int:
         """Write to `log` from now on. Answers with the pid."""

@@ -32,14 +32,15 @@ def overlaid(document: Document, overrides: Sequence[str]) -> tuple[Document, li
             set_paths.append(_set(result, path, value))
         except InputError as error:
             problems += error.problems
-    return result, set_paths, problems + list(_wiped_out(set_paths))
+    return result, set_paths, problems + list(_wiped_out(result, set_paths))
 
 
-def _wiped_out(set_paths: Sequence[KeyPath]) -> Iterator[Problem]:
-    """Overrides that a later one replaces together with the section around them."""
+def _wiped_out(document: Document, set_paths: Sequence[KeyPath]) -> Iterator[Problem]:
+    """Overrides that a later one wipes out together with the section around them, without a value in their place."""
+    present = {path for path, _ in paths(document.data)}
     for index, path in enumerate(set_paths):
         for later in set_paths[index + 1 :]:
-            if len(later) < len(path) and path[: len(later)] == later:
+            if path not in present and len(later) < len(path) and path[: len(later)] == later:
                 advice = f"{dotted(later)}=... after it replaces the whole section; give it after that, or inside it"
                 yield Problem("command line", dotted(path), f"has no effect: {advice}")
 
@@ -79,16 +80,18 @@ def _set(document: Document, path: KeyPath, value: Any) -> KeyPath:
         section, real = section[step], (*real, step)
     last = _step(section, real, path[-1])
     if real == ("phases",) and last not in section and not isinstance(value, dict):
-        raise _refused(dotted(path), _no_phase(str(last), section))
+        raise _refused(dotted(path), _no_phase(str(last), section, is_setting=not did_you_mean(str(last), section)))
     section[last] = value
     _forget(document.lines, (*real, last))
     document.lines.update({(*real, last, *inner): COMMAND_LINE for inner in [(), *(path for path, _ in paths(value))]})
     return (*real, last)
 
 
-def _no_phase(name: str, phases: Any) -> str:
+def _no_phase(name: str, phases: Any, *, is_setting: bool = False) -> str:
     if here := name_here(name):
         return f"there is no phase {name}; {here}"
+    if is_setting:
+        return f"there is no phase {name}; a setting of a phase is phases.NAME.{name}; phases: {', '.join(phases)}"
     advice = did_you_mean(name, phases) or f"; phases: {', '.join(phases)}"
     return f"there is no phase {name}{advice} (`phases.{name}={{...}}` adds one)"
 

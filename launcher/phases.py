@@ -12,10 +12,10 @@ from launcher import rawdeepspeed, yamlfile
 from launcher.explain import UNKNOWN_KEY, did_you_mean, validated
 from launcher.problems import Report
 from launcher.yamlfile import COMMAND_LINE, Document, KeyPath, dotted
-from training.config import PPO, Data, Phase, Questions, RewardSource, Source
+from training.config import PPO, Data, Model, Phase, Questions, RewardSource, Source
 from training.data import files
 from training.errors import InputError
-from training.modelfiles import ADAPTER_CONFIG
+from training.modelfiles import ADAPTER_CONFIG, on_hub
 from training.paths import absolute
 from training.recipes import RECIPES
 from training.storage import is_remote
@@ -170,6 +170,8 @@ class _Drafting:
         update: dict[str, Any] = {"path": self.start_path(phase, valid)}
         if model.tokenizer is not None:
             update["tokenizer"] = self.model_path(("model", "tokenizer"), model.tokenizer)
+        update["revision"] = self.revision(phase, update["path"], valid)
+        self.check_tokenizer_revision(model, update.get("tokenizer"))
         return phase.model_copy(
             update={
                 "model": model.model_copy(update=update),
@@ -249,6 +251,27 @@ class _Drafting:
                 ("model", "path"), f"this phase starts from the weights of `{phase.from_}`; remove model.path here"
             )
         return start.model.path
+
+    def revision(self, phase: Phase, path: str, valid: dict[str, Phase]) -> str | None:
+        """Branch, tag or commit of the model on the hub; of an earlier phase that of the one that it started from."""
+        given = phase.model.revision
+        if phase.starts_from_phase and (start := valid.get(phase.from_ or "")) is not None:
+            if given not in (None, start.model.revision):
+                self.add(
+                    ("model", "revision"), f"this phase starts from the weights of `{phase.from_}`; remove it here"
+                )
+            return start.model.revision
+        if given is None or not path or on_hub(path):
+            return given
+        if phase.from_ is None or "revision" in _of(self.own, "model"):
+            self.add(("model", "revision"), f"has no effect: {path} is no model on the Hugging Face hub; remove it")
+        return None
+
+    def check_tokenizer_revision(self, model: Model, tokenizer: str | None) -> None:
+        if model.tokenizer_revision is None or (tokenizer is not None and on_hub(tokenizer)):
+            return
+        why = "model.tokenizer is not set" if tokenizer is None else f"{tokenizer} is not on the Hugging Face hub"
+        self.add(("model", "tokenizer_revision"), f"has no effect: {why}; remove it")
 
     def check_start(self, phase: Phase, start: Phase) -> None:
         """Problems of starting from what another phase ends with."""

@@ -72,7 +72,7 @@ def refuse_what_cannot_fit(job: Job, site: Site) -> None:
 
 def checkpoint_bytes_of(phase: Phase) -> int:
     """Of one checkpoint of a phase whose models are folders. Raises InputError if they are not known."""
-    shape = shape_of(phase.model.path)
+    shape = shape_of(phase.model.path, revision=phase.model.revision)
     critic = shape_of(phase.critic).as_classifier if isinstance(phase, PPO) and phase.critic else None
     return checkpoint_bytes(phase, Models(shape, critic))
 

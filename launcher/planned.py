@@ -58,7 +58,8 @@ class Shapes:
         if path in self.job.phases:
             path = self.job.phases[path].model.path
         if path not in self.known:
-            self.known[path] = shape_of(path)
+            revisions = (phase.model.revision for phase in self.job.phases.values() if phase.model.path == path)
+            self.known[path] = shape_of(path, revision=next(revisions, None))
         return self.known[path]
 
     def models(self, phase: Phase) -> Models:

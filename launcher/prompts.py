@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.data.files import RowError
+from training.data import files
+from training.data.files import DataFile, Part, Row, RowError
 from training.data.formats import Chat, Parser, Prompt
 from training.errors import InputError, Problem
 
@@ -50,47 +50,53 @@ def typed(lines: Iterable[str]) -> Iterator[Given]:
 
 
 def _read(file: Path, limit: int | None) -> list[Given]:
-    if not file.is_file():
-        raise InputError.of(str(file), "is a folder; give a JSONL file" if file.is_dir() else "no such file")
+    if not file.exists():
+        raise InputError.of(str(file), "no such file")
     found: list[Given] = []
     problems: list[Problem] = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(found) == limit or len(problems) == SHOWN_PROBLEMS:
-                break
-            try:
-                found.append(_of_row(f"{file}:{number}", line))
-            except RowError as error:
-                problems.append(Problem(f"{file}:{number}", "", str(error)))
+    for row in (row for part in _parts(file) for row in files.rows(part)):
+        if len(found) == limit or len(problems) == SHOWN_PROBLEMS:
+            break
+        try:
+            found.append(_of_row(row))
+        except RowError as error:
+            problems.append(Problem(row.where, "", str(error)))
     if problems:
         raise InputError(problems)
     return found
 
 
-def _of_row(where: str, line: bytes) -> Given:
+def _parts(file: Path) -> Sequence[Part]:
+    """The file, or those of a folder. One whose name does not say what it is holds JSON lines."""
+    known = (*files.DATA_SUFFIXES, *files.FOREIGN)
+    if file.is_file() and not file.name.endswith(known):
+        return (DataFile(str(file), str(file)),)
+    (source,) = files.expand(str(file), Path.cwd(), what="", split="")
+    return source.parts
+
+
+def _of_row(read: Row) -> Given:
     """Raises RowError."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if isinstance(row, dict):
-        for name, parse in _PROMPTS.items():
-            if isinstance(row.get(name), list):
-                return _conversation(where, {**row, name: list(row[name])}, name, parse)
-        if isinstance(row.get("prompt"), str) and row["prompt"]:
-            return Given(where, row["prompt"], _expected(row))
-    raise RowError("expected a JSON object with a text `prompt` that is not empty, or a list of messages")
+    where, row = read.where, read.value
+    if isinstance(row, RowError):
+        raise row
+    for name, parse in _PROMPTS.items():
+        if isinstance(row.get(name), list):
+            return _conversation(read, {**row, name: list(row[name])}, name, parse)
+    if isinstance(row.get("prompt"), str) and row["prompt"]:
+        return Given(where, row["prompt"], _expected(row))
+    raise RowError("expected a row with a text `prompt` that is not empty, or a list of messages")
 
 
-def _conversation(where: str, row: dict[str, Any], name: str, parse: Parser) -> Given:
+def _conversation(read: Row, row: dict[str, Any], name: str, parse: Parser) -> Given:
     """An answer at its end, as rows to learn from have it, is what is expected."""
     expected, last = _expected(row), row[name][-1] if row[name] else None
     if isinstance(last, dict) and last.get("role") == "assistant":
         expected = {"expected": row[name].pop().get("content")}
-    _, example = parse(row)
+    _, example = parse(row, from_arrow=read.from_arrow)
     assert isinstance(example, Prompt)
-    return Given(where, example.content, expected)
+    return Given(read.where, example.content, expected)
 
 
 def _expected(row: Mapping[str, Any]) -> dict[str, Any]:
-    return next(({"expected": row[key]} for key in ("answer", "completion") if key in row), {})
+    return next(({"expected": row[key]} for key in ("answer", "completion") if row.get(key) not in (None, "")), {})

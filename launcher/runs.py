@@ -22,15 +22,17 @@ from launcher import job as jobs
 from launcher import mirror
 from launcher.job import Job
 from launcher.mirror import is_alive
+from launcher.yamlfile import JOB_FILE
 from training.checkpoints import Checkpoints
 from training.errors import InputError, StorageError
+from training.paths import absolute
 from training.storage import Local, Place, is_remote, place
 
 PATIENCE_S = 10.0
 """How long a person is kept waiting for a bucket that does not answer."""
 RUNS = Path("runs")
 """Where runs are looked for when a name alone is given."""
-JOB, EVENTS, METRICS, LOCK = "job.yaml", "events.jsonl", "metrics.jsonl", ".lock"
+JOB, EVENTS, METRICS, LOCK = JOB_FILE, "events.jsonl", "metrics.jsonl", ".lock"
 ANSWERS, SAMPLES = "answers", "samples.jsonl"
 _NO_RUN = "not a run folder (there is no job.yaml in it)"
 
@@ -156,6 +158,14 @@ class RunFolder:
         """The last attempt that accepted changes of job or data: checkpoints of attempts before it may differ. 0: none."""
         return max((e["attempt"] for e in self.events() if e["event"] == "changes_accepted"), default=0)
 
+    def commits(self) -> dict[str, str]:
+        """What branches and tags of the Hugging Face hub were when the run began to use them; see revisions.py."""
+        found: dict[str, str] = {}
+        for event in self.events():
+            if event["event"] == "revisions" and isinstance(event.get("commits"), dict):
+                found |= event["commits"]
+        return found
+
     def attempts(self) -> int:
         return sum(event["event"] == "started" for event in self.events())
 
@@ -194,7 +204,12 @@ def find(text: str, storage: Path = RUNS) -> RunFolder:
         return run
     for folder in (Path(text), storage / text):
         if (folder / JOB).exists():
-            return RunFolder(folder)
+            # `.` and `RUN/PHASE/..` name a run, too; its last part has to be the run's name.
+            return RunFolder(Path(absolute(folder)) if folder.name in ("", "..") else folder)
+    if Path(text).is_file():
+        raise InputError.of(
+            text, f"is a file, not a run; `muster run {text}` begins a run of a job file, or goes on with it"
+        )
     known = ", ".join(run.name for run in runs_in(str(storage))) or "none"
     raise InputError.of(text, f"no such run: neither a run folder nor a name in {storage}/ (there: {known})")
 

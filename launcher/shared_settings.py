@@ -22,6 +22,8 @@ from training.paths import absolute
 RESOLVED = "resolved"
 """The key that marks the job.yaml of a run."""
 
+_MODEL_PATH: KeyPath = ("model", "path")
+
 OwnSettings = dict[str, list[str]]
 """By phase: dotted paths of the shared settings that its own section gives."""
 
@@ -72,7 +74,8 @@ def inherit_from_top(document: Document, overridden: Sequence[KeyPath], own: Own
     for name, section in _phases(document).items():
         kept: list[KeyPath] = [tuple(key.split(".")) for key in own.get(name, ())]
         kept += [path[2:] for path in overridden if path[:2] == ("phases", name)]
-        for path in top:
+        starts_elsewhere = [_MODEL_PATH] if section.get("from") is not None else []  # its path follows from `from`
+        for path in (*top, *starts_elsewhere):
             _remove(section, path, kept)
 
 
@@ -132,8 +135,10 @@ class Effects:
     """Overrides that some phases do not take over."""
 
 
-def effects(document: Document, overridden: Sequence[KeyPath], phases: Mapping[str, Phase]) -> Effects:
-    """Compare the overrides of a document with the phases that came of it."""
+def effects(
+    written: Document, document: Document, overridden: Sequence[KeyPath], phases: Mapping[str, Phase]
+) -> Effects:
+    """Compare the overrides of a document, which were laid over `written`, with the phases that came of it."""
     result = Effects()
     settings = {name: phase.model_dump(by_alias=True) for name, phase in phases.items()}
     for path in dict.fromkeys(overridden):
@@ -143,7 +148,7 @@ def effects(document: Document, overridden: Sequence[KeyPath], phases: Mapping[s
             _check_top_level(result, document, leaf, value, phases, settings)
         if path[0] == "phases" and len(path) > 2 and str(path[1]) in phases:
             for leaf, value in _given(document, path):
-                _check_phase(result, leaf, value, settings[str(path[1])])
+                _check_phase(result, leaf, value, phases[str(path[1])], settings[str(path[1])], written)
     return result
 
 
@@ -179,7 +184,7 @@ def _check_top_level(
     winners: list[KeyPath] = []
     reached = False
     for name, phase in phases.items():
-        if leaf == ("model", "path") and phase.starts_from_phase:
+        if leaf == _MODEL_PATH and phase.starts_from_phase:
             continue  # its weights are those that the earlier phase started from
         in_phase = _winners(document, name, phase, settings[name], leaf, value)
         winners += [("phases", name, *path) for path in in_phase.paths]
@@ -196,8 +201,13 @@ def _check_top_level(
         result.problems.append((leaf, f"has no effect: every phase has a value of its own; use {use}"))
 
 
-def _check_phase(result: Effects, leaf: KeyPath, value: Any, settings: dict[str, Any]) -> None:
-    """An override inside a phase that groups of workers have their own values for."""
+def _check_phase(
+    result: Effects, leaf: KeyPath, value: Any, phase: Phase, settings: dict[str, Any], written: Document
+) -> None:
+    """An override inside a phase that groups of workers have their own values for, or that other settings leave unused."""
+    for key, why in phase.settings_without_effect():
+        if dotted(leaf[2:]) == key and value_at(written.data, leaf) != value:
+            result.problems.append((leaf, f"has no effect: {why}"))
     winners = _group_winners(settings, leaf[2:], value)
     if winners is not None and winners.paths and not winners.reached:
         use = listed((f"{dotted((*leaf[:2], *path))}={_text(value)}" for path in winners.paths), "and")
@@ -215,7 +225,7 @@ class _Winners:
 
 
 def _winners(document: Document, name: str, phase: Phase, settings: Any, leaf: KeyPath, value: Any) -> _Winners:
-    if leaf == ("model", "path") and phase.from_ is not None:
+    if leaf == _MODEL_PATH and phase.from_ is not None:
         same = _same(phase.model.path, value)
         return _Winners([] if same else [("from",)], reached=same)
     own = _own_path(_phases(document)[name], leaf)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from cluster.errors import ClusterError, Refused
 from training.errors import InputError, MusterError
@@ -46,10 +47,41 @@ On = Annotated[
 ]
 
 
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+"""Typer has its own copy of click, whose exceptions it does not export."""
+
+
+class _Command(TyperCommand):
+    """A verb whose error for an unknown option has the setting of a job that was perhaps meant: those are key=value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _USAGE_ERROR as error:
+            takes_settings = any(parameter.name == "overrides" for parameter in self.params)
+            if (
+                takes_settings and hasattr(error, "possibilities") and not error.possibilities
+            ):  # of options, and none is near
+                ctx.fail(f"{error}. {_as_setting(error.option_name)}")
+            raise
+
+
+def _as_setting(option: str) -> str:
+    from launcher.explain import listed
+    from launcher.job import settings_named
+    from launcher.other_tools import name_here
+
+    key = option.lstrip("-").replace("-", "_")
+    if "." in option:
+        return f"Settings of a job are given without dashes: {option.lstrip('-')}=..."
+    meant = name_here(key) or listed(f"{path}=..." for path in settings_named(key) or ["phases.NAME.learning_rate"])
+    return f"Settings of a job are given as key=value: {meant}"
+
+
 def verb(function: Callable, of: typer.Typer = app) -> Callable:
     """Register a verb; its errors become lines of text and an exit status: 2 wrong input, 1 failed, 130 interrupted."""
 
-    @of.command(function.__name__.rstrip("_"))
+    @of.command(function.__name__.rstrip("_"), cls=_Command)
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:

@@ -18,6 +18,9 @@ from training.errors import InputError, Problem
 KeyPath = tuple[str | int, ...]
 """Where a value sits: ("phases", "sft", "data", "train", 0)."""
 
+JOB_FILE = "job.yaml"
+"""Name of the YAML file in a run's folder."""
+
 COMMAND_LINE = 0
 """The "line" of a value that was given on the command line."""
 
@@ -60,7 +63,8 @@ def load(file: Path, name: str | None = None) -> Document:
     except FileNotFoundError:
         raise InputError.of(name, "no such file") from None
     except IsADirectoryError:
-        raise InputError.of(name, "is a folder; give a YAML file") from None
+        advice = f"give a YAML file{f', such as {file / JOB_FILE}' if (file / JOB_FILE).is_file() else ''}"
+        raise InputError.of(name, f"is a folder; {advice}") from None
     except OSError as error:
         raise InputError.of(name, f"cannot be read: {error.strerror}") from None
     return parse(_decoded(raw, name), name)
@@ -265,6 +269,11 @@ _PLAIN_WORDS = (  # (what PyYAML says, what it means, whether the mistake is whe
     ("could not find expected ':'", "this line has no `: ` between key and value", True),
     ("found unexpected end of stream", "a quote is opened here and never closed", True),
     ("but found another document", "a second document begins here (`---`); keep one", False),
+    (
+        "expected '<document start>'",
+        "a value is complete before this line, and another begins; a YAML file is one value, such as `key: value` lines",
+        False,
+    ),
     ("expected <block end>", "this line's indentation fits none of the lines above", False),
     ("expected ',' or ']'", "a `,` or the closing `]` is missing", False),
     ("expected ',' or '}'", "a `,` or the closing `}` is missing", False),

@@ -119,7 +119,7 @@ class Run:
     def close(self) -> None:
         if hasattr(self, "process") and self.process.poll() is None:
             os.kill(self.process.pid, signal.SIGKILL)
-            self.process.wait(10)
+            self.process.wait(60)
 
 
 @pytest.fixture(scope="session")

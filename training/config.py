@@ -47,13 +47,23 @@ class Source(Settings):
     """One source of rows."""
 
     path: str = Field(examples=["data/train.jsonl"])
-    """File, folder, glob, or the name of a data set on the Hugging Face hub."""
+    """File, folder, glob, or the name of a data set on the Hugging Face hub, also as `owner/name@revision`."""
     weight: PositiveFloat | None = None
     """Share of the samples that come from this source, relative to the other weights. None: every row once an epoch."""
     name: str | None = None
     """Configuration of a hub data set, such as `main`."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder that DatasetDict.save_to_disk wrote."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; `owner/name@revision` says the same. None: its default branch. The commit that it is when the
+    run begins is recorded and used again."""
+
+
+class BadRows(Settings):
+    """How many rows that cannot be used are left out."""
+
+    drop: Annotated[float, Field(gt=0, lt=1)]
+    """Largest fraction of all rows. With more of them the data is refused."""
 
 
 class Data(Settings):
@@ -83,6 +93,10 @@ class Data(Settings):
     """Longest sample, in tokens."""
     overlong: Literal["drop", "truncate", "split"] = "drop"
     """What happens to longer samples: left out, cut, or (documents) learnt in pieces. It is counted and told."""
+    bad_rows: Literal["refuse"] | BadRows = "refuse"
+    """What happens to training rows that cannot be used: broken JSON, a missing column, an empty answer, a conversation that the template
+    refuses. refuse: the job does not start. {drop: 0.01}: up to this fraction of all rows is left out, counted and listed in bad_rows.jsonl.
+    Rows of `eval` are always refused."""
     shuffle: bool = True
     """False: the files' own order."""
     pack: bool = True
@@ -107,6 +121,9 @@ class Model(Settings):
 
     path: str = Field(examples=["meta-llama/Llama-2-7b-hf"])
     """Hub id or Hugging Face folder, or the folder of a PEFT adapter."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub, and of its tokenizer. None: its default branch. The commit that it is when the run begins
+    is recorded and used again."""
     lora: Lora | None = None
     """Train adapters instead of the weights. None: all weights."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -129,6 +146,8 @@ class Model(Settings):
     """Run Python code that comes with the model. Only for models you trust."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer. None: the model's own."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of `tokenizer`, where that is on the hub."""
 
 
 class Schedule(Settings):
@@ -410,6 +429,13 @@ class Phase(Settings):
                 f"sample would not fit; choose micro_tokens >= {self.data.max_length}",
             )
 
+    def settings_without_effect(self) -> Iterator[tuple[str, str]]:
+        """(key, why) of settings that are not used with the others as they are. A recipe with more of them adds its own."""
+        if self.schedule.name == "constant":
+            yield "schedule.floor", "the schedule constant does not decay; choose schedule.name cosine or linear"
+        if self.eval is not None and self.eval.temperature == 0:
+            yield "eval.top_p", "at eval.temperature 0 the likeliest token is always taken; raise the temperature"
+
 
 class Documents(Data):
     """Which texts a phase reads."""
@@ -627,6 +653,11 @@ class PPO(Phase):
         """What is added up to the reward."""
         given = [self.reward] if isinstance(self.reward, str) else self.reward
         return [RewardSource(path=each) if isinstance(each, str) else each for each in given]
+
+    def settings_without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from super().settings_without_effect()
+        if self.kl.target is None:
+            yield "kl.horizon", "beta follows no target; set kl.target"
 
     def combinations(self) -> Iterator[tuple[str, str]]:
         yield from super().combinations()

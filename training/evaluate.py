@@ -14,11 +14,10 @@ from training.answers import final_answer, same, verdict
 from training.config import Phase, Questions
 from training.data.files import RowError
 from training.data.formats import Prompt
-from training.data.render import Renderer, Sample, load_tokenizer
+from training.data.render import Renderer, Sample, tokenizer_for
 from training.data.turn_end import stop_tokens
 from training.errors import InputError, Problem
 from training.measures import Row
-from training.modelfiles import tokenizer_of
 from training.questions import Question
 from training.sampling import Sampling, continue_all
 from training.seeding import seed_for
@@ -107,7 +106,7 @@ def exam_of(phase: Phase, *, chats: bool) -> Exam:
     """The exam of a phase that has learnt conversations, or texts as they stand. Raises InputError for rows that cannot be asked."""
     settings = phase.eval
     assert settings is not None, "there is nothing to ask"
-    tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+    tokenizer = tokenizer_for(phase.model)
     renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos, in_turns=chats)
     asking = Asking(renderer=renderer, seed=phase.seed, settings=settings)
     parts: dict[str, tuple[Sequence[Question], Judge]] = {

@@ -109,16 +109,21 @@ class Speaker(Texts):
         return continue_all(self.lm, ids, keys, self.stops, settings, batch=batch, window=self.window, heard=heard)
 
 
+def require_reward_model(path: str) -> None:
+    """Raises InputError if the folder holds another kind of model. Reads no weights."""
+    adapter = adapter_in(path)
+    if not inspect(Path(path), classifier=True).architecture.endswith(CLASSIFIER_SUFFIX) and not (
+        adapter and adapter.heads
+    ):
+        message = "is no reward model (a sequence classifier with one label); the recipe `reward` trains one"
+        raise InputError.of(path, message)
+
+
 class Judge:
     """A reward model. Raises InputError if the folder holds another kind of model."""
 
     def __init__(self, path: str):
-        adapter = adapter_in(path)
-        if not inspect(Path(path), classifier=True).architecture.endswith(CLASSIFIER_SUFFIX) and not (
-            adapter and adapter.heads
-        ):
-            message = "is no reward model (a sequence classifier with one label); the recipe `reward` trains one"
-            raise InputError.of(path, message)
+        require_reward_model(path)
         self.lm = models.for_inference(path, classifier=True)
         self.renderer = renderer_for(path)
 

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from training.checkpoint import Reader
 from training.config import Lora, Phase
-from training.data.render import Renderer, load_tokenizer
+from training.data.render import Renderer, tokenizer_for
+from training.data.templates import without_marks
 from training.data.turn_end import stop_tokens
 from training.errors import TrainingError
 from training.lora import NAME, base_name, delta, write_folder
-from training.modelfiles import FACTS, base_of, inspect, tokenizer_of
+from training.modelfiles import FACTS, base_of, inspect
 from training.recipes import RECIPES
 from training.storage import Local, Place, upload
 
@@ -146,7 +147,8 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_by
 def _write_config(folder: Path, phase: Phase, base: str, dtype: torch.dtype, tokenizer: Any, classifier: bool) -> None:
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code)
+    revision = phase.model.revision or "main"
+    config: Any = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code, revision=revision)
     config.dtype = dtype
     if classifier:
         config.architectures = [_classifier_of(config)]
@@ -159,10 +161,11 @@ def _write_generation_config(folder: Path, phase: Phase, base: str, renderer: Re
     """The base model's, with the tokens that the phase has learnt to end responses with. Returns all that end one."""
     from transformers import AutoConfig, GenerationConfig
 
+    trust, revision = phase.model.trust_remote_code, phase.model.revision or "main"
     try:
-        generation = GenerationConfig.from_pretrained(base)
+        generation = GenerationConfig.from_pretrained(base, revision=revision)
     except OSError:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust, revision=revision)
         generation = GenerationConfig.from_model_config(config)
     stops = stop_tokens(renderer, generation, chats=chats)
     generation.eos_token_id = stops if len(stops) > 1 else stops[0]
@@ -204,8 +207,8 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
 
 def _renderer(phase: Phase, learnt_chats: bool) -> Renderer:
     """The renderer of the phase. Its tokenizer has the chat template that the model has learnt, if it has learnt one."""
-    tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+    tokenizer: Any = tokenizer_for(phase.model)
     renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos)
     if learnt_chats:
-        tokenizer.chat_template = renderer.chat_template()
+        tokenizer.chat_template = without_marks(renderer.chat_template())
     return renderer

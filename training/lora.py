@@ -29,6 +29,7 @@ from training.modelfiles import (
     adapter_in,
     base_of,
     check_continues,
+    on_hub,
     unmatched,
 )
 from training.seeding import seed_for
@@ -190,7 +191,8 @@ def write_folder(folder: Path, weights: dict[str, Tensor], phase: Phase, *, clas
         targets,
         task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
         modules_to_save=heads or None,
-        base_model_name_or_path=base_of(phase.model.path),
+        base_model_name_or_path=(base := base_of(phase.model.path)),
+        revision=phase.model.revision if on_hub(base) else None,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))

@@ -61,7 +61,8 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Mo
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     adapter = adapter_in(path)
     dtype: Any = "auto" if kind == "cpu" else resolve_dtype("auto", kind)
-    lm, _ = pretrained(Model(path=base_of(path)), dtype, kind, classifier=classifier)
+    base = Model(path=base_of(path), revision=adapter.revision if adapter is not None else None)
+    lm, _ = pretrained(base, dtype, kind, classifier=classifier)
     if adapter is not None:
         lora.merge(lm, adapter)
         if classifier:
@@ -116,6 +117,7 @@ def pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifie
             attn_implementation=attention.resolve(model, device, config),
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
+            revision=model.revision or "main",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, all at once
             **_quantized(model, device),
@@ -201,7 +203,9 @@ def load_config(model: Model) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            model.path, trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
+        )
     except (OSError, ValueError, ImportError) as error:
         raise InputError.of(model.path, f"cannot load the model: {error}", "model") from error
     for key, value in config.to_dict().items():

@@ -70,6 +70,8 @@ class Adapter:
     targets: list[str]
     heads: list[str]
     """Modules that were trained whole beside it."""
+    revision: str | None = None
+    """Of the base, if that is on the hub."""
 
 
 def facts_in(folder: str) -> dict[str, Any]:
@@ -108,7 +110,8 @@ def adapter_in(path: str) -> Adapter | None:
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise InputError.of(str(folder), f"has no {ADAPTER_WEIGHTS}{_contents(folder)}")
-    return Adapter(folder, base, rank, alpha, sorted(targets), list(config.get("modules_to_save") or []))
+    heads = list(config.get("modules_to_save") or [])
+    return Adapter(folder, base, rank, alpha, sorted(targets), heads, config.get("revision"))
 
 
 _VARIANTS = (
@@ -178,6 +181,16 @@ def tokenizer_of(model: Model) -> str:
         return model.tokenizer
     folder = Path(model.path)
     return base_of(model.path) if is_adapter(folder) and not has_tokenizer(folder) else model.path
+
+
+def tokenizer_revision(model: Model) -> str | None:
+    """Branch, tag or commit of the tokenizer; without effect where that is a folder."""
+    return model.tokenizer_revision if model.tokenizer else model.revision
+
+
+def on_hub(path: str) -> bool:
+    """Whether the path of a model in a job is a name on the Hugging Face hub: folders are absolute there."""
+    return bool(path) and not path.startswith(("/", ".", "~")) and not is_remote(path) and not Path(path).exists()
 
 
 def inspect(

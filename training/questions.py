@@ -52,7 +52,7 @@ def check(phase: Phase) -> None:
 
 
 def _read(path: str, limit: int | None, parse: Callable[[Mapping[str, Any]], tuple[str, str]]) -> list[Question]:
-    (source,) = files.expand(path, Path.cwd(), what="")
+    (source,) = files.expand(path, Path.cwd(), what="", split="")
     found: list[Question] = []
     problems: list[Problem] = []
     for row in islice((row for part in source.parts for row in files.rows(part)), limit):

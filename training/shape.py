@@ -90,8 +90,8 @@ class Shape:
         return [lora.rank * size for pair in chosen for size in pair]
 
 
-def shape_of(path: str, *, trust_remote_code: bool = False) -> Shape:
-    """The shape of the model in a folder (or below the adapter in it), or of that name on the hub.
+def shape_of(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Shape:
+    """The shape of the model in a folder (or below the adapter in it), or of that name on the hub, there at a revision.
 
     Raises InputError for a folder without config.json, and for a name that is not known and cannot be looked up.
     """
@@ -104,7 +104,7 @@ def shape_of(path: str, *, trust_remote_code: bool = False) -> Shape:
     for variant in ("", *_VARIANTS):
         if (known := KNOWN.get(name.replace(variant, "", 1))) is not None:
             return of_config(known)
-    return of_config(_looked_up(path), trust_remote_code=trust_remote_code)
+    return of_config(_looked_up(path, revision), trust_remote_code=trust_remote_code)
 
 
 def of_count(parameters: int) -> Shape:
@@ -271,19 +271,19 @@ def _on_meta_device(config: Mapping[str, Any], trust_remote_code: bool) -> dict[
     return {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
 
 
-def _looked_up(name: str) -> dict[str, Any]:
+def _looked_up(name: str, revision: str | None) -> dict[str, Any]:
     """config.json of a model on the hub, from the cache of its library if it is there."""
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
 
     try:
-        cached = try_to_load_from_cache(name, "config.json")
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(cached, str):
             return json.loads(Path(cached).read_text(encoding="utf-8"))
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         # Not by the library's download, which tries for half a minute where there is no network.
-        request = urllib.request.Request(hf_hub_url(name, "config.json"), headers=build_hf_headers())
+        request = urllib.request.Request(hf_hub_url(name, "config.json", revision=revision), headers=build_hf_headers())
         with urllib.request.urlopen(request, timeout=_PATIENCE_S) as answer:
             return json.loads(answer.read())
     except (OSError, ValueError) as error:

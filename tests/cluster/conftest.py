@@ -40,8 +40,8 @@ class LabRun(disturbed.Run):
 
     def close(self) -> None:
         if self.process.poll() is None:
-            self.lab[DRIVER].run("pkill", "-9", "-f", "launcher.cli", log=self.log).wait(10)
-            self.process.wait(10)
+            self.lab[DRIVER].run("pkill", "-9", "-f", "launcher.cli", log=self.log).wait(60)
+            self.process.wait(60)
 
 
 @pytest.fixture

@@ -107,9 +107,9 @@ class Machine:
         """Every process of it is gone at once, as without power."""
         if self.outer.poll() is None:
             os.kill(self.init, signal.SIGKILL)
-        self.outer.wait(10)
+        self.outer.wait(60)
         for process in self.processes:
-            process.wait(10)
+            process.wait(60)
 
 
 class Lab:

@@ -133,7 +133,7 @@ class Ec2Lab:
             ("mkdir", "-p", "/run/sshd", "/tmp/ray"),
             *(("mount", "--bind", str(own), there) for own, there in mounts),
         ):
-            assert machine.run(*command, log=folder / "sshd.log").wait(10) == 0
+            assert machine.run(*command, log=folder / "sshd.log").wait(60) == 0
         machine.run("/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config"), log=folder / "sshd.log")
 
     def file(self, name: str = "cloud", **changes: object) -> Path:

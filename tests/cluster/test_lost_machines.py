@@ -28,7 +28,7 @@ def victim(lab, run) -> Iterator[str]:
 
 def test_a_machine_that_is_switched_off_is_replaced(lab, run, victim, undisturbed):
     lab[victim].switch_off()
-    run.wait_for(lambda: run.events("incident"), "the loss", 15)
+    run.wait_for(lambda: run.events("incident"), "the loss", 60)
     out = run.finish()
     assert (run.incident["class"], run.incident["node"]) == ("lost machine", lab[victim].address), out
     assert len(run.events("started")) == 2
@@ -38,7 +38,7 @@ def test_a_machine_that_is_switched_off_is_replaced(lab, run, victim, undisturbe
 def test_a_machine_whose_ray_is_killed_is_replaced(lab, run, victim, undisturbed):
     for pid in lab[victim].processes_with("raylet/raylet"):
         os.kill(pid, signal.SIGKILL)
-    run.wait_for(lambda: run.events("incident"), "the loss", 15)
+    run.wait_for(lambda: run.events("incident"), "the loss", 60)
     run.finish()
     assert (run.incident["class"], run.incident["node"]) == ("lost machine", lab[victim].address)
     assert run.result == undisturbed
@@ -46,7 +46,7 @@ def test_a_machine_whose_ray_is_killed_is_replaced(lab, run, victim, undisturbed
 
 def test_a_machine_that_is_cut_off_is_replaced_and_its_worker_does_not_stay(lab, run, victim, undisturbed):
     lab.cut(victim)
-    run.wait_for(lambda: run.events("incident"), "the loss", 15)
+    run.wait_for(lambda: run.events("incident"), "the loss", 60)
     run.wait_for(lambda: len(run.events("training")) == 2, "the second attempt")
     lab.heal(victim)
     run.finish()
@@ -109,7 +109,7 @@ def test_a_machine_on_which_two_workers_died_is_avoided(lab, run, victim, undist
         run.wait_for(lambda attempt=attempt: len(run.events("training")) == attempt, f"attempt {attempt}")
         rank = next(rank for rank in (0, 1) if run.machine_of(rank) == victim)
         run.reach(20 * attempt)
-        lab[victim].run("kill", "-9", str(run.worker(rank)["pid"]), log=run.log).wait(10)
+        lab[victim].run("kill", "-9", str(run.worker(rank)["pid"]), log=run.log).wait(60)
         run.wait_for(lambda attempt=attempt: len(run.events("incident")) == attempt, f"incident {attempt}")
     out = run.finish()
     assert f"avoided from now on: {lab[victim].address}" in out

@@ -8,9 +8,11 @@ import signal
 import time
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from tests.cluster.conftest import DRIVER, LabRun
 from tests.cluster.lab import Lab
@@ -31,7 +33,7 @@ def _signal(lab: Lab, victim: str, number: signal.Signals, run: LabRun) -> None:
     pids = [
         worker["pid"] for worker in run.events("workers")[-1]["workers"] if worker["machine"] == lab[victim].address
     ]
-    lab[victim].run("kill", f"-{number.value}", str(pids[0]), log=run.log).wait(10)
+    lab[victim].run("kill", f"-{number.value}", str(pids[0]), log=run.log).wait(60)
 
 
 def kill_place(lab: Lab, run: LabRun, victim: str) -> None:
@@ -57,7 +59,7 @@ def cut_off(lab: Lab, run: LabRun, victim: str) -> None:
 
 def kill_driver(lab: Lab, run: LabRun, victim: str) -> None:
     _kill(lab[DRIVER].processes_with("launcher.cli"))
-    run.process.wait(10)
+    run.process.wait(60)
     run.start(*run.settings, verb="resume")
 
 
@@ -70,6 +72,8 @@ FAULTS: dict[str, Callable[[Lab, LabRun, str], None]] = {
     "machine cut off": cut_off,
     "driver killed": kill_driver,
 }
+HURT_THE_MACHINE = (kill_place, kill_raylet, switch_off, cut_off)
+"""After them its Ray has to be started again; after the others its places are free again by themselves."""
 MOMENTS = {"training": "phases.sft.checkpoint.every=20", "saving": "phases.sft.checkpoint.every=1"}
 """With a save after every step there is always one under way."""
 
@@ -111,12 +115,16 @@ def calm_of(tiny, tmp_path_factory) -> Callable[[str], Result]:
     return calm
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.xdist_group(f"faults of {kind}")) for kind in KINDS]
-)
+def matrix() -> list[ParameterSet]:
+    """Every fault of SFT at both moments, of the others at one of them in turn; with the rest in the long tests."""
+    cases = []
+    for (row, kind), (column, fault), (turn, moment) in product(*map(enumerate, (KINDS, FAULTS, MOMENTS))):
+        part = pytest.mark.faults if kind == "sft" or (row + column) % 2 == turn else pytest.mark.long
+        cases.append(pytest.param(kind, fault, moment, marks=[part, pytest.mark.xdist_group(f"faults of {kind}")]))
+    return cases
+
+
+@pytest.mark.parametrize(("kind", "fault", "moment"), matrix())
 def test_the_run_comes_to_the_same_end(lab, run, tiny, calm_of, kind, fault, moment):
     undisturbed = calm_of(kind)
     start(run, MOMENTS[moment], *settings_of(tiny, kind))
@@ -127,7 +135,8 @@ def test_the_run_comes_to_the_same_end(lab, run, tiny, calm_of, kind, fault, mom
     assert len(run.events("started")) == 2, out
     assert undisturbed.weights
     assert run.result == undisturbed
-    lab.renew(victim)
+    if FAULTS[fault] in HURT_THE_MACHINE:
+        lab.renew(victim)
 
 
 SOAK_STEPS = int(os.environ.get("MUSTER_SOAK_STEPS", "400"))

@@ -45,7 +45,7 @@ class SshLab:
             f"SetEnv HOME={self.home} MUSTER_CACHE={folder}/cache TMPDIR={folder} OMP_NUM_THREADS=1",
         ]  # fmt: skip
         (folder / "sshd_config").write_text("\n".join(lines) + "\n")
-        machine.run("mkdir", "-p", "/run/sshd", log=folder / "sshd.log").wait(10)
+        machine.run("mkdir", "-p", "/run/sshd", log=folder / "sshd.log").wait(60)
         machine.run("/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config"), log=folder / "sshd.log")
 
     def file(self, **changes: object) -> Path:

@@ -121,9 +121,9 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
         ["command line: --prompt: a prompt is empty; give it some text"],
     ),
     "generate from a file that is not there": (("generate", "model", "--file", "q.jsonl"), ["q.jsonl: no such file"]),
-    "generate from a folder of prompts": (
-        ("generate", "model", "--file", "data"),
-        ["data: is a folder; give a JSONL file"],
+    "generate from a folder without prompts": (
+        ("generate", "model", "--file", "runs-of-mine"),
+        ["runs-of-mine: no such file"],
     ),
     "generate with a folder that is no model": (
         ("generate", "data", "-p", "x"),
@@ -320,11 +320,16 @@ def test_a_tokenizer_without_an_eos_token_is_refused(muster, place):
 def test_prompts_of_a_file_that_cannot_be_used(muster, place):
     bad = ['{"promt": "x"}', "not json", '{"prompt": 5}', '{"prompt": ""}', '["x"]']
     (place / "q.jsonl").write_text("\n".join(['{"prompt": "1+1="}', *bad]) + "\n")
-    message = "expected a JSON object with a text `prompt` that is not empty, or a list of messages"
-    expected = [f"q.jsonl:{number}: {message}" for number in range(2, 7)]
-    assert refused(muster, place, ("generate", "model", "--file", "q.jsonl")) == expected
+    message = "expected a row with a text `prompt` that is not empty, or a list of messages"
+    assert refused(muster, place, ("generate", "model", "--file", "q.jsonl")) == [
+        f"q.jsonl:2: {message}",
+        "q.jsonl:3: broken JSON: Expecting value (column 1); a row is one object on one line",
+        f"q.jsonl:4: {message}",
+        f"q.jsonl:5: {message}",
+        "q.jsonl:6: expected an object of columns, got a list",
+    ]
     binary = "model/model.safetensors"
-    assert refused(muster, place, ("generate", "model", "--file", binary))[0] == f"{binary}:1: {message}"
+    assert refused(muster, place, ("generate", "model", "--file", binary))[0].startswith(f"{binary}:1: not UTF-8")
 
 
 def test_a_run_folder_that_holds_something_else_stays_as_it_is(muster, place):

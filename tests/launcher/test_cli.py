@@ -199,3 +199,33 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, more):
         process.stdout.close()
         assert process.wait(60) == 0
         assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--epochs", "Settings of a job are given as key=value: phases.NAME.epochs=..."),
+        ("--per-device-train-batch-size", "the name here is phases.NAME.batch"),
+        ("--resources.workers=2", "Settings of a job are given without dashes: resources.workers=..."),
+        ("--inlin", "--inline"),
+    ],
+)
+def test_an_option_that_is_a_setting_is_answered_with_the_setting(muster, option, told):
+    answer = muster("run", "job.yaml", option)
+    assert answer.status == 2
+    assert told in " ".join(answer.err.split())
+
+
+def test_a_job_file_and_a_run_folder_that_were_confused_are_told(muster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/first").mkdir(parents=True)
+    for file in ("job.yaml", "runs/first/job.yaml"):
+        (tmp_path / file).write_text("phases: {sft: {}}\n")
+    answer = muster("check", "runs/first")
+    assert (answer.status, answer.err) == (
+        2,
+        "runs/first: is a folder; give a YAML file, such as runs/first/job.yaml\n",
+    )
+    answer = muster("resume", "job.yaml")
+    assert answer.status == 2
+    assert answer.err.startswith("job.yaml: is a file, not a run; `muster run job.yaml` begins a run")

@@ -255,7 +255,7 @@ def test_only_marked_processes_are_ended(tmp_path):
     folder.mkdir()
     try:
         Node(HERE, "python3", "test0001").end()
-        assert ours.wait(10) == -15
+        assert ours.wait(60) == -15
         assert others.poll() is None
         assert not folder.exists()
     finally:

@@ -386,7 +386,7 @@ def test_missing_files_of_all_phases_are_told_at_once(folder):
         f"job.yaml:8: phases.sft.data.eval.1: {folder}/empty.jsonl: the file is empty (0 bytes)",
         f"job.yaml:9: phases.sft.data.template: no such file: {folder}/missing.jinja",
         f"job.yaml:10: phases.two.data.train: {folder}/no/*.jsonl: the glob holds no data file; known are "
-        ".jsonl, .ndjson, .json, .jsonl.gz, .ndjson.gz, .json.gz, .parquet",
+        ".jsonl, .ndjson, .json, .csv, .tsv, .jsonl.gz, .ndjson.gz, .json.gz, .csv.gz, .tsv.gz, .parquet, .arrow, .feather",
     ]
     assert job.read(Path("job.yaml")).phases["two"].from_ == "sft"
 

@@ -94,7 +94,7 @@ def test_a_killed_driver(run, whole, nothing_left):
     run.start()
     run.reach(5)
     os.kill(run.process.pid, signal.SIGKILL)
-    run.process.wait(10)
+    run.process.wait(60)
     wait_for(lambda: not processes_of(str(nothing_left)), "the end of the workers", 60)
     for leftover in nothing_left.glob("muster-*"):  # Ray's log files, which nobody was left to remove
         shutil.rmtree(leftover)

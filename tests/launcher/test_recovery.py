@@ -170,7 +170,7 @@ def test_a_killed_driver_leaves_a_run_that_resumes(run, undisturbed, nothing_lef
     run.reach(40)
     workers = [psutil.Process(run.worker(rank)["pid"]) for rank in (0, 1)]
     os.kill(run.process.pid, signal.SIGKILL)
-    run.process.wait(10)
+    run.process.wait(60)
     psutil.wait_procs(workers, 30)
     assert not any(worker.is_running() for worker in workers)
     for leftover in nothing_left.glob("muster-*"):  # Ray's log files, which nobody was left to remove

@@ -169,6 +169,16 @@ def test_a_run_is_found_by_folder_or_by_name_under_the_storage(job):
         runs.find("smus")
 
 
+def test_a_run_is_found_from_inside(job, monkeypatch):
+    attempts.begin(job).close()
+    folder = folder_of(job)
+    (folder / "sft").mkdir()
+    Path("link").symlink_to(folder / "sft")
+    assert [runs.find(text).folder for text in ("link/..", f"{folder}/sft/..")] == [folder, folder]
+    monkeypatch.chdir(folder)
+    assert runs.find(".").name == job.name
+
+
 def test_runs_are_listed_in_the_order_in_which_they_began(job):
     for name, time in (("b", 10), ("a", 20), ("c", 5)):
         attempts.begin(changed(f"name={name}")).close()

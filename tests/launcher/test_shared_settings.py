@@ -86,6 +86,15 @@ def test_a_setting_added_at_the_top_of_a_run_s_job_file_reaches_the_phases_that_
     assert [phase.resources.workers for phase in loaded.phases.values()] == [2, 3]
 
 
+def test_the_weights_that_a_run_starts_from_can_be_overridden_in_its_job_file(folder):
+    (folder / "other").mkdir()
+    Path("other/config.json").write_text("{}")
+    for override in ("phases.sft.from=./other", "model.path=./other", "phases.sft.model.path=./other"):
+        Path("job.yaml").write_text(resolved(TWO))
+        phases = jobs.read(Path("job.yaml"), [override]).phases
+        assert {phase.model.path for phase in phases.values()} == {str(folder / "other")}
+
+
 def test_what_the_command_line_gave_a_phase_is_not_taken_for_the_file_s(folder):
     text = resolved(TWO, "phases.more.resources.workers=3")
     assert load(text, "resources.workers=1").phases["more"].resources.workers == 1
@@ -184,6 +193,7 @@ def test_an_override_is_not_lost_to_one_after_it(folder):
     assert errors(TWO, "resources.threads=1", "resources={workers: 1}") == [
         f"command line: resources.threads: has no effect: {told}"
     ]
+    assert load(TWO, "resources.threads=1", "resources={threads: 2}").phases["more"].resources.threads == 2
     loaded = load(TWO, "resources={workers: 1}", "resources.threads=1")
     assert (loaded.phases["more"].resources.workers, loaded.phases["more"].resources.threads) == (1, 1)
 
@@ -193,6 +203,25 @@ def test_an_override_makes_no_phase_by_a_slip(folder, override):
     name = override.split(".")[1].partition("=")[0]
     told = f"there is no phase {name}; did you mean sft? (`phases.{name}={{...}}` adds one)"
     assert errors(TWO, override) == [f"command line: {override.partition('=')[0]}: {told}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "other", "told"),
+    [
+        (
+            "phases.ppo.schedule={name: constant, floor: 0.5}",
+            "phases.ppo.schedule.name=linear",
+            "the schedule constant does not decay",
+        ),
+        ("phases.ppo.kl.horizon=5", "phases.ppo.kl.target=6", "beta follows no target"),
+        ("phases.ppo.eval={data: rows.jsonl, top_p: 0.5}", "phases.ppo.eval.temperature=1", "at eval.temperature 0"),
+    ],
+)
+def test_an_override_that_other_settings_leave_unused_is_refused(folder, override, other, told):
+    text = PPO.replace("groups:\n", "").split("      - ")[0]
+    (problem,) = errors(text, override)
+    assert f"has no effect: {told}" in problem
+    load(text, override, other)
 
 
 def test_what_is_inside_of_a_section_that_is_absent_makes_it(folder):

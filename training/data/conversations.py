@@ -20,6 +20,10 @@ Span = tuple[int, int]  # characters [start, end) of a rendered text
 Turns = Literal["auto", "last", "all"]
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OPENED = re.compile(r"<(\w+)>\s*$")
+"""A tag that a prompt opens for the answer."""
+_PLACE = "\ue000"
+"""A character that no template writes: where it stands in a rendered text, an answer would."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that transformers shows to a template under each of these names."""
 
@@ -88,14 +92,13 @@ class Conversations:
         last = wanted[-1] + 1
         for count in dict.fromkeys((len(chat.messages) if wanted[-1] == chat.learnt[-1] else last, last)):
             text, spans = self._intact(chat, template, count, wanted)
-            text.encode()
             if wanted[-1] in spans:
-                self._look_for_thoughts(chat, text, spans)
-                return text, spans
-        raise RowError(
-            f"the chat template writes messages[{wanted[-1]}] differently from its own generation prompt, so its tokens cannot be found; "
-            "set data.template to one that goes on from its prompt (chatml, plain, or a file that marks answers with {% generation %})"
-        )
+                break
+        else:
+            text, spans = self._behind_its_prompt(chat, template, wanted[-1])
+        text.encode()
+        self._look_for_thoughts(chat, text, spans)
+        return text, spans
 
     def _intact(
         self, chat: Chat, template: str, count: int, wanted: Sequence[int]
@@ -111,22 +114,39 @@ class Conversations:
         """Where an assistant turn lies: from the end of its prompt to its end-of-turn token, without white space after it."""
         prompt = self._render(chat, template, turn, prompt=True)
         until = (text if turn + 1 == count else self._render(chat, template, turn + 1)).rstrip()
-        is_intact = text.startswith(prompt) and text.startswith(until) and len(prompt) < len(until)
-        return (len(prompt), len(until)) if is_intact else None
+        end = self._common_end(text, until)
+        return (len(prompt), end) if text.startswith(prompt) and end is not None and len(prompt) < end else None
+
+    def _common_end(self, text: str, until: str) -> int | None:
+        """Where an earlier conversation, white space at its end aside, ends in a later one; None if that does not go on from it.
+
+        Some templates close every text with the EOS token; behind the earlier conversation there is then none.
+        """
+        eos = self._tokenizer.eos_token or ""
+        for earlier in (until.rstrip(), until.rstrip().removesuffix(eos).rstrip()):
+            if text.startswith(earlier):
+                return len(earlier)
+        return None
 
     def _intact_marks(
-        self, chat: Chat, template: str, count: int, wanted: Sequence[int]
+        self, chat: Chat, template: str, count: int, wanted: Sequence[int], *, by_prompt: bool = True
     ) -> tuple[str, dict[int, list[Span]]]:
-        """The same by the template's own marks. Where all answers are wanted and intact, every mark counts, wherever it stands."""
+        """The same by the template's own marks. Where all answers are wanted and intact, every mark counts, wherever it stands.
+
+        `by_prompt`: an answer is intact only behind its own prompt.
+        """
         text, marks = self._marked(chat, template, count)
         answers = [turn for turn, message in enumerate(chat.messages[:count]) if message["role"] == "assistant"]
         until = {turn: self._marked(chat, template, turn + 1) for turn in wanted if turn + 1 < count}
-        intact = [turn for turn in wanted if turn not in until or text.startswith(until[turn][0].rstrip())]
+        intact = [turn for turn in wanted if turn not in until or self._common_end(text, until[turn][0]) is not None]
+        if by_prompt:
+            intact = [turn for turn in intact if text.startswith(self._prompt_if_any(chat, template, turn))]
         if len(intact) < len(wanted):
             self.changes.add("rewritten")
         if intact == answers:
             return text, {turn: marks if turn == intact[-1] else [] for turn in intact}
-        self.changes.add("marks")
+        if tuple(intact) != tuple(answers[-len(intact) :]) or len(wanted) < len(answers):
+            self.changes.add("marks")
         own: dict[int, list[Span]] = {}
         for turn in intact:
             first = len(self._marked(chat, template, turn)[1]) if turn else 0
@@ -134,6 +154,54 @@ class Conversations:
             if here[first:] == marks[first : len(here)]:
                 own[turn] = here[first:]
         return text, own
+
+    def _prompt_if_any(self, chat: Chat, template: str, turn: int) -> str:
+        """The prompt of an answer; "" where the template refuses to write one."""
+        try:
+            return self._render(chat, template, turn, prompt=True)
+        except Exception:
+            return ""
+
+    def _behind_its_prompt(self, chat: Chat, template: str, turn: int) -> tuple[str, dict[int, list[Span]]]:
+        """What inference sees of an answer that the template does not write behind its own prompt: the prompt, and then the answer.
+
+        Two kinds of templates do so. Some begin the thoughts of an answer in the prompt and take thoughts out of every answer that is given (QwQ,
+        DeepSeek R1). Others write something into the prompt alone (Mistral's system message, with the last question).
+        Raises RowError if the answer cannot be told from its prompt.
+        """
+        prompt = self._prompt_if_any(chat, template, turn)
+        opened = _OPENED.search(prompt)
+        answer = (
+            self._with_thoughts(chat, template, turn, opened[1])
+            if opened
+            else _behind(self._render(chat, template, turn + 1), prompt, chat.messages[turn - 1]["content"])
+        )
+        if answer is not None:
+            self._note(
+                "the chat template does not write answers behind their own prompt; they are learned there, as inference has them"
+            )
+            text = (prompt + answer).rstrip()
+            return text, {turn: [(len(prompt), len(text))]}
+        if GENERATION.search(template):  # what the author has marked holds
+            return self._intact_marks(chat, template, turn + 1, (turn,), by_prompt=False)
+        begun = f", which begins the answer with <{opened[1]}>: give answers with their thoughts" if opened else ""
+        raise RowError(
+            f"the chat template writes messages[{turn}] differently from its own generation prompt{begun}, so its tokens cannot be found; "
+            "set data.template to one that goes on from its prompt (chatml, plain, or a file that marks answers with {% generation %})"
+        )
+
+    def _with_thoughts(self, chat: Chat, template: str, turn: int, tag: str) -> str | None:
+        """An answer with the thoughts that its prompt has opened, and the end of the turn; None if it has no thoughts."""
+        message = chat.messages[turn]
+        thoughts = next((message[key] for key in REASONING if message.get(key)), None)
+        answer = message["content"].strip().removeprefix(f"<{tag}>").removeprefix("\n")
+        if isinstance(thoughts, str):
+            answer = f"{thoughts.strip()}\n</{tag}>\n\n{answer}"
+        if f"</{tag}>" not in answer or "tool_calls" in message:
+            return None
+        messages = [*chat.messages[:turn], {**message, "content": _PLACE}]
+        written = self._render(replace(chat, messages=messages), template, turn + 1)
+        return answer + written.partition(_PLACE)[2] if _PLACE in written else None
 
     def _marked(self, chat: Chat, template: str, count: int) -> tuple[str, list[Span]]:
         """The first `count` messages and the spans that the template marks with `{% generation %}`."""
@@ -212,6 +280,15 @@ class Conversations:
                     self._note(
                         f"the chat template does not write `{key}` of messages, so these thoughts are not learned"
                     )
+
+
+def _behind(text: str, prompt: str, question: str) -> str | None:
+    """What stands in a text behind the end of a prompt, from the last question on; None if that end does not stand there."""
+    question = question.strip()
+    at = prompt.rfind(question) if question else -1
+    if at < 0 or (found := text.rfind(prompt[at:])) < 0:
+        return None
+    return text[found + len(prompt) - at :] or None
 
 
 def _flat(spans: dict[int, list[Span]], wanted: Sequence[int]) -> list[Span]:

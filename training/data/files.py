@@ -1,7 +1,8 @@
 """From what the job file names to a stream of rows: finds the files and reads them. Knows nothing of what a row means.
 
-Local files and any fsspec address (`s3://...`) are read alike: JSON lines, a JSON array, Parquet, the first two also as
-`.gz`; where documents are wanted, also `.txt` and `.md`, of which each file is one. A name such as `openai/gsm8k`, where no such path exists, is a data set on the Hugging Face hub.
+Local files and any fsspec address (`s3://...`) are read alike: JSON lines, a JSON array, CSV, TSV, all of these also as `.gz`;
+Parquet, Arrow, a folder that `datasets.save_to_disk` wrote; where documents are wanted, also `.txt` and `.md`, of which each file
+is one. A name such as `openai/gsm8k`, where no such path exists, is a data set on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -26,14 +27,41 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import fsspec
 
 from training.config import Source
+from training.data import saved_datasets
+from training.data.row_errors import RowError, UnreadableFile
 from training.errors import InputError, Problem
 from training.paths import absolute
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-DATA_SUFFIXES = (*JSON_SUFFIXES, *(suffix + ".gz" for suffix in JSON_SUFFIXES), ".parquet")
+SEPARATED = {".csv": ",", ".tsv": "\t"}
+ARROW_SUFFIXES = (".arrow", ".feather")
+_ROW_SUFFIXES = (*JSON_SUFFIXES, *SEPARATED)
+DATA_SUFFIXES = (*_ROW_SUFFIXES, *(suffix + ".gz" for suffix in _ROW_SUFFIXES), ".parquet", *ARROW_SUFFIXES)
 TEXT_SUFFIXES = (".txt", ".md")
-FOREIGN_SUFFIXES = (".csv", ".tsv", *TEXT_SUFFIXES, ".xlsx", ".arrow", ".gz", ".bz2", ".zst", ".zip")
-HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+FOREIGN = {
+    ".xlsx": "an Excel workbook; save the sheet as CSV (UTF-8)",
+    ".xls": "an Excel workbook; save the sheet as CSV (UTF-8)",
+    ".ods": "a spreadsheet; save the sheet as CSV (UTF-8)",
+    ".pkl": "a pickle, which can run code and is not read; write the rows as Parquet: df.to_parquet(...)",
+    ".pickle": "a pickle, which can run code and is not read; write the rows as Parquet: df.to_parquet(...)",
+    ".pt": "written by torch.save; write the rows as Parquet or JSON lines",
+    ".npy": "a NumPy array; write the rows as Parquet or JSON lines",
+    ".npz": "NumPy arrays; write the rows as Parquet or JSON lines",
+    ".orc": "ORC; write it as Parquet",
+    ".avro": "Avro; write it as Parquet",
+    ".yaml": "YAML; write the rows as JSON lines",
+    ".yml": "YAML; write the rows as JSON lines",
+    ".zip": "an archive; unpack it and name the file or folder",
+    ".tar": "an archive; unpack it and name the file or folder",
+    ".tar.gz": "an archive; unpack it and name the file or folder",
+    ".tgz": "an archive; unpack it and name the file or folder",
+    ".bz2": "packed by bzip2; unpack it, or pack it by gzip",
+    ".zst": "packed by Zstandard; unpack it, or pack it by gzip",
+    ".xz": "packed by xz; unpack it, or pack it by gzip",
+}
+"""Kinds of files that are not read, and what to do with them."""
+FOREIGN_SUFFIXES = (*TEXT_SUFFIXES, *FOREIGN, ".gz")
+HUB_NAME = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 
 ARRAY_CHUNK = 1 << 18  # characters read at once from a JSON array
 ERROR_MARGIN = 16  # a JSON error this near to the end of the buffer may only mean that the rest is not read yet
@@ -41,10 +69,6 @@ PARQUET_BATCH_ROWS = 256
 DOCUMENT_BYTES = 4 << 20
 """A text file that is longer is read as several documents, cut at line ends, so that it need not fit into memory."""
 RACY_S = 2.0  # a file changed this recently may change again within the clock's grain
-
-
-class RowError(ValueError):
-    """One row that cannot be used; the text says what was got, what was expected and what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,23 @@ class DataFile:
     shown: str
     """The same as a person would write it: relative to the job file where it lies below."""
 
+    @property
+    def kind(self) -> str:
+        """What the file is, for a report: `CSV`."""
+        name, packed = self.path.removesuffix(".gz"), ", gzip" * self.path.endswith(".gz")
+        return next(kind for suffixes, kind in _KINDS.items() if name.endswith(suffixes)) + packed
+
+
+_KINDS: dict[tuple[str, ...], str] = {
+    (".jsonl", ".ndjson"): "JSON lines",
+    (".json",): "JSON",
+    (".csv",): "CSV",
+    (".tsv",): "TSV",
+    (".parquet",): "Parquet",
+    ARROW_SUFFIXES: "Arrow",
+    TEXT_SUFFIXES: "text",
+}
+
 
 @dataclass(frozen=True)
 class HubSplit:
@@ -64,10 +105,16 @@ class HubSplit:
     path: str
     name: str | None
     split: str
+    revision: str | None = None
 
     @property
     def shown(self) -> str:
-        return f"{self.path}[{self.name}]:{self.split}" if self.name else f"{self.path}:{self.split}"
+        revision = f"@{self.revision[:12]}" if self.revision else ""
+        return f"{self.path}{revision}" + (f"[{self.name}]" if self.name else "") + f":{self.split}"
+
+    @property
+    def kind(self) -> str:
+        return "Hugging Face hub"
 
 
 Part = DataFile | HubSplit
@@ -80,6 +127,17 @@ class Located:
     source: Source
     parts: tuple[Part, ...]
     """Files in the order in which they are read."""
+    base: Path = Path()
+    """What relative paths start at."""
+
+    @property
+    def shown(self) -> str:
+        """As a person would write it."""
+        if isinstance(self.parts[0], HubSplit):
+            return self.parts[0].shown
+        path = Path(self.source.path)
+        below = "://" not in self.source.path and path.is_relative_to(self.base)
+        return path.relative_to(self.base).as_posix() if below else self.source.path
 
 
 class Row(NamedTuple):
@@ -97,18 +155,25 @@ class Row(NamedTuple):
     @property
     def from_arrow(self) -> bool:
         """Whether the row comes from Arrow or Parquet, which give all objects of a column the same keys, null where there was none."""
-        return isinstance(self.part, HubSplit) or self.part.path.endswith(".parquet")
+        return isinstance(self.part, HubSplit) or self.part.path.endswith((".parquet", *ARROW_SUFFIXES))
 
 
 # ── Finding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def expand(
-    data: str | Sequence[str | Source], base: Path, where: str = "", what: str = "data", *, documents: bool = False
+    data: str | Sequence[str | Source],
+    base: Path,
+    where: str = "",
+    what: str = "data",
+    *,
+    documents: bool = False,
+    split: str = "train",
 ) -> list[Located]:
     """The sources that `data` names, with their files; relative paths start at `base`, the job file's folder.
 
-    `documents`: text files count as well. `where` and `what` (`job.yaml:14`, `phases.sft.data.train`) open every problem's text.
+    `documents`: text files count as well. `split`: of a folder with several splits, where the source names none; "": it has to.
+    `where` and `what` (`job.yaml:14`, `phases.sft.data.train`) open every problem's text.
     Raises InputError with all that is missing, empty, unreadable or of an unknown kind.
     """
     items = [data] if isinstance(data, str) else data
@@ -117,7 +182,7 @@ def expand(
     located, problems = [], _weight_problems(sources, where, what)
     for index, source in enumerate(sources):
         try:
-            located.append(Located(source, _find(source, base.absolute(), suffixes)))
+            located.append(Located(source, _find(source, base.absolute(), suffixes, split), base.absolute()))
         except RowError as error:
             key = what if isinstance(data, str) else f"{what}[{index}]"
             problems.append(Problem(where, key, f"{source.path}: {error}"))
@@ -134,14 +199,20 @@ def _weight_problems(sources: Sequence[Source], where: str, what: str) -> list[P
     return [Problem(where, what, message)]
 
 
-def _find(source: Source, base: Path, suffixes: tuple[str, ...]) -> tuple[Part, ...]:
+def _find(source: Source, base: Path, suffixes: tuple[str, ...], split: str) -> tuple[Part, ...]:
+    split = source.split if "split" in source.model_fields_set else split
     finder = _find_remote if "://" in source.path else _find_local
-    return finder(source, base, suffixes)
+    parts = finder(source, base, suffixes, split)
+    if source.revision is not None and not isinstance(parts[0], HubSplit):
+        raise RowError("`revision` has no effect: this is no data set on the Hugging Face hub; leave it out")
+    return parts
 
 
-def _find_local(source: Source, base: Path, suffixes: tuple[str, ...]) -> tuple[Part, ...]:
+def _find_local(source: Source, base: Path, suffixes: tuple[str, ...], split: str) -> tuple[Part, ...]:
     path = base / os.path.expanduser(source.path)
     if path.is_dir():
+        if (saved := saved_datasets.files_in(_LocalFolder(path), split)) is not None:
+            return _checked([_local(path / name, base) for name in saved], "folder", suffixes)
         found = [_local(file, base) for file in sorted(path.iterdir()) if _is_data(file, suffixes)]
         return _checked(found, "folder", suffixes)
     if path.is_file():
@@ -150,8 +221,21 @@ def _find_local(source: Source, base: Path, suffixes: tuple[str, ...]) -> tuple[
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         return _checked([_local(match, base) for match in matches if _is_data(match, suffixes)], "glob", suffixes)
     if _may_be_hub(source.path):
-        return (HubSplit(source.path, source.name, source.split),)
+        return (_hub_split(source),)
     raise RowError(f"no such file or folder{_nearby(path, base)}")
+
+
+def _hub_split(source: Source) -> HubSplit:
+    name, revision = hub_name(source.path)
+    if None not in (revision, source.revision):
+        raise RowError(f"the name says the revision {revision}, `revision` says {source.revision}; keep one")
+    return HubSplit(name, source.name, source.split, revision or source.revision)
+
+
+def hub_name(path: str) -> tuple[str, str | None]:
+    """The data set that `owner/name` or `owner/name@revision` names, and its revision."""
+    found = HUB_NAME.fullmatch(path)
+    return (found["name"], found["revision"]) if found else (path, None)
 
 
 def _local(path: Path, base: Path) -> DataFile:
@@ -161,7 +245,8 @@ def _local(path: Path, base: Path) -> DataFile:
 
 
 def _is_data(path: Path, suffixes: tuple[str, ...]) -> bool:
-    return path.name.endswith(suffixes) and not path.name.startswith(".") and path.is_file()
+    is_rows = path.name.endswith(suffixes) and path.name not in ("dataset_info.json", "dataset_infos.json")
+    return is_rows and not path.name.startswith(".") and path.is_file()
 
 
 def _may_be_hub(path: str) -> bool:
@@ -175,16 +260,20 @@ def _nearby(path: Path, base: Path) -> str:
     return f"; did you mean {_local(path.parent / close[0], base).shown}?" if close else f" in {path.parent}"
 
 
-def _find_remote(source: Source, base: Path, suffixes: tuple[str, ...]) -> tuple[Part, ...]:
+def _find_remote(source: Source, base: Path, suffixes: tuple[str, ...], split: str) -> tuple[Part, ...]:
     try:
         fs, root = fsspec.core.url_to_fs(source.path)
         if glob.has_magic(source.path):
             kind, names = "glob", [name for name in sorted(fs.glob(root)) if name.endswith(suffixes)]
+        elif fs.isdir(root) and (saved := saved_datasets.files_in(_RemoteFolder(fs, root), split)) is not None:
+            kind, names = "folder", [f"{root}/{name}" for name in saved]
         elif fs.isdir(root):
             kind, names = "folder", [name for name in sorted(fs.ls(root, detail=False)) if name.endswith(suffixes)]
         else:
             kind, names = "file", [root]
         sizes = [fs.size(name) for name in names]
+    except RowError:
+        raise
     except FileNotFoundError:
         raise RowError("no such file or folder") from None
     except Exception as error:  # a store's client may raise anything: no network, no credentials, no such package
@@ -202,12 +291,44 @@ def _checked(
     for index, file in enumerate(files):
         name = file.shown if len(files) > 1 else "the file"
         if not file.path.endswith(suffixes):
-            raise RowError(f"cannot tell the kind of file; known are {', '.join(suffixes)}")
+            what = next((advice for suffix, advice in FOREIGN.items() if file.path.endswith(suffix)), "")
+            raise RowError(
+                f"cannot read {what}" if what else f"cannot tell the kind of file; known are {', '.join(suffixes)}"
+            )
         if sizes is None and not os.access(file.path, os.R_OK):
             raise RowError(f"no permission to read {name}")
         if (os.path.getsize(file.path) if sizes is None else sizes[index]) == 0:
             raise RowError(f"{name} is empty (0 bytes)")
     return tuple(files)
+
+
+class _LocalFolder:
+    """A folder as `saved_datasets` reads it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.shown = str(path)
+
+    def names(self, inside: str = "") -> list[str]:
+        return os.listdir(self.path / inside)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+
+class _RemoteFolder:
+    """The same in a bucket."""
+
+    def __init__(self, fs: Any, root: str):
+        self.fs, self.root = fs, root
+        self.shown = str(fs.unstrip_protocol(root))
+
+    def names(self, inside: str = "") -> list[str]:
+        listed = self.fs.ls(f"{self.root}/{inside}".rstrip("/"), detail=False)
+        return [name.rpartition("/")[2] for name in listed]
+
+    def read(self, name: str) -> bytes:
+        return cast(bytes, self.fs.cat_file(f"{self.root}/{name}"))
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -225,10 +346,12 @@ def rows(part: Part) -> Iterator[Row]:
     try:
         for number, value in _reader(part):
             yield Row(part, number, value)
+    except UnreadableFile as error:
+        yield Row(part, error.number or number + 1, error)
     except EOFError:
-        yield Row(part, number + 1, RowError("the gzip stream ends here, too early; the file is truncated"))
+        yield Row(part, number + 1, UnreadableFile("the gzip stream ends here, too early; the file is truncated"))
     except (OSError, zlib.error) as error:
-        yield Row(part, number + 1, RowError(f"cannot read on: {one_line(error)}"))
+        yield Row(part, number + 1, UnreadableFile(f"cannot read on: {one_line(error)}"))
 
 
 def _reader(part: Part) -> Numbered:
@@ -238,12 +361,31 @@ def _reader(part: Part) -> Numbered:
         return _parquet(part.path)
     if part.path.endswith(TEXT_SUFFIXES):
         return _documents(part.path)
+    if part.path.endswith(ARROW_SUFFIXES):
+        return _arrow(part.path)
+    if (suffix := os.path.splitext(part.path.removesuffix(".gz"))[1]) in SEPARATED:
+        return _separated(part.path, SEPARATED[suffix])
     lines_only = part.path.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
     return _json(part.path, lines_only)
 
 
 def _open(path: str) -> BinaryIO:
     return cast(BinaryIO, fsspec.open(path, "rb").open() if "://" in path else open(path, "rb"))
+
+
+def _arrow(path: str) -> Numbered:
+    from training.data import tables
+
+    with _open(path) as stream:
+        yield from tables.arrow(stream)
+
+
+def _separated(path: str, separator: str) -> Numbered:
+    from training.data import tables
+
+    with _open(path) as raw:
+        stream: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+        yield from tables.separated(stream, separator)
 
 
 def _documents(path: str) -> Numbered:
@@ -306,11 +448,11 @@ def _json_array(stream: io.BufferedReader) -> Numbered:
                 window.take(",")
         window.take("]")
         if rest := window.peek():
-            yield number + 1, RowError(f"nothing may follow the array's closing bracket, got {rest!r}")
+            yield number + 1, UnreadableFile(f"nothing may follow the array's closing bracket, got {rest!r}")
     except UnicodeDecodeError as error:
-        yield number + 1, _not_utf8(error)
+        yield number + 1, UnreadableFile(str(_not_utf8(error)))
     except (ValueError, RecursionError) as error:
-        yield max(number, 1), RowError(f"broken JSON: {error}; the rest of the array cannot be read")
+        yield max(number, 1), UnreadableFile(f"broken JSON: {error}; the rest of the array cannot be read")
 
 
 class _Window:
@@ -371,7 +513,7 @@ def _parquet(path: str) -> Numbered:
                 yield from enumerate(batch.to_pylist(), start=read + 1)
                 read += len(batch)
         except pa.ArrowException as error:
-            yield read + 1, RowError(f"broken Parquet: {one_line(error)}")
+            yield read + 1, UnreadableFile(f"broken Parquet: {one_line(error)}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -379,7 +521,8 @@ def _hub_dataset(split: HubSplit) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(split.path, split.name, split=split.split)
+        at = {"revision": split.revision} if split.revision is not None else {}
+        return datasets.load_dataset(split.path, split.name, split=split.split, **at)
     except Exception as error:  # the hub's client has no common base: offline, unknown name, gated, wrong configuration
         message = (
             f"no such file or folder, and the Hugging Face hub did not give a data set of this name: {one_line(error)}"

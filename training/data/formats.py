@@ -139,7 +139,10 @@ class Record:
         return text
 
     def list(self, column: str) -> list[Any]:
-        return _list(self.need(column), f"column `{self.name(column)}`")
+        """A list, also as JSON in a text: tables have no other way to hold one."""
+        place, value = f"column `{self.name(column)}`", self.need(column)
+        is_json = isinstance(value, str) and value.lstrip().startswith("[")
+        return _list(_decoded(value, place) if is_json else value, place)
 
 
 @dataclass(frozen=True)
@@ -608,8 +611,9 @@ CRITIQUE_INSTRUCTION = "Please critique whether the following solution to the qu
 def _parse_critique(record: Record) -> Example:
     """The published form of critique data: instruction, question and solution in the user's turn (arXiv:2501.17703)."""
     question, answer = record.filled_text("question"), record.filled_text("answer")
-    said = as_verdict(record.get("verdict")) if record.get("verdict") is not None else None
-    if record.get("verdict") is not None and said is None:
+    given = record.get("verdict") if record.get("verdict") != "" else None  # "": an empty cell of a table
+    said = as_verdict(given) if given is not None else None
+    if given is not None and said is None:
         raise RowError(
             f"column `{record.name('verdict')}`: expected right or wrong, got {describe(record.get('verdict'))}"
         )
@@ -794,6 +798,14 @@ def _parse_prompts(record: Record) -> Example:
     return Prompt(Chat(turns, (), _tools(record)))
 
 
+def _number(value: Any) -> Any:
+    """A number that is written in a cell of a table; an empty cell is none."""
+    try:
+        return (float(value) if value.strip() else None) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _pair(record: Record, chosen: Answer, rejected: Answer, repeats: tuple[bool, bool]) -> Pair:
     names = f"`{record.name('chosen')}` and `{record.name('rejected')}`"
     if chosen == rejected:
@@ -804,7 +816,7 @@ def _pair(record: Record, chosen: Answer, rejected: Answer, repeats: tuple[bool,
             f"column `{record.name(with_prompt)}` begins with the prompt, column `{record.name(without)}` does not"
         )
         raise RowError(f"{message}; give both with it or both without")
-    margin = record.get("margin")
+    margin = _number(record.get("margin"))
     if margin is None:
         return Pair(chosen, rejected)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin) or margin < 0:

@@ -13,9 +13,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.config import Data
+from training.config import BadRows, Data
 from training.data import files, templates
-from training.data.files import Located, Row, RowError
+from training.data.files import Located, Row, RowError, UnreadableFile
 from training.data.formats import BOS, Chat, Example, Pair, Parser, Prompt, PromptCompletion, Text
 from training.errors import InputError, Problem
 from training.modelfiles import TOKENIZER_FILES
@@ -50,23 +50,55 @@ class Findings:
     rows_by_part: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     """The first of the bad rows."""
+    unreadable: list[Problem] = field(default_factory=list)
+    """Files of which the rest cannot be read."""
+    source_formats: list[Counter[str]] = field(default_factory=list)
+    """Rows by format, of each source."""
+    limit: BadRows | None = None
+    """How many bad rows are left out. None: they are refused."""
     notes: list[str] = field(default_factory=list)
     """What the user should know of the rows."""
 
     def add_bad(self, row: Row, error: RowError) -> None:
+        if isinstance(error, UnreadableFile):
+            self.unreadable.append(Problem(row.where, "", str(error)))
+            return
         self.bad += 1
         if len(self.problems) < SHOWN_PROBLEMS:
             self.problems.append(Problem(row.where, "", str(error)))
 
+    def add_good(self, place: int, format: str) -> None:
+        """A row of the source at `place`."""
+        self.formats[format] += 1
+        self.source_formats[place][format] += 1
+
+    @property
+    def refused(self) -> bool:
+        """Whether it is sure already that the data are refused."""
+        return bool(self.unreadable) or (self.limit is None and self.bad > 0)
+
     def raise_if_bad(self, sources: Sequence[Located]) -> None:
-        """Raises InputError with the first bad rows, the number of the others, and the files without any row."""
+        """Raises InputError with the first bad rows, the number of the others, and the files without any row.
+
+        Bad rows are let through if they are at most the fraction that `limit` says.
+        """
         shown = [part.shown for source in sources for part in source.parts]
-        problems = self.problems + [Problem(name, "", "holds no rows") for name in shown if not self.rows_by_part[name]]
-        if self.bad > len(self.problems):
-            rest = self.bad - len(self.problems)
-            problems.append(Problem("", "", f"and {rest:,} more bad rows (of {self.rows:,} rows)"))
+        problems = [Problem(name, "", "holds no rows") for name in shown if not self.rows_by_part[name]]
+        if self.limit is None or self.bad > self.limit.drop * self.rows or self.unreadable:
+            problems = self._bad_ones() + self.unreadable + problems
         if problems:
             raise InputError(problems)
+
+    def _bad_ones(self) -> list[Problem]:
+        rest, found = self.bad - len(self.problems), list(self.problems)
+        if rest > 0:
+            found.append(Problem("", "", f"and {rest:,} more bad rows (of {self.rows:,} rows)"))
+        if self.limit is not None and self.bad > self.limit.drop * self.rows:
+            share = f"{self.bad:,} of {self.rows:,} rows are bad ({self.bad / self.rows:.2%})"
+            found.append(
+                Problem("", "data.bad_rows", f"{share}, more than the {self.limit.drop:.2%} that may be dropped")
+            )
+        return found
 
 
 Parsed = tuple[int, Row, Example]
@@ -80,12 +112,17 @@ def check_rows(sources: Sequence[Located], data: Data, formats: Sequence[str], b
     """
     templates.load(data.template, base)
     parser = Parser(data.format, data.columns, formats)
-    findings = Findings()
+    findings = _findings(sources, data)
     for _ in _parsed(sources, parser, findings):
         pass
     findings.raise_if_bad(sources)
     findings.notes = parser.remarks.notes
     return findings
+
+
+def _findings(sources: Sequence[Located], data: Data) -> Findings:
+    limit = data.bad_rows if isinstance(data.bad_rows, BadRows) else None
+    return Findings(source_formats=[Counter() for _ in sources], limit=limit)
 
 
 def prepare(
@@ -97,11 +134,12 @@ def prepare(
     *,
     base: Path = Path(),
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> TokenStore:
     """The samples of `sources` as tokens, from the folder `cache` if they are there, else read, checked and kept there.
 
-    `formats` are those the recipe reads; `base` is where a template file is looked for. A store is found again by the
-    content of files (see `files.digest`), tokenizer and template, and by the settings that make a difference.
+    `formats` are those the recipe reads; `revision` is of a tokenizer on the hub; `base` is where a template file is looked for.
+    A store is found again by the content of files (see `files.digest`), tokenizer and template, and by the settings that make a difference.
     `store.meta` has the counts, and in `notes` what the user should be told.
     Raises InputError: the bad rows, a source of which no sample is left, data or a cache that
     cannot be read or written.
@@ -113,11 +151,15 @@ def prepare(
 
     def renderer() -> Renderer:
         return Renderer(
-            load_tokenizer(tokenizer_path, trust_remote_code), data.template, base, turns=data.turns, bos=data.bos
+            load_tokenizer(tokenizer_path, trust_remote_code, revision),
+            data.template,
+            base,
+            turns=data.turns,
+            bos=data.bos,
         )
 
     try:
-        words = _tokenizer_content(tokenizer_path, trust_remote_code)
+        words = _tokenizer_content(tokenizer_path, trust_remote_code, revision)
         folder = cache / _key(sources, data, formats, words, base, memo=cache / "digests")
         found = _existing(folder, data, renderer)
         return TokenStore.open(found or _build(folder, sources, data, parser, renderer()))
@@ -172,7 +214,7 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _tokenizer_content(path: str, trust_remote_code: bool) -> str:
+def _tokenizer_content(path: str, trust_remote_code: bool, revision: str | None) -> str:
     """A hash of what the tokenizer does. Of a folder its files are read, which is quick; of a hub id what was loaded."""
     if os.path.isdir(path):
         found = {file for pattern in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS) for file in Path(path).glob(pattern)}
@@ -180,7 +222,7 @@ def _tokenizer_content(path: str, trust_remote_code: bool) -> str:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
     from training.data.render import load_tokenizer
 
-    tokenizer = load_tokenizer(path, trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code, revision)
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     text = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -191,13 +233,20 @@ def _key(sources: Sequence[Located], data: Data, formats: Sequence[str], words: 
     content = [[files.digest(part, memo) for part in source.parts] for source in sources]
     template = [data.template, templates.load(data.template, base)]
     settings: list[Any] = [data.format, data.columns, list(formats), data.max_length, data.overlong]
+    if isinstance(data.bad_rows, BadRows):
+        settings.append({"bad_rows": data.bad_rows.drop})
     settings += [data.turns] if data.turns != "auto" else []
     text = json.dumps([VERSION, content, words, template, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _parsed(sources: Sequence[Located], parser: Parser, findings: Findings) -> Iterator[Parsed]:
-    """Streams the good rows; the bad ones go to the findings."""
+def _parsed(
+    sources: Sequence[Located],
+    parser: Parser,
+    findings: Findings,
+    add_bad: Callable[[Row, RowError], None] | None = None,
+) -> Iterator[Parsed]:
+    """Streams the good rows; the bad ones go to `add_bad`, else to the findings."""
     for place, source in enumerate(sources):
         for row in (row for part in source.parts for row in files.rows(part)):
             findings.rows += 1
@@ -207,9 +256,9 @@ def _parsed(sources: Sequence[Located], parser: Parser, findings: Findings) -> I
                     raise row.value
                 format, example = parser(row.value, from_arrow=row.from_arrow)
             except RowError as error:
-                findings.add_bad(row, error)
+                (add_bad or findings.add_bad)(row, error)
             else:
-                findings.formats[format] += 1
+                findings.add_good(place, format)
                 yield place, row, example
 
 
@@ -245,19 +294,26 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
     """Writes a store and returns its folder, which is another one for rows that make use of CHANGES."""
     from training.data.store import create
 
-    findings = Findings()
+    findings = _findings(sources, data)
     with create(folder, len(sources)) as writer:
-        for batch in _batches(_parsed(sources, parser, findings)):
+
+        def add_bad(row: Row, error: RowError) -> None:
+            findings.add_bad(row, error)
+            if not findings.refused:
+                writer.add_bad(row.where, str(error))
+
+        for batch in _batches(_parsed(sources, parser, findings, add_bad)):
             results = renderer.samples([example for _, _, example in batch])
             for (place, row, example), result in zip(batch, results, strict=True):
                 if isinstance(result, RowError):
-                    findings.add_bad(row, result)
-                elif not findings.bad:
+                    add_bad(row, result)
+                elif not findings.refused:
                     for sample in result:
                         _keep(writer, sample, data, place, row, example)
         findings.raise_if_bad(sources)
         writer.meta.rows = findings.rows
         writer.meta.formats = dict(findings.formats)
+        writer.meta.source_formats = [dict(counts) for counts in findings.source_formats]
         writer.meta.chats = renderer.has_written_chats
         writer.meta.notes = (
             parser.remarks.notes + renderer.notes + _turn_notes(writer.meta, data) + _notes(writer.meta, data)
@@ -296,6 +352,10 @@ def _keep(writer: StoreWriter, sample: Sample, data: Data, place: int, row: Row,
             writer.add(piece.ids, piece.targets, place, row.part.shown, row.number, piece.margin, kept)
 
 
+def bad_rows_note(bad: int, rows: int) -> str:
+    return f"{bad:,} of {rows:,} rows cannot be used and {'was' if bad == 1 else 'were'} dropped (data.bad_rows)"
+
+
 def _notes(meta: Meta, data: Data) -> list[str]:
     limit = f"{data.max_length:,} tokens"
     told = {
@@ -304,7 +364,8 @@ def _notes(meta: Meta, data: Data) -> list[str]:
         f"are longer than {limit} and were split": meta.split,
         f"have nothing to learn within {limit} and were dropped": meta.dropped_without_target,
     }
-    return [f"{count:,} of {meta.sequences:,} samples {what}" for what, count in told.items() if count]
+    notes = [bad_rows_note(meta.dropped_bad, meta.rows)] if meta.dropped_bad else []
+    return notes + [f"{count:,} of {meta.sequences:,} samples {what}" for what, count in told.items() if count]
 
 
 def _turn_notes(meta: Meta, data: Data) -> list[str]:
@@ -322,12 +383,21 @@ def _turn_notes(meta: Meta, data: Data) -> list[str]:
 
 def _raise_if_nothing_left(sources: Sequence[Located], meta: Meta, data: Data) -> None:
     """Every source must have a sample left: without one there is nothing to mix in at its weight."""
-    emptied = [source.source.path for source, size in zip(sources, meta.source_sizes, strict=True) if not size]
-    if not emptied:
-        return
+    emptied = {
+        source.source.path: formats
+        for source, size, formats in zip(sources, meta.source_sizes, meta.source_formats, strict=True)
+        if not size
+    }
+    if emptied:
+        raise InputError([_nothing_left(path, meta, data, bool(formats)) for path, formats in emptied.items()])
+
+
+def _nothing_left(path: str, meta: Meta, data: Data, had_rows: bool) -> Problem:
+    reasons = "; ".join(_notes(meta, data))
+    if not had_rows or not meta.longest:
+        return Problem(path, "", f"no sample is left, all its rows cannot be used: {reasons}")
     lengths = f"samples have {meta.shortest:,} to {meta.longest:,} tokens, data.max_length is {data.max_length:,}"
     advice = f"set data.max_length to {meta.longest:,}" + (
         " or data.overlong to truncate" if data.overlong == "drop" else ""
     )
-    reasons = "; ".join(_notes(meta, data))
-    raise InputError([Problem(path, "", f"no sample is left: {reasons} ({lengths}); {advice}") for path in emptied])
+    return Problem(path, "", f"no sample is left: {reasons} ({lengths}); {advice}")

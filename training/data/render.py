@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from training.config import Model
 from training.data import templates
 from training.data.conversations import Conversations, Turns, Written
 from training.data.files import RowError, one_line
 from training.data.formats import Answer, Chat, Example, Pair, Prompt, PromptCompletion, Text
 from training.data.turn_end import turn_end
 from training.errors import InputError
-from training.modelfiles import has_tokenizer
+from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,8 +53,8 @@ class Sample(NamedTuple):
     """Answers of a conversation that could be learned and are not, see `data.turns`."""
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a Hugging Face folder or hub id.
+def load_tokenizer(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a Hugging Face folder or hub id, there at a branch, tag or commit.
 
     Raises InputError if there is none, if it cannot be loaded, is not a fast one, or has no EOS token.
     """
@@ -61,7 +62,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
     except Exception as error:  # a broken file, an unknown hub id, remote code: the loader has no common base
         lacks = Path(path).is_dir() and not (Path(path) / "tokenizer.json").exists()
         advice = "; the folder has no tokenizer.json, which a fast tokenizer saves" if lacks else ""
@@ -74,6 +77,11 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         message = "the tokenizer has no EOS token, so nothing would teach the model to stop"
         raise InputError.of(path, f"{message}; set eos_token in tokenizer_config.json")
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def tokenizer_for(model: Model) -> PreTrainedTokenizerFast:
+    """The tokenizer that a model's settings say. Raises as `load_tokenizer`."""
+    return load_tokenizer(tokenizer_of(model), model.trust_remote_code, tokenizer_revision(model))
 
 
 def _check_folder(path: str) -> None:

@@ -5,6 +5,7 @@
     offsets.bin        int64    where each sample starts; one more than there are samples
     target_counts.bin  int64    targets of each sample
     margins.bin        float32  margin of each sample that is a pair, else 0
+    bad_rows.jsonl     rows that were left out (data.bad_rows), if there are any: where, and why
     parts.bin, numbers.bin      where each sample came from: place in `meta.parts`, and row in it
     rows.bin, row_ends.bin      of prompts the rows themselves, as JSON, one after the other, and where each ends
     meta.json          counts, notes, names; written last
@@ -20,8 +21,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +63,10 @@ class Meta:
     """Tokens of the shortest, likewise."""
     formats: dict[str, int] = field(default_factory=dict)
     """Rows by format."""
+    source_formats: list[dict[str, int]] = field(default_factory=list)
+    """The same of each source, in the order of the job file. Empty in stores that were made before it was counted."""
+    dropped_bad: int = 0
+    """Rows that cannot be used and were left out."""
     chats: bool = False
     """Whether any of them were written with a chat template."""
     same_without_bos: bool | None = None
@@ -81,6 +87,9 @@ class Meta:
     """Files and hub splits that were read, as a person writes them."""
     source_sizes: list[int] = field(default_factory=list)
     """Samples of each source, in the order of the job file."""
+
+
+BAD_ROWS = "bad_rows.jsonl"
 
 
 class TokenStore:
@@ -138,6 +147,13 @@ class TokenStore:
         """Samples of each source; they lie one source after the other."""
         return self.meta.source_sizes
 
+    def bad_rows(self, limit: int | None = None) -> list[dict[str, str]]:
+        """The rows that were left out, the first `limit` of them: `row` and `reason`."""
+        if not self.meta.dropped_bad:
+            return []
+        with (self.folder / BAD_ROWS).open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in islice(lines, limit)]
+
     def where(self, index: int) -> str:
         """The row that a sample was: `data/sft.jsonl:42`."""
         return f"{self.meta.parts[self._arrays['parts'][index]]}:{self._arrays['numbers'][index]}"
@@ -159,6 +175,8 @@ class StoreWriter:
         self._folder = folder
         self._part_places: dict[str, int] = {}
         self._files = {name: files.enter_context((folder / f"{name}.bin").open("wb")) for name in ARRAYS}
+        self._open = files
+        self._bad_rows: TextIO | None = None
         self._append("offsets", 0)
 
     def _append(self, name: str, values: float | Sequence[int] | NDArray[Any]) -> None:
@@ -190,6 +208,13 @@ class StoreWriter:
         self.meta.row_bytes += len(row)
         self._append("row_ends", self.meta.row_bytes)
         self._append("rows", np.frombuffer(row, np.uint8))
+
+    def add_bad(self, row: str, reason: str) -> None:
+        """A row that is left out."""
+        self.meta.dropped_bad += 1
+        if self._bad_rows is None:
+            self._bad_rows = self._open.enter_context((self._folder / BAD_ROWS).open("w", encoding="utf-8"))
+        self._bad_rows.write(json.dumps({"row": row, "reason": reason}, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
         self.meta.parts = list(self._part_places)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import Phase, Source
+from training import reward_signature
+from training.config import PPO, Data, Phase, Source
 from training.data import files
+from training.data.files import Located
 from training.data.prepare import prepare
 from training.data.store import TokenStore
 from training.errors import InputError, Problem
-from training.modelfiles import tokenizer_of, window_of
+from training.modelfiles import tokenizer_of, tokenizer_revision, window_of
 from training.recipes import RECIPES
 
 
@@ -28,17 +30,24 @@ def open_stores(phase: Phase, cache: Path) -> Stores:
     """Raises InputError for rows that cannot be used, in training or evaluation data, or that leave no room for a response."""
     stores: list[TokenStore | None] = []
     problems: list[Problem] = []
-    for source in (phase.data.train, phase.data.eval):
+    for held_out, source in ((False, phase.data.train), (True, phase.data.eval)):
         try:
-            stores.append(_open(phase, source, cache) if source is not None else None)
+            stores.append(_open(phase, held_out, cache) if source is not None else None)
         except InputError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise InputError(problems)
-    train, held_out = stores
+    train, evaluated = stores
     assert train is not None, "a phase has data to train on"
     check_window(phase, train, window_of(phase.model.path))
-    return Stores(train, held_out, _weights(phase.data.train))
+    return Stores(train, evaluated, _weights(phase.data.train))
+
+
+def prepare_phase(phase: Phase, cache: Path) -> tuple[Stores, list[str]]:
+    """The stores of a phase, and what its rewards could not be checked for. Raises as `open_stores`, and for reward functions
+    that cannot be called with the rows."""
+    stores = open_stores(phase, cache)
+    return stores, reward_signature.check(phase, stores.train) if isinstance(phase, PPO) else []
 
 
 def check_window(phase: Phase, train: TokenStore, window: int | None) -> None:
@@ -52,14 +61,28 @@ def check_window(phase: Phase, train: TokenStore, window: int | None) -> None:
         raise InputError.of("", message, "response_tokens")
 
 
-def _open(phase: Phase, source: str | list[str | Source], cache: Path) -> TokenStore:
+def sources_of(phase: Phase, *, held_out: bool) -> list[Located]:
+    """Where the rows that a phase trains on, or is evaluated on, are. Raises InputError."""
+    data = phase.data.eval if held_out else phase.data.train
+    documents = RECIPES[phase.recipe].reads_documents
+    split = "" if held_out else "train"
+    return files.expand(data, Path.cwd(), documents=documents, split=split) if data is not None else []
+
+
+def data_of(phase: Phase, *, held_out: bool) -> Data:
+    """How these rows are read: bad ones are dropped from training data alone."""
+    return phase.data.model_copy(update={"bad_rows": "refuse"}) if held_out else phase.data
+
+
+def _open(phase: Phase, held_out: bool, cache: Path) -> TokenStore:
     return prepare(
-        files.expand(source, Path.cwd(), documents=RECIPES[phase.recipe].reads_documents),
-        phase.data,
+        sources_of(phase, held_out=held_out),
+        data_of(phase, held_out=held_out),
         RECIPES[phase.recipe].formats,
         tokenizer_of(phase.model),
         cache,
         trust_remote_code=phase.model.trust_remote_code,
+        revision=tokenizer_revision(phase.model),
     )
 
 

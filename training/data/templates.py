@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 from training.errors import InputError
@@ -94,9 +95,23 @@ ALPACA = (
 """
 )
 
+_FAMILIES = Path(__file__).parent / "chat_templates"
+"""The templates of model families, with the answers marked for training. Each renders what the template of the models named in it renders."""
+
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML, "llama2": LLAMA2, "alpaca": ALPACA}
+TEMPLATES |= {
+    path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8") for path in sorted(_FAMILIES.glob("*.jinja"))
+}
+TEMPLATES["phi"] = TEMPLATES["phi4"]
 TOKENIZER = "tokenizer"
 SETTINGS = ("auto", "none", TOKENIZER)
+
+_MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
+
+
+def without_marks(template: str) -> str:
+    """The same template without the marks for training, which not every program that reads chat templates knows."""
+    return _MARK.sub(r"{#\1 \2#}", template)
 
 
 def load(setting: str, base: Path) -> str | None:

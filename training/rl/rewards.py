@@ -1,26 +1,15 @@
-"""What responses are worth: a reward model, a Python function, an HTTP endpoint. All of them are `Judge`s.
-
-A function is called as TRL calls its reward functions: `score(prompts, completions, **columns)`, lists of equal length, the
-columns being those of the prompts' rows; it returns a number for each. An endpoint gets the same as JSON by POST and answers
-`{"scores": [...]}`.
-"""
+"""What responses are worth: a reward model, a Python function, an HTTP endpoint. All of them are `Judge`s."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from training.config import PPO, RewardSource
 from training.data.files import RowError
@@ -28,42 +17,72 @@ from training.data.formats import Chat, Parser, Prompt
 from training.data.model_renderer import renderer_for
 from training.data.render import Sample
 from training.distributed import Seat
-from training.errors import InputError, TrainingError
 from training.recipes.reward import score
+from training.reward_signature import prompt_column
 from training.rl.base import of_reward
 from training.rl.experience import Response
+from training.rl.reward_functions import RewardEndpoint, RewardError, RewardFunction
 
 Judge = Callable[[Sequence[Response]], list[float]]
-_TRIES = 5
-
-
-class RewardError(TrainingError):
-    """A reward could not be had, or is no number."""
 
 
 def opened(source: RewardSource, phase: PPO, seat: Seat) -> Judge:
     """The judge that a source names. Raises InputError if there is no such thing."""
     if source.is_endpoint:
-        return _checked(_Endpoint(source, prompt_column(phase)), source)
+        return _checked(RewardEndpoint(source, prompt_column(phase)), source)
     if source.is_function:
-        return _checked(_Function(source, prompt_column(phase)), source)
+        return _checked(RewardFunction(source, prompt_column(phase)), source)
     return _checked(_RewardModel(source.path, phase, seat), source)
 
 
 def _checked(judge: Judge, source: RewardSource) -> Judge:
     def judged(responses: Sequence[Response]) -> list[float]:
-        scores = judge(responses)
-        if not isinstance(scores, list | tuple | np.ndarray) or len(scores) != len(responses):
+        scores = _as_list(judge(responses))
+        if not isinstance(scores, list | tuple) or len(scores) != len(responses):
             got = f"{len(scores)}" if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
             raise RewardError(f"the reward {source.path} was asked for {len(responses)} scores and gave {got}")
-        for response, one in zip(responses, scores, strict=True):
-            if isinstance(one, bool | str) or not isinstance(one, int | float | np.number) or not math.isfinite(one):
-                raise RewardError(
-                    f"the reward {source.path} gave {one!r} for the response {response.text[:200]!r}; expected a finite number"
-                )
-        return [float(one) for one in scores]
+        return [_score(one, source, response) for response, one in zip(responses, scores, strict=True)]
 
     return judged
+
+
+def _as_list(scores: Any) -> Any:
+    """Arrays and tensors of one dimension as lists; [n, 1], as models give, counts as one."""
+    if isinstance(scores, np.ndarray | torch.Tensor):
+        flat = scores.reshape(-1) if scores.ndim == 2 and scores.shape[1] == 1 else scores
+        return flat.tolist() if flat.ndim == 1 else scores
+    return scores
+
+
+def _score(given: Any, source: RewardSource, response: Response) -> float:
+    """One score; NaN for None, which says that the reward does not apply to this response."""
+    if given is None:
+        return math.nan
+    number = given
+    if isinstance(given, np.generic | np.ndarray | torch.Tensor):
+        values = given.reshape(-1).tolist()
+        number = values[0] if len(values) == 1 else given
+    if isinstance(number, bool | str) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise RewardError(
+            f"the reward {source.path} gave {given!r} for the response {response.text[:200]!r}; expected a finite number"
+        )
+    return float(number)
+
+
+def total(scores: Sequence[tuple[float, list[float]]], responses: Sequence[Response]) -> NDArray[np.float64]:
+    """The weighted sum of all rewards of each response, [N]; those that do not apply to it are left out, as TRL does.
+
+    Raises RewardError for a response that none applies to.
+    """
+    weighted_SN = np.array([[weight * one for one in given] for weight, given in scores]).reshape(len(scores), -1)
+    unscored = np.isnan(weighted_SN).all(axis=0)
+    if unscored.any():
+        response = responses[int(np.flatnonzero(unscored)[0])]
+        raise RewardError(
+            f"no reward gave a number for the response {response.text[:200]!r} to {json.dumps(response.row, default=str)[:200]}; "
+            "None means that a reward does not apply, and one of them has to"
+        )
+    return np.nansum(weighted_SN, axis=0)
 
 
 class _RewardModel:
@@ -90,97 +109,3 @@ class _RewardModel:
         _, example = self.parse(row)
         assert isinstance(example, Prompt), "PPO reads prompts"
         return example.content
-
-
-def prompt_column(phase: PPO) -> str:
-    """What the data call the prompt."""
-    return phase.data.columns.get("prompt", "prompt")
-
-
-class _Function:
-    def __init__(self, source: RewardSource, column: str):
-        self.source, self.column = source, column
-        self.function = imported(source.path)
-
-    def __call__(self, responses: Sequence[Response]) -> Any:
-        rows = [response.row for response in responses]
-        columns = {
-            name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)
-        }
-        prompts = columns.pop(self.column)
-        return self._in_time(prompts=prompts, completions=[response.text for response in responses], **columns)
-
-    def _in_time(self, **arguments: Any) -> Any:
-        """In a thread of its own: a function that hangs cannot be ended, but need not be waited for."""
-        answer: list[Any] = []
-        errors: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                answer.append(self.function(**arguments))
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=call, daemon=True)
-        thread.start()
-        thread.join(self.source.timeout)
-        if errors:
-            error = errors[0]
-            raise RewardError(f"the reward {self.source.path} raised {type(error).__name__}: {error}") from error
-        if not answer:
-            raise RewardError(f"the reward {self.source.path} has not answered within {self.source.timeout:g} s")
-        return answer[0]
-
-
-def imported(path: str) -> Callable[..., Any]:
-    """The function that `module:name` or `file.py:name` names. Raises InputError if there is none."""
-    where, _, name = path.rpartition(":")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            if spec is None or spec.loader is None or not Path(where).is_file():
-                raise InputError.of(path, f"there is no file {where}", "reward")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(Path(where).stem, module)
-            spec.loader.exec_module(module)
-        else:
-            module = import_module(where)
-        function = getattr(module, name)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a module does when it is imported
-        raise InputError.of(path, f"cannot be imported: {type(error).__name__}: {error}", "reward") from error
-    if not callable(function):
-        raise InputError.of(path, f"{name} is no function", "reward")
-    return function
-
-
-class _Endpoint:
-    def __init__(self, source: RewardSource, column: str):
-        self.source, self.column = source, column
-
-    def __call__(self, responses: Sequence[Response]) -> Any:
-        rows = [response.row for response in responses]
-        body = json.dumps(
-            {
-                "prompts": [row[self.column] for row in rows],
-                "completions": [response.text for response in responses],
-                "rows": rows,
-            }
-        )
-        error: Exception | None = None
-        for number in range(_TRIES):
-            if number:
-                time.sleep(min(2.0 ** (number - 1), 10.0))
-            try:
-                return self._post(body.encode())
-            except (OSError, ValueError, KeyError, TypeError) as failed:
-                error = failed
-                if isinstance(failed, urllib.error.HTTPError) and failed.code < 500 and failed.code != 429:
-                    break
-        raise RewardError(f"the reward {self.source.path} cannot be had ({number + 1} tries): {error}") from error
-
-    def _post(self, body: bytes) -> Any:
-        request = urllib.request.Request(self.source.path, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=self.source.timeout) as answer:
-            return json.loads(answer.read())["scores"]

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training import model as models
+from training import reward_signature
 from training.breakdown import DATA, GENERATION
 from training.config import PPO, Model
 from training.data.dealing import Limits, limits_for
 from training.data.order import Order
-from training.data.render import Renderer, load_tokenizer, same_tokens
+from training.data.render import Renderer, load_tokenizer, same_tokens, tokenizer_for
 from training.data.stores import Stores, check_window
 from training.data.turn_end import stop_tokens
 from training.distributed import Seat
@@ -31,12 +32,12 @@ from training.evaluate import Exam, exam_of
 from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
-from training.modelfiles import has_tokenizer, tokenizer_of
+from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
 from training.profiling import part
 from training.rl.base import as_it_was, at_once, with_adapters
 from training.rl.experience import Experience, Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
-from training.rl.rewards import opened
+from training.rl.rewards import opened, total
 from training.sampling import Continued, Sampling, continue_all
 from training.schedule import never_profiled, total_samples, total_steps
 from training.seeding import seed_for
@@ -104,7 +105,7 @@ class _Prompts:
     def __init__(self, phase: PPO, stores: Stores):
         self.phase, self.store = phase, stores.train
         self.order = Order(self.store.source_sizes, weights=stores.weights, seed=phase.seed, shuffle=phase.data.shuffle)
-        tokenizer = load_tokenizer(tokenizer_of(phase.model), phase.model.trust_remote_code)
+        tokenizer = tokenizer_for(phase.model)
         self.renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos, in_turns=self.store.meta.chats)
 
     def responses(self, lm: Any, iteration: int, nth: int, share: tuple[int, int]) -> list[Response]:
@@ -185,6 +186,7 @@ class Policy(_Learning):
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,
+                *reward_signature.notes(self.phase, self.store),
                 *never_profiled(self.phase, total_steps(self.phase, self.order.epoch_size)),
             ],
         )
@@ -296,7 +298,7 @@ def _refuse_other_tokens(phase: PPO, critic: str) -> None:
     if Path(own).is_dir() and not has_tokenizer(Path(own)):
         return  # nothing is known of it
     trust = phase.model.trust_remote_code
-    if not same_tokens(load_tokenizer(own, trust), load_tokenizer(tokenizer_of(phase.model), trust)):
+    if not same_tokens(load_tokenizer(own, trust), tokenizer_for(phase.model)):
         message = "the critic would read the policy's tokens as others: its tokenizer is another one; start it from a model that shares the policy's"
         raise InputError.of(critic, message, "critic")
 
@@ -338,10 +340,10 @@ class Judges:
 
     def scores(self, responses: Sequence[Response]) -> list[NDArray[np.float32]]:
         """The weighted sum of all rewards of each response. [1] each"""
-        totals = np.zeros(len(responses))
-        for weight, judge in self.judges:
-            totals += weight * np.array(judge(responses) if responses else [])
-        return list(totals.astype(np.float32)[:, None])
+        if not responses:
+            return []
+        scores = [(weight, judge(responses)) for weight, judge in self.judges]
+        return list(total(scores, responses).astype(np.float32)[:, None])
 
 
 def packed(tensor: Tensor) -> tuple[NDArray[Any], str]:
@@ -359,5 +361,6 @@ def unpacked(values: NDArray[Any], dtype: str) -> Tensor:
 def with_model(phase: PPO, path: str) -> PPO:
     """The phase with another model of the same tokenizer."""
     tokenizer = tokenizer_of(phase.model)
-    model = phase.model.model_copy(update={"path": str(Path(path)), "tokenizer": tokenizer})
+    changes = {"tokenizer": tokenizer, "tokenizer_revision": tokenizer_revision(phase.model)}
+    model = phase.model.model_copy(update={"path": str(Path(path)), **changes})
     return phase.model_copy(update={"model": model})

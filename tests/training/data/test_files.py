@@ -213,8 +213,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     write(tmp_path / "data/train.jsonl", LINES)
     write(tmp_path / "data/empty.jsonl", "")
     (tmp_path / "nothing").mkdir()
-    write(tmp_path / "table.csv", "a,b")
-    named = ["data/trian.jsonl", "data/empty.jsonl", "nothing", "data/*.json", "table.csv", "nowhere/a.jsonl"]
+    write(tmp_path / "table.xyz", "a,b")
+    named = ["data/trian.jsonl", "data/empty.jsonl", "nothing", "data/*.json", "table.xyz", "nowhere/a.jsonl"]
     with pytest.raises(InputError) as caught:
         expand(named, tmp_path, where="job.yaml:7", what="phases.sft.data.train")
     lines = str(caught.value).splitlines()
@@ -341,3 +341,173 @@ def test_a_text_file_that_is_not_utf8_is_a_bad_row(tmp_path):
     write(tmp_path / "a.txt", b"caf\xe9")
     (source,) = files.expand("a.txt", tmp_path, documents=True)
     assert "not UTF-8" in str(next(iter(files.rows(source.parts[0]))).value)
+
+
+# ── tables ──
+
+
+def test_csv_gives_texts_whatever_they_look_like(tmp_path):
+    text = '\ufeffprompt,completion,note\r\n"1, ""one""\nand 2",007,\r\n\r\nnan,1e5,"[1, 2]"\r\n'
+    write(tmp_path / "a.csv", text)
+    write(tmp_path / "b.csv.gz", gzip.compress(text.encode()))
+    expected = [
+        {"prompt": '1, "one"\nand 2', "completion": "007", "note": ""},
+        {"prompt": "nan", "completion": "1e5", "note": "[1, 2]"},
+    ]
+    for name in ("a.csv", "b.csv.gz"):
+        found = read(name, tmp_path)
+        assert [row.value for row in found] == expected
+        assert [row.number for row in found] == [2, 5]
+
+
+def test_tsv_is_separated_by_tabs(tmp_path):
+    write(tmp_path / "a.tsv", "prompt\tcompletion\na, b\t c\n")
+    assert [row.value for row in read("a.tsv", tmp_path)] == [{"prompt": "a, b", "completion": " c"}]
+
+
+def test_messages_in_a_cell_are_read_as_messages(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    import csv
+
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "note"], [json.dumps(turns), json.dumps({"role": 1})[:-1]]])
+    assert [row.value for row in read("a.csv", tmp_path)] == [{"messages": turns, "note": '{"role": 1'}]
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "message"),
+    [
+        ("a,b\n1,2\n1,2,3\n1,2\n", "t.csv:3", "expected 2 fields as in the header, got 3; quote fields that contain commas"),
+        ("a,b\n1,2\n\n1\n1,2\n", "t.csv:4", "expected 2 fields as in the header, got 1"),
+        ("a,b\n1,2\n\"x\" y,2\n1,2\n", "t.csv:3", "broken CSV"),
+        (b"a,b\n1,2\n\xff,2\n1,2\n", "t.csv:3", "not UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_of_csv_is_one_bad_row(tmp_path, text, where, message):
+    write(tmp_path / "t.csv", text)
+    found = read("t.csv", tmp_path)
+    assert len(found) == 3
+    got_where, got = only_error(found)
+    assert got_where == where
+    assert message in got
+    assert not isinstance(found[1].value, files.UnreadableFile)
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "message"),
+    [
+        ("a;b\n1;2\n", "t.csv:1", "the fields seem to be separated by semicolons, and are read as separated by commas"),
+        ("a,a\n1,2\n", "t.csv:1", "the header names a column twice: a"),
+        ("a,b\n1,2\n3,\"4\n5,6\n", "t.csv:3", "a quote that opens in this row is never closed"),
+        ("a,b\r1,2\r", "t.csv:1", "carriage return alone"),
+        ("a,b\n1,2\n".encode("utf-16"), "t.csv:1", "UTF-16"),
+    ],
+)  # fmt: skip
+def test_a_csv_file_that_cannot_be_read_on_ends_there(tmp_path, text, where, message):
+    write(tmp_path / "t.csv", text)
+    found = read("t.csv", tmp_path)
+    got_where, got = only_error(found)
+    assert got_where == where
+    assert message in got
+    assert isinstance(found[-1].value, files.UnreadableFile)
+
+
+def test_memory_does_not_grow_with_a_csv_file(tmp_path):
+    write(tmp_path / "a.csv", "prompt,completion\n" + "x" * 99 + "," + "y" * 100 + "\n")
+    with (tmp_path / "a.csv").open("ab") as file:
+        file.write((b"x" * 99 + b"," + b"y" * 100 + b"\n") * 50_000)
+    tracemalloc.start()
+    assert sum(1 for _ in read_lazily("a.csv", tmp_path)) == 50_001
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
+
+
+def read_lazily(name, base):
+    (source,) = expand(name, base)
+    return (row for part in source.parts for row in rows(part))
+
+
+@pytest.mark.parametrize("writer", [pa.ipc.new_stream, pa.ipc.new_file])
+@pytest.mark.parametrize("name", ["a.arrow", "a.feather"])
+def test_arrow_gives_the_same_rows(tmp_path, writer, name):
+    table = pa.Table.from_pylist(ROWS)
+    with writer(str(tmp_path / name), table.schema) as file:
+        file.write_table(table, max_chunksize=400)
+    found = read(name, tmp_path)
+    assert [row.value for row in found] == ROWS
+    assert found[41].where == f"{name}:42"
+    content = (tmp_path / name).read_bytes()
+    write(tmp_path / name, content[: len(content) // 2])
+    _, message = only_error(read(name, tmp_path))
+    assert message.startswith("broken Arrow")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Folders that the library wrote: `one`, in two shards, and `dict` with the splits train and test."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("saved")
+    one = datasets.Dataset.from_list(ROWS[:10]).select(range(9, -1, -1))
+    one.save_to_disk(str(folder / "one"), num_shards=2)
+    splits = {"train": datasets.Dataset.from_list(ROWS[:3]), "test": datasets.Dataset.from_list(ROWS[3:5])}
+    datasets.DatasetDict(splits).save_to_disk(str(folder / "dict"))
+    return folder
+
+
+def values(source, base: Path, **settings) -> list:
+    return [row.value for one in expand(source, base, **settings) for part in one.parts for row in rows(part)]
+
+
+def test_a_folder_of_save_to_disk_gives_its_rows_in_order(saved):
+    assert values("one", saved) == ROWS[9::-1]
+    assert values(saved.as_uri() + "/one", saved) == ROWS[9::-1]
+    assert expand("one", saved)[0].parts[0].kind == "Arrow"
+
+
+def test_a_split_of_a_saved_dictionary_is_chosen(saved):
+    assert values("dict", saved) == values([Source(path="dict", split="train")], saved) == ROWS[:3]
+    assert values([Source(path="dict", split="test")], saved, split="") == values("dict/test", saved) == ROWS[3:5]
+    assert values([Source(path=saved.as_uri() + "/dict", split="test")], saved) == ROWS[3:5]
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("dict", {"split": ""}, "the folder has several splits; there are train, test: name one, `[{path:"),
+        ([Source(path="dict", split="val")], {}, "the folder has no split `val`; there are train, test"),
+        ([Source(path="one", split="test")], {}, "the folder holds one data set without splits, not `test`"),
+    ],
+)
+def test_a_split_that_is_not_there_is_told(saved, source, settings, message):
+    with pytest.raises(InputError) as caught:
+        expand(source, saved, **settings)
+    assert message in str(caught.value)
+
+
+def test_a_saved_folder_that_is_not_whole_is_told(saved, tmp_path):
+    import shutil
+
+    shutil.copytree(saved / "one", tmp_path / "lost")
+    next(iter(sorted((tmp_path / "lost").glob("*.arrow")))).unlink()
+    assert "written by save_to_disk, and data-00000-of-00002.arrow is not there" in problem("lost", tmp_path)
+    shutil.copytree(saved / "one", tmp_path / "torn")
+    (tmp_path / "torn/state.json").write_text("{")
+    assert "state.json cannot be read" in problem("torn", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.xlsx", "cannot read an Excel workbook; save the sheet as CSV"),
+        ("a.pkl", "a pickle, which can run code"),
+        ("a.zip", "an archive; unpack it"),
+        ("a.tar.gz", "an archive; unpack it"),
+        ("a.jsonl.zst", "packed by Zstandard"),
+        ("a.txt", "cannot tell the kind of file; known are"),
+        ("a.parquet.gz", "cannot tell the kind of file"),
+    ],
+)
+def test_other_kinds_of_files_are_told_what_to_do_with(tmp_path, name, advice):
+    write(tmp_path / name, "x")
+    assert advice in problem(name, tmp_path)

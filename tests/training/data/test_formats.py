@@ -543,3 +543,22 @@ def test_a_row_of_another_recipe_says_whose_it_is():
     assert told.startswith("these are columns of `critique`, which is for cft; this recipe reads rows where")
     assert "which is for sft" in error({"prompt": "a", "completion": "b"}, allowed=("text",))
     assert "which is for reward" in error({"chosen": "a", "rejected": "b"}, allowed=("text",))
+
+
+@pytest.mark.parametrize(
+    ("row", "same_as"),
+    [
+        ({"messages": json.dumps([USER, ANSWER]), "tools": ""}, {"messages": [USER, ANSWER]}),
+        ({"messages": [USER, ANSWER], "tools": json.dumps([TOOL])}, {"messages": [USER, ANSWER], "tools": [TOOL]}),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "0.5"}, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5}),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": ""}, {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        ({"question": "a", "answer": "b", "critique": "c", "verdict": ""}, {"question": "a", "answer": "b", "critique": "c"}),
+        ({"instruction": "a", "input": "", "output": "b"}, {"instruction": "a", "output": "b"}),
+    ],
+)  # fmt: skip
+def test_cells_of_a_table_mean_what_they_would_in_json(row, same_as):
+    assert parse(row) == parse(same_as)
+
+
+def test_a_cell_that_begins_as_a_list_and_is_none_is_told():
+    assert "column `messages`: broken JSON in the text" in error({"messages": "[{"}, allowed=SFT)

@@ -263,6 +263,88 @@ def test_checking_finds_wrong_settings_before_reading(tmp_path):
     assert "data.format" in refused(check, tmp_path, format="text")[0]
 
 
+# ── rows that are left out ──
+
+GOOD = [*ROWS[:24], {"prompt": "x", "completion": " "}, *ROWS[24:]]
+"""31 rows, of which number 25 has no answer."""
+
+
+def test_bad_rows_may_be_left_out_up_to_a_limit(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", GOOD)
+    store = run(tmp_path, tokenizer, bad_rows={"drop": 0.04})
+    assert len(store) == 30
+    assert (store.meta.rows, store.meta.dropped_bad) == (31, 1)
+    assert store.bad_rows() == [{"row": "a.jsonl:25", "reason": "column `completion` is empty"}]
+    assert store.meta.notes[0] == "1 of 31 rows cannot be used and was dropped (data.bad_rows)"
+    write(tmp_path / "good.jsonl", ROWS)
+    assert [ids.tolist() for ids, _ in store] == [ids.tolist() for ids, _ in run(tmp_path, tokenizer, "good.jsonl")]
+
+
+def test_more_bad_rows_than_the_limit_are_refused_with_all_of_them(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", [*GOOD, "{"])
+    for call in (
+        lambda **settings: run(tmp_path, tokenizer, **settings),
+        lambda **settings: check(tmp_path, **settings),
+    ):
+        assert refused(call, bad_rows={"drop": 0.04}) == [
+            "a.jsonl:25: column `completion` is empty",
+            "a.jsonl:32: broken JSON: Expecting property name enclosed in double quotes (column 1); a row is one object on one line",
+            "data.bad_rows: 2 of 32 rows are bad (6.25%), more than the 4.00% that may be dropped",
+        ]
+    assert stores(tmp_path) == []
+    assert run(tmp_path, tokenizer, bad_rows={"drop": 0.0625}).meta.dropped_bad == 2
+
+
+def test_a_row_that_the_template_refuses_may_be_left_out(tmp_path, tokenizer):
+    chats = [
+        {"messages": [{"role": role, "content": "1"}, {"role": "assistant", "content": "2"}]}
+        for role in ("user", "system")
+    ]
+    write(tmp_path / "a.jsonl", [*chats[:1] * 9, chats[1]])
+    (tmp_path / "strict.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    store = run(tmp_path, tokenizer, template=str(tmp_path / "strict.jinja"), bad_rows={"drop": 0.1})
+    assert [bad["row"] for bad in store.bad_rows()] == ["a.jsonl:10"]
+    assert "refuses this conversation: no system" in store.bad_rows()[0]["reason"]
+
+
+def test_a_file_that_cannot_be_read_on_is_no_bad_row(tmp_path, tokenizer):
+    import gzip
+
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS * 40).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-40])
+    (problem,) = refused(run, tmp_path, tokenizer, "a.jsonl.gz", bad_rows={"drop": 0.9})
+    assert "the gzip stream ends here, too early" in problem
+    assert stores(tmp_path) == []
+
+
+def test_a_source_of_bad_rows_alone_is_told(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    write(tmp_path / "b.jsonl", GOOD[24:25])
+    (problem,) = refused(run, tmp_path, tokenizer, ["a.jsonl", "b.jsonl"], bad_rows={"drop": 0.5})
+    assert problem == (
+        "b.jsonl: no sample is left, all its rows cannot be used: 1 of 31 rows cannot be used and was dropped (data.bad_rows)"
+    )
+
+
+def test_leaving_rows_out_makes_another_store_and_refusing_the_same(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    stores_made = [
+        run(tmp_path, tokenizer, **settings).folder
+        for settings in ({}, {"bad_rows": "refuse"}, {"bad_rows": {"drop": 0.1}})
+    ]
+    assert stores_made[0] == stores_made[1] != stores_made[2]
+
+
+def test_rows_are_counted_by_format_and_source(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS[:2])
+    write(tmp_path / "b.jsonl", [*ROWS[:1], {"instruction": "a", "output": "b"}])
+    store = run(tmp_path, tokenizer, ["a.jsonl", "b.jsonl"])
+    assert store.meta.source_formats == [{"prompt_completion": 2}, {"prompt_completion": 1, "alpaca": 1}]
+
+
 # ── conversations ──
 
 REWRITING = (

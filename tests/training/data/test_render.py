@@ -214,7 +214,7 @@ def test_every_assistant_turn_is_learnt_with_its_end(template, expected, trim_of
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_built_in_template_continues_its_own_prompt(template):
     renderer = Renderer(TOKENIZER, template)
-    (sample,) = samples(renderer, MULTI_TURN)
+    (sample,) = samples(renderer, turns("What is 2 + 2?", "It is 4"))
     prompt = TOKENIZER.apply_chat_template(
         MULTI_TURN.messages[:1], chat_template=renderer.chat_template(), add_generation_prompt=True, return_dict=False
     )

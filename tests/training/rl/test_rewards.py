@@ -39,7 +39,7 @@ def judge(tiny):
 def test_a_function_sees_the_columns_of_the_rows(judge, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def right(prompts, completions, answer, **others):\n"
-        "    assert prompts == ['Q: 1 + 1 = '] * 2 and others == {'source': ['a', None]}\n"
+        "    assert prompts == ['Q: 1 + 1 = '] * 2 and others['source'] == ['a', None]\n"
         "    return [c == a for c, a in zip(completions, answer)] and [1, 0.5]\n"
     )
     scores = judge(path=f"{tmp_path}/mine.py:right")([response("2", answer="2", source="a"), response("3", answer="2")])
@@ -139,11 +139,11 @@ def test_an_endpoint_that_refuses_is_not(judge, endpoint):
 
 
 def test_an_endpoint_that_is_too_slow_is_given_up(judge, endpoint, monkeypatch):
-    from training.rl import rewards
+    from training.rl import reward_functions
 
-    monkeypatch.setattr(rewards, "_TRIES", 2)
+    monkeypatch.setattr(reward_functions, "_TRIES", 2)
     endpoint.answers = [slow]
-    with pytest.raises(rewards.RewardError, match=r"cannot be had \(2 tries\): timed out"):
+    with pytest.raises(reward_functions.RewardError, match=r"cannot be had \(2 tries\): timed out"):
         judge(path=endpoint.url, timeout=0.1)([response("a")])
 
 
@@ -162,6 +162,83 @@ def test_sequences_of_unlike_lengths_are_scored_as_each_alone():
     # fp32, products of other shapes.
     assert score(lm, sequences) == pytest.approx(alone, rel=1e-4, abs=1e-6)
     assert score(lm, []) == []
+
+
+ASKED = [{"role": "user", "content": "1 + 1 = "}]
+
+
+def test_for_a_conversation_a_completion_is_a_list_of_one_message(judge, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def right(prompts, completions, answer, **others):\n"
+        "    assert prompts == [[{'role': 'user', 'content': '1 + 1 = '}]] * 2\n"
+        "    assert [c[0]['role'] for c in completions] == ['assistant'] * 2\n"
+        "    return [float(c[0]['content'] == a) for c, a in zip(completions, answer)]\n"
+    )
+    asked = [response("2", ASKED, answer="2"), response("3", ASKED, answer="2")]
+    assert judge(path=f"{tmp_path}/mine.py:right")(asked) == [1.0, 0.0]
+
+
+def test_columns_with_the_names_of_arguments_are_left_out(judge, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def score(prompts, completions, **columns):\n"
+        "    assert columns == {'completion_ids': [[5, 6, 7]], 'models': ['a']}, columns\n"
+        "    return [len(text) for text in completions]\n"
+    )
+    row = {"completions": [{"response": "1"}], "trainer_state": 1, "completion_ids": 2, "models": "a"}
+    assert judge(path=f"{tmp_path}/mine.py:score")([response("four", **row)]) == [4.0]
+
+
+def test_a_function_gets_what_it_has_parameters_for(judge, tmp_path):
+    (tmp_path / "mine.py").write_text("def score(completions, hint, log_extra=None):\n    return [len(hint[0])]\n")
+    assert judge(path=f"{tmp_path}/mine.py:score")([response("x", answer="2", hint="abc")]) == [3.0]
+    (tmp_path / "rare.py").write_text("def score(completions, hint):\n    return [float(hint == [None])]\n")
+    assert judge(path=f"{tmp_path}/rare.py:score")([response("x", answer="2")]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        "np.array([1.5, 2.5])",
+        "(np.float32(1.5), np.array(2.5))",
+        "torch.tensor([1.5, 2.5], dtype=torch.bfloat16, requires_grad=True)",
+        "torch.tensor([[1.5], [2.5]])",
+        "[torch.tensor(1.5), torch.tensor([2.5])]",
+    ],
+)
+def test_functions_may_return_arrays_and_tensors(judge, tmp_path, returned):
+    (tmp_path / "mine.py").write_text(
+        f"import numpy as np\nimport torch\ndef score(completions, **others):\n    return {returned}\n"
+    )
+    assert judge(path=f"{tmp_path}/mine.py:score")([response("a"), response("b")]) == [1.5, 2.5]
+
+
+def test_a_coroutine_function_is_waited_for(judge, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import asyncio\n"
+        "loops = set()\n"
+        "async def score(completions, **others):\n"
+        "    await asyncio.sleep(0)\n"
+        "    loops.add(asyncio.get_running_loop())\n"
+        "    return [len(loops)] * len(completions)\n"
+    )
+    score = judge(path=f"{tmp_path}/mine.py:score")
+    assert [score([response("a")]), score([response("b")])] == [[1.0], [1.0]]
+
+
+def test_none_is_no_vote_but_somebody_has_to_give_one(tiny, tmp_path):
+    from training.rl.rewards import RewardError
+    from training.rl.roles import Judges
+
+    (tmp_path / "mine.py").write_text(
+        "def even(completions, **others):\n    return [1.0 if int(c) % 2 == 0 else None for c in completions]\n"
+        "def small(completions, **others):\n    return [0.5 if int(c) < 5 else None for c in completions]\n"
+    )
+    sources = [{"path": f"{tmp_path}/mine.py:even", "weight": 2.0}, {"path": f"{tmp_path}/mine.py:small"}]
+    judges = Judges(Seat(rank=0, size=1), phase_of(tiny, "ppo", reward=sources, batch=4), "")
+    judges.setup()
+    assert judges.scores([response("2"), response("3"), response("8")]) == [2.5, 0.5, 2.0]
+    with pytest.raises(RewardError, match=r"no reward gave a number for the response '7' to .*1 \+ 1"):
+        judges.scores([response("2"), response("7")])
 
 
 def test_several_rewards_are_weighted(tiny):

@@ -1,0 +1,163 @@
+"""Rewards that are Python functions or HTTP endpoints.
+
+A function is called as TRL calls its reward functions, by keyword with lists of equal length: `prompts`, `completions`,
+`completion_ids` and the other columns of the prompts' rows. Of prompts that are texts a completion is a text, of conversations a
+list of one message. It returns a number for each response, or None for one that it does not apply to; it may be a coroutine
+function. An endpoint gets prompts, the completions' texts and whole rows as JSON by POST and answers `{"scores": [...]}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import json
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from training.config import RewardSource
+from training.errors import InputError, TrainingError
+from training.reward_signature import GIVEN, RESERVED, is_conversation, signature_of
+from training.rl.experience import Response
+
+_TRIES = 5
+
+
+class RewardError(TrainingError):
+    """A reward could not be had, or is no number."""
+
+
+class RewardFunction:
+    """A function in a file or a module. Raises InputError if there is none."""
+
+    def __init__(self, source: RewardSource, column: str):
+        self.source, self.column = source, column
+        self.function = imported(source.path)
+        self.signature = signature_of(self.function)
+
+    def __call__(self, responses: Sequence[Response]) -> Any:
+        return self._in_time(self._arguments(responses))
+
+    def _arguments(self, responses: Sequence[Response]) -> dict[str, Any]:
+        """By name; without those that the function has no parameter for."""
+        rows = [response.row for response in responses]
+        names = dict.fromkeys(name for row in rows for name in row if name not in (self.column, *RESERVED))
+        # A column that some rows have and none of these.
+        absent = () if self.signature is None else [one for one in self.signature.required if one not in GIVEN]
+        columns = {name: [row.get(name) for row in rows] for name in (*names, *absent)}
+        given = {
+            "prompts": [row[self.column] for row in rows],
+            "completions": [self._completion(response) for response in responses],
+            "completion_ids": [response.tokens.tolist() for response in responses],
+        }
+        arguments = columns | given
+        if self.signature is None:
+            return arguments
+        return {name: values for name, values in arguments.items() if self.signature.accepts(name)}
+
+    def _completion(self, response: Response) -> Any:
+        if is_conversation(response.row[self.column]):
+            return [{"role": "assistant", "content": response.text}]
+        return response.text
+
+    def _in_time(self, arguments: dict[str, Any]) -> Any:
+        """In a thread of its own: a function that hangs cannot be ended, but need not be waited for."""
+        answer: list[Any] = []
+        errors: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                answer.append(self._awaited(self.function(**arguments)))
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(self.source.timeout)
+        if errors:
+            error = errors[0]
+            raise RewardError(f"the reward {self.source.path} raised {type(error).__name__}: {error}") from error
+        if not answer:
+            raise RewardError(f"the reward {self.source.path} has not answered within {self.source.timeout:g} s")
+        return answer[0]
+
+    def _awaited(self, result: Any) -> Any:
+        """The result of a function, or of the coroutine that it returned."""
+
+        async def wait() -> Any:
+            return await result
+
+        if not inspect.isawaitable(result):
+            return result
+        return asyncio.run_coroutine_threadsafe(wait(), self._loop).result()
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """One for all calls: a client that a module keeps belongs to the loop that it was first used in."""
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        return loop
+
+
+def imported(path: str) -> Callable[..., Any]:
+    """The function that `module:name` or `file.py:name` names. Raises InputError if there is none."""
+    where, _, name = path.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            if spec is None or spec.loader is None or not Path(where).is_file():
+                raise InputError.of(path, f"there is no file {where}", "reward")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(Path(where).stem, module)
+            spec.loader.exec_module(module)
+        else:
+            module = import_module(where)
+        function = getattr(module, name)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a module does when it is imported
+        raise InputError.of(path, f"cannot be imported: {type(error).__name__}: {error}", "reward") from error
+    if not callable(function):
+        raise InputError.of(path, f"{name} is no function", "reward")
+    return function
+
+
+class RewardEndpoint:
+    """A service that answers by HTTP."""
+
+    def __init__(self, source: RewardSource, column: str):
+        self.source, self.column = source, column
+
+    def __call__(self, responses: Sequence[Response]) -> Any:
+        rows = [response.row for response in responses]
+        body = json.dumps(
+            {
+                "prompts": [row[self.column] for row in rows],
+                "completions": [response.text for response in responses],
+                "rows": rows,
+            }
+        )
+        error: Exception | None = None
+        for number in range(_TRIES):
+            if number:
+                time.sleep(min(2.0 ** (number - 1), 10.0))
+            try:
+                return self._post(body.encode())
+            except (OSError, ValueError, KeyError, TypeError) as failed:
+                error = failed
+                if isinstance(failed, urllib.error.HTTPError) and failed.code < 500 and failed.code != 429:
+                    break
+        raise RewardError(f"the reward {self.source.path} cannot be had ({number + 1} tries): {error}") from error
+
+    def _post(self, body: bytes) -> Any:
+        request = urllib.request.Request(self.source.path, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=self.source.timeout) as answer:
+            return json.loads(answer.read())["scores"]
