@@ -36,7 +36,7 @@ from launcher.problems import Report
 from launcher.shared_settings import RESOLVED, OwnSettings
 from launcher.yamlfile import Document, KeyPath, dotted
 from training import modelfiles
-from training.config import Model, Phase, Resources, Settings, Sharding, Source
+from training.config import PPO, Model, Phase, Resources, Settings, Sharding, Source
 from training.data import files, templates
 from training.errors import InputError, Problem
 from training.paths import absolute
@@ -76,6 +76,7 @@ ADDED: dict[str, Any] = {
     "phases.*.model.revision": None,
     "phases.*.model.tokenizer_revision": None,
     "phases.*.data.turns": "auto",
+    "phases.*.model.resize_embedding": "never",
 }
 """Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
 they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""
@@ -351,6 +352,9 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
                 yield (*prefix, *where), problem
             for problem in modelfiles.unmatched_targets(phase.model) if not problems else ():
                 yield (*prefix, "model", "lora", "targets"), problem
+        for key, path in _judging_models(phase) if isinstance(phase, PPO) else ():
+            for message in _folder_problems(path) if not away(path) else ():
+                yield (*prefix, key), message
         tokenizer = phase.model.tokenizer
         if (
             tokenizer
@@ -386,6 +390,23 @@ def _template_problem(template: str) -> str | None:
     if template in names:
         return None
     return f"no template {template}; there are {', '.join(names)}, or name a Jinja file{did_you_mean(template, names)}"
+
+
+def _judging_models(phase: PPO) -> Iterator[tuple[str, str]]:
+    """Folders of reward models, and of what the critic starts from."""
+    named = [("reward", source.path) for source in phase.rewards if source.is_model]
+    for key, path in [*named, *([("critic", phase.critic)] if phase.critic else [])]:
+        if os.path.isabs(path):
+            yield key, path
+
+
+def _folder_problems(path: str) -> list[str]:
+    """What keeps a folder from being loaded as a classifier, or with a scalar head in place of the one for tokens."""
+    try:
+        modelfiles.inspect(Path(path), tokenizer_elsewhere=True, trust_remote_code=True, classifier=True)
+    except InputError as error:
+        return [str(problem) for problem in error.problems]
+    return []
 
 
 def _model_problems(phase: Phase) -> list[str]:

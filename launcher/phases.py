@@ -168,6 +168,8 @@ class _Drafting:
         """The phase with absolute paths, and the model path of the phase that it starts from."""
         model = phase.model
         update: dict[str, Any] = {"path": self.start_path(phase, valid)}
+        if phase.from_ in valid and valid[phase.from_].model.resize_embedding == "auto":
+            update["resize_embedding"] = "auto"  # the embedding is as that phase leaves it
         if model.tokenizer is not None:
             update["tokenizer"] = self.model_path(("model", "tokenizer"), model.tokenizer)
         update["revision"] = self.revision(phase, update["path"], valid)

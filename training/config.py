@@ -70,7 +70,7 @@ class Data(Settings):
     """Which rows a phase reads and how they become tokens."""
 
     train: str | Annotated[list[str | Source], Field(min_length=1)] = Field(examples=["data/train.jsonl"])
-    """Path, glob, hub name, or a list of them or of {path, weight}."""
+    """Path, glob, hub name, {path, split, revision}, or a list of them or of {path, weight}."""
     eval: str | Annotated[list[str | Source], Field(min_length=1)] | None = None
     """Held-out rows for the evaluation loss."""
     format: Literal[
@@ -102,6 +102,12 @@ class Data(Settings):
     pack: bool = True
     """Put several samples into one row, with attention that never crosses them. Changes speed, never the loss."""
 
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _as_list(cls, given: object) -> object:
+        """One source may be written without a list around it."""
+        return [given] if isinstance(given, dict) else given
+
 
 class Lora(Settings):
     """Low-rank adapters on frozen weights (arXiv:2106.09685)."""
@@ -111,7 +117,8 @@ class Lora(Settings):
     alpha: PositiveFloat = 32.0
     """The added product counts alpha / rank times."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Linear layers that get an adapter, by the ends of their names, such as [q_proj, v_proj]. all-linear: all but the head."""
+    """Linear layers that get an adapter, by the ends of their names, such as [q_proj, v_proj]. all-linear: all but the head
+    and those that PEFT could not load into a model of this type, which is told."""
     bits: Literal[4] | None = None
     """4: the frozen weights in 4-bit NF4 (QLoRA, arXiv:2305.14314). Needs a GPU and bitsandbytes."""
 
@@ -148,6 +155,9 @@ class Model(Settings):
     """Hub id or folder of the tokenizer. None: the model's own."""
     tokenizer_revision: str | None = None
     """Branch, tag or commit of `tokenizer`, where that is on the hub."""
+    resize_embedding: Literal["never", "auto"] = "never"
+    """What happens when the tokenizer has more tokens than the embedding has rows. never: data with such tokens are refused. auto: embedding
+    and head grow to the tokenizer's size; the new rows begin as the mean of the others. With LoRA, embedding and head are then trained whole."""
 
 
 class Schedule(Settings):
@@ -646,6 +656,8 @@ class PPO(Phase):
     def shares_base(self) -> bool:
         """Whether roles of a worker that begin with the same weights hold them once: that is what adapters are for. Under
         ZeRO-3, where two engines cannot share parameters, every role has its own."""
+        if self.model.resize_embedding == "auto":  # then each role trains an embedding of its own
+            return False
         return self.model.lora is not None and self.sharding.stage < 3
 
     @property

@@ -20,6 +20,7 @@ from training.modelfiles import CLASSIFIER_SUFFIX, adapter_in, inspect, window_o
 from training.questions import Question
 from training.recipes.reward import score
 from training.sampling import Continued, Heard, Sampling, continue_all
+from training.vocabulary import beyond, embedding_rows
 
 
 class Evaluator:
@@ -56,12 +57,15 @@ class Texts:
         """Whether a text is a user's turn."""
         self.window = window_of(path)
         """How many positions the model has, if it says."""
+        self.rows = embedding_rows(path)
 
     def ids(self, content: str | Chat) -> list[int]:
         """The tokens of a prompt that leave room for a response. Raises RowError for one that cannot be put to the model."""
         ids = self.tokens(content)
         if not ids:
             raise RowError("the prompt comes to no tokens; give it some text")
+        if wrong := beyond(ids, self.rows, self.tokenizer):
+            raise RowError(wrong)
         if self.window is not None and len(ids) >= self.window:
             raise RowError(
                 f"the prompt has {len(ids):,} tokens, the model has {self.window:,} positions for it and the response; shorten it"

@@ -19,17 +19,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training.checkpoint import Reader
-from training.config import Lora, Phase
+from training.config import Phase
 from training.data.render import Renderer, tokenizer_for
 from training.data.templates import without_marks
 from training.data.turn_end import stop_tokens
 from training.errors import TrainingError
-from training.lora import NAME, base_name, delta, write_folder
-from training.modelfiles import FACTS, base_of, inspect
+from training.layout import buffers
+from training.lora import NAME, base_name, delta, transposed_in, write_folder
+from training.modelfiles import (
+    EMBEDDING,
+    FACTS,
+    SCORE,
+    TOKEN_HEADS,
+    base_of,
+    inspect,
+    merge_first,
+    tensor_shapes,
+)
 from training.recipes import RECIPES
 from training.storage import Local, Place, upload
+from training.vocabulary import embedding_rows
 
 SHARD_BYTES = 4 << 30
+_HEADS = ("lm_head", "embed_out", SCORE)
 
 
 def export(checkpoint: Place, out: Place, phase: Phase, *, merge: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
@@ -70,17 +82,25 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     tokenizer = renderer.tokenizer
     facts = _facts(reader, phase, classifier)
     if classifier:
-        _give_pad_token(tokenizer)
+        give_pad_token(tokenizer, chats=reader.manifest.chats, rows=embedding_rows(phase.model.path))
     if lora is not None and not merge:
         write_folder(staged, dict(_weights(reader, dtype)), phase, classifier=classifier)
     else:
-        weights = _weights(reader, dtype) if lora is None else _merged(reader, base, lora, dtype, classifier)
+        write = _whole if lora is None else _merged
+        weights = write(reader, phase, dtype, classifier)
         _write_weights(staged, weights, shard_bytes)
-        _write_config(staged, phase, base, dtype, tokenizer, classifier)
+        _write_config(staged, phase, base, dtype, tokenizer, classifier, _rows_of_embedding(reader))
     if not classifier:
         facts["stop_tokens"] = _write_generation_config(staged, phase, base, renderer, chats=reader.manifest.chats)
     tokenizer.save_pretrained(staged)
     (staged / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _whole(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
+    """All that a model's folder holds: the weights as they were trained, and what lies beside them in the base."""
+    yield from _weights(reader, dtype)
+    base = phase.model.model_copy(update={"path": base_of(phase.model.path), "attention": "auto"})
+    yield from buffers(base, classifier=classifier)
 
 
 def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -88,30 +108,63 @@ def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]
         yield name, torch.from_numpy(reader.whole(name)).to(dtype)
 
 
-def _merged(
-    reader: Reader, base: str, lora: Lora, dtype: torch.dtype, classifier: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """The base's weights with the adapters added, tensor by tensor, and what was trained whole."""
-    trained = set(reader.parameters)
-    downs = {base_name(name.replace(f".lora_A.{NAME}.", ".")): name for name in trained if ".lora_A." in name}
+def _merged(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
+    """The base's weights with the adapters added, tensor by tensor, and what was trained whole; by the names of the loaded model."""
+    base, lora = Path(base_of(phase.model.path)), phase.model.lora
+    assert lora is not None, "a phase that has trained adapters"
+    downs = {base_name(name.replace(f".lora_A.{NAME}.", ".")): name for name in reader.parameters if ".lora_A." in name}
+    whole = [name for name in reader.parameters if ".lora_" not in name]
+    rows, transposed = _rows_of_embedding(reader), transposed_in(phase)
     body = next(iter(downs)).partition(".")[0] + "."
-    for file in inspect(Path(base), tokenizer_elsewhere=True, trust_remote_code=True, classifier=True).weight_files:
+    for name, tensor in _of_base(base, phase, body, set(downs)):
+        is_tied_copy = rows is not None and name.endswith(TOKEN_HEADS) and len(tensor) != rows
+        if name in whole or is_tied_copy or (classifier and not name.startswith(body)):
+            continue
+        if down := downs.pop(name, None):
+            a, b = (torch.from_numpy(reader.whole(each)) for each in (down, down.replace(".lora_A.", ".lora_B.")))
+            change = delta(a, b, lora.alpha / lora.rank)
+            tensor = tensor.float() + (change.T if name in transposed else change)
+        yield name, tensor.to(dtype)
+    for name in sorted([*whole, *downs]):
+        if name in downs:
+            raise TrainingError(f"{base} has no weight {name}, which the adapter was trained on: {merge_first(base)}")
+        yield name, torch.from_numpy(reader.whole(name)).to(dtype)
+
+
+def _of_base(base: Path, phase: Phase, body: str, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the base by their names in the loaded model: read one by one where the files have these names, but perhaps for the
+    prefix of the body, which GPT-2 as published lacks; else from the loaded model."""
+    stored = tensor_shapes(base)
+    lacks_prefix = not any(name.startswith(body) for name in stored)
+    names = {
+        name: f"{body}{name}" if lacks_prefix and name.partition(".")[0] not in _HEADS else name for name in stored
+    }
+    if not wanted <= set(names.values()):
+        yield from _of_loaded(base, phase)
+        return
+    for file in inspect(base, tokenizer_elsewhere=True, trust_remote_code=True, classifier=True).weight_files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                if name in trained or (classifier and not name.startswith(body)):
-                    continue
-                tensor = tensors.get_tensor(name)
-                if down := downs.pop(name, None):
-                    up = down.replace(".lora_A.", ".lora_B.")
-                    a, b = (torch.from_numpy(reader.whole(each)) for each in (down, up))
-                    change = delta(a, b, lora.alpha / lora.rank)
-                    tensor = tensor.float() + (change if change.shape == tensor.shape else change.T)
-                yield name, tensor.to(dtype)
-    if downs:
-        raise TrainingError(f"{base} stores its weights under other names: {', '.join(sorted(downs)[:3])} is not there")
-    for name in sorted(trained):
-        if ".lora_" not in name:
-            yield name, torch.from_numpy(reader.whole(name)).to(dtype)
+                yield names[name], tensors.get_tensor(name)
+
+
+def _of_loaded(base: Path, phase: Phase) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model that transformers renames or joins while it loads them. Tied ones once."""
+    from transformers import AutoModelForCausalLM
+
+    lm: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype="auto", use_safetensors=True, trust_remote_code=phase.model.trust_remote_code
+    )
+    seen: set[int] = set()
+    for name, tensor in lm.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            yield name, tensor
+
+
+def _rows_of_embedding(reader: Reader) -> int | None:
+    """Rows of the embedding, if it was trained."""
+    return next((shape[0] for name, shape in reader.parameters.items() if EMBEDDING.search(name)), None)
 
 
 def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
@@ -144,16 +197,21 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_by
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _write_config(folder: Path, phase: Phase, base: str, dtype: torch.dtype, tokenizer: Any, classifier: bool) -> None:
+def _write_config(
+    folder: Path, phase: Phase, base: str, dtype: torch.dtype, tokenizer: Any, classifier: bool, rows: int | None
+) -> None:
     from transformers import AutoConfig
 
     revision = phase.model.revision or "main"
     config: Any = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code, revision=revision)
     config.dtype = dtype
+    if rows is not None and rows > config.get_text_config().vocab_size:  # it has grown
+        config.get_text_config().vocab_size = rows
     if classifier:
         config.architectures = [_classifier_of(config)]
         config.num_labels = 1
-        config.pad_token_id = tokenizer.pad_token_id
+        for each in {id(config): config, id(text := config.get_text_config()): text}.values():
+            each.pad_token_id = tokenizer.pad_token_id
     config.save_pretrained(folder)
 
 
@@ -182,11 +240,41 @@ def _classifier_of(config: Any) -> str:
     return kind.__name__
 
 
-def _give_pad_token(tokenizer: Any) -> None:
-    """A reward model finds the last token by looking for padding, so that must not be the token that answers end with."""
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        other = next(i for i in range(2) if i != tokenizer.eos_token_id)
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(other)
+def give_pad_token(tokenizer: Any, *, chats: bool, rows: int | None) -> None:
+    """See that the tokenizer of a reward model pads with a token that no sequence ends with.
+
+    transformers reads the score at the last token that is not the padding. `rows`: of the embedding, where they are known. Without such a
+    token the padding is left out: transformers then reads the last token, and refuses batches.
+    """
+    ends = _last_tokens(tokenizer, chats)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+        return
+    vocabulary = tokenizer.get_vocab()
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    by_name = sorted(special, key=lambda token: "pad" not in token.lower())
+    # Of text in UTF-8 no byte is 0xFF: the token of this byte (as tokenizers of bytes write it) is in no text.
+    candidates = [tokenizer.unk_token, tokenizer.bos_token, *by_name, "<0xFF>", "\u00ff"]
+    tokenizer.pad_token = next(
+        (
+            token
+            for token in candidates
+            if token in vocabulary and vocabulary[token] not in ends and (rows is None or vocabulary[token] < rows)
+        ),
+        None,
+    )
+
+
+def _last_tokens(tokenizer: Any, chats: bool) -> set[int]:
+    """Tokens that judged sequences may end with: the EOS, and what the chat template writes last."""
+    from training.data.formats import Chat
+    from training.data.render import Renderer, Sample
+
+    ends = {tokenizer.eos_token_id}
+    if chats:
+        turns = [("user", "a"), ("assistant", "b")]
+        chat = Chat([{"role": role, "content": text} for role, text in turns], learnt=(1,))
+        ends |= {int(each.ids[-1]) for each in Renderer(tokenizer).render([chat]) if isinstance(each, Sample)}
+    return ends
 
 
 def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:

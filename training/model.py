@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,17 +13,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training import attention, kernels, lora
+from training import attention, kernels, lora, vocabulary
 from training.config import Model, Phase
 from training.engine import whole
 from training.errors import InputError, Problem
 from training.hardware import cpu_multiplies_bf16
 from training.heads import measured_at
+from training.modelfiles import SCORE as HEAD
 from training.modelfiles import Adapter, adapter_in, base_of
 from training.seeding import seed_for
 
-HEAD = "score"
-"""What Hugging Face's sequence classifiers of the decoder kind call their head."""
+_NOISE = re.compile(r"dropout|pdrop$|layerdrop|drop_path")
+"""Settings of how much is left out at random: of activations, or whole layers."""
+_ROUTES = re.compile(r"Router|(Moe|MoE)Block")
+"""Classes of transformers that choose experts."""
 
 
 def resolve_dtype(setting: str, device: str) -> torch.dtype:
@@ -46,14 +51,32 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
     adapter = adapter_in(phase.model.path)
     settings = phase.model.model_copy(update={"path": base_of(phase.model.path)})
     lm, fresh_head = pretrained(settings, dtype, device, classifier=classifier)
+    if adapter is not None:
+        _bring_rows(lm, adapter)
+    grows = phase.model.resize_embedding == "auto" and vocabulary.grow(lm, vocabulary.tokenizer_rows(phase.model))
     if adapter is not None and phase.model.lora is None:
         lora.merge(lm, adapter)
     elif phase.model.lora is not None:
+        of_tokens = lora.token_parameters(lm) if grows else []
         lora.add(lm, phase, adapter)
+        lora.train_whole(lm, of_tokens)
     if classifier:
         set_head(lm, phase, adapter, fresh=fresh_head)
+    _keep_routers_still(lm)
     lm.train()
     return lm
+
+
+def _keep_routers_still(lm: nn.Module) -> None:
+    """Have routers send tokens to experts as in evaluation, always: some disturb or draw at random in training."""
+    for module in lm.modules():
+        if _ROUTES.search(type(module).__name__):
+            module.train = partial(_evaluates, module)  # type: ignore[method-assign]
+
+
+def _evaluates(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of `train`, which a model calls of its parts."""
+    return nn.Module.train(module, False)
 
 
 def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Module:
@@ -62,13 +85,24 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Mo
     adapter = adapter_in(path)
     dtype: Any = "auto" if kind == "cpu" else resolve_dtype("auto", kind)
     base = Model(path=base_of(path), revision=adapter.revision if adapter is not None else None)
-    lm, _ = pretrained(base, dtype, kind, classifier=classifier)
+    lm, fresh_head = pretrained(base, dtype, kind, classifier=classifier)
+    brings_head = adapter is not None and HEAD in adapter.heads
+    if fresh_head and not brings_head:
+        raise InputError.of(path, f"is no reward model: it has no scalar head `{HEAD}`; the recipe `reward` trains one")
     if adapter is not None:
+        _bring_rows(lm, adapter)
         lora.merge(lm, adapter)
-        if classifier:
+        if classifier and brings_head:
             weight: Any = head_of(lm).weight
             weight.data.copy_(lora.head_in(adapter, HEAD))
     return lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
+
+
+def _bring_rows(lm: Any, adapter: Adapter) -> None:
+    """The embedding and the head that an adapter brings, in place of the model's own."""
+    if adapter.embedding_rows is not None:
+        vocabulary.grow(lm, adapter.embedding_rows)
+    lora.put_whole(lm, adapter)
 
 
 def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:
@@ -199,7 +233,7 @@ def resolve_kernels(model: Model, device: str) -> kernels.Kernels:
 
 
 def load_config(model: Model) -> Any:
-    """The model's configuration with every dropout set to 0. Raises InputError if there is none to be read."""
+    """The model's configuration with all that is random in training set to 0. Raises InputError if there is none to be read."""
     from transformers import AutoConfig
 
     try:
@@ -208,11 +242,18 @@ def load_config(model: Model) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError.of(model.path, f"cannot load the model: {error}", "model") from error
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, key, 0.0)
+    _without_noise(config)
     config.use_cache = False
     return config
+
+
+def _without_noise(config: Any) -> None:
+    """Set what is random in training to 0, also in the settings of a part of the model: else the loss would depend on it."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, dict) and hasattr(part := getattr(config, key, None), "to_dict"):
+            _without_noise(part)
+        elif isinstance(value, float) and _NOISE.search(key):
+            setattr(config, key, 0.0)
 
 
 def resolve_attention(model: Model, device: str) -> str:

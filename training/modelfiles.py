@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,10 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 PEFT_PREFIX = "base_model.model."
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 EMBEDDING = re.compile(r"(embed_tokens|tok_embeddings|word_embeddings|embed_in|wte)\.weight$")
+TOKEN_HEADS = ("lm_head.weight", "embed_out.weight")
+"""What the weights of a head for tokens are called, unless they are those of the embedding."""
+SCORE = "score"
+"""What Hugging Face's sequence classifiers of the decoder kind call their head."""
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -56,6 +60,8 @@ class _Tensor:
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    start: int
+    """Place of its first byte in the file."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,21 @@ class Adapter:
     """Folder or hub id of the model that it was trained on."""
     rank: int
     alpha: float
-    targets: list[str]
+    targets: list[str] | str
+    """Ends of the names of the layers that have adapters, or a regular expression for whole names."""
     heads: list[str]
-    """Modules that were trained whole beside it."""
+    """Scalar heads that were trained whole beside it."""
+    whole: dict[str, tuple[int, ...]]
+    """Parameters of the language model that are saved whole, by the model's own names, with their shapes: embedding and head."""
+    classifier: bool
+    """Whether it is the adapter of a reward model."""
     revision: str | None = None
     """Of the base, if that is on the hub."""
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """Rows of the embedding that it brings, if it brings one."""
+        return next((shape[0] for name, shape in self.whole.items() if EMBEDDING.search(name)), None)
 
 
 def facts_in(folder: str) -> dict[str, Any]:
@@ -90,7 +106,7 @@ def is_adapter(folder: Path) -> bool:
 def adapter_in(path: str) -> Adapter | None:
     """The adapter that a folder holds, None if it holds a whole model, or the path is a hub id.
 
-    Raises InputError for adapters of a kind that cannot be trained on or merged here.
+    Raises InputError for adapters of which a setting or a tensor would not be applied here.
     """
     folder = Path(path)
     if not is_adapter(folder):
@@ -98,32 +114,97 @@ def adapter_in(path: str) -> Adapter | None:
     file = folder / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        rank, alpha, base = config["r"], float(config["lora_alpha"]), str(config["base_model_name_or_path"])
-        targets = config["target_modules"]
+        kind, base = str(config["peft_type"]), str(config["base_model_name_or_path"])
+        rank, alpha = (config["r"], float(config["lora_alpha"])) if kind == "LORA" else (0, 0.0)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError.of(str(file), f"not a readable adapter of LoRA ({error!r}); copy it again") from None
-    odd = [key for key in _VARIANTS if config.get(key) not in (None, False, "none", "", [], {})]
-    if config.get("peft_type") != "LORA" or odd or not isinstance(targets, list):
-        kind = ", ".join(odd) or f"{config.get('peft_type')} with target_modules {targets!r}"
-        raise InputError.of(
-            str(file), f"a kind of adapter that cannot be loaded here ({kind}); merge it first with PEFT"
-        )
+    odd = _settings_not_applied(config) if kind == "LORA" else [f"peft_type {kind}"]
+    if odd:
+        raise _not_loaded(file, odd, folder)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise InputError.of(str(folder), f"has no {ADAPTER_WEIGHTS}{_contents(folder)}")
-    heads = list(config.get("modules_to_save") or [])
-    return Adapter(folder, base, rank, alpha, sorted(targets), heads, config.get("revision"))
+    shapes = _adapter_shapes(folder)
+    if unknown := _tensors_not_applied(shapes):
+        raise _not_loaded(folder / ADAPTER_WEIGHTS, [f"tensors {_some(unknown, 3)}"], folder)
+    saved = {name: shape for name, shape in shapes.items() if ".lora_" not in name}
+    heads = [SCORE] if f"{SCORE}.weight" in saved else []
+    return Adapter(
+        folder, base, rank, alpha, _targets(config["target_modules"]), heads,
+        whole={name: shape for name, shape in saved.items() if name != f"{SCORE}.weight"},
+        classifier=bool(heads) or config.get("task_type") == "SEQ_CLS",
+        revision=config.get("revision"),
+    )  # fmt: skip
 
 
-_VARIANTS = (
-    "use_dora",
-    "use_rslora",
-    "bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "lora_bias",
-    "target_parameters",
-)
+def _targets(given: Any) -> list[str] | str:
+    return given if isinstance(given, str) else sorted(given)
+
+
+_NOTHING: tuple[Any, ...] = (None, False, "none", "", [], {})
+_HARMLESS = {
+    *(
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "inference_mode",
+        "peft_version",
+    ),
+    *("r", "lora_alpha", "target_modules", "modules_to_save", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout"),
+    *("init_lora_weights", "layers_pattern", "megatron_core", "runtime_config", "qalora_group_size"),
+    *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
+}
+"""Settings of PEFT's LoraConfig that are applied, or that only say how the training began."""
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the weights of the model below as they are."""
+
+
+def _settings_not_applied(config: dict[str, Any]) -> list[str]:
+    """Settings of an adapter that change what it computes and are not applied here. Unknown ones count as such."""
+    odd = [key for key, value in config.items() if key not in _HARMLESS and value not in _NOTHING]
+    if (start := config.get("init_lora_weights")) not in _STARTS:
+        odd.append(f"init_lora_weights {start}, which changes the weights below the adapter")
+    if not isinstance(targets := config.get("target_modules"), list | str):
+        odd.append(f"target_modules {targets!r}")
+    return sorted(odd)
+
+
+def _tensors_not_applied(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Tensors of an adapter that are neither halves of an adapter on a linear layer nor a whole embedding or head."""
+    heads = (*TOKEN_HEADS, *(name.replace(".weight", ".bias") for name in TOKEN_HEADS), f"{SCORE}.weight")
+    other = {".lora_A.weight": ".lora_B.weight", ".lora_B.weight": ".lora_A.weight"}
+
+    def applied(name: str) -> bool:
+        for half, counterpart in other.items():
+            if name.endswith(half):
+                return name.replace(half, counterpart) in shapes and not EMBEDDING.search(name.replace(half, ".weight"))
+        return bool(EMBEDDING.search(name)) or name.endswith(heads)
+
+    return sorted(name for name in shapes if not applied(name))
+
+
+def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of an adapter's tensors, by names without PEFT's prefix."""
+    try:
+        tensors = _read_header(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise InputError.of(str(folder / ADAPTER_WEIGHTS), str(error)) from None
+    return {name.removeprefix(PEFT_PREFIX): tensor.shape for name, tensor in tensors.items()}
+
+
+def _not_loaded(file: Path, odd: Sequence[str], folder: Path) -> InputError:
+    message = f"a kind of adapter that cannot be loaded here ({', '.join(odd)}): a part of it would not be applied; "
+    return InputError.of(str(file), message + merge_first(folder))
+
+
+def merge_first(folder: Path) -> str:
+    """How to get a whole model of an adapter by PEFT alone."""
+    return (
+        "merge it first with PEFT, and give the merged folder:\n"
+        f'  model = peft.AutoPeftModelForCausalLM.from_pretrained("{folder}").merge_and_unload()\n'
+        f'  model.save_pretrained("merged")  # and the tokenizer into the same folder'
+    )
 
 
 def base_of(path: str) -> str:
@@ -148,13 +229,65 @@ def unmatched_targets(model: Model) -> list[str]:
     folder = Path(base_of(model.path))
     if model.lora is None or isinstance(model.lora.targets, str) or not folder.is_dir():
         return []
-    matrices = [
-        name.removesuffix(".weight")
-        for file in inspect(folder, tokenizer_elsewhere=True, trust_remote_code=True, classifier=True).weight_files
-        for name, tensor in _read_header(file).items()
-        if len(tensor.shape) == 2 and not EMBEDDING.search(name)
+    stored = tensor_shapes(folder)
+    if not any("experts" in name for name in stored):
+        problems = unmatched(model.lora.targets, _linear(stored))
+        if not problems:
+            return []
+    loaded = loaded_shapes(folder, model.trust_remote_code)
+    return unmatched(model.lora.targets, _linear(stored if loaded is None else loaded))
+
+
+def _linear(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Names of the linear layers among parameters."""
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and not EMBEDDING.search(name)]
+    return [name.removesuffix(".weight") for name in matrices]
+
+
+def rows_of_embedding(folder: Path) -> int | None:
+    """Rows of the token embedding in a folder's weights; None if they do not say."""
+    shapes = tensor_shapes(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    names = _embeddings(shapes, _whole(config, "vocab_size") if isinstance(config, dict) else None)
+    return shapes[names[0]][0] if names else None
+
+
+def _embeddings(shapes: Mapping[str, tuple[int, ...]], vocab_size: int | None) -> list[str]:
+    """Names of the token embedding: by its usual names, else a matrix with a row for each token that is no head."""
+    usual = [name for name in shapes if EMBEDDING.search(name)]
+    as_many = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == vocab_size]
+    return sorted(usual, key=lambda name: name not in as_many) or [
+        name for name in as_many if not name.endswith(TOKEN_HEADS)
     ]
-    return unmatched(model.lora.targets, matrices)
+
+
+def loaded_shapes(folder: Path, trust_remote_code: bool = False) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the parameters of the loaded model, by the names that it has then: those of the files may be others.
+
+    Loads torch. None if transformers cannot build a model of this configuration.
+    """
+    from training.shape import on_meta_device
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return on_meta_device(config, trust_remote_code)
+
+
+def stored_as(parameter: str, stored: Mapping[str, Any]) -> str | None:
+    """The name in the files of a parameter of the loaded model: the same, or without or with the prefix of the body.
+
+    GPT-2 as published lacks the prefix `transformer.`. None: it has another name, or is not there.
+    """
+    without = parameter.partition(".")[2]
+    for name in (parameter, without):
+        if name in stored:
+            return name
+    return next((name for name in stored if name.endswith(f".{parameter}")), None)
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -223,7 +356,7 @@ def inspect(
 def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool, classifier: bool) -> ModelFacts:
     """The facts of the model that an adapter was trained on."""
     base = Path(adapter.base)
-    if adapter.heads and not classifier:
+    if adapter.classifier and not classifier:
         raise InputError.of(
             str(adapter.folder), "the adapter of a reward model is no causal language model; give a language model"
         )
@@ -238,23 +371,63 @@ def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool,
         trust_remote_code=trust_remote_code,
         classifier=classifier,
     )
-    try:
-        shapes = {name: tensor.shape for name, tensor in _read_header(adapter.folder / ADAPTER_WEIGHTS).items()}
-        weights = {name: t.shape for file in facts.weight_files for name, t in _read_header(file).items()}
-    except (OSError, ValueError) as error:
-        raise InputError.of(str(adapter.folder / ADAPTER_WEIGHTS), str(error)) from None
-    for name, shape in shapes.items():
+    problem = _misfit(adapter, base, trust_remote_code) or _unlike_halves_of_a_tie(adapter, base)
+    if problem:
+        raise InputError.of(str(adapter.folder), problem)
+    return facts
+
+
+def _misfit(adapter: Adapter, base: Path, trust_remote_code: bool) -> str:
+    """What of an adapter does not fit the model below it. By the names of the loaded model where the files have others."""
+    stored, loaded = tensor_shapes(base), None
+    for name, shape in _adapter_shapes(adapter.folder).items():
         if not name.endswith(".lora_A.weight"):
             continue
-        weight = name.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".")
-        found = weights.get(weight)
+        weight = name.replace(".lora_A.", ".")
+        found = stored.get(stored_as(weight, stored) or "")
+        if found is None:
+            loaded = loaded if loaded is not None else loaded_shapes(base, trust_remote_code) or {}
+            found = loaded.get(weight)
         if found is None or shape[1] not in found:
+            if found is None and weight.endswith(TOKEN_HEADS):
+                return (
+                    f"has an adapter on {weight}, which is the embedding of {adapter.base}, too: it cannot be merged into the "
+                    "one without the other; merge it first with PEFT into a model whose head is not tied to the embedding"
+                )
             has = "does not have" if found is None else f"has as {list(found)}, for an adapter of {shape[1]}"
-            raise InputError.of(
-                str(adapter.folder),
-                f"is an adapter for another model: {weight}, which {adapter.base} {has}; give its own model",
-            )
-    return facts
+            return f"is an adapter for another model: {weight}, which {adapter.base} {has}; give its own model"
+    return ""
+
+
+def _unlike_halves_of_a_tie(adapter: Adapter, base: Path) -> str:
+    """What is wrong with an embedding or a head that was saved whole where the model below has one tensor for both."""
+    named = [name for name in adapter.whole if name.endswith(".weight")]
+    if not named or any(name.endswith(TOKEN_HEADS) for name in tensor_shapes(base)):
+        return ""
+    if len(named) == 2 and _equal_bytes(adapter.folder / ADAPTER_WEIGHTS, [PEFT_PREFIX + name for name in named]):
+        return ""
+    config = json.loads((adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if config.get("ensure_weight_tying") and len(named) == 1:
+        return ""
+    return (
+        f"was saved with {' and '.join(named)} whole, but {adapter.base} has one tensor for embedding and head, so they cannot be "
+        f"applied apart; {merge_first(adapter.folder)}\n  with model.config.tie_word_embeddings = False before it is saved"
+    )
+
+
+def _equal_bytes(file: Path, names: Sequence[str]) -> bool:
+    """Whether tensors of a safetensors file have the same type, shape and content."""
+    import numpy as np
+
+    tensors = _read_header(file)
+    first, *rest = (tensors.get(name) for name in names)
+    if first is None or any(
+        other is None or (other.dtype, other.shape) != (first.dtype, first.shape) for other in rest
+    ):
+        return False
+    content = np.memmap(file, np.uint8, mode="r")
+    same = [content[each.start :][: each.bytes] for each in (first, *rest) if each is not None]
+    return all(np.array_equal(same[0], other) for other in same[1:])
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -365,8 +538,8 @@ class _Check:
 
     def tensors(self, tensors: dict[str, _Tensor], config: dict[str, Any]) -> None:
         """Checks that the tensors are those of a whole language model of this configuration."""
-        embeddings = [name for name in tensors if EMBEDDING.search(name)]
         vocab_size = _whole(config, "vocab_size")
+        embeddings = _embeddings({name: tensor.shape for name, tensor in tensors.items()}, vocab_size)
         if not embeddings:
             self.refuse(
                 self.folder, f"its weights have no token embedding; the first tensors are {_some(sorted(tensors))}"
@@ -425,7 +598,7 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
         raw = stream.read(length)
     try:
         entries = json.loads(raw)
-        tensors = dict(_tensors(entries))
+        tensors = dict(_tensors(entries, 8 + length))
         end = max((entries[name]["data_offsets"][1] for name in tensors), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError("its header is malformed; copy it again") from None
@@ -436,14 +609,17 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
     return tensors
 
 
-def _tensors(entries: dict[str, Any]) -> Iterator[tuple[str, _Tensor]]:
+def _tensors(entries: dict[str, Any], data: int) -> Iterator[tuple[str, _Tensor]]:
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
         first, last = entry["data_offsets"]
         if not 0 <= first <= last:
             raise ValueError
-        yield name, _Tensor(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), last - first)
+        yield (
+            name,
+            _Tensor(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), last - first, data + first),
+        )
 
 
 def window_of(path: str) -> int | None:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from training import pulse
 from training.data.order import mix
+from training.errors import InputError
 from training.kvcache import give_room
+from training.vocabulary import beyond, rows_in
 
 Heard = Callable[[int, int], None]
 """Is told which prompt goes on, and with what token."""
@@ -72,7 +74,10 @@ def continue_all(
     `lm` is a causal language model with a cache; a prompt has at least one token. At most `batch` go at a time, those of
     like length together; of these, equal prompts are read once. No prompt goes on past `window` tokens, itself counted.
     `heard(i, token)` is told every token of the i-th continuation as it is drawn.
+    Raises InputError for tokens that the model's embedding has no row for.
     """
+    if wrong := beyond((max(prompt, default=-1) for prompt in prompts), rows_in(lm)):
+        raise InputError.of("the prompts", wrong)
     out: dict[int, Continued] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
     for start in range(0, len(by_length), batch):

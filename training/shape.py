@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,12 @@ from typing import Any
 from training import modelfiles
 from training.config import Lora
 from training.errors import InputError
-from training.modelfiles import EMBEDDING, LAYER
+from training.modelfiles import EMBEDDING, LAYER, TOKEN_HEADS
 
-_HEADS = ("lm_head.weight", "embed_out.weight")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Experts that lie apart in the files: in the loaded model those of a layer are one tensor, no linear layers."""
+_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+"""What older files hold beside the parameters."""
 _PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold."""
 _LLAMAS_KIND = ("llama", "mistral", "qwen2")
@@ -58,6 +62,8 @@ class Shape:
     """Parameters of the body that a token is multiplied with: of experts those of the ones that it goes to."""
     idle: int = 0
     """Parameters of experts that a token does not go to."""
+    trains_tokens: bool = False
+    """Whether embedding and head are trained beside adapters."""
     note: str = ""
     """What should be told of where this comes from."""
 
@@ -70,6 +76,11 @@ class Shape:
     def linear(self) -> int:
         """Parameters of the linear layers of the body, which 4 bits are for."""
         return sum(rows * columns for _, rows, columns in self.matrices)
+
+    @property
+    def whole(self) -> int:
+        """Parameters that are trained beside adapters: those of embedding and head."""
+        return self.vocab * self.hidden + self.head if self.trains_tokens else 0
 
     @property
     def as_classifier(self) -> Shape:
@@ -141,7 +152,7 @@ def of_config(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> 
         )
     if kind in _LLAMAS_KIND:
         return of_tensors(config, _of_llamas_kind(config))
-    tensors = _on_meta_device(config, trust_remote_code)
+    tensors = on_meta_device(config, trust_remote_code)
     if tensors is not None:
         return of_tensors(config, tensors)
     if not _number(config, "hidden_size", "n_embd", "d_model"):
@@ -165,7 +176,7 @@ def of_tensors(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
     body = [
         (name.removesuffix(".weight").rpartition(".")[2], shape[0], shape[1])
         for name, shape in tensors.items()
-        if len(shape) == 2 and LAYER.search(name)
+        if len(shape) == 2 and LAYER.search(name) and not _EXPERT.search(name)
     ]
     share = _share_of_experts(config)
     matrices = {name: size for name, size in sizes.items() if len(tensors[name]) in (2, 3) and LAYER.search(name)}
@@ -189,7 +200,7 @@ def of_tensors(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
         vocab=_number(config, "vocab_size") or embedding[0],
         largest=max(modules.values(), default=0),
         biggest=max(sizes.values(), default=0),
-        head=sum(size for name, size in sizes.items() if name.endswith(_HEADS)),
+        head=sum(size for name, size in sizes.items() if name.endswith(TOKEN_HEADS)),
         small=sum(size for size in sizes.values() if size < _PERSISTENT),
         matrices=tuple(body),
         multiplied=sum(matrices.values()) - round((1 - share) * of_experts),
@@ -223,9 +234,7 @@ def _of_folder(folder: Path, trust_remote_code: bool) -> Shape:
     tensors = modelfiles.tensor_shapes(folder)
     if not tensors:
         return of_config(config, trust_remote_code=trust_remote_code)
-    return of_tensors(
-        config, {name: shape for name, shape in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    )
+    return of_tensors(config, {name: shape for name, shape in tensors.items() if not name.endswith(_BUFFERS)})
 
 
 def _of_llamas_kind(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -257,7 +266,7 @@ def _of_llamas_kind(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def _on_meta_device(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, tuple[int, ...]] | None:
+def on_meta_device(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, tuple[int, ...]] | None:
     """Names and shapes as transformers makes them, without memory; None if it does not know the architecture."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -13,6 +13,7 @@ from typing import Literal
 
 from training.config import PPO, Lora, Phase, Sharding
 from training.data.dealing import SDPA_VARLEN, is_varlen, limits_for
+from training.modelfiles import adapter_in
 from training.recipes import RECIPES
 from training.shape import Shape
 
@@ -138,7 +139,7 @@ _TARGETS = {"sft": 0.75, "cft": 0.75}
 
 def trained(shape: Shape, lora: Lora | None) -> int:
     """Parameters that are trained: those of the adapters, or all."""
-    return shape.parameters if lora is None else shape.adapters(lora)
+    return shape.parameters if lora is None else shape.adapters(lora) + shape.whole
 
 
 def bucket_numbers(count: int, device: str) -> int:
@@ -161,7 +162,7 @@ def states(shape: Shape, where: Setting) -> Needs:
     gathered, that is what DeepSpeed's own `estimate_zero3_model_states_mem_needs` says.
     """
     stage, b, t = where.stage, where.bytes, trained(shape, where.lora)
-    all_weights = shape.parameters + (t if where.lora is not None else 0)
+    all_weights = shape.parameters + (t - shape.whole if where.lora is not None else 0)
     part = _share(t, where.workers)
     needs = Needs()
     home = needs.host if where.offloads else needs.device
@@ -298,12 +299,20 @@ class Models:
 
 def models_of(phase: Phase, shape_of: Callable[[str], Shape]) -> Models:
     """The models of a phase, by a function that knows the shape of each from its path."""
-    shape = shape_of(phase.model.path)
+    shape = replace(shape_of(phase.model.path), trains_tokens=_trains_tokens(phase))
     if not isinstance(phase, PPO):
         return Models(shape.as_classifier if RECIPES[phase.recipe].makes == "classifier" else shape)
     rewards = [shape_of(source.path).as_classifier for source in phase.rewards if source.is_model]
     critic = shape_of(phase.critic).as_classifier if phase.critic else next(iter(rewards), shape.as_classifier)
     return Models(shape, critic, rewards)
+
+
+def _trains_tokens(phase: Phase) -> bool:
+    """Whether embedding and head are trained beside adapters: where they may grow, or an adapter has brought them."""
+    if phase.model.lora is None:
+        return False
+    adapter = adapter_in(phase.model.path)
+    return phase.model.resize_embedding == "auto" or (adapter is not None and bool(adapter.whole))
 
 
 def recomputes(phase: Phase, roles: Sequence[str], models: Models, where: Setting, gpu_bytes: float) -> bool:

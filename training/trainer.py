@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training import pulse
+from training import lora, pulse
 from training.breakdown import DATA
 from training.config import Phase
 from training.data.collate import collate
@@ -32,6 +32,8 @@ from training.measures import Row
 from training.profiling import part
 from training.schedule import learning_rate, never_profiled, total_samples, total_steps
 from training.seeding import seed_for
+from training.vocabulary import check_tokens, rows_in
+from training.vocabulary import notes as vocabulary_notes
 
 _TOLD_ROWS = 5
 
@@ -87,6 +89,8 @@ class Trainer(Learner):
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,
+                *vocabulary_notes(self.phase, self.store.meta.tokenizer_rows),
+                *self.left_out,
                 *self._longer_than_the_model(),
                 *never_profiled(self.phase, self.total_steps),
             ],
@@ -113,6 +117,8 @@ class Trainer(Learner):
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
         module: Any = self.build(dtype)
+        self.left_out = lora.left_out(module.lm, self.phase.model.lora)
+        check_tokens(self.phase, [self.store, self.eval_store], rows_in(module.lm))
         self.positions: int | None = getattr(module.lm.config, "max_position_embeddings", None)
         return module
 

@@ -186,3 +186,153 @@ def test_an_adapter_for_another_base_is_refused(tiny, trained, tmp_path):
         (adapter / "adapter_config.json").write_text(json.dumps({**config, variant: True}))
         with pytest.raises(InputError, match=rf"a kind of adapter that cannot be loaded here \({variant}\)"):
             inspect(adapter)
+
+
+def model_of(tiny, folder, config):
+    """A random model of a configuration with the tokenizer of the others."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(tiny / "model", folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward"])
+def test_names_in_files_may_lack_the_prefix_of_the_model(tiny, train, tmp_path, recipe):
+    """As those of GPT-2 as published do: adapters are trained, used, and merged into what transformers alone loads."""
+    from safetensors.torch import load_file, save_file
+    from transformers import GPT2Config
+
+    from training import model as models
+    from training.modelfiles import inspect
+
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2)
+    base = model_of(tiny, tmp_path / "base", config)
+    weights = load_file(base / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+    how = {"model": {"path": str(base), "dtype": "fp32", "lora": LORA}, "max_steps": 3}
+    hooks = train(1, recipe=recipe, **how)
+    classifier = recipe == "reward"
+
+    def of(out, **more):
+        from training.export import export
+
+        export(hooks.last, place(out), phase_of(tiny, recipe, **how), **more)
+        return out
+
+    adapter, merged = of(tmp_path / "adapter"), of(tmp_path / "merged", merge=True)
+    assert inspect(adapter, classifier=classifier).model_type == "gpt2"
+    expected = logits(base, adapter, classifier=classifier)
+    assert logits(merged, classifier=classifier) == pytest.approx(expected, abs=1e-5)
+    if not classifier:
+        import torch
+
+        with torch.no_grad():
+            own = models.for_inference(str(adapter))(torch.tensor(IDS)).logits.numpy()
+        assert own == pytest.approx(expected, abs=1e-5)
+
+
+def test_merging_goes_by_the_names_of_the_loaded_model_where_files_have_others(tiny, train, tmp_path):
+    """Experts lie apart in the files of Mixtral and are one tensor in the loaded model; which adapters leave out, and it is told."""
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    base = model_of(tiny, tmp_path / "base", config)
+    how = {"model": {"path": str(base), "dtype": "fp32", "lora": LORA}, "max_steps": 2}
+    hooks = train(1, **how)
+    (note,) = [note for note in hooks.facts.notes if "experts" in note]
+    assert "down_proj, gate_up_proj" in note
+    assert "k_proj, o_proj, q_proj, v_proj" in note
+    from training.export import export
+
+    for out, merge in (("adapter", False), ("merged", True)):
+        export(hooks.last, place(tmp_path / out), phase_of(tiny, "sft", **how), merge=merge)
+    assert logits(tmp_path / "merged") == pytest.approx(logits(base, tmp_path / "adapter"), abs=1e-5)
+
+
+PARTS = [
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
+    ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+    ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora"),
+    ({"target_modules": ["q_proj"], "use_rslora": True}, "use_rslora"),
+    ({"target_modules": ["q_proj"], "bias": "lora_only"}, "bias"),
+    ({"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}}, "rank_pattern"),
+    ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "norm.weight"),
+    ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "init_lora_weights pissa"),
+]
+
+
+@pytest.mark.parametrize(("settings", "named"), PARTS)
+def test_an_adapter_of_which_a_part_would_not_be_applied_is_refused_by_name(tiny, tmp_path, settings, named):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from training.modelfiles import inspect
+
+    lm = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", r=4, **settings)).save_pretrained(tmp_path)
+    with pytest.raises(InputError) as caught:
+        inspect(tmp_path)
+    assert named in str(caught.value)
+    assert "AutoPeftModelForCausalLM" in str(caught.value)
+
+
+def test_other_kinds_of_peft_are_refused_by_name(tiny, tmp_path):
+    from peft import IA3Config, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from training.modelfiles import inspect
+
+    lm = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    get_peft_model(lm, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"peft_type IA3"):
+        inspect(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_and_a_head_that_were_saved_whole(tiny, train, tmp_path, tied):
+    """They are applied, and trained on; but not where the model below has one tensor for both and they differ."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from training import model as models
+    from training.modelfiles import inspect
+
+    base = model_of(tiny, tmp_path / "base", LlamaConfig.from_pretrained(tiny / "model", tie_word_embeddings=tied))
+    lm = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    )
+    made = get_peft_model(lm, config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    folder = tmp_path / "adapter"
+    made.save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    if tied:
+        with pytest.raises(InputError) as caught:
+            inspect(folder)
+        message = str(caught.value)
+        assert "was saved with lm_head.weight and model.embed_tokens.weight whole" in message
+        assert "one tensor for embedding and head" in message
+        assert "reward model" not in message
+        return
+    expected = logits(base, folder)
+    with torch.no_grad():
+        assert models.for_inference(str(folder))(torch.tensor(IDS)).logits.numpy() == pytest.approx(expected, abs=1e-5)
+    first = [
+        train(workers, stage=stage, max_steps=1, model={"path": str(folder), "dtype": "fp32", "lora": lora}).losses[0]
+        for workers, stage, lora in ((1, 0, {"rank": 4, "alpha": 8}), (1, 0, None))
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)

@@ -186,7 +186,9 @@ def test_a_folder_that_is_not_there_a_file_and_an_adapter(folder, tmp_path_facto
     with pytest.raises(InputError, match="is a file; give the folder"):
         inspect(folder / "config.json")
     (folder / "config.json").rename(folder / "adapter_config.json")
-    assert problems(folder) == ["adapter_config.json: not a readable adapter of LoRA (KeyError('r')); copy it again"]
+    assert problems(folder) == [
+        "adapter_config.json: not a readable adapter of LoRA (KeyError('peft_type')); copy it again"
+    ]
     empty = tmp_path_factory.mktemp("empty")
     assert problems(empty)[0] == "FOLDER: has no config.json; the folder is empty"
 

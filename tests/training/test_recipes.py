@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 
 from tests.training_fixtures import phase_of
@@ -230,3 +232,35 @@ def test_a_metric_that_is_not_measured_is_refused(name):
     }  # fmt: skip
     with pytest.raises(ValueError, match="eval_nonsense is not measured; this phase measures eval_loss"):
         RECIPES[name].config.model_validate(draft)
+
+
+def test_a_reward_models_padding_is_no_token_that_sequences_end_with(tiny, train, tmp_path):
+    """One token is all: begin, end, unknown. transformers reads the score where the export says, alone and in padded batches."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from training.data.render import sides_of
+    from training.data.stores import open_stores
+    from training.export import export
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny / "model", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens(dict.fromkeys(("bos_token", "unk_token", "pad_token"), tokenizer.eos_token))
+    tokenizer.save_pretrained(folder)
+    model = {"model": {"path": str(folder), "dtype": "fp32"}}
+    hooks = train(1, recipe="reward", max_steps=1, batch=8, learning_rate=1e-9, data={"shuffle": False}, **model)
+    export(hooks.last, place(tmp_path / "out"), phase_of(tiny, "reward", **model))
+    lm = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert lm.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    store = open_stores(phase_of(tiny, "reward", **model), tmp_path).train
+    sequences = [side.tolist() for number in range(8) for side in sides_of(*store[number])]
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in sequences)
+    with torch.no_grad():
+        alone = [lm(torch.tensor([ids])).logits.item() for ids in sequences]
+        for side in ("left", "right"):
+            batch = tokenizer.pad({"input_ids": sequences}, return_tensors="pt", padding_side=side)
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            assert lm(**batch).logits[:, 0].tolist() == pytest.approx(alone, abs=1e-5)
+    assert np.mean(alone) == pytest.approx(hooks.rows[0]["reward_mean"], abs=1e-5)

@@ -30,6 +30,7 @@ from training.data.formats import Answer, Chat, Example, Pair, Prompt, PromptCom
 from training.data.turn_end import turn_end
 from training.errors import InputError
 from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
+from training.vocabulary import rows_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -238,6 +239,11 @@ class Renderer:
     def text(self, ids: Sequence[int]) -> str:
         """What tokens say, without special ones."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    @property
+    def tokenizer_rows(self) -> int:
+        """Rows that an embedding needs for every token of the tokenizer."""
+        return rows_for(self._tokenizer)
 
     def chat_template(self, tools: list[dict[str, Any]] | None = None) -> str:
         """The Jinja text that chats are rendered with; what generation should use afterwards, too."""

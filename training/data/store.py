@@ -81,6 +81,10 @@ class Meta:
     """The name that the store would have without `changes`, if there are any."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user."""
+    largest_id: int = -1
+    """The largest token id; -1 in stores that were written before it was noted."""
+    tokenizer_rows: int = 0
+    """Rows that an embedding needs for every token of the tokenizer; 0 where it was not noted."""
     row_bytes: int = 0
     """Of the rows that are kept as they are."""
     parts: list[str] = field(default_factory=list)
@@ -142,6 +146,13 @@ class TokenStore:
         """Tokens of these samples, without looking at the others. [n] -> [n]"""
         return self.offsets[samples + 1] - self.offsets[samples]
 
+    def ids_from(self, first: int) -> list[int]:
+        """Token ids of at least `first` that occur, sorted."""
+        if not self.meta.tokens or -1 < self.meta.largest_id < first:
+            return []
+        tokens = self._arrays["tokens"]
+        return np.unique(tokens[tokens >= first]).tolist()
+
     @property
     def source_sizes(self) -> list[int]:
         """Samples of each source; they lie one source after the other."""
@@ -196,6 +207,7 @@ class StoreWriter:
         num_targets = int(targets.sum())
         self.meta.kept += 1
         self.meta.tokens += len(ids)
+        self.meta.largest_id = max(self.meta.largest_id, int(ids.max()) if len(ids) else -1)
         self.meta.target_tokens += num_targets
         self.meta.source_sizes[source] += 1
         self._append("tokens", ids)

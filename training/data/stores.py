@@ -14,6 +14,7 @@ from training.data.store import TokenStore
 from training.errors import InputError, Problem
 from training.modelfiles import tokenizer_of, tokenizer_revision, window_of
 from training.recipes import RECIPES
+from training.vocabulary import check_tokens, embedding_rows
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def open_stores(phase: Phase, cache: Path) -> Stores:
     train, evaluated = stores
     assert train is not None, "a phase has data to train on"
     check_window(phase, train, window_of(phase.model.path))
+    check_tokens(phase, stores, embedding_rows(phase.model.path))
     return Stores(train, evaluated, _weights(phase.data.train))
 
 

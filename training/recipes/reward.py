@@ -22,10 +22,12 @@ from training.data.collate import collate, to_device
 from training.data.dealing import Limits, deal
 from training.data.render import sides_of
 from training.data.store import TokenStore
+from training.errors import InputError
 from training.lastlayer import looked_at
 from training.pairs import Pair, can_be_trees, mask_of, trees
 from training.profiling import part
 from training.trainer import Trainer
+from training.vocabulary import beyond, rows_in
 
 _AT_ONCE = {"cuda": Limits(micro_tokens=0, micro_batch=32), "cpu": Limits(micro_tokens=512)}
 """How much is scored at once. A CPU gains nothing from more, and pays for the padding of unlike lengths."""
@@ -85,7 +87,12 @@ def scores(
 
 @torch.inference_mode()
 def score(lm: nn.Module, sequences: Sequence[np.ndarray], *, head: nn.Module | None = None) -> list[float]:
-    """The scores of token sequences, those of like length together. One in a row: whatever model a judge is, this it can read."""
+    """The scores of token sequences, those of like length together. One in a row: whatever model a judge is, this it can read.
+
+    Raises InputError for tokens that the model's embedding has no row for.
+    """
+    if wrong := beyond((int(ids.max()) for ids in sequences if len(ids)), rows_in(lm)):
+        raise InputError.of("the reward model", wrong)
     device = next(lm.parameters()).device
     out = [0.0] * len(sequences)
     for rows in deal([len(ids) for ids in sequences], 1, _AT_ONCE[device.type])[0]:

@@ -31,7 +31,7 @@ def with_adapters(
     phase: PPO, dtype: torch.dtype, seat: Seat, name: str, *, classifier: bool = False
 ) -> tuple[nn.Module, Ready]:
     """The model of a phase for one role, and what to call before it computes. `name`: of the role's adapters."""
-    if not phase.shares_base:
+    if not _shares_base(phase):
         return models.load(phase, dtype, seat.device, classifier=classifier), at_once
     lm = _base(phase, dtype, seat)
     existing = adapter_in(phase.model.path)
@@ -49,7 +49,7 @@ def with_adapters(
 
 def as_it_was(phase: PPO, dtype: torch.dtype, seat: Seat) -> tuple[nn.Module, Ready]:
     """The model that a phase starts from, to compare with: where bases are shared with its adapters switched off, or as they were."""
-    if not phase.shares_base:
+    if not _shares_base(phase):
         whole = phase.model_copy(update={"model": phase.model.model_copy(update={"lora": None})})
         return models.load(whole, dtype, seat.device), at_once
     lm = _base(phase, dtype, seat)
@@ -60,6 +60,12 @@ def as_it_was(phase: PPO, dtype: torch.dtype, seat: Seat) -> tuple[nn.Module, Re
     return lm, lambda: lora.activate(lm, "reference")
 
 
+def _shares_base(phase: PPO) -> bool:
+    """Not where an adapter brings an embedding or a head: the roles would train the same one."""
+    existing = adapter_in(phase.model.path)
+    return phase.shares_base and not (existing is not None and existing.whole)
+
+
 def of_reward(path: str, phase: PPO, seat: Seat) -> tuple[nn.Module, nn.Module | None, Ready]:
     """A reward model to ask, its head (None: the model's own), and what to call before it computes.
 
@@ -68,7 +74,8 @@ def of_reward(path: str, phase: PPO, seat: Seat) -> tuple[nn.Module, nn.Module |
     adapter = adapter_in(path)
     if (
         adapter is None
-        or not phase.shares_base
+        or adapter.whole
+        or not _shares_base(phase)
         or adapter.base != base_of(phase.model.path)
         or models.HEAD not in adapter.heads
     ):

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from training import lora, reward_signature
 from training import model as models
-from training import reward_signature
 from training.breakdown import DATA, GENERATION
 from training.config import PPO, Model
 from training.data.dealing import Limits, limits_for
@@ -41,6 +41,8 @@ from training.rl.rewards import opened, total
 from training.sampling import Continued, Sampling, continue_all
 from training.schedule import never_profiled, total_samples, total_steps
 from training.seeding import seed_for
+from training.vocabulary import check_tokens, rows_in
+from training.vocabulary import notes as vocabulary_notes
 
 _BUCKET_NUMBERS = 8 << 20
 """Of a piece of the weights on its way to a rollout group."""
@@ -186,6 +188,8 @@ class Policy(_Learning):
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,
+                *vocabulary_notes(self.phase, self.store.meta.tokenizer_rows),
+                *self.left_out,
                 *reward_signature.notes(self.phase, self.store),
                 *never_profiled(self.phase, total_steps(self.phase, self.order.epoch_size)),
             ],
@@ -195,6 +199,8 @@ class Policy(_Learning):
         lm: Any
         lm, self.ready = with_adapters(self.phase, dtype, self.seat, self.adapter)
         check_window(self.phase, self.store, getattr(lm.config, "max_position_embeddings", None))
+        check_tokens(self.phase, [self.store], rows_in(lm))
+        self.left_out = lora.left_out(lm, self.phase.model.lora)
         return PolicyLoss(lm, self.phase, self.ready)
 
     def roll_out(self, iteration: int, nth: int) -> list[Response]:
