@@ -117,14 +117,15 @@ class Record:
 
     def get(self, column: str) -> Any:
         """The value of an optional column: None if it is absent or null."""
-        return self.row.get(self.name(column))
+        return self.row.get(self.names.get(column, column))
 
     def need(self, column: str) -> Any:
-        if not self.has(column):
-            raise RowError(f"missing column `{self.name(column)}`; the row has {_listed(self.row)}")
-        if self.get(column) is None:
+        value = self.get(column)
+        if value is not None:
+            return value
+        if self.has(column):
             raise RowError(f"column `{self.name(column)}` is null")
-        return self.get(column)
+        raise RowError(f"missing column `{self.name(column)}`; the row has {_listed(self.row)}")
 
     def text(self, column: str) -> str:
         return _text(self.need(column), f"column `{self.name(column)}`")

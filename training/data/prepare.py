@@ -46,8 +46,6 @@ class Findings:
 
     rows: int = 0
     bad: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    """Rows by format."""
     rows_by_part: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     """The first of the bad rows."""
@@ -68,10 +66,10 @@ class Findings:
         if len(self.problems) < SHOWN_PROBLEMS:
             self.problems.append(Problem(row.where, "", str(error)))
 
-    def add_good(self, place: int, format: str) -> None:
-        """A row of the source at `place`."""
-        self.formats[format] += 1
-        self.source_formats[place][format] += 1
+    @property
+    def formats(self) -> Counter[str]:
+        """Rows by format."""
+        return sum(self.source_formats, Counter())
 
     @property
     def refused(self) -> bool:
@@ -242,7 +240,7 @@ def _parsed(
             except RowError as error:
                 (add_bad or findings.add_bad)(row, error)
             else:
-                findings.add_good(place, format)
+                findings.source_formats[place][format] += 1
                 yield place, row, example
 
 
@@ -300,7 +298,7 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
         writer.meta.source_formats = [dict(counts) for counts in findings.source_formats]
         writer.meta.tokenizer_rows = renderer.tokenizer_rows
         writer.meta.chats = renderer.has_written_chats
-        writer.meta.notes = (
+        writer.meta.notes = files.without_effect(sources) + (
             parser.remarks.notes + renderer.notes + _turn_notes(writer.meta, data) + _notes(writer.meta, data)
         )
         _raise_if_nothing_left(sources, writer.meta, data)
