@@ -21,6 +21,7 @@ from torch import Tensor
 from training.checkpoint import Reader
 from training.config import Phase
 from training.errors import TrainingError
+from training.layout import buffers
 from training.lora import NAME, base_name, delta, transposed_in, write_folder
 from training.modelfiles import (
     EMBEDDING,
@@ -80,11 +81,19 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     if lora is not None and not merge:
         write_folder(staged, dict(_weights(reader, dtype)), phase, classifier=classifier)
     else:
-        weights = _weights(reader, dtype) if lora is None else _merged(reader, phase, dtype, classifier)
+        write = _whole if lora is None else _merged
+        weights = write(reader, phase, dtype, classifier)
         _write_weights(staged, weights, shard_bytes)
         _write_config(staged, phase, base, dtype, tokenizer, classifier, _rows_of_embedding(reader))
     tokenizer.save_pretrained(staged)
     (staged / FACTS).write_text(json.dumps(_facts(reader, phase, classifier), indent=1) + "\n")
+
+
+def _whole(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
+    """All that a model's folder holds: the weights as they were trained, and what lies beside them in the base."""
+    yield from _weights(reader, dtype)
+    base = phase.model.model_copy(update={"path": base_of(phase.model.path), "attention": "auto"})
+    yield from buffers(base, classifier=classifier)
 
 
 def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
