@@ -272,7 +272,7 @@ def _with_tied_head(weights: dict[str, Tensor], phase: Phase, classifier: bool) 
     embedding = next((name for name in weights if EMBEDDING.search(name)), None)
     if embedding is None or classifier or any(name.endswith(TOKEN_HEADS) for name in weights):
         return weights
-    lm = _without_weights(phase)
+    lm = without_weights(phase)
     head = lm.get_output_embeddings()
     if head.weight is not lm.get_input_embeddings().weight:
         return weights  # the head was not trained
@@ -282,11 +282,11 @@ def _with_tied_head(weights: dict[str, Tensor], phase: Phase, classifier: bool) 
 
 def transposed_in(phase: Phase) -> set[str]:
     """Names of the weights of a phase's model that lie as [in, out], as GPT-2's do."""
-    lm = _without_weights(phase)
+    lm = without_weights(phase)
     return {name for name, _ in lm.named_parameters() if name.endswith(".weight") and _is_transposed(lm, name)}
 
 
-def _without_weights(phase: Phase) -> Any:
+def without_weights(phase: Phase) -> Any:
     """The language model of a phase, in no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
