@@ -16,7 +16,7 @@ from launcher.job import Job
 from launcher.site import Site, UnknownSite
 from training import questions, reward_signature, vocabulary
 from training.config import PPO, Phase
-from training.data.files import HubSplit, Located
+from training.data.files import HubSplit, Located, without_effect
 from training.data.prepare import bad_rows_note
 from training.data.stores import data_of, prepare_phase, sources_of
 from training.errors import InputError
@@ -121,12 +121,15 @@ def _counts(phase: Phase) -> dict[str, Any]:
         for name, store in parts.items()
         if store is not None
     }
-    told = [note for store in parts.values() if store is not None for note in store.meta.notes]
+    located = [source for held_out in (False, True) for source in sources_of(phase, held_out=held_out)]
+    notes = without_effect(located) + [
+        note for store in parts.values() if store is not None for note in store.meta.notes
+    ]
     if isinstance(phase, PPO):
-        told += [*reward_signature.notes(phase, stores.train), *not_checked]
-    told += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
+        notes += [*reward_signature.notes(phase, stores.train), *not_checked]
+    notes += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
     bad = {"bad_rows": stores.train.bad_rows(SHOWN_BAD_ROWS)} if stores.train.meta.dropped_bad else {}
-    return {**counts, **bad, "notes": list(dict.fromkeys(told))}
+    return {**counts, **bad, "notes": list(dict.fromkeys(notes))}
 
 
 def _forms(

@@ -117,7 +117,10 @@ def _message(detail: ErrorDetails, path: KeyPath, model: type[BaseModel]) -> str
 def _unknown_key(key: str, section: KeyPath, model: type[BaseModel]) -> str:
     if here := name_here(key):
         return f"{UNKNOWN_KEY}; {here}"
-    known = [name for found in settings_classes(_expected_at(model, section)[0]) for name in keys_of(found)]
+    expected = _expected_at(model, section)[0]
+    known = [
+        name for one in (expected, *_entries(expected)) for found in settings_classes(one) for name in keys_of(found)
+    ]
     if meant := did_you_mean(key, known):
         return f"{UNKNOWN_KEY}{meant}"
     if elsewhere := [dotted(path) for path in all_keys(model) if path[-1] == key]:
@@ -165,6 +168,15 @@ def _inside(annotation: Any, part: str | int) -> Iterator[tuple[Any, Any]]:
             yield get_args(bare)[0], None
         elif isinstance(part, str) and get_origin(bare) is dict:
             yield get_args(bare)[1], None
+    if isinstance(part, str):  # one entry, written without its list
+        for entry in _entries(annotation):
+            yield from _inside(entry, part)
+
+
+def _entries(annotation: Any) -> list[Any]:
+    """What the lists among the options of an annotation hold."""
+    bare = [bare_of(option) for option in _options(annotation)]
+    return [get_args(option)[0] for option in bare if get_origin(option) is list]
 
 
 def bare_of(annotation: Any) -> Any:

@@ -70,7 +70,7 @@ class Data(Settings):
     """Which rows a phase reads and how they become tokens."""
 
     train: str | Annotated[list[str | Source], Field(min_length=1)] = Field(examples=["data/train.jsonl"])
-    """Path, glob, hub name, or a list of them or of {path, weight}."""
+    """Path, glob, hub name, {path, split, revision}, or a list of them or of {path, weight}."""
     eval: str | Annotated[list[str | Source], Field(min_length=1)] | None = None
     """Held-out rows for the evaluation loss."""
     format: Literal[
@@ -98,6 +98,12 @@ class Data(Settings):
     """False: the files' own order."""
     pack: bool = True
     """Put several samples into one row, with attention that never crosses them. Changes speed, never the loss."""
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _as_list(cls, given: object) -> object:
+        """One source may be written without a list around it."""
+        return [given] if isinstance(given, dict) else given
 
 
 class Lora(Settings):

@@ -61,7 +61,7 @@ def test_splits_of_a_saved_data_set_train_and_evaluate(place, muster):
     splits = {"train": datasets.Dataset.from_list(ROWS[:8]), "test": datasets.Dataset.from_list(ROWS[8:])}
     datasets.DatasetDict(splits).save_to_disk(str(place / "saved"))
     answer = muster(
-        "check", "job.yaml", "phases.sft.data.train=saved", "phases.sft.data.eval=[{path: saved, split: test}]"
+        "check", "job.yaml", "phases.sft.data.train=saved", "phases.sft.data.eval={path: saved, split: test}"
     )
     assert answer.status == 0, answer
     assert "sft: train: saved: 8 rows of prompt_completion (Arrow)" in answer.out
@@ -128,3 +128,22 @@ def test_a_job_that_refuses_bad_rows_is_the_same_job_as_before_there_was_a_choic
     )
     assert jobs.job_hash(without) == jobs.job_hash(refusing) != jobs.job_hash(dropping)
     assert jobs.differences(without, dropping) != []
+
+
+def test_a_split_of_a_plain_file_is_told_to_change_nothing(place, muster):
+    answer = muster(*CHECK, "phases.sft.data.train={path: data/train.jsonl, split: test, name: main}")
+    assert answer.status == 0, answer
+    assert "sft: data/train.jsonl: `split: test` changes nothing: these are files without splits" in answer.out
+    assert "sft: data/train.jsonl: `name: main` changes nothing: it is for data sets on the hub" in answer.out
+
+
+def test_one_source_needs_no_list(place):
+    from pathlib import Path
+
+    from launcher import job as jobs
+
+    one, listed = (
+        jobs.load(Path("job.yaml"), [f"phases.sft.data.train={text}"])
+        for text in ("{path: data/train.jsonl}", "[{path: data/train.jsonl}]")
+    )
+    assert jobs.differences(one, listed) == []

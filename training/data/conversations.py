@@ -114,19 +114,21 @@ class Conversations:
         """Where an assistant turn lies: from the end of its prompt to its end-of-turn token, without white space after it."""
         prompt = self._render(chat, template, turn, prompt=True)
         until = (text if turn + 1 == count else self._render(chat, template, turn + 1)).rstrip()
-        end = self._common_end(text, until)
+        end = self._common_end(chat, template, text, until, turn)
         return (len(prompt), end) if text.startswith(prompt) and end is not None and len(prompt) < end else None
 
-    def _common_end(self, text: str, until: str) -> int | None:
-        """Where an earlier conversation, white space at its end aside, ends in a later one; None if that does not go on from it.
+    def _common_end(self, chat: Chat, template: str, text: str, until: str, turn: int) -> int | None:
+        """Where `until`, the conversation up to the answer `turn`, ends in `text`, white space aside; None if `text` does not go on from it.
 
-        Some templates close every text with the EOS token; behind the earlier conversation there is then none.
+        Some templates close every text with the EOS token, whoever spoke last (Phi-3): in a text that goes on there is none.
         """
-        eos = self._tokenizer.eos_token or ""
-        for earlier in (until.rstrip(), until.rstrip().removesuffix(eos).rstrip()):
-            if text.startswith(earlier):
-                return len(earlier)
-        return None
+        until, eos = until.rstrip(), self._tokenizer.eos_token
+        if text.startswith(until):
+            return len(until)
+        before = until.removesuffix(eos).rstrip() if eos else until
+        if before == until or not text.startswith(before):
+            return None
+        return len(before) if self._render(chat, template, turn).rstrip().endswith(eos) else None
 
     def _intact_marks(
         self, chat: Chat, template: str, count: int, wanted: Sequence[int], *, by_prompt: bool = True
@@ -138,14 +140,15 @@ class Conversations:
         text, marks = self._marked(chat, template, count)
         answers = [turn for turn, message in enumerate(chat.messages[:count]) if message["role"] == "assistant"]
         until = {turn: self._marked(chat, template, turn + 1) for turn in wanted if turn + 1 < count}
-        intact = [turn for turn in wanted if turn not in until or self._common_end(text, until[turn][0]) is not None]
+        ends = {turn: self._common_end(chat, template, text, each, turn) for turn, (each, _) in until.items()}
+        intact = [turn for turn in wanted if turn not in ends or ends[turn] is not None]
         if by_prompt:
             intact = [turn for turn in intact if text.startswith(self._prompt_if_any(chat, template, turn))]
         if len(intact) < len(wanted):
             self.changes.add("rewritten")
         if intact == answers:
             return text, {turn: marks if turn == intact[-1] else [] for turn in intact}
-        if tuple(intact) != tuple(answers[-len(intact) :]) or len(wanted) < len(answers):
+        if len(wanted) < len(answers):
             self.changes.add("marks")
         own: dict[int, list[Span]] = {}
         for turn in intact:

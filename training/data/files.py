@@ -131,6 +131,11 @@ class Located:
     """What relative paths start at."""
 
     @property
+    def has_splits(self) -> bool:
+        """Whether it was a split that was chosen: of a data set on the hub, or in a folder of `save_to_disk`."""
+        return isinstance(self.parts[0], HubSplit) or self.parts[0].path.endswith(".arrow")
+
+    @property
     def shown(self) -> str:
         """As a person would write it."""
         if isinstance(self.parts[0], HubSplit):
@@ -189,6 +194,18 @@ def expand(
     if problems:
         raise InputError(problems)
     return located
+
+
+def without_effect(sources: Sequence[Located]) -> list[str]:
+    """Settings of sources that change nothing, in words."""
+    notes = []
+    for located in sources:
+        source, is_file = located.source, isinstance(located.parts[0], DataFile)
+        if is_file and source.name is not None:
+            notes.append(f"{located.shown}: `name: {source.name}` changes nothing: it is for data sets on the hub")
+        if is_file and not located.has_splits and source.split != "train":
+            notes.append(f"{located.shown}: `split: {source.split}` changes nothing: these are files without splits")
+    return notes
 
 
 def _weight_problems(sources: Sequence[Source], where: str, what: str) -> list[Problem]:

@@ -117,14 +117,15 @@ class Record:
 
     def get(self, column: str) -> Any:
         """The value of an optional column: None if it is absent or null."""
-        return self.row.get(self.name(column))
+        return self.row.get(self.names.get(column, column))
 
     def need(self, column: str) -> Any:
-        if not self.has(column):
-            raise RowError(f"missing column `{self.name(column)}`; the row has {_listed(self.row)}")
-        if self.get(column) is None:
+        value = self.get(column)
+        if value is not None:
+            return value
+        if self.has(column):
             raise RowError(f"column `{self.name(column)}` is null")
-        return self.get(column)
+        raise RowError(f"missing column `{self.name(column)}`; the row has {_listed(self.row)}")
 
     def text(self, column: str) -> str:
         return _text(self.need(column), f"column `{self.name(column)}`")
@@ -164,6 +165,7 @@ class Parser:
     def __init__(self, format: str, columns: Mapping[str, str], allowed: Sequence[str]):
         self._candidates = tuple(allowed) if format == "auto" else (format,)
         self._columns = columns
+        self._names_of = {key: {name: columns.get(name, name) for name in _names(FORMATS[key])} for key in FORMATS}
         self._auto = format == "auto"
         self.remarks = Remarks()
         problems = [] if self._auto or format in allowed else [_foreign_format(format, allowed)]
@@ -179,7 +181,7 @@ class Parser:
         """
         record = Record(row, self._columns, self.remarks)
         key = self._recognise(record) if self._auto else self._candidates[0]
-        columns = {name: record.name(name) for name in _names(FORMATS[key])}
+        columns = self._names_of[key]
         if from_arrow:
             record = replace(record, row=_without_filled_nulls(row, columns.values(), self.remarks))
         example = FORMATS[key].parse(record)
@@ -479,6 +481,8 @@ def _parse_messages(record: Record) -> Example:
 def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, remarks: Remarks, first: int = 0) -> Chat:
     """The assistant turns from `first` on are learnt, unless they have weight 0 or open the conversation unasked."""
     turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if turns[:1] == [0] and "weight" not in messages[0]:
+        remarks.note("assistant messages that open a conversation are not learned: nothing asks for them")
     if any(messages[place].get("weight") == 1 for place in turns if place < max(first, 1)):
         remarks.note(
             "assistant messages that open a conversation or belong to the prompt are not learned, whatever their weight"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 VERSION = 3
 """Raise it when the same rows give other tokens than before, so that older stores are not used."""
+WITHOUT_TURNS = {"text", "preference", "sharegpt_preference", "prompts"}
+"""Formats that `data.turns` says nothing of: a pair is judged at its last answer, a prompt has none to learn."""
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
 SHOWN_PROBLEMS = 20
@@ -44,8 +46,6 @@ class Findings:
 
     rows: int = 0
     bad: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    """Rows by format."""
     rows_by_part: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     """The first of the bad rows."""
@@ -66,10 +66,10 @@ class Findings:
         if len(self.problems) < SHOWN_PROBLEMS:
             self.problems.append(Problem(row.where, "", str(error)))
 
-    def add_good(self, place: int, format: str) -> None:
-        """A row of the source at `place`."""
-        self.formats[format] += 1
-        self.source_formats[place][format] += 1
+    @property
+    def formats(self) -> Counter[str]:
+        """Rows by format."""
+        return sum(self.source_formats, Counter())
 
     @property
     def refused(self) -> bool:
@@ -240,7 +240,7 @@ def _parsed(
             except RowError as error:
                 (add_bad or findings.add_bad)(row, error)
             else:
-                findings.add_good(place, format)
+                findings.source_formats[place][format] += 1
                 yield place, row, example
 
 
@@ -298,7 +298,7 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
         writer.meta.source_formats = [dict(counts) for counts in findings.source_formats]
         writer.meta.tokenizer_rows = renderer.tokenizer_rows
         writer.meta.chats = renderer.has_written_chats
-        writer.meta.notes = (
+        writer.meta.notes = files.without_effect(sources) + (
             parser.remarks.notes + renderer.notes + _turn_notes(writer.meta, data) + _notes(writer.meta, data)
         )
         _raise_if_nothing_left(sources, writer.meta, data)
@@ -351,10 +351,11 @@ def _notes(meta: Meta, data: Data) -> list[str]:
 
 def _turn_notes(meta: Meta, data: Data) -> list[str]:
     """What became of the answers of conversations."""
-    if not meta.chats and data.turns != "auto":
+    if data.turns != "auto" and not (meta.chats and meta.formats.keys() - WITHOUT_TURNS):
         return [f"data.turns: {data.turns} changes nothing: it is for conversations whose answers are learned"]
-    if data.turns == "all" and meta.sequences > meta.rows:
-        return [f"the chat template rewrites earlier answers: {meta.rows:,} rows became {meta.sequences:,} samples, so that each is learned as it was given"]  # fmt: skip
+    used = meta.rows - meta.dropped_bad
+    if data.turns == "all" and meta.sequences > used:
+        return [f"the chat template rewrites earlier answers: {used:,} rows became {meta.sequences:,} samples, so that each is learned as it was given"]  # fmt: skip
     if not meta.left_out_answers:
         return []
     if data.turns == "last":

@@ -51,7 +51,7 @@ def _known(split: str, splits: list[str], folder: Folder) -> str:
     problem = f"has no split `{split}`" if split else "has several splits"
     raise RowError(
         f"the folder {problem}; there are {', '.join(splits) or 'none'}: name one, "
-        f"`[{{path: {folder.shown}, split: {next(iter(splits), 'train')}}}]`, or its folder"
+        f"`{{path: {folder.shown}, split: {next(iter(splits), 'train')}}}`, or its folder"
     )
 
 

@@ -41,7 +41,7 @@ _MESSAGE_KEYS = {
 
 def unread_columns(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> list[str]:
     """What to say of the columns of a row that are not read. `columns`: the format's names and what the data call them."""
-    if format == "text":  # what stands beside a document is metadata
+    if format == "text" or _COLUMNS.keys().isdisjoint(row):  # what stands beside a document is metadata
         return []
     unread = (row.keys() & _COLUMNS.keys()) - set(columns.values())
     return [_sentence(name, format, columns) for name in sorted(unread) if _says_something(row, name, format, columns)]

@@ -188,3 +188,13 @@ def test_an_eos_behind_every_text_does_not_count_as_rewriting():
     assert isinstance(sample, Sample)
     assert learnt(sample, tokenizer) == ["It is 4 <|end|>", "In May<|end|>\n</s>"]
     assert sample.left_out == 0
+
+
+def test_an_eos_behind_the_last_answer_alone_counts_as_rewriting():
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenizer = byte_level(chat_template=template)
+    ((sample,),) = every(Renderer(tokenizer), Chat(TWO_ANSWERS, (1, 3)))
+    assert (learnt(sample, tokenizer), sample.left_out) == (["In May</s>"], 1)

@@ -474,7 +474,7 @@ def test_a_split_of_a_saved_dictionary_is_chosen(saved):
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
-        ("dict", {"split": ""}, "the folder has several splits; there are train, test: name one, `[{path:"),
+        ("dict", {"split": ""}, "the folder has several splits; there are train, test: name one, `{path:"),
         ([Source(path="dict", split="val")], {}, "the folder has no split `val`; there are train, test"),
         ([Source(path="one", split="test")], {}, "the folder holds one data set without splits, not `test`"),
     ],

@@ -164,6 +164,12 @@ def remarks(*rows, allowed=ALL, **options) -> list[str]:
     return parser.remarks.notes
 
 
+def test_an_answer_that_opens_a_conversation_is_mentioned():
+    (note,) = remarks({"messages": [ANSWER, USER, ANSWER]})
+    assert note == "assistant messages that open a conversation are not learned: nothing asks for them"
+    assert remarks({"messages": [{**ANSWER, "weight": 0}, USER, ANSWER]}) == []
+
+
 def test_flags_without_effect_are_mentioned():
     (note,) = remarks({"messages": [{**USER, "train": True}, ANSWER]})
     assert note.startswith("`train` in messages that are not the assistant's has no effect")

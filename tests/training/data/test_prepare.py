@@ -384,6 +384,14 @@ def test_a_setting_of_turns_without_conversations_is_mentioned(tmp_path, tokeniz
     assert note.startswith("data.turns: last changes nothing")
 
 
+def test_a_setting_of_turns_is_mentioned_where_pairs_are_judged(tmp_path, tokenizer):
+    sides = [conversation("1?", answer)["messages"] for answer in ("1", "2")]
+    write(tmp_path / "a.jsonl", [{"chosen": sides[0], "rejected": sides[1]}])
+    data = Data(train="a.jsonl", turns="all")
+    store = prepare(expand(data.train, tmp_path), data, ("preference",), tokenizer, tmp_path / "cache", base=tmp_path)
+    assert any("data.turns: all changes nothing" in note for note in store.meta.notes)
+
+
 def test_what_rows_say_that_is_not_read_is_in_the_notes(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", [conversation("1?", "1", system_prompt="Be brief.")] * 2)
     expected = "column `system_prompt` is not read: set data.columns to {system: system_prompt}"
