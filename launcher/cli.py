@@ -104,7 +104,11 @@ def resume(
     no_preflight: NoPreflight = False,
 ) -> int:
     """Go on with a run from its last checkpoint, or from an earlier one. With --on: with a job of a cluster, by its id."""
+    if phase is not None and step is None:
+        raise InputError.of("--phase", "goes with --step, the checkpoint of the phase to go back to")
     if on is not None:
+        if inline:
+            raise InputError.of("command line", "--on does not go with --inline")
         going_back = ["--step", str(step)] if step is not None else []
         going_back += ["--phase", phase] if phase is not None else []
         going_back += cli_cluster.words_for(no_preflight)

@@ -81,10 +81,18 @@ def _set(document: Document, path: KeyPath, value: Any) -> KeyPath:
     last = _step(section, real, path[-1])
     if real == ("phases",) and last not in section and not isinstance(value, dict):
         raise _refused(dotted(path), _no_phase(str(last), section, is_setting=not did_you_mean(str(last), section)))
-    section[last] = value
+    if not _repeats(value, section, last):
+        section[last] = value
     _forget(document.lines, (*real, last))
     document.lines.update({(*real, last, *inner): COMMAND_LINE for inner in [(), *(path for path, _ in paths(value))]})
     return (*real, last)
+
+
+def _repeats(value: Any, section: Any, key: str | int) -> bool:
+    """Whether a number stands there already, written another way: 3.0 for 3 must not make another job."""
+    numbers = (int, float)
+    present = section[key] if not isinstance(section, dict) or key in section else None
+    return type(value) in numbers and type(present) in numbers and value == present
 
 
 def _no_phase(name: str, phases: Any, *, is_setting: bool = False) -> str:

@@ -81,7 +81,7 @@ def muster() -> Callable[..., Answer]:
 JOB = """\
 name: sums
 model: {path: model, dtype: fp32}
-resources: {workers: 1, gpus_per_worker: 0}
+resources: {workers: 1, threads: 1, gpus_per_worker: 0}
 sharding: {stage: 0}
 phases:
   sft:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 COMMAND = [sys.executable, "-m", "launcher.cli"]
-LIMIT_S = 180
+LIMIT_S = 300
 STEPS = 120
 _JOB = """
 model: {{path: {tiny}/model, dtype: fp32}}

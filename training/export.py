@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch import Tensor
 from training.checkpoint import Reader
 from training.config import Phase
 from training.errors import TrainingError
-from training.lora import NAME, base_name, delta, transposed_in, without_weights, write_folder
+from training.layout import buffers
+from training.lora import NAME, base_name, delta, transposed_in, write_folder
 from training.modelfiles import (
     EMBEDDING,
     FACTS,
@@ -31,7 +31,6 @@ from training.modelfiles import (
     base_of,
     inspect,
     merge_first,
-    stored_as,
     tensor_shapes,
 )
 from training.recipes import RECIPES
@@ -82,30 +81,24 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     if lora is not None and not merge:
         write_folder(staged, dict(_weights(reader, dtype)), phase, classifier=classifier)
     else:
-        weights = (
-            chain(_weights(reader, dtype), _buffers(phase))
-            if lora is None
-            else _merged(reader, phase, dtype, classifier)
-        )
+        write = _whole if lora is None else _merged
+        weights = write(reader, phase, dtype, classifier)
         _write_weights(staged, weights, shard_bytes)
         _write_config(staged, phase, base, dtype, tokenizer, classifier, _rows_of_embedding(reader))
     tokenizer.save_pretrained(staged)
     (staged / FACTS).write_text(json.dumps(_facts(reader, phase, classifier), indent=1) + "\n")
 
 
+def _whole(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
+    """All that a model's folder holds: the weights as they were trained, and what lies beside them in the base."""
+    yield from _weights(reader, dtype)
+    base = phase.model.model_copy(update={"path": base_of(phase.model.path), "attention": "auto"})
+    yield from buffers(base, classifier=classifier)
+
+
 def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name in reader.parameters:
         yield name, torch.from_numpy(reader.whole(name)).to(dtype)
-
-
-def _buffers(phase: Phase) -> Iterator[tuple[str, Tensor]]:
-    """What the files of the base hold beside parameters, such as the corrections of a router's scores: training leaves it as it is."""
-    base, lm = Path(base_of(phase.model.path)), without_weights(phase)
-    stored = tensor_shapes(base)
-    buffers = set(lm.state_dict()) - {name for name, _ in lm.named_parameters(remove_duplicate=False)}
-    names = {name for name in buffers if stored_as(name, stored) is not None}
-    if names:
-        yield from _of_base(base, phase, f"{lm.base_model_prefix}.", names, only=names)
 
 
 def _merged(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
@@ -131,9 +124,7 @@ def _merged(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) 
         yield name, torch.from_numpy(reader.whole(name)).to(dtype)
 
 
-def _of_base(
-    base: Path, phase: Phase, body: str, wanted: set[str], only: set[str] | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def _of_base(base: Path, phase: Phase, body: str, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
     """The weights of the base by their names in the loaded model: read one by one where the files have these names, but perhaps for the
     prefix of the body, which GPT-2 as published lacks; else from the loaded model."""
     stored = tensor_shapes(base)
@@ -142,13 +133,12 @@ def _of_base(
         name: f"{body}{name}" if lacks_prefix and name.partition(".")[0] not in _HEADS else name for name in stored
     }
     if not wanted <= set(names.values()):
-        yield from ((name, tensor) for name, tensor in _of_loaded(base, phase) if only is None or name in only)
+        yield from _of_loaded(base, phase)
         return
     for file in inspect(base, tokenizer_elsewhere=True, trust_remote_code=True, classifier=True).weight_files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                if only is None or names[name] in only:
-                    yield names[name], tensors.get_tensor(name)
+                yield names[name], tensors.get_tensor(name)
 
 
 def _of_loaded(base: Path, phase: Phase) -> Iterator[tuple[str, Tensor]]:

@@ -216,6 +216,11 @@ def test_an_option_that_is_a_setting_is_answered_with_the_setting(muster, option
     assert told in " ".join(answer.err.split())
 
 
+def test_options_that_would_have_no_effect_are_refused(muster):
+    assert muster("resume", "first", "--phase", "sft").err.startswith("--phase: goes with --step")
+    assert muster("resume", "first", "--on", "lab", "--inline").err == "command line: --on does not go with --inline\n"
+
+
 def test_a_job_file_and_a_run_folder_that_were_confused_are_told(muster, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/first").mkdir(parents=True)

@@ -105,3 +105,17 @@ def test_another_job_and_other_data_are_refused_unless_they_are_accepted(finishe
     assert curve(folder, "second")[:2] == curve(finished, "second")[:2]
     assert curve(folder, "second")[2:] != curve(finished, "second")[2:]
     assert rows(folder, "second")[-2]["learning_rate"] == pytest.approx(1e-4), "the new rate's floor"
+
+
+def test_settings_at_the_top_reach_the_phases_of_a_run_and_keep_its_curve(finished, folder):
+    job = folder / "runs/job/job.yaml"
+    job.write_text(job.read_text().replace("workers: 1\n", "workers: 2\n"))  # as a run on two workers would have it
+    status, out = muster(folder, "resume", "job", "--step", "2", "--inline", "sharding.stage=0")
+    assert (status, out.count("say resources.workers=1")) == (2, 2), out
+    status, out = muster(folder, "resume", "job", "--step", "2", "--inline", "resources.workers=1", "sharding.stage=0")
+    assert status == 0, out
+    checkpoints = folder / "runs/job/second/checkpoints"
+    stages = [json.loads(path.read_text())["zero_stage"] for path in sorted(checkpoints.glob("step-*/manifest.json"))]
+    assert stages == [2, 0]
+    for (step, loss), (same_step, reference) in zip(curve(folder, "second"), curve(finished, "second"), strict=True):
+        assert (step, loss) == (same_step, pytest.approx(reference, rel=1e-5))  # fp32 sums in another order

@@ -145,6 +145,12 @@ def test_overrides_are_yaml_and_win(folder):
     assert (sft.resources.workers, loaded.name) == (2, "second")
 
 
+def test_a_number_that_is_repeated_in_another_way_makes_no_other_job(folder):
+    text = HEAD + "    schedule: {warmup: 3}\n    clip: 1.0\n"
+    again = load(text, "phases.sft.schedule.warmup=3.0", "phases.sft.clip=1")
+    assert job.job_hash(again) == job.job_hash(load(text))
+
+
 def test_an_override_picks_a_list_entry_by_its_number(folder):
     text = "model: {path: org/model}\nphases: {sft: {data: {train: [{path: x.jsonl, weight: 1}]}}}\n"
     train: Any = load(text, "phases.sft.data.train.0.path=a.jsonl").phases["sft"].data.train

@@ -14,7 +14,7 @@ from tests.launcher.test_bad_input import refused
 PHASES = """\
 name: chain
 model: {path: model, dtype: fp32}
-resources: {workers: 1, gpus_per_worker: 0}
+resources: {workers: 1, threads: 1, gpus_per_worker: 0}
 sharding: {stage: 0}
 phases:
   sft:

@@ -15,7 +15,7 @@ from tests.launcher.test_bad_input import refused
 JOB = """\
 name: better
 model: {path: model, dtype: fp32}
-resources: {workers: 1, gpus_per_worker: 0}
+resources: {workers: 1, threads: 1, gpus_per_worker: 0}
 sharding: {stage: 0}
 phases:
   sft:

@@ -20,11 +20,11 @@ import pytest
 pytestmark = pytest.mark.cpu
 
 MUSTER = [sys.executable, "-m", "launcher.cli"]
-LIMIT_S = 240
+LIMIT_S = 480
 STEPS = 120
 JOB = """
 model: {path: MODEL, dtype: fp32}
-resources: {workers: 2}
+resources: {workers: 2, threads: 1}
 sharding: {stage: 2}
 seed: 3
 phases:
