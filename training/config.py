@@ -114,7 +114,8 @@ class Lora(Settings):
     alpha: PositiveFloat = 32.0
     """The added product counts alpha / rank times."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Linear layers that get an adapter, by the ends of their names, such as [q_proj, v_proj]. all-linear: all but the head."""
+    """Linear layers that get an adapter, by the ends of their names, such as [q_proj, v_proj]. all-linear: all but the head
+    and those that PEFT could not load into a model of this type, which is told."""
     bits: Literal[4] | None = None
     """4: the frozen weights in 4-bit NF4 (QLoRA, arXiv:2305.14314). Needs a GPU and bitsandbytes."""
 

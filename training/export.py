@@ -21,6 +21,7 @@ from torch import Tensor
 from training.checkpoint import Reader
 from training.config import Phase
 from training.errors import TrainingError
+from training.layout import buffers
 from training.lora import NAME, base_name, delta, transposed_in, write_folder
 from training.modelfiles import (
     EMBEDDING,
@@ -80,11 +81,19 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     if lora is not None and not merge:
         write_folder(staged, dict(_weights(reader, dtype)), phase, classifier=classifier)
     else:
-        weights = _weights(reader, dtype) if lora is None else _merged(reader, phase, dtype, classifier)
+        write = _whole if lora is None else _merged
+        weights = write(reader, phase, dtype, classifier)
         _write_weights(staged, weights, shard_bytes)
         _write_config(staged, phase, base, dtype, tokenizer, classifier, _rows_of_embedding(reader))
     tokenizer.save_pretrained(staged)
     (staged / FACTS).write_text(json.dumps(_facts(reader, phase, classifier), indent=1) + "\n")
+
+
+def _whole(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
+    """All that a model's folder holds: the weights as they were trained, and what lies beside them in the base."""
+    yield from _weights(reader, dtype)
+    base = phase.model.model_copy(update={"path": base_of(phase.model.path), "attention": "auto"})
+    yield from buffers(base, classifier=classifier)
 
 
 def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -137,8 +146,9 @@ def _of_loaded(base: Path, phase: Phase) -> Iterator[tuple[str, Tensor]]:
     from transformers import AutoModelForCausalLM
 
     lm: Any = AutoModelForCausalLM.from_pretrained(
-        base, dtype="auto", use_safetensors=True, trust_remote_code=phase.model.trust_remote_code
-    )
+        base, dtype="auto", use_safetensors=True, trust_remote_code=phase.model.trust_remote_code,
+        revision=phase.model.revision or "main",
+    )  # fmt: skip
     seen: set[int] = set()
     for name, tensor in lm.state_dict().items():
         if tensor.data_ptr() not in seen:
@@ -227,7 +237,8 @@ def give_pad_token(tokenizer: Any, *, chats: bool, rows: int | None) -> None:
     vocabulary = tokenizer.get_vocab()
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     by_name = sorted(special, key=lambda token: "pad" not in token.lower())
-    # Of text in UTF-8 no byte is 0xFF: the token of this byte (as tokenizers of bytes write it) is in no text.
+    # No byte of text in UTF-8 is 0xFF, so the token of this byte (as tokenizers of bytes write it) stands for nothing. Only the letter
+    # that it is written as reads as padding from then on: a price that tokenizers with any other special token do not pay.
     candidates = [tokenizer.unk_token, tokenizer.bos_token, *by_name, "<0xFF>", "\u00ff"]
     tokenizer.pad_token = next(
         (

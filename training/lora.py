@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from training import targets
 from training.config import Lora, Phase
 from training.engine import whole
 from training.errors import InputError
+from training.layout import empty_model
 from training.modelfiles import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -39,6 +41,8 @@ from training.seeding import seed_for
 
 NAME = "default"
 _BASE = ".base_layer"
+_SHOWN = 200
+"""Characters of what PEFT says."""
 
 
 def add(lm: nn.Module, phase: Phase, existing: Adapter | None, name: str = NAME) -> None:
@@ -71,12 +75,20 @@ def inject(lm: nn.Module, phase: Phase, existing: Adapter | None, name: str = NA
 
     settings = phase.model.lora
     assert settings is not None, "a phase that asks for adapters"
-    targets: list[str] | str = existing.targets if existing is not None else targets_in(lm, settings)
+    wanted: list[str] | str = existing.targets if existing is not None else targets_in(lm, settings)
     for parameter in lm.parameters():
         parameter.requires_grad = False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-        inject_adapter_in_model(config_for(settings, targets), lm, adapter_name=name)
+        try:
+            inject_adapter_in_model(config_for(settings, wanted), lm, adapter_name=name)
+        except ValueError as error:
+            raise InputError.of("", _refused_by_peft(lm, error), "model.lora.targets") from error
+
+
+def _refused_by_peft(lm: Any, error: ValueError) -> str:
+    said = " ".join(str(error).split())[:_SHOWN]
+    return f"PEFT gives these layers no adapters: {said}; choose among {', '.join(targets.all_linear(lm)[0])}"
 
 
 def config_for(settings: Lora, targets: list[str] | str, **more: Any) -> Any:
@@ -89,13 +101,9 @@ def config_for(settings: Lora, targets: list[str] | str, **more: Any) -> Any:
 
 def targets_in(lm: Any, settings: Lora) -> list[str]:
     """Ends of the names of the layers that get adapters. Raises InputError if one of the settings matches no layer."""
-    modules = [name for name, module in lm.named_modules() if _is_linear(module) and ".lora_" not in name]
-    linear = [name.removesuffix(_BASE) for name in modules]  # there may be other adapters in it
-    body = [name for name in linear if name.startswith(f"{lm.base_model_prefix}.")]
-    ends = sorted({name.rpartition(".")[2] for name in body})
     if settings.targets == "all-linear":
-        return ends
-    if problems := unmatched(settings.targets, linear):
+        return targets.all_linear(lm)[0]
+    if problems := unmatched(settings.targets, targets.linear_layers(lm)):
         raise InputError.of("", "\n".join(problems), "model.lora.targets")
     return list(settings.targets)
 
@@ -107,21 +115,20 @@ def left_out(lm: nn.Module, settings: Lora | None) -> list[str]:
     sizes = {
         name: math.prod(shape)
         for name, parameter in lm.named_parameters()
-        if len(shape := getattr(parameter, "ds_shape", parameter.shape)) == 3
+        if len(shape := getattr(parameter, "ds_shape", parameter.shape)) == 3 and not _is_convolution(lm, name)
     }
-    if not sizes:
-        return []
-    ends = ", ".join(sorted({name.rpartition(".")[2] for name in sizes}))
-    return [
-        f"model.lora.targets all-linear trains no adapters on the experts ({ends}, {sum(sizes.values()):,} parameters): they are no "
-        f"linear layers of the model; it trains adapters on {', '.join(targets_in(lm, settings))}"
-    ]
+    notes = [targets.left_out(lm)]
+    if sizes:
+        ends = ", ".join(sorted({name.rpartition(".")[2] for name in sizes}))
+        notes.append(
+            f"model.lora.targets all-linear trains no adapters on the experts ({ends}, {sum(sizes.values()):,} parameters): they are no "
+            f"linear layers of the model; it trains adapters on {', '.join(targets_in(lm, settings))}"
+        )
+    return [note for note in notes if note]
 
 
-def _is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
+def _is_convolution(lm: nn.Module, weight: str) -> bool:
+    return isinstance(lm.get_submodule(weight.rpartition(".")[0]), nn.Conv1d)
 
 
 def _adapters(lm: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -242,17 +249,17 @@ def write_folder(folder: Path, weights: dict[str, Tensor], phase: Phase, *, clas
     save_file(saved, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     settings, existing = phase.model.lora, adapter_in(phase.model.path)
     assert settings is not None, "a phase that has trained adapters"
-    targets: list[str] | str
+    wanted: list[str] | str
     if existing is not None:
-        targets = existing.targets
+        wanted = existing.targets
     elif settings.targets == "all-linear":
-        targets = sorted({name.partition(".lora_A.")[0].rpartition(".")[2] for name in weights if ".lora_A." in name})
+        wanted = _ends(weights, phase, classifier)
     else:
-        targets = sorted(settings.targets)
+        wanted = sorted(settings.targets)
     heads = sorted({name.split(".")[-2] for name in weights if ".lora_" not in name})
     config = config_for(
         settings,
-        targets,
+        wanted,
         task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
         modules_to_save=heads or None,
         base_model_name_or_path=(base := base_of(phase.model.path)),
@@ -263,8 +270,14 @@ def write_folder(folder: Path, weights: dict[str, Tensor], phase: Phase, *, clas
     file = folder / ADAPTER_CONFIG
     written = json.loads(file.read_text())
     file.write_text(
-        json.dumps({**written, "target_modules": targets}, indent=2, sort_keys=True) + "\n"
+        json.dumps({**written, "target_modules": wanted}, indent=2, sort_keys=True) + "\n"
     )  # PEFT has a set
+
+
+def _ends(weights: Iterable[str], phase: Phase, classifier: bool) -> list[str]:
+    """What PEFT finds the layers by that have adapters, and no others."""
+    layers = [name.partition(".lora_A.")[0] for name in weights if ".lora_A." in name]
+    return targets.ends_of(layers, (name for name, _ in _without_weights(phase, classifier).named_modules()))
 
 
 def _with_tied_head(weights: dict[str, Tensor], phase: Phase, classifier: bool) -> dict[str, Tensor]:
@@ -286,16 +299,9 @@ def transposed_in(phase: Phase) -> set[str]:
     return {name for name, _ in lm.named_parameters() if name.endswith(".weight") and _is_transposed(lm, name)}
 
 
-def _without_weights(phase: Phase) -> Any:
-    """The language model of a phase, in no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model = phase.model
-    config = AutoConfig.from_pretrained(
-        base_of(model.path), trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
-    )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+def _without_weights(phase: Phase, classifier: bool = False) -> Any:
+    """The model of a phase, or the one below its adapter, in no memory."""
+    return empty_model(phase.model.model_copy(update={"path": base_of(phase.model.path)}), classifier=classifier)
 
 
 def base_name(name: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,11 @@ from training.heads import measured_at
 from training.modelfiles import SCORE as HEAD
 from training.modelfiles import Adapter, adapter_in, base_of
 from training.seeding import seed_for
+
+_NOISE = re.compile(r"dropout|pdrop$|layerdrop|drop_path")
+"""Settings of how much is left out at random: of activations, or whole layers."""
+_ROUTES = re.compile(r"Router|(Moe|MoE)Block")
+"""Classes of transformers that choose experts."""
 
 
 def resolve_dtype(setting: str, device: str) -> torch.dtype:
@@ -55,8 +62,21 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
         lora.train_whole(lm, of_tokens)
     if classifier:
         set_head(lm, phase, adapter, fresh=fresh_head)
+    _keep_routers_still(lm)
     lm.train()
     return lm
+
+
+def _keep_routers_still(lm: nn.Module) -> None:
+    """Have routers send tokens to experts as in evaluation, always: some disturb or draw at random in training."""
+    for module in lm.modules():
+        if _ROUTES.search(type(module).__name__):
+            module.train = partial(_evaluates, module)  # type: ignore[method-assign]
+
+
+def _evaluates(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of `train`, which a model calls of its parts."""
+    return nn.Module.train(module, False)
 
 
 def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Module:
@@ -213,7 +233,7 @@ def resolve_kernels(model: Model, device: str) -> kernels.Kernels:
 
 
 def load_config(model: Model) -> Any:
-    """The model's configuration with every dropout set to 0. Raises InputError if there is none to be read."""
+    """The model's configuration with all that is random in training set to 0. Raises InputError if there is none to be read."""
     from transformers import AutoConfig
 
     try:
@@ -222,11 +242,18 @@ def load_config(model: Model) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError.of(model.path, f"cannot load the model: {error}", "model") from error
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, key, 0.0)
+    _without_noise(config)
     config.use_cache = False
     return config
+
+
+def _without_noise(config: Any) -> None:
+    """Set what is random in training to 0, also in the settings of a part of the model: else the loss would depend on it."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, dict) and hasattr(part := getattr(config, key, None), "to_dict"):
+            _without_noise(part)
+        elif isinstance(value, float) and _NOISE.search(key):
+            setattr(config, key, 0.0)
 
 
 def resolve_attention(model: Model, device: str) -> str:

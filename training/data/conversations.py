@@ -7,6 +7,7 @@ with the answer as the template writes it at that moment. Only intact answers ar
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -104,7 +105,7 @@ class Conversations:
         self, chat: Chat, template: str, count: int, wanted: Sequence[int]
     ) -> tuple[str, dict[int, list[Span]]]:
         """The text of the first `count` messages, and the spans in it of the wanted answers that are intact."""
-        if GENERATION.search(template):
+        if _is_marked(template):
             return self._intact_marks(chat, template, count, wanted)
         text = self._render(chat, template, count)
         spans = {turn: self._span(chat, template, text, turn, count) for turn in wanted}
@@ -185,7 +186,7 @@ class Conversations:
             )
             text = (prompt + answer).rstrip()
             return text, {turn: [(len(prompt), len(text))]}
-        if GENERATION.search(template):  # what the author has marked holds
+        if _is_marked(template):  # what the author has marked holds
             return self._intact_marks(chat, template, turn + 1, (turn,), by_prompt=False)
         begun = f", which begins the answer with <{opened[1]}>: give answers with their thoughts" if opened else ""
         raise RowError(
@@ -277,12 +278,17 @@ class Conversations:
 
     def _look_for_thoughts(self, chat: Chat, text: str, turns: Iterable[int]) -> None:
         for turn in turns:
-            for key in REASONING:
-                thought = chat.messages[turn].get(key)
+            for key in chat.messages[turn].keys() & set(REASONING):
+                thought = chat.messages[turn][key]
                 if isinstance(thought, str) and thought.strip() not in text:
                     self._note(
                         f"the chat template does not write `{key}` of messages, so these thoughts are not learned"
                     )
+
+
+@functools.lru_cache
+def _is_marked(template: str) -> bool:
+    return GENERATION.search(template) is not None
 
 
 def _behind(text: str, prompt: str, question: str) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from training.answers import as_verdict, verdict
 from training.data.files import RowError, describe
-from training.data.unread import unread_columns, unread_keys
+from training.data.unread import WATCHED_KEYS, unread_columns, unread_key, watched_columns
 from training.errors import InputError, Problem
 
 Message = dict[str, Any]
@@ -165,8 +165,13 @@ class Parser:
     def __init__(self, format: str, columns: Mapping[str, str], allowed: Sequence[str]):
         self._candidates = tuple(allowed) if format == "auto" else (format,)
         self._columns = columns
-        self._names_of = {key: {name: columns.get(name, name) for name in _names(FORMATS[key])} for key in FORMATS}
         self._auto = format == "auto"
+        self._names = {
+            key: {name: columns.get(name, name) for name in _names(FORMATS[key])}
+            for key in self._candidates
+            if key in FORMATS
+        }
+        self._watched = {key: watched_columns(key, names) for key, names in self._names.items()}
         self.remarks = Remarks()
         problems = [] if self._auto or format in allowed else [_foreign_format(format, allowed)]
         known = [name for key in self._candidates for name in _names(FORMATS[key])]
@@ -181,12 +186,11 @@ class Parser:
         """
         record = Record(row, self._columns, self.remarks)
         key = self._recognise(record) if self._auto else self._candidates[0]
-        columns = self._names_of[key]
         if from_arrow:
-            record = replace(record, row=_without_filled_nulls(row, columns.values(), self.remarks))
+            record = replace(record, row=_without_filled_nulls(row, self._names[key].values(), self.remarks))
         example = FORMATS[key].parse(record)
-        if key != "prompts":  # whose other columns go to reward functions
-            for note in unread_columns(row, key, columns):
+        if unread := row.keys() & self._watched[key]:
+            for note in unread_columns(row, unread, key, self._names[key]):
                 self.remarks.note(note)
         return key, example
 
@@ -526,9 +530,11 @@ FLAGS = ("weight", "train", "loss")
 
 def _weight(message: Message, role: str, place: str, remarks: Remarks) -> dict[str, int]:
     """`{"weight": 0 or 1}` if the message says whether it is learned, else nothing. Takes the keys out of the message."""
-    for note in unread_keys(message, place):
-        remarks.note(note)
+    for key in message.keys() & WATCHED_KEYS:
+        remarks.note(unread_key(key, place))
     given = {key: _switch(message.pop(key), key, place) for key in FLAGS if key in message}
+    if not given:
+        return {}
     if len(set(given.values())) > 1:
         raise RowError(f"{place}: {' and '.join(f'`{key}`' for key in given)} contradict each other")
     if 0 in given.values() and "weight" not in given:
@@ -537,7 +543,7 @@ def _weight(message: Message, role: str, place: str, remarks: Remarks) -> dict[s
         remarks.note(
             f"`{next(iter(given))}` in messages that are not the assistant's has no effect: only answers are learned"
         )
-    return {"weight": next(iter(given.values()))} if given else {}
+    return {"weight": next(iter(given.values()))}
 
 
 def _switch(value: Any, key: str, place: str) -> int:

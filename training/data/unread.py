@@ -5,7 +5,7 @@ Columns that are plainly metadata (id, source, scores) are not mentioned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _LEAVE_OUT = "parts are left out of the loss by `weight: 0`, `train: false` or `loss: false` in a message"
@@ -34,16 +34,24 @@ _FLAGS = {*_ADVICE[_LEAVE_OUT], "label"}
 _PROMPTS = ("context", "input", "instruction", "question", "query")
 """Columns that may be meant for the prompt."""
 
-_MESSAGE_KEYS = {
+WATCHED_KEYS = {
     "mask", "masked", "loss_mask", "train_mask", "train_on_turn", "train_detail", "training", "trainable", "learn",
 }  # fmt: skip
+"""Of messages."""
 
 
-def unread_columns(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> list[str]:
-    """What to say of the columns of a row that are not read. `columns`: the format's names and what the data call them."""
-    if format == "text" or _COLUMNS.keys().isdisjoint(row):  # what stands beside a document is metadata
-        return []
-    unread = (row.keys() & _COLUMNS.keys()) - set(columns.values())
+def watched_columns(format: str, columns: Mapping[str, str]) -> frozenset[str]:
+    """The columns that are worth a word in rows of a format that does not read them. `columns`: the format's names and what the data call them."""
+    if format in (
+        "text",
+        "prompts",
+    ):  # beside a document there is metadata; what stands beside a prompt goes to reward functions
+        return frozenset()
+    return frozenset(_COLUMNS.keys() - set(columns.values()))
+
+
+def unread_columns(row: Mapping[str, Any], unread: Iterable[str], format: str, columns: Mapping[str, str]) -> list[str]:
+    """What to say of watched columns of a row."""
     return [_sentence(name, format, columns) for name in sorted(unread) if _says_something(row, name, format, columns)]
 
 
@@ -71,7 +79,6 @@ def _sentence(name: str, format: str, columns: Mapping[str, str]) -> str:
     return f"column `{name}` is not read: {advice}"
 
 
-def unread_keys(message: Mapping[str, Any], place: str) -> list[str]:
-    """The same of the keys of a message."""
-    column = place.partition("[")[0]
-    return [f"key `{name}` in `{column}` is not read: {_LEAVE_OUT}" for name in sorted(message.keys() & _MESSAGE_KEYS)]
+def unread_key(name: str, place: str) -> str:
+    """The same of a watched key of the message at `place`."""
+    return f"key `{name}` in `{place.partition('[')[0]}` is not read: {_LEAVE_OUT}"
