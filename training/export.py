@@ -153,8 +153,9 @@ def _of_loaded(base: Path, phase: Phase) -> Iterator[tuple[str, Tensor]]:
     from transformers import AutoModelForCausalLM
 
     lm: Any = AutoModelForCausalLM.from_pretrained(
-        base, dtype="auto", use_safetensors=True, trust_remote_code=phase.model.trust_remote_code
-    )
+        base, dtype="auto", use_safetensors=True, trust_remote_code=phase.model.trust_remote_code,
+        revision=phase.model.revision or "main",
+    )  # fmt: skip
     seen: set[int] = set()
     for name, tensor in lm.state_dict().items():
         if tensor.data_ptr() not in seen:
@@ -252,7 +253,8 @@ def give_pad_token(tokenizer: Any, *, chats: bool, rows: int | None) -> None:
     vocabulary = tokenizer.get_vocab()
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     by_name = sorted(special, key=lambda token: "pad" not in token.lower())
-    # Of text in UTF-8 no byte is 0xFF: the token of this byte (as tokenizers of bytes write it) is in no text.
+    # No byte of text in UTF-8 is 0xFF, so the token of this byte (as tokenizers of bytes write it) stands for nothing. Only the letter
+    # that it is written as reads as padding from then on: a price that tokenizers with any other special token do not pay.
     candidates = [tokenizer.unk_token, tokenizer.bos_token, *by_name, "<0xFF>", "\u00ff"]
     tokenizer.pad_token = next(
         (
