@@ -64,7 +64,7 @@ class Texts:
         ids = self.tokens(content)
         if not ids:
             raise RowError("the prompt comes to no tokens; give it some text")
-        if wrong := beyond(ids, self.rows, self.tokenizer):
+        if wrong := beyond(ids, self.rows, self.renderer.tokenizer):
             raise RowError(wrong)
         if self.window is not None and len(ids) >= self.window:
             raise RowError(

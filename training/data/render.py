@@ -243,7 +243,7 @@ class Renderer:
     @property
     def tokenizer_rows(self) -> int:
         """Rows that an embedding needs for every token of the tokenizer."""
-        return rows_for(self._tokenizer)
+        return rows_for(self.tokenizer)
 
     def chat_template(self, tools: list[dict[str, Any]] | None = None) -> str:
         """The Jinja text that chats are rendered with; what generation should use afterwards, too."""
