@@ -61,7 +61,7 @@ def compare(
     both = [_answers(folder, asked, settings, template=template, workers=workers, seed=seed)[0] for folder in folders]
     court = Judge(reward_model)
     for rows in both:
-        for row, reward in zip(rows, court.rewards(*_columns(rows, "question", "response")), strict=True):
+        for row, reward in zip(rows, court.rewards(*_columns(rows, "question", "response", "ended")), strict=True):
             row["reward"] = reward
     pairs = list(zip(*both, strict=True))
     wins = sum((a["reward"] > b["reward"]) + 0.5 * (a["reward"] == b["reward"]) for a, b in pairs)

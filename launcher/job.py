@@ -61,6 +61,7 @@ NEUTRAL = (
     "phases.*.loss_limit",
     "phases.*.checkpoint",
     "phases.*.data.pack",
+    "phases.*.data.bos",  # where it gives other tokens, the hash of the data says so
     "phases.*.model.attention",
     "phases.*.model.gradient_checkpointing",
     "phases.*.model.kernels",

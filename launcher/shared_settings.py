@@ -154,12 +154,12 @@ def effects(
 
 def advised_path(document: Document, own: OwnSettings, phase: str, setting: str) -> str:
     """The path by which the command line reaches a shared setting of a phase."""
-    if _own_path(_phases(document)[phase], tuple(setting.split("."))) is None or (
-        _is_resolved(document)
-        and not any(_related(tuple(setting.split(".")), tuple(key.split("."))) for key in own.get(phase, ()))
-    ):
-        return setting
-    return f"phases.{phase}.{setting}"
+    path: KeyPath = tuple(setting.split("."))
+    if _is_resolved(document):
+        is_own = any(_related(path, tuple(key.split("."))) for key in own.get(phase, ()))
+    else:
+        is_own = _own_path(_phases(document)[phase], path) is not None
+    return f"phases.{phase}.{setting}" if is_own else setting
 
 
 def _given(document: Document, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
@@ -228,10 +228,11 @@ def _winners(document: Document, name: str, phase: Phase, settings: Any, leaf: K
     if leaf == _MODEL_PATH and phase.from_ is not None:
         same = _same(phase.model.path, value)
         return _Winners([] if same else [("from",)], reached=same)
+    in_groups = _group_winners(settings, leaf, value) or _Winners([], reached=True)
     own = _own_path(_phases(document)[name], leaf)
-    if own is not None and not _same(value_at(settings, leaf), value):
+    if in_groups.reached and own is not None and not _same(value_at(settings, leaf), value):
         return _Winners([own], reached=False)
-    return _group_winners(settings, leaf, value) or _Winners([], reached=True)
+    return in_groups
 
 
 def _group_winners(settings: Any, leaf: KeyPath, value: Any) -> _Winners | None:

@@ -69,6 +69,8 @@ class Manifest:
     dtype: str
     chats: bool
     """Whether the training data are conversations."""
+    bos: str = "none"
+    """The setting `data.bos`; manifests of versions without it were written by runs that learnt plain texts without BOS."""
     job_hash: str
     data_hash: str
     metrics: dict[str, float] = field(default_factory=dict)

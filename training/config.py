@@ -81,7 +81,10 @@ class Data(Settings):
     columns: dict[str, str] = {}
     """The data's own names for the format's columns: {prompt: question, completion: answer}."""
     template: str = "auto"
-    """Chat template. auto: the tokenizer's own for message formats, none for prompt_completion. none, a built-in name, or a Jinja file."""
+    """Chat template. auto: the tokenizer's own for message formats, none for prompt_completion. tokenizer: the tokenizer's own for prompts
+    and completions that are texts, too. none, a built-in name, or a Jinja file."""
+    bos: Literal["auto", "none"] = "auto"
+    """What plain texts begin with. auto: what the tokenizer puts before a text (BOS), as at inference. none: nothing, as runs had it before there was this setting."""
     turns: Literal["auto", "last", "all"] = "auto"
     """Which answers of a conversation are learned. auto: all, in one sequence; where the chat template rewrites earlier turns, those that it
     leaves as they were, which is often the last alone. last: the last. all: also those that are rewritten later, each in a sequence that ends with

@@ -12,7 +12,11 @@ from typing import Any
 from training import questions
 from training.answers import final_answer, same, verdict
 from training.config import Phase, Questions
-from training.data.render import Renderer, tokenizer_for
+from training.data.files import RowError
+from training.data.formats import Prompt
+from training.data.render import Renderer, Sample, tokenizer_for
+from training.data.turn_end import stop_tokens
+from training.errors import InputError, Problem
 from training.measures import Row
 from training.questions import Question
 from training.sampling import Sampling, continue_all
@@ -27,23 +31,22 @@ class Asking:
     """How questions are put to a model."""
 
     renderer: Renderer
-    tokenizer: Any
-    chat: bool
-    """As a user's turn, or as they stand."""
     seed: int
     settings: Questions
+    stops: list[int] | None = None
+    """The tokens that end a response. None: as the renderer and the model's generation settings have it."""
 
     def answered(self, lm: Any, asked: Sequence[Question], judge: Judge, share: tuple[int, int] = (0, 1)) -> list[Row]:
         """The responses to questions rank, rank + size, ... for a `share` of (rank, size), judged."""
         rank, size = share
         samples = range(self.settings.samples)
         mine = [(number, sample) for number in range(rank, len(asked), size) for sample in samples]
-        ids = {number: self.renderer.prompt(asked[number].text, chat=self.chat) for number, _ in mine}
+        prompts = self._prompts([asked[number] for number, _ in mine])
         continued = continue_all(
             lm,
-            [ids[number] for number, _ in mine],
+            prompts,
             [seed_for(self.seed, "sample", 0, number, sample) for number, sample in mine],
-            end_tokens(self.tokenizer, getattr(lm, "generation_config", None)),
+            self._stop_tokens(lm),
             Sampling(
                 max_new_tokens=self.settings.max_new_tokens,
                 temperature=self.settings.temperature,
@@ -71,6 +74,21 @@ class Asking:
             )
         return rows
 
+    def _prompts(self, asked: Sequence[Question]) -> list[list[int]]:
+        """Raises InputError for questions that the chat template refuses."""
+        rendered = self.renderer.render([Prompt(question.text) for question in asked])
+        refused = [
+            (question, each) for question, each in zip(asked, rendered, strict=True) if isinstance(each, RowError)
+        ]
+        if refused:
+            raise InputError([Problem(question.where, "", str(error)) for question, error in refused])
+        return [each.ids.tolist() for each in rendered if isinstance(each, Sample)]
+
+    def _stop_tokens(self, lm: Any) -> list[int]:
+        if self.stops is not None:
+            return self.stops
+        return stop_tokens(self.renderer, getattr(lm, "generation_config", None), chats=self.renderer.in_turns)
+
 
 @dataclass(frozen=True)
 class Exam:
@@ -89,13 +107,8 @@ def exam_of(phase: Phase, *, chats: bool) -> Exam:
     settings = phase.eval
     assert settings is not None, "there is nothing to ask"
     tokenizer = tokenizer_for(phase.model)
-    asking = Asking(
-        renderer=Renderer(tokenizer, phase.data.template),
-        tokenizer=tokenizer,
-        chat=chats,
-        seed=phase.seed,
-        settings=settings,
-    )
+    renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos, in_turns=chats)
+    asking = Asking(renderer=renderer, seed=phase.seed, settings=settings)
     parts: dict[str, tuple[Sequence[Question], Judge]] = {
         "": (questions.read(settings.data, settings.columns, settings.limit), by_answer)
     }
@@ -114,9 +127,3 @@ def by_verdict(expected: str, response: str) -> tuple[str | None, bool]:
     """The conclusion of a critique, and whether it is the expected one."""
     said = verdict(response)
     return said, said == expected
-
-
-def end_tokens(tokenizer: Any, generation: Any) -> set[int]:
-    """The tokens that end a text: the tokenizer's, and those that the model's own generation settings name."""
-    named = getattr(generation, "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}

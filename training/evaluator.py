@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from training import model as models
-from training.config import Model, Questions
+from training.config import Questions
 from training.data.files import RowError
-from training.data.formats import Answer, Chat, Prompt, PromptCompletion
-from training.data.render import Renderer, Sample, load_tokenizer
+from training.data.formats import Chat, Prompt
+from training.data.model_renderer import renderer_for, stop_tokens_of
+from training.data.render import Sample
 from training.distributed import Seat
 from training.errors import InputError, TrainingError
-from training.evaluate import Asking, by_answer, end_tokens
+from training.evaluate import Asking, by_answer
 from training.measures import Row
-from training.modelfiles import CLASSIFIER_SUFFIX, adapter_in, facts_in, inspect, tokenizer_of, window_of
+from training.modelfiles import CLASSIFIER_SUFFIX, adapter_in, inspect, window_of
 from training.questions import Question
 from training.recipes.reward import score
 from training.sampling import Continued, Heard, Sampling, continue_all
@@ -35,9 +36,7 @@ class Evaluator:
     def answer(self, asked: Sequence[Question], settings: Questions, seed: int) -> list[Row]:
         """This worker's share of the responses, judged."""
         model = self.model
-        asking = Asking(
-            renderer=model.renderer, tokenizer=model.tokenizer, chat=model.chat, seed=seed, settings=settings
-        )
+        asking = Asking(renderer=model.renderer, seed=seed, settings=settings, stops=model.stops)
         return asking.answered(model.lm, asked, by_answer, (self.seat.rank, self.seat.size))
 
     def continued(self, prompts: Sequence[tuple[list[int], int]], settings: Sampling, batch: int) -> list[Continued]:
@@ -53,8 +52,9 @@ class Texts:
 
     def __init__(self, path: str, template: str = "auto"):
         self.path = path
-        self.tokenizer, self.chat = _tokenizer(path, template)
-        self.renderer = Renderer(self.tokenizer)
+        self.renderer = renderer_for(path, template)
+        self.chat = self.renderer.in_turns
+        """Whether a text is a user's turn."""
         self.window = window_of(path)
         """How many positions the model has, if it says."""
         self.rows = embedding_rows(path)
@@ -64,7 +64,7 @@ class Texts:
         ids = self.tokens(content)
         if not ids:
             raise RowError("the prompt comes to no tokens; give it some text")
-        if wrong := beyond(ids, self.rows, self.tokenizer):
+        if wrong := beyond(ids, self.rows, self.renderer.tokenizer):
             raise RowError(wrong)
         if self.window is not None and len(ids) >= self.window:
             raise RowError(
@@ -74,15 +74,13 @@ class Texts:
 
     def tokens(self, content: str | Chat) -> list[int]:
         """The tokens of a conversation, or of a text, which is a user's turn if the model is to chat. Raises RowError."""
-        if isinstance(content, Chat) and not self.tokenizer.chat_template:
+        if isinstance(content, Chat) and not self.renderer.tokenizer.chat_template:
             raise RowError(f"the prompt is a list of messages, and {self.path} has no chat template; give it as text")
         if isinstance(content, str):
             try:
                 content.encode()
             except UnicodeEncodeError:
                 raise RowError("the prompt is not UTF-8 text") from None
-            if self.chat:
-                content = Chat([{"role": "user", "content": content}], learnt=())
         (sample,) = self.renderer.render([Prompt(content)])
         if isinstance(sample, RowError):
             raise sample
@@ -99,7 +97,8 @@ class Speaker(Texts):
     def __init__(self, path: str, template: str = "auto", *, gpu: int = 0):
         super().__init__(path, template)
         self.lm: Any = models.for_inference(path, gpu=gpu)
-        self.ends = end_tokens(self.tokenizer, self.lm.generation_config)
+        self.stops = stop_tokens_of(path, self.renderer, self.lm.generation_config)
+        """The tokens that end a response."""
 
     def continued(
         self,
@@ -111,7 +110,7 @@ class Speaker(Texts):
     ) -> list[Continued]:
         """The continuations of prompts, each with its key, in as many positions as the model has."""
         ids, keys = [ids for ids, _ in prompts], [key for _, key in prompts]
-        return continue_all(self.lm, ids, keys, self.ends, settings, batch=batch, window=self.window, heard=heard)
+        return continue_all(self.lm, ids, keys, self.stops, settings, batch=batch, window=self.window, heard=heard)
 
 
 def require_reward_model(path: str) -> None:
@@ -130,31 +129,18 @@ class Judge:
     def __init__(self, path: str):
         require_reward_model(path)
         self.lm = models.for_inference(path, classifier=True)
-        tokenizer, self.chat = _tokenizer(path, "auto")
-        self.renderer = Renderer(tokenizer)
+        self.renderer = renderer_for(path)
 
-    def rewards(self, questions: Sequence[str], responses: Sequence[str]) -> list[float]:
-        """One number for each response to its question."""
-        sides = [self._whole(question, response) for question, response in zip(questions, responses, strict=True)]
-        rendered = self.renderer.render(sides)
+    @property
+    def chat(self) -> bool:
+        """Whether a question that is a text is put as a user's turn."""
+        return self.renderer.in_turns
+
+    def rewards(
+        self, questions: Sequence[str], responses: Sequence[str], ended: Sequence[bool] | None = None
+    ) -> list[float]:
+        """One number for each response to its question. `ended`: whether a response was ended, not cut off; None: all were."""
+        rendered = self.renderer.judged(questions, responses, ended or [True] * len(responses))
         if refused := [each for each in rendered if isinstance(each, RowError)]:
             raise TrainingError(f"a response cannot be put to the reward model: {refused[0]}")
         return score(self.lm, [each.ids for each in rendered if isinstance(each, Sample)])
-
-    def _whole(self, question: str, response: str) -> Answer:
-        if not self.chat:
-            return PromptCompletion(question, response)
-        turns = [("user", question), ("assistant", response)]
-        return Chat([{"role": role, "content": text} for role, text in turns], learnt=(1,))
-
-
-def _tokenizer(path: str, template: str) -> tuple[Any, bool]:
-    """The tokenizer of a model, and whether a question is a user's turn."""
-    tokenizer: Any = load_tokenizer(tokenizer_of(Model(path=path)))
-    if template == "auto":
-        template = facts_in(path).get("questions") or ("chat" if tokenizer.chat_template else "plain")
-    if template == "chat" and not tokenizer.chat_template:
-        raise InputError.of(
-            path, "the tokenizer has no chat template; ask it plainly (without --chat, or with --template plain)"
-        )
-    return tokenizer, template == "chat"

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from training.checkpoint import Reader
 from training.config import Phase
+from training.data.render import Renderer, tokenizer_for
+from training.data.templates import without_marks
+from training.data.turn_end import stop_tokens
 from training.errors import TrainingError
 from training.layout import buffers
 from training.lora import NAME, base_name, delta, transposed_in, write_folder
@@ -75,7 +78,9 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     dtype = getattr(torch, reader.manifest.dtype)
     classifier = RECIPES[phase.recipe].makes == "classifier"
     base, lora = base_of(phase.model.path), phase.model.lora
-    tokenizer = _tokenizer(phase, learnt_chats=reader.manifest.chats)
+    renderer = _renderer(phase, learnt_chats=reader.manifest.chats)
+    tokenizer = renderer.tokenizer
+    facts = _facts(reader, phase, classifier)
     if classifier:
         give_pad_token(tokenizer, chats=reader.manifest.chats, rows=embedding_rows(phase.model.path))
     if lora is not None and not merge:
@@ -85,8 +90,10 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
         weights = write(reader, phase, dtype, classifier)
         _write_weights(staged, weights, shard_bytes)
         _write_config(staged, phase, base, dtype, tokenizer, classifier, _rows_of_embedding(reader))
+    if not classifier:
+        facts["stop_tokens"] = _write_generation_config(staged, phase, base, renderer, chats=reader.manifest.chats)
     tokenizer.save_pretrained(staged)
-    (staged / FACTS).write_text(json.dumps(_facts(reader, phase, classifier), indent=1) + "\n")
+    (staged / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _whole(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
@@ -146,8 +153,9 @@ def _of_loaded(base: Path, phase: Phase) -> Iterator[tuple[str, Tensor]]:
     from transformers import AutoModelForCausalLM
 
     lm: Any = AutoModelForCausalLM.from_pretrained(
-        base, dtype="auto", use_safetensors=True, trust_remote_code=phase.model.trust_remote_code
-    )
+        base, dtype="auto", use_safetensors=True, trust_remote_code=phase.model.trust_remote_code,
+        revision=phase.model.revision or "main",
+    )  # fmt: skip
     seen: set[int] = set()
     for name, tensor in lm.state_dict().items():
         if tensor.data_ptr() not in seen:
@@ -193,7 +201,7 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], shard_by
 def _write_config(
     folder: Path, phase: Phase, base: str, dtype: torch.dtype, tokenizer: Any, classifier: bool, rows: int | None
 ) -> None:
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     revision = phase.model.revision or "main"
     config: Any = AutoConfig.from_pretrained(base, trust_remote_code=phase.model.trust_remote_code, revision=revision)
@@ -205,16 +213,25 @@ def _write_config(
         config.num_labels = 1
         for each in {id(config): config, id(text := config.get_text_config()): text}.values():
             each.pad_token_id = tokenizer.pad_token_id
-        config.save_pretrained(folder)
-        return
     config.save_pretrained(folder)
+
+
+def _write_generation_config(folder: Path, phase: Phase, base: str, renderer: Renderer, *, chats: bool) -> list[int]:
+    """The base model's, with the tokens that the phase has learnt to end responses with. Returns all that end one."""
+    from transformers import AutoConfig, GenerationConfig
+
+    trust, revision = phase.model.trust_remote_code, phase.model.revision or "main"
     try:
         generation = GenerationConfig.from_pretrained(base, revision=revision)
     except OSError:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust, revision=revision)
         generation = GenerationConfig.from_model_config(config)
+    stops = stop_tokens(renderer, generation, chats=chats)
+    generation.eos_token_id = stops if len(stops) > 1 else stops[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # complaints about sampling settings that the base model came with
         generation.save_pretrained(folder)
+    return stops
 
 
 def _classifier_of(config: Any) -> str:
@@ -236,7 +253,8 @@ def give_pad_token(tokenizer: Any, *, chats: bool, rows: int | None) -> None:
     vocabulary = tokenizer.get_vocab()
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     by_name = sorted(special, key=lambda token: "pad" not in token.lower())
-    # Of text in UTF-8 no byte is 0xFF: the token of this byte (as tokenizers of bytes write it) is in no text.
+    # No byte of text in UTF-8 is 0xFF, so the token of this byte (as tokenizers of bytes write it) stands for nothing. Only the letter
+    # that it is written as reads as padding from then on: a price that tokenizers with any other special token do not pay.
     candidates = [tokenizer.unk_token, tokenizer.bos_token, *by_name, "<0xFF>", "\u00ff"]
     tokenizer.pad_token = next(
         (
@@ -267,6 +285,7 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
         "recipe": phase.recipe,
         "step": manifest.step,
         "questions": "chat" if manifest.chats else "plain",
+        "bos": manifest.bos,
     }
     if classifier:  # mean and standard deviation on the evaluation data, for whoever wants to normalise
         names = ("mean", "std")
@@ -276,12 +295,10 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
     return facts
 
 
-def _tokenizer(phase: Phase, learnt_chats: bool) -> Any:
-    """The tokenizer, with the chat template that the model has learnt, if it has learnt one."""
-    from training.data.render import Renderer, tokenizer_for
-    from training.data.templates import without_marks
-
+def _renderer(phase: Phase, learnt_chats: bool) -> Renderer:
+    """The renderer of the phase. Its tokenizer has the chat template that the model has learnt, if it has learnt one."""
     tokenizer: Any = tokenizer_for(phase.model)
+    renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos)
     if learnt_chats:
-        tokenizer.chat_template = without_marks(Renderer(tokenizer, phase.data.template).chat_template())
-    return tokenizer
+        tokenizer.chat_template = without_marks(renderer.chat_template())
+    return renderer

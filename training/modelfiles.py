@@ -379,6 +379,11 @@ def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool,
 
 def _misfit(adapter: Adapter, base: Path, trust_remote_code: bool) -> str:
     """What of an adapter does not fit the model below it. By the names of the loaded model where the files have others."""
+    if (method := _quantization(base)) is not None:
+        return (
+            f"was trained on {adapter.base}, whose weights are quantized ({method}): it cannot be merged into them; correct "
+            "base_model_name_or_path to the same model without quantization"
+        )
     stored, loaded = tensor_shapes(base), None
     for name, shape in _adapter_shapes(adapter.folder).items():
         if not name.endswith(".lora_A.weight"):
@@ -397,6 +402,15 @@ def _misfit(adapter: Adapter, base: Path, trust_remote_code: bool) -> str:
             has = "does not have" if found is None else f"has as {list(found)}, for an adapter of {shape[1]}"
             return f"is an adapter for another model: {weight}, which {adapter.base} {has}; give its own model"
     return ""
+
+
+def _quantization(folder: Path) -> str | None:
+    """How the weights in a folder are quantized, if they are."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(settings.get("quant_method", "unknown method")) if isinstance(settings, dict) else None
 
 
 def _unlike_halves_of_a_tie(adapter: Adapter, base: Path) -> str:

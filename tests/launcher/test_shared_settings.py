@@ -180,6 +180,8 @@ def test_groups_of_workers_are_named(folder, capsys):
     both = "phases.ppo.groups.0.workers=4 and phases.ppo.groups.1.workers=4"
     told = f"has no effect: every phase has a value of its own; use {both}"
     assert errors(PPO, "resources.workers=4") == [f"command line: resources.workers: {told}"]
+    own_workers = PPO.replace("    groups:", "    resources: {workers: 1}\n    groups:")
+    assert errors(own_workers, "resources.workers=4") == [f"command line: resources.workers: {told}"]
     told = f"has no effect: every group has a value of its own; use {both}"
     assert errors(PPO, "phases.ppo.resources.workers=4") == [f"command line: phases.ppo.resources.workers: {told}"]
     assert capsys.readouterr().err == ""

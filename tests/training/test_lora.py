@@ -283,6 +283,20 @@ def test_an_adapter_of_which_a_part_would_not_be_applied_is_refused_by_name(tiny
     assert "AutoPeftModelForCausalLM" in str(caught.value)
 
 
+def test_an_adapter_on_quantized_weights_is_refused(tiny, trained, tmp_path):
+    from training.modelfiles import inspect
+
+    adapter = exported(tiny, trained(), tmp_path / "adapter")
+    base = tmp_path / "base"
+    shutil.copytree(tiny / "model", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    with pytest.raises(InputError, match=r"whose weights are quantized \(gptq\)"):
+        inspect(adapter)
+
+
 def test_other_kinds_of_peft_are_refused_by_name(tiny, tmp_path):
     from peft import IA3Config, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -86,7 +86,9 @@ class Remarks:
             self.notes.append(text)
 
 
+BOS = "bos"
 CHANGES = {
+    BOS: "what the tokenizer puts before plain texts (BOS) is learnt, unless data.bos is none",
     "flags": "`train` and `loss` in messages are read",
     "system": "the column `system` is read, and a system message that stands there already is not repeated",
     "history": "the column `history` is read",

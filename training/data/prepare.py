@@ -9,13 +9,14 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.config import BadRows, Data
 from training.data import files, templates
 from training.data.files import Located, Row, RowError, UnreadableFile
-from training.data.formats import Chat, Example, Pair, Parser, Prompt, PromptCompletion, Text
+from training.data.formats import BOS, Chat, Example, Pair, Parser, Prompt, PromptCompletion, Text
 from training.errors import InputError, Problem
 from training.modelfiles import TOKENIZER_FILES
 
@@ -147,28 +148,39 @@ def prepare(
     from training.data.store import TokenStore
 
     parser = Parser(data.format, data.columns, formats)
+
+    def renderer() -> Renderer:
+        return Renderer(
+            load_tokenizer(tokenizer_path, trust_remote_code, revision),
+            data.template,
+            base,
+            turns=data.turns,
+            bos=data.bos,
+        )
+
     try:
         words = _tokenizer_content(tokenizer_path, trust_remote_code, revision)
         folder = cache / _key(sources, data, formats, words, base, memo=cache / "digests")
-        found = _existing(folder)
-        if found is None:
-            tokenizer = load_tokenizer(tokenizer_path, trust_remote_code, revision)
-            renderer = Renderer(tokenizer, data.template, base, turns=data.turns)
-            found = _build(folder, sources, data, parser, renderer)
-        return TokenStore.open(found)
+        found = _existing(folder, data, renderer)
+        return TokenStore.open(found or _build(folder, sources, data, parser, renderer()))
     except OSError as error:
         raise InputError.of(
             str(cache), f"cannot read the data or write the token cache (MUSTER_CACHE names another folder): {error}"
         ) from error
 
 
-def _existing(folder: Path) -> Path | None:
+def _existing(folder: Path, data: Data, renderer: Callable[[], Renderer]) -> Path | None:
     """The store at `folder`, or at its place for rows that make use of CHANGES. Removes what cannot be used."""
-    for each in (_with_changes(folder), folder):
-        if each.exists():
-            if _is_whole(each) and _is_current(each):
-                return each
+    from training.data.store import TokenStore
+
+    for with_bos, changed in product((True, False) if data.bos == "auto" else (False,), (True, False)):
+        each = _changed(folder, changed=changed, with_bos=with_bos)
+        if not each.exists():
+            continue
+        if not (_is_whole(each) and _is_current(each)):
             shutil.rmtree(each, ignore_errors=True)
+        elif with_bos or data.bos == "none" or _same_without_bos(TokenStore.open(each).meta, renderer):
+            return each
     return None
 
 
@@ -181,9 +193,15 @@ def _is_current(folder: Path) -> bool:
     return meta.changes is not None or not (meta.chats or has_pairs)
 
 
-def _with_changes(folder: Path) -> Path:
-    """The place of a store whose rows make use of CHANGES. That of all others stays as it was."""
-    return folder.with_name(hashlib.sha256(f"{folder.name} with changes".encode()).hexdigest()[:32])
+def _same_without_bos(meta: Meta, renderer: Callable[[], Renderer]) -> bool:
+    """Whether a store without BOS holds the tokens that its rows have with it. Stores of earlier versions do not say it of themselves."""
+    return not renderer().adds_tokens if meta.same_without_bos is None else meta.same_without_bos
+
+
+def _changed(folder: Path, *, changed: bool, with_bos: bool) -> Path:
+    """The place of a store whose rows make use of CHANGES: of BOS, or of others. That of all others stays as it was."""
+    name = folder.name + " with changes" * changed + " with bos" * with_bos
+    return folder.with_name(hashlib.sha256(name.encode()).hexdigest()[:32]) if changed or with_bos else folder
 
 
 def _is_whole(folder: Path) -> bool:
@@ -302,10 +320,12 @@ def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser,
             parser.remarks.notes + renderer.notes + _turn_notes(writer.meta, data) + _notes(writer.meta, data)
         )
         _raise_if_nothing_left(sources, writer.meta, data)
-        writer.meta.changes = sorted(parser.remarks.changes | renderer.changes)
+        writer.meta.same_without_bos = not renderer.bos_matters
+        changes, with_bos = parser.remarks.changes | renderer.changes, renderer.bos_matters and data.bos == "auto"
+        writer.meta.changes = sorted(changes | ({BOS} if with_bos else set()))
         if writer.meta.changes:
             writer.meta.hash_before = folder.name
-            writer.destination = _with_changes(folder)
+            writer.destination = _changed(folder, changed=bool(changes), with_bos=with_bos)
     return writer.destination
 
 

@@ -1,5 +1,8 @@
 """From an example to token ids and a target mask, with a Hugging Face fast tokenizer. Knows no file and no store.
 
+This is the one definition of a sequence: training, evaluation, PPO, reward models, `generate` and `critique` all render here. A plain text
+begins with what `tokenizer(text)` puts before it (BOS) and ends with one EOS; a conversation is what the chat template writes, and nothing else.
+
 A target is a token that is learnt as a label. The mask comes from positions in the text, never from token ids, so a pad
 token that equals the EOS token does no harm. The first token of a sample is never a target: nothing predicts it.
 """
@@ -10,6 +13,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +27,7 @@ from training.data import templates
 from training.data.conversations import Conversations, Turns, Written
 from training.data.files import RowError, one_line
 from training.data.formats import Answer, Chat, Example, Pair, Prompt, PromptCompletion, Text
+from training.data.turn_end import turn_end
 from training.errors import InputError
 from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
 from training.vocabulary import rows_for
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
 TODAY_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 FIXED_DATE = date(2024, 1, 1)
+_PROBE = "a"
 
 
 class Sample(NamedTuple):
@@ -96,26 +102,54 @@ def same_tokens(one: Any, other: Any) -> bool:
     return one.get_vocab() == other.get_vocab() and all(first[part] == second[part] for part in parts)
 
 
-class Renderer:
-    """Renders examples with one tokenizer and one template setting (`data.template`).
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that `tokenizer(text)` puts before a text and behind it: BOS, EOS, both, others, or none.
 
+    Raises InputError if they cannot be told from the tokens of the text.
+    """
+    text = tokenizer(_PROBE, add_special_tokens=False).input_ids
+    whole = tokenizer(_PROBE).input_ids
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start], whole[start + len(text) :]
+    message = "the special tokens that the tokenizer adds to a text cannot be told from the text's own; set it to none"
+    raise InputError.of("", message, what="data.bos")
+
+
+class Renderer:
+    """Renders examples with one tokenizer and the settings `data.template` and `data.bos`.
+
+    `in_turns`: a prompt that is a text becomes a user's turn; so it does under any template that is named, and under `tokenizer`.
     `notes` collects, once each, what a user should know of. Raises InputError for a template that cannot be found or read.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, template: str = "auto", base: Path = Path(), *, turns: Turns = "auto"
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: str = "auto",
+        base: Path = Path(),
+        *,
+        turns: Turns = "auto",
+        bos: str = "auto",
+        in_turns: bool = False,
     ):
-        self._tokenizer: Any = tokenizer
+        self.tokenizer: Any = tokenizer
         self._conversations = Conversations(tokenizer, turns, self._note)
         self._setting = template
         self._named = templates.load(template, base)
+        if template == templates.TOKENIZER and not tokenizer.chat_template:
+            message = "the tokenizer has no chat template; name one (chatml, plain, or a Jinja file)"
+            raise InputError.of("", message, what="data.template")
+        self.in_turns = in_turns or self._named is not None or template == templates.TOKENIZER
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._newline = self._ids(["\n"])[0]
-        self._eos = np.array([tokenizer.eos_token_id], np.uint32)
+        self._prefix, self._closing = _frame(tokenizer, bos)
         self.notes: list[str] = []
         self.has_written_chats = False
+        self.has_written_plain = False
+        self._end_is_checked = False
         if tokenizer.pad_token_id is None:
             self._note("the tokenizer has no pad token; none is needed, padding is masked by position")
         if self._named is not None:
@@ -139,6 +173,21 @@ class Renderer:
                 results.update(zip(places, render([examples[place] for place in places]), strict=True))
         return [results[place] for place in range(len(examples))]
 
+    def _check_end(self) -> None:
+        """Note, once, what keeps generation from stopping where answers end."""
+        if not self._end_is_checked:
+            self._end_is_checked = True
+            if note := turn_end(self).note:
+                self._note(note)
+
+    @functools.cached_property
+    def adds_tokens(self) -> bool:
+        """Whether the tokenizer adds tokens to plain texts beside the EOS."""
+        try:
+            return _frame(self.tokenizer, "auto") != _frame(self.tokenizer, "none")
+        except InputError:
+            return True
+
     def samples(self, examples: Sequence[Example]) -> list[list[Sample] | RowError]:
         """All samples of every example, or the reason why there are none: of conversations with `turns: all` it may be several."""
         examples = [self._as_chat(example) for example in examples]
@@ -153,25 +202,48 @@ class Renderer:
         """See `formats.CHANGES`."""
         return self._conversations.changes
 
-    def prompt(self, text: str, *, chat: bool) -> list[int]:
-        """The tokens that a question comes to before it is answered: as a user's turn, or as it stands."""
-        return self._ids([self._asked(_question(text) if chat else text)])[0]
+    @property
+    def bos_matters(self) -> bool:
+        """Whether `data.bos` makes a difference to what was rendered so far."""
+        return self.has_written_plain and self.adds_tokens
 
-    def _asked(self, content: str | Chat) -> str:
-        """What stands before the assistant's answer."""
-        if isinstance(content, str):
-            return content
-        self.has_written_chats = True
-        return self._write(content, self.chat_template(content.tools), len(content.messages), prompt=True)
+    def judged(
+        self, prompts: Sequence[str | Chat], responses: Sequence[str], ended: Sequence[bool]
+    ) -> list[Sample | RowError]:
+        """What a reward model reads of responses, judged at the last token: the sequence that a pair of its training would hold.
+
+        A response that was cut off (not `ended`) stands there without the end that it does not have: the prompt, and the tokens of its text.
+        """
+        asked = list(zip(prompts, responses, ended, strict=True))
+        whole = iter(self._whole([_answered(prompt, response) for prompt, response, is_whole in asked if is_whole]))
+        cut = iter(self._cut_off([(prompt, response) for prompt, response, is_whole in asked if not is_whole]))
+        return [next(whole) if is_whole else next(cut) for _, _, is_whole in asked]
+
+    def _whole(self, answers: Sequence[Answer]) -> list[Sample | RowError]:
+        """Answers without a mask. One whose tokens the template does not show apart from its prompt is the text that the template writes."""
+        rendered = self.render(answers)
+        for place, each in enumerate(rendered):
+            chat = self._as_chat(answers[place])
+            if isinstance(each, RowError) and isinstance(chat, Chat):
+                (rendered[place],) = self._chats([replace(chat, learnt=())])
+        return rendered
+
+    def _cut_off(self, asked: Sequence[tuple[str | Chat, str]]) -> list[Sample | RowError]:
+        rendered = self.render([Prompt(prompt) for prompt, _ in asked])
+        for place, (prompt, (_, response)) in enumerate(zip(rendered, asked, strict=True)):
+            if isinstance(prompt, Sample):
+                ids = np.append(prompt.ids, np.array(self._continuation(response)[0], np.uint32))
+                rendered[place] = Sample(ids, np.arange(len(ids)) == len(ids) - 1)
+        return rendered
 
     def text(self, ids: Sequence[int]) -> str:
         """What tokens say, without special ones."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     @property
     def tokenizer_rows(self) -> int:
         """Rows that an embedding needs for every token of the tokenizer."""
-        return rows_for(self._tokenizer)
+        return rows_for(self.tokenizer)
 
     def chat_template(self, tools: list[dict[str, Any]] | None = None) -> str:
         """The Jinja text that chats are rendered with; what generation should use afterwards, too."""
@@ -179,8 +251,8 @@ class Renderer:
             message = "none is for prompt_completion with plain texts; conversations need auto, a name or a file"
             raise InputError.of("", message, what="data.template")
         template = self._named
-        if template is None and self._tokenizer.chat_template:
-            template = self._tokenizer.get_chat_template(None, tools)
+        if template is None and self.tokenizer.chat_template:
+            template = self.tokenizer.get_chat_template(None, tools)
         if template is None:
             self._note("the tokenizer has no chat template; conversations are written with the template `plain`")
             template = templates.PLAIN
@@ -194,7 +266,7 @@ class Renderer:
     # ── texts, and prompts with completions ──
 
     def _texts(self, texts: Sequence[Text]) -> list[Sample | RowError]:
-        return [self._ended(ids, learnt_from=1) for ids in self._ids([text.text for text in texts])]
+        return [self._ended(ids, learnt_from=0) for ids in self._ids([text.text for text in texts])]
 
     def _completions(self, pairs: Sequence[PromptCompletion]) -> list[Sample | RowError]:
         """Prompt + completion + EOS. The prompt's tokens are those that inference sees.
@@ -202,6 +274,7 @@ class Renderer:
         The two texts are tokenized as one. Where that changes the prompt's own tokens, because a token would straddle the
         boundary, prompt and completion are tokenized apart.
         """
+        self._note_unused_template()
         prompts = self._ids([pair.prompt for pair in pairs])
         wholes = self._ids([pair.prompt + pair.completion for pair in pairs])
         results: list[Sample | RowError] = []
@@ -212,8 +285,27 @@ class Renderer:
         return results
 
     def _ended(self, ids: list[int], learnt_from: int) -> Sample:
-        ids_T = np.append(np.array(ids, np.uint32), self._eos)
-        return Sample(ids_T, np.arange(len(ids_T)) >= max(learnt_from, 1))
+        """A plain text with what stands around it. `learnt_from` counts the text's own tokens."""
+        begun = self._begun(ids)
+        ids_T = np.array(begun + self._closing, np.uint32)
+        return Sample(ids_T, np.arange(len(ids_T)) >= max(learnt_from + len(begun) - len(ids), 1))
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """The tokens of a plain text behind what `tokenizer(text)` puts before it, once: some rows begin with BOS as text."""
+        self.has_written_plain = True
+        if not self._prefix:
+            return ids
+        if ids[: len(self._prefix)] == self._prefix:
+            self._note("some texts begin with the tokenizer's BOS already; it is not doubled")
+            return ids
+        return self._prefix + ids
+
+    def _note_unused_template(self) -> None:
+        if self._setting == "auto" and not self.in_turns and self.tokenizer.chat_template:
+            self._note(
+                "the tokenizer has a chat template, and these prompts are plain texts, which go without it; data.template: tokenizer makes "
+                "them turns of a conversation, none leaves them as they are without this note"
+            )
 
     def _pairs(self, pairs: Sequence[Pair]) -> list[Sample | RowError]:
         """The chosen answer's sequence, then the rejected one's. A sequence is judged at its last token."""
@@ -225,23 +317,43 @@ class Renderer:
         ]
 
     def _prompts(self, prompts: Sequence[Prompt]) -> list[Sample | RowError]:
-        return [self._prompt(prompt.content) for prompt in prompts]
-
-    def _prompt(self, content: str | Chat) -> Sample | RowError:
         """What inference sees before the answer begins."""
+        texts = [self._prompt_text(prompt.content) for prompt in prompts]
+        all_ids = iter(self._ids([text for text in texts if isinstance(text, str)]))
+        if any(isinstance(prompt.content, Chat) for prompt in prompts):
+            self._check_end()
+        results: list[Sample | RowError] = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            if isinstance(text, RowError):
+                results.append(text)
+                continue
+            ids = self._begun(next(all_ids)) if isinstance(prompt.content, str) else next(all_ids)
+            results.append(Sample(np.array(ids, np.uint32), np.arange(len(ids)) == len(ids) - 1))
+        return results
+
+    def _prompt_text(self, content: str | Chat) -> str | RowError:
+        if isinstance(content, str):
+            self._note_unused_template()
+            return content
+        self.has_written_chats = True
         try:
-            ids = np.array(self._ids([self._asked(content)])[0], np.uint32)
+            text = self._write(content, self.chat_template(content.tools), len(content.messages), prompt=True)
+            text.encode()
+        except InputError:
+            raise
+        except UnicodeEncodeError:
+            return RowError("half of a surrogate pair is not text")
         except (
             Exception
         ) as error:  # a template is a program: it raises on purpose, or trips over what it did not expect
             return RowError(f"the chat template refuses this conversation: {one_line(error)}")
-        return Sample(ids, np.arange(len(ids)) == len(ids) - 1)
+        return text
 
     # ── chats ──
 
     def _as_chat(self, example: Example) -> Example:
-        """Texts under a template that was asked for by name are a conversation of two turns, or the first of them."""
-        if self._named is None:
+        """Prompts that are texts, with their answers if they have one, are a conversation where a prompt is a user's turn."""
+        if not self.in_turns:
             return example
         if isinstance(example, Prompt) and isinstance(example.content, str):
             return Prompt(_question(example.content))
@@ -260,6 +372,7 @@ class Renderer:
         written = [self._conversations.learned(chat, self.chat_template(chat.tools)) for chat in chats]
         texts = [one.text for each in written if not isinstance(each, RowError) for one in each]
         encodings = iter(self._encode(texts))
+        self._check_end()
         return [
             each if isinstance(each, RowError) else [self._masked(one, next(encodings)) for one in each]
             for each in written
@@ -332,14 +445,26 @@ class Renderer:
             raise InputError.of("", message, what="data.template") from error
         except TemplateError:
             return  # a template may refuse this conversation and take those of the data
-        if "<|im_end|>" in template and len(self._ids(["<|im_end|>"])[0]) > 1:
-            self._note(
-                "the tokenizer has no token <|im_end|>: it becomes several tokens, and generation cannot stop at it"
-            )
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def _frame(tokenizer: Any, bos: str) -> tuple[list[int], list[int]]:
+    """What stands before a plain text, and behind it: one EOS, whoever adds it."""
+    before, behind = added_tokens(tokenizer) if bos == "auto" else ([], [])
+    eos = tokenizer.eos_token_id
+    return before, behind if behind[-1:] == [eos] else [*behind, eos]
+
+
+def _answered(prompt: str | Chat, response: str) -> Answer:
+    """A prompt with its answer, as a row of a reward model's training would hold it."""
+    if isinstance(prompt, str):
+        return PromptCompletion(prompt, response)
+    messages = [*prompt.messages, {"role": "assistant", "content": response}]
+    turns = tuple(place for place, message in enumerate(messages) if place and message["role"] == "assistant")
+    return Chat(messages, turns, prompt.tools)
 
 
 def _question(text: str) -> Chat:

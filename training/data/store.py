@@ -69,6 +69,8 @@ class Meta:
     """Rows that cannot be used and were left out."""
     chats: bool = False
     """Whether any of them were written with a chat template."""
+    same_without_bos: bool | None = None
+    """Whether the tokens are the same with `data.bos: none`. None: the store is of a version without that setting."""
     sequences: int = 0
     """Samples that the rows gave before any was dropped or split: with `data.turns: all` a row may give several."""
     left_out_answers: int = 0

@@ -103,7 +103,8 @@ TEMPLATES |= {
     path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8") for path in sorted(_FAMILIES.glob("*.jinja"))
 }
 TEMPLATES["phi"] = TEMPLATES["phi4"]
-SETTINGS = ("auto", "none")
+TOKENIZER = "tokenizer"
+SETTINGS = ("auto", "none", TOKENIZER)
 
 _MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 
@@ -114,7 +115,7 @@ def without_marks(template: str) -> str:
 
 
 def load(setting: str, base: Path) -> str | None:
-    """The Jinja text that `data.template` names: a built-in or a file under `base`; None for auto and none.
+    """The Jinja text that `data.template` names: a built-in or a file under `base`; None for auto, none and tokenizer.
 
     Raises InputError for an unknown name and for a file that cannot be read.
     """

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from training.checkpoint import CheckpointError, Manifest, NewerFormat
 from training.checkpoints import step_of
-from training.data.formats import CHANGES
+from training.data.formats import BOS, CHANGES
 from training.errors import InputError
 from training.facts import Facts
 from training.group import Group, results_of
@@ -92,8 +92,7 @@ def _refuse_change(folder: Place, manifest: Manifest, hooks: Hooks, facts: Facts
     if manifest.job_hash != hooks.job_hash:
         changes.append("it belongs to another job: a setting that shapes the curve is another one")
     if manifest.data_hash != facts.data_hash and manifest.data_hash == facts.data_hash_before:
-        read = "; ".join(CHANGES[name] for name in facts.data_changes)
-        changes.append(f"it was trained by a version of Muster that read these rows differently; now {read}")
+        changes.append(_what_changed(facts.data_changes))
     elif manifest.data_hash != facts.data_hash:
         changes.append("it was trained on other data: the rows, the tokenizer or the template have changed since")
     if manifest.dtype != facts.dtype:
@@ -103,3 +102,14 @@ def _refuse_change(folder: Place, manifest: Manifest, hooks: Hooks, facts: Facts
     if changes:
         advice = "bring back what it was, begin a run under another name, or go on all the same: muster resume RUN --accept-changes"
         raise InputError.of(str(folder), "\n  ".join([*changes, advice]))
+
+
+def _what_changed(names: tuple[str, ...]) -> str:
+    """Why rows have other tokens than in an earlier version, and how they get the old ones, if there is a way."""
+    if names == (BOS,):
+        return (
+            "the tokenizer puts BOS before plain texts, which is now learnt; data.bos: none goes on with the old tokens: "
+            "muster resume RUN phases.PHASE.data.bos=none"
+        )
+    read = "; ".join(CHANGES[name] for name in names)
+    return f"it was trained by a version of Muster that read these rows differently; now {read}"

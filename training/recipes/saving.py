@@ -155,6 +155,7 @@ class Saver:
             zero_stage=phase.sharding.stage,
             dtype=facts.dtype,
             chats=facts.chats,
+            bos=phase.data.bos,
             job_hash=self.hooks.job_hash,
             data_hash=facts.data_hash,
             metrics=dict(pending.metrics),

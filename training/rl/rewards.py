@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.config import PPO, Model, RewardSource
+from training.config import PPO, RewardSource
 from training.data.files import RowError
-from training.data.formats import Answer, Chat, Prompt, PromptCompletion
-from training.data.render import Renderer, Sample, load_tokenizer, same_tokens, tokenizer_for
+from training.data.formats import Chat, Parser, Prompt
+from training.data.model_renderer import renderer_for
+from training.data.render import Sample
 from training.distributed import Seat
-from training.modelfiles import facts_in, tokenizer_of
 from training.recipes.reward import score
 from training.reward_signature import prompt_column
 from training.rl.base import of_reward
@@ -86,40 +86,26 @@ def total(scores: Sequence[tuple[float, list[float]]], responses: Sequence[Respo
 
 
 class _RewardModel:
-    """A sequence classifier with one label. What the policy wrote is rendered anew where the two do not write alike."""
+    """A sequence classifier with one label. It reads what the policy wrote as text, in its own tokens, as in its training."""
 
     def __init__(self, path: str, phase: PPO, seat: Seat):
         self.lm, self.head, self.ready = of_reward(path, phase, seat)
-        tokenizer: Any = load_tokenizer(tokenizer_of(Model(path=path)))
-        policy: Any = tokenizer_for(phase.model)
-        self.same_words = same_tokens(tokenizer, policy)
-        self.in_turns = facts_in(path).get("questions") == "chat"
-        self.renderer = Renderer(tokenizer)
-        self.column = prompt_column(phase)
+        self.renderer = renderer_for(path)
+        self.parse = Parser("prompts", phase.data.columns, ("prompts",))
 
     def __call__(self, responses: Sequence[Response]) -> list[float]:
-        sequences = [self._ids(response) for response in responses]
+        rendered = self.renderer.judged(
+            [self._prompt(response.row) for response in responses],
+            [response.text for response in responses],
+            [response.ended for response in responses],
+        )
+        if refused := [each for each in rendered if isinstance(each, RowError)]:
+            raise RewardError(f"a response cannot be put to the reward model: {refused[0]}")
         self.ready()
-        return score(self.lm, sequences, head=self.head)
+        return score(self.lm, [each.ids for each in rendered if isinstance(each, Sample)], head=self.head)
 
-    def _ids(self, response: Response) -> NDArray[Any]:
-        asked = self._asked(response.row[self.column])
-        (prompt,) = self.renderer.render([Prompt(asked)])
-        if self.same_words and isinstance(prompt, Sample) and np.array_equal(prompt.ids, response.prompt):
-            return np.concatenate([response.prompt, response.tokens])
-        whole: Answer
-        if isinstance(asked, str):
-            whole = PromptCompletion(asked, response.text)
-        else:
-            answer = {"role": "assistant", "content": response.text}
-            whole = Chat([*asked.messages, answer], (len(asked.messages),), asked.tools)
-        (sample,) = self.renderer.render([whole])
-        if isinstance(sample, RowError):
-            raise RewardError(f"a response cannot be put to the reward model: {sample}")
-        return sample.ids
-
-    def _asked(self, given: Any) -> str | Chat:
-        """A prompt in the form that the reward model has learnt."""
-        if isinstance(given, list):
-            return Chat(given, ())
-        return Chat([{"role": "user", "content": given}], ()) if self.in_turns else given
+    def _prompt(self, row: dict[str, Any]) -> str | Chat:
+        """The prompt of a row as the policy has it: parts of a message joined, tool calls as objects."""
+        _, example = self.parse(row)
+        assert isinstance(example, Prompt), "PPO reads prompts"
+        return example.content

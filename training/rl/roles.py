@@ -25,10 +25,11 @@ from training.data.dealing import Limits, limits_for
 from training.data.order import Order
 from training.data.render import Renderer, load_tokenizer, same_tokens, tokenizer_for
 from training.data.stores import Stores, check_window
+from training.data.turn_end import stop_tokens
 from training.distributed import Seat
 from training.engine import Frozen, computed, device_of
 from training.errors import InputError
-from training.evaluate import Exam, end_tokens, exam_of
+from training.evaluate import Exam, exam_of
 from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
@@ -112,8 +113,8 @@ class _Prompts:
     def __init__(self, phase: PPO, stores: Stores):
         self.phase, self.store = phase, stores.train
         self.order = Order(self.store.source_sizes, weights=stores.weights, seed=phase.seed, shuffle=phase.data.shuffle)
-        self.tokenizer: Any = tokenizer_for(phase.model)
-        self.renderer = Renderer(self.tokenizer, phase.data.template)
+        tokenizer = tokenizer_for(phase.model)
+        self.renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos, in_turns=self.store.meta.chats)
 
     def responses(self, lm: Any, iteration: int, nth: int, share: tuple[int, int]) -> list[Response]:
         """Of the responses to the prompts of an iteration, counted from 1, those of a round, counted from 0: of this share (rank, size).
@@ -136,7 +137,7 @@ class _Prompts:
                 [prompts[place].tolist() for place in mine],
                 # By place, not by number: the same prompt may come twice in an iteration.
                 [seed_for(phase.seed, "sample", iteration, *divmod(place, samples)) for place in mine],
-                end_tokens(self.tokenizer, getattr(lm, "generation_config", None)),
+                stop_tokens(self.renderer, getattr(lm, "generation_config", None), chats=self.store.meta.chats),
                 Sampling(max_new_tokens=phase.response_tokens, temperature=phase.temperature, top_p=phase.top_p),
             )
         return [

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from training.data.files import RowError
-from training.data.formats import Chat, Example, Message, Pair, Parser, PromptCompletion, Text
+from training.data.formats import Chat, Example, Message, Pair, Parser, Prompt, PromptCompletion, Text
 from training.data.render import Renderer, Sample, fitted, fitted_pair, load_tokenizer, sides_of
 from training.data.templates import TEMPLATES
 from training.errors import InputError
@@ -107,7 +107,7 @@ def test_prompt_and_completion_stand_as_they_are_with_one_eos():
 )
 def test_the_tokens_of_the_prompt_are_those_of_the_prompt_alone(tokenizer, prompt, completion):
     sample = rendered(PromptCompletion(prompt, completion), tokenizer)
-    alone = tokenizer.encode(prompt, add_special_tokens=False)
+    alone = tokenizer.encode(prompt)
     assert sample.ids[: len(alone)].tolist() == alone
     assert sample.targets.tolist() == [place >= max(len(alone), 1) for place in range(len(sample.ids))]
 
@@ -131,11 +131,50 @@ def test_all_of_a_text_but_its_first_token_is_learnt():
     assert sample.targets.tolist() == [False] + [True] * (len(sample.ids) - 1)
 
 
-def test_nothing_adds_a_bos_to_plain_texts():
+def test_plain_texts_begin_with_what_the_tokenizer_adds_and_bos_none_leaves_it_out():
     tokenizer = sentence_piece()
     assert tokenizer.encode("48")[0] == tokenizer.bos_token_id
-    for example in (Text("48"), PromptCompletion("4", "8")):
-        assert tokenizer.bos_token_id not in rendered(example, tokenizer).ids
+    eos = tokenizer.eos_token_id
+    for example in (Text("Answer: 48"), PromptCompletion("Answer:", " 48")):
+        sample = rendered(example, tokenizer)
+        assert sample.ids.tolist() == [*tokenizer.encode("Answer: 48"), eos]
+        assert not sample.targets[0]
+        old = rendered(example, tokenizer, bos="none")
+        assert old.ids.tolist() == sample.ids[1:].tolist()
+    (prompt,) = samples(Renderer(tokenizer), Prompt("48"))
+    assert prompt.ids.tolist() == tokenizer.encode("48")
+
+
+def test_bos_and_eos_that_a_tokenizer_adds_stand_once():
+    core = sentence_piece().backend_tokenizer
+    bos, eos = core.token_to_id("<s>"), core.token_to_id("</s>")
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> <pad> $A </s>", special_tokens=[("<s>", bos), ("<pad>", core.token_to_id("<pad>")), ("</s>", eos)]
+    )
+    tokenizer = wrapped(core)
+    sample = rendered(PromptCompletion("Answer:", " 48"), tokenizer)
+    assert sample.ids.tolist() == tokenizer.encode("Answer: 48")
+    # What stands before a text is given at inference, so it is not learnt; the first token of the completion is.
+    given = len(tokenizer.encode("Answer:")) - 1
+    assert sample.targets.tolist() == [False] * given + [True] * (len(sample.ids) - given)
+    assert rendered(Text("Answer: 48"), tokenizer).targets.tolist() == [False] * 2 + [True] * (len(sample.ids) - 2)
+    (prompt,) = samples(Renderer(tokenizer), Prompt("48"))
+    assert prompt.ids.tolist() == tokenizer.encode("48")[:-1]
+
+
+def test_a_bos_that_a_text_brings_along_is_not_doubled():
+    tokenizer = sentence_piece()
+    renderer = Renderer(tokenizer)
+    (sample,) = samples(renderer, Text("<s>48"))
+    assert sample.ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert any("is not doubled" in note for note in renderer.notes)
+
+
+def test_only_the_first_piece_of_a_split_document_has_a_bos():
+    tokenizer = sentence_piece()
+    document = rendered(Text("once upon a time " * 5), tokenizer)
+    pieces = fitted(document, 8, "split")
+    assert [piece.ids.tolist().count(tokenizer.bos_token_id) for piece in pieces] == [1] + [0] * (len(pieces) - 1)
 
 
 def test_a_batch_of_all_kinds_keeps_its_order():
@@ -535,8 +574,48 @@ def test_chatml_without_its_tokens_is_noted():
         show_progress=False,
     )
     core.train_from_iterator([], trainer)
-    assert any("no token <|im_end|>" in note for note in Renderer(wrapped(core), "chatml").notes)
-    assert Renderer(TOKENIZER, "chatml").notes == []
+    core.decoder = decoders.ByteLevel()
+    for tokenizer, is_noted in ((wrapped(core), True), (TOKENIZER, False)):
+        renderer = Renderer(tokenizer, "chatml")
+        assert renderer.render([turns("2?", "4")])
+        assert any("no token <|im_end|>" in note for note in renderer.notes) == is_noted
+
+
+def test_plain_prompts_to_a_tokenizer_with_a_chat_template_name_the_setting_that_uses_it():
+    tokenizer = byte_level(chat_template=TEMPLATES["chatml"])
+    for template, is_noted in (("auto", True), ("none", False), ("tokenizer", False)):
+        renderer = Renderer(tokenizer, template)
+        assert renderer.render([PromptCompletion("2?", "4"), PromptCompletion("3?", "4")])
+        assert ["data.template: tokenizer" in note for note in renderer.notes] == [True] * is_noted
+
+
+def test_template_tokenizer_puts_texts_into_the_chat_template_of_the_tokenizer():
+    tokenizer = byte_level(chat_template=TEMPLATES["chatml"])
+    renderer = Renderer(tokenizer, "tokenizer")
+    sample, chat, prompt, pair = samples(
+        renderer,
+        PromptCompletion("2?", "4"),
+        turns("2?", "4"),
+        Prompt("2?"),
+        Pair(PromptCompletion("2?", "4"), PromptCompletion("2?", "5")),
+    )
+    assert sample.ids.tolist() == chat.ids.tolist() == sides_of(pair.ids, pair.targets)[0].tolist()
+    messages = [{"role": "user", "content": "2?"}]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompt.ids.tolist() == asked == sample.ids[: len(asked)].tolist()
+    with pytest.raises(InputError, match=r"data.template: the tokenizer has no chat template; name one"):
+        Renderer(TOKENIZER, "tokenizer")
+
+
+def test_a_judged_response_is_the_sequence_of_a_pair_and_a_cut_off_one_has_no_end():
+    conversation = Chat([{"role": "user", "content": "2?"}], ())
+    for renderer, prompt in ((Renderer(TOKENIZER, "chatml"), conversation), (Renderer(sentence_piece()), "2?")):
+        whole = PromptCompletion("2?", "48") if isinstance(prompt, str) else turns("2?", "48")
+        ended, cut = renderer.judged([prompt] * 2, ["48"] * 2, [True, False])
+        (expected,) = samples(renderer, whole)
+        assert ended.ids.tolist() == expected.ids.tolist()
+        closing = 1 if isinstance(prompt, str) else 2
+        assert cut.ids.tolist() == expected.ids[:-closing].tolist()
 
 
 def test_template_none_refuses_conversations():
@@ -665,4 +744,4 @@ def test_rendering_is_batched(monkeypatch):
 
     monkeypatch.setattr(Renderer, "_encode", counting)
     renderer.render([MULTI_TURN] * 50)
-    assert calls == [50]
+    assert calls == [50, 2]  # and two answers, to find out how they end

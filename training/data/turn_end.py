@@ -1,0 +1,80 @@
+"""Which tokens end a response: found in what the renderer writes behind an answer, not in the name of the tokenizer's EOS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from training.data.files import RowError
+from training.data.formats import Chat
+
+if TYPE_CHECKING:
+    from training.data.render import Renderer
+
+_ANSWERS = ("Yes", "Of course not")
+"""Two answers with different ends: the tokens that both end with are the template's."""
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """How the chat template ends an assistant's turn."""
+
+    token: int | None
+    """The token that generation stops at; None: there is none."""
+    note: str = ""
+    """What the user should know of it."""
+
+
+def turn_end(renderer: Renderer) -> TurnEnd:
+    """The end of a turn as training renders it. Raises InputError if conversations cannot be rendered at all."""
+    question = {"role": "user", "content": "Hi"}
+    chats = [Chat([question, {"role": "assistant", "content": answer}], (1,)) for answer in _ANSWERS]
+    first, second = renderer.render(chats)
+    if isinstance(first, RowError) or isinstance(second, RowError):
+        return TurnEnd(
+            None, "where an answer ends cannot be found, because the chat template refuses a question with an answer; "
+            "generation stops at the tokenizer's EOS",
+        )  # fmt: skip
+    return _in_tokens(renderer.tokenizer, _common_end(first.ids.tolist(), second.ids.tolist()), first.targets.tolist())
+
+
+def _common_end(first: list[int], second: list[int]) -> list[int]:
+    length = 0
+    while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
+        length += 1
+    return first[len(first) - length :]
+
+
+def _in_tokens(tokenizer: Any, behind: list[int], targets: list[bool]) -> TurnEnd:
+    """`behind`: the tokens behind an answer, with the white space that is not learnt; `targets`: what is learnt of the whole."""
+    learnt = targets[len(targets) - len(behind) :]
+    closing = [token for token, is_learnt in zip(behind, learnt, strict=True) if is_learnt]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
+    token = next((token for token in behind if token in special), closing[0] if len(closing) == 1 else None)
+    if token in closing:
+        return TurnEnd(token)
+    text = tokenizer.decode(behind).strip()
+    if token is not None:
+        return TurnEnd(
+            token, f"the chat template ends an answer with {text!r}, which it does not mark as part of the answer, so nothing teaches the "
+            "model to stop; put it inside {% generation %}",
+        )  # fmt: skip
+    if not closing:
+        return TurnEnd(None, "the chat template writes nothing behind an answer, so nothing teaches the model to stop")
+    return TurnEnd(
+        None, f"the tokenizer has no token {text}, which the chat template ends an answer with: it becomes {len(closing)} tokens, and "
+        f"generation cannot stop at it, only at {tokenizer.eos_token}; add the token to the tokenizer, or name another template",
+    )  # fmt: skip
+
+
+def stop_tokens(renderer: Renderer, generation: Any = None, *, chats: bool, known: Iterable[int] = ()) -> list[int]:
+    """The tokens that end a response: those of the model's generation settings, the tokenizer's EOS, with `chats` the end of a turn.
+
+    `known` are added to them. Each once, in this order.
+    """
+    named = getattr(generation, "eos_token_id", None)
+    found = [*(named if isinstance(named, list) else [named]), renderer.tokenizer.eos_token_id, *known]
+    if chats:
+        found.append(turn_end(renderer).token)
+    return list(dict.fromkeys(token for token in found if token is not None))
