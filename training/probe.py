@@ -124,6 +124,8 @@ class _Probe:
 
     def __init__(self, config: Any, small: Any, lm: Any, trust_remote_code: bool):
         self.config, self.small, self.lm, self.trust_remote_code = config, small, lm, trust_remote_code
+        self.picks = any(getattr(small, name, None) is not None for name in ("index_topk", "keep_window_size"))
+        """Attention is to the tokens of the highest scores: which these are can depend on what else is in the row, and on its length."""
         generator = np.random.default_rng(0)
         self.samples = [self._drawn(generator, length) for length in _LENGTHS]
         self.others = [self._drawn(generator, length) for length in _LENGTHS]
@@ -169,9 +171,9 @@ class _Probe:
         return Kernel(
             exists=True,
             right=right,
-            pads=right and _holds(lambda: self.computes(lm, [[ids] for ids in self.samples])),
-            packs=right and _holds(lambda: self.keeps_apart(lm, varlen=name == SDPA_VARLEN)),
-            trees=right and name != "eager" and _holds(lambda: self.has_trees(name)),
+            pads=right and not self.picks and _holds(lambda: self.computes(lm, [[ids] for ids in self.samples])),
+            packs=right and not self.picks and _holds(lambda: self.keeps_apart(lm, varlen=name == SDPA_VARLEN)),
+            trees=right and not self.picks and name != "eager" and _holds(lambda: self.has_trees(name)),
         )
 
     def with_kernel(self, name: str) -> Any:
@@ -315,11 +317,21 @@ class _Probe:
 
         self.lm.traits = Traits(architecture="", generation="batched")
         try:
-            if _holds(lambda: right(batch=8)):
+            if _holds(self.pads_left) and _holds(lambda: right(batch=8)):
                 return "batched"
             return "alone" if _holds(lambda: right(batch=1)) else "uncached"
         finally:
             del self.lm.traits
+
+    def pads_left(self) -> bool:
+        """Whether the last logits of samples that are padded on the left, as for generation, are those that they have alone."""
+        length = max(map(len, self.samples))
+        ids = torch.tensor(np.stack([np.pad(each, (length - len(each), 0)) for each in self.samples]))
+        mask = torch.tensor(np.stack([np.arange(length) >= length - len(each) for each in self.samples])).long()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            last = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+        return all(_equal(got, alone[-1]) for got, alone in zip(last, self.alone, strict=True))
 
     def greedily(self, ids: Ids) -> list[int]:
         """The likeliest tokens, without a cache."""
