@@ -497,6 +497,13 @@ class Reward(Phase):
             yield "data.overlong", "a cut answer would be judged by its beginning; pairs can only be dropped"
 
 
+class ConstantSchedule(Schedule):
+    """PPO's: no decay and no warm-up, also where a job gives another part of it."""
+
+    name: Literal["cosine", "linear", "constant"] = "constant"
+    warmup: Annotated[float | int, Field(ge=0)] = 0
+
+
 class KL(Settings):
     """How far the policy may go from where it started."""
 
@@ -603,7 +610,7 @@ class PPO(Phase):
     """Passes over the responses of an iteration."""
     learning_rate: PositiveFloat = 1.0e-6
     """The policy's."""
-    schedule: Schedule = Schedule(name="constant", warmup=0)
+    schedule: ConstantSchedule = ConstantSchedule()
     critic_learning_rate: PositiveFloat = 9.0e-6
     """The critic's, which follows the same schedule."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
