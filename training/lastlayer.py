@@ -50,6 +50,9 @@ def looked_at(body: Any, input_ids: Tensor, index: Tensor, *, known: bool) -> It
 
 def _last_mlp(body: Any) -> nn.Module | None:
     """None where it is unknown, compiled with its layer, or called again in the backward pass, when the block is long over."""
-    layer: Any = body.layers[-1]
+    layers: Any = getattr(body, "layers", None)
+    if not layers:  # a classifier's body may hold the decoder
+        return None
+    layer = layers[-1]
     again = torch.is_grad_enabled() and body.training and getattr(layer, "gradient_checkpointing", False)
     return None if again or layer._compiled_call_impl is not None else getattr(layer, "mlp", None)
