@@ -26,7 +26,7 @@ LIMIT_S = 300.0
 """Of one architecture; most take three seconds."""
 LIMIT_BYTES = 6 << 30
 IMPORTS = (
-    "deepspeed", "peft", "transformers.integrations.deepspeed", "training.recipes.language", "training.recipes.reward",
+    "deepspeed", "peft", "transformers.integrations.deepspeed", "training.recipes.language", "training.recipes.reward", "training.probe",
     "launcher.check", "launcher.driver", "launcher.generation", "launcher.exports", "benchmarks.architecture_columns",
     "transformers.models.llama.modeling_llama", "rich.console",
 )  # fmt: skip

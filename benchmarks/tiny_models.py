@@ -16,6 +16,15 @@ CHARACTERS = "".join(map(chr, range(ord("!"), ord("~"))))
 MOST_PARAMETERS = 5_000_000
 
 
+_NEEDED: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8, "kv_n_heads": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+}
+"""What published models of a type say, and the defaults of transformers do not."""
+
+
 class CannotBuild(Exception):
     """There is no tiny model of this type. Says why."""
 
@@ -41,16 +50,21 @@ def _config_of(model_type: str) -> Any:
     """The configuration of a small copy of what the type's own defaults give; with the tokenizer's special tokens."""
     from transformers import AutoConfig
 
-    config: Any = shrunk(AutoConfig.for_model(model_type))
+    usual: Any = AutoConfig.for_model(model_type, **_NEEDED.get(model_type, {}))
+    if getattr(usual, "is_encoder_decoder", False) or _is_encoder(usual):
+        raise CannotBuild("an encoder, or the decoder of an encoder: no causal language model by itself")
+    config: Any = shrunk(usual)
     for name, token in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):
         if hasattr(config, name):
             setattr(config, name, token)
-    if getattr(config, "is_decoder", None) is False:
-        config.is_decoder = True
     config.use_cache = True
     if (rows := config.get_text_config().vocab_size) < VOCABULARY:
         raise CannotBuild(f"its vocabulary of {rows} tokens is not the tokenizer's")
     return config
+
+
+def _is_encoder(config: Any) -> bool:
+    return getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention")
 
 
 def _small(config: Any) -> Any:

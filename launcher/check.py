@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import capacity, plan, site, trackers
+from launcher import capacity, plan, probing, site, trackers
 from launcher import job as jobs
 from launcher.cache import cache_folder
 from launcher.job import Job
 from launcher.site import Site, UnknownSite
-from training import questions, reward_signature, vocabulary
+from training import questions, reward_signature, traits, vocabulary
 from training.config import PPO, Phase
 from training.data.files import HubSplit, Located, without_effect
 from training.data.prepare import bad_rows_note
@@ -22,6 +22,7 @@ from training.data.stores import data_of, prepare_phase, sources_of
 from training.errors import InputError
 from training.modelfiles import tokenizer_of
 from training.recipes import RECIPES
+from training.traits import Traits
 
 SHOWN_BAD_ROWS = 3
 
@@ -76,11 +77,12 @@ def _rows(phase: Phase) -> dict[str, Any]:
     if not local:
         return {"recipe": phase.recipe, "notes": notes}
     tokenizer = tokenizer_of(phase.model)
+    known = probing.examined(phase)
     if notes or not os.path.isdir(tokenizer):
         if not os.path.isdir(tokenizer):
             notes.append(f"lengths were not looked at: the tokenizer {tokenizer} is on the hub")
         return {"recipe": phase.recipe, **_parsed_counts(phase, notes), "notes": list(dict.fromkeys(notes))}
-    return {"recipe": phase.recipe, **_counts(phase)}
+    return {"recipe": phase.recipe, **_counts(phase, known)}
 
 
 def _parsed_counts(phase: Phase, notes: list[str]) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def _parsed_counts(phase: Phase, notes: list[str]) -> dict[str, Any]:
     return {"rows": rows, "formats": dict(formats), "sources": forms}
 
 
-def _counts(phase: Phase) -> dict[str, Any]:
+def _counts(phase: Phase, known: Traits | None) -> dict[str, Any]:
     stores, not_checked = prepare_phase(phase, cache_folder())
     parts = {"train": stores.train, "eval": stores.eval}
     forms = {
@@ -128,6 +130,9 @@ def _counts(phase: Phase) -> dict[str, Any]:
     if isinstance(phase, PPO):
         notes += [*reward_signature.notes(phase, stores.train), *not_checked]
     notes += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
+    if known is not None:
+        longest = min(stores.train.meta.longest, phase.data.max_length) + phase.new_tokens
+        notes += _of_model(phase, known, longest)
     bad = {"bad_rows": stores.train.bad_rows(SHOWN_BAD_ROWS)} if stores.train.meta.dropped_bad else {}
     return {**counts, **bad, "notes": list(dict.fromkeys(notes))}
 
@@ -152,6 +157,14 @@ def _form_line(form: Mapping[str, Any]) -> str:
     """`rows.csv: 8 rows of prompt_completion (CSV)`."""
     rows = " and ".join(f"{count:,} row{'s' * (count != 1)} of {name}" for name, count in form["formats"].items())
     return f"{form['path']}: {rows or 'rows'} ({', '.join(form['kinds'])})"
+
+
+def _of_model(phase: Phase, known: Traits, longest: int) -> Iterator[str]:
+    """What goes another way than usual. Raises InputError for what the model cannot do."""
+    device = "cuda" if capacity.num_gpus() and phase.resources.gpus_per_worker != 0 else "cpu"
+    attention = traits.attention_of(phase.model, known, device)
+    traits.refuse(phase, known, attention, longest)
+    return traits.notes(phase, known, attention, longest)
 
 
 def _on_hub(source: Located) -> bool:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from launcher import attempts, host, revisions
+from launcher import attempts, host, probing, revisions
 from launcher.attempts import GoOn, OpenRun
 from launcher.cache import cache_folder
 from launcher.failures import NoMachines, Raised, WorkerDied, in_words
@@ -175,8 +175,8 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
 
 
 def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Path]:
-    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase. Raises InputError with the
-    bad rows of all of them.
+    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase; and examine its models.
+    Raises InputError with all that is wrong with any of them.
 
     `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
     """
@@ -186,6 +186,7 @@ def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool =
     def prepare_phase(phase: Phase) -> Path:
         phase = revisions.with_commits(phase, commits or {})
         questions.check(phase)
+        probing.examined(phase, apart=apart)
         if not (apart and host.has_nursery()):
             stores, _ = prepare_data(phase, cache_folder())
             return stores.train.folder
@@ -218,6 +219,9 @@ def _run_phase(
         run.event("warning", phase=name, what=what)
         progress.say(f"{name}: {what}")
 
+    if not how.inline:
+        probing.examined(phase)
+        probing.pass_on(phase)
     recovery = Recovery(run, name, phase, progress.say)
     with gang_of(phase, name, cache_folder(), progress.say, warn, inline=how.inline) as gang:
         while True:

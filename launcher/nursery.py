@@ -171,6 +171,14 @@ class Life:
         stores, _ = prepare_phase(phase, Path(cache))
         return str(stores.train.folder)
 
+    def examine(self, model: Any, environment: dict[str, str], limit_s: int) -> None:
+        """Find out what a model's code can do (training/probe.py). Raises InputError for one that cannot be loaded."""
+        os.environ.update(environment)
+        signal.alarm(limit_s)
+        from training.probe import traits_for
+
+        traits_for(model)
+
     def begin(self, log: str, environment: dict[str, str]) -> int:
         """Write to `log` from now on. Answers with the pid."""
         os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""Which attention kernel a model gets; and one of ours: torch's own, sample by sample where samples share a row.
+"""An attention kernel of ours: torch's own, sample by sample where samples share a row.
 
 Torch's kernel takes a mask for a packed row and pays for all of its places, whoever may look there. Told where samples begin it is
 called once for each, causal and without a mask: what a kernel for packed rows does on GPUs.
@@ -13,28 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.config import Model
 from training.data.dealing import SDPA_VARLEN
-
-
-def resolve(model: Model, device: str, config: Any) -> str:
-    """The attention kernel of a model, by its configuration. auto: flash attention on GPUs that have it installed, on CPUs ours where
-    the model can be given one, else sdpa."""
-    if model.attention != "auto":
-        return model.attention
-    if device == "cuda":
-        from transformers.utils import is_flash_attn_2_available
-
-        return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
-    return SDPA_VARLEN if not model.compile and _takes_any(config) else "sdpa"
-
-
-def _takes_any(config: Any) -> bool:
-    """Whether models of this configuration ask for their attention by name. Code that comes with a model may do as it likes."""
-    from transformers import AutoModelForCausalLM
-
-    mapping: Any = AutoModelForCausalLM._model_mapping
-    return type(config) in mapping and mapping[type(config)]._supports_attention_backend
 
 
 def register() -> None:

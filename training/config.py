@@ -100,7 +100,8 @@ class Data(Settings):
     shuffle: bool = True
     """False: the files' own order."""
     pack: bool = True
-    """Put several samples into one row, with attention that never crosses them. Changes speed, never the loss."""
+    """Put several samples into one row, with attention that never crosses them. Changes speed, never the loss: models that were not found to
+    keep samples apart get one sample a row, which is told."""
 
     @field_validator("train", "eval", mode="before")
     @classmethod
@@ -139,7 +140,8 @@ class Model(Settings):
         "auto", "eager", "sdpa", "sdpa_varlen", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
     """Attention kernel. auto: flash attention on GPUs that have it installed; on CPUs sdpa_varlen, torch's kernel called for every sample of
-    a packed row, unless layers are compiled; else sdpa."""
+    a packed row, unless layers are compiled; else sdpa; eager for models that transformers has no other for. A kernel that a model does not
+    have is refused."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """Kernels of norms, rotations and gated layers. auto: Liger's fused ones on GPUs that have the package liger-kernel, for models that it
     knows, unless layers are compiled; else torch's."""
@@ -495,6 +497,13 @@ class Reward(Phase):
             yield "data.overlong", "a cut answer would be judged by its beginning; pairs can only be dropped"
 
 
+class ConstantSchedule(Schedule):
+    """PPO's: no decay and no warm-up, also where a job gives another part of it."""
+
+    name: Literal["cosine", "linear", "constant"] = "constant"
+    warmup: Annotated[float | int, Field(ge=0)] = 0
+
+
 class KL(Settings):
     """How far the policy may go from where it started."""
 
@@ -601,7 +610,7 @@ class PPO(Phase):
     """Passes over the responses of an iteration."""
     learning_rate: PositiveFloat = 1.0e-6
     """The policy's."""
-    schedule: Schedule = Schedule(name="constant", warmup=0)
+    schedule: ConstantSchedule = ConstantSchedule()
     critic_learning_rate: PositiveFloat = 9.0e-6
     """The critic's, which follows the same schedule."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0

@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from training.lastlayer import looked_at
+from training.probe import traits_of
 from training.sizing import LOGITS_AT_ONCE
 
 Measure = Callable[..., Tensor]
 """From the logits of n places [n, V], and what else is known of each, K numbers of each. [n, K]"""
-
-# Models whose logits are not simply head(hidden): they say so in one of these settings.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def measured_at(
@@ -34,13 +32,15 @@ def measured_at(
 
     `known` [N, ...] is handed to `measure` beside the logits.
     """
-    if any(getattr(lm.config, key, None) for key in _LOGIT_TRANSFORMS):
-        logits_RLV = lm(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    known_of_lm = traits_of(lm)
+    inputs = {"input_ids": input_ids} | ({} if position_ids is None else {"position_ids": position_ids})
+    if not known_of_lm.body:  # they are scaled or capped, or the decoder's are not the states that the head reads
+        logits_RLV = lm(**inputs, use_cache=False).logits
         return measure(logits_RLV.flatten(0, 1)[index], *known)
     # Only these places go through the head: prompts cost no logits.
     body = lm.get_decoder()
-    with looked_at(body, input_ids, index):
-        hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    with looked_at(body, input_ids, index, known=known_of_lm.last_mlp):
+        hidden_RLH = body(**inputs, use_cache=False).last_hidden_state
     hidden_NH = hidden_RLH.flatten(0, 1)[index]
     head = lm.get_output_embeddings()
     num_chunks = -(-len(index) * lm.config.get_text_config().vocab_size // LOGITS_AT_ONCE)

@@ -15,22 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Types of models whose layers end with an MLP for each place."""
 _WORTH_IT = 7 / 8
 """Of all places: where more are looked at, picking them costs what it saves."""
 
 
 @contextmanager
-def looked_at(body: Any, input_ids: Tensor, index: Tensor) -> Iterator[None]:
+def looked_at(body: Any, input_ids: Tensor, index: Tensor, *, known: bool) -> Iterator[None]:
     """Within the block a decoder computes its last MLP at these places of the flattened rows alone; others keep what they had.
 
     input_ids [R, L]; index [N], no place twice.
 
-    Where it cannot be told to, it computes all. The MLP is still called once: ZeRO-3 gathers its weights for a call, and all
+    `known`: that its last layer ends with an MLP for each place. Where it does not, or cannot be told to, it computes all. The MLP is still called once: ZeRO-3 gathers its weights for a call, and all
     workers must ask for them equally often.
     """
-    mlp = _last_mlp(body) if len(index) < _WORTH_IT * input_ids.numel() else None
+    mlp = _last_mlp(body) if known and len(index) < _WORTH_IT * input_ids.numel() else None
     if mlp is None:
         yield
         return
@@ -52,8 +50,6 @@ def looked_at(body: Any, input_ids: Tensor, index: Tensor) -> Iterator[None]:
 
 def _last_mlp(body: Any) -> nn.Module | None:
     """None where it is unknown, compiled with its layer, or called again in the backward pass, when the block is long over."""
-    if body.config.model_type not in _KNOWN:
-        return None
     layer: Any = body.layers[-1]
     again = torch.is_grad_enabled() and body.training and getattr(layer, "gradient_checkpointing", False)
     return None if again or layer._compiled_call_impl is not None else getattr(layer, "mlp", None)

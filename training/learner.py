@@ -66,17 +66,18 @@ class Learner:
         dist.barrier()
         self.phase = self.whole_phase = at_hand(self.phase, self.cache)
         stores = open_stores(self.phase, self.cache)
+        self.traits = models.resolve_traits(self.phase.model)
         self.attention = models.resolve_attention(self.phase.model, self.seat.device)
         self.kernels = models.resolve_kernels(
             self.phase.model.model_copy(update={"path": base_of(self.phase.model.path)}), self.seat.device
         )
         held_out = stores.eval.folder.name if stores.eval is not None else ""
-        mine = (stores.train.folder.name, held_out, str(self.dtype), self.attention, self.kernels)
+        mine = (stores.train.folder.name, held_out, str(self.dtype), self.attention, self.kernels, self.traits)
         all_of_them: list[Any] = [None] * self.seat.size
         dist.all_gather_object(all_of_them, mine)
         if odd := [rank for rank, other in enumerate(all_of_them) if other != all_of_them[0]]:
             raise TrainingError(
-                f"workers {', '.join(map(str, odd))} have other data, precision, attention or kernels than worker 0 "
+                f"workers {', '.join(map(str, odd))} have other data, precision, attention, kernels or model code than worker 0 "
                 f"({all_of_them[odd[0]]}, {all_of_them[0]}); give all machines the same files and packages"
             )
         return stores

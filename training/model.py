@@ -21,7 +21,9 @@ from training.hardware import cpu_multiplies_bf16
 from training.heads import measured_at
 from training.modelfiles import SCORE as HEAD
 from training.modelfiles import Adapter, adapter_in, base_of
+from training.probe import traits_for
 from training.seeding import seed_for
+from training.traits import Traits, attention_of
 
 _NOISE = re.compile(r"dropout|pdrop$|layerdrop|drop_path")
 """Settings of how much is left out at random: of activations, or whole layers."""
@@ -117,9 +119,10 @@ def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:
         lm: Any = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
-            attn_implementation=attention.resolve(settings, device, config),
+            attn_implementation=kernel_of(settings, device),
             trust_remote_code=settings.trust_remote_code,
         )
+        _tell_traits(lm, settings)
         if phase.model.lora is not None:
             lora.inject(lm, phase, adapter_in(phase.model.path))
     for module in lm.modules():  # parameters are nowhere; buffers are computed, so they are here
@@ -148,7 +151,7 @@ def pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifie
             model.path,
             config=config,
             dtype=dtype,
-            attn_implementation=attention.resolve(model, device, config),
+            attn_implementation=kernel_of(model, device),
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
             revision=model.revision or "main",
@@ -159,6 +162,7 @@ def pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifie
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError.of(model.path, f"cannot load the model: {error}", "model") from error
     lm, info = loaded
+    _tell_traits(lm, model)
     if kernels.resolve(model, device, lambda: config.model_type) == "liger":
         kernels.fuse(lm)
     head = {f"{HEAD}.weight"} & set(info["missing_keys"]) if classifier else set()
@@ -258,8 +262,35 @@ def _without_noise(config: Any) -> None:
 
 def resolve_attention(model: Model, device: str) -> str:
     """The attention kernel that `load` gives a model."""
-    settings = model.model_copy(update={"path": base_of(model.path)})
-    return attention.resolve(settings, device, load_config(settings))
+    return kernel_of(model.model_copy(update={"path": base_of(model.path)}), device)
+
+
+def resolve_traits(model: Model) -> Traits:
+    """What is known of a model, or of the one below an adapter."""
+    return traits_for(model.model_copy(update={"path": base_of(model.path)}))
+
+
+def kernel_of(model: Model, device: str) -> str:
+    """The attention kernel of a model that is no adapter. Raises InputError if it cannot have the one that is set."""
+    from transformers.utils import is_flash_attn_2_available
+
+    return attention_of(model, traits_for(model), device, flash=device == "cuda" and is_flash_attn_2_available())
+
+
+def _tell_traits(lm: Any, model: Model) -> None:
+    """Let a model know its traits, and its rotary factors forget the lengths of earlier micro-batches."""
+    lm.traits = traits_for(model)
+    if lm.traits.rotary_limit is not None:
+        for module in lm.modules():
+            if hasattr(module, "max_seq_len_cached") and hasattr(module, "original_inv_freq"):
+                module.register_forward_pre_hook(_forget_lengths)
+
+
+def _forget_lengths(rotary: Any, _: Any) -> None:
+    """Dynamic rotary factors stay those of the longest sample so far, in transformers; here they are those of each micro-batch."""
+    if rotary.max_seq_len_cached != rotary.original_max_seq_len:
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
+        rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device)
 
 
 class TokenLoss(nn.Module):

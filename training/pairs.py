@@ -7,14 +7,11 @@ number changes: what stands before a token is the same, and so is its position. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from training.data.dealing import SDPA_VARLEN
 
 Pair = tuple[NDArray, NDArray]
 """Token ids of the chosen and of the rejected sequence."""
@@ -22,19 +19,6 @@ Pair = tuple[NDArray, NDArray]
 _BRANCHES = 3
 """Of a pair: what both begin with, the rest of the chosen sequence, the rest of the rejected one."""
 _PADDING = -1
-_MASK_ALONE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Types of models that look where a mask says and nowhere else."""
-
-
-def can_be_trees(config: Any) -> bool:
-    """Whether a model, by its configuration, computes what it should on rows of `trees`."""
-    windows = {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ())
-    return (
-        config.model_type in _MASK_ALONE
-        and config._attn_implementation in ("sdpa", SDPA_VARLEN)
-        and not windows
-        and (config.model_type != "mistral" or config.sliding_window is None)
-    )
 
 
 def trees(rows: Sequence[Sequence[Pair]]) -> dict[str, Tensor | None]:

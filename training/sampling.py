@@ -21,6 +21,7 @@ from training import pulse
 from training.data.order import mix
 from training.errors import InputError
 from training.kvcache import give_room
+from training.probe import traits_of
 from training.vocabulary import beyond, rows_in
 
 Heard = Callable[[int, int], None]
@@ -71,14 +72,16 @@ def continue_all(
 ) -> list[Continued]:
     """One continuation of every prompt, in their order, up to a token of `ends`. `keys[i]` seeds the i-th.
 
-    `lm` is a causal language model with a cache; a prompt has at least one token. At most `batch` go at a time, those of
-    like length together; of these, equal prompts are read once. No prompt goes on past `window` tokens, itself counted.
+    `lm` is a causal language model; a prompt has at least one token. At most `batch` go at a time, those of like length together
+    (one, where the model cannot do more); of these, equal prompts are read once. No prompt goes on past `window` tokens, itself counted.
     `heard(i, token)` is told every token of the i-th continuation as it is drawn.
     Raises InputError for tokens that the model's embedding has no row for.
     """
     if wrong := beyond((max(prompt, default=-1) for prompt in prompts), rows_in(lm)):
         raise InputError.of("the prompts", wrong)
     out: dict[int, Continued] = {}
+    longest = max(map(len, prompts), default=0) + settings.max_new_tokens
+    batch = batch if traits_of(lm).batches(longest) else 1
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
     for start in range(0, len(by_length), batch):
         places = by_length[start : start + batch]
@@ -109,6 +112,8 @@ class _Batch:
         window: int | None,
     ):
         self.lm, self.settings = lm, settings
+        self.caches = traits_of(lm).generation != "uncached"
+        """Else all tokens are read again for each new one."""
         self.device = next(lm.parameters()).device
         self.rows = np.arange(len(prompts))
         """Which prompt each row is."""
@@ -163,6 +168,8 @@ class _Batch:
 
     def _logits(self) -> Tensor:
         """Of the next token of every row. [B, V]"""
+        if not self.caches:
+            return self.lm(input_ids=self.next_ids, use_cache=False).logits[:, -1]
         out = self.lm(
             input_ids=self.next_ids,
             attention_mask=self.mask if self.padded else None,
@@ -177,7 +184,7 @@ class _Batch:
         return out.logits[:, -1]
 
     def _advance(self, tokens: Tensor) -> None:
-        self.next_ids = tokens[:, None]
+        self.next_ids = tokens[:, None] if self.caches else torch.cat([self.next_ids, tokens[:, None]], dim=1)
         self.positions = self.positions[:, -1:] + 1
         if self.window is not None:  # rows that are done still go along until the batch is cut
             self.positions = self.positions.clamp(max=self.window - 1)

@@ -6,6 +6,7 @@ sizes. The sizes are found by the names that configurations give them; all other
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -101,7 +102,8 @@ def small_model(config: Any, kind: Any, attention: str, *, trust_remote_code: bo
     The weights are a function of the parameters' names and shapes alone. They are larger than usual, so that attention differs from a mean.
     """
     arguments: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    model = kind.from_config(config, attn_implementation=attention, dtype=torch.float32, **arguments)
+    own = copy.deepcopy(config)  # the model writes its kernel into it
+    model = kind.from_config(own, attn_implementation=attention, dtype=torch.float32, **arguments)
     _randomize(model)
     return model.eval()
 
@@ -118,12 +120,17 @@ def _randomize(model: Any) -> None:
                 parameter.copy_(noise * 0.5)
 
 
-def shrunk(config: Any) -> Any:
-    """The configuration of a small copy. Raises ValueError if none can be made."""
+def shrunk(config: Any, *, rotary_limit: int = ROTARY_LIMIT) -> Any:
+    """The configuration of a small copy. Raises ValueError if none can be made.
+
+    `rotary_limit`: tokens above which rotary factors change, for those that depend on the length.
+    """
     plain = config.to_dict()
     computed = {name: getattr(config, name, None) for name in ("layers_block_type", "layer_types")}
     try:
-        made = type(config).from_dict(_small(plain, computed))
+        small = _small(plain, computed)
+        _fit_rotary(small, plain, rotary_limit)
+        made = type(config).from_dict(small)
     except Exception as error:  # the checks of a configuration raise what they like
         raise ValueError(f"no small copy can be made of {type(config).__name__}: {error}") from error
     made.use_cache = False
@@ -136,7 +143,6 @@ def _small(plain: Sizes, computed: Sizes | None = None) -> Sizes:
     small = {name: _small_value(name, value, plain, hidden) for name, value in plain.items()}
     _cut_layers(small, plain, computed or {})
     small.update({name: size for name, size in _ABSENT.items() if name in plain and plain[name] is None})
-    _fit_rotary(small, plain)
     return small
 
 
@@ -217,7 +223,9 @@ def _length(name: str, value: int, plain: Sizes, hidden: int | None) -> int | No
 
 
 def _other(name: str, value: int, plain: Sizes, hidden: int | None) -> int | None:
-    if name == "vocab_size" or name.startswith("vocab_size_") or name.endswith("_vocab_size"):
+    if name == "vocab_size":
+        return VOCABULARY  # also of a model that has fewer tokens: a probe draws from them all
+    if name.startswith("vocab_size_") or name.endswith("_vocab_size"):
         return min(value, VOCABULARY)
     if name in _OTHER_LAYER_NAMES:
         return min(value, 2)
@@ -324,25 +332,31 @@ def _layers_to_keep(plain: Sizes, computed: Sizes, count: int) -> list[int]:
     return [*range(first), *(layer for layer in sorted(new) if layer >= max(first, _MOST_LAYERS))]
 
 
-def _fit_rotary(small: Sizes, plain: Sizes) -> None:
-    """Rotary settings whose lengths are those of the small copy."""
+def _fit_rotary(small: Sizes, plain: Sizes, limit: int) -> None:
+    """Rotary settings whose lengths are those of the small copy, also of configurations inside this one."""
+    for name, inner in plain.items():
+        if isinstance(inner, dict) and "model_type" in inner:
+            _fit_rotary(small[name], inner, limit)
     rope = plain.get("rope_parameters")
     if isinstance(rope, dict):
         nested = {name: each for name, each in rope.items() if isinstance(each, dict)}
         if nested:
-            small["rope_parameters"] = {**rope, **{name: _small_rope(each, small) for name, each in nested.items()}}
+            small["rope_parameters"] = {
+                **rope,
+                **{name: _small_rope(each, small, limit) for name, each in nested.items()},
+            }
         else:
-            small["rope_parameters"] = _small_rope(rope, small)
+            small["rope_parameters"] = _small_rope(rope, small, limit)
     if _is_count(plain.get("original_max_position_embeddings")):
-        small["original_max_position_embeddings"] = ROTARY_LIMIT
+        small["original_max_position_embeddings"] = limit
 
 
-def _small_rope(rope: Mapping[str, Any], small: Sizes) -> Sizes:
+def _small_rope(rope: Mapping[str, Any], small: Sizes, limit: int) -> Sizes:
     made = dict(rope)
     if _is_count(made.get("original_max_position_embeddings")):
-        made["original_max_position_embeddings"] = ROTARY_LIMIT
+        made["original_max_position_embeddings"] = limit
     if made.get("rope_type") == "dynamic":
-        small["max_position_embeddings"] = ROTARY_LIMIT
+        small["max_position_embeddings"] = limit
     for name in ("long_factor", "short_factor"):
         if isinstance(made.get(name), list):
             numbers = _rotated(made, small)

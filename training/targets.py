@@ -23,9 +23,7 @@ def _is_linear(module: nn.Module) -> bool:
     """Not so the routers of some models, which are linear layers by their class and answer with more than a product."""
     from transformers.pytorch_utils import Conv1D
 
-    kind = type(module)
-    own = kind.__module__.startswith("transformers.models.") and "forward" in vars(kind)
-    return isinstance(module, nn.Linear | Conv1D) and not own
+    return isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
 
 
 def body_layers(lm: Any) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +33,7 @@ from training.measures import Row
 from training.profiling import part
 from training.schedule import learning_rate, never_profiled, total_samples, total_steps
 from training.seeding import seed_for
+from training.traits import notes, refuse, rows_of
 from training.vocabulary import check_tokens, rows_in
 from training.vocabulary import notes as vocabulary_notes
 
@@ -92,6 +94,7 @@ class Trainer(Learner):
                 *vocabulary_notes(self.phase, self.store.meta.tokenizer_rows),
                 *self.left_out,
                 *self._longer_than_the_model(),
+                *notes(self.phase, self.traits, self.attention, self.longest),
                 *never_profiled(self.phase, self.total_steps),
             ],
         )
@@ -113,7 +116,9 @@ class Trainer(Learner):
         self.total_samples = total_samples(self.phase, self.order.epoch_size)
         self.total_steps = total_steps(self.phase, self.order.epoch_size)
         self.longest = min(self.store.meta.longest, self.phase.data.max_length)
-        self.limits = limits_for(self.phase, self.longest, self.seat.device, self.attention)
+        refuse(self.phase, self.traits, self.attention, self.longest)
+        rows = rows_of(self.traits, self.attention, self.longest)
+        self.limits = limits_for(self.phase, self.longest, self.seat.device, self.attention, **asdict(rows))
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
         module: Any = self.build(dtype)

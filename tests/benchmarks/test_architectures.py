@@ -1,4 +1,4 @@
-"""The sweep over architectures: some of them here, and the page that it writes."""
+"""The sweep over architectures: twelve of them here, and the page that it writes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from benchmarks import architecture_page
 from benchmarks.architecture_columns import COLUMNS, Architecture, Cell
 from benchmarks.architectures import figures_of, look_at
 
-TYPES = ("llama", "qwen2", "gpt_neox")
+TWELVE = (
+    "llama", "qwen2", "gemma2", "opt", "bloom", "falcon", "gpt2", "gpt_neox", "mixtral", "mamba", "llama4_text", "jamba",
+)  # fmt: skip
+"""Of different kinds: positions rotated, learned, or none; tied heads, mixtures of experts, states in place of attention."""
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", TWELVE)
 def test_an_architecture_is_right_in_every_column_or_says_what_is_not(model_type, tmp_path):
     found = look_at(model_type, tmp_path)
     assert found.not_built == ""

@@ -127,3 +127,9 @@ def test_a_whole_job_runs(better, muster):
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
     assert {"step", "row", "response", "reward", "kl"} <= samples[0].keys()
     assert (folder / "model/model.safetensors").is_file()
+
+
+def test_a_part_of_the_schedule_leaves_the_rest_as_ppo_has_it(better):
+    edited(better, ("    from: sft\n", "    from: sft\n    schedule: {warmup: 5}\n"))
+    schedule = jobs.load(Path("edited.yaml")).phases["ppo"].schedule
+    assert (schedule.name, schedule.warmup) == ("constant", 5)

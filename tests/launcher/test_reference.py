@@ -18,7 +18,7 @@ from training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 CODE = [file for package in ("launcher", "training", "cluster") for file in sorted((ROOT / package).rglob("*.py"))]
-SET_BY_MUSTER = {"MUSTER_ENV", "MUSTER_SEALED", "MUSTER_CLUSTER", "MUSTER_NURSERY"}
+SET_BY_MUSTER = {"MUSTER_MODEL_TRAITS", "MUSTER_ENV", "MUSTER_SEALED", "MUSTER_CLUSTER", "MUSTER_NURSERY"}
 """Variables that one process of Muster sets for another."""
 
 

@@ -1,10 +1,7 @@
 """Attention sample by sample: what it computes, and which models and masks it is for."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from training.config import Model
 from training.data.dealing import SDPA_VARLEN
 
 pytestmark = pytest.mark.cpu
@@ -120,22 +117,3 @@ def test_all_other_rows_are_computed_as_by_torch(monkeypatch, rows):
     ours, plain = (hidden(family("Llama", kernel), ids, positions, **more)[:, 4:] for kernel in (SDPA_VARLEN, "sdpa"))
     assert set(seen) <= {None, 4}
     torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("settings", "device", "family_of", "expected"),
-    [
-        ({}, "cpu", "LlamaConfig", SDPA_VARLEN),
-        ({"attention": "sdpa"}, "cpu", "LlamaConfig", "sdpa"),
-        ({"attention": SDPA_VARLEN}, "cuda", "LlamaConfig", SDPA_VARLEN),
-        ({"compile": True}, "cpu", "LlamaConfig", "sdpa"),
-        ({}, "cpu", None, "sdpa"),
-    ],
-)
-def test_which_kernel_a_model_gets(settings, device, family_of, expected):
-    import transformers
-
-    from training import attention
-
-    config = SimpleNamespace() if family_of is None else getattr(transformers, family_of)(**SHAPE)
-    assert attention.resolve(Model(path="m", **settings), device, config) == expected

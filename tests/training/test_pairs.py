@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
+from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, Qwen2Config
 
-from training.pairs import can_be_trees, mask_of, trees
+from training.pairs import mask_of, trees
+from training.probe import probe
 from training.recipes.reward import PairLoss, _one_after_the_other
 
 SHAPE = {
@@ -61,7 +62,7 @@ ROWS = {
 def test_trees_change_neither_losses_nor_gradients(rows, family):
     torch.manual_seed(0)
     lm = AutoModelForSequenceClassification.from_config(family(**SHAPE), attn_implementation="sdpa").double()
-    assert can_be_trees(lm.config)
+    assert probe(lm.config).kernel("sdpa").trees
     module = PairLoss(lm)
     margins = torch.zeros(sum(map(len, rows)), dtype=torch.double)
     found = []
@@ -78,17 +79,14 @@ def test_trees_change_neither_losses_nor_gradients(rows, family):
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "kernel"),
     [
-        LlamaConfig(**SHAPE, attn_implementation="eager"),
-        LlamaConfig(**SHAPE, attn_implementation="flash_attention_2"),
-        MistralConfig(**SHAPE, sliding_window=8, attn_implementation="sdpa"),
-        Qwen2Config(
-            **SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1, attn_implementation="sdpa"
-        ),
-        PhiConfig(attn_implementation="sdpa"),
+        (LlamaConfig(**SHAPE), "eager"),
+        (LlamaConfig(**SHAPE), "flash_attention_2"),
+        (MistralConfig(**SHAPE, sliding_window=8), "sdpa"),
+        (Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1), "sdpa"),
     ],
-    ids=["eager", "flash", "a window in all layers", "a window in some layers", "a model that is not known"],
+    ids=["eager", "flash", "a window in all layers", "a window in some layers"],
 )
-def test_where_a_mask_does_not_say_it_all_pairs_stay_apart(config):
-    assert not can_be_trees(config)
+def test_where_a_mask_does_not_say_it_all_pairs_stay_apart(config, kernel):
+    assert not probe(config).kernel(kernel).trees

@@ -60,3 +60,8 @@ def test_a_model_whose_body_has_another_name_than_it_says_has_layers_without_its
     layers = body_layers(tiny_model("llama4_text"))
     assert any(name.endswith("q_proj") for name in layers)
     assert "lm_head" not in layers
+
+
+@pytest.mark.cpu
+def test_linear_layers_of_a_models_own_class_get_adapters(tiny_model):
+    assert "query_key_value" in all_linear(tiny_model("falcon"))[0]

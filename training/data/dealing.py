@@ -41,10 +41,17 @@ class Limits:
     """Length up to which samples are packed into one row. None: one sample in a row."""
     one_row: bool = False
     """A micro-batch is one row: kernels that tell packed samples apart by position take no more."""
+    same_length_above: int | None = None
+    """Rows that are longer than this share a micro-batch only with rows of the same length: models to which padding matters."""
 
 
-def limits_for(phase: Phase, longest: int, device: str, attention: str) -> Limits:
-    """What a micro-batch may hold, from the settings and, where they say auto, from the hardware."""
+def limits_for(
+    phase: Phase, longest: int, device: str, attention: str, *, packs: bool = True, same_length_above: int | None = None
+) -> Limits:
+    """What a micro-batch may hold, from the settings and, where they say auto, from the hardware.
+
+    `packs`: whether the model keeps samples that share a row apart. `same_length_above`: as in Limits.
+    """
     on_cpu = device == "cpu"
     if phase.micro_tokens != "auto":
         tokens = phase.micro_tokens
@@ -53,11 +60,15 @@ def limits_for(phase: Phase, longest: int, device: str, attention: str) -> Limit
         tokens = _MICRO_TOKENS_CPU_SMALL if small else _MICRO_TOKENS_CPU
     else:
         tokens = max(_MICRO_TOKENS, longest)
-    packs, varlen = phase.data.pack, is_varlen(attention)
+    packs, varlen = phase.data.pack and packs, is_varlen(attention)
     dense = max(_ROW_TOKENS_WITHOUT_VARLEN, min(longest, _ROW_TOKENS_CPU) if on_cpu else longest)
     row = tokens if varlen else min(tokens, dense)
     return Limits(
-        micro_tokens=tokens, micro_batch=phase.micro_batch, row_tokens=row if packs else None, one_row=varlen and packs
+        micro_tokens=tokens,
+        micro_batch=phase.micro_batch,
+        row_tokens=row if packs else None,
+        one_row=varlen and packs,
+        same_length_above=same_length_above,
     )
 
 
@@ -135,9 +146,13 @@ def _micro_batches(rows: list[Row], lengths: Sequence[int], limits: Limits) -> l
 def _fits(rows: list[Row], lengths: Sequence[int], limits: Limits) -> bool:
     if limits.one_row:
         return False
+    # They are sorted: the first is the longest.
+    longest, shortest = (sum(lengths[i] for i in row) for row in (rows[0], rows[-1]))
+    if limits.same_length_above is not None and longest > limits.same_length_above and shortest != longest:
+        return False
     if limits.micro_batch is not None:
         return sum(map(len, rows)) <= limits.micro_batch
-    return len(rows) * sum(lengths[i] for i in rows[0]) <= limits.micro_tokens  # rows[0] is the longest
+    return len(rows) * longest <= limits.micro_tokens
 
 
 def _stretch(turns: list[list[Row]], num_turns: int) -> list[list[Row]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from training.data.render import sides_of
 from training.data.store import TokenStore
 from training.errors import InputError
 from training.lastlayer import looked_at
-from training.pairs import Pair, can_be_trees, mask_of, trees
+from training.pairs import Pair, mask_of, trees
+from training.probe import traits_of
 from training.profiling import part
 from training.trainer import Trainer
+from training.traits import rows_of
 from training.vocabulary import beyond, rows_in
 
 _AT_ONCE = {"cuda": Limits(micro_tokens=0, micro_batch=32), "cpu": Limits(micro_tokens=512)}
@@ -79,14 +82,17 @@ def scores(
     `mask` [R, 1, L, L]: what may look where, if position ids do not say it.
     """
     body = getattr(lm, lm.base_model_prefix)
-    asked = {} if mask is None else {"attention_mask": mask}
-    with looked_at(body, input_ids, last_index.unique()):  # two sequences may share a last token
-        hidden_RLH = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **asked).last_hidden_state
+    given = {"position_ids": position_ids, "attention_mask": mask}
+    asked = {name: tensor for name, tensor in given.items() if tensor is not None}
+    with looked_at(
+        body, input_ids, last_index.unique(), known=traits_of(lm).last_mlp
+    ):  # two sequences may share a last token
+        hidden_RLH = body(input_ids=input_ids, use_cache=False, **asked).last_hidden_state
     return (head or models.head_of(lm))(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
 
 
 @torch.inference_mode()
-def score(lm: nn.Module, sequences: Sequence[np.ndarray], *, head: nn.Module | None = None) -> list[float]:
+def score(lm: Any, sequences: Sequence[np.ndarray], *, head: nn.Module | None = None) -> list[float]:
     """The scores of token sequences, those of like length together. One in a row: whatever model a judge is, this it can read.
 
     Raises InputError for tokens that the model's embedding has no row for.
@@ -95,7 +101,9 @@ def score(lm: nn.Module, sequences: Sequence[np.ndarray], *, head: nn.Module | N
         raise InputError.of("the reward model", wrong)
     device = next(lm.parameters()).device
     out = [0.0] * len(sequences)
-    for rows in deal([len(ids) for ids in sequences], 1, _AT_ONCE[device.type])[0]:
+    lengths = [len(ids) for ids in sequences]
+    above = rows_of(traits_of(lm), lm.config._attn_implementation, max(lengths, default=0)).same_length_above
+    for rows in deal(lengths, 1, replace(_AT_ONCE[device.type], same_length_above=above))[0]:
         places = [place for row in rows for place in row]
         with part(FORWARD):
             micro = to_device(collate([[_judged(sequences[i].astype(np.int64))] for i in places]), device)
@@ -116,7 +124,8 @@ class RewardTrainer(Trainer):
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         lm: Any = models.load(self.phase, dtype, self.seat.device, classifier=True)
-        self.makes_trees = can_be_trees(lm.config)
+        self.makes_trees = self.traits.kernel(self.attention).trees
+        self.packs = rows_of(self.traits, self.attention, self.longest).packs
         return PairLoss(lm)
 
     def weight_of(self, store: TokenStore, samples: np.ndarray) -> int:
@@ -135,7 +144,7 @@ class RewardTrainer(Trainer):
         pairs = [[sides_of(*store[sample]) for sample in row] for row in rows]
         margins = np.array([store.margins[sample] for row in rows for sample in row], np.float32)
         return {
-            **(trees(pairs) if self.makes_trees else _one_after_the_other(pairs)),
+            **(trees(pairs) if self.makes_trees else _one_after_the_other(pairs, packs=self.packs)),
             "margins": torch.from_numpy(margins),
         }
 
@@ -151,9 +160,10 @@ class RewardTrainer(Trainer):
         }
 
 
-def _one_after_the_other(rows: Sequence[Sequence[Pair]]) -> dict[str, Tensor | None]:
-    """As `trees`, with nothing shared."""
-    batch = collate([[_judged(side) for pair in row for side in pair] for row in rows])
+def _one_after_the_other(rows: Sequence[Sequence[Pair]], *, packs: bool = True) -> dict[str, Tensor | None]:
+    """As `trees`, with nothing shared. `packs`: whether the model keeps sequences that share a row apart; else each has a row of its own."""
+    sides = [[_judged(side) for pair in row for side in pair] for row in rows]
+    batch = collate(sides if packs else [[side] for row in sides for side in row])
     index = batch["target_index"]
     assert index is not None, "each sequence has a last token"
     last_index = index + 1  # of a target, the place before it

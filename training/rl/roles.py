@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from training.rl.rewards import opened, total
 from training.sampling import Continued, Sampling, continue_all
 from training.schedule import never_profiled, total_samples, total_steps
 from training.seeding import seed_for
+from training.traits import notes, refuse, rows_of
 from training.vocabulary import check_tokens, rows_in
 from training.vocabulary import notes as vocabulary_notes
 
@@ -52,8 +54,12 @@ Weights = dict[str, tuple[NDArray[Any], str]]
 
 def limits_of(phase: PPO, seat: Seat) -> Limits:
     """What a micro-batch of prompts with their responses may hold."""
-    attention = models.resolve_attention(phase.model, seat.device)
-    return limits_for(phase, phase.data.max_length + phase.response_tokens, seat.device, attention)
+    attention, longest = (
+        models.resolve_attention(phase.model, seat.device),
+        phase.data.max_length + phase.response_tokens,
+    )
+    rows = rows_of(models.resolve_traits(phase.model), attention, longest)
+    return limits_for(phase, longest, seat.device, attention, **asdict(rows))
 
 
 class _Learning(Learner):
@@ -168,6 +174,7 @@ class Policy(_Learning):
     def setup(self) -> Facts:
         """Open the prompts, load the model, start the engine."""
         self.prompts = _Prompts(self.phase, self.open_data())
+        refuse(self.phase, self.traits, self.attention, self.phase.data.max_length + self.phase.response_tokens)
         self.store, self.order = self.prompts.store, self.prompts.order
         self.start(self._build)
         return Facts(
@@ -188,6 +195,9 @@ class Policy(_Learning):
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,
+                *notes(
+                    self.phase, self.traits, self.attention, self.phase.data.max_length + self.phase.response_tokens
+                ),
                 *vocabulary_notes(self.phase, self.store.meta.tokenizer_rows),
                 *self.left_out,
                 *reward_signature.notes(self.phase, self.store),

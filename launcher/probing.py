@@ -1,0 +1,82 @@
+"""Has the models of a phase examined before anybody computes with them: on this machine's CPU, in a process that may crash, once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher import host
+from launcher.failures import Raised, WorkerDied, in_words
+from training import traits
+from training.config import PPO, Model, Phase
+from training.errors import InputError, Problem
+from training.modelfiles import base_of
+from training.traits import Traits
+
+_LIMIT_S = 300
+"""For one model."""
+
+
+def examined(phase: Phase, *, apart: bool = True) -> Traits | None:
+    """What is known of the model that a phase trains; of all its models afterwards. None: it is on the hub or in a bucket, and examined there.
+
+    `apart`: in another process where nothing is known yet. Raises InputError for a model that cannot be loaded.
+    """
+    if apart:
+        for model in _models(phase):
+            _examine(model)
+    own = traits.key_in(phase.model.path, trust_remote_code=phase.model.trust_remote_code)
+    return None if own is None else traits.known(own)
+
+
+def pass_on(phase: Phase) -> None:
+    """Let the workers of a phase know what is known of its models."""
+    keys = [traits.key_in(model.path, trust_remote_code=model.trust_remote_code) for model in _models(phase)]
+    traits.pass_on([key for key in keys if key is not None])
+
+
+def _models(phase: Phase) -> Iterator[Model]:
+    """Those that lie on this machine."""
+    paths = [phase.model.path]
+    if isinstance(phase, PPO):
+        paths += [phase.critic or "", *(source.path for source in phase.rewards if source.is_model)]
+    for path in dict.fromkeys(base_of(path) for path in paths if path):
+        if os.path.isfile(os.path.join(path, "config.json")):
+            yield Model(path=path, trust_remote_code=phase.model.trust_remote_code)
+
+
+def _examine(model: Model) -> None:
+    key = traits.key_in(model.path, trust_remote_code=model.trust_remote_code)
+    if key is None or traits.known(key) is not None:
+        return
+    why = _by_the_nursery(model) if host.has_nursery() else _by_a_process(model)
+    if why:  # what nobody could find out is not tried again
+        config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+        traits.remember(key, Traits(architecture=str((config.get("architectures") or ["the model"])[0]), unknown=why))
+
+
+def _by_the_nursery(model: Model) -> str:
+    """Why it could not be found out, if it could not."""
+    try:
+        host.apart("examine", model, dict(os.environ), _LIMIT_S)
+    except (Raised, WorkerDied) as error:
+        return f"the process that examined it {in_words(error)}"
+    return ""
+
+
+def _by_a_process(model: Model) -> str:
+    settings = json.dumps({"path": model.path, "trust_remote_code": model.trust_remote_code})
+    command = [sys.executable, "-m", "training.probe", settings]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"it took more than {_LIMIT_S} s"
+    if ended.returncode == traits.INPUT_WRONG:
+        raise InputError([Problem(*problem) for problem in json.loads(ended.stdout.splitlines()[-1])])
+    last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"the process that examined it ended with status {ended.returncode}: {last}" if ended.returncode else ""
