@@ -122,6 +122,8 @@ def test_rows_that_an_earlier_version_read_differently_are_refused_with_what_has
         InputError, match="read these rows differently; now `train` and `loss` in messages are read; nulls that"
     ):
         _refuse_change(folder, manifest, stopped, facts)
+    with pytest.raises(InputError, match="puts BOS before plain texts.*data.bos: none goes on with the old tokens"):
+        _refuse_change(folder, manifest, stopped, replace(facts, data_changes=("bos",)))
 
 
 def test_a_checkpoint_of_a_newer_muster_is_not_passed_over(train, stopped, tmp_path):

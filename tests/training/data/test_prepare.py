@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.config import Data
 from training.data import prepare as prepare_module
@@ -447,3 +447,23 @@ def test_a_store_of_an_earlier_version_is_used_where_its_tokens_cannot_have_chan
         again = run(tmp_path, tokenizer, train=name)
         assert again.folder == store.folder
         assert (again.meta.changes is None) == is_used
+
+
+def test_only_plain_texts_of_a_tokenizer_that_adds_bos_have_another_store(tmp_path, tokenizer):
+    with_bos = tmp_path / "adds"
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    bos = [("<s>", loaded.bos_token_id)]
+    loaded.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
+    loaded.save_pretrained(with_bos)
+    write(tmp_path / "a.jsonl", ROWS)
+    write(tmp_path / "chats.jsonl", [{"instruction": "2 + 2?", "output": "4"}])
+    plain, old = run(tmp_path, str(with_bos)), run(tmp_path, str(with_bos), bos="none")
+    assert plain.meta.tokens == old.meta.tokens + len(ROWS)
+    assert plain.meta.hash_before == old.folder.name != plain.folder.name
+    assert plain.meta.changes == ["bos"]
+    assert run(tmp_path, str(with_bos)).folder == plain.folder
+    assert run(tmp_path, str(with_bos), bos="none").folder == old.folder
+    for tokens, train in ((tokenizer, "a.jsonl"), (str(with_bos), "chats.jsonl")):
+        same, without = run(tmp_path, tokens, train), run(tmp_path, tokens, train, bos="none")
+        assert same.folder == without.folder
+        assert same.meta.same_without_bos
