@@ -386,7 +386,7 @@ def _source_problems(
 def _template_problem(template: str) -> str | None:
     if os.path.isabs(template):
         return None if os.path.isfile(template) else f"no such file: {template}"
-    names = ("auto", "none", *templates.TEMPLATES)
+    names = (*templates.SETTINGS, *templates.TEMPLATES)
     if template in names:
         return None
     return f"no template {template}; there are {', '.join(names)}, or name a Jinja file{did_you_mean(template, names)}"

@@ -92,6 +92,17 @@ def test_relative_paths_start_at_the_job_file_and_on_the_command_line_at_the_cur
     assert (data.template, data.eval) == (str(project / "chat.jinja"), str(here / "a.jsonl"))
 
 
+@pytest.mark.parametrize("template", ["auto", "none", "tokenizer", "chatml", "qwen3"])
+def test_every_name_of_a_template_is_known_to_the_job_file(tmp_path, template):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        f"model: {{path: org/model}}\nphases: {{sft: {{data: {{train: a.jsonl, template: {template}}}}}}}\n"
+    )
+    data: Any = job.load(file, []).phases["sft"].data
+    assert data.template == template
+
+
 def test_two_dots_behind_a_link_are_followed_as_the_system_does(tmp_path, monkeypatch):
     (tmp_path / "far/models").mkdir(parents=True)
     (tmp_path / "near").mkdir()
