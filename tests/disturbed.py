@@ -34,6 +34,16 @@ phases:
 """
 
 
+def cache_in(folder: Path) -> Path:
+    """A cache of its own, except for what is known of models: to examine one takes seconds, in every run anew."""
+    cache, known = folder / "cache", Path(os.environ["MUSTER_CACHE"]) / "models"
+    for needed in (cache, known):
+        needed.mkdir(parents=True, exist_ok=True)
+    if not (cache / "models").exists():
+        (cache / "models").symlink_to(known)
+    return cache
+
+
 class Result(NamedTuple):
     """What a run comes to."""
 
@@ -66,7 +76,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"MUSTER_CACHE": str(self.folder / "cache")}
+        return {"MUSTER_CACHE": str(cache_in(self.folder))}
 
     def read(self, file: str) -> bytes:
         """A file of the run, empty if it is not there."""

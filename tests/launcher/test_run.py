@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.disturbed import cache_in
+
 pytestmark = pytest.mark.cpu
 
 MUSTER = [sys.executable, "-m", "launcher.cli"]
@@ -51,7 +53,7 @@ def make_folder(tiny: Path, path: Path, steps: int = STEPS) -> Path:
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "MUSTER_CACHE": str(folder / "cache"), **environment}
+    env = {**os.environ, "MUSTER_CACHE": str(cache_in(folder)), **environment}
     return subprocess.Popen(
         [*MUSTER, *arguments], cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
