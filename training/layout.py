@@ -29,12 +29,13 @@ def empty_model(model: Model, *, classifier: bool = False) -> Any:
 
 
 def buffers(model: Model, *, classifier: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that are stored with the weights and are none, such as a router's biases: training leaves them as they are.
+    """Tensors that are stored with the weights and never trained, such as a router's biases: training leaves them as they are.
 
     By their names in the model, in the type that they are stored in.
     """
     empty = empty_model(model, classifier=classifier)
-    names = set(empty.state_dict()) - {name for name, _ in empty.named_parameters(remove_duplicate=False)}
+    trained = {name for name, each in empty.named_parameters(remove_duplicate=False) if each.requires_grad}
+    names = set(empty.state_dict()) - trained
     if not names:
         return
     folder = Path(model.path)

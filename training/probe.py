@@ -205,10 +205,15 @@ class _Probe:
         layouts = [[[long, short, middle]], [[short, middle, long]]]
         if not varlen:  # whose micro-batches are one row
             layouts += [[[middle, short], [long]], [[long, middle], [short]]]
-        return all(
+        return self.takes_long_rows(lm) and all(
             self.computes(lm, rows) and all(self.unseen(lm, rows, i) for i in range(len(self.samples)))
             for rows in layouts
         )
+
+    def takes_long_rows(self, lm: Any) -> bool:
+        """Whether a row may have more tokens than the model has positions: some keep a mask of that size."""
+        got = _logits(lm, [[*self.others, *self.samples]])[0][len(self.others) :]
+        return all(_equal(one, alone) for one, alone in zip(got, self.alone, strict=True))
 
     def unseen(self, lm: Any, rows: Sequence[Sequence[Ids]], changed: int) -> bool:
         """Whether another sample in the place of one does not show in the logits of the rest."""
@@ -317,6 +322,8 @@ class _Probe:
 
         self.lm.traits = Traits(architecture="", generation="batched")
         try:
+            if self.picks:
+                return "uncached"
             if _holds(self.pads_left) and _holds(lambda: right(batch=8)):
                 return "batched"
             return "alone" if _holds(lambda: right(batch=1)) else "uncached"
