@@ -77,21 +77,17 @@ class Traits:
         return self.kernel(name).exists and self.kernel(name).right
 
     def packs(self, attention: str) -> bool:
-        """Kernels that need a GPU are taken to do what torch's own do."""
-        here = [self.kernels[name] for name in ("eager", "sdpa") if name in self.kernels and self.kernels[name].exists]
-        return (
-            self.kernel(attention).packs
-            if attention in ("eager", "sdpa", SDPA_VARLEN)
-            else bool(here) and all(k.packs for k in here)
-        )
+        """See `Kernel.packs`."""
+        return all(kernel.packs for kernel in self._probed(attention))
 
     def pads(self, attention: str) -> bool:
-        here = [self.kernels[name] for name in ("eager", "sdpa") if name in self.kernels and self.kernels[name].exists]
-        return (
-            self.kernel(attention).pads
-            if attention in ("eager", "sdpa", SDPA_VARLEN)
-            else bool(here) and all(k.pads for k in here)
-        )
+        """See `Kernel.pads`."""
+        return all(kernel.pads for kernel in self._probed(attention))
+
+    def _probed(self, attention: str) -> list[Kernel]:
+        """What the answer for a kernel rests on: itself, or for one that needs a GPU the kernels of torch that the model has."""
+        here = [self.kernel(name) for name in ("eager", "sdpa") if self.kernel(name).exists]
+        return [self.kernel(attention)] if attention in ("eager", "sdpa", SDPA_VARLEN) or not here else here
 
     def batches(self, longest: int) -> bool:
         """Whether texts of at most `longest` tokens can be written together."""
