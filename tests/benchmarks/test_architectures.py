@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from benchmarks import architecture_page
 from benchmarks.architecture_columns import COLUMNS, Architecture, Cell
 from benchmarks.architectures import figures_of, look_at
 
+ROOT = Path(__file__).parents[2]
 TWELVE = (
     "llama", "qwen2", "gemma2", "opt", "bloom", "falcon", "gpt2", "gpt_neox", "mixtral", "mamba", "llama4_text", "jamba",
 )  # fmt: skip
@@ -30,6 +33,13 @@ def test_an_architecture_is_right_in_every_column_or_says_what_is_not(model_type
 def test_an_architecture_that_takes_too_long_is_a_crash(tmp_path):
     found = look_at("llama", tmp_path, limit_s=0)
     assert set(found.cells.values()) == {Cell("crash", "took more than 0 s")}
+
+
+def test_the_page_is_of_the_transformers_that_is_pinned():
+    pinned = re.search(r"^transformers==(.+)$", (ROOT / ".ci" / "requirements.txt").read_text(), re.MULTILINE)
+    page = architecture_page.PAGE.read_text(encoding="utf-8")
+    assert pinned is not None
+    assert f"of transformers {pinned[1]}." in page, "run `python -m benchmarks architectures`"
 
 
 def made(model_type: str, **cells: Cell) -> Architecture:
