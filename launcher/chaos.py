@@ -17,6 +17,7 @@ from training.errors import InputError
 
 Victim = Literal["rank", "node", "driver"]
 _OWN = ("127.0.0.1", "localhost")
+_LOOK_S = 0.2
 
 
 def drill(
@@ -33,12 +34,20 @@ def drill(
     killed = 0
     while times is None or killed < times:
         time.sleep(every_s)
+        while run.state() == "running" and not _beyond_its_last_failure(run):
+            time.sleep(_LOOK_S)
         if run.state() != "running":
             break
         if (who := kill(chance)) is not None:
             killed += 1
             say(f"killed {who}")
     return killed
+
+
+def _beyond_its_last_failure(run: RunFolder) -> bool:
+    """Whether that step is done: the same failure at the same step again is taken for a fault of the program, and the run given up."""
+    failure = next((event for event in reversed(run.events()) if event["event"] == "incident"), None)
+    return failure is None or any(row["step"] >= failure["step"] for row in run.metrics(failure["phase"])[-1:])
 
 
 def _killer(run: RunFolder, victim: Victim) -> Callable[[random.Random], str | None]:
