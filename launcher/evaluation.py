@@ -13,7 +13,8 @@ from typing import Any
 from launcher import models, terminal
 from training import questions
 from training.config import Questions, Resources
-from training.errors import InputError
+from training.data.files import RowError
+from training.errors import InputError, Problem
 from training.group import Group, results
 from training.measures import Row, in_order, interval, measured
 from training.questions import Question
@@ -63,7 +64,8 @@ def compare(
     both = [_answers(folder, asked, settings, template=template, workers=workers, seed=seed)[0] for folder in folders]
     court = Judge(reward_model)
     for rows in both:
-        for row, reward in zip(rows, court.rewards(*_columns(rows, "question", "response", "ended")), strict=True):
+        prompts = [asked[row["number"]].prompt for row in rows]
+        for row, reward in zip(rows, court.rewards(prompts, *_columns(rows, "response", "ended")), strict=True):
             row["reward"] = reward
     pairs = list(zip(*both, strict=True))
     wins = sum((a["reward"] > b["reward"]) + 0.5 * (a["reward"] == b["reward"]) for a, b in pairs)
@@ -106,10 +108,30 @@ def _answers(
     folder: str, asked: Sequence[Question], settings: Questions, *, template: str, workers: int, seed: int
 ) -> tuple[list[Row], float]:
     """The judged responses, question by question, and the seconds they took once the model was loaded."""
+    _look_at(folder, asked, template, settings.max_new_tokens)
     with asking(folder, template, workers) as group:
         began = time.monotonic()
         shares = results(group.call("answer", asked, settings, seed), _ANSWER_S)
         return in_order(shares), time.monotonic() - began
+
+
+def _look_at(folder: str, asked: Sequence[Question], template: str, max_new_tokens: int) -> None:
+    """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints what of the others it is not shown."""
+    from training.evaluator import Texts
+    from training.question_prompts import room_note
+
+    texts, problems, longest = Texts(folder, template), [], 0
+    for question in asked:
+        try:
+            longest = max(longest, len(texts.ids(question.prompt)))
+        except RowError as error:
+            problems.append(Problem(question.where, "", str(error)))
+        if len(problems) == questions.SHOWN_PROBLEMS:
+            break
+    if problems:
+        raise InputError(problems)
+    for note in [*texts.notes, *room_note(longest, texts.window, max_new_tokens)]:
+        models.warn(note)
 
 
 @contextmanager

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.config import PPO
+from training.config import PPO, Model
 from training.data.files import RowError
 from training.data.formats import Parser, Prompt
 from training.data.prepare import tokenizer_content
-from training.data.render import Sample
+from training.data.render import Sample, load_tokenizer, same_tokens, tokenizer_for
 from training.data.store import TokenStore
 from training.errors import InputError, Problem
-from training.modelfiles import facts_in, window_of
+from training.modelfiles import facts_in, has_tokenizer, tokenizer_of, window_of
+from training.remembered import remembered
 
 _SHOWN = 5
 """Prompts that are refused, of each reward model."""
@@ -26,51 +25,76 @@ _RESPONSE = "Yes"
 
 
 def check(phase: PPO, prompts: TokenStore, cache: Path) -> list[str]:
-    """What the user should know of how reward models are given the prompts. Raises InputError with prompts that their templates refuse.
+    """What the user should know of how reward models are given the prompts.
 
-    Models that are not in a folder here are not looked at.
+    Raises InputError with prompts that their templates refuse, with those that are too long for them, and for a critic that would start from a
+    model of another tokenizer. Models that are not in a folder here are not looked at.
     """
     notes: list[str] = []
-    problems: list[Problem] = []
+    problems = _critic_problems(phase, cache)
     for path in (source.path for source in phase.rewards if source.is_model and os.path.isdir(source.path)):
-        found = _known(path, phase, prompts, cache)
+        found = _found(path, phase, prompts, cache)
         notes += [f"the reward model {path}: {note}" for note in found["notes"]]
         problems += [
             Problem(where, "", f"the reward model {path} cannot be given this prompt: {why}")
             for where, why in found["refused"]
         ]
-        window, longest = window_of(path), found["longest"] + phase.response_tokens
-        if window is not None and longest > window:
-            notes.append(
-                f"the reward model {path} was made for {window:,} positions; the longest prompt and a response of "
-                f"{phase.response_tokens:,} tokens come to about {longest:,}"
-            )
+        if too_long := _too_long(path, found["longest"], phase):
+            if _same_tokens(path, phase, cache):
+                problems.append(Problem("", "response_tokens", too_long))
+            else:  # its tokens of a response are more or fewer than the policy's
+                notes.append(too_long)
     if problems:
         raise InputError(problems)
     return notes
 
 
-def _known(path: str, phase: PPO, prompts: TokenStore, cache: Path) -> dict[str, Any]:
-    """What is found of a reward model, from a file in the cache if it is there."""
-    asked = [prompts.folder.name, phase.data.columns, tokenizer_content(path), facts_in(path)]
-    file = (
-        cache / "reward_prompts" / f"{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]}.json"
+def _too_long(path: str, longest: int, phase: PPO) -> str:
+    window, longest = window_of(path), longest + phase.response_tokens
+    if window is None or longest <= window:
+        return ""
+    return (
+        f"the reward model {path} was made for {window:,} positions; the longest prompt and a response of "
+        f"{phase.response_tokens:,} tokens come to about {longest:,}"
     )
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = _found(path, phase, prompts)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{file.name}-{os.getpid()}")
-        draft.write_text(json.dumps(found), encoding="utf-8")
-        draft.replace(file)
-    except OSError:
-        pass  # a cache that cannot be written: it is found out again
+
+
+def _critic_problems(phase: PPO, cache: Path) -> list[Problem]:
+    """The critic starts from the model that it names, else from the first reward model."""
+    starts = [phase.critic] if phase.critic else [source.path for source in phase.rewards if source.is_model]
+    if not starts or not os.path.isdir(starts[0]) or _same_tokens(starts[0], phase, cache):
+        return []
+    start = starts[0] if phase.critic else f"the reward model {starts[0]}"
+    message = (
+        f"the critic starts from {start}, whose tokenizer is not the policy's: it would read the policy's tokens as others; set "
+        "critic to a model that has the policy's tokenizer"
+    )
+    return [Problem("", "critic", message)]
+
+
+def _same_tokens(path: str, phase: PPO, cache: Path) -> bool:
+    """Whether a model reads the policy's tokens as the policy does. One without a tokenizer of its own is taken to."""
+    own, policy = tokenizer_of(Model(path=path)), tokenizer_of(phase.model)
+    if not has_tokenizer(Path(own)) or not os.path.isdir(policy):
+        return True
+    contents = [tokenizer_content(own), tokenizer_content(policy)]
+    if contents[0] == contents[1]:
+        return True
+    trust = phase.model.trust_remote_code
+    same: bool = remembered(
+        cache, "same_tokens", contents, lambda: same_tokens(load_tokenizer(own, trust), tokenizer_for(phase.model))
+    )
+    return same
+
+
+def _found(path: str, phase: PPO, prompts: TokenStore, cache: Path) -> dict[str, Any]:
+    """`notes`, `refused` prompts with the reasons, and the tokens of the `longest`."""
+    key = [prompts.folder.name, phase.data.columns, tokenizer_content(tokenizer_of(Model(path=path))), facts_in(path)]
+    found: dict[str, Any] = remembered(cache, "reward_prompts", key, lambda: _looked_at(path, phase, prompts))
     return found
 
 
-def _found(path: str, phase: PPO, prompts: TokenStore) -> dict[str, Any]:
+def _looked_at(path: str, phase: PPO, prompts: TokenStore) -> dict[str, Any]:
     from training.data.model_renderer import renderer_for
 
     renderer, parse = renderer_for(path), Parser("prompts", phase.data.columns, ("prompts",))
