@@ -61,6 +61,7 @@ def compare(
     from training.evaluator import Judge, require_reward_model
 
     require_reward_model(reward_model)  # before any question is answered
+    _refuse_unjudged(reward_model, asked)
     both = [_answers(folder, asked, settings, template=template, workers=workers, seed=seed)[0] for folder in folders]
     court = Judge(reward_model)
     for rows in both:
@@ -84,6 +85,23 @@ def compare(
         "reward_against": sum(b["reward"] for _, b in pairs) / len(pairs),
         "rows": str(out) if out is not None else None,
     }
+
+
+def _refuse_unjudged(reward_model: str, asked: Sequence[Question]) -> None:
+    """Raises InputError with the questions that the reward model's template refuses; prints what of the others it is not shown."""
+    from training.data.model_renderer import renderer_for
+    from training.reward_prompts import RESPONSE, notes_of
+
+    renderer = renderer_for(reward_model)
+    judged = renderer.judged([each.prompt for each in asked], [RESPONSE] * len(asked), [True] * len(asked))
+    refused = [(each, why) for each, why in zip(asked, judged, strict=True) if isinstance(why, RowError)]
+    if refused:
+        message = f"the reward model {reward_model} cannot be given this question"
+        raise InputError(
+            [Problem(each.where, "", f"{message}: {why}") for each, why in refused[: questions.SHOWN_PROBLEMS]]
+        )
+    for note in notes_of(renderer.notes):
+        models.warn(f"the reward model {reward_model}: {note}")
 
 
 def _refuse_template(template: str) -> None:

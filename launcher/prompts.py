@@ -99,7 +99,8 @@ def _conversation(read: Row, row: dict[str, Any], name: str, parse: Parser) -> G
     """An answer at its end, as rows to learn from have it, is what is expected."""
     expected, last = _expected(row), row[name][-1] if row[name] else None
     if isinstance(last, dict) and last.get("role") == "assistant":
-        expected = {"expected": row[name].pop().get("content")}
+        answer = row[name].pop().get("content")
+        expected = {"expected": answer} if answer else {}
     _, example = parse(row, from_arrow=read.from_arrow)
     assert isinstance(example, Prompt)
     return Given(read.where, example.content, expected)

@@ -94,7 +94,7 @@ def _question(read: Row, columns: Mapping[str, str], answers: bool) -> Question:
         asked: Prompt | None = Prompt(prompt)
         row = row if given is None or any(row.get(each) is not None for each in answered) else {answered[0]: given}
     else:
-        text, system = _with_input(row, name, column(row, "question", names)), row.get("system")
+        text, system = text_of(row, names), row.get("system")
         asked = Prompt(text, system) if isinstance(system, str) and system else None
     expected = expected_answer(column(row, "answer", answered)) if answers else ""
     return Question(read.where, text, expected, asked)
@@ -107,9 +107,11 @@ def _of(read: Row) -> Mapping[str, Any]:
     return read.value
 
 
-def _with_input(row: Mapping[str, Any], name: str | None, text: str) -> str:
-    """An instruction with its input, as rows to learn from have it."""
-    extra = row.get("input") if name == "instruction" else None
+def text_of(row: Mapping[str, Any], names: tuple[str, ...] = QUESTION) -> str:
+    """The question of a row that has it as text: of an instruction with its input, as rows to learn from have it. Raises RowError."""
+    text = column(row, "question", names)
+    is_instruction = next(name for name in names if row.get(name) is not None) == "instruction"
+    extra = row.get("input") if is_instruction else None
     return f"{text}\n{extra}" if isinstance(extra, str) and extra else text
 
 

@@ -20,7 +20,7 @@ from training.remembered import remembered
 _SHOWN = 5
 """Prompts that are refused, of each reward model."""
 _AT_ONCE = 512
-_RESPONSE = "Yes"
+RESPONSE = "Yes"
 """What the prompts are rendered with."""
 
 
@@ -103,7 +103,7 @@ def _looked_at(path: str, phase: PPO, prompts: TokenStore) -> dict[str, Any]:
     for start in range(0, len(prompts), _AT_ONCE):
         numbers = range(start, min(start + _AT_ONCE, len(prompts)))
         asked = [_prompt(parse, prompts.row(number)) for number in numbers]
-        rendered = renderer.judged(asked, [_RESPONSE] * len(asked), [True] * len(asked))
+        rendered = renderer.judged(asked, [RESPONSE] * len(asked), [True] * len(asked))
         refused += [
             (prompts.where(number), str(each))
             for number, each in zip(numbers, rendered, strict=True)
@@ -112,7 +112,7 @@ def _looked_at(path: str, phase: PPO, prompts: TokenStore) -> dict[str, Any]:
         longest = max([longest, *(len(each.ids) for each in rendered if isinstance(each, Sample))])
         if len(refused) >= _SHOWN:
             break
-    return {"notes": _notes(renderer.notes), "refused": refused[:_SHOWN], "longest": longest}
+    return {"notes": notes_of(renderer.notes), "refused": refused[:_SHOWN], "longest": longest}
 
 
 def _prompt(parse: Parser, row: dict[str, Any]) -> Prompt:
@@ -121,6 +121,6 @@ def _prompt(parse: Parser, row: dict[str, Any]) -> Prompt:
     return example
 
 
-def _notes(notes: Sequence[str]) -> list[str]:
+def notes_of(notes: Sequence[str]) -> list[str]:
     """Those of the renderer that say how conversations are written; how texts are is the reward model's own training."""
     return [note for note in notes if note.startswith(("the chat template", "the tokenizer has no chat template"))]

@@ -98,6 +98,7 @@ CHANGES = {
     "history": "the column `history` is read",
     "instruction": "an empty instruction is left out of the question, where there is an input",
     "function_call": "`function_call` of a message is read as a tool call",
+    "instruction_of_pairs": "`instruction`, `input` and `history` beside chosen and rejected are the question",
     "repeated_prompt": "a prompt that an answer repeats is written once",
     "nested_nulls": "nulls that Parquet fills in are removed at every depth",
     "nulls": "nulls in tool schemas and in the arguments of tool calls are kept",
@@ -219,7 +220,7 @@ class Parser:
 
 OTHER_NAMES = {
     "text": ("content", "document", "body"),
-    "prompt": ("question", "query", "problem", "instruction", "input"),
+    "prompt": ("question", "query", "problem", "instruction", "input", "messages"),
     "completion": ("answer", "response", "output", "solution"),
     "instruction": ("prompt", "question", "query"),
     "output": ("response", "answer", "completion"),
@@ -475,16 +476,21 @@ def _note_unread_tools(record: Record) -> None:
 
 
 def _parse_alpaca(record: Record) -> Example:
-    """The answers of `history` are learned as well, as in LLaMA-Factory and ms-swift."""
+    """The answers of `history` are learned as well, as in LLaMA-Factory (data/README.md) and ms-swift."""
+    turns = [*_alpaca_question(record), {"role": "assistant", "content": record.filled_text("output")}]
+    return _chat(_with_system(turns, record), None, record.remarks)
+
+
+def _alpaca_question(record: Record) -> list[Message]:
+    """The turns of `history`, and the question that `instruction` and `input` are together."""
     question = record.text("instruction")
     if record.get("input") is not None and (extra := record.text("input")):
         if not question:
             record.remarks.changes.add("instruction")
         question = f"{question}\n{extra}" if question else extra
-    said = [*_history(record), question, record.filled_text("output")]
     roles = ("user", "assistant")
-    turns = [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]
-    return _chat(_with_system(turns, record), None, record.remarks)
+    said = [*_history(record), question]
+    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]
 
 
 def _history(record: Record) -> list[str]:
@@ -704,8 +710,21 @@ def _asked(user: str, assistant: str) -> Chat:
 
 def _parse_preference(record: Record) -> Example:
     """Prompt with two completions, two conversations, or two whole transcripts."""
+    if record.get("prompt") is not None or not isinstance(record.get("chosen"), str):
+        _note_unread_question(record)
     (chosen, first), (rejected, second) = (_preference_side(record, column) for column in ("chosen", "rejected"))
     return _pair(record, chosen, rejected, (first, second))
+
+
+def _note_unread_question(record: Record) -> None:
+    """Note columns that would be the question of pairs of texts without `prompt`, unless the prompt holds them."""
+    prompt = record.get("prompt")
+    for name in ("instruction", "input", "history"):
+        value = record.get(name)
+        if value and not (isinstance(prompt, str) and str(value).strip() in prompt):
+            record.remarks.note(
+                f"column `{record.name(name)}` is not read: the question stands in the prompt or in the answers"
+            )
 
 
 def _preference_side(record: Record, column: str) -> tuple[Answer, bool]:
@@ -735,6 +754,10 @@ def _question_before(turns: list[Message], record: Record) -> list[Message]:
 
 def _text_side(record: Record, column: str) -> tuple[Answer, bool]:
     text, place = record.filled_text(column), f"column `{record.name(column)}`"
+    if record.get("prompt") is None and isinstance(record.get("instruction"), str):
+        record.remarks.changes.add("instruction_of_pairs")
+        turns = [*_alpaca_question(record), {"role": "assistant", "content": text}]
+        return _judged(turns, record, column), False
     _note_unread_tools(record)
     if record.get("prompt") is None:
         return _with_system_beside(_transcript(text, place), record), False
@@ -893,6 +916,8 @@ def _number(value: Any) -> Any:
 
 def _pair(record: Record, chosen: Answer, rejected: Answer, repeats: tuple[bool, bool]) -> Pair:
     names = f"`{record.name('chosen')}` and `{record.name('rejected')}`"
+    if _first_question(chosen) != _first_question(rejected):
+        record.remarks.note(f"columns {names} answer different questions in some rows, so they cannot be compared")
     if chosen == rejected:
         raise RowError(f"columns {names} are the same: nothing is preferred")
     if repeats[0] != repeats[1]:
@@ -909,6 +934,11 @@ def _pair(record: Record, chosen: Answer, rejected: Answer, repeats: tuple[bool,
     return Pair(chosen, rejected, float(margin))
 
 
+def _first_question(answer: Answer) -> str:
+    messages = answer.messages if isinstance(answer, Chat) else []
+    return next((str(message["content"]).strip() for message in messages if message["role"] == "user"), "")
+
+
 FORMATS: dict[str, Format] = {
     "text": Format(("text",), (), _parse_text),
     "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _parse_prompt_completion),
@@ -916,7 +946,11 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), ("system", "tools"), _parse_sharegpt),
     "messages": Format(("messages",), ("system", "tools"), _parse_messages),
     "critique": Format(("question", "answer", "critique"), ("verdict",), _parse_critique),
-    "preference": Format(("chosen", "rejected"), ("prompt", "system", "margin", "tools"), _parse_preference),
+    "preference": Format(
+        ("chosen", "rejected"),
+        ("prompt", "instruction", "input", "history", "system", "margin", "tools"),
+        _parse_preference,
+    ),
     "sharegpt_preference": Format(
         ("conversations", "chosen", "rejected"), ("system", "margin", "tools"), _parse_sharegpt_preference
     ),
