@@ -90,9 +90,10 @@ class Remarks:
             self.notes.append(text)
 
 
-BOS = "bos"
+BOS, EOS = "bos", "eos"
 CHANGES = {
     BOS: "what the tokenizer puts before plain texts (BOS) is learnt, unless data.bos is none",
+    EOS: "an EOS that a text ends with already is not doubled",
     "flags": "`train` and `loss` in messages are read",
     "system": "the column `system` is read, and a system message that stands there already is not repeated",
     "history": "the column `history` is read",

@@ -186,9 +186,10 @@ def _is_current(folder: Path) -> bool:
     """Whether the rows of a store mean what they meant when it was made. Stores of earlier versions do not say it of themselves."""
     from training.data.store import TokenStore
 
-    meta = TokenStore.open(folder).meta
+    store = TokenStore.open(folder)
+    meta = store.meta
     has_pairs = any(name.endswith("preference") for name in meta.formats)
-    return meta.changes is not None or not (meta.chats or has_pairs)
+    return meta.changes is not None or not (meta.chats or has_pairs or store.has_double_ends)
 
 
 def _same_without_bos(folder: Path, renderer: Callable[[], Renderer]) -> bool:

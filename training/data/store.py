@@ -159,6 +159,12 @@ class TokenStore:
         """Tokens of these samples, without looking at the others. [n] -> [n]"""
         return self.offsets[samples + 1] - self.offsets[samples]
 
+    @property
+    def has_double_ends(self) -> bool:
+        """Whether a sample ends with the same token twice."""
+        ends, tokens = self.offsets[1:][self.lengths > 1], self._arrays["tokens"]
+        return bool((tokens[ends - 1] == tokens[ends - 2]).any())
+
     def ids_from(self, first: int) -> list[int]:
         """Token ids of at least `first` that occur, sorted."""
         if not self.meta.tokens or -1 < self.meta.largest_id < first:

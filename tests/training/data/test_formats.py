@@ -253,6 +253,7 @@ PLAIN_ROW = {"prompt": "2 + 2 = ", "completion": "4"}
         ({**PLAIN_ROW, "context": "Sums."}, "column `context` is not read: it is no part of the prompt"),
         ({"question": "2 + 2?", "chosen": "4", "rejected": "5"}, "set data.columns to {prompt: question}"),
         ({"prompt": "2 + 2?", "input": "a", "chosen": "4", "rejected": "5"}, "column `input` is not read: the question stands in the prompt"),
+        ({**PLAIN_ROW, "messages": [USER, ANSWER]}, "column `messages` is not read: the row holds two forms; set data.format to choose"),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, "column `images` is not read: only text is learned"),
     ],
 )  # fmt: skip
