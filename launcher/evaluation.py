@@ -61,7 +61,7 @@ def compare(
     from training.evaluator import Judge, require_reward_model
 
     require_reward_model(reward_model)  # before any question is answered
-    _refuse_unjudged(reward_model, asked)
+    _check_reward_model(reward_model, asked)
     both = [_answers(folder, asked, settings, template=template, workers=workers, seed=seed)[0] for folder in folders]
     court = Judge(reward_model)
     for rows in both:
@@ -87,10 +87,10 @@ def compare(
     }
 
 
-def _refuse_unjudged(reward_model: str, asked: Sequence[Question]) -> None:
-    """Raises InputError with the questions that the reward model's template refuses; prints what of the others it is not shown."""
+def _check_reward_model(reward_model: str, asked: Sequence[Question]) -> None:
+    """Raises InputError with the questions that the reward model's template refuses; prints notes on parts of the others that it does not see."""
     from training.data.model_renderer import renderer_for
-    from training.reward_prompts import RESPONSE, notes_of
+    from training.reward_prompts import RESPONSE, conversation_notes
 
     renderer = renderer_for(reward_model)
     judged = renderer.judged([each.prompt for each in asked], [RESPONSE] * len(asked), [True] * len(asked))
@@ -100,7 +100,7 @@ def _refuse_unjudged(reward_model: str, asked: Sequence[Question]) -> None:
         raise InputError(
             [Problem(each.where, "", f"{message}: {why}") for each, why in refused[: questions.SHOWN_PROBLEMS]]
         )
-    for note in notes_of(renderer.notes):
+    for note in conversation_notes(renderer.notes):
         models.warn(f"the reward model {reward_model}: {note}")
 
 
@@ -126,14 +126,14 @@ def _answers(
     folder: str, asked: Sequence[Question], settings: Questions, *, template: str, workers: int, seed: int
 ) -> tuple[list[Row], float]:
     """The judged responses, question by question, and the seconds they took once the model was loaded."""
-    _look_at(folder, asked, template, settings.max_new_tokens)
+    _check_questions(folder, asked, template, settings.max_new_tokens)
     with asking(folder, template, workers) as group:
         began = time.monotonic()
         shares = results(group.call("answer", asked, settings, seed), _ANSWER_S)
         return in_order(shares), time.monotonic() - began
 
 
-def _look_at(folder: str, asked: Sequence[Question], template: str, max_new_tokens: int) -> None:
+def _check_questions(folder: str, asked: Sequence[Question], template: str, max_new_tokens: int) -> None:
     """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints what of the others it is not shown."""
     from training.evaluator import Texts
     from training.question_prompts import room_note

@@ -17,7 +17,7 @@ from training.errors import InputError, TrainingError
 from training.evaluate import Asking, by_answer
 from training.measures import Row
 from training.modelfiles import CLASSIFIER_SUFFIX, adapter_in, inspect, window_of
-from training.question_prompts import unseen
+from training.question_prompts import unseen_notes
 from training.questions import Question
 from training.recipes.reward import score
 from training.sampling import Continued, Heard, Sampling, continue_all
@@ -95,8 +95,8 @@ class Texts:
 
     @property
     def notes(self) -> list[str]:
-        """What prompts hold that the model was not shown."""
-        return unseen(self.renderer.notes)
+        """Notes on parts of prompts that the model does not see."""
+        return unseen_notes(self.renderer.notes)
 
 
 class Speaker(Texts):

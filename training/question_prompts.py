@@ -1,4 +1,4 @@
-"""Whether the questions of a phase's evaluation can be put to its model: found out before anything runs, once for the same questions."""
+"""Checks, before anything runs, that the questions of a phase's evaluation can be put to its model. Results are cached."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from training.data import files
 from training.data.files import RowError
 from training.data.render import Renderer, Sample, tokenizer_for
 from training.data.store import TokenStore
+from training.disk_cache import load_or_compute
 from training.errors import InputError, Problem
 from training.modelfiles import window_of
 from training.questions import Question
-from training.remembered import remembered
 
 
 def check(phase: Phase, train: TokenStore, cache: Path) -> list[str]:
-    """What of the questions the model is not shown. Raises InputError with those that the chat template refuses, or that are too long.
+    """Notes on parts of the questions that the model does not see. Raises InputError with those that the chat template refuses, or that are too long.
 
     `train`: what the phase trains on, whose tokenizer and template are those of the questions.
     """
     if phase.eval is None:
         return []
     paths = [path for path in (phase.eval.data, phase.eval.verdicts) if path is not None]
-    contents = [files.digest(part, cache / "digests") for path in paths for part in questions.located(path).parts]
+    contents = [files.digest(part, cache / "digests") for path in paths for part in questions.find_source(path).parts]
     key = [train.folder.name, contents, phase.eval.model_dump(mode="json"), window_of(phase.model.path)]
-    found: dict[str, Any] = remembered(cache, "question_prompts", key, lambda: _looked_at(phase, train))
-    if found["refused"]:
-        raise InputError([Problem(where, "", why) for where, why in found["refused"]])
-    return [f"evaluation: {note}" for note in found["notes"]]
+    result: dict[str, Any] = load_or_compute(cache, "question_prompts", key, lambda: _inspect(phase, train))
+    if result["refused"]:
+        raise InputError([Problem(where, "", why) for where, why in result["refused"]])
+    return [f"evaluation: {note}" for note in result["notes"]]
 
 
-def _looked_at(phase: Phase, train: TokenStore) -> dict[str, Any]:
+def _inspect(phase: Phase, train: TokenStore) -> dict[str, Any]:
     """`notes`, and the questions that are `refused` with the reasons."""
     renderer = Renderer(tokenizer_for(phase.model), phase.data.template, bos=phase.data.bos, in_turns=train.meta.chats)
-    asked = _asked(phase)
+    rows = _questions(phase)
     window = window_of(phase.model.path)
-    rendered = renderer.render([question.prompt for question in asked])
-    reasons = [(question.where, _why_not(each, window)) for question, each in zip(asked, rendered, strict=True)]
+    rendered = renderer.render([question.prompt for question in rows])
+    reasons = [(question.where, _why_not(each, window)) for question, each in zip(rows, rendered, strict=True)]
     refused = [(where, why) for where, why in reasons if why]
     longest = max((len(each.ids) for each in rendered if isinstance(each, Sample)), default=0)
     assert phase.eval is not None
     room = room_note(longest, window, phase.eval.max_new_tokens)
-    return {"notes": [*unseen(renderer.notes), *room], "refused": refused[: questions.SHOWN_PROBLEMS]}
+    return {"notes": [*unseen_notes(renderer.notes), *room], "refused": refused[: questions.SHOWN_PROBLEMS]}
 
 
-def _asked(phase: Phase) -> list[Question]:
+def _questions(phase: Phase) -> list[Question]:
     assert phase.eval is not None
-    asked = questions.read(phase.eval.data, phase.eval.columns, phase.eval.limit)
-    return asked + (questions.read_verdicts(phase.eval.verdicts, phase.eval.limit) if phase.eval.verdicts else [])
+    rows = questions.read(phase.eval.data, phase.eval.columns, phase.eval.limit)
+    return rows + (questions.read_verdicts(phase.eval.verdicts, phase.eval.limit) if phase.eval.verdicts else [])
 
 
 def _why_not(rendered: Sample | RowError, window: int | None) -> str:
@@ -63,7 +63,7 @@ def _why_not(rendered: Sample | RowError, window: int | None) -> str:
 
 
 def room_note(longest: int, window: int | None, max_new_tokens: int) -> list[str]:
-    """That responses end before `max_new_tokens`, if they do: no model is asked beyond its positions."""
+    """A note that responses end before `max_new_tokens`, if they do: generation never goes beyond a model's positions."""
     if window is None or longest + max_new_tokens <= window:
         return []
     return [
@@ -72,6 +72,6 @@ def room_note(longest: int, window: int | None, max_new_tokens: int) -> list[str
     ]
 
 
-def unseen(notes: Sequence[str]) -> list[str]:
-    """Those of a renderer's notes that say what of prompts the model is not shown."""
+def unseen_notes(notes: Sequence[str]) -> list[str]:
+    """Those of a renderer's notes that name parts of prompts which the model does not see."""
     return [note for note in notes if "does not write" in note or "is not read" in note]

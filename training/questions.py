@@ -30,12 +30,12 @@ class Question:
     text: str
     """The question; of a conversation what the user says last."""
     expected: str
-    asked: Prompt | None = None
-    """What the model is asked, if that is more than the text."""
+    full_prompt: Prompt | None = None
+    """What is put to the model, if that is more than the text."""
 
     @property
     def prompt(self) -> Prompt:
-        return self.asked or Prompt(self.text)
+        return self.full_prompt or Prompt(self.text)
 
 
 def read(
@@ -58,7 +58,7 @@ def check(phase: Phase) -> None:
             read_verdicts(phase.eval.verdicts, phase.eval.limit)
 
 
-def located(path: str) -> Located:
+def find_source(path: str) -> Located:
     """The file of questions, or the files of a folder. Raises InputError."""
     (source,) = files.expand(path, Path.cwd(), what="", split="")
     return source
@@ -67,7 +67,7 @@ def located(path: str) -> Located:
 def _read(path: str, limit: int | None, parse: Callable[[Row], Question]) -> list[Question]:
     found: list[Question] = []
     problems: list[Problem] = []
-    for row in islice((row for part in located(path).parts for row in files.rows(part)), limit):
+    for row in islice((row for part in find_source(path).parts for row in files.rows(part)), limit):
         try:
             found.append(parse(row))
         except RowError as error:
@@ -83,7 +83,7 @@ def _read(path: str, limit: int | None, parse: Callable[[Row], Question]) -> lis
 
 
 def _question(read: Row, columns: Mapping[str, str], answers: bool) -> Question:
-    row = _of(read)
+    row = _row_value(read)
     names = (columns["question"],) if "question" in columns else QUESTION
     name = next((name for name in names if row.get(name) is not None), None)
     answered = (columns["answer"],) if "answer" in columns else ANSWER
@@ -91,23 +91,23 @@ def _question(read: Row, columns: Mapping[str, str], answers: bool) -> Question:
     if has_chat or (name is not None and isinstance(row[name], list)):
         prompt, given = _conversation(read, row, name)
         text = prompt.messages[-1]["content"]
-        asked: Prompt | None = Prompt(prompt)
+        full_prompt: Prompt | None = Prompt(prompt)
         row = row if given is None or any(row.get(each) is not None for each in answered) else {answered[0]: given}
     else:
-        text, system = text_of(row, names), row.get("system")
-        asked = Prompt(text, system) if isinstance(system, str) and system else None
+        text, system = question_text(row, names), row.get("system")
+        full_prompt = Prompt(text, system) if isinstance(system, str) and system else None
     expected = expected_answer(column(row, "answer", answered)) if answers else ""
-    return Question(read.where, text, expected, asked)
+    return Question(read.where, text, expected, full_prompt)
 
 
-def _of(read: Row) -> Mapping[str, Any]:
+def _row_value(read: Row) -> Mapping[str, Any]:
     """The row. Raises RowError for one that cannot be read."""
     if isinstance(read.value, RowError):
         raise read.value
     return read.value
 
 
-def text_of(row: Mapping[str, Any], names: tuple[str, ...] = QUESTION) -> str:
+def question_text(row: Mapping[str, Any], names: tuple[str, ...] = QUESTION) -> str:
     """The question of a row that has it as text: of an instruction with its input, as rows to learn from have it. Raises RowError."""
     text = column(row, "question", names)
     is_instruction = next(name for name in names if row.get(name) is not None) == "instruction"
@@ -136,7 +136,7 @@ def _conversation(read: Row, row: Mapping[str, Any], name: str | None) -> tuple[
 
 
 def _verdict(read: Row) -> Question:
-    row = _of(read)
+    row = _row_value(read)
     question, answer = column(row, "question", QUESTION[:3]), column(row, "answer", ANSWER[:1])
     if row.get("verdict") is None:
         raise RowError(f"missing column `verdict`; the row has {', '.join(row)}")

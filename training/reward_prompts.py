@@ -1,4 +1,4 @@
-"""Whether the prompts of PPO can be given to its reward models, and how: found out before anything runs, once for the same prompts and model."""
+"""Checks, before anything runs, that the prompts of PPO can be put to its reward models, and that the critic reads the policy's tokens. Results are cached."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from training.data.formats import Parser, Prompt
 from training.data.prepare import tokenizer_content
 from training.data.render import Sample, load_tokenizer, same_tokens, tokenizer_for
 from training.data.store import TokenStore
+from training.disk_cache import load_or_compute
 from training.errors import InputError, Problem
 from training.modelfiles import facts_in, has_tokenizer, tokenizer_of, window_of
-from training.remembered import remembered
 
 _SHOWN = 5
 """Prompts that are refused, of each reward model."""
@@ -25,7 +25,7 @@ RESPONSE = "Yes"
 
 
 def check(phase: PPO, prompts: TokenStore, cache: Path) -> list[str]:
-    """What the user should know of how reward models are given the prompts.
+    """Notes on how reward models are given the prompts.
 
     Raises InputError with prompts that their templates refuse, with those that are too long for them, and for a critic that would start from a
     model of another tokenizer. Models that are not in a folder here are not looked at.
@@ -33,13 +33,13 @@ def check(phase: PPO, prompts: TokenStore, cache: Path) -> list[str]:
     notes: list[str] = []
     problems = _critic_problems(phase, cache)
     for path in (source.path for source in phase.rewards if source.is_model and os.path.isdir(source.path)):
-        found = _found(path, phase, prompts, cache)
-        notes += [f"the reward model {path}: {note}" for note in found["notes"]]
+        result = _findings(path, phase, prompts, cache)
+        notes += [f"the reward model {path}: {note}" for note in result["notes"]]
         problems += [
             Problem(where, "", f"the reward model {path} cannot be given this prompt: {why}")
-            for where, why in found["refused"]
+            for where, why in result["refused"]
         ]
-        if too_long := _too_long(path, found["longest"], phase):
+        if too_long := _too_long(path, result["longest"], phase):
             if _same_tokens(path, phase, cache):
                 problems.append(Problem("", "response_tokens", too_long))
             else:  # its tokens of a response are more or fewer than the policy's
@@ -81,20 +81,20 @@ def _same_tokens(path: str, phase: PPO, cache: Path) -> bool:
     if contents[0] == contents[1]:
         return True
     trust = phase.model.trust_remote_code
-    same: bool = remembered(
+    same: bool = load_or_compute(
         cache, "same_tokens", contents, lambda: same_tokens(load_tokenizer(own, trust), tokenizer_for(phase.model))
     )
     return same
 
 
-def _found(path: str, phase: PPO, prompts: TokenStore, cache: Path) -> dict[str, Any]:
+def _findings(path: str, phase: PPO, prompts: TokenStore, cache: Path) -> dict[str, Any]:
     """`notes`, `refused` prompts with the reasons, and the tokens of the `longest`."""
     key = [prompts.folder.name, phase.data.columns, tokenizer_content(tokenizer_of(Model(path=path))), facts_in(path)]
-    found: dict[str, Any] = remembered(cache, "reward_prompts", key, lambda: _looked_at(path, phase, prompts))
-    return found
+    result: dict[str, Any] = load_or_compute(cache, "reward_prompts", key, lambda: _inspect(path, phase, prompts))
+    return result
 
 
-def _looked_at(path: str, phase: PPO, prompts: TokenStore) -> dict[str, Any]:
+def _inspect(path: str, phase: PPO, prompts: TokenStore) -> dict[str, Any]:
     from training.data.model_renderer import renderer_for
 
     renderer, parse = renderer_for(path), Parser("prompts", phase.data.columns, ("prompts",))
@@ -102,8 +102,8 @@ def _looked_at(path: str, phase: PPO, prompts: TokenStore) -> dict[str, Any]:
     longest = 0
     for start in range(0, len(prompts), _AT_ONCE):
         numbers = range(start, min(start + _AT_ONCE, len(prompts)))
-        asked = [_prompt(parse, prompts.row(number)) for number in numbers]
-        rendered = renderer.judged(asked, [RESPONSE] * len(asked), [True] * len(asked))
+        examples = [_prompt(parse, prompts.row(number)) for number in numbers]
+        rendered = renderer.judged(examples, [RESPONSE] * len(examples), [True] * len(examples))
         refused += [
             (prompts.where(number), str(each))
             for number, each in zip(numbers, rendered, strict=True)
@@ -112,7 +112,7 @@ def _looked_at(path: str, phase: PPO, prompts: TokenStore) -> dict[str, Any]:
         longest = max([longest, *(len(each.ids) for each in rendered if isinstance(each, Sample))])
         if len(refused) >= _SHOWN:
             break
-    return {"notes": notes_of(renderer.notes), "refused": refused[:_SHOWN], "longest": longest}
+    return {"notes": conversation_notes(renderer.notes), "refused": refused[:_SHOWN], "longest": longest}
 
 
 def _prompt(parse: Parser, row: dict[str, Any]) -> Prompt:
@@ -121,6 +121,6 @@ def _prompt(parse: Parser, row: dict[str, Any]) -> Prompt:
     return example
 
 
-def notes_of(notes: Sequence[str]) -> list[str]:
-    """Those of the renderer that say how conversations are written; how texts are is the reward model's own training."""
+def conversation_notes(notes: Sequence[str]) -> list[str]:
+    """Those of a renderer's notes that concern how conversations are written."""
     return [note for note in notes if note.startswith(("the chat template", "the tokenizer has no chat template"))]

@@ -197,15 +197,16 @@ class Parser:
         record = Record(row, self._columns, self.remarks)
         key = self._recognise(record) if self._auto else self._candidates[0]
         columns = self._names_of[key]
+        record = replace(record, row=_transpose_columns(row, columns.values()))
         if from_arrow:
-            record = replace(record, row=_without_filled_nulls(row, columns.values(), self.remarks))
+            record = replace(record, row=_without_filled_nulls(record.row, columns.values(), self.remarks))
         example = FORMATS[key].parse(record)
         if key != "prompts":  # whose other columns go to reward functions
             for note in unread_columns(row, key, columns):
                 self.remarks.note(note)
         return key, example
 
-    def without_filled_nulls(self, row: Mapping[str, Any], format: str) -> Mapping[str, Any]:
+    def remove_filled_nulls(self, row: Mapping[str, Any], format: str) -> Mapping[str, Any]:
         """A row of Parquet or Arrow as it was meant: no nulls in the objects of the columns that a format reads."""
         return _without_filled_nulls(row, self._names_of[format].values(), self.remarks)
 
@@ -343,6 +344,20 @@ def _without_filled_nulls(row: Mapping[str, Any], columns: Iterable[str], remark
     return {**row, **{name: _without_nulls(value, remarks, name) for name, value in nested.items()}} if nested else row
 
 
+def _transpose_columns(row: Mapping[str, Any], columns: Iterable[str]) -> Mapping[str, Any]:
+    """The row with messages as a list also where they are an object of lists, which the feature `Sequence` of `datasets` makes of them."""
+    nested = {name: _transpose(row[name]) for name in columns if isinstance(row.get(name), dict)}
+    return {**row, **nested} if nested else row
+
+
+def _transpose(value: dict[str, Any]) -> Any:
+    roles = value.get("role", value.get("from"))
+    lists = [each for each in value.values() if isinstance(each, list)]
+    if not isinstance(roles, list) or len(lists) != len(value) or any(len(each) != len(roles) for each in lists):
+        return value
+    return [dict(zip(value, of_one, strict=True)) for of_one in zip(*lists, strict=True)]
+
+
 _OUTER = ("tool_calls", "function", "arguments", "content")
 """Keys of messages and tools whose values had their nulls removed before this was done at every depth."""
 
@@ -444,8 +459,8 @@ def _parse_prompt_completion(record: Record) -> Example:
     prompt, completion = record.need("prompt"), record.need("completion")
     if not any(isinstance(each, list | dict) for each in (prompt, completion)):
         return _text_completion(record)
-    before = _messages(_as_turns(prompt, "user"), record.name("prompt"), record.remarks)
-    after = _messages(_as_turns(completion, "assistant"), record.name("completion"), record.remarks)
+    before = _messages(_to_messages(prompt, "user"), record.name("prompt"), record.remarks)
+    after = _messages(_to_messages(completion, "assistant"), record.name("completion"), record.remarks)
     whole = _joined(before, after)
     if whole.repeats:
         _note_repeated(record)
@@ -454,7 +469,7 @@ def _parse_prompt_completion(record: Record) -> Example:
     return _chat(messages, _tools(record), record.remarks, first=first)
 
 
-def _as_turns(given: Any, role: str) -> list[Any]:
+def _to_messages(given: Any, role: str) -> list[Any]:
     """A message alone, or a text that is what `role` says, as a list of messages."""
     if isinstance(given, str):
         return [{"role": role, "content": given}]
@@ -733,7 +748,7 @@ def _preference_side(record: Record, column: str) -> tuple[Answer, bool]:
     answer, prompt = record.need(column), record.get("prompt")
     if not isinstance(answer, list | dict) and not isinstance(prompt, list):
         return _text_side(record, column)
-    turns = _messages(_as_turns(answer, "assistant"), record.name(column), record.remarks)
+    turns = _messages(_to_messages(answer, "assistant"), record.name(column), record.remarks)
     if isinstance(prompt, list):
         whole = _joined(_messages(prompt, record.name("prompt"), record.remarks), turns)
         if whole.repeats:
@@ -761,20 +776,20 @@ def _text_side(record: Record, column: str) -> tuple[Answer, bool]:
         return _judged(turns, record, column), False
     _note_unread_tools(record)
     if record.get("prompt") is None:
-        return _with_system_beside(_transcript(text, place), record), False
+        return _add_system(_transcript(text, place), record), False
     prompt = record.text("prompt")
     rest = _after_prompt(prompt, text)
     if rest is not None and not rest.strip():
         raise RowError(f"{place}: holds the prompt alone; there is no answer to judge")
     whole = PromptCompletion(prompt, rest) if rest is not None else _transcript_of(prompt, text)
-    answer = _with_system_beside(whole or PromptCompletion(prompt, text), record)
+    answer = _add_system(whole or PromptCompletion(prompt, text), record)
     if whole is None:
         return answer, False
     _note_repeated(record)
     return answer, True
 
 
-def _with_system_beside(answer: Answer, record: Record) -> Answer:
+def _add_system(answer: Answer, record: Record) -> Answer:
     """An answer with the text of the column `system`, where it has a place for it."""
     if not (system := record.system()):
         return answer

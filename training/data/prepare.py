@@ -197,13 +197,13 @@ def _same_without_bos(folder: Path, renderer: Callable[[], Renderer]) -> bool:
 
     Stores of earlier versions do not say it of themselves: it is found out with the tokenizer, once, and noted in the store.
     """
-    from training.data.store import TokenStore, note
+    from training.data.store import TokenStore, update_meta
 
     meta = TokenStore.open(folder).meta
     if meta.same_without_bos is not None:
         return meta.same_without_bos
     same = not renderer().adds_tokens
-    note(folder, same_without_bos=same)
+    update_meta(folder, same_without_bos=same)
     return same
 
 
@@ -269,7 +269,7 @@ def _parsed(
             else:
                 findings.source_formats[place][format] += 1
                 if row.from_arrow and isinstance(example, Prompt):  # whose row is kept for the rewards
-                    row = row._replace(value=dict(parser.without_filled_nulls(row.value, format)))
+                    row = row._replace(value=dict(parser.remove_filled_nulls(row.value, format)))
                 yield place, row, example
 
 

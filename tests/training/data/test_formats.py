@@ -588,6 +588,7 @@ def test_a_cell_that_begins_as_a_list_and_is_none_is_told():
             {"prompt": [{**USER, "content": "a"}, {**ANSWER, "content": "b"}, {**USER, "content": "Add.\n2"}], "system": "S", "chosen": "4", "rejected": "5"},
         ),
         ({"messages": [USER, ANSWER], "tools": "null"}, {"messages": [USER, ANSWER]}),
+        ({"messages": {"role": ["user", "assistant"], "content": ["2 + 2?", "4"]}}, {"messages": [USER, ANSWER]}),
         (
             {"messages": [USER, {"role": "tool_call", "content": json.dumps(CALL["function"])}, {"role": "tool_response", "content": "4"}, ANSWER]},
             {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, ANSWER]},
