@@ -134,7 +134,7 @@ def _answers(
 
 
 def _check_questions(folder: str, asked: Sequence[Question], template: str, max_new_tokens: int) -> None:
-    """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints what of the others it is not shown."""
+    """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints notes on parts of the others that it does not see."""
     from training.evaluator import Texts
     from training.question_prompts import room_note
 

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-
 VERSION = 1
 """Raise it when a check gives other results for the same inputs."""
 
