@@ -51,6 +51,8 @@ class Conversations:
         self._known_form: tuple[Chat, str, Chat] | None = None
         self._unwritten: set[str] = set()
         """What of messages the template is known not to write."""
+        self._calls_left_out: dict[tuple[Any, ...], bool] = {}
+        """By template and kind of message."""
         self.changes: set[str] = set()
         """See `formats.CHANGES`."""
 
@@ -318,9 +320,15 @@ class Conversations:
         return calls
 
     def _leaves_out_calls(self, chat: Chat, template: str, count: int, turn: int, text: str) -> bool:
-        names = [str(call["function"]["name"]) for call in chat.messages[turn]["tool_calls"]]
-        is_written = not chat.tools and all(name in text for name in names)
-        return not is_written and self._leaves_out(chat, template, count, turn, {"tool_calls": None})
+        """Looked for in the text where no tools are named there, too; else found out once for messages of a kind."""
+        message = chat.messages[turn]
+        names = [str(call["function"]["name"]) for call in message["tool_calls"]]
+        if not chat.tools and all(name in text for name in names):
+            return False
+        kind = (template, len(names), bool(message.get("content")), turn + 1 == count)
+        if kind not in self._calls_left_out:
+            self._calls_left_out[kind] = self._leaves_out(chat, template, count, turn, {"tool_calls": None})
+        return self._calls_left_out[kind]
 
     def _leaves_out(self, chat: Chat, template: str, count: int, turn: int, other: dict[str, Any]) -> bool:
         """Whether the text would be the same with other values in a message; None: without the key."""
