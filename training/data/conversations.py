@@ -106,7 +106,10 @@ class Conversations:
             except Exception:  # the conversations of the rows may be others
                 ignores, asked, answered, whole = False, "", "", ""
             same_end = asked.rstrip()[-1:] == answered.rstrip()[-1:] != ""
-            self._opens[template] = ignores and same_end and not whole.startswith(answered.rstrip())
+            closed = (
+                answered.rstrip().removesuffix(self._tokenizer.eos_token or "").rstrip()
+            )  # some close every text with EOS
+            self._opens[template] = ignores and same_end and not whole.startswith(closed)
         return self._opens[template]
 
     def _sequences(self, chat: Chat, template: str) -> list[Written]:
