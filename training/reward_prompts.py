@@ -32,7 +32,7 @@ def check(phase: PPO, prompts: TokenStore, cache: Path) -> list[str]:
     """
     notes: list[str] = []
     problems = _critic_problems(phase, cache)
-    for path in (source.path for source in phase.rewards if source.is_model and os.path.isdir(source.path)):
+    for path in (source.path for source in phase.rewards if source.is_model and _is_folder(source.path)):
         result = _findings(path, phase, prompts, cache)
         notes += [f"the reward model {path}: {note}" for note in result["notes"]]
         problems += [
@@ -49,6 +49,11 @@ def check(phase: PPO, prompts: TokenStore, cache: Path) -> list[str]:
     return notes
 
 
+def _is_folder(path: str) -> bool:
+    """Whether a model is in a folder here; a name without a slash is that of a phase of the job."""
+    return "/" in path and os.path.isdir(path)
+
+
 def _too_long(path: str, longest: int, phase: PPO) -> str:
     window, longest = window_of(path), longest + phase.response_tokens
     if window is None or longest <= window:
@@ -62,7 +67,7 @@ def _too_long(path: str, longest: int, phase: PPO) -> str:
 def _critic_problems(phase: PPO, cache: Path) -> list[Problem]:
     """The critic starts from the model that it names, else from the first reward model."""
     starts = [phase.critic] if phase.critic else [source.path for source in phase.rewards if source.is_model]
-    if not starts or not os.path.isdir(starts[0]) or _same_tokens(starts[0], phase, cache):
+    if not starts or not _is_folder(starts[0]) or _same_tokens(starts[0], phase, cache):
         return []
     start = starts[0] if phase.critic else f"the reward model {starts[0]}"
     message = (

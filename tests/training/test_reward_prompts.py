@@ -72,3 +72,11 @@ def test_a_critic_that_would_start_from_a_reward_model_of_another_tokenizer_is_r
     ):
         checked(None, "2 + 2?", own_tokens=False)
     assert checked(None, "2 + 2?", own_tokens=False, critic=str(tiny / "model")) == []
+
+
+def test_a_phase_of_the_job_is_not_taken_for_a_folder_of_its_name(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "2 + 2?"}\n')
+    phase = phase_of(tiny, "ppo", reward="reward", batch=4, data={"train": str(tmp_path / "prompts.jsonl")})
+    assert reward_prompts.check(phase, open_stores(phase, tmp_path / "cache").train, tmp_path / "cache") == []
