@@ -28,6 +28,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The accuracy of a model on the questions of a file, and how it was come by. Raises InputError before anything is loaded."""
     _refuse_template(template)
+    refuse_unused_top_p(settings.temperature, settings.top_p)
     asked = questions.read(str(data), settings.columns, settings.limit)
     folder = models.model_folder(model)
     rows, seconds = _answers(folder, asked, settings, template=template, workers=workers, seed=seed)
@@ -52,6 +53,7 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """How often a model's response is rewarded more than that of another to the same question; equals count half."""
     _refuse_template(template)
+    refuse_unused_top_p(settings.temperature, settings.top_p)
     asked = questions.read(str(data), settings.columns, settings.limit, answers=False)
     folders = [models.model_folder(name) for name in (model, other)]
     reward_model = models.model_folder(judge, rewards=True)
@@ -85,6 +87,15 @@ def compare(
 def _refuse_template(template: str) -> None:
     if template not in TEMPLATES:
         raise InputError.of("--template", f"{template} is none of {', '.join(TEMPLATES)}")
+
+
+def refuse_unused_top_p(temperature: float, top_p: float) -> None:
+    """Raises InputError where it would have no effect."""
+    if temperature == 0 and top_p < 1:
+        message = (
+            "at temperature 0 the likeliest token is always taken; give a --temperature above 0, or leave --top-p out"
+        )
+        raise InputError.of("--top-p", message)
 
 
 def _columns(rows: Sequence[Row], *names: str) -> list[list[Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher import models, prompts, runs
+from launcher import evaluation, models, prompts, runs
 from launcher.prompts import Given
 from launcher.terminal import Typewriter, printable
 from training.data.files import RowError
@@ -74,6 +74,7 @@ def generate(plan: Plan) -> Iterable[Row] | Row:
 def _refuse(plan: Plan) -> None:
     if plan.samples > 1 and plan.temperature == 0:
         raise InputError.of("--temperature", "several samples at temperature 0 are the same; choose one, such as 0.7")
+    evaluation.refuse_unused_top_p(plan.temperature, plan.top_p)
     if plan.limit is not None and plan.file is None:
         raise InputError.of("--limit", "goes with --file")
     if plan.out is None:
@@ -210,12 +211,11 @@ def _responses(plan: Plan, folder: str, texts: Any, given: Sequence[Given], aske
     """In the order of the prompts. What a prompt is answered depends on its number alone, not on who does it or on what it goes with."""
     if not asked:
         return
-    from launcher.evaluation import asking
     from training.generate import key_of
     from training.group import results
 
     told_at = time.monotonic()
-    with asking(folder, plan.template, plan.workers) as group:
+    with evaluation.asking(folder, plan.template, plan.workers) as group:
         for start in range(0, len(asked), plan.batch * group.size):
             chunk = asked[start : start + plan.batch * group.size]
             keyed = [(each.ids, key_of(plan.seed, each.number, each.sample)) for each in chunk]

@@ -71,6 +71,8 @@ class Manifest:
     """Whether the training data are conversations."""
     bos: str = "none"
     """The setting `data.bos`; manifests of versions without it were written by runs that learnt plain texts without BOS."""
+    stop_tokens: list[int] | None = None
+    """Of PPO: the tokens that end a response. None in manifests of versions that did not note them."""
     job_hash: str
     data_hash: str
     metrics: dict[str, float] = field(default_factory=dict)

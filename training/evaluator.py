@@ -140,7 +140,9 @@ class Judge:
         self, questions: Sequence[str], responses: Sequence[str], ended: Sequence[bool] | None = None
     ) -> list[float]:
         """One number for each response to its question. `ended`: whether a response was ended, not cut off; None: all were."""
-        rendered = self.renderer.judged(questions, responses, ended or [True] * len(responses))
+        rendered = self.renderer.judged(
+            [Prompt(each) for each in questions], responses, ended or [True] * len(responses)
+        )
         if refused := [each for each in rendered if isinstance(each, RowError)]:
             raise TrainingError(f"a response cannot be put to the reward model: {refused[0]}")
         return score(self.lm, [each.ids for each in rendered if isinstance(each, Sample)])

@@ -32,5 +32,9 @@ class Facts:
     """Names in `formats.CHANGES`: what has changed in how these rows are read."""
     chats: bool
     """Whether the training data are conversations, so that a question is a user's turn."""
+    stop_tokens: tuple[int, ...] = ()
+    """Of PPO: the tokens that end a response."""
+    stop_tokens_before: tuple[int, ...] = ()
+    """The same in versions that did not look for the end of a turn."""
     notes: list[str]
     """What the user should be told."""

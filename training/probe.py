@@ -29,6 +29,8 @@ from training.traits import Generation, Kernel, Traits
 TOLERANCE = 1e-5
 _ROUNDING = 1e-6
 """Of a mixture of experts."""
+_CACHE_TOLERANCE = 1e-4
+"""A state-space model computes one token by another sum than a sequence; caches that are wrong differ by a hundredth."""
 _LENGTHS = (5, 17, 11)
 """Of the samples: shorter and longer than the windows of a small copy."""
 _NEW_TOKENS = 6
@@ -329,13 +331,30 @@ class _Probe:
 
         self.lm.traits = Traits(architecture="", generation="batched")
         try:
-            if self.picks:
+            if self.picks or not _holds(self.has_cache):
                 return "uncached"
             if _holds(self.pads_left) and _holds(lambda: right(batch=8)):
                 return "batched"
             return "alone" if _holds(lambda: right(batch=1)) else "uncached"
         finally:
             del self.lm.traits
+
+    def has_cache(self) -> bool:
+        """Whether tokens that are read one by one behind others, with a cache, have the logits that the whole sequence has.
+
+        The likeliest tokens alone would not show it: a cache that is a little wrong changes few of them.
+        """
+        ids, alone = _tensor(self.samples[1]), self.alone[1]
+        cache, start = None, _LENGTHS[0]
+        places = [slice(0, start), *(slice(place, place + 1) for place in range(start, len(alone)))]
+        for place in places:
+            positions = torch.arange(place.start, place.stop)[None]
+            with torch.no_grad():
+                out = self.lm(input_ids=ids[:, place], position_ids=positions, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            if not _equal(out.logits[0].float(), alone[place], _CACHE_TOLERANCE):
+                return False
+        return True
 
     def pads_left(self) -> bool:
         """Whether the last logits of samples that are padded on the left, as for generation, are those that they have alone."""

@@ -99,11 +99,13 @@ _FIRST_LAYERS = re.compile(r"first_k_dense_replace|num_dense_layers|moe_layer_st
 def small_model(config: Any, kind: Any, attention: str, *, trust_remote_code: bool = False) -> Any:
     """A model of `kind` (an auto class) and of a configuration that `shrunk` gave, with random weights, in fp32 on the CPU, not training.
 
-    The weights are a function of the parameters' names and shapes alone. They are larger than usual, so that attention differs from a mean.
+    The weights are always the same ones. They are larger than usual, so that attention differs from a mean.
     """
     arguments: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     own = copy.deepcopy(config)  # the model writes its kernel into it
-    model = kind.from_config(own, attn_implementation=attention, dtype=torch.float32, **arguments)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for those that a class draws in a way of its own
+        model = kind.from_config(own, attn_implementation=attention, dtype=torch.float32, **arguments)
     _randomize(model)
     return model.eval()
 

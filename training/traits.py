@@ -25,7 +25,7 @@ PASSED_ON = "MUSTER_MODEL_TRAITS"
 """Environment variable by which workers are given what is known of their models, as JSON by key: they may lie on other machines."""
 INPUT_WRONG = 2
 """Exit status of `python -m training.probe` for a model that cannot be loaded."""
-_VERSION = 1
+_VERSION = 2
 """Of the probe: results of another one are not used."""
 _ASIDE = frozenset({"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache", "id2label", "label2id", "num_labels"})  # fmt: skip
 """Settings of a configuration that change nothing of what is probed."""

@@ -398,6 +398,10 @@ WRONG = {
         ("model", "-p", "x", "--samples", "2"),
         "--temperature: several samples at temperature 0 are the same; choose one, such as 0.7",
     ),
+    "a nucleus of one token": (
+        ("model", "-p", "x", "--top-p", "0.5"),
+        "--top-p: at temperature 0 the likeliest token is always taken; give a --temperature above 0, or leave --top-p out",
+    ),
     "bytes that are no text": (("model", "-p", "\udcff"), "--prompt: the prompt is not UTF-8 text"),
 }  # fmt: skip
 
@@ -424,7 +428,8 @@ def test_rows_that_cannot_be_asked_are_told_together(muster, place):
     answer = muster("generate", "model", "--file", "q.jsonl")
     assert answer.errors == [
         "q.jsonl:2: column `messages`: the last turn is not one that an assistant answers",
-        "q.jsonl:3: prompt[0]: unknown role 'usr'; known are system, developer, user, assistant, tool",
+        "q.jsonl:3: prompt[0]: unknown role 'usr'; known are system, developer, user, assistant, tool, function, ipython, "
+        "tool_call, tool_response",
     ]
     write(place / "q.jsonl", [{"messages": turns}, {"prompt": "1" * 70}])
     assert muster("generate", "model", "--file", "q.jsonl").errors == [

@@ -89,6 +89,11 @@ def test_kernels_and_heads_that_a_model_does_not_have_are_found_out():
     assert not llama4.classifier
 
 
+def test_a_cache_that_is_a_little_wrong_is_found_out():
+    """In transformers 5.23 zamba2's logits differ by a hundredth with one: its likeliest tokens are often the same."""
+    assert found("zamba2").generation == "uncached"
+
+
 def test_a_model_that_sees_later_tokens_is_found_out():
     assert not found("bert", is_decoder=False).causal
     assert found("bert", is_decoder=True).causal

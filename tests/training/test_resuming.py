@@ -126,6 +126,15 @@ def test_rows_that_an_earlier_version_read_differently_are_refused_with_what_has
         _refuse_change(folder, manifest, stopped, replace(facts, data_changes=("bos",)))
 
 
+def test_other_ends_of_responses_than_those_of_the_run_are_refused(stopped, tmp_path):
+    folder = place(tmp_path / "step-00000006")
+    manifest = Manifest.read(folder)
+    facts = replace(stopped.facts, stop_tokens=(0, 4), stop_tokens_before=(0,))
+    with pytest.raises(InputError, match="responses ended at the tokens 0, now they end at 0, 4: the end of a turn"):
+        _refuse_change(folder, manifest, stopped, facts)
+    _refuse_change(folder, replace(manifest, stop_tokens=[4, 0]), stopped, facts)
+
+
 def test_a_checkpoint_of_a_newer_muster_is_not_passed_over(train, stopped, tmp_path):
     path = tmp_path / "step-00000006" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))

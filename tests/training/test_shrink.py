@@ -60,6 +60,19 @@ def test_a_small_copy_computes_and_is_small(kind):
     assert sum(parameter.numel() for parameter in lm.parameters()) < 1_000_000
 
 
+@pytest.mark.parametrize("kind", ["llama", "mamba2"])
+def test_small_copies_of_a_configuration_are_the_same(kind):
+    """Also where a class draws some of its weights by itself."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from training.shrink import shrunk, small_model
+
+    torch.manual_seed(1)
+    one, other = (small_model(shrunk(_config(kind)), AutoModelForCausalLM, "eager").state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_rotary_settings_keep_their_kind_and_fit_the_small_heads():
     from training.shrink import ROTARY_LIMIT, shrunk
 

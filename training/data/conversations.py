@@ -49,12 +49,18 @@ class Conversations:
         self._turns = turns
         self._note = note
         self._known_form: tuple[Chat, str, Chat] | None = None
+        self._unwritten: set[str] = set()
+        """What of messages the template is known not to write."""
         self.changes: set[str] = set()
         """See `formats.CHANGES`."""
 
     def write(self, chat: Chat, template: str, count: int, prompt: bool = False) -> str:
         """The first `count` messages; with `prompt`, up to where the assistant begins to speak."""
-        return self._render(self._in_form(chat, template), template, count, prompt)
+        chat = self._in_form(chat, template)
+        text = self._render(chat, template, count, prompt)
+        if prompt:
+            self._look_for_unwritten(chat, template, count, text)
+        return text
 
     def learned(self, chat: Chat, template: str) -> list[Written] | RowError:
         """The sequences that are learned of a conversation, in the order of the answers: one, or with `turns: all` as many as it takes.
@@ -66,6 +72,7 @@ class Conversations:
             if not chat.learnt:
                 text = self._render(chat, template, len(chat.messages))
                 text.encode()
+                self._look_for_unwritten(chat, template, len(chat.messages), text)
                 return [Written(text, [])]
             return self._sequences(chat, template)
         except RowError as error:
@@ -98,6 +105,12 @@ class Conversations:
             text, spans = self._behind_its_prompt(chat, template, wanted[-1])
         text.encode()
         self._look_for_thoughts(chat, text, spans)
+        without_calls = self._look_for_unwritten(chat, template, count, text)
+        if empty := [turn for turn in without_calls if turn in spans and not chat.messages[turn]["content"].strip()]:
+            raise RowError(
+                f"the chat template does not write the tool calls of messages[{empty[0]}], so an empty answer would be learned; set "
+                "data.template to one that does (chatml, plain, that of the model's family), or give the message `weight: 0`"
+            )
         return text, spans
 
     def _intact(
@@ -283,6 +296,41 @@ class Conversations:
                     self._note(
                         f"the chat template does not write `{key}` of messages, so these thoughts are not learned"
                     )
+
+    # ── what the template leaves out ──
+
+    def _look_for_unwritten(self, chat: Chat, template: str, count: int, text: str) -> list[int]:
+        """Note what of the first `count` messages has no part in their text. Returns the answers whose tool calls have none."""
+        calls: list[int] = []
+        for turn, message in enumerate(chat.messages[:count]):
+            is_answer, content = message["role"] == "assistant", message.get("content", "").strip()
+            if "tool_calls" in message and self._leaves_out_calls(chat, template, count, turn, text):
+                calls.append(turn)
+                self._note("the chat template does not write tool calls, so the model does not see them")
+            if not content or content in text or (is_answer and "tool_calls" not in message):
+                continue
+            what = "the text of messages that call tools" if is_answer else f"messages of the role `{message['role']}`"
+            if what not in self._unwritten and self._leaves_out(chat, template, count, turn, {"content": _PLACE}):
+                self._unwritten.add(what)
+                self._note(
+                    f"the chat template does not write {what} in some conversations: the model does not see them"
+                )
+        return calls
+
+    def _leaves_out_calls(self, chat: Chat, template: str, count: int, turn: int, text: str) -> bool:
+        names = [str(call["function"]["name"]) for call in chat.messages[turn]["tool_calls"]]
+        is_written = not chat.tools and all(name in text for name in names)
+        return not is_written and self._leaves_out(chat, template, count, turn, {"tool_calls": None})
+
+    def _leaves_out(self, chat: Chat, template: str, count: int, turn: int, other: dict[str, Any]) -> bool:
+        """Whether the text would be the same with other values in a message; None: without the key."""
+        changed = {key: value for key, value in {**chat.messages[turn], **other}.items() if value is not None}
+        messages = [*chat.messages[:turn], {"content": "", **changed}, *chat.messages[turn + 1 :]]
+        try:
+            without = self._render(replace(chat, messages=messages), template, count)
+        except Exception:  # the template reads it, or it would not have tripped over its absence
+            return False
+        return without == self._render(chat, template, count)
 
 
 def _behind(text: str, prompt: str, question: str) -> str | None:

@@ -36,6 +36,8 @@ class PromptCompletion:
 
     prompt: str
     completion: str
+    system: str = ""
+    """A system message. Only conversations have a place for it: it is read where the texts become one."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Prompt:
     """What is to be answered: a text as it stands, or a conversation whose next turn is the assistant's."""
 
     content: str | Chat
+    system: str = ""
+    """Of a text, as of `PromptCompletion`."""
 
 
 Example = Answer | Pair | Prompt
@@ -92,6 +96,8 @@ CHANGES = {
     "flags": "`train` and `loss` in messages are read",
     "system": "the column `system` is read, and a system message that stands there already is not repeated",
     "history": "the column `history` is read",
+    "instruction": "an empty instruction is left out of the question, where there is an input",
+    "function_call": "`function_call` of a message is read as a tool call",
     "repeated_prompt": "a prompt that an answer repeats is written once",
     "nested_nulls": "nulls that Parquet fills in are removed at every depth",
     "nulls": "nulls in tool schemas and in the arguments of tool calls are kept",
@@ -138,6 +144,11 @@ class Record:
         if not text.strip():
             raise RowError(f"column `{self.name(column)}` is empty")
         return text
+
+    def system(self) -> str:
+        """The system message of a row of texts; "" if there is none."""
+        value = self.get("system")
+        return value if isinstance(value, str) else ""
 
     def list(self, column: str) -> list[Any]:
         """A list, also as JSON in a text: tables have no other way to hold one."""
@@ -191,6 +202,10 @@ class Parser:
             for note in unread_columns(row, key, columns):
                 self.remarks.note(note)
         return key, example
+
+    def without_filled_nulls(self, row: Mapping[str, Any], format: str) -> Mapping[str, Any]:
+        """A row of Parquet or Arrow as it was meant: no nulls in the objects of the columns that a format reads."""
+        return _without_filled_nulls(row, self._names_of[format].values(), self.remarks)
 
     def _recognise(self, record: Record) -> str:
         for present in (lambda name: record.get(name) is not None, record.has):
@@ -363,7 +378,7 @@ def _decoded(value: Any, place: str) -> Any:
 
 def _tools(record: Record) -> list[dict[str, Any]] | None:
     place = f"column `{record.name('tools')}`"
-    tools = _decoded(record.get("tools") or [], place)
+    tools = _decoded(record.get("tools") or [], place) or []
     listed = [_tool(tool, f"{place}[{index}]", record.remarks) for index, tool in enumerate(_list(tools, place))]
     return listed or None
 
@@ -389,17 +404,30 @@ class Arguments(dict[str, Any]):
 
 
 def _call(call: Any, place: str, remarks: Remarks) -> dict[str, Any]:
-    """A tool call with its arguments as an object."""
+    """A tool call with its arguments as an object, or as the text that they are if that is no JSON object."""
     call = _object(call, place)
     function = call if "function" not in call else _object(call["function"], f"{place}.function")
     name = _text(_key(function, "name", place), f"{place}.name")
-    given = function.get("arguments") or {}
-    arguments = Arguments(_mapping(_decoded(given, f"{place}.arguments"), f"{place}.arguments"))
+    arguments = _arguments(function.get("arguments") or {}, f"{place}.arguments", remarks)
+    identity = {"id": call["id"]} if "id" in call else {}
+    return {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _arguments(given: Any, place: str, remarks: Remarks) -> Arguments | str:
+    decoded = given
+    if isinstance(given, str):
+        try:
+            decoded = json.loads(given)
+        except (ValueError, RecursionError):
+            decoded = None
+        if not isinstance(decoded, dict):
+            remarks.note("arguments of some tool calls are no JSON objects; they are written as the text that they are")
+            return _text(given, place)
+    arguments = Arguments(_mapping(decoded, place))
     arguments.own_text = given if isinstance(given, str) else None
     if None in arguments.values():
         remarks.changes.add("nulls")
-    identity = {"id": call["id"]} if "id" in call else {}
-    return {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return arguments
 
 
 # ── Formats ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -410,18 +438,25 @@ def _parse_text(record: Record) -> Example:
 
 
 def _parse_prompt_completion(record: Record) -> Example:
+    """Two texts, or two lists of messages, of which one may be a text: the question or the answer alone."""
     prompt, completion = record.need("prompt"), record.need("completion")
-    if isinstance(prompt, list) != isinstance(completion, list):
-        names = f"`{record.name('prompt')}` and `{record.name('completion')}`"
-        got = f"{describe(prompt)} and {describe(completion)}"
-        raise RowError(f"columns {names}: expected two texts or two lists of messages, got {got}")
-    if not isinstance(prompt, list):
+    if not any(isinstance(each, list | dict) for each in (prompt, completion)):
         return _text_completion(record)
-    before = _messages(prompt, record.name("prompt"), record.remarks)
-    whole = _joined(before, _messages(completion, record.name("completion"), record.remarks))
+    before = _messages(_as_turns(prompt, "user"), record.name("prompt"), record.remarks)
+    after = _messages(_as_turns(completion, "assistant"), record.name("completion"), record.remarks)
+    whole = _joined(before, after)
     if whole.repeats:
         _note_repeated(record)
-    return _chat(whole.messages, _tools(record), record.remarks, first=whole.start)
+    messages = _with_system(whole.messages, record)
+    first = whole.start + len(messages) - len(whole.messages)
+    return _chat(messages, _tools(record), record.remarks, first=first)
+
+
+def _as_turns(given: Any, role: str) -> list[Any]:
+    """A message alone, or a text that is what `role` says, as a list of messages."""
+    if isinstance(given, str):
+        return [{"role": role, "content": given}]
+    return given if isinstance(given, list) else [given]
 
 
 def _text_completion(record: Record) -> PromptCompletion:
@@ -429,14 +464,23 @@ def _text_completion(record: Record) -> PromptCompletion:
     if _after_prompt(prompt, completion):
         names = f"`{record.name('completion')}` begins with the text of `{record.name('prompt')}`"
         record.remarks.note(f"column {names} in some rows, which stands there twice; take it out if it is not meant")
-    return PromptCompletion(prompt, completion)
+    _note_unread_tools(record)
+    return PromptCompletion(prompt, completion, record.system())
+
+
+def _note_unread_tools(record: Record) -> None:
+    if record.get("tools"):
+        name = f"column `{record.name('tools')}`"
+        record.remarks.note(f"{name} is not read beside plain texts; give the rows as messages")
 
 
 def _parse_alpaca(record: Record) -> Example:
     """The answers of `history` are learned as well, as in LLaMA-Factory and ms-swift."""
     question = record.text("instruction")
     if record.get("input") is not None and (extra := record.text("input")):
-        question = f"{question}\n{extra}"
+        if not question:
+            record.remarks.changes.add("instruction")
+        question = f"{question}\n{extra}" if question else extra
     said = [*_history(record), question, record.filled_text("output")]
     roles = ("user", "assistant")
     turns = [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]
@@ -447,7 +491,7 @@ def _history(record: Record) -> list[str]:
     """Question, answer, question, answer, ..."""
     name = f"column `{record.name('history')}`"
     texts: list[str] = []
-    for index, pair in enumerate(_list(record.get("history") or [], name)):
+    for index, pair in enumerate(record.list("history") if record.get("history") else []):
         place = f"{name}[{index}]"
         if not isinstance(pair, list) or len(pair) != 2:
             got = f"{len(pair)} of them" if isinstance(pair, list) else describe(pair)
@@ -501,7 +545,9 @@ def _bare(messages: list[Message]) -> list[Message]:
     return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+OTHER_ROLES = ("tool_call", "tool_response")
+"""Roles of ms-swift: of a turn of the assistant that calls tools, and of what they answer."""
 
 
 def _messages(messages: list[Any], name: str, remarks: Remarks) -> list[Message]:
@@ -511,15 +557,27 @@ def _messages(messages: list[Any], name: str, remarks: Remarks) -> list[Message]
 def _message(message: Any, place: str, remarks: Remarks) -> Message:
     message = _object(message, place)
     role = _key(message, "role", place)
+    if role in OTHER_ROLES:
+        return _turn({**message, "from": role, "value": _content(message.get("content"), place)}, place, remarks)
     if role not in ROLES:
-        raise RowError(f"{place}: unknown role {role!r}; known are {_listed(ROLES)}")
+        raise RowError(f"{place}: unknown role {role!r}; known are {_listed(ROLES + OTHER_ROLES)}")
     weight = _weight(message, role, place, remarks)
-    calls = _list(message.pop("tool_calls", []), f"{place}.tool_calls")
-    calls = [_call(call, f"{place}.tool_calls[{index}]", remarks) for index, call in enumerate(calls)]
+    calls = _calls(message, place, remarks)
     content = _content(message.get("content", "" if calls else None), place)
     if role == "assistant" and not calls and not content.strip():
         raise RowError(f"assistant turn is empty ({place})")
     return {**message, "content": content, **({"tool_calls": calls} if calls else {}), **weight}
+
+
+def _calls(message: Message, place: str, remarks: Remarks) -> list[dict[str, Any]]:
+    """The tool calls of a message, also in the form that OpenAI had first: one `function_call`. Takes the keys out of the message."""
+    given = _list(message.pop("tool_calls", []), f"{place}.tool_calls")
+    calls = [_call(call, f"{place}.tool_calls[{index}]", remarks) for index, call in enumerate(given)]
+    first_form = message.pop("function_call", None)
+    if first_form is None or calls:
+        return calls
+    remarks.changes.add("function_call")
+    return [_call(first_form, f"{place}.function_call", remarks)]
 
 
 FLAGS = ("weight", "train", "loss")
@@ -575,6 +633,10 @@ SHAREGPT_ROLES = {
     "tool_call": "call",
     "observation": "tool",
     "tool": "tool",
+    "tool_response": "tool",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
 }
 
 
@@ -589,7 +651,11 @@ def _turns(turns: list[Any], name: str, remarks: Remarks) -> list[Message]:
 
 def _turn(turn: Any, place: str, remarks: Remarks) -> Message:
     turn = _object(turn, place)
-    hint = "; these are OpenAI messages: set `format: messages` and `columns`" if "role" in turn else ""
+    hint = (
+        "; these are OpenAI messages: set `format: messages` and `columns: {messages: conversations}`"
+        if "role" in turn
+        else ""
+    )
     sender = _text(_key(turn, "from", place, hint), f"{place}.from")
     if sender not in SHAREGPT_ROLES:
         raise RowError(f"{place}: unknown role {sender!r}; known are {_listed(SHAREGPT_ROLES)}")
@@ -645,9 +711,9 @@ def _parse_preference(record: Record) -> Example:
 def _preference_side(record: Record, column: str) -> tuple[Answer, bool]:
     """An answer with its prompt, and whether the column holds both although there is a column `prompt`."""
     answer, prompt = record.need(column), record.get("prompt")
-    if not isinstance(answer, list):
+    if not isinstance(answer, list | dict) and not isinstance(prompt, list):
         return _text_side(record, column)
-    turns = _messages(answer, record.name(column), record.remarks)
+    turns = _messages(_as_turns(answer, "assistant"), record.name(column), record.remarks)
     if isinstance(prompt, list):
         whole = _joined(_messages(prompt, record.name("prompt"), record.remarks), turns)
         if whole.repeats:
@@ -669,17 +735,31 @@ def _question_before(turns: list[Message], record: Record) -> list[Message]:
 
 def _text_side(record: Record, column: str) -> tuple[Answer, bool]:
     text, place = record.filled_text(column), f"column `{record.name(column)}`"
+    _note_unread_tools(record)
     if record.get("prompt") is None:
-        return _transcript(text, place), False
+        return _with_system_beside(_transcript(text, place), record), False
     prompt = record.text("prompt")
     rest = _after_prompt(prompt, text)
     if rest is not None and not rest.strip():
         raise RowError(f"{place}: holds the prompt alone; there is no answer to judge")
     whole = PromptCompletion(prompt, rest) if rest is not None else _transcript_of(prompt, text)
+    answer = _with_system_beside(whole or PromptCompletion(prompt, text), record)
     if whole is None:
-        return PromptCompletion(prompt, text), False
+        return answer, False
     _note_repeated(record)
-    return whole, True
+    return answer, True
+
+
+def _with_system_beside(answer: Answer, record: Record) -> Answer:
+    """An answer with the text of the column `system`, where it has a place for it."""
+    if not (system := record.system()):
+        return answer
+    if isinstance(answer, Chat):
+        return _chat(_with_system(answer.messages, record), None, record.remarks)
+    if isinstance(answer, PromptCompletion):
+        return replace(answer, system=system)
+    record.remarks.note(f"column `{record.name('system')}` is not read beside answers without a prompt")
+    return answer
 
 
 def _transcript_of(prompt: str, text: str) -> Chat | None:
@@ -699,7 +779,7 @@ def _judged(messages: list[Message], record: Record, column: str) -> Chat:
         raise RowError(f"{place}: the last turn is not the assistant's; there is no answer to judge")
     if messages and messages[-1].get("weight") == 0:
         raise RowError(f"{place}: the last message has weight 0 (or train, loss: false), but it is the answer to judge")
-    return _chat(messages, _tools(record), record.remarks)
+    return _chat(_with_system(messages, record), _tools(record), record.remarks)
 
 
 class _Whole(NamedTuple):
@@ -794,12 +874,13 @@ def _parse_prompts(record: Record) -> Example:
     """The other columns are not learnt; reward functions see them."""
     given = record.need("prompt")
     if not isinstance(given, list):
-        return Prompt(record.filled_text("prompt"))
+        _note_unread_tools(record)
+        return Prompt(record.filled_text("prompt"), record.system())
     name = record.name("prompt")
     turns = _bare(_messages(given, name, record.remarks))
     if not turns or turns[-1]["role"] == "assistant":
         raise RowError(f"column `{name}`: the last turn is not one that an assistant answers")
-    return Prompt(Chat(turns, (), _tools(record)))
+    return Prompt(Chat(_with_system(turns, record), (), _tools(record)))
 
 
 def _number(value: Any) -> Any:
@@ -830,14 +911,14 @@ def _pair(record: Record, chosen: Answer, rejected: Answer, repeats: tuple[bool,
 
 FORMATS: dict[str, Format] = {
     "text": Format(("text",), (), _parse_text),
-    "prompt_completion": Format(("prompt", "completion"), ("tools",), _parse_prompt_completion),
+    "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _parse_prompt_completion),
     "alpaca": Format(("instruction", "output"), ("input", "system", "history"), _parse_alpaca),
     "sharegpt": Format(("conversations",), ("system", "tools"), _parse_sharegpt),
     "messages": Format(("messages",), ("system", "tools"), _parse_messages),
     "critique": Format(("question", "answer", "critique"), ("verdict",), _parse_critique),
-    "preference": Format(("chosen", "rejected"), ("prompt", "margin", "tools"), _parse_preference),
+    "preference": Format(("chosen", "rejected"), ("prompt", "system", "margin", "tools"), _parse_preference),
     "sharegpt_preference": Format(
         ("conversations", "chosen", "rejected"), ("system", "margin", "tools"), _parse_sharegpt_preference
     ),
-    "prompts": Format(("prompt",), ("tools",), _parse_prompts),
+    "prompts": Format(("prompt",), ("system", "tools"), _parse_prompts),
 }

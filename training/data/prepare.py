@@ -159,7 +159,7 @@ def prepare(
         )
 
     try:
-        words = _tokenizer_content(tokenizer_path, trust_remote_code, revision)
+        words = tokenizer_content(tokenizer_path, trust_remote_code, revision)
         folder = cache / _key(sources, data, formats, words, base, memo=cache / "digests")
         found = _existing(folder, data, renderer)
         return TokenStore.open(found or _build(folder, sources, data, parser, renderer()))
@@ -171,15 +171,13 @@ def prepare(
 
 def _existing(folder: Path, data: Data, renderer: Callable[[], Renderer]) -> Path | None:
     """The store at `folder`, or at its place for rows that make use of CHANGES. Removes what cannot be used."""
-    from training.data.store import TokenStore
-
     for with_bos, changed in product((True, False) if data.bos == "auto" else (False,), (True, False)):
         each = _changed(folder, changed=changed, with_bos=with_bos)
         if not each.exists():
             continue
         if not (_is_whole(each) and _is_current(each)):
             shutil.rmtree(each, ignore_errors=True)
-        elif with_bos or data.bos == "none" or _same_without_bos(TokenStore.open(each).meta, renderer):
+        elif with_bos or data.bos == "none" or _same_without_bos(each, renderer):
             return each
     return None
 
@@ -193,9 +191,19 @@ def _is_current(folder: Path) -> bool:
     return meta.changes is not None or not (meta.chats or has_pairs)
 
 
-def _same_without_bos(meta: Meta, renderer: Callable[[], Renderer]) -> bool:
-    """Whether a store without BOS holds the tokens that its rows have with it. Stores of earlier versions do not say it of themselves."""
-    return not renderer().adds_tokens if meta.same_without_bos is None else meta.same_without_bos
+def _same_without_bos(folder: Path, renderer: Callable[[], Renderer]) -> bool:
+    """Whether a store without BOS holds the tokens that its rows have with it.
+
+    Stores of earlier versions do not say it of themselves: it is found out with the tokenizer, once, and noted in the store.
+    """
+    from training.data.store import TokenStore, note
+
+    meta = TokenStore.open(folder).meta
+    if meta.same_without_bos is not None:
+        return meta.same_without_bos
+    same = not renderer().adds_tokens
+    note(folder, same_without_bos=same)
+    return same
 
 
 def _changed(folder: Path, *, changed: bool, with_bos: bool) -> Path:
@@ -214,7 +222,7 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _tokenizer_content(path: str, trust_remote_code: bool, revision: str | None) -> str:
+def tokenizer_content(path: str, trust_remote_code: bool = False, revision: str | None = None) -> str:
     """A hash of what the tokenizer does. Of a folder its files are read, which is quick; of a hub id what was loaded."""
     if os.path.isdir(path):
         found = {file for pattern in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS) for file in Path(path).glob(pattern)}
@@ -259,6 +267,8 @@ def _parsed(
                 (add_bad or findings.add_bad)(row, error)
             else:
                 findings.source_formats[place][format] += 1
+                if row.from_arrow and isinstance(example, Prompt):  # whose row is kept for the rewards
+                    row = row._replace(value=dict(parser.without_filled_nulls(row.value, format)))
                 yield place, row, example
 
 
@@ -280,8 +290,8 @@ def _characters(example: Example) -> int:
     match example:
         case Text(text):
             return len(text)
-        case PromptCompletion(prompt, completion):
-            return len(prompt) + len(completion)
+        case PromptCompletion(prompt, completion, system):
+            return len(system) + len(prompt) + len(completion)
         case Chat(messages):
             return sum(len(message["content"]) for message in messages)
         case Pair(chosen, rejected):

@@ -208,7 +208,7 @@ class Renderer:
         return self.has_written_plain and self.adds_tokens
 
     def judged(
-        self, prompts: Sequence[str | Chat], responses: Sequence[str], ended: Sequence[bool]
+        self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool]
     ) -> list[Sample | RowError]:
         """What a reward model reads of responses, judged at the last token: the sequence that a pair of its training would hold.
 
@@ -228,8 +228,8 @@ class Renderer:
                 (rendered[place],) = self._chats([replace(chat, learnt=())])
         return rendered
 
-    def _cut_off(self, asked: Sequence[tuple[str | Chat, str]]) -> list[Sample | RowError]:
-        rendered = self.render([Prompt(prompt) for prompt, _ in asked])
+    def _cut_off(self, asked: Sequence[tuple[Prompt, str]]) -> list[Sample | RowError]:
+        rendered = self.render([prompt for prompt, _ in asked])
         for place, (prompt, (_, response)) in enumerate(zip(rendered, asked, strict=True)):
             if isinstance(prompt, Sample):
                 ids = np.append(prompt.ids, np.array(self._continuation(response)[0], np.uint32))
@@ -353,14 +353,22 @@ class Renderer:
 
     def _as_chat(self, example: Example) -> Example:
         """Prompts that are texts, with their answers if they have one, are a conversation where a prompt is a user's turn."""
+        is_prompt = isinstance(example, Prompt) and isinstance(example.content, str)
+        if not (is_prompt or isinstance(example, PromptCompletion)):
+            return example
+        assert isinstance(example, Prompt | PromptCompletion)
         if not self.in_turns:
+            if example.system:
+                self._note(
+                    "column `system` is not read: plain texts have no place for it; data.template: tokenizer, or one that is named, "
+                    "puts the rows into turns, with it"
+                )
             return example
-        if isinstance(example, Prompt) and isinstance(example.content, str):
-            return Prompt(_question(example.content))
-        if not isinstance(example, PromptCompletion):
-            return example
-        turns = [("user", example.prompt), ("assistant", example.completion)]
-        return Chat([{"role": role, "content": text} for role, text in turns], learnt=(1,))
+        if example.system:
+            self._conversations.changes.add("system")
+        if isinstance(example, PromptCompletion):
+            return _conversation(example.system, example.prompt, example.completion)
+        return Prompt(_conversation(example.system, str(example.content)))
 
     def _chats(self, chats: Sequence[Chat]) -> list[Sample | RowError]:
         """One sequence of each: the one that ends with the last answer."""
@@ -458,17 +466,22 @@ def _frame(tokenizer: Any, bos: str) -> tuple[list[int], list[int]]:
     return before, behind if behind[-1:] == [eos] else [*behind, eos]
 
 
-def _answered(prompt: str | Chat, response: str) -> Answer:
+def _answered(prompt: Prompt, response: str) -> Answer:
     """A prompt with its answer, as a row of a reward model's training would hold it."""
-    if isinstance(prompt, str):
-        return PromptCompletion(prompt, response)
-    messages = [*prompt.messages, {"role": "assistant", "content": response}]
+    if isinstance(prompt.content, str):
+        return PromptCompletion(prompt.content, response, prompt.system)
+    messages = [*prompt.content.messages, {"role": "assistant", "content": response}]
     turns = tuple(place for place, message in enumerate(messages) if place and message["role"] == "assistant")
-    return Chat(messages, turns, prompt.tools)
+    return Chat(messages, turns, prompt.content.tools)
 
 
-def _question(text: str) -> Chat:
-    return Chat([{"role": "user", "content": text}], learnt=())
+def _conversation(system: str, question: str, answer: str | None = None) -> Chat:
+    """A question, with its answer if there is one, behind the system message if there is one."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    if answer is None:
+        return Chat(messages, learnt=())
+    return Chat([*messages, {"role": "assistant", "content": answer}], learnt=(len(messages),))
 
 
 def _joined(chosen: Sample | RowError, rejected: Sample | RowError, margin: float) -> Sample | RowError:

@@ -94,6 +94,19 @@ class Meta:
 
 
 BAD_ROWS = "bad_rows.jsonl"
+META = "meta.json"
+
+
+def note(folder: Path, **found: Any) -> None:
+    """Add what was found out about a store to its meta.json, at once or not at all. A cache that cannot be written is left as it is."""
+    path = folder / META
+    draft = folder / f".{META}-{uuid.uuid4().hex}"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8")) | found
+        draft.write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
 
 
 class TokenStore:

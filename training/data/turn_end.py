@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from training.data.conversations import Conversations
 from training.data.files import RowError
-from training.data.formats import Chat
+from training.data.formats import Chat, Message
 
 if TYPE_CHECKING:
     from training.data.render import Renderer
@@ -24,6 +25,8 @@ class TurnEnd:
     """The token that generation stops at; None: there is none."""
     note: str = ""
     """What the user should know of it."""
+    after_calls: int | None = None
+    """The token that ends a turn which calls tools, if it is another one (`<|eom_id|>`, `<|call|>`)."""
 
 
 def turn_end(renderer: Renderer) -> TurnEnd:
@@ -36,7 +39,32 @@ def turn_end(renderer: Renderer) -> TurnEnd:
             None, "where an answer ends cannot be found, because the chat template refuses a question with an answer; "
             "generation stops at the tokenizer's EOS",
         )  # fmt: skip
-    return _in_tokens(renderer.tokenizer, _common_end(first.ids.tolist(), second.ids.tolist()), first.targets.tolist())
+    found = _in_tokens(renderer.tokenizer, _common_end(first.ids.tolist(), second.ids.tolist()), first.targets.tolist())
+    after_calls = _after_calls(renderer)
+    return replace(found, after_calls=after_calls) if after_calls != found.token else found
+
+
+def _after_calls(renderer: Renderer) -> int | None:
+    """The special token that a turn which calls a tool is learned to end with; None if there is none, or no tools at all."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}, "id": "abcdefghi"}
+    parameters: dict[str, Any] = {"type": "object", "properties": {}}
+    tools = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": parameters}}]
+    messages: list[Message] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    silent = Conversations(renderer.tokenizer, "auto", lambda note: None)
+    written = silent.learned(Chat(messages, (1,), tools), renderer.chat_template(tools))
+    if isinstance(written, RowError) or not written[-1].spans:
+        return None
+    (start, end), text = written[-1].spans[-1], written[-1].text
+    special = {renderer.tokenizer.convert_ids_to_tokens(token): token for token in _special(renderer.tokenizer)}
+    ends = [token for token in special if text[start:end].endswith(token)]
+    return special[max(ends, key=len)] if ends else None
+
+
+def _special(tokenizer: Any) -> set[int]:
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
 
 
 def _common_end(first: list[int], second: list[int]) -> list[int]:
@@ -50,7 +78,7 @@ def _in_tokens(tokenizer: Any, behind: list[int], targets: list[bool]) -> TurnEn
     """`behind`: the tokens behind an answer, with the white space that is not learnt; `targets`: what is learnt of the whole."""
     learnt = targets[len(targets) - len(behind) :]
     closing = [token for token, is_learnt in zip(behind, learnt, strict=True) if is_learnt]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
+    special = _special(tokenizer)
     token = next((token for token in behind if token in special), closing[0] if len(closing) == 1 else None)
     if token in closing:
         return TurnEnd(token)
@@ -76,5 +104,6 @@ def stop_tokens(renderer: Renderer, generation: Any = None, *, chats: bool, know
     named = getattr(generation, "eos_token_id", None)
     found = [*(named if isinstance(named, list) else [named]), renderer.tokenizer.eos_token_id, *known]
     if chats:
-        found.append(turn_end(renderer).token)
+        end = turn_end(renderer)
+        found += [end.token, end.after_calls]
     return list(dict.fromkeys(token for token in found if token is not None))

@@ -95,6 +95,12 @@ def _refuse_change(folder: Place, manifest: Manifest, hooks: Hooks, facts: Facts
         changes.append(_what_changed(facts.data_changes))
     elif manifest.data_hash != facts.data_hash:
         changes.append("it was trained on other data: the rows, the tokenizer or the template have changed since")
+    stops = facts.stop_tokens_before if manifest.stop_tokens is None else tuple(manifest.stop_tokens)
+    if set(stops) != set(facts.stop_tokens):
+        changes.append(
+            f"its responses ended at the tokens {_listed(stops)}, now they end at {_listed(facts.stop_tokens)}: the end of a turn that the "
+            "chat template writes is one of these, also where it is not the tokenizer's EOS"
+        )
     if manifest.dtype != facts.dtype:
         changes.append(
             f"it was computed in {manifest.dtype}, these workers would go on in {facts.dtype}; set model.dtype"
@@ -102,6 +108,10 @@ def _refuse_change(folder: Place, manifest: Manifest, hooks: Hooks, facts: Facts
     if changes:
         advice = "bring back what it was, begin a run under another name, or go on all the same: muster resume RUN --accept-changes"
         raise InputError.of(str(folder), "\n  ".join([*changes, advice]))
+
+
+def _listed(tokens: tuple[int, ...]) -> str:
+    return ", ".join(map(str, tokens)) or "none"
 
 
 def _what_changed(names: tuple[str, ...]) -> str:

@@ -156,6 +156,7 @@ class Saver:
             dtype=facts.dtype,
             chats=facts.chats,
             bos=phase.data.bos,
+            stop_tokens=list(facts.stop_tokens) or None,
             job_hash=self.hooks.job_hash,
             data_hash=facts.data_hash,
             metrics=dict(pending.metrics),

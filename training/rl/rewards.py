@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from training.config import PPO, RewardSource
 from training.data.files import RowError
-from training.data.formats import Chat, Parser, Prompt
+from training.data.formats import Parser, Prompt
 from training.data.model_renderer import renderer_for
 from training.data.render import Sample
 from training.distributed import Seat
@@ -47,22 +47,22 @@ def _checked(judge: Judge, source: RewardSource) -> Judge:
 
 
 def _as_list(scores: Any) -> Any:
-    """Arrays and tensors of one dimension as lists; [n, 1], as models give, counts as one."""
+    """Arrays and tensors of one dimension as lists, [n, 1], as models give, too; and what else gives one score after the other."""
     if isinstance(scores, np.ndarray | torch.Tensor):
         flat = scores.reshape(-1) if scores.ndim == 2 and scores.shape[1] == 1 else scores
         return flat.tolist() if flat.ndim == 1 else scores
-    return scores
+    return list(scores) if isinstance(scores, Iterable) and not isinstance(scores, str | bytes | Mapping) else scores
 
 
 def _score(given: Any, source: RewardSource, response: Response) -> float:
-    """One score; NaN for None, which says that the reward does not apply to this response."""
+    """One score, also of True and False; NaN for None, which says that the reward does not apply to this response."""
     if given is None:
         return math.nan
     number = given
     if isinstance(given, np.generic | np.ndarray | torch.Tensor):
         values = given.reshape(-1).tolist()
         number = values[0] if len(values) == 1 else given
-    if isinstance(number, bool | str) or not isinstance(number, int | float) or not math.isfinite(number):
+    if not isinstance(number, int | float) or not math.isfinite(number):
         raise RewardError(
             f"the reward {source.path} gave {given!r} for the response {response.text[:200]!r}; expected a finite number"
         )
@@ -104,8 +104,8 @@ class _RewardModel:
         self.ready()
         return score(self.lm, [each.ids for each in rendered if isinstance(each, Sample)], head=self.head)
 
-    def _prompt(self, row: dict[str, Any]) -> str | Chat:
+    def _prompt(self, row: dict[str, Any]) -> Prompt:
         """The prompt of a row as the policy has it: parts of a message joined, tool calls as objects."""
         _, example = self.parse(row)
         assert isinstance(example, Prompt), "PPO reads prompts"
-        return example.content
+        return example

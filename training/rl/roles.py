@@ -116,6 +116,11 @@ class _Prompts:
         tokenizer = tokenizer_for(phase.model)
         self.renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos, in_turns=self.store.meta.chats)
 
+    def stops(self, lm: Any, *, by_turn: bool = True) -> list[int]:
+        """The tokens that end a response. `by_turn`: the end of a turn is one of them, if the prompts are conversations."""
+        chats = by_turn and self.store.meta.chats
+        return stop_tokens(self.renderer, getattr(lm, "generation_config", None), chats=chats)
+
     def responses(self, lm: Any, iteration: int, nth: int, share: tuple[int, int]) -> list[Response]:
         """Of the responses to the prompts of an iteration, counted from 1, those of a round, counted from 0: of this share (rank, size).
 
@@ -137,7 +142,7 @@ class _Prompts:
                 [prompts[place].tolist() for place in mine],
                 # By place, not by number: the same prompt may come twice in an iteration.
                 [seed_for(phase.seed, "sample", iteration, *divmod(place, samples)) for place in mine],
-                stop_tokens(self.renderer, getattr(lm, "generation_config", None), chats=self.store.meta.chats),
+                self.stops(lm),
                 Sampling(max_new_tokens=phase.response_tokens, temperature=phase.temperature, top_p=phase.top_p),
             )
         return [
@@ -193,6 +198,8 @@ class Policy(_Learning):
             data_hash_before=self.store.meta.hash_before,
             data_changes=tuple(self.store.meta.changes or ()),
             chats=self.store.meta.chats,
+            stop_tokens=self.stops[0],
+            stop_tokens_before=self.stops[1],
             notes=[
                 *self.store.meta.notes,
                 *notes(
@@ -211,6 +218,7 @@ class Policy(_Learning):
         check_window(self.phase, self.store, getattr(lm.config, "max_position_embeddings", None))
         check_tokens(self.phase, [self.store], rows_in(lm))
         self.left_out = lora.left_out(lm, self.phase.model.lora)
+        self.stops = tuple(tuple(self.prompts.stops(lm, by_turn=by_turn)) for by_turn in (True, False))
         return PolicyLoss(lm, self.phase, self.ready)
 
     def roll_out(self, iteration: int, nth: int) -> list[Response]:

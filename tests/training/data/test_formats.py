@@ -315,7 +315,7 @@ def test_nulls_in_lists_and_in_json_that_is_text_stay():
         ({"prompt": "a", "completion": 12}, "column `completion`: expected text, got a number (12)"),
         ({"prompt": "a", "completion": True}, "column `completion`: expected text, got true"),
         ({"prompt": "a", "completion": " \n"}, "column `completion` is empty"),
-        ({"prompt": "a", "completion": [ANSWER]}, "expected two texts or two lists of messages, got text and a list"),
+        ({"prompt": "a", "completion": [USER]}, "no assistant turn to learn: there is none"),
         ({"prompt": "a \ud83d", "completion": "b"}, "half of a surrogate pair"),
         ({"instruction": "a", "output": ""}, "column `output` is empty"),
         ({"messages": "hello"}, "column `messages`: expected a list, got text"),
@@ -568,3 +568,71 @@ def test_cells_of_a_table_mean_what_they_would_in_json(row, same_as):
 
 def test_a_cell_that_begins_as_a_list_and_is_none_is_told():
     assert "column `messages`: broken JSON in the text" in error({"messages": "[{"}, allowed=SFT)
+
+
+@pytest.mark.parametrize(
+    ("row", "same_as"),
+    [
+        ({"prompt": [USER], "completion": "4"}, {"prompt": [USER], "completion": [ANSWER]}),
+        ({"prompt": "2 + 2?", "completion": [ANSWER]}, {"prompt": [USER], "completion": [ANSWER]}),
+        ({"prompt": "2 + 2?", "completion": ANSWER}, {"prompt": [USER], "completion": [ANSWER]}),
+        ({"prompt": [USER], "chosen": "4", "rejected": "5"}, {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "5"}]}),
+        ({"prompt": "2 + 2?", "chosen": ANSWER, "rejected": {**ANSWER, "content": "5"}}, {"prompt": [USER], "chosen": "4", "rejected": "5"}),
+        ({"instruction": "a", "output": "b", "history": '[["c", "d"]]'}, {"instruction": "a", "output": "b", "history": [["c", "d"]]}),
+        ({"instruction": "", "input": "a", "output": "b"}, {"instruction": "a", "output": "b"}),
+        ({"messages": [USER, ANSWER], "tools": "null"}, {"messages": [USER, ANSWER]}),
+        (
+            {"messages": [USER, {"role": "tool_call", "content": json.dumps(CALL["function"])}, {"role": "tool_response", "content": "4"}, ANSWER]},
+            {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, ANSWER]},
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "function_call": {"name": "add", "arguments": '{"a": 2}'}}]},
+            {"messages": [USER, {**ANSWER, "tool_calls": [CALL]}]},
+        ),
+    ],
+)  # fmt: skip
+def test_other_tools_ways_to_write_a_row_mean_the_same(row, same_as):
+    assert parse(row) == parse(same_as)
+
+
+@pytest.mark.parametrize("role", ["function", "ipython"])
+def test_roles_of_tool_results_reach_the_template_as_they_are(role):
+    _, chat = parse({"messages": [USER, {"role": role, "name": "add", "content": "4"}, ANSWER]})
+    assert chat.messages[1] == {"role": role, "name": "add", "content": "4"}
+
+
+def test_arguments_that_are_no_json_stay_the_text_that_they_are():
+    parser = Parser("messages", {}, ("messages",))
+    for given in ("2 and 2", "[2, 2]"):
+        call = {"name": "add", "arguments": given}
+        _, chat = parser({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]})
+        assert chat.messages[1]["tool_calls"][0]["function"] == call
+    assert parser.remarks.notes == [
+        "arguments of some tool calls are no JSON objects; they are written as the text that they are"
+    ]
+
+
+def test_a_system_message_beside_texts_is_kept_for_those_who_put_them_into_turns():
+    _, pair = parse({"prompt": "a", "chosen": "b", "rejected": "c", "system": "Be brief."})
+    assert pair == Pair(PromptCompletion("a", "b", "Be brief."), PromptCompletion("a", "c", "Be brief."))
+    assert parse({"prompt": "a", "system": "Be brief."}, allowed=("prompts",))[1] == Prompt("a", "Be brief.")
+    system = {"role": "system", "content": "Be brief."}
+    _, chat = parse({"prompt": [USER], "system": "Be brief."}, allowed=("prompts",))
+    assert chat == Prompt(Chat([system, USER], ()))
+    _, chat = parse({"prompt": [USER], "completion": [ANSWER], "system": "Be brief."})
+    assert chat == Chat([system, USER, ANSWER], (2,))
+    _, pair = parse({"prompt": "2 + 2?", "chosen": [ANSWER], "rejected": "5", "system": "Be brief."})
+    assert pair.chosen == Chat([system, USER, ANSWER], (2,))
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "column `tools` is not read beside plain texts; give the rows as messages"),
+        ({"chosen": "b", "rejected": "c", "system": "S"}, "column `system` is not read beside answers without a prompt"),
+    ],
+)  # fmt: skip
+def test_columns_that_texts_have_no_place_for_are_mentioned(row, note):
+    parser = Parser("auto", {}, ALL)
+    parser(row)
+    assert parser.remarks.notes == [note]

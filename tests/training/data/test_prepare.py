@@ -467,3 +467,32 @@ def test_only_plain_texts_of_a_tokenizer_that_adds_bos_have_another_store(tmp_pa
         same, without = run(tmp_path, tokens, train), run(tmp_path, tokens, train, bos="none")
         assert same.folder == without.folder
         assert same.meta.same_without_bos
+
+
+def test_whether_an_old_store_has_the_same_tokens_is_found_out_once(tmp_path, tokenizer, monkeypatch):
+    write(tmp_path / "a.jsonl", ROWS)
+    path = run(tmp_path, tokenizer).folder / "meta.json"
+    old = json.loads(path.read_text())
+    del old["same_without_bos"], old["changes"]
+    path.write_text(json.dumps(old))
+    loaded = []
+    monkeypatch.setattr(
+        "training.data.render.load_tokenizer",
+        lambda *given: loaded.append(given) or AutoTokenizer.from_pretrained(given[0]),
+    )
+    assert [run(tmp_path, tokenizer).meta.same_without_bos for _ in range(2)] == [True, True]
+    assert len(loaded) == 1
+    assert {**json.loads(path.read_text()), "changes": None} == {**old, "same_without_bos": True, "changes": None}
+
+
+def test_the_row_of_a_prompt_has_no_nulls_that_parquet_filled_in(tmp_path, tokenizer):
+    rows = [
+        {"prompt": [{"role": "user", "content": "go"}], "tools": with_tool(*names)["tools"]}
+        for names in (("a",), ("b",))
+    ]
+    rows[0]["tools"][0]["function"]["parameters"]["properties"] = {"city": {"type": "string"}}
+    rows[1]["tools"][0]["function"]["parameters"]["properties"] = {"count": {"type": "integer"}}
+    parquet(tmp_path / "a.parquet", rows)
+    data = Data(train="a.parquet", template="chatml")
+    store = prepare(expand(data.train, tmp_path), data, ("prompts",), tokenizer, tmp_path / "cache", base=tmp_path)
+    assert [store.row(index) for index in range(2)] == rows

@@ -511,6 +511,69 @@ def test_tools_and_thoughts_that_the_template_does_not_write_are_mentioned_once(
     ]
 
 
+PICKY = (
+    "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.role + ':' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+"""Writes no other roles, and no calls."""
+
+
+def test_messages_that_the_template_does_not_write_are_mentioned():
+    for role in ("system", "developer", "tool"):
+        renderer = Renderer(byte_level(chat_template=PICKY))
+        unseen = {"role": role, "content": "Be brief."}
+        for example in (
+            Chat([unseen, *turns("2?", "4").messages], (2,)),
+            Prompt(Chat([unseen, *turns("2?").messages], ())),
+        ):
+            (sample,) = samples(renderer, example)
+            assert "brief" not in text(sample, renderer.tokenizer)
+        assert [note for note in renderer.notes if "role" in note] == [
+            f"the chat template does not write messages of the role `{role}` in some conversations: the model does not see them"
+        ]
+
+
+def test_a_template_that_trims_or_escapes_messages_is_not_accused():
+    escaping = PICKY.replace("m.content", "(m.content | trim | tojson)")
+    renderer = Renderer(byte_level(chat_template=escaping))
+    samples(renderer, turns(' "2"\n', "4"))
+    assert not any("does not write messages" in note for note in renderer.notes)
+
+
+def test_an_answer_of_calls_that_the_template_does_not_write_is_refused_and_others_are_mentioned():
+    renderer = Renderer(byte_level(chat_template=PICKY))
+    for chat in (with_call({}), with_call('{"a": 2}')):
+        (refused,) = renderer.render([chat])
+        assert "does not write the tool calls of messages[1], so an empty answer would be learned" in str(refused)
+    said = with_call({}, content="Let me see.")
+    assert learnt(samples(renderer, said)[0], renderer.tokenizer) == ["Let me see.</s>", "It is 4</s>"]
+    assert "the chat template does not write tool calls, so the model does not see them" in renderer.notes
+    unlearned = Chat(with_call({}).messages, (3,))
+    assert learnt(samples(renderer, unlearned)[0], renderer.tokenizer) == ["It is 4</s>"]
+
+
+def test_text_beside_calls_that_the_template_does_not_write_is_mentioned():
+    renderer = Renderer(byte_level(chat_template=CALLS.replace("CALL", "c.function.name")))
+    samples(renderer, with_call({}, content="Let me see."))
+    assert any("the text of messages that call tools" in note for note in renderer.notes)
+
+
+def test_a_system_message_beside_texts_is_used_in_turns_and_mentioned_without():
+    row = {"prompt": "2?", "completion": "4", "system": "Be brief."}
+    _, example = Parser("auto", {}, ("prompt_completion",))(row)
+    in_turns, plain = Renderer(TOKENIZER, "chatml"), Renderer(TOKENIZER, "none")
+    system = {"role": "system", "content": "Be brief."}
+    whole = Chat([system, *turns("2?", "4").messages], (2,))
+    assert samples(in_turns, example)[0].ids.tolist() == samples(in_turns, whole)[0].ids.tolist()
+    assert in_turns.changes == {"system"}
+    asked = samples(in_turns, Prompt("2?", "Be brief."))[0]
+    assert asked.ids.tolist() == samples(in_turns, Prompt(Chat(whole.messages[:2], ())))[0].ids.tolist()
+    (judged,) = in_turns.judged([Prompt("2?", "Be brief.")], ["4"], [True])
+    assert judged.ids.tolist() == samples(in_turns, whole)[0].ids.tolist()
+    assert text(samples(plain, example)[0]) == "2?4</s>"
+    assert any("column `system` is not read: plain texts have no place for it" in note for note in plain.notes)
+
+
 # ── batches ──
 
 
@@ -611,7 +674,7 @@ def test_a_judged_response_is_the_sequence_of_a_pair_and_a_cut_off_one_has_no_en
     conversation = Chat([{"role": "user", "content": "2?"}], ())
     for renderer, prompt in ((Renderer(TOKENIZER, "chatml"), conversation), (Renderer(sentence_piece()), "2?")):
         whole = PromptCompletion("2?", "48") if isinstance(prompt, str) else turns("2?", "48")
-        ended, cut = renderer.judged([prompt] * 2, ["48"] * 2, [True, False])
+        ended, cut = renderer.judged([Prompt(prompt)] * 2, ["48"] * 2, [True, False])
         (expected,) = samples(renderer, whole)
         assert ended.ids.tolist() == expected.ids.tolist()
         closing = 1 if isinstance(prompt, str) else 2

@@ -199,3 +199,20 @@ def test_generation_and_the_exported_settings_stop_where_the_target_ended(name, 
     assert (saved if isinstance(saved, list) else [saved]) == stops
     assert set(stops) == {learned_end, tokenizer.eos_token_id}
     assert not any("generation cannot stop" in note for note in renderer.notes)
+
+
+def test_generation_stops_where_a_turn_that_calls_tools_ends():
+    tokenizer = tokenizer_of("llama-3")
+    template = (
+        "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+        "{{ '<|end_of_text|>' if m.tool_calls else '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}{% endif %}"
+    )
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|begin_of_text|>", chat_template=template
+    )
+    renderer = Renderer(other)
+    names = ["<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>"]
+    assert stop_tokens(renderer, chats=True) == other.convert_tokens_to_ids(names)
+    assert not any("tool" in note for note in renderer.notes), "looking for the end leaves no note"

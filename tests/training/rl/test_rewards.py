@@ -203,6 +203,7 @@ def test_a_function_gets_what_it_has_parameters_for(judge, tmp_path):
         "torch.tensor([1.5, 2.5], dtype=torch.bfloat16, requires_grad=True)",
         "torch.tensor([[1.5], [2.5]])",
         "[torch.tensor(1.5), torch.tensor([2.5])]",
+        "(score for score in (1.5, 2.5))",
     ],
 )
 def test_functions_may_return_arrays_and_tensors(judge, tmp_path, returned):
@@ -210,6 +211,14 @@ def test_functions_may_return_arrays_and_tensors(judge, tmp_path, returned):
         f"import numpy as np\nimport torch\ndef score(completions, **others):\n    return {returned}\n"
     )
     assert judge(path=f"{tmp_path}/mine.py:score")([response("a"), response("b")]) == [1.5, 2.5]
+
+
+def test_true_and_false_are_one_and_zero(judge, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\ndef score(completions, **others):\n    return [True, np.bool_(False), None]\n"
+    )
+    scores = judge(path=f"{tmp_path}/mine.py:score")([response("a"), response("b"), response("c")])
+    assert scores == pytest.approx([1.0, 0.0, float("nan")], nan_ok=True)
 
 
 def test_a_coroutine_function_is_waited_for(judge, tmp_path):
