@@ -20,7 +20,7 @@ from training.data.files import HubSplit, Located, without_effect
 from training.data.prepare import bad_rows_note
 from training.data.stores import data_of, prepare_phase, sources_of
 from training.errors import InputError
-from training.modelfiles import tokenizer_of
+from training.modelfiles import notes_on, tokenizer_of
 from training.recipes import RECIPES
 from training.traits import Traits
 
@@ -130,6 +130,7 @@ def _counts(phase: Phase, known: Traits | None) -> dict[str, Any]:
     if isinstance(phase, PPO):
         notes += [*reward_signature.notes(phase, stores.train), *not_checked]
     notes += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
+    notes += notes_on(phase.model.path)
     if known is not None:
         longest = min(stores.train.meta.longest, phase.data.max_length) + phase.new_tokens
         notes += _of_model(phase, known, longest)

@@ -41,6 +41,7 @@ from training.data import files, templates
 from training.errors import InputError, Problem
 from training.paths import absolute
 from training.recipes import RECIPES
+from training.shape import holes
 from training.storage import is_remote, place
 
 NEUTRAL = (
@@ -242,7 +243,10 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     name = _name(document, file, report)
     _check_shared(document.data, report)
     phases = phases_of(document, file, report)
-    if top is not None and (wrong := _storage_problem(top.storage)):
+    for path, message in shared_settings.unknown_to_deepspeed(document, phases):
+        report.add(origin(document.data, path), message)
+    base = base_folder(document, ("storage",), file)
+    if top is not None and (wrong := _storage_problem(top.storage, base)):
         report.add(("storage",), wrong)
     report.raise_any()
     assert top is not None, "its problems were raised"
@@ -253,7 +257,6 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     for note in effects.notes:
         print(note, file=sys.stderr)
     track: list[str] = [top.track] if isinstance(top.track, str) else [*dict.fromkeys(top.track)]
-    base = base_folder(document, ("storage",), file)
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     job = Job(
         name=name, file=file, storage=storage, seed=top.seed, track=track, env=top.env, max_hours=top.max_hours,
@@ -262,9 +265,11 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     return job, report, document
 
 
-def _storage_problem(storage: str) -> str | None:
+def _storage_problem(storage: str, base: Path) -> str | None:
     if not is_remote(storage):
-        return None
+        path = Path(absolute(storage, base))
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        return None if there.is_dir() else f"{there} is a file; name a folder"
     if not storage.partition("://")[2].strip("/"):
         return f"{storage} names no bucket; write s3://BUCKET/FOLDER"
     try:
@@ -416,12 +421,15 @@ def _model_problems(phase: Phase) -> list[str]:
             Path(model.path),
             tokenizer_elsewhere=model.tokenizer is not None,
             trust_remote_code=model.trust_remote_code,
-            classifier=RECIPES[phase.recipe].makes == "classifier",
+            classifier=(classifier := RECIPES[phase.recipe].makes == "classifier"),
         )
         modelfiles.check_continues(model)
     except InputError as error:
         return [str(problem) for problem in error.problems]
-    return []
+    base = modelfiles.base_of(model.path)
+    quantized = modelfiles.untrainable(model)
+    problems = [quantized] if quantized else holes(Path(base), classifier=classifier)
+    return [f"{base}: {problem}" for problem in problems]
 
 
 # A Job as plain data

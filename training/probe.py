@@ -223,9 +223,7 @@ class _Probe:
         logits = _logits(lm, rows)
         return self.computes(rows, logits) and all(self.unseen(lm, rows, i, logits) for i in range(len(self.samples)))
 
-    def unseen(
-        self, lm: Any, rows: Sequence[Sequence[Ids]], changed: int, before: Sequence[Sequence[Tensor]]
-    ) -> bool:
+    def unseen(self, lm: Any, rows: Sequence[Sequence[Ids]], changed: int, before: Sequence[Sequence[Tensor]]) -> bool:
         """Whether another sample in the place of one does not show in the logits of the rest."""
         ids, other = self.samples[changed], self.others[changed]
         after = _logits(lm, [[other if each is ids else each for each in row] for row in rows])

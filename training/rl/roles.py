@@ -217,7 +217,7 @@ class Policy(_Learning):
         lm, self.ready = with_adapters(self.phase, dtype, self.seat, self.adapter)
         check_window(self.phase, self.store, getattr(lm.config, "max_position_embeddings", None))
         check_tokens(self.phase, [self.store], rows_in(lm))
-        self.left_out = lora.left_out(lm, self.phase.model.lora)
+        self.left_out = [*lora.left_out(lm, self.phase.model.lora), *models.notes_on_weights(lm)]
         self.stops = tuple(tuple(self.prompts.stops(lm, by_turn=by_turn)) for by_turn in (True, False))
         return PolicyLoss(lm, self.phase, self.ready)
 
