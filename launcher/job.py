@@ -219,9 +219,12 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {dotted(path): value for path, value in _leaves(settings)}
 
 
-def job_hash(job: Job) -> str:
-    """16 hexadecimal digits; equal for two jobs without `differences`."""
-    text = json.dumps(_meaning(job), sort_keys=True, ensure_ascii=False)
+def job_hash(job: Job, *, as_written: bool = False) -> str:
+    """16 hexadecimal digits; equal for two jobs without `differences`.
+
+    `as_written`: 3 warm-up steps and 3.0 are two things, as in checkpoints of older versions.
+    """
+    text = json.dumps(_meaning(job, as_written=as_written), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -442,9 +445,13 @@ def _as_data(job: Job) -> dict[str, Any]:
     return {**top, **{name: limit for name, limit in limits.items() if limit is not None}, "phases": phases}
 
 
-def _meaning(job: Job) -> dict[str, Any]:
+def _meaning(job: Job, *, as_written: bool = False) -> dict[str, Any]:
     """All that decides the loss curve, flat: {"phases.sft.batch": 64}; `phases` alone is their order."""
     leaves = {dotted(path): value for path, value in _leaves(_without_added(_as_data(job))) if not _is_neutral(path)}
+    for name in job.phases:
+        key = f"phases.{name}.schedule.warmup"
+        if not as_written and float(leaves[key]).is_integer():
+            leaves[key] = int(leaves[key])
     return leaves | {"phases": list(job.phases)}
 
 

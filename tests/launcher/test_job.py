@@ -459,6 +459,15 @@ def test_a_run_that_began_with_settings_that_deepspeed_does_not_have_goes_on(fol
     assert job.read(folder / "run.yaml").phases["sft"].deepspeed == {"nonsense": True}
 
 
+def test_whole_numbers_of_warm_up_steps_are_one_job_however_they_are_written(folder):
+    three, spelled = (load(f"{HEAD}    schedule: {{warmup: {steps}}}\n") for steps in ("3", "3.0"))
+    assert job.differences(three, spelled) == []
+    assert job.job_hash(three) == job.job_hash(spelled)
+    assert job.job_hash(spelled, as_written=True) != job.job_hash(spelled), "checkpoints of older versions have it"
+    assert job.job_hash(three, as_written=True) == job.job_hash(three)
+    assert job.job_hash(load(f"{HEAD}    schedule: {{warmup: 0.3}}\n")) != job.job_hash(three)
+
+
 def test_what_to_use_instead_of_owned_deepspeed_settings_exists(folder):
     settings = job.dump(load(HEAD))
     for instead in {name for names in OWNED.values() for name in names}:

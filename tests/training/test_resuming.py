@@ -97,6 +97,7 @@ def test_going_back_to_the_beginning_sets_everything_aside(train, stopped, whole
 def test_a_checkpoint_of_another_job_is_refused_unless_it_is_accepted(train, stopped, tmp_path):
     with pytest.raises(InputError, match="it belongs to another job"):
         go_on(train, tmp_path, job_hash="1" * 16)
+    assert go_on(train, tmp_path, job_hash="1" * 16, job_hash_before="0" * 16).first == 6
     run = go_on(train, tmp_path, job_hash="1" * 16, accepted_before=10**9)
     assert run.first == 6
 
