@@ -40,7 +40,7 @@ OWNED: dict[str, tuple[str, ...]] = {
 }
 """What Muster owns of DeepSpeed's settings, and the settings of a job to use instead."""
 
-KNOWN: frozenset[str] = OWNED.keys() | {
+KNOWN: frozenset[str] = frozenset(OWNED) | {
     "aio", "autotuning", "comms_logger", "communication_data_type", "compile", "compression_training", "curriculum_learning",
     "data_efficiency", "data_parallel_size", "dataloader_drop_last", "datastates_ckpt", "ddp_bf16", "disable_allgather", "disable_python_gc",
     "dump_state", "eigenvalue", "expert_parallel", "flops_profiler", "graph_harvesting", "hybrid_engine", "log_level",

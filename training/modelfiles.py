@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from training import hub
 from training.config import Model, Phase
 from training.errors import InputError, Problem
 from training.paths import absolute
@@ -31,6 +32,7 @@ TOKEN_HEADS = ("lm_head.weight", "embed_out.weight")
 SCORE = "score"
 """What Hugging Face's sequence classifiers of the decoder kind call their head."""
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LAYER_OF_BODY = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -72,7 +74,9 @@ class Adapter:
 
     folder: Path
     base: str
-    """Folder or hub id of the model that it was trained on."""
+    """Folder of the model that it was trained on; its name if that is on the hub and not in the library's cache."""
+    base_name: str
+    """The same as it is named in the adapter's folder."""
     rank: int
     alpha: float
     targets: list[str] | str
@@ -138,11 +142,26 @@ def adapter_in(path: str) -> Adapter | None:
     saved = {name: shape for name, shape in shapes.items() if ".lora_" not in name}
     heads = [SCORE] if f"{SCORE}.weight" in saved else []
     return Adapter(
-        folder, absolute(base) if Path(base).is_dir() else base, rank, alpha, _targets(config["target_modules"]), heads,
+        folder, _at_hand(base, config.get("revision")), base, rank, alpha, _targets(config["target_modules"]), heads,
         whole={name: shape for name, shape in saved.items() if name != f"{SCORE}.weight"},
         classifier=bool(heads) or config.get("task_type") == "SEQ_CLS",
         revision=config.get("revision"),
     )  # fmt: skip
+
+
+def _at_hand(base: str, revision: str | None) -> str:
+    """The folder that the name of a base means here, also in the cache of the hub's library; else the name."""
+    if Path(base).is_dir():
+        return absolute(base)
+    cached = hub.cached_folder(base, revision) if on_hub(base) else None
+    return base if cached is None else str(cached)
+
+
+def fetch_base(folder: str) -> None:
+    """Fetch the model below an adapter from the hub, unless it is here. Raises InputError if it cannot be had."""
+    adapter = adapter_in(folder)
+    if adapter is not None and on_hub(adapter.base):
+        hub.fetched_folder(adapter.base, adapter.revision)
 
 
 _NOT_MERGED_BY_PEFT = frozenset(
@@ -251,6 +270,15 @@ def base_of(path: str) -> str:
     """The folder or hub id of the weights: of an adapter those it was trained on, else the path itself."""
     adapter = adapter_in(path)
     return adapter.base if adapter is not None else path
+
+
+def configured_in(path: str, revision: str | None = None) -> Path | None:
+    """The folder with the config.json of a model, or of the one below an adapter; of the hub that in its library's cache. None: not here."""
+    base = base_of(path)
+    if on_hub(base):
+        file = hub.cached_file(base, "config.json", revision)
+        return None if file is None else file.parent
+    return Path(base) if (Path(base) / "config.json").is_file() else None
 
 
 def check_continues(model: Model) -> None:
@@ -401,9 +429,8 @@ def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool,
             str(adapter.folder), "the adapter of a reward model is no causal language model; give a language model"
         )
     if not base.is_dir():
-        message = (
-            f"was trained on {adapter.base}, which is not here; get that model and correct base_model_name_or_path"
-        )
+        fetch = f" (`hf download {adapter.base}`)" if _HUB_ID.fullmatch(adapter.base) else ""
+        message = f"was trained on {adapter.base}, which is not here; get that model{fetch} or correct base_model_name_or_path"
         raise InputError.of(str(adapter.folder / ADAPTER_CONFIG), message)
     facts = inspect(
         base,

@@ -48,12 +48,16 @@ def traits_for(model: Model) -> Traits:
     """What is known of the model in a folder or of that name. Probes it in this process if nothing is known yet."""
     from training import model as models
 
-    key = known_traits.key_in(model.path, trust_remote_code=model.trust_remote_code)
+    key = known_traits.key_for(model)
     if key is not None and (found := known_traits.known(key)) is not None:
         return found
-    config = models.load_config(model)
-    key = key or known_traits.key_of(config.to_dict())
-    return known_traits.known(key) or _probed(config, key, trust_remote_code=model.trust_remote_code)
+    config = models.load_config(model)  # fetches it, if it is on the hub
+    key = known_traits.key_for(model) or known_traits.key_of(config.to_dict())
+    if (found := known_traits.known(key)) is not None:
+        return found
+    found = probe(config, trust_remote_code=model.trust_remote_code)
+    known_traits.remember(known_traits.key_for(model) or key, found)  # the model's code may have been fetched since
+    return found
 
 
 def traits_of(lm: Any) -> Traits:
