@@ -29,8 +29,7 @@ def examined(phase: Phase, *, apart: bool = True) -> Traits | None:
     if apart:
         for model in _models(phase):
             _examine(model)
-    own = traits.key_for(phase.model)
-    return None if own is None else traits.known(own)
+    return traits.known_of(phase)
 
 
 def pass_on(phase: Phase) -> None:

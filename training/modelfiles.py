@@ -142,19 +142,19 @@ def adapter_in(path: str) -> Adapter | None:
     saved = {name: shape for name, shape in shapes.items() if ".lora_" not in name}
     heads = [SCORE] if f"{SCORE}.weight" in saved else []
     return Adapter(
-        folder, _at_hand(base, config.get("revision")), base, rank, alpha, _targets(config["target_modules"]), heads,
+        folder, folder_of(base, config.get("revision")), base, rank, alpha, _targets(config["target_modules"]), heads,
         whole={name: shape for name, shape in saved.items() if name != f"{SCORE}.weight"},
         classifier=bool(heads) or config.get("task_type") == "SEQ_CLS",
         revision=config.get("revision"),
     )  # fmt: skip
 
 
-def _at_hand(base: str, revision: str | None) -> str:
-    """The folder that the name of a base means here, also in the cache of the hub's library; else the name."""
-    if Path(base).is_dir():
-        return absolute(base)
-    cached = hub.cached_folder(base, revision) if on_hub(base) else None
-    return base if cached is None else str(cached)
+def folder_of(name: str, revision: str | None = None) -> str:
+    """The folder that a model's name means here, also in the cache of the hub's library; else the name."""
+    if Path(name).is_dir():
+        return absolute(name)
+    cached = hub.cached_folder(name, revision) if on_hub(name) else None
+    return name if cached is None else str(cached)
 
 
 def fetch_base(folder: str) -> None:
@@ -360,6 +360,8 @@ def stored_as(parameter: str, stored: Mapping[str, Any]) -> str | None:
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the stored tensors, by name; empty if there are no weights in safetensors, or not all of them."""
+    if not folder.is_dir():
+        return {}
     check = _Check(folder)
     _, tensors = check.weights()
     return {} if check.problems else {name: tensor.shape for name, tensor in tensors.items()}

@@ -176,6 +176,12 @@ def known(key: str) -> Traits | None:
     return _known.get(key)
 
 
+def known_of(phase: Phase) -> Traits | None:
+    """The same of the model of a phase."""
+    key = key_for(phase.model)
+    return None if key is None else known(key)
+
+
 def remember(key: str, traits: Traits) -> None:
     """Keep it, for this process and for later ones on this machine."""
     _known[key] = traits

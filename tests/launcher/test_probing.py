@@ -44,17 +44,6 @@ def cache(place, monkeypatch) -> Path:
     return place / "cache"
 
 
-def test_a_process_of_its_own_examines_a_model_once(place, cache):
-    phase = jobs.load(Path("job.yaml")).phases["sft"]
-    known = probing.examined(phase)
-    assert known.architecture == "LlamaForCausalLM"
-    assert known.packs("sdpa_varlen")
-    files = traits_files(cache)
-    assert len(files) == 1
-    assert probing.examined(phase) == known
-    assert traits_files(cache) == files
-
-
 def test_a_model_that_ends_the_process_goes_the_slow_way(place, cache):
     own_code(place, "os._exit(7)", before="import os\n")
     known = probing.examined(jobs.load(Path("job.yaml"), ["model.trust_remote_code=true"]).phases["sft"])
@@ -83,9 +72,13 @@ def test_the_code_of_a_model_is_examined_if_it_is_trusted(place, cache, muster):
     answer = muster("check", "job.yaml", "model.trust_remote_code=true")
     assert answer.status == 0, answer
     assert "sft: samples of OwnForCausalLM that share a row see each other" in answer.out
+    phase = jobs.load(Path("job.yaml"), ["model.trust_remote_code=true"]).phases["sft"]
+    files = traits_files(cache)
+    assert len(files) == 1
+    assert not probing.examined(phase).packs("sdpa")
+    assert traits_files(cache) == files, "once is enough"
     own_code(place, "position_ids")
-    answer = muster("check", "job.yaml", "model.trust_remote_code=true")
-    assert "see each other" not in answer.out, "other code is another model"
+    assert probing.examined(phase).packs("sdpa"), "other code is another model"
 
 
 HUB_JOB = """\
