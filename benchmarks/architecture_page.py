@@ -19,7 +19,7 @@ _MEANINGS = {
     "merge": "the adapter merged into the weights, by `muster export --merge` and by `muster generate`",
     "reward": "pairs: the loss in training and evaluation, and the scores of the model that is written",
     "generate": "greedy texts of prompts of unlike lengths in one batch",
-    "export": "the model that a run writes, loaded by transformers: weights and logits after two steps",
+    "export": "the model that a run writes, loaded by transformers: its weights after two steps, and their logits",
 }
 
 

@@ -104,7 +104,7 @@ def _parsed_counts(phase: Phase, notes: list[str]) -> dict[str, Any]:
 
 
 def _counts(phase: Phase, known: Traits | None) -> dict[str, Any]:
-    stores, not_checked = prepare_phase(phase, cache_folder())
+    stores, found = prepare_phase(phase, cache_folder())
     parts = {"train": stores.train, "eval": stores.eval}
     forms = {
         name: _forms(sources_of(phase, held_out=name == "eval"), store.meta.source_formats, store.meta.formats)
@@ -129,7 +129,8 @@ def _counts(phase: Phase, known: Traits | None) -> dict[str, Any]:
         note for store in parts.values() if store is not None for note in store.meta.notes
     ]
     if isinstance(phase, PPO):
-        notes += [*reward_signature.notes(phase, stores.train), *not_checked]
+        notes += reward_signature.notes(phase, stores.train)
+    notes += found
     notes += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
     notes += notes_on(phase.model.path)
     longest = min(stores.train.meta.longest, phase.data.max_length) + phase.new_tokens

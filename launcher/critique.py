@@ -98,7 +98,7 @@ def from_columns(data: Path, columns: Sequence[str], known: str | None, limit: i
 
 
 def _of_row(row: Mapping[str, Any], columns: Sequence[str], known: str | None) -> Iterator[Task]:
-    question = questions.column(row, "question", questions.QUESTION)
+    question = questions.question_text(row)
     right = expected_answer(questions.column(row, "known answer", (known,))) if known is not None else None
     for name in columns:
         yield Task(question, questions.column(row, "answer", (name,)), name, right)

@@ -13,7 +13,8 @@ from typing import Any
 from launcher import models, terminal
 from training import questions
 from training.config import Questions, Resources
-from training.errors import InputError
+from training.data.files import RowError
+from training.errors import InputError, Problem
 from training.group import Group, results
 from training.measures import Row, in_order, interval, measured
 from training.questions import Question
@@ -60,10 +61,12 @@ def compare(
     from training.evaluator import Judge, require_reward_model
 
     require_reward_model(reward_model)  # before any question is answered
+    _check_reward_model(reward_model, asked)
     both = [_answers(folder, asked, settings, template=template, workers=workers, seed=seed)[0] for folder in folders]
     court = Judge(reward_model)
     for rows in both:
-        for row, reward in zip(rows, court.rewards(*_columns(rows, "question", "response", "ended")), strict=True):
+        prompts = [asked[row["number"]].prompt for row in rows]
+        for row, reward in zip(rows, court.rewards(prompts, *_columns(rows, "response", "ended")), strict=True):
             row["reward"] = reward
     pairs = list(zip(*both, strict=True))
     wins = sum((a["reward"] > b["reward"]) + 0.5 * (a["reward"] == b["reward"]) for a, b in pairs)
@@ -82,6 +85,23 @@ def compare(
         "reward_against": sum(b["reward"] for _, b in pairs) / len(pairs),
         "rows": str(out) if out is not None else None,
     }
+
+
+def _check_reward_model(reward_model: str, asked: Sequence[Question]) -> None:
+    """Raises InputError with the questions that the reward model's template refuses; prints notes on parts of the others that it does not see."""
+    from training.data.model_renderer import renderer_for
+    from training.reward_prompts import RESPONSE, conversation_notes
+
+    renderer = renderer_for(reward_model)
+    judged = renderer.judged([each.prompt for each in asked], [RESPONSE] * len(asked), [True] * len(asked))
+    refused = [(each, why) for each, why in zip(asked, judged, strict=True) if isinstance(why, RowError)]
+    if refused:
+        message = f"the reward model {reward_model} cannot be given this question"
+        raise InputError(
+            [Problem(each.where, "", f"{message}: {why}") for each, why in refused[: questions.SHOWN_PROBLEMS]]
+        )
+    for note in conversation_notes(renderer.notes):
+        models.warn(f"the reward model {reward_model}: {note}")
 
 
 def _refuse_template(template: str) -> None:
@@ -106,10 +126,30 @@ def _answers(
     folder: str, asked: Sequence[Question], settings: Questions, *, template: str, workers: int, seed: int
 ) -> tuple[list[Row], float]:
     """The judged responses, question by question, and the seconds they took once the model was loaded."""
+    _check_questions(folder, asked, template, settings.max_new_tokens)
     with asking(folder, template, workers) as group:
         began = time.monotonic()
         shares = results(group.call("answer", asked, settings, seed), _ANSWER_S)
         return in_order(shares), time.monotonic() - began
+
+
+def _check_questions(folder: str, asked: Sequence[Question], template: str, max_new_tokens: int) -> None:
+    """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints notes on parts of the others that it does not see."""
+    from training.evaluator import Texts
+    from training.question_prompts import room_note
+
+    texts, problems, longest = Texts(folder, template), [], 0
+    for question in asked:
+        try:
+            longest = max(longest, len(texts.ids(question.prompt)))
+        except RowError as error:
+            problems.append(Problem(question.where, "", str(error)))
+        if len(problems) == questions.SHOWN_PROBLEMS:
+            break
+    if problems:
+        raise InputError(problems)
+    for note in [*texts.notes, *room_note(longest, texts.window, max_new_tokens)]:
+        models.warn(note)
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def _say(plan: Plan, speaker: Any, given: Given, number: int) -> None:
     from training.generate import key_of, respond
 
     try:
-        respond(speaker, given.content, key_of(plan.seed, number), _settings(plan), Typewriter().say)
+        respond(speaker, given.prompt, key_of(plan.seed, number), _settings(plan), Typewriter().say)
     except RowError as error:
         raise InputError.of(given.where, str(error)) from error
     finally:
@@ -196,7 +196,7 @@ def _asked(texts: Any, given: Sequence[Given], samples: int) -> list[_Asked]:
     problems: list[Problem] = []
     for number, one in enumerate(given):
         try:
-            ids = texts.ids(one.content)
+            ids = texts.ids(one.prompt)
             asked += [_Asked(number, sample, ids) for sample in range(samples)]
         except RowError as error:
             problems.append(Problem(one.where, "", str(error)))
@@ -204,6 +204,8 @@ def _asked(texts: Any, given: Sequence[Given], samples: int) -> list[_Asked]:
             break
     if problems:
         raise InputError(problems)
+    for note in texts.notes:
+        models.warn(note)
     return asked
 
 

@@ -25,6 +25,12 @@ class Given:
     content: str | Chat
     beside: dict[str, Any] = field(default_factory=dict)
     """`expected`, where the row has an answer of its own."""
+    system: str = ""
+    """A system message beside a text."""
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt(self.content, self.system)
 
     @property
     def row(self) -> dict[str, Any]:
@@ -84,7 +90,8 @@ def _of_row(read: Row) -> Given:
         if isinstance(row.get(name), list):
             return _conversation(read, {**row, name: list(row[name])}, name, parse)
     if isinstance(row.get("prompt"), str) and row["prompt"]:
-        return Given(where, row["prompt"], _expected(row))
+        system = row.get("system")
+        return Given(where, row["prompt"], _expected(row), system if isinstance(system, str) else "")
     raise RowError("expected a row with a text `prompt` that is not empty, or a list of messages")
 
 
@@ -92,7 +99,8 @@ def _conversation(read: Row, row: dict[str, Any], name: str, parse: Parser) -> G
     """An answer at its end, as rows to learn from have it, is what is expected."""
     expected, last = _expected(row), row[name][-1] if row[name] else None
     if isinstance(last, dict) and last.get("role") == "assistant":
-        expected = {"expected": row[name].pop().get("content")}
+        answer = row[name].pop().get("content")
+        expected = {"expected": answer} if answer else {}
     _, example = parse(row, from_arrow=read.from_arrow)
     assert isinstance(example, Prompt)
     return Given(read.where, example.content, expected)

@@ -13,7 +13,6 @@ from training import questions
 from training.answers import final_answer, same, verdict
 from training.config import Phase, Questions
 from training.data.files import RowError
-from training.data.formats import Prompt
 from training.data.render import Renderer, Sample, tokenizer_for
 from training.data.turn_end import stop_tokens
 from training.errors import InputError, Problem
@@ -53,6 +52,7 @@ class Asking:
                 top_p=self.settings.top_p,
             ),
             batch=self.settings.batch,
+            window=getattr(lm.config, "max_position_embeddings", None),
         )
         rows = []
         for (number, sample), one in zip(mine, continued, strict=True):
@@ -76,7 +76,7 @@ class Asking:
 
     def _prompts(self, asked: Sequence[Question]) -> list[list[int]]:
         """Raises InputError for questions that the chat template refuses."""
-        rendered = self.renderer.render([Prompt(question.text) for question in asked])
+        rendered = self.renderer.render([question.prompt for question in asked])
         refused = [
             (question, each) for question, each in zip(asked, rendered, strict=True) if isinstance(each, RowError)
         ]

@@ -17,6 +17,7 @@ from training.errors import InputError, TrainingError
 from training.evaluate import Asking, by_answer
 from training.measures import Row
 from training.modelfiles import CLASSIFIER_SUFFIX, adapter_in, inspect, window_of
+from training.question_prompts import unseen_notes
 from training.questions import Question
 from training.recipes.reward import score
 from training.sampling import Continued, Heard, Sampling, continue_all
@@ -59,7 +60,7 @@ class Texts:
         """How many positions the model has, if it says."""
         self.rows = embedding_rows(path)
 
-    def ids(self, content: str | Chat) -> list[int]:
+    def ids(self, content: str | Chat | Prompt) -> list[int]:
         """The tokens of a prompt that leave room for a response. Raises RowError for one that cannot be put to the model."""
         ids = self.tokens(content)
         if not ids:
@@ -72,8 +73,10 @@ class Texts:
             )
         return ids
 
-    def tokens(self, content: str | Chat) -> list[int]:
+    def tokens(self, content: str | Chat | Prompt) -> list[int]:
         """The tokens of a conversation, or of a text, which is a user's turn if the model is to chat. Raises RowError."""
+        prompt = content if isinstance(content, Prompt) else Prompt(content)
+        content = prompt.content
         if isinstance(content, Chat) and not self.renderer.tokenizer.chat_template:
             raise RowError(f"the prompt is a list of messages, and {self.path} has no chat template; give it as text")
         if isinstance(content, str):
@@ -81,7 +84,7 @@ class Texts:
                 content.encode()
             except UnicodeEncodeError:
                 raise RowError("the prompt is not UTF-8 text") from None
-        (sample,) = self.renderer.render([Prompt(content)])
+        (sample,) = self.renderer.render([prompt])
         if isinstance(sample, RowError):
             raise sample
         return sample.ids.tolist()
@@ -89,6 +92,11 @@ class Texts:
     def text(self, tokens: Sequence[int]) -> str:
         """What tokens say, without special ones."""
         return self.renderer.text(tokens)
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes on parts of prompts that the model does not see."""
+        return unseen_notes(self.renderer.notes)
 
 
 class Speaker(Texts):
@@ -137,12 +145,11 @@ class Judge:
         return self.renderer.in_turns
 
     def rewards(
-        self, questions: Sequence[str], responses: Sequence[str], ended: Sequence[bool] | None = None
+        self, prompts: Sequence[str | Prompt], responses: Sequence[str], ended: Sequence[bool] | None = None
     ) -> list[float]:
-        """One number for each response to its question. `ended`: whether a response was ended, not cut off; None: all were."""
-        rendered = self.renderer.judged(
-            [Prompt(each) for each in questions], responses, ended or [True] * len(responses)
-        )
+        """One number for each response to its prompt. `ended`: whether a response was ended, not cut off; None: all were."""
+        asked = [Prompt(each) if isinstance(each, str) else each for each in prompts]
+        rendered = self.renderer.judged(asked, responses, ended or [True] * len(responses))
         if refused := [each for each in rendered if isinstance(each, RowError)]:
             raise TrainingError(f"a response cannot be put to the reward model: {refused[0]}")
         return score(self.lm, [each.ids for each in rendered if isinstance(each, Sample)])

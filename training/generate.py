@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from training.data.formats import Chat
+from training.data.formats import Chat, Prompt
 from training.evaluator import Speaker
 from training.sampling import Continued, Sampling
 from training.seeding import seed_for
@@ -45,7 +45,9 @@ class Streamed:
         return self._decode(self._tokens)[len(self._said) :]
 
 
-def respond(model: Speaker, content: str | Chat, key: int, settings: Sampling, say: Callable[[str], None]) -> Continued:
+def respond(
+    model: Speaker, content: str | Chat | Prompt, key: int, settings: Sampling, say: Callable[[str], None]
+) -> Continued:
     """The response to one prompt, said piece by piece while it is drawn. Raises RowError for a prompt that cannot be put."""
     streamed = Streamed(model.text)
 

@@ -90,14 +90,16 @@ class Remarks:
             self.notes.append(text)
 
 
-BOS = "bos"
+BOS, EOS = "bos", "eos"
 CHANGES = {
     BOS: "what the tokenizer puts before plain texts (BOS) is learnt, unless data.bos is none",
+    EOS: "an EOS that a text ends with already is not doubled",
     "flags": "`train` and `loss` in messages are read",
     "system": "the column `system` is read, and a system message that stands there already is not repeated",
     "history": "the column `history` is read",
     "instruction": "an empty instruction is left out of the question, where there is an input",
     "function_call": "`function_call` of a message is read as a tool call",
+    "instruction_of_pairs": "`instruction`, `input` and `history` beside chosen and rejected are the question",
     "repeated_prompt": "a prompt that an answer repeats is written once",
     "nested_nulls": "nulls that Parquet fills in are removed at every depth",
     "nulls": "nulls in tool schemas and in the arguments of tool calls are kept",
@@ -195,15 +197,16 @@ class Parser:
         record = Record(row, self._columns, self.remarks)
         key = self._recognise(record) if self._auto else self._candidates[0]
         columns = self._names_of[key]
+        record = replace(record, row=_transpose_columns(row, columns.values()))
         if from_arrow:
-            record = replace(record, row=_without_filled_nulls(row, columns.values(), self.remarks))
+            record = replace(record, row=_without_filled_nulls(record.row, columns.values(), self.remarks))
         example = FORMATS[key].parse(record)
         if key != "prompts":  # whose other columns go to reward functions
             for note in unread_columns(row, key, columns):
                 self.remarks.note(note)
         return key, example
 
-    def without_filled_nulls(self, row: Mapping[str, Any], format: str) -> Mapping[str, Any]:
+    def remove_filled_nulls(self, row: Mapping[str, Any], format: str) -> Mapping[str, Any]:
         """A row of Parquet or Arrow as it was meant: no nulls in the objects of the columns that a format reads."""
         return _without_filled_nulls(row, self._names_of[format].values(), self.remarks)
 
@@ -219,7 +222,7 @@ class Parser:
 
 OTHER_NAMES = {
     "text": ("content", "document", "body"),
-    "prompt": ("question", "query", "problem", "instruction", "input"),
+    "prompt": ("question", "query", "problem", "instruction", "input", "messages"),
     "completion": ("answer", "response", "output", "solution"),
     "instruction": ("prompt", "question", "query"),
     "output": ("response", "answer", "completion"),
@@ -341,6 +344,20 @@ def _without_filled_nulls(row: Mapping[str, Any], columns: Iterable[str], remark
     return {**row, **{name: _without_nulls(value, remarks, name) for name, value in nested.items()}} if nested else row
 
 
+def _transpose_columns(row: Mapping[str, Any], columns: Iterable[str]) -> Mapping[str, Any]:
+    """The row with messages as a list also where they are an object of lists, which the feature `Sequence` of `datasets` makes of them."""
+    nested = {name: _transpose(row[name]) for name in columns if isinstance(row.get(name), dict)}
+    return {**row, **nested} if nested else row
+
+
+def _transpose(value: dict[str, Any]) -> Any:
+    roles = value.get("role", value.get("from"))
+    lists = [each for each in value.values() if isinstance(each, list)]
+    if not isinstance(roles, list) or len(lists) != len(value) or any(len(each) != len(roles) for each in lists):
+        return value
+    return [dict(zip(value, of_one, strict=True)) for of_one in zip(*lists, strict=True)]
+
+
 _OUTER = ("tool_calls", "function", "arguments", "content")
 """Keys of messages and tools whose values had their nulls removed before this was done at every depth."""
 
@@ -442,8 +459,8 @@ def _parse_prompt_completion(record: Record) -> Example:
     prompt, completion = record.need("prompt"), record.need("completion")
     if not any(isinstance(each, list | dict) for each in (prompt, completion)):
         return _text_completion(record)
-    before = _messages(_as_turns(prompt, "user"), record.name("prompt"), record.remarks)
-    after = _messages(_as_turns(completion, "assistant"), record.name("completion"), record.remarks)
+    before = _messages(_to_messages(prompt, "user"), record.name("prompt"), record.remarks)
+    after = _messages(_to_messages(completion, "assistant"), record.name("completion"), record.remarks)
     whole = _joined(before, after)
     if whole.repeats:
         _note_repeated(record)
@@ -452,7 +469,7 @@ def _parse_prompt_completion(record: Record) -> Example:
     return _chat(messages, _tools(record), record.remarks, first=first)
 
 
-def _as_turns(given: Any, role: str) -> list[Any]:
+def _to_messages(given: Any, role: str) -> list[Any]:
     """A message alone, or a text that is what `role` says, as a list of messages."""
     if isinstance(given, str):
         return [{"role": role, "content": given}]
@@ -475,16 +492,21 @@ def _note_unread_tools(record: Record) -> None:
 
 
 def _parse_alpaca(record: Record) -> Example:
-    """The answers of `history` are learned as well, as in LLaMA-Factory and ms-swift."""
+    """The answers of `history` are learned as well, as in LLaMA-Factory (data/README.md) and ms-swift."""
+    turns = [*_alpaca_question(record), {"role": "assistant", "content": record.filled_text("output")}]
+    return _chat(_with_system(turns, record), None, record.remarks)
+
+
+def _alpaca_question(record: Record) -> list[Message]:
+    """The turns of `history`, and the question that `instruction` and `input` are together."""
     question = record.text("instruction")
     if record.get("input") is not None and (extra := record.text("input")):
         if not question:
             record.remarks.changes.add("instruction")
         question = f"{question}\n{extra}" if question else extra
-    said = [*_history(record), question, record.filled_text("output")]
     roles = ("user", "assistant")
-    turns = [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]
-    return _chat(_with_system(turns, record), None, record.remarks)
+    said = [*_history(record), question]
+    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]
 
 
 def _history(record: Record) -> list[str]:
@@ -704,8 +726,21 @@ def _asked(user: str, assistant: str) -> Chat:
 
 def _parse_preference(record: Record) -> Example:
     """Prompt with two completions, two conversations, or two whole transcripts."""
+    if record.get("prompt") is not None or not isinstance(record.get("chosen"), str):
+        _note_unread_question(record)
     (chosen, first), (rejected, second) = (_preference_side(record, column) for column in ("chosen", "rejected"))
     return _pair(record, chosen, rejected, (first, second))
+
+
+def _note_unread_question(record: Record) -> None:
+    """Note columns that would be the question of pairs of texts without `prompt`, unless the prompt holds them."""
+    prompt = record.get("prompt")
+    for name in ("instruction", "input", "history"):
+        value = record.get(name)
+        if value and not (isinstance(prompt, str) and str(value).strip() in prompt):
+            record.remarks.note(
+                f"column `{record.name(name)}` is not read: the question stands in the prompt or in the answers"
+            )
 
 
 def _preference_side(record: Record, column: str) -> tuple[Answer, bool]:
@@ -713,7 +748,7 @@ def _preference_side(record: Record, column: str) -> tuple[Answer, bool]:
     answer, prompt = record.need(column), record.get("prompt")
     if not isinstance(answer, list | dict) and not isinstance(prompt, list):
         return _text_side(record, column)
-    turns = _messages(_as_turns(answer, "assistant"), record.name(column), record.remarks)
+    turns = _messages(_to_messages(answer, "assistant"), record.name(column), record.remarks)
     if isinstance(prompt, list):
         whole = _joined(_messages(prompt, record.name("prompt"), record.remarks), turns)
         if whole.repeats:
@@ -735,22 +770,26 @@ def _question_before(turns: list[Message], record: Record) -> list[Message]:
 
 def _text_side(record: Record, column: str) -> tuple[Answer, bool]:
     text, place = record.filled_text(column), f"column `{record.name(column)}`"
+    if record.get("prompt") is None and isinstance(record.get("instruction"), str):
+        record.remarks.changes.add("instruction_of_pairs")
+        turns = [*_alpaca_question(record), {"role": "assistant", "content": text}]
+        return _judged(turns, record, column), False
     _note_unread_tools(record)
     if record.get("prompt") is None:
-        return _with_system_beside(_transcript(text, place), record), False
+        return _add_system(_transcript(text, place), record), False
     prompt = record.text("prompt")
     rest = _after_prompt(prompt, text)
     if rest is not None and not rest.strip():
         raise RowError(f"{place}: holds the prompt alone; there is no answer to judge")
     whole = PromptCompletion(prompt, rest) if rest is not None else _transcript_of(prompt, text)
-    answer = _with_system_beside(whole or PromptCompletion(prompt, text), record)
+    answer = _add_system(whole or PromptCompletion(prompt, text), record)
     if whole is None:
         return answer, False
     _note_repeated(record)
     return answer, True
 
 
-def _with_system_beside(answer: Answer, record: Record) -> Answer:
+def _add_system(answer: Answer, record: Record) -> Answer:
     """An answer with the text of the column `system`, where it has a place for it."""
     if not (system := record.system()):
         return answer
@@ -893,6 +932,8 @@ def _number(value: Any) -> Any:
 
 def _pair(record: Record, chosen: Answer, rejected: Answer, repeats: tuple[bool, bool]) -> Pair:
     names = f"`{record.name('chosen')}` and `{record.name('rejected')}`"
+    if _first_question(chosen) != _first_question(rejected):
+        record.remarks.note(f"columns {names} answer different questions in some rows, so they cannot be compared")
     if chosen == rejected:
         raise RowError(f"columns {names} are the same: nothing is preferred")
     if repeats[0] != repeats[1]:
@@ -909,6 +950,11 @@ def _pair(record: Record, chosen: Answer, rejected: Answer, repeats: tuple[bool,
     return Pair(chosen, rejected, float(margin))
 
 
+def _first_question(answer: Answer) -> str:
+    messages = answer.messages if isinstance(answer, Chat) else []
+    return next((str(message["content"]).strip() for message in messages if message["role"] == "user"), "")
+
+
 FORMATS: dict[str, Format] = {
     "text": Format(("text",), (), _parse_text),
     "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _parse_prompt_completion),
@@ -916,7 +962,11 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), ("system", "tools"), _parse_sharegpt),
     "messages": Format(("messages",), ("system", "tools"), _parse_messages),
     "critique": Format(("question", "answer", "critique"), ("verdict",), _parse_critique),
-    "preference": Format(("chosen", "rejected"), ("prompt", "system", "margin", "tools"), _parse_preference),
+    "preference": Format(
+        ("chosen", "rejected"),
+        ("prompt", "instruction", "input", "history", "system", "margin", "tools"),
+        _parse_preference,
+    ),
     "sharegpt_preference": Format(
         ("conversations", "chosen", "rejected"), ("system", "margin", "tools"), _parse_sharegpt_preference
     ),

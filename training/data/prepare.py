@@ -186,9 +186,10 @@ def _is_current(folder: Path) -> bool:
     """Whether the rows of a store mean what they meant when it was made. Stores of earlier versions do not say it of themselves."""
     from training.data.store import TokenStore
 
-    meta = TokenStore.open(folder).meta
+    store = TokenStore.open(folder)
+    meta = store.meta
     has_pairs = any(name.endswith("preference") for name in meta.formats)
-    return meta.changes is not None or not (meta.chats or has_pairs)
+    return meta.changes is not None or not (meta.chats or has_pairs or store.has_double_ends)
 
 
 def _same_without_bos(folder: Path, renderer: Callable[[], Renderer]) -> bool:
@@ -196,13 +197,13 @@ def _same_without_bos(folder: Path, renderer: Callable[[], Renderer]) -> bool:
 
     Stores of earlier versions do not say it of themselves: it is found out with the tokenizer, once, and noted in the store.
     """
-    from training.data.store import TokenStore, note
+    from training.data.store import TokenStore, update_meta
 
     meta = TokenStore.open(folder).meta
     if meta.same_without_bos is not None:
         return meta.same_without_bos
     same = not renderer().adds_tokens
-    note(folder, same_without_bos=same)
+    update_meta(folder, same_without_bos=same)
     return same
 
 
@@ -268,7 +269,7 @@ def _parsed(
             else:
                 findings.source_formats[place][format] += 1
                 if row.from_arrow and isinstance(example, Prompt):  # whose row is kept for the rewards
-                    row = row._replace(value=dict(parser.without_filled_nulls(row.value, format)))
+                    row = row._replace(value=dict(parser.remove_filled_nulls(row.value, format)))
                 yield place, row, example
 
 

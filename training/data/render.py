@@ -26,7 +26,7 @@ from training.config import Model
 from training.data import templates
 from training.data.conversations import Conversations, Turns, Written
 from training.data.files import RowError, one_line
-from training.data.formats import Answer, Chat, Example, Pair, Prompt, PromptCompletion, Text
+from training.data.formats import EOS, Answer, Chat, Example, Pair, Prompt, PromptCompletion, Text
 from training.data.turn_end import turn_end
 from training.errors import InputError
 from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
@@ -287,7 +287,12 @@ class Renderer:
     def _ended(self, ids: list[int], learnt_from: int) -> Sample:
         """A plain text with what stands around it. `learnt_from` counts the text's own tokens."""
         begun = self._begun(ids)
-        ids_T = np.array(begun + self._closing, np.uint32)
+        closing = self._closing
+        if ids[-len(closing) :] == closing:
+            self._note("some texts end with the tokenizer's EOS already; it is not doubled")
+            self._conversations.changes.add(EOS)
+            closing = []
+        ids_T = np.array(begun + closing, np.uint32)
         return Sample(ids_T, np.arange(len(ids_T)) >= max(learnt_from + len(begun) - len(ids), 1))
 
     def _begun(self, ids: list[int]) -> list[int]:

@@ -97,12 +97,12 @@ BAD_ROWS = "bad_rows.jsonl"
 META = "meta.json"
 
 
-def note(folder: Path, **found: Any) -> None:
+def update_meta(folder: Path, **values: Any) -> None:
     """Add what was found out about a store to its meta.json, at once or not at all. A cache that cannot be written is left as it is."""
     path = folder / META
     draft = folder / f".{META}-{uuid.uuid4().hex}"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8")) | found
+        meta = json.loads(path.read_text(encoding="utf-8")) | values
         draft.write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         draft.replace(path)
     except OSError:
@@ -158,6 +158,12 @@ class TokenStore:
     def lengths_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of these samples, without looking at the others. [n] -> [n]"""
         return self.offsets[samples + 1] - self.offsets[samples]
+
+    @property
+    def has_double_ends(self) -> bool:
+        """Whether a sample ends with the same token twice."""
+        ends, tokens = self.offsets[1:][self.lengths > 1], self._arrays["tokens"]
+        return bool((tokens[ends - 1] == tokens[ends - 2]).any())
 
     def ids_from(self, first: int) -> list[int]:
         """Token ids of at least `first` that occur, sorted."""

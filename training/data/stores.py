@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import reward_prompts, reward_signature
+from training import question_prompts, reward_prompts, reward_signature
 from training.config import PPO, Data, Phase, Source
 from training.data import files
 from training.data.files import Located
@@ -46,12 +46,15 @@ def open_stores(phase: Phase, cache: Path) -> Stores:
 
 
 def prepare_phase(phase: Phase, cache: Path) -> tuple[Stores, list[str]]:
-    """The stores of a phase, and what is to be said of its rewards. Raises as `open_stores`, and for reward functions that cannot be
+    """The stores of a phase, and what is to be said of its questions and rewards. Raises as `open_stores`, and for reward functions that cannot be
     called with the rows, or reward models that cannot be given them."""
     stores = open_stores(phase, cache)
+    notes = question_prompts.check(phase, stores.train, cache)
     if not isinstance(phase, PPO):
-        return stores, []
-    return stores, reward_signature.check(phase, stores.train) + reward_prompts.check(phase, stores.train, cache)
+        return stores, notes
+    return stores, notes + reward_signature.check(phase, stores.train) + reward_prompts.check(
+        phase, stores.train, cache
+    )
 
 
 def check_window(phase: Phase, train: TokenStore, window: int | None) -> None:

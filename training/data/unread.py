@@ -25,12 +25,15 @@ _ADVICE = {
     _MEDIA: ("image", "images", "video", "videos", "audio", "audios"),
     "sources are weighted by `{path, weight}` in data.train, rows cannot be": ("weight", "weights", "sample_weight"),
     "a label does not change what is learned": ("label",),
+    "the row holds two forms; set data.format to choose": ("messages", "conversations"),
     "it is no part of the prompt": ("context", "input", "instruction", "question", "query"),
 }  # fmt: skip
 _COLUMNS = {name: advice for advice, names in _ADVICE.items() for name in names}
 _COLUMNS |= {name: "" for column, names in _BY_COLUMN.items() for name in (column, *names)}
 _FLAGS = {*_ADVICE[_LEAVE_OUT], "label"}
 """Columns that mean something if they hold switches; as numbers or texts they are metadata (a loss that was measured)."""
+_OTHER_FORMS = ("messages", "conversations")
+"""Columns that hold the whole row in another form."""
 _PROMPTS = ("context", "input", "instruction", "question", "query")
 """Columns that may be meant for the prompt."""
 
@@ -51,6 +54,8 @@ def _says_something(row: Mapping[str, Any], name: str, format: str, columns: Map
     value = row[name]
     if value is None or value in ("", [], {}):
         return False
+    if name in _OTHER_FORMS:  # beside pairs they are what `chosen` holds, too
+        return format in ("prompt_completion", "alpaca")
     if name in _FLAGS:
         return isinstance(value, bool | list)
     if name in _PROMPTS:  # not what the prompt was made of

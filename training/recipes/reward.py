@@ -95,13 +95,17 @@ def scores(
 def score(lm: Any, sequences: Sequence[np.ndarray], *, head: nn.Module | None = None) -> list[float]:
     """The scores of token sequences, those of like length together. One in a row: whatever model a judge is, this it can read.
 
-    Raises InputError for tokens that the model's embedding has no row for.
+    Raises InputError for tokens and for positions that the model's embeddings have no row for.
     """
     if wrong := beyond((int(ids.max()) for ids in sequences if len(ids)), rows_in(lm)):
         raise InputError.of("the reward model", wrong)
     device = next(lm.parameters()).device
     out = [0.0] * len(sequences)
     lengths = [len(ids) for ids in sequences]
+    positions, longest = _position_rows(lm), max(lengths, default=0)
+    if positions is not None and longest > positions:
+        message = f"a prompt with its response has {longest:,} tokens, the model has {positions:,} positions"
+        raise InputError.of("the reward model", f"{message}; shorten the prompts or the responses")
     above = rows_of(traits_of(lm), lm.config._attn_implementation, max(lengths, default=0)).same_length_above
     for rows in deal(lengths, 1, replace(_AT_ONCE[device.type], same_length_above=above))[0]:
         places = [place for row in rows for place in row]
@@ -114,6 +118,13 @@ def score(lm: Any, sequences: Sequence[np.ndarray], *, head: nn.Module | None = 
         for place, value in zip(places, values, strict=True):
             out[place] = value
     return out
+
+
+def _position_rows(lm: Any) -> int | None:
+    """How many positions a model with an embedding of positions has; None for models that compute them."""
+    named = (name for name, module in lm.named_modules() if isinstance(module, nn.Embedding))
+    has_rows = any("position" in name or name.endswith("wpe") for name in named)
+    return getattr(lm.config, "max_position_embeddings", None) if has_rows else None
 
 
 class RewardTrainer(Trainer):

@@ -39,7 +39,7 @@ def _checked(judge: Judge, source: RewardSource) -> Judge:
     def judged(responses: Sequence[Response]) -> list[float]:
         scores = _as_list(judge(responses))
         if not isinstance(scores, list | tuple) or len(scores) != len(responses):
-            got = f"{len(scores)}" if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
+            got = f"{len(scores)}" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
             raise RewardError(f"the reward {source.path} was asked for {len(responses)} scores and gave {got}")
         return [_score(one, source, response) for response, one in zip(responses, scores, strict=True)]
 

@@ -251,7 +251,9 @@ PLAIN_ROW = {"prompt": "2 + 2 = ", "completion": "4"}
         ({**PLAIN_ROW, "reasoning": "two and two"}, "column `reasoning` is not read: thoughts are learned where they stand in the answer"),
         ({**PLAIN_ROW, "label": False}, "column `label` is not read"),
         ({**PLAIN_ROW, "context": "Sums."}, "column `context` is not read: it is no part of the prompt"),
-        ({"instruction": "2 + 2?", "chosen": "4", "rejected": "5"}, "set data.columns to {prompt: instruction}"),
+        ({"question": "2 + 2?", "chosen": "4", "rejected": "5"}, "set data.columns to {prompt: question}"),
+        ({"prompt": "2 + 2?", "input": "a", "chosen": "4", "rejected": "5"}, "column `input` is not read: the question stands in the prompt"),
+        ({**PLAIN_ROW, "messages": [USER, ANSWER]}, "column `messages` is not read: the row holds two forms; set data.format to choose"),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, "column `images` is not read: only text is learned"),
     ],
 )  # fmt: skip
@@ -580,7 +582,13 @@ def test_a_cell_that_begins_as_a_list_and_is_none_is_told():
         ({"prompt": "2 + 2?", "chosen": ANSWER, "rejected": {**ANSWER, "content": "5"}}, {"prompt": [USER], "chosen": "4", "rejected": "5"}),
         ({"instruction": "a", "output": "b", "history": '[["c", "d"]]'}, {"instruction": "a", "output": "b", "history": [["c", "d"]]}),
         ({"instruction": "", "input": "a", "output": "b"}, {"instruction": "a", "output": "b"}),
+        ({"instruction": "2 + 2?", "chosen": "4", "rejected": "5"}, {"prompt": [USER], "chosen": "4", "rejected": "5"}),
+        (
+            {"instruction": "Add.", "input": "2", "history": [["a", "b"]], "system": "S", "chosen": "4", "rejected": "5"},
+            {"prompt": [{**USER, "content": "a"}, {**ANSWER, "content": "b"}, {**USER, "content": "Add.\n2"}], "system": "S", "chosen": "4", "rejected": "5"},
+        ),
         ({"messages": [USER, ANSWER], "tools": "null"}, {"messages": [USER, ANSWER]}),
+        ({"messages": {"role": ["user", "assistant"], "content": ["2 + 2?", "4"]}}, {"messages": [USER, ANSWER]}),
         (
             {"messages": [USER, {"role": "tool_call", "content": json.dumps(CALL["function"])}, {"role": "tool_response", "content": "4"}, ANSWER]},
             {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, ANSWER]},
@@ -636,3 +644,12 @@ def test_columns_that_texts_have_no_place_for_are_mentioned(row, note):
     parser = Parser("auto", {}, ALL)
     parser(row)
     assert parser.remarks.notes == [note]
+
+
+def test_pairs_of_different_questions_are_mentioned():
+    parser = Parser("auto", {}, ALL)
+    other = {"role": "user", "content": "3 + 3?"}
+    parser({"chosen": [USER, ANSWER], "rejected": [other, ANSWER]})
+    assert parser.remarks.notes == [
+        "columns `chosen` and `rejected` answer different questions in some rows, so they cannot be compared"
+    ]

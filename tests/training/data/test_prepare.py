@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -13,7 +14,7 @@ from training.data import prepare as prepare_module
 from training.data.files import expand
 from training.data.prepare import check_rows, prepare
 from training.data.render import Renderer
-from training.data.store import TokenStore
+from training.data.store import TokenStore, create
 from training.errors import InputError
 
 SFT = ("prompt_completion", "alpaca", "sharegpt", "messages")
@@ -496,3 +497,14 @@ def test_the_row_of_a_prompt_has_no_nulls_that_parquet_filled_in(tmp_path, token
     data = Data(train="a.parquet", template="chatml")
     store = prepare(expand(data.train, tmp_path), data, ("prompts",), tokenizer, tmp_path / "cache", base=tmp_path)
     assert [store.row(index) for index in range(2)] == rows
+
+
+def test_an_old_store_of_texts_that_end_with_eos_twice_is_not_used(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", [{"prompt": "1?", "completion": "1</s>"}])
+    store = run(tmp_path, tokenizer)
+    assert store.meta.changes == ["eos"]
+    assert not store.has_double_ends
+    with create(tmp_path / "old", 1) as writer:
+        writer.add(np.array([5, 2, 2]), np.array([False, True, True]), 0, "a.jsonl", 1)
+    assert TokenStore.open(tmp_path / "old").has_double_ends
+    assert not prepare_module._is_current(tmp_path / "old")

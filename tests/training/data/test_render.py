@@ -92,6 +92,18 @@ def test_prompt_and_completion_stand_as_they_are_with_one_eos():
     assert (sample.ids.dtype, sample.targets.dtype) == (np.uint32, np.bool_)
 
 
+def test_an_eos_that_a_text_ends_with_is_not_doubled():
+    renderer = Renderer(TOKENIZER, "none")
+    with_eos, without, document = samples(
+        renderer, PromptCompletion("2?", "4</s>"), PromptCompletion("2?", "4"), Text("It is 4</s>")
+    )
+    assert with_eos.ids.tolist() == without.ids.tolist()
+    assert with_eos.targets.tolist() == without.targets.tolist()
+    assert text(document) == "It is 4</s>"
+    assert "some texts end with the tokenizer's EOS already; it is not doubled" in renderer.notes
+    assert renderer.changes == {"eos"}
+
+
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, sentence_piece()], ids=["byte-level", "sentencepiece"])
 @pytest.mark.parametrize(
     ("prompt", "completion"),

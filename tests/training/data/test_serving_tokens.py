@@ -48,7 +48,7 @@ class Kind:
     adds: str = "$A"
     """What `tokenizer(text)` makes of a text."""
     pieces: str = ""
-    """Of the SentencePiece kind: how a text begins. Empty: bytes, as GPT-2 has them."""
+    """Of the SentencePiece kind: how a text begins. Empty: bytes, as GPT-2 has them; space: with a space before each piece of text."""
     template: str | None = None
     setting: str = "auto"
     """Of `data.template`."""
@@ -74,6 +74,7 @@ KINDS = {
     ),
     "chatml on a base model": Kind("</s>", "<|im_end|>", "<s>", "<s> $A", "prepend", setting="chatml", special=CHATML),
     "one that adds EOS": Kind("</s>", "</s>", "<s>", "<s> $A </s>", "metaspace", TEMPLATES["llama2"]),
+    "one that adds a space": Kind("</s>", "<|im_end|>", "<s>", pieces="space", setting="chatml", special=CHATML),
     "one that adds two tokens": Kind("<eop>", "<eop>", "<sop>", "[gMASK] <sop> $A", special=("[gMASK]",)),
 }  # fmt: skip
 
@@ -82,7 +83,8 @@ KINDS = {
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     kind = KINDS[name]
     special = list(dict.fromkeys(each for each in ("<unk>", kind.bos, kind.eos, kind.end, *kind.special) if each))
-    core = _pieces(kind.pieces, special) if kind.pieces else _bytes(special)
+    is_bytes = kind.pieces in ("", "space")
+    core = _bytes(special, kind.pieces == "space") if is_bytes else _pieces(kind.pieces, special)
     if kind.adds != "$A":
         named = [(each, core.token_to_id(each)) for each in kind.adds.split() if each != "$A"]
         core.post_processor = processors.TemplateProcessing(single=kind.adds, special_tokens=named)
@@ -91,9 +93,9 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _bytes(special: list[str]) -> Tokenizer:
+def _bytes(special: list[str], adds_space: bool) -> Tokenizer:
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=adds_space)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(

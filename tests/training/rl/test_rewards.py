@@ -164,6 +164,18 @@ def test_sequences_of_unlike_lengths_are_scored_as_each_alone():
     assert score(lm, []) == []
 
 
+def test_a_sequence_with_more_tokens_than_the_model_has_positions_is_refused():
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    from training.recipes.reward import score
+
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=12, num_labels=1, pad_token_id=0)
+    lm = GPT2ForSequenceClassification(config).eval()
+    assert len(score(lm, [np.arange(1, 13)])) == 1
+    with pytest.raises(InputError, match="has 13 tokens, the model has 12 positions"):
+        score(lm, [np.arange(1, 4), np.arange(1, 14)])
+
+
 ASKED = [{"role": "user", "content": "1 + 1 = "}]
 
 
