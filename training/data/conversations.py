@@ -51,6 +51,10 @@ class Conversations:
         self._known_form: tuple[Chat, str, Chat] | None = None
         self._unwritten: set[str] = set()
         """What of messages the template is known not to write."""
+        self._opens: dict[str, bool] = {}
+        """Of templates: see `_always_opens`."""
+        self._calls_left_out: dict[tuple[Any, ...], bool] = {}
+        """By template and kind of message."""
         self.changes: set[str] = set()
         """See `formats.CHANGES`."""
 
@@ -69,6 +73,11 @@ class Conversations:
         """
         try:
             chat = self._in_form(chat, template)
+            if chat.learnt and not GENERATION.search(template) and self._always_opens(template):
+                return RowError(
+                    "the chat template begins an answer behind every conversation, also where none is asked for (it does not look at "
+                    "add_generation_prompt), so the end of an answer cannot be told from it; set data.template to one that does"
+                )
             if not chat.learnt:
                 text = self._render(chat, template, len(chat.messages))
                 text.encode()
@@ -81,6 +90,27 @@ class Conversations:
             return RowError("half of a surrogate pair is not text")
         except Exception as error:
             return RowError(f"the chat template refuses this conversation: {one_line(error)}")
+
+    def _always_opens(self, template: str) -> bool:
+        """Whether a template writes the beginning of an answer behind a conversation that ends with one, and whether it is asked to or not."""
+        if template not in self._opens:
+            turns = [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Yes"},
+                {"role": "user", "content": "Go"},
+            ]
+            chat = Chat(turns, ())
+            try:
+                asked, answered, whole = (self._render(chat, template, count) for count in (1, 2, 3))
+                ignores = asked == self._render(chat, template, 1, prompt=True)
+            except Exception:  # the conversations of the rows may be others
+                ignores, asked, answered, whole = False, "", "", ""
+            same_end = asked.rstrip()[-1:] == answered.rstrip()[-1:] != ""
+            closed = (
+                answered.rstrip().removesuffix(self._tokenizer.eos_token or "").rstrip()
+            )  # some close every text with EOS
+            self._opens[template] = ignores and same_end and not whole.startswith(closed)
+        return self._opens[template]
 
     def _sequences(self, chat: Chat, template: str) -> list[Written]:
         wanted = chat.learnt[-1:] if self._turns == "last" else chat.learnt
@@ -318,9 +348,15 @@ class Conversations:
         return calls
 
     def _leaves_out_calls(self, chat: Chat, template: str, count: int, turn: int, text: str) -> bool:
-        names = [str(call["function"]["name"]) for call in chat.messages[turn]["tool_calls"]]
-        is_written = not chat.tools and all(name in text for name in names)
-        return not is_written and self._leaves_out(chat, template, count, turn, {"tool_calls": None})
+        """Looked for in the text where no tools are named there, too; else found out once for messages of a kind."""
+        message = chat.messages[turn]
+        names = [str(call["function"]["name"]) for call in message["tool_calls"]]
+        if not chat.tools and all(name in text for name in names):
+            return False
+        kind = (template, len(names), bool(message.get("content")), turn + 1 == count)
+        if kind not in self._calls_left_out:
+            self._calls_left_out[kind] = self._leaves_out(chat, template, count, turn, {"tool_calls": None})
+        return self._calls_left_out[kind]
 
     def _leaves_out(self, chat: Chat, template: str, count: int, turn: int, other: dict[str, Any]) -> bool:
         """Whether the text would be the same with other values in a message; None: without the key."""

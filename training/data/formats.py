@@ -99,6 +99,7 @@ CHANGES = {
     "history": "the column `history` is read",
     "instruction": "an empty instruction is left out of the question, where there is an input",
     "function_call": "`function_call` of a message is read as a tool call",
+    "json_messages": "prompts and answers that hold messages as JSON text are read as messages",
     "instruction_of_pairs": "`instruction`, `input` and `history` beside chosen and rejected are the question",
     "repeated_prompt": "a prompt that an answer repeats is written once",
     "nested_nulls": "nulls that Parquet fills in are removed at every depth",
@@ -197,7 +198,7 @@ class Parser:
         record = Record(row, self._columns, self.remarks)
         key = self._recognise(record) if self._auto else self._candidates[0]
         columns = self._names_of[key]
-        record = replace(record, row=_transpose_columns(row, columns.values()))
+        record = replace(record, row=_with_messages(row, columns, self.remarks))
         if from_arrow:
             record = replace(record, row=_without_filled_nulls(record.row, columns.values(), self.remarks))
         example = FORMATS[key].parse(record)
@@ -268,6 +269,7 @@ def _unrecognised(record: Record, candidates: Sequence[str]) -> RowError:
         if key not in (*candidates, "prompts") and all(map(record.has, format.required)):
             return RowError(
                 f"these are columns of `{key}`, {_reader(key)}; this recipe reads rows where {_needs(candidates)}"
+                f"{_mapping_advice(record, candidates)}"
             )
     near = _nearest(record, candidates)
     if near is None:
@@ -344,10 +346,27 @@ def _without_filled_nulls(row: Mapping[str, Any], columns: Iterable[str], remark
     return {**row, **{name: _without_nulls(value, remarks, name) for name, value in nested.items()}} if nested else row
 
 
-def _transpose_columns(row: Mapping[str, Any], columns: Iterable[str]) -> Mapping[str, Any]:
-    """The row with messages as a list also where they are an object of lists, which the feature `Sequence` of `datasets` makes of them."""
-    nested = {name: _transpose(row[name]) for name in columns if isinstance(row.get(name), dict)}
-    return {**row, **nested} if nested else row
+def _with_messages(row: Mapping[str, Any], columns: Mapping[str, str], remarks: Remarks) -> Mapping[str, Any]:
+    """The row with lists of messages also where they are JSON text, or an object of lists, which the feature `Sequence` of `datasets` makes."""
+    read = {name: _transpose(row[name]) for name in columns.values() if isinstance(row.get(name), dict)}
+    for name in (columns[each] for each in ("prompt", "completion", "chosen", "rejected") if each in columns):
+        messages = _messages_in(row.get(name))
+        if messages is not None:
+            read[name] = messages
+            remarks.changes.add("json_messages")
+    return {**row, **read} if read else row
+
+
+def _messages_in(text: Any) -> list[Any] | None:
+    """The messages that a text is, as JSON."""
+    if not isinstance(text, str) or not text.lstrip().startswith("[") or '"role"' not in text:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_list = isinstance(value, list) and all(isinstance(each, dict) and "role" in each for each in value)
+    return value if is_list and value else None
 
 
 def _transpose(value: dict[str, Any]) -> Any:
@@ -914,6 +933,8 @@ def _parse_prompts(record: Record) -> Example:
     given = record.need("prompt")
     if not isinstance(given, list):
         _note_unread_tools(record)
+        if record.name("prompt") == "instruction" and record.row.get("input"):
+            record.remarks.note("column `input` is not read: it is no part of the prompt")
         return Prompt(record.filled_text("prompt"), record.system())
     name = record.name("prompt")
     turns = _bare(_messages(given, name, record.remarks))

@@ -252,7 +252,7 @@ class Renderer:
             raise InputError.of("", message, what="data.template")
         template = self._named
         if template is None and self.tokenizer.chat_template:
-            template = self.tokenizer.get_chat_template(None, tools)
+            template = _own_template(self.tokenizer, tools)
         if template is None:
             self._note("the tokenizer has no chat template; conversations are written with the template `plain`")
             template = templates.PLAIN
@@ -462,6 +462,16 @@ class Renderer:
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def _own_template(tokenizer: Any, tools: list[dict[str, Any]] | None) -> str:
+    """The tokenizer's chat template. Raises InputError if it has several and none for conversations as these."""
+    try:
+        return str(tokenizer.get_chat_template(None, tools))
+    except ValueError as error:
+        names = ", ".join(sorted(tokenizer.chat_template)) if isinstance(tokenizer.chat_template, dict) else "none"
+        message = f"the tokenizer has chat templates of the names {names} and no default; save one of them as a Jinja file and name that"
+        raise InputError.of("", message, what="data.template") from error
 
 
 def _frame(tokenizer: Any, bos: str) -> tuple[list[int], list[int]]:

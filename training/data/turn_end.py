@@ -11,7 +11,7 @@ from training.data.files import RowError
 from training.data.formats import Chat, Message
 
 if TYPE_CHECKING:
-    from training.data.render import Renderer
+    from training.data.render import Renderer, Sample
 
 _ANSWERS = ("Yes", "Of course not")
 """Two answers with different ends: the tokens that both end with are the template's."""
@@ -31,9 +31,9 @@ class TurnEnd:
 
 def turn_end(renderer: Renderer) -> TurnEnd:
     """The end of a turn as training renders it. Raises InputError if conversations cannot be rendered at all."""
-    question = {"role": "user", "content": "Hi"}
-    chats = [Chat([question, {"role": "assistant", "content": answer}], (1,)) for answer in _ANSWERS]
-    first, second = renderer.render(chats)
+    first, second = _answers(renderer)
+    if isinstance(first, RowError) or isinstance(second, RowError):  # the prompt may begin thoughts, which these lack
+        first, second = _answers(renderer, reasoning_content="Hm.")
     if isinstance(first, RowError) or isinstance(second, RowError):
         return TurnEnd(
             None, "where an answer ends cannot be found, because the chat template refuses a question with an answer; "
@@ -42,6 +42,13 @@ def turn_end(renderer: Renderer) -> TurnEnd:
     found = _in_tokens(renderer.tokenizer, _common_end(first.ids.tolist(), second.ids.tolist()), first.targets.tolist())
     after_calls = _after_calls(renderer)
     return replace(found, after_calls=after_calls) if after_calls != found.token else found
+
+
+def _answers(renderer: Renderer, **keys: str) -> list[Sample | RowError]:
+    """The conversations of one question with each of `_ANSWERS`. `keys` are added to the answers' messages."""
+    question = {"role": "user", "content": "Hi"}
+    answers = [{"role": "assistant", "content": answer, **keys} for answer in _ANSWERS]
+    return renderer.render([Chat([question, answer], (1,)) for answer in answers])
 
 
 def _after_calls(renderer: Renderer) -> int | None:

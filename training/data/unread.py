@@ -54,7 +54,9 @@ def _says_something(row: Mapping[str, Any], name: str, format: str, columns: Map
     value = row[name]
     if value is None or value in ("", [], {}):
         return False
-    if name in _OTHER_FORMS:  # beside pairs they are what `chosen` holds, too
+    if name in _OTHER_FORMS and format == "preference":  # beside whole conversations they are what `chosen` holds, too
+        return row.get(columns["prompt"]) is None and isinstance(row.get(columns["chosen"]), str)
+    if name in _OTHER_FORMS:
         return format in ("prompt_completion", "alpaca")
     if name in _FLAGS:
         return isinstance(value, bool | list)
@@ -67,7 +69,7 @@ def _says_something(row: Mapping[str, Any], name: str, format: str, columns: Map
 def _sentence(name: str, format: str, columns: Mapping[str, str]) -> str:
     advice = _COLUMNS[name]
     column = next((column for column, names in _BY_COLUMN.items() if name in (column, *names)), None)
-    if format == "preference" and name in _PROMPTS:
+    if format == "preference" and name in (*_PROMPTS, *_OTHER_FORMS):
         advice = f"set data.columns to {{prompt: {name}}} if it is the question"
     elif column in columns:
         advice = f"set data.columns to {{{column}: {name}}}"

@@ -46,6 +46,7 @@ def test_prompts_are_asked_as_they_stand(row, example):
         ({"prompt": []}, "column `prompt`: the last turn is not one that an assistant answers"),
         ({"prompt": [USER, ANSWER]}, "column `prompt`: the last turn is not one that an assistant answers"),
         ({"question": "2 + 2?"}, "Did you mean `columns: {prompt: question}`?"),
+        ({"messages": [USER]}, "Did you mean `columns: {prompt: messages}`?"),
     ],
 )
 def test_prompts_that_cannot_be_asked_are_refused(row, message):
@@ -588,6 +589,8 @@ def test_a_cell_that_begins_as_a_list_and_is_none_is_told():
             {"prompt": [{**USER, "content": "a"}, {**ANSWER, "content": "b"}, {**USER, "content": "Add.\n2"}], "system": "S", "chosen": "4", "rejected": "5"},
         ),
         ({"messages": [USER, ANSWER], "tools": "null"}, {"messages": [USER, ANSWER]}),
+        ({"prompt": json.dumps([USER]), "chosen": "4", "rejected": "5"}, {"prompt": [USER], "chosen": "4", "rejected": "5"}),
+        ({"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}, {"prompt": [USER], "completion": [ANSWER]}),
         ({"messages": {"role": ["user", "assistant"], "content": ["2 + 2?", "4"]}}, {"messages": [USER, ANSWER]}),
         (
             {"messages": [USER, {"role": "tool_call", "content": json.dumps(CALL["function"])}, {"role": "tool_response", "content": "4"}, ANSWER]},
@@ -652,4 +655,14 @@ def test_pairs_of_different_questions_are_mentioned():
     parser({"chosen": [USER, ANSWER], "rejected": [other, ANSWER]})
     assert parser.remarks.notes == [
         "columns `chosen` and `rejected` answer different questions in some rows, so they cannot be compared"
+    ]
+
+
+def test_a_conversation_beside_answers_that_are_texts_is_mentioned():
+    parser = Parser("auto", {}, ("sharegpt_preference", "preference"))
+    parser({"messages": [USER], "chosen": "4", "rejected": "5"})
+    whole = {"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "5"}], "messages": [USER, ANSWER]}
+    parser(whole)
+    assert parser.remarks.notes == [
+        "column `messages` is not read: set data.columns to {prompt: messages} if it is the question"
     ]

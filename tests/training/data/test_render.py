@@ -545,6 +545,24 @@ def test_messages_that_the_template_does_not_write_are_mentioned():
         ]
 
 
+def test_a_template_that_begins_an_answer_behind_every_conversation_is_refused():
+    always = "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant' }}"
+    (refused,) = Renderer(byte_level(chat_template=always)).render([turns("2?", "4")])
+    assert "begins an answer behind every conversation" in str(refused)
+    never, closing = (always.replace("{{ '<|im_start|>assistant' }}", end) for end in ("", "{{ eos_token }}"))
+    assert isinstance(Renderer(byte_level(chat_template=never)).render([turns("2?", "4")])[0], Sample)
+    (result,) = Renderer(byte_level(chat_template=closing)).render([turns("2?", "4")])
+    assert "begins an answer" not in str(result)
+
+
+def test_several_templates_without_a_default_are_an_error():
+    renderer = Renderer(byte_level(chat_template={"rag": PICKY, "tool_use": PICKY}))
+    with pytest.raises(
+        InputError, match=r"data.template: the tokenizer has chat templates of the names rag, tool_use and no default"
+    ):
+        renderer.render([turns("2?", "4")])
+
+
 def test_a_template_that_trims_or_escapes_messages_is_not_accused():
     escaping = PICKY.replace("m.content", "(m.content | trim | tojson)")
     renderer = Renderer(byte_level(chat_template=escaping))

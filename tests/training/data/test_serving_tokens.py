@@ -218,3 +218,16 @@ def test_generation_stops_where_a_turn_that_calls_tools_ends():
     names = ["<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>"]
     assert stop_tokens(renderer, chats=True) == other.convert_tokens_to_ids(names)
     assert not any("tool" in note for note in renderer.notes), "looking for the end leaves no note"
+
+
+def test_generation_stops_at_the_end_of_a_turn_whose_prompt_begins_thoughts():
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    core = tokenizer_of("qwen2.5 base").backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", chat_template=template)
+    renderer = Renderer(tokenizer)
+    rendered(renderer, turns(QUESTION, "<think>Two and two.</think>It is 4"))
+    assert stop_tokens(renderer, chats=True) == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert not any("where an answer ends" in note for note in renderer.notes)
