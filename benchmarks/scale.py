@@ -80,6 +80,7 @@ class _Hooks:
     """What a run offers, as cheap as it can be."""
 
     job_hash = "0" * 16
+    job_hash_before = ""
     resume_at: int | None = None
     accepted_before = 0
     skipped = frozenset[int]()

@@ -20,7 +20,7 @@ from training.data.files import HubSplit, Located, without_effect
 from training.data.prepare import bad_rows_note
 from training.data.stores import data_of, prepare_phase, sources_of
 from training.errors import InputError
-from training.modelfiles import tokenizer_of
+from training.modelfiles import notes_on, tokenizer_of
 from training.recipes import RECIPES
 from training.traits import Traits
 
@@ -72,17 +72,18 @@ def _rows(phase: Phase) -> dict[str, Any]:
         for source in located
         if _on_hub(source)
     ]
-    if isinstance(phase, PPO) and (notes or not os.path.isdir(tokenizer_of(phase.model))):
-        notes += reward_signature.check(phase)
-    if not local:
-        return {"recipe": phase.recipe, "notes": notes}
     tokenizer = tokenizer_of(phase.model)
     known = probing.examined(phase)
-    if notes or not os.path.isdir(tokenizer):
-        if not os.path.isdir(tokenizer):
-            notes.append(f"lengths were not looked at: the tokenizer {tokenizer} is on the hub")
-        return {"recipe": phase.recipe, **_parsed_counts(phase, notes), "notes": list(dict.fromkeys(notes))}
-    return {"recipe": phase.recipe, **_counts(phase, known)}
+    if not notes and os.path.isdir(tokenizer):
+        return {"recipe": phase.recipe, **_counts(phase, known)}
+    if isinstance(phase, PPO):
+        notes += reward_signature.check(phase)
+    notes += _of_model(phase, known, 0)
+    if not local:
+        return {"recipe": phase.recipe, "notes": notes}
+    if not os.path.isdir(tokenizer):
+        notes.append(f"lengths were not looked at: the tokenizer {tokenizer} is on the hub")
+    return {"recipe": phase.recipe, **_parsed_counts(phase, notes), "notes": list(dict.fromkeys(notes))}
 
 
 def _parsed_counts(phase: Phase, notes: list[str]) -> dict[str, Any]:
@@ -131,9 +132,9 @@ def _counts(phase: Phase, known: Traits | None) -> dict[str, Any]:
         notes += reward_signature.notes(phase, stores.train)
     notes += found
     notes += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
-    if known is not None:
-        longest = min(stores.train.meta.longest, phase.data.max_length) + phase.new_tokens
-        notes += _of_model(phase, known, longest)
+    notes += notes_on(phase.model.path)
+    longest = min(stores.train.meta.longest, phase.data.max_length) + phase.new_tokens
+    notes += _of_model(phase, known, longest)
     bad = {"bad_rows": stores.train.bad_rows(SHOWN_BAD_ROWS)} if stores.train.meta.dropped_bad else {}
     return {**counts, **bad, "notes": list(dict.fromkeys(notes))}
 
@@ -160,12 +161,14 @@ def _form_line(form: Mapping[str, Any]) -> str:
     return f"{form['path']}: {rows or 'rows'} ({', '.join(form['kinds'])})"
 
 
-def _of_model(phase: Phase, known: Traits, longest: int) -> Iterator[str]:
-    """What goes another way than usual. Raises InputError for what the model cannot do."""
+def _of_model(phase: Phase, known: Traits | None, longest: int) -> list[str]:
+    """What goes another way than usual, with samples of at most `longest` tokens (0: not known). Raises InputError for what the model cannot do."""
+    if known is None:
+        return [f"{phase.model.path} is not here; what its code can do is examined when the job runs"]
     device = "cuda" if capacity.num_gpus() and phase.resources.gpus_per_worker != 0 else "cpu"
     attention = traits.attention_of(phase.model, known, device)
     traits.refuse(phase, known, attention, longest)
-    return traits.notes(phase, known, attention, longest)
+    return list(traits.notes(phase, known, attention, longest))
 
 
 def _on_hub(source: Located) -> bool:

@@ -41,6 +41,7 @@ from training.data import files, templates
 from training.errors import InputError, Problem
 from training.paths import absolute
 from training.recipes import RECIPES
+from training.shape import holes
 from training.storage import is_remote, place
 
 NEUTRAL = (
@@ -218,9 +219,12 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {dotted(path): value for path, value in _leaves(settings)}
 
 
-def job_hash(job: Job) -> str:
-    """16 hexadecimal digits; equal for two jobs without `differences`."""
-    text = json.dumps(_meaning(job), sort_keys=True, ensure_ascii=False)
+def job_hash(job: Job, *, as_written: bool = False) -> str:
+    """16 hexadecimal digits; equal for two jobs without `differences`.
+
+    `as_written`: 3 warm-up steps and 3.0 are two things, as in checkpoints of older versions.
+    """
+    text = json.dumps(_meaning(job, as_written=as_written), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -242,7 +246,10 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     name = _name(document, file, report)
     _check_shared(document.data, report)
     phases = phases_of(document, file, report)
-    if top is not None and (wrong := _storage_problem(top.storage)):
+    for path, message in shared_settings.unknown_to_deepspeed(document, phases):
+        report.add(origin(document.data, path), message)
+    base = base_folder(document, ("storage",), file)
+    if top is not None and (wrong := _storage_problem(top.storage, base)):
         report.add(("storage",), wrong)
     report.raise_any()
     assert top is not None, "its problems were raised"
@@ -253,7 +260,6 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     for note in effects.notes:
         print(note, file=sys.stderr)
     track: list[str] = [top.track] if isinstance(top.track, str) else [*dict.fromkeys(top.track)]
-    base = base_folder(document, ("storage",), file)
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     job = Job(
         name=name, file=file, storage=storage, seed=top.seed, track=track, env=top.env, max_hours=top.max_hours,
@@ -262,9 +268,11 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     return job, report, document
 
 
-def _storage_problem(storage: str) -> str | None:
+def _storage_problem(storage: str, base: Path) -> str | None:
     if not is_remote(storage):
-        return None
+        path = Path(absolute(storage, base))
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        return None if there.is_dir() else f"{there} is a file; name a folder"
     if not storage.partition("://")[2].strip("/"):
         return f"{storage} names no bucket; write s3://BUCKET/FOLDER"
     try:
@@ -416,12 +424,15 @@ def _model_problems(phase: Phase) -> list[str]:
             Path(model.path),
             tokenizer_elsewhere=model.tokenizer is not None,
             trust_remote_code=model.trust_remote_code,
-            classifier=RECIPES[phase.recipe].makes == "classifier",
+            classifier=(classifier := RECIPES[phase.recipe].makes == "classifier"),
         )
         modelfiles.check_continues(model)
     except InputError as error:
         return [str(problem) for problem in error.problems]
-    return []
+    base = modelfiles.base_of(model.path)
+    quantized = modelfiles.untrainable(model)
+    problems = [quantized] if quantized else holes(Path(base), classifier=classifier)
+    return [f"{base}: {problem}" for problem in problems]
 
 
 # A Job as plain data
@@ -434,9 +445,13 @@ def _as_data(job: Job) -> dict[str, Any]:
     return {**top, **{name: limit for name, limit in limits.items() if limit is not None}, "phases": phases}
 
 
-def _meaning(job: Job) -> dict[str, Any]:
+def _meaning(job: Job, *, as_written: bool = False) -> dict[str, Any]:
     """All that decides the loss curve, flat: {"phases.sft.batch": 64}; `phases` alone is their order."""
     leaves = {dotted(path): value for path, value in _leaves(_without_added(_as_data(job))) if not _is_neutral(path)}
+    for name in job.phases:
+        key = f"phases.{name}.schedule.warmup"
+        if not as_written and float(leaves[key]).is_integer():
+            leaves[key] = int(leaves[key])
     return leaves | {"phases": list(job.phases)}
 
 

@@ -64,6 +64,7 @@ def found(
         if phase is not None or step is not None:
             option = "--step" if step is not None else "--phase"
             raise InputError.of(option, f"goes with a run; {text} is the folder of a model")
+        modelfiles.fetch_base(str(folder))
         modelfiles.inspect(folder, classifier=rewards)
         return Found(str(folder), str(folder))
     meant = _meant(text)
@@ -77,6 +78,7 @@ def found(
     if newest is None:
         return _checkpoint(run, phase, step, rewards, say)
     local = local_copy(newest, cache_folder())
+    modelfiles.fetch_base(str(local))
     modelfiles.inspect(local, classifier=rewards)
     return Found(str(local), str(newest))
 
@@ -157,5 +159,6 @@ def _checkpoint(
             f"{run.address}: no model yet; this is its newest whole checkpoint, of step {step_of(checkpoint)} of {name}"
         )
     folder = exports.in_cache(run, name, checkpoint, say)
+    modelfiles.fetch_base(str(folder))
     modelfiles.inspect(folder, classifier=rewards)
     return Found(str(folder), str(checkpoint))

@@ -48,6 +48,7 @@ class PhaseRun:
         self.told_full: set[int] = set()
         self.folder = run.phase(name)
         self.job_hash = job_hash(job)
+        self.job_hash_before = job_hash(job, as_written=True)
         self.resume_at = run.rewound_to().get(name)
         self.accepted_before = run.accepted_before()
         self.checkpoints = opened(run.checkpoints(name), run.attempt)

@@ -20,6 +20,7 @@ from training.hardware import cpu_multiplies_bf16
 from training.schedule import total_steps
 from training.shape import Shape, of_count, shape_of
 from training.sizing import Models, Needs, Setting, checkpoint_bytes, models_of, recomputes, setting_of, team
+from training.traits import known_of
 
 GIB = 1 << 30
 _TIGHT_ABOVE = 0.92
@@ -96,7 +97,7 @@ class Planned:
         self.needs = [team(phase, group.roles or (), models, group.where) for group in self._named()]
 
     def _where(self, roles: Sequence[str], seated: Phase) -> Setting:
-        where = setting_of(seated, dtype=self.dtype, on_gpu=self.site.on_gpu)
+        where = setting_of(seated, dtype=self.dtype, on_gpu=self.site.on_gpu, known=known_of(self.phase))
         again = recomputes(self.phase, roles, self.models, where, self.machine.gpu.memory_gib * GIB)
         return replace(where, checkpointing=again)
 

@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from launcher import host
 from launcher.failures import Raised, WorkerDied, in_words
-from training import traits
+from training import hub, traits
 from training.config import PPO, Model, Phase
 from training.errors import InputError, Problem
-from training.modelfiles import base_of
+from training.modelfiles import base_of, configured_in, on_hub
 from training.traits import Traits
 
 _LIMIT_S = 300
@@ -22,40 +21,44 @@ _LIMIT_S = 300
 
 
 def examined(phase: Phase, *, apart: bool = True) -> Traits | None:
-    """What is known of the model that a phase trains; of all its models afterwards. None: it is on the hub or in a bucket, and examined there.
+    """What is known of the model that a phase trains; of all its models afterwards. None: it is on the hub or in a bucket, not at hand, and examined
+    where the job runs.
 
     `apart`: in another process where nothing is known yet. Raises InputError for a model that cannot be loaded.
     """
     if apart:
         for model in _models(phase):
             _examine(model)
-    own = traits.key_in(phase.model.path, trust_remote_code=phase.model.trust_remote_code)
-    return None if own is None else traits.known(own)
+    return traits.known_of(phase)
 
 
 def pass_on(phase: Phase) -> None:
     """Let the workers of a phase know what is known of its models."""
-    keys = [traits.key_in(model.path, trust_remote_code=model.trust_remote_code) for model in _models(phase)]
+    keys = [traits.key_for(model) for model in _models(phase)]
     traits.pass_on([key for key in keys if key is not None])
 
 
 def _models(phase: Phase) -> Iterator[Model]:
-    """Those that lie on this machine."""
+    """Those whose configuration is on this machine, or to be had from the hub at once."""
     paths = [phase.model.path]
     if isinstance(phase, PPO):
         paths += [phase.critic or "", *(source.path for source in phase.rewards if source.is_model)]
     for path in dict.fromkeys(base_of(path) for path in paths if path):
-        if os.path.isfile(os.path.join(path, "config.json")):
-            yield Model(path=path, trust_remote_code=phase.model.trust_remote_code)
+        revision = phase.model.revision if path == phase.model.path else None
+        if on_hub(path):
+            hub.file_at_hand(path, "config.json", revision)
+        if configured_in(path, revision) is not None:
+            yield Model(path=path, revision=revision, trust_remote_code=phase.model.trust_remote_code)
 
 
 def _examine(model: Model) -> None:
-    key = traits.key_in(model.path, trust_remote_code=model.trust_remote_code)
+    key = traits.key_for(model)
     if key is None or traits.known(key) is not None:
         return
     why = _by_the_nursery(model) if host.has_nursery() else _by_a_process(model)
-    if why:  # what nobody could find out is not tried again
-        config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+    folder = configured_in(model.path, model.revision)
+    if why and folder is not None:  # what nobody could find out is not tried again
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         traits.remember(key, Traits(architecture=str((config.get("architectures") or ["the model"])[0]), unknown=why))
 
 
@@ -69,7 +72,9 @@ def _by_the_nursery(model: Model) -> str:
 
 
 def _by_a_process(model: Model) -> str:
-    settings = json.dumps({"path": model.path, "trust_remote_code": model.trust_remote_code})
+    settings = json.dumps(
+        {"path": model.path, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    )
     command = [sys.executable, "-m", "training.probe", settings]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     try:

@@ -61,6 +61,15 @@ def unknown_phases(document: Document) -> Iterator[tuple[KeyPath, str]]:
             )
 
 
+def unknown_to_deepspeed(document: Document, phases: Mapping[str, Phase]) -> Iterator[tuple[KeyPath, str]]:
+    """Settings in `deepspeed` that DeepSpeed does not have. Not of a resolved file: a run that began with them goes on."""
+    if _is_resolved(document):
+        return
+    for name, phase in phases.items():
+        for path, message in rawdeepspeed.unknown(phase.deepspeed):
+            yield ("phases", name, "deepspeed", *path), message
+
+
 def inherit_from_top(document: Document, overridden: Sequence[KeyPath], own: OwnSettings) -> None:
     """Take out of the phases of a resolved document what the top level replaces: overrides, and settings added there by hand.
 

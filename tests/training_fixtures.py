@@ -105,6 +105,7 @@ class Recorder:
     """The hooks of a run, remembering what it was told."""
 
     job_hash = "0" * 16
+    job_hash_before = ""
     resume_at: int | None = None
     accepted_before = 0
     skipped: frozenset[int] = frozenset()
@@ -159,7 +160,7 @@ def train(tiny, tmp_path_factory):
     ) -> Recorder:
         of_the_run = {
             name: settings.pop(name)
-            for name in ("job_hash", "resume_at", "accepted_before", "skipped")
+            for name in ("job_hash", "job_hash_before", "resume_at", "accepted_before", "skipped")
             if name in settings
         }
         kind = settings.pop("hooks", Recorder)

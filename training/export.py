@@ -32,8 +32,10 @@ from training.modelfiles import (
     SCORE,
     TOKEN_HEADS,
     base_of,
+    folder_of,
     inspect,
     merge_first,
+    quantization,
     tensor_shapes,
 )
 from training.recipes import RECIPES
@@ -110,8 +112,12 @@ def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]
 
 def _merged(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
     """The base's weights with the adapters added, tensor by tensor, and what was trained whole; by the names of the loaded model."""
-    base, lora = Path(base_of(phase.model.path)), phase.model.lora
+    base, lora = Path(folder_of(base_of(phase.model.path), phase.model.revision)), phase.model.lora
     assert lora is not None, "a phase that has trained adapters"
+    if (method := quantization(base)) is not None:
+        raise TrainingError(
+            f"{base} has quantized weights ({method}), into which no adapter can be merged: {merge_first(base)}"
+        )
     downs = {base_name(name.replace(f".lora_A.{NAME}.", ".")): name for name in reader.parameters if ".lora_A." in name}
     whole = [name for name in reader.parameters if ".lora_" not in name]
     rows, transposed = _rows_of_embedding(reader), transposed_in(phase)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from training.shape import shape_of
 from training.sizing import models_of, recomputes, setting_of
 from training.snapshot import ShardWriter
 from training.storage import place, why_not_writable
+from training.traits import Traits
 
 GIB = 1 << 30
 _PARALLEL = "TOKENIZERS_PARALLELISM"
@@ -54,6 +55,8 @@ class Learner:
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
         self.writer = ShardWriter(pinned=seat.device == "cuda")
+        self.known: Traits | None = None
+        """Of the model's code; of a role that opens data, and the same on all workers."""
 
     def open_data(self) -> Stores:
         """The data of the phase; its model then is on this machine, too. Raises TrainingError unless all workers see the
@@ -66,7 +69,7 @@ class Learner:
         dist.barrier()
         self.phase = self.whole_phase = at_hand(self.phase, self.cache)
         stores = open_stores(self.phase, self.cache)
-        self.traits = models.resolve_traits(self.phase.model)
+        self.traits = self.known = models.resolve_traits(self.phase.model)
         self.attention = models.resolve_attention(self.phase.model, self.seat.device)
         self.kernels = models.resolve_kernels(
             self.phase.model.model_copy(update={"path": base_of(self.phase.model.path)}), self.seat.device
@@ -95,7 +98,7 @@ class Learner:
         device = device_of(self.seat)
         memory = torch.tensor(float(torch.cuda.get_device_properties(device).total_memory), device=device)
         dist.all_reduce(memory, dist.ReduceOp.MIN)
-        return recomputes_on(self.whole_phase, self.role, self.seat.size, self.dtype, float(memory))
+        return recomputes_on(self.whole_phase, self.role, self.seat.size, self.dtype, float(memory), self.known)
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         """For the length of a block the language model with all its weights, as they are now, to generate with."""
@@ -201,7 +204,9 @@ class Learner:
             export(place(checkpoint), place(out), self.phase)
 
 
-def recomputes_on(phase: Phase, role: str, workers: int, dtype: torch.dtype, gpu_bytes: float) -> bool:
+def recomputes_on(
+    phase: Phase, role: str, workers: int, dtype: torch.dtype, gpu_bytes: float, known: Traits | None = None
+) -> bool:
     """Whether so many workers with GPUs of this memory recompute the activations of a role and those that it shares them with.
 
     By the job and the GPUs alone, as `muster plan` tells it. They do where nothing is known of a model.
@@ -209,7 +214,8 @@ def recomputes_on(phase: Phase, role: str, workers: int, dtype: torch.dtype, gpu
     seated = phase.model_copy(
         update={"resources": phase.resources.model_copy(update={"workers": workers, "min_workers": None})}
     )
-    where = setting_of(seated, dtype="bf16" if dtype is torch.bfloat16 else "fp32", on_gpu=True)
+    bits: Literal["bf16", "fp32"] = "bf16" if dtype is torch.bfloat16 else "fp32"
+    where = setting_of(seated, dtype=bits, on_gpu=True, known=known)
     roles = next(roles for roles, _ in phase.teams if not roles or role in roles)
     try:
         return recomputes(phase, roles, models_of(phase, shape_of), where, gpu_bytes)

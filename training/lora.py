@@ -257,13 +257,17 @@ def write_folder(folder: Path, weights: dict[str, Tensor], phase: Phase, *, clas
     else:
         wanted = sorted(settings.targets)
     heads = sorted({name.split(".")[-2] for name in weights if ".lora_" not in name})
+    base, revision = phase.model.path, phase.model.revision
+    if existing is not None:
+        base = existing.base_name if on_hub(existing.base_name) else existing.base
+        revision = revision or existing.revision
     config = config_for(
         settings,
         wanted,
         task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
         modules_to_save=heads or None,
-        base_model_name_or_path=(base := base_of(phase.model.path)),
-        revision=phase.model.revision if on_hub(base) else None,
+        base_model_name_or_path=base,
+        revision=revision if on_hub(base) else None,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))

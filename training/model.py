@@ -20,11 +20,22 @@ from training.errors import InputError, Problem
 from training.hardware import cpu_multiplies_bf16
 from training.heads import measured_at
 from training.modelfiles import SCORE as HEAD
-from training.modelfiles import Adapter, adapter_in, base_of
+from training.modelfiles import (
+    TOKEN_HEADS,
+    Adapter,
+    adapter_in,
+    auxiliary_loss,
+    base_of,
+    described_holes,
+    described_quantization,
+)
 from training.probe import traits_for
 from training.seeding import seed_for
+from training.shape import BUFFERS
 from training.traits import Traits, attention_of
 
+_SHOWN = 3
+"""Tensors that a message names."""
 _NOISE = re.compile(r"dropout|pdrop$|layerdrop|drop_path")
 """Settings of how much is left out at random: of activations, or whole layers."""
 _ROUTES = re.compile(r"Router|(Moe|MoE)Block")
@@ -52,6 +63,7 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
     """
     adapter = adapter_in(phase.model.path)
     settings = phase.model.model_copy(update={"path": base_of(phase.model.path)})
+    _refuse_quantized(settings)
     lm, fresh_head = pretrained(settings, dtype, device, classifier=classifier)
     if adapter is not None:
         _bring_rows(lm, adapter)
@@ -67,6 +79,14 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
     _keep_routers_still(lm)
     lm.train()
     return lm
+
+
+def _refuse_quantized(model: Model) -> None:
+    """Raises InputError for weights that cannot be trained, also of a model on the hub."""
+    settings = getattr(load_config(model), "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method is not None and not (method == "bitsandbytes" and model.lora is not None and model.lora.bits == 4):
+        raise InputError.of(model.path, described_quantization(str(method)), "model")
 
 
 def _keep_routers_still(lm: nn.Module) -> None:
@@ -167,7 +187,21 @@ def pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifie
         kernels.fuse(lm)
     head = {f"{HEAD}.weight"} & set(info["missing_keys"]) if classifier else set()
     refuse_holes(model.path, {**info, "missing_keys": set(info["missing_keys"]) - head})
+    lm.unused = sorted(
+        name
+        for name in info["unexpected_keys"]
+        if not name.endswith(BUFFERS) and not (classifier and name.endswith(TOKEN_HEADS))
+    )
     return lm, bool(head)
+
+
+def notes_on_weights(lm: Any) -> list[str]:
+    """What a user should know of how a model's weights and its configuration are used."""
+    names: list[str] = getattr(lm, "unused", [])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    unused = f"of the weights {', '.join(names[:_SHOWN])}{more} are not used: the model has no such parameters"
+    auxiliary = auxiliary_loss(lm.config.get_text_config().to_dict())
+    return [note for note in (unused if names else "", auxiliary) if note]
 
 
 def _quantized(model: Model, device: str) -> dict[str, Any]:
@@ -222,11 +256,7 @@ def refuse_holes(path: str, info: Mapping[str, Any]) -> None:
     """Raises InputError if weights are missing or of another shape: transformers would go on with random ones."""
     missing = sorted(info["missing_keys"])
     misfits = sorted(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])
-    problems = []
-    for keys, what in ((missing, "are not in the weights"), (misfits, "have another shape than config.json says")):
-        if keys:
-            named = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            problems.append(Problem(path, "model", f"{named} {what}; copy the model again or correct config.json"))
+    problems = [Problem(path, "model", message) for message in described_holes(missing, misfits)]
     if problems:
         raise InputError(problems)
 

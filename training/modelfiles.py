@@ -13,8 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from training import hub
 from training.config import Model, Phase
 from training.errors import InputError, Problem
+from training.paths import absolute
 from training.storage import is_remote, local_copy, place
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
@@ -30,6 +32,8 @@ TOKEN_HEADS = ("lm_head.weight", "embed_out.weight")
 SCORE = "score"
 """What Hugging Face's sequence classifiers of the decoder kind call their head."""
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LAYER_OF_BODY = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
@@ -70,7 +74,9 @@ class Adapter:
 
     folder: Path
     base: str
-    """Folder or hub id of the model that it was trained on."""
+    """Folder of the model that it was trained on; its name if that is on the hub and not in the library's cache."""
+    base_name: str
+    """The same as it is named in the adapter's folder."""
     rank: int
     alpha: float
     targets: list[str] | str
@@ -114,26 +120,79 @@ def adapter_in(path: str) -> Adapter | None:
     file = folder / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        kind, base = str(config["peft_type"]), str(config["base_model_name_or_path"])
-        rank, alpha = (config["r"], float(config["lora_alpha"])) if kind == "LORA" else (0, 0.0)
+        kind, base = str(config["peft_type"]), config["base_model_name_or_path"]
+        rank, alpha = (int(config["r"]), float(config["lora_alpha"])) if kind == "LORA" else (0, 0.0)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError.of(str(file), f"not a readable adapter of LoRA ({error!r}); copy it again") from None
+    if kind in _NOT_MERGED_BY_PEFT:
+        raise InputError.of(str(file), _cannot_be_merged(kind))
     odd = _settings_not_applied(config) if kind == "LORA" else [f"peft_type {kind}"]
     if odd:
         raise _not_loaded(file, odd, folder)
+    if not isinstance(base, str) or not base:
+        raise InputError.of(
+            str(file), "does not say which model it was trained on; set base_model_name_or_path to its folder"
+        )
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise InputError.of(str(folder), f"has no {ADAPTER_WEIGHTS}{_contents(folder)}")
+        raise InputError.of(str(folder), _no_adapter_weights(folder))
     shapes = _adapter_shapes(folder)
     if unknown := _tensors_not_applied(shapes):
         raise _not_loaded(folder / ADAPTER_WEIGHTS, [f"tensors {_some(unknown, 3)}"], folder)
+    _refuse_another_rank(file, shapes, rank)
     saved = {name: shape for name, shape in shapes.items() if ".lora_" not in name}
     heads = [SCORE] if f"{SCORE}.weight" in saved else []
     return Adapter(
-        folder, base, rank, alpha, _targets(config["target_modules"]), heads,
+        folder, folder_of(base, config.get("revision")), base, rank, alpha, _targets(config["target_modules"]), heads,
         whole={name: shape for name, shape in saved.items() if name != f"{SCORE}.weight"},
         classifier=bool(heads) or config.get("task_type") == "SEQ_CLS",
         revision=config.get("revision"),
     )  # fmt: skip
+
+
+def folder_of(name: str, revision: str | None = None) -> str:
+    """The folder that a model's name means here, also in the cache of the hub's library; else the name."""
+    if Path(name).is_dir():
+        return absolute(name)
+    cached = hub.cached_folder(name, revision) if on_hub(name) else None
+    return name if cached is None else str(cached)
+
+
+def fetch_base(folder: str) -> None:
+    """Fetch the model below an adapter from the hub, unless it is here. Raises InputError if it cannot be had."""
+    adapter = adapter_in(folder)
+    if adapter is not None and on_hub(adapter.base):
+        hub.fetched_folder(adapter.base, adapter.revision)
+
+
+_NOT_MERGED_BY_PEFT = frozenset(
+    {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"}
+)
+"""Kinds of adapters that PEFT cannot add to the weights of the model below: they are no change of weights."""
+
+
+def _cannot_be_merged(kind: str) -> str:
+    return (
+        f"an adapter of the kind {kind}, which is no change of the weights: it can be neither loaded here nor merged by PEFT; "
+        "use a LoRA adapter"
+    )
+
+
+def _no_adapter_weights(folder: Path) -> str:
+    if (pickle := folder / "adapter_model.bin").is_file():
+        return (
+            f"has its weights in {pickle.name}, a pickle, which can run code when it is loaded; convert it where you trust it: "
+            f'safetensors.torch.save_file(torch.load("{pickle}", weights_only=True), "{folder / ADAPTER_WEIGHTS}")'
+        )
+    return f"has no {ADAPTER_WEIGHTS}{_contents(folder)}"
+
+
+def _refuse_another_rank(file: Path, shapes: Mapping[str, tuple[int, ...]], rank: int) -> None:
+    """Raises InputError if the tensors have another rank than the configuration says: the scale would be wrong."""
+    ranks = {shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.weight")}
+    ranks |= {shape[1] for name, shape in shapes.items() if name.endswith(".lora_B.weight")}
+    if ranks - {rank}:
+        there = ", ".join(map(str, sorted(ranks)))
+        raise InputError.of(str(file), f"says r {rank}, but its tensors have rank {there}; copy the adapter again")
 
 
 def _targets(given: Any) -> list[str] | str:
@@ -211,6 +270,15 @@ def base_of(path: str) -> str:
     """The folder or hub id of the weights: of an adapter those it was trained on, else the path itself."""
     adapter = adapter_in(path)
     return adapter.base if adapter is not None else path
+
+
+def configured_in(path: str, revision: str | None = None) -> Path | None:
+    """The folder with the config.json of a model, or of the one below an adapter; of the hub that in its library's cache. None: not here."""
+    base = base_of(path)
+    if on_hub(base):
+        file = hub.cached_file(base, "config.json", revision)
+        return None if file is None else file.parent
+    return Path(base) if (Path(base) / "config.json").is_file() else None
 
 
 def check_continues(model: Model) -> None:
@@ -292,6 +360,8 @@ def stored_as(parameter: str, stored: Mapping[str, Any]) -> str | None:
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the stored tensors, by name; empty if there are no weights in safetensors, or not all of them."""
+    if not folder.is_dir():
+        return {}
     check = _Check(folder)
     _, tensors = check.weights()
     return {} if check.problems else {name: tensor.shape for name, tensor in tensors.items()}
@@ -361,9 +431,8 @@ def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool,
             str(adapter.folder), "the adapter of a reward model is no causal language model; give a language model"
         )
     if not base.is_dir():
-        message = (
-            f"was trained on {adapter.base}, which is not here; get that model and correct base_model_name_or_path"
-        )
+        fetch = f" (`hf download {adapter.base}`)" if _HUB_ID.fullmatch(adapter.base) else ""
+        message = f"was trained on {adapter.base}, which is not here; get that model{fetch} or correct base_model_name_or_path"
         raise InputError.of(str(adapter.folder / ADAPTER_CONFIG), message)
     facts = inspect(
         base,
@@ -379,7 +448,7 @@ def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool,
 
 def _misfit(adapter: Adapter, base: Path, trust_remote_code: bool) -> str:
     """What of an adapter does not fit the model below it. By the names of the loaded model where the files have others."""
-    if (method := _quantization(base)) is not None:
+    if (method := quantization(base)) is not None:
         return (
             f"was trained on {adapter.base}, whose weights are quantized ({method}): it cannot be merged into them; correct "
             "base_model_name_or_path to the same model without quantization"
@@ -404,7 +473,28 @@ def _misfit(adapter: Adapter, base: Path, trust_remote_code: bool) -> str:
     return ""
 
 
-def _quantization(folder: Path) -> str | None:
+def untrainable(model: Model) -> str:
+    """Why the weights in a model's folder, or below its adapter, cannot be trained, if that is so: they are quantized."""
+    method = quantization(Path(base_of(model.path)))
+    in_4_bits = model.lora is not None and model.lora.bits == 4 and method == "bitsandbytes"
+    return "" if method is None or in_4_bits else described_quantization(method)
+
+
+def described_quantization(method: str) -> str:
+    """Why quantized weights cannot be trained, and what to do."""
+    settings = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}.get(method)
+    way_out = "train from the same model without quantization (model.lora.bits: 4 quantizes it while it loads)"
+    if settings is not None:
+        way_out += (
+            f", or write that once: AutoModelForCausalLM.from_pretrained(folder, quantization_config={settings}(dequantize=True))"
+            ".save_pretrained(new_folder)"
+        )
+    return (
+        f"the weights are quantized ({method} by quantization_config in config.json) and cannot be trained; {way_out}"
+    )
+
+
+def quantization(folder: Path) -> str | None:
     """How the weights in a folder are quantized, if they are."""
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
@@ -516,7 +606,11 @@ class _Check:
                 "it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors",
             )
         else:
-            self.refuse(self.folder, f"has no weights: no model.safetensors{_contents(self.folder)}")
+            gguf = next((file.name for file in sorted(self.folder.glob("*.gguf"))), None)
+            way_out = (
+                f"; {gguf} is for llama.cpp: get the model that it was made of" if gguf else _contents(self.folder)
+            )
+            self.refuse(self.folder, f"has no weights: no model.safetensors{way_out}")
         return [], {}
 
     def indexed(self, index: Path) -> tuple[list[Path], dict[str, _Tensor]]:
@@ -634,6 +728,57 @@ def _tensors(entries: dict[str, Any], data: int) -> Iterator[tuple[str, _Tensor]
             name,
             _Tensor(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), last - first, data + first),
         )
+
+
+def described_holes(absent: Sequence[str], misfits: Sequence[str]) -> list[str]:
+    """What is wrong with weights that lack tensors, or have them in another shape than the configuration says."""
+    cases = ((absent, "not in the weights"), (misfits, "of another shape than config.json says"))
+    return [
+        f"{_some(names, 3)} {'is' if len(names) == 1 else 'are'} {what}; copy the model again or correct config.json"
+        for names, what in cases
+        if names
+    ]
+
+
+def notes_on(path: str) -> list[str]:
+    """What a user should know of what in the folder of a model, or of the one below an adapter, has no effect."""
+    folder = Path(base_of(path))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(config, dict):
+        return []
+    return [note for note in (_unused_layers(config, tensor_shapes(folder)), auxiliary_loss(config)) if note]
+
+
+def _unused_layers(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Of layers in the weights that config.json does not count, in words; nothing if there are none."""
+    count = _whole(config, "num_hidden_layers", "n_layer")
+    embeddings = _embeddings(shapes, None)
+    if count is None or not embeddings:
+        return ""
+    body = EMBEDDING.sub("", embeddings[0])
+    found = (_LAYER_OF_BODY.match(name.removeprefix(body)) for name in shapes if name.startswith(body))
+    count += _whole(config, "num_nextn_predict_layers") or 0
+    beyond = sorted({int(match[1]) for match in found if match is not None and int(match[1]) >= count})
+    if not beyond:
+        return ""
+    return (
+        f"config.json counts {count} layers, and the weights have more: layers {_some(map(str, beyond))} are not used; correct "
+        "num_hidden_layers unless that is meant"
+    )
+
+
+def auxiliary_loss(config: Mapping[str, Any]) -> str:
+    """That a loss of routers which the configuration switches on is not learnt, in words; nothing if there is none."""
+    weight = config.get("router_aux_loss_coef")
+    if not weight or not config.get("output_router_logits"):
+        return ""
+    return (
+        f"the loss is that of the tokens alone: router_aux_loss_coef {weight:g}, which output_router_logits switches on in "
+        "transformers (config.json), has no effect"
+    )
 
 
 def window_of(path: str) -> int | None:

@@ -48,12 +48,16 @@ def traits_for(model: Model) -> Traits:
     """What is known of the model in a folder or of that name. Probes it in this process if nothing is known yet."""
     from training import model as models
 
-    key = known_traits.key_in(model.path, trust_remote_code=model.trust_remote_code)
+    key = known_traits.key_for(model)
     if key is not None and (found := known_traits.known(key)) is not None:
         return found
-    config = models.load_config(model)
-    key = key or known_traits.key_of(config.to_dict())
-    return known_traits.known(key) or _probed(config, key, trust_remote_code=model.trust_remote_code)
+    config = models.load_config(model)  # fetches it, if it is on the hub
+    key = known_traits.key_for(model) or known_traits.key_of(config.to_dict())
+    if (found := known_traits.known(key)) is not None:
+        return found
+    found = probe(config, trust_remote_code=model.trust_remote_code)
+    known_traits.remember(known_traits.key_for(model) or key, found)  # the model's code may have been fetched since
+    return found
 
 
 def traits_of(lm: Any) -> Traits:
@@ -173,7 +177,7 @@ class _Probe:
         return Kernel(
             exists=True,
             right=right,
-            pads=right and not self.picks and _holds(lambda: self.computes(lm, [[ids] for ids in self.samples])),
+            pads=right and not self.picks and _holds(lambda: self.pads(lm)),
             packs=right and not self.picks and _holds(lambda: self.keeps_apart(lm, varlen=name == SDPA_VARLEN)),
             trees=right and not self.picks and name != "eager" and _holds(lambda: self.has_trees(name)),
         )
@@ -191,15 +195,19 @@ class _Probe:
         except (ValueError, ImportError):
             return None
 
-    def computes(self, lm: Any, rows: Sequence[Sequence[Ids]]) -> bool:
+    def computes(self, rows: Sequence[Sequence[Ids]], got: Sequence[Sequence[Tensor]]) -> bool:
         """Whether the samples, so put into rows, have the logits that they have alone."""
         wanted = {ids.tobytes(): logits for ids, logits in zip(self.samples, self.alone, strict=True)}
-        got = _logits(lm, rows)
         return all(
             _equal(part, wanted[ids.tobytes()])
             for row, parts in zip(rows, got, strict=True)
             for ids, part in zip(row, parts, strict=True)
         )
+
+    def pads(self, lm: Any) -> bool:
+        """Whether padding behind a sample changes nothing."""
+        rows = [[ids] for ids in self.samples]
+        return self.computes(rows, _logits(lm, rows))
 
     def keeps_apart(self, lm: Any, *, varlen: bool) -> bool:
         """Whether samples that share a row do not see each other, be they earlier or later, and padding behind them is no sample either."""
@@ -207,20 +215,21 @@ class _Probe:
         layouts = [[[long, short, middle]], [[short, middle, long]]]
         if not varlen:  # whose micro-batches are one row
             layouts += [[[middle, short], [long]], [[long, middle], [short]]]
-        return self.takes_long_rows(lm) and all(
-            self.computes(lm, rows) and all(self.unseen(lm, rows, i) for i in range(len(self.samples)))
-            for rows in layouts
-        )
+        return self.takes_long_rows(lm) and all(self.apart_in(lm, rows) for rows in layouts)
 
     def takes_long_rows(self, lm: Any) -> bool:
         """Whether a row may have more tokens than the model has positions: some keep a mask of that size."""
         got = _logits(lm, [[*self.others, *self.samples]])[0][len(self.others) :]
         return all(_equal(one, alone) for one, alone in zip(got, self.alone, strict=True))
 
-    def unseen(self, lm: Any, rows: Sequence[Sequence[Ids]], changed: int) -> bool:
+    def apart_in(self, lm: Any, rows: Sequence[Sequence[Ids]]) -> bool:
+        """Whether that holds for one way to put the samples into rows."""
+        logits = _logits(lm, rows)
+        return self.computes(rows, logits) and all(self.unseen(lm, rows, i, logits) for i in range(len(self.samples)))
+
+    def unseen(self, lm: Any, rows: Sequence[Sequence[Ids]], changed: int, before: Sequence[Sequence[Tensor]]) -> bool:
         """Whether another sample in the place of one does not show in the logits of the rest."""
         ids, other = self.samples[changed], self.others[changed]
-        before = _logits(lm, rows)
         after = _logits(lm, [[other if each is ids else each for each in row] for row in rows])
         pairs = [
             (b, a)

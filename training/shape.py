@@ -23,7 +23,7 @@ from training.modelfiles import EMBEDDING, LAYER, TOKEN_HEADS
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 """Experts that lie apart in the files: in the loaded model those of a layer are one tensor, no linear layers."""
-_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """What older files hold beside the parameters."""
 _PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold."""
@@ -234,7 +234,7 @@ def _of_folder(folder: Path, trust_remote_code: bool) -> Shape:
     tensors = modelfiles.tensor_shapes(folder)
     if not tensors:
         return of_config(config, trust_remote_code=trust_remote_code)
-    return of_tensors(config, {name: shape for name, shape in tensors.items() if not name.endswith(_BUFFERS)})
+    return of_tensors(config, {name: shape for name, shape in tensors.items() if not name.endswith(BUFFERS)})
 
 
 def _of_llamas_kind(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -264,6 +264,26 @@ def _of_llamas_kind(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if not config.get("tie_word_embeddings", False):
         tensors["lm_head.weight"] = (vocab, hidden)
     return tensors
+
+
+def holes(folder: Path, *, classifier: bool = False) -> list[str]:
+    """What the weights in a folder lack of a LLaMA, Mistral or Qwen2 of its configuration, by their headers. Of other models nothing is known.
+
+    `classifier`: the head for tokens is not needed.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("model_type")
+        expected = _of_llamas_kind(config) if kind in _LLAMAS_KIND else {}
+    except (OSError, ValueError, AttributeError, InputError):
+        return []
+    stored = modelfiles.tensor_shapes(folder)
+    if "model.embed_tokens.weight" not in stored or config.get("quantization_config"):
+        return []
+    wanted = {name: shape for name, shape in expected.items() if not (classifier and name.endswith(TOKEN_HEADS))}
+    absent = [name for name in wanted if name not in stored]
+    misfits = [name for name, shape in wanted.items() if name in stored and stored[name] != shape]
+    return modelfiles.described_holes(absent, misfits)
 
 
 def on_meta_device(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, tuple[int, ...]] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from training.config import PPO, Lora, Phase, Sharding
@@ -16,6 +16,7 @@ from training.data.dealing import SDPA_VARLEN, is_varlen, limits_for
 from training.modelfiles import adapter_in
 from training.recipes import RECIPES
 from training.shape import Shape
+from training.traits import Traits, attention_of, rows_of
 
 FP32, BF16 = 4, 2
 MOMENTS = 2 * FP32
@@ -107,16 +108,24 @@ def setting_of(
     on_gpu: bool,
     longest: int | None = None,
     targets: float | None = None,
+    known: Traits | None = None,
 ) -> Setting:
-    """How the roles of a phase compute; see `recomputes` for what it leaves open. `longest`: tokens of the longest sample, if it is known; `targets`: as in Setting."""
+    """How the roles of a phase compute; see `recomputes` for what it leaves open. `longest`: tokens of the longest sample, if it is known; `targets`: as in Setting.
+
+    `known`: what is known of the model's code, if it was examined. Raises InputError for a kernel that it does not have.
+    """
+    device: Literal["cpu", "cuda"] = "cuda" if on_gpu else "cpu"
     attention: str = phase.model.attention
-    if attention == "auto":
+    if known is not None:
+        attention = attention_of(phase.model, known, device)
+    elif attention == "auto":
         # Flash attention, where it is installed, takes no more.
         attention = "sdpa" if on_gpu or phase.model.compile else SDPA_VARLEN
     # Both sequences of a pair lie in one row.
     most = (2 if phase.recipe == "reward" else 1) * phase.data.max_length + phase.new_tokens
     longest = most if longest is None else min(longest, most)
-    limits = limits_for(phase, longest, "cuda" if on_gpu else "cpu", attention)
+    rows = {} if known is None else asdict(rows_of(known, attention, longest))
+    limits = limits_for(phase, longest, device, attention, **rows)
     row = limits.row_tokens or longest
     # Whole rows; what a further one would not fit into is left.
     tokens = (

@@ -30,6 +30,7 @@ from training.evaluate import Exam, exam_of
 from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
+from training.model import notes_on_weights
 from training.profiling import part
 from training.schedule import learning_rate, never_profiled, total_samples, total_steps
 from training.seeding import seed_for
@@ -122,7 +123,7 @@ class Trainer(Learner):
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
         module: Any = self.build(dtype)
-        self.left_out = lora.left_out(module.lm, self.phase.model.lora)
+        self.left_out = [*lora.left_out(module.lm, self.phase.model.lora), *notes_on_weights(module.lm)]
         check_tokens(self.phase, [self.store, self.eval_store], rows_in(module.lm))
         self.positions: int | None = getattr(module.lm.config, "max_position_embeddings", None)
         return module

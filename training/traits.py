@@ -16,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from training.config import Model, Phase
+from training.config import PPO, Model, Phase
 from training.data.dealing import SDPA_VARLEN
 from training.errors import InputError
-from training.modelfiles import base_of
+from training.modelfiles import configured_in
 
 PASSED_ON = "MUSTER_MODEL_TRAITS"
 """Environment variable by which workers are given what is known of their models, as JSON by key: they may lie on other machines."""
@@ -93,6 +93,11 @@ class Traits:
         """Whether texts of at most `longest` tokens can be written together."""
         return self.generation == "batched" and (self.rotary_limit is None or longest <= self.rotary_limit)
 
+    def batches_continuously(self, attention: str, longest: int) -> bool:
+        """Whether texts of at most `longest` tokens can be written by continuous batching, which packs them into one row."""
+        kernel = "sdpa" if attention == SDPA_VARLEN else attention  # ours knows no pages
+        return self.usable(kernel) and self.packs(kernel) and self.batches(longest)
+
     def json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -141,15 +146,22 @@ def _version_of(package: str) -> str:
         return ""
 
 
-def key_in(folder: str, *, trust_remote_code: bool = False) -> str | None:
-    """The key of the model in a folder, or of the one below the adapter in it. None: there is no configuration to be read."""
-    path = Path(base_of(folder))
+def key_in(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> str | None:
+    """The key of the model in a folder or on the hub, or of the one below an adapter. None: there is no configuration here to be read."""
+    folder = configured_in(path, revision)
+    if folder is None:
+        return None
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    code = b"".join(file.read_bytes() for file in sorted(path.glob("*.py"))) if trust_remote_code else b""
+    code = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py"))) if trust_remote_code else b""
     return key_of(config, code) if isinstance(config, dict) else None
+
+
+def key_for(model: Model) -> str | None:
+    """See `key_in`."""
+    return key_in(model.path, trust_remote_code=model.trust_remote_code, revision=model.revision)
 
 
 _known: dict[str, Traits] = {}
@@ -162,6 +174,12 @@ def known(key: str) -> Traits | None:
         with suppress(TypeError, KeyError, AttributeError):  # of another version
             _known[key] = Traits.of_json(stored)
     return _known.get(key)
+
+
+def known_of(phase: Phase) -> Traits | None:
+    """The same of the model of a phase."""
+    key = key_for(phase.model)
+    return None if key is None else known(key)
 
 
 def remember(key: str, traits: Traits) -> None:
@@ -235,6 +253,9 @@ def refuse(phase: Phase, traits: Traits, attention: str, longest: int) -> None:
 def notes(phase: Phase, traits: Traits, attention: str, longest: int) -> Iterator[str]:
     """What goes another way than usual for a phase's model, and why."""
     name = traits.architecture
+    wants_continuous = isinstance(phase, PPO) and phase.generation == "continuous"
+    if wants_continuous and not traits.batches_continuously(attention, longest):
+        yield f"continuous batching would change what {name} writes: prompts of like length are batched instead (generation)"
     if traits.unknown:
         yield (
             f"no small copy of {name} can be examined ({traits.unknown}): samples are computed one by one or with others of the same length, "

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
+
+from launcher import job as jobs
 
 RUN = ("run", "job.yaml", "--inline")
 TRAIN = "phases.sft.data.train="
@@ -340,9 +343,41 @@ def test_a_run_folder_that_holds_something_else_stays_as_it_is(muster, place):
     ]
 
 
+def test_quantized_weights_are_not_trained(muster, place):
+    edit_config(place, quantization_config={"quant_method": "gptq", "bits": 4})
+    (line,) = refused(muster, place, ("check", "job.yaml"))
+    assert line.startswith(f"job.yaml:2: model.path: {place}/model: the weights are quantized (gptq")
+    assert "train from the same model without quantization" in line
+    edit_config(place, quantization_config={"quant_method": "mxfp4"})
+    (line,) = refused(muster, place, ("check", "job.yaml"))
+    assert "quantization_config=Mxfp4Config(dequantize=True)" in line
+    edit_config(place, quantization_config={"quant_method": "bitsandbytes"})
+    read = jobs.load(place / "job.yaml", ["model.lora={rank: 4, bits: 4}"])
+    assert read.phases["sft"].model.lora.bits == 4, "they are in the very form that is asked for"
+
+
+@pytest.mark.parametrize(
+    ("missing", "changes", "message"),
+    [
+        (["lm_head.weight"], {}, "lm_head.weight is not in the weights; copy the model again or correct config.json"),
+        (["model.layers.1.mlp.up_proj.weight", "model.norm.weight"], {}, "model.layers.1.mlp.up_proj.weight, model.norm.weight are not in the weights"),
+        ([], {"intermediate_size": 40}, "model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight, model.layers.0.mlp.down_proj.weight and 3 more are of another shape than config.json says"),
+    ],
+)  # fmt: skip
+def test_weights_of_which_a_part_is_missing(muster, place, missing, changes, message):
+    file = place / "model" / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if name not in missing}
+    save_file(kept, file, metadata={"format": "pt"})
+    edit_config(place, **changes)
+    (line,) = refused(muster, place, ("check", "job.yaml"))
+    assert line.startswith(f"job.yaml:2: model.path: {place}/model: {message}")
+
+
 def test_a_storage_that_is_a_file(muster, place):
-    (line,) = refused(muster, place, (*RUN, "storage=job.yaml"))
-    assert line.startswith(f"{place}/job.yaml/sums: cannot use the run folder: Not a directory;")
+    for arguments in (RUN, ("check", "job.yaml")):
+        for storage in ("job.yaml", "job.yaml/runs"):
+            (line,) = refused(muster, place, (*arguments, f"storage={storage}"))
+            assert line == f"command line: storage: {place}/job.yaml is a file; name a folder"
 
 
 def test_a_storage_on_a_disk_that_cannot_be_written(muster, place):

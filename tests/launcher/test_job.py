@@ -49,17 +49,17 @@ def test_defaults_are_filled_in(folder):
 def test_a_phase_wins_key_by_key_over_the_top_of_the_job(folder):
     loaded = load(
         "seed: 3\nmodel: {path: org/model, dtype: bf16, attention: sdpa}\nresources: {workers: 2, threads: 1}\n"
-        "sharding: {stage: 3}\ndeepspeed: {a: {b: 1, c: 2}}\n"
+        "sharding: {stage: 3}\ndeepspeed: {aio: {thread_count: 1, queue_depth: 2}}\n"
         "phases:\n  sft:\n    data: {train: a.jsonl}\n    model: {dtype: fp32}\n    resources: {workers: 4}\n"
-        "    deepspeed: {a: {c: 3}}\n    seed: 5\n"
+        "    deepspeed: {aio: {queue_depth: 3}}\n    seed: 5\n"
         "  more: {recipe: sft, data: {train: a.jsonl}}\n"
     )
     sft, more = loaded.phases.values()
     assert (sft.model.dtype, sft.model.attention, sft.seed) == ("fp32", "sdpa", 5)
     assert (sft.resources.workers, sft.resources.threads, sft.sharding.stage) == (4, 1, 3)
-    assert sft.deepspeed == {"a": {"b": 1, "c": 3}}
+    assert sft.deepspeed == {"aio": {"thread_count": 1, "queue_depth": 3}}
     assert (more.model.dtype, more.seed, more.resources.workers) == ("bf16", 3, 2)
-    assert more.deepspeed == {"a": {"b": 1, "c": 2}}
+    assert more.deepspeed == {"aio": {"thread_count": 1, "queue_depth": 2}}
 
 
 def test_a_phase_starts_from_the_one_before_and_has_the_model_path_of_the_first(folder):
@@ -107,7 +107,7 @@ def test_two_dots_behind_a_link_are_followed_as_the_system_does(tmp_path, monkey
     (tmp_path / "far/models").mkdir(parents=True)
     (tmp_path / "near").mkdir()
     (tmp_path / "near/link").symlink_to(tmp_path / "far/models")
-    for name, content in (("a.jsonl", "{}"), ("t.jinja", ""), ("ds.json", '{"x": 1}'), ("r.py", "")):
+    for name, content in (("a.jsonl", "{}"), ("t.jinja", ""), ("ds.json", '{"aio": {}}'), ("r.py", "")):
         (tmp_path / "far" / name).write_text(content)
     (tmp_path / "near/job.yaml").write_text(
         "model: {path: link/../m, tokenizer: ./link/../m}\nstorage: link/../runs\ndeepspeed: link/../ds.json\nphases:\n"
@@ -125,7 +125,7 @@ def test_two_dots_behind_a_link_are_followed_as_the_system_does(tmp_path, monkey
         f"{far}/t.jinja",
     )
     assert sft.eval is not None
-    assert (sft.deepspeed, sft.eval.data) == ({"x": 1}, f"{far}/a.jsonl")
+    assert (sft.deepspeed, sft.eval.data) == ({"aio": {}}, f"{far}/a.jsonl")
     assert [source.path for source in ppo.rewards] == [f"{far}/r.py:score"]
 
 
@@ -437,6 +437,37 @@ def test_a_bad_deepspeed_file_is_told(folder, content, message):
     assert errors("deepspeed: ds.json\n" + HEAD) == ["job.yaml:1: deepspeed: " + message.format(folder=folder)]
 
 
+def test_settings_that_deepspeed_does_not_have_are_told_the_name_to_use(folder):
+    text = (
+        "deepspeed:\n  zero_stage: 2\n  zero_optimization:\n    reduce_bucket: 1000\n  warmup_steps: 5\n  nonsense: 1\n"
+        + HEAD
+    )
+    found = errors(text)
+    assert (
+        "job.yaml:2: deepspeed.zero_stage: DeepSpeed has no such setting; the name here is sharding.stage" in found[0]
+    )
+    assert found[1] == (
+        "job.yaml:4: deepspeed.zero_optimization.reduce_bucket: DeepSpeed has no such setting; did you mean reduce_bucket_size?"
+    )
+    assert "the name here is phases.NAME.schedule.warmup" in found[2]
+    assert found[3:] == ["job.yaml:6: deepspeed.nonsense: DeepSpeed has no such setting"]
+
+
+def test_a_run_that_began_with_settings_that_deepspeed_does_not_have_goes_on(folder):
+    text = job.dump(load("deepspeed: {dump_state: true}\n" + HEAD))
+    (folder / "run.yaml").write_text(text.replace("dump_state", "nonsense"))
+    assert job.read(folder / "run.yaml").phases["sft"].deepspeed == {"nonsense": True}
+
+
+def test_whole_numbers_of_warm_up_steps_are_one_job_however_they_are_written(folder):
+    three, spelled = (load(f"{HEAD}    schedule: {{warmup: {steps}}}\n") for steps in ("3", "3.0"))
+    assert job.differences(three, spelled) == []
+    assert job.job_hash(three) == job.job_hash(spelled)
+    assert job.job_hash(spelled, as_written=True) != job.job_hash(spelled), "checkpoints of older versions have it"
+    assert job.job_hash(three, as_written=True) == job.job_hash(three)
+    assert job.job_hash(load(f"{HEAD}    schedule: {{warmup: 0.3}}\n")) != job.job_hash(three)
+
+
 def test_what_to_use_instead_of_owned_deepspeed_settings_exists(folder):
     settings = job.dump(load(HEAD))
     for instead in {name for names in OWNED.values() for name in names}:
@@ -448,7 +479,7 @@ def test_what_to_use_instead_of_owned_deepspeed_settings_exists(folder):
 
 def test_a_dumped_job_reads_back_equal_from_anywhere(folder, tmp_path_factory):
     loaded = load(
-        "seed: 2\ntrack: [wandb, mlflow]\nstorage: /b/runs\ndeepspeed: {x: {y: [1, 1e-9]}}\nmodel: {path: org/m}\n"
+        "seed: 2\ntrack: [wandb, mlflow]\nstorage: /b/runs\ndeepspeed: {aio: {y: [1, 1e-9]}}\nmodel: {path: org/m}\n"
         "phases:\n  sft:\n    max_steps: 7\n    clip: null\n    learning_rate: 3e-7\n"
         "    data: {train: [{path: a.jsonl, weight: 0.1}], columns: {prompt: '1e5', completion: 'no'}}\n"
         "  two: {recipe: sft, data: {train: owner/set, eval: a.jsonl}}\n"
@@ -491,7 +522,7 @@ def test_what_does_not_change_the_curve_is_the_same_job(folder, override):
         ("phases.sft.learning_rate=1e-5", "phases.sft.learning_rate: 2e-05 -> 1e-05"),
         ("phases.sft.clip=null", "phases.sft.clip: 1.0 -> null"),
         ("model.path=org/other", "phases.sft.model.path: org/model -> org/other"),
-        ("phases.sft.deepspeed={x: 1}", "phases.sft.deepspeed.x: not set -> 1"),
+        ("phases.sft.deepspeed={dump_state: true}", "phases.sft.deepspeed.dump_state: not set -> true"),
         ("phases.two={recipe: sft, data: {train: a.jsonl}}", 'phases: ["sft"] -> ["sft", "two"]'),
     ],
 )

@@ -15,6 +15,7 @@ from launcher import job as jobs
 from launcher import pace, plan, planning, site
 from launcher.cli import app
 from launcher.planned import Asked
+from training import traits
 from training.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -153,6 +154,33 @@ def test_flops_of_a_step_are_those_of_the_literature():
         assert pace.flops(shape, where, 1, 1) == pytest.approx(
             times * shape.parameters, rel=0.03
         )  # the embedding is looked up
+
+
+def test_what_is_known_of_a_model_s_code_counts_for_memory(place, monkeypatch):
+    """A model whose packed samples see each other has rows of one sample; eager attention keeps its weights for every pair of tokens."""
+    from training.sizing import setting_of
+
+    (phase,) = jobs.read(SFT_7B, ["phases.sft.data.max_length=1000", "phases.sft.micro_tokens=4096"]).phases.values()
+    kernel = traits.Kernel(exists=True, right=True, pads=True)
+    alone = traits.Traits(architecture="OPTForCausalLM", kernels={"eager": kernel, "sdpa": kernel})
+    eager = traits.Traits(architecture="BloomForCausalLM", kernels={"eager": kernel})
+    unknown, packs, waits = (
+        setting_of(phase, dtype="bf16", on_gpu=True, known=known) for known in (None, alone, eager)
+    )
+    assert (unknown.micro_tokens, unknown.masked_rows) == (4000, True)
+    assert (packs.row_tokens, packs.micro_tokens, packs.masked_rows, packs.eager_attention) == (
+        1000,
+        4000,
+        False,
+        False,
+    )
+    assert waits.eager_attention
+    monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
+    monkeypatch.setattr(traits, "_known", {})
+    job = jobs.load(Path("job.yaml"))
+    before = plan.plan(job, site.of_gpu("H100", 8), Asked())["phases"]["sft"]["groups"]
+    traits.remember(traits.key_for(job.phases["sft"].model), eager)
+    assert plan.plan(job, site.of_gpu("H100", 8), Asked())["phases"]["sft"]["groups"] != before
 
 
 def test_a_checkpoint_against_the_notice():

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from training.errors import InputError
-from training.modelfiles import inspect
+from training.modelfiles import inspect, notes_on
 
 VOCAB, HIDDEN = 11, 4
 CONFIG = {
@@ -230,3 +230,27 @@ def test_looking_into_a_folder_loads_no_torch():
     code = "import sys, training.modelfiles; print([n for n in ('torch', 'transformers') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_layers_that_the_configuration_does_not_count_are_named(folder):
+    assert notes_on(str(folder)) == []
+    configure(folder, num_hidden_layers=1)
+    assert notes_on(str(folder)) == [
+        "config.json counts 1 layers, and the weights have more: layers 1 are not used; correct num_hidden_layers unless that is meant"
+    ]
+    configure(folder, num_hidden_layers=1, num_nextn_predict_layers=1)
+    assert notes_on(str(folder)) == [], "layers that predict further tokens are left out by transformers on purpose"
+
+
+def test_a_loss_of_routers_that_is_not_learnt_is_named(folder):
+    configure(folder, router_aux_loss_coef=0.02)
+    assert notes_on(str(folder)) == []
+    configure(folder, router_aux_loss_coef=0.02, output_router_logits=True)
+    assert "router_aux_loss_coef 0.02" in notes_on(str(folder))[0]
+
+
+def test_a_gguf_file_is_no_model_to_train(folder):
+    (folder / "model.safetensors").rename(folder / "tiny.Q4.gguf")
+    assert problems(folder) == [
+        "FOLDER: has no weights: no model.safetensors; tiny.Q4.gguf is for llama.cpp: get the model that it was made of"
+    ]

@@ -135,6 +135,15 @@ def test_other_ends_of_responses_than_those_of_the_run_are_refused(stopped, tmp_
     _refuse_change(folder, replace(manifest, stop_tokens=[4, 0]), stopped, facts)
 
 
+def test_a_checkpoint_may_have_the_hash_that_an_older_version_gave_the_job(stopped, tmp_path):
+    folder = place(tmp_path / "step-00000006")
+    manifest = replace(Manifest.read(folder), job_hash="1" * 16)
+    with pytest.raises(InputError, match="it belongs to another job"):
+        _refuse_change(folder, manifest, stopped, stopped.facts)
+    stopped.job_hash_before = "1" * 16
+    _refuse_change(folder, manifest, stopped, stopped.facts)
+
+
 def test_a_checkpoint_of_a_newer_muster_is_not_passed_over(train, stopped, tmp_path):
     path = tmp_path / "step-00000006" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training import traits
-from training.config import SFT, Model, Reward
+from training.config import PPO, SFT, Model, Reward
 from training.data.dealing import SDPA_VARLEN, deal, limits_for
 from training.errors import InputError
 from training.traits import Kernel, Rows, Traits
@@ -127,6 +127,17 @@ def test_another_way_is_told_with_its_reason_and_its_setting():
     assert "model.attention" in note
     (note,) = traits.notes(phase(), STRANGE, "eager", 100)
     assert "no small copy of OwnForCausalLM" in note
+
+
+def test_continuous_batching_is_for_models_that_keep_packed_samples_apart():
+    assert LLAMA.batches_continuously(SDPA_VARLEN, 100)
+    assert LLAMA.batches_continuously("flash_attention_2", 100)
+    assert GEMMA2.batches_continuously("eager", 100)
+    unfit = [OPT, STRANGE, replace(LLAMA, generation="alone"), replace(LLAMA, rotary_limit=64)]
+    assert not any(known.batches_continuously("eager", 100) for known in unfit)
+    ppo = PPO(recipe="ppo", model={"path": "m"}, data={"train": "p.jsonl"}, epochs=1, reward="r", batch=4, rollout_batch=4, generation="continuous", resources={"gpus_per_worker": 1})  # fmt: skip
+    assert "continuous batching would change what OPTForCausalLM writes" in next(traits.notes(ppo, OPT, "sdpa", 100))
+    assert not list(traits.notes(ppo, LLAMA, "sdpa", 100))
 
 
 def test_results_are_found_again_and_go_to_workers_by_the_environment(tmp_path, monkeypatch):

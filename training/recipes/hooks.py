@@ -15,6 +15,8 @@ class Hooks(Protocol):
 
     checkpoints: OpenCheckpoints
     job_hash: str
+    job_hash_before: str
+    """The hash that an older version gave the job; checkpoints may have it."""
     resume_at: int | None
     """Step of the checkpoint to go on from, 0 for the beginning; None for the newest whole one."""
     accepted_before: int

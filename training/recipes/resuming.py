@@ -89,7 +89,7 @@ def _set_aside(hooks: Hooks, after: int) -> None:
 
 def _refuse_change(folder: Place, manifest: Manifest, hooks: Hooks, facts: Facts) -> None:
     changes = []
-    if manifest.job_hash != hooks.job_hash:
+    if manifest.job_hash not in (hooks.job_hash, hooks.job_hash_before):
         changes.append("it belongs to another job: a setting that shapes the curve is another one")
     if manifest.data_hash != facts.data_hash and manifest.data_hash == facts.data_hash_before:
         changes.append(_what_changed(facts.data_changes))

@@ -34,6 +34,7 @@ from training.facts import Facts
 from training.learner import Learner
 from training.measures import Row
 from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
+from training.probe import traits_of
 from training.profiling import part
 from training.rl.base import as_it_was, at_once, with_adapters
 from training.rl.experience import Experience, Response, Share, collated, split
@@ -137,7 +138,7 @@ class _Prompts:
             by_length = sorted(mine, key=lambda place: (len(prompts[place]), prompts[place].tolist()))
             mine = by_length[nth * phase.generation_batch :][: phase.generation_batch]
         with part(GENERATION):
-            continued = _generation(phase)(
+            continued = _generation(phase, lm)(
                 lm,
                 [prompts[place].tolist() for place in mine],
                 # By place, not by number: the same prompt may come twice in an iteration.
@@ -160,8 +161,9 @@ class _Prompts:
         ]
 
 
-def _generation(phase: PPO) -> Callable[..., list[Continued]]:
-    if phase.generation == "batched":
+def _generation(phase: PPO, lm: Any) -> Callable[..., list[Continued]]:
+    longest = phase.data.max_length + phase.response_tokens
+    if phase.generation == "batched" or not traits_of(lm).batches_continuously(lm.config._attn_implementation, longest):
         return partial(continue_all, batch=phase.generation_batch)
     from training import continuous  # takes seconds to import
 
@@ -217,7 +219,7 @@ class Policy(_Learning):
         lm, self.ready = with_adapters(self.phase, dtype, self.seat, self.adapter)
         check_window(self.phase, self.store, getattr(lm.config, "max_position_embeddings", None))
         check_tokens(self.phase, [self.store], rows_in(lm))
-        self.left_out = lora.left_out(lm, self.phase.model.lora)
+        self.left_out = [*lora.left_out(lm, self.phase.model.lora), *models.notes_on_weights(lm)]
         self.stops = tuple(tuple(self.prompts.stops(lm, by_turn=by_turn)) for by_turn in (True, False))
         return PolicyLoss(lm, self.phase, self.ready)
 
