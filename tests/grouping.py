@@ -10,14 +10,18 @@ from _pytest.nodeid import coerce_node_id
 TESTS = Path(__file__).parent
 SHARED = {"ray_cluster": "ray", "muster_here": "clusters on this machine", "growing": "clusters on this machine"}
 """Fixtures too expensive for every process, or that take fixed resources of this machine, and the group of their tests."""
-LONGEST: tuple[str, ...] = ()
+TRAINING = "training"
+"""Tests that train on several processes of their own. Side by side they would only slow each other down."""
+LONGEST = (TRAINING, "curves")
 """Groups of more than two minutes, the longest first: one of them must not be what all others wait for at the end."""
 
 
 def group_of(item: pytest.Item) -> str:
-    """A mark of its own, else that of a shared fixture, else its file: fixtures of a module are built once."""
+    """A mark of its own, else what it shares with other files, else its file: fixtures of a module are built once."""
     if (mark := item.get_closest_marker("xdist_group")) is not None:
         return str(mark.args[0])
+    if item.get_closest_marker("cpu") is not None and TESTS / "training" in item.path.parents:
+        return TRAINING
     names = getattr(item, "fixturenames", ())
     return next((SHARED[name] for name in names if name in SHARED), item.path.relative_to(TESTS).as_posix())
 

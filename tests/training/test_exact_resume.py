@@ -107,6 +107,15 @@ def interrupted(go, folder, at, *key) -> list[Recorder]:
     return [*runs, go(*key, folder=folder)]
 
 
+CHECKED = {(1, 0, "fp32"), (2, 1, "fp32"), (2, 3, "fp32"), (1, 0, "bf16"), (2, 2, "bf16"), (2, 3, "bf16")}
+"""What a check of a change has time for."""
+PLACES = [
+    pytest.param(*place, dtype, marks=[] if (*place, dtype) in CHECKED else pytest.mark.long)
+    for place in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 3))
+    for dtype in ("fp32", "bf16")
+]
+
+
 @pytest.mark.parametrize("at", INTERRUPTED_AT.values(), ids=INTERRUPTED_AT)
 def test_wherever_a_run_is_interrupted(go, whole, tmp_path, at):
     runs = interrupted(go, tmp_path, at, 2, 2)
@@ -114,8 +123,7 @@ def test_wherever_a_run_is_interrupted(go, whole, tmp_path, at):
     assert_equal(runs, whole(2, 2, "fp32"))
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 3)])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("workers", "stage", "dtype"), PLACES)
 def test_at_every_stage_and_precision(go, whole, tmp_path, workers, stage, dtype):
     rng = random.Random(f"{workers} {stage} {dtype}")
     at = sorted(rng.sample(range(1, STEPS), 2))

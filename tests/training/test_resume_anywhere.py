@@ -108,7 +108,7 @@ def larger(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_no_worker_holds_the_optimizer_of_all_while_restoring(tiny, larger, tmp_path, stage):
     def phase(workers):
         model = {"path": str(larger / "model"), "dtype": "fp32"}

@@ -13,16 +13,17 @@ from training.recipes import RECIPES
 
 pytestmark = pytest.mark.cpu
 
-STEPS, BATCH, RATE = 50, 16, 3e-3
-"""Three epochs of 260 samples, the last batch of no epoch ending with it."""
-EVAL_EVERY = 20
+STEPS, BATCH, RATE = 20, 16, 3e-3
+"""The first epoch of 260 samples ends within a batch."""
+EVAL_EVERY = 8
 
 FP32_STEP = 1e-6
 """Largest relative difference of a loss. A loss is a sum of some 200 fp32 terms, added up in another order: that is worth a few
 units in the last place (6e-8), and what it does to the weights is as small again. Measured over this table: 3.2e-7."""
-FP32_DRIFT = 1e-7
-"""Largest mean of the relative differences. Rounding has no preferred side: over 50 steps its mean is about the spread (1e-7)
-over the root of 50. A sample counted twice or a mean of means leans to one side at every step. Measured: 3e-8."""
+FP32_DRIFT = 2e-7
+"""Largest mean of the relative differences. Rounding has no preferred side: over 20 steps its mean is about the spread (1e-7)
+over the root of 20. A sample counted twice or a mean of means leans to one side at every step. Measured: 3e-8, of pairs
+2.8e-6, where one rounding is carried on from step to step."""
 FP32_NORM = 3e-6
 """Largest relative difference of a gradient norm: terms of both signs were added up before it is taken. Measured: 5.5e-7."""
 FP32_WEIGHTS = 5e-5
@@ -34,7 +35,7 @@ product that errs by some 1e-7. Where pairs are learnt the loss falls to e^-diff
 relative error, averaged over 16 pairs alone. Measured: 7.4e-6 of a loss, 1.4e-5 of a norm."""
 BF16_STEP, BF16_DRIFT = 2**-7, 2**-9
 """bf16 keeps 8 bits: a rounding errs by up to 2^-9 of the value. On its way to the loss an activation is rounded some 16 times
-(8 a layer, 2 layers), with random signs: 4 x 2^-9 = 2^-7 at the most. The mean over 50 steps averages that out; what remains is
+(8 a layer, 2 layers), with random signs: 4 x 2^-9 = 2^-7 at the most. The mean over all steps averages that out; what remains is
 the rounding of the weights themselves, once: 2^-9. Measured: 2.8e-3 and 8e-4."""
 
 
@@ -176,14 +177,14 @@ def run(name, tiny, tmp_path_factory):
     return run
 
 
-def table(*places: tuple, also: tuple[tuple, ...] = ()):
-    """Parameters of a test: SFT at all places, the others `also` at some; where they add time alone only in the long tests."""
+def table(*places: tuple, also: tuple[tuple, ...] = (), seldom: tuple[tuple, ...] = ()):
+    """Parameters of a test at some places: SFT at all that are no `seldom` ones, other entries `also` at some; the rest in the long tests."""
 
     def long(entry: str, place: tuple) -> list[pytest.MarkDecorator]:
-        return [] if entry == "sft" or place in also else [pytest.mark.long]
+        return [] if place in also or (entry == "sft" and place not in seldom) else [pytest.mark.long]
 
     cases = [
-        pytest.param(entry, *place, marks=[pytest.mark.xdist_group(f"the curve of {entry}"), *long(entry, place)])
+        pytest.param(entry, *place, marks=[pytest.mark.xdist_group("curves"), *long(entry, place)])
         for entry in CANONICAL
         for place in places
     ]
@@ -223,12 +224,16 @@ def test_the_checks_can_fail():
     rounding = 1 + 1e-7 * rng.standard_normal(STEPS)
     assert_same_losses(expected * rounding, expected)
     with pytest.raises(AssertionError):
-        assert_same_losses(expected * rounding * (1 + 2e-7), expected)  # far below the limit of a step, and one-sided
+        assert_same_losses(expected * rounding * (1 + 4e-7), expected)  # far below the limit of a step, and one-sided
     with pytest.raises(AssertionError):
-        assert_same_losses(np.where(np.arange(STEPS) == 30, expected * 1.00001, expected), expected)
+        assert_same_losses(np.where(np.arange(STEPS) == STEPS // 2, expected * 1.00001, expected), expected)
 
 
-@table(*[(workers, stage) for workers in (1, 2, 3, 4) for stage in (0, 1, 2, 3)], also=((1, 0), (2, 2), (3, 3)))
+@table(
+    *[(workers, stage) for workers in (1, 2, 3, 4) for stage in (0, 1, 2, 3)],
+    also=((1, 0), (2, 2)),
+    seldom=((1, 1), (1, 3), (3, 0), (3, 2), (4, 0), (4, 1), (4, 3)),
+)
 def test_any_number_of_workers_and_any_stage(run, plain, name, workers, stage):
     assert_same(run(workers, stage), plain, name)
 
@@ -241,7 +246,7 @@ CUTS = {
 }
 
 
-@table((1, 0), (2, 2), (3, 3))
+@table((1, 0), (2, 2), (2, 3), (3, 3), seldom=((3, 3),))
 @pytest.mark.parametrize("cut", CUTS)
 def test_any_cutting_of_the_batch(run, plain, name, cut, workers, stage):
     assert_same(run(workers, stage, **CUTS[cut]), plain, name)
@@ -280,7 +285,7 @@ def test_stages_1_and_2_agree_bit_for_bit(run, workers, stage):
     assert run(workers, stage).losses == run(workers, stage + 1).losses
 
 
-@table((1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3))
+@table((1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3), seldom=((1, 2), (2, 2), (3, 1)))
 def test_bf16_stays_as_near_as_its_rounding_allows(run, plain, workers, stage):
     curve = run(workers, stage, dtype="bf16")
     assert_same_losses(curve.losses, plain.losses, BF16_STEP, BF16_DRIFT)

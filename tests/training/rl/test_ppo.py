@@ -424,7 +424,7 @@ def test_adapters_are_improved_alone(adapters):
     assert adapters.rows[-1]["kl"] != 0
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("workers", "stage"), [pytest.param(1, 0, marks=pytest.mark.long), (2, 2), (2, 3)])
 def test_one_base_for_all_roles_gives_the_same(tiny, train, adapters, workers, stage):
     """Below ZeRO-3 the roles of a group share it."""
     hooks = train(workers, stage=stage, lora=LORA, **settings(tiny))
