@@ -34,7 +34,7 @@ from training.memory import TUNABLES
 _BIRTH_S = 300.0
 """Longest time for the imports of a nursery, on a machine that is busy with many."""
 _STACKS_S = 2.0
-_AT_HAND = "MUSTER_NURSERY"
+AT_HAND = "MUSTER_NURSERY"
 """Environment variable: device and socket of a nursery on this machine."""
 _MOST_PARENTS = 128
 _SOCKET = "nursery"
@@ -240,7 +240,7 @@ def has_nursery() -> bool:
 
 
 def _device_at_hand() -> str:
-    return os.environ.get(_AT_HAND, "").partition(":")[0]
+    return os.environ.get(AT_HAND, "").partition(":")[0]
 
 
 @contextmanager
@@ -260,12 +260,12 @@ def nursery_at_hand(device: str) -> Iterator[None]:
         ours, theirs = socket.socketpair()
         process = _begin_nursery(theirs, device, listener)
         listener.close()  # or who connects after its end would wait for an answer
-        before = os.environ.get(_AT_HAND, "")
-        os.environ[_AT_HAND] = f"{device}:{path}"
+        before = os.environ.get(AT_HAND, "")
+        os.environ[AT_HAND] = f"{device}:{path}"
         try:
             yield
         finally:
-            os.environ[_AT_HAND] = before
+            os.environ[AT_HAND] = before
             ours.close()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)
@@ -275,7 +275,7 @@ def nursery_at_hand(device: str) -> Iterator[None]:
 
 def _at_hand(device: str) -> socket.socket | None:
     """A connection to the machine's nursery for a device, if there is one."""
-    its_device, _, path = os.environ.get(_AT_HAND, "").partition(":")
+    its_device, _, path = os.environ.get(AT_HAND, "").partition(":")
     if its_device != device:
         return None
     control = socket.socket(socket.AF_UNIX)

@@ -72,7 +72,12 @@ def written(out="cft.jsonl"):
 
 def test_data_that_the_recipe_can_learn_from(capsys, tiny):
     write(Path("rows.jsonl"), rows())
-    with TeacherServer(judged) as server:
+
+    def slowly(number, body):
+        time.sleep(0.2)  # so that the next questions come meanwhile, on a busy machine too
+        return judged(number, body)
+
+    with TeacherServer(slowly) as server:
         status, out, _ = muster(*command(server), capsys=capsys)
         assert status == 0
         assert server.most_at_once > 1

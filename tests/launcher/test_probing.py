@@ -13,6 +13,7 @@ import pytest
 
 from launcher import job as jobs
 from launcher import probing
+from launcher.host import AT_HAND
 from tests.hub_server import Repository, files_of, hub_server
 
 pytestmark = pytest.mark.cpu
@@ -41,6 +42,9 @@ def traits_files(cache: Path) -> dict[str, int]:
 def cache(place, monkeypatch) -> Path:
     monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
     monkeypatch.setattr("training.traits._known", {})
+    monkeypatch.delenv(
+        AT_HAND, raising=False
+    )  # of a Ray that other tests share: its processes have another environment
     return place / "cache"
 
 
