@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import cache
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -116,12 +116,10 @@ def calm_of(tiny, tmp_path_factory) -> Callable[[str], Result]:
 
 
 def matrix() -> list[ParameterSet]:
-    """Every fault of every kind of run at both moments. A check of a change has time for every fault at both moments, the kinds by turns."""
-    turns = cycle(KINDS)
-    checked = {(next(turns), fault, moment) for moment, fault in product(MOMENTS, FAULTS)}
+    """Every fault of every kind of run at both moments. By hand: all of it takes longer than a check of a change may."""
+    cases = product(KINDS, FAULTS, MOMENTS)
     return [
-        pytest.param(*case, marks=pytest.mark.faults if case in checked else pytest.mark.long)
-        for case in product(KINDS, FAULTS, MOMENTS)
+        pytest.param(*case, marks=[pytest.mark.long, pytest.mark.xdist_group(f"faults of {case[0]}")]) for case in cases
     ]
 
 
