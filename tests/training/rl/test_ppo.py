@@ -15,7 +15,7 @@ from training.recipes import ppo
 from training.rl.experience import Response
 from training.storage import place
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.xdist_group("curves")]
 NINES = "tests.some_rewards:nines"
 
 
