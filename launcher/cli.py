@@ -130,7 +130,12 @@ def resume(
 def chaos(
     run: RunName,
     kill: Annotated[str, typer.Option(help="rank, node or driver.")] = "rank",
-    every: Annotated[float, typer.Option(min=1, help="Seconds between two kills.")] = 60.0,
+    every: Annotated[
+        float,
+        typer.Option(
+            min=1, help="Seconds between two kills, or more: first the run passes the step of its last failure."
+        ),
+    ] = 60.0,
     times: Annotated[int | None, typer.Option(min=1, help="How many. Default: until the run ends.")] = None,
     seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
 ) -> None:

@@ -1,10 +1,13 @@
-"""A Hugging Face hub on this machine: models and data sets with commits and branches, over the protocol that its client speaks."""
+"""A Hugging Face hub on this machine: models and data sets with commits and branches, over the protocol that its client speaks; and commands of `muster` that use it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,3 +166,25 @@ def _oid(content: bytes) -> str:
 
 def _entry(file: str, content: bytes) -> dict[str, Any]:
     return {"type": "file", "path": file, "size": len(content), "oid": _oid(content)}
+
+
+_COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from launcher import cli
+for arguments in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(cli.app, arguments)
+    print(json.dumps([result.exit_code, result.output]))
+"""
+
+
+def run_commands(folder: Path, environment: dict[str, str], *commands: list[str]) -> list[str]:
+    """What commands of `muster` print that end well, in a process of its own: the hub's library reads the environment once."""
+    here = {**os.environ, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(Path(__file__).parents[1])}
+    call = [sys.executable, "-c", _COMMANDS, json.dumps(commands)]
+    done = subprocess.run(
+        call, cwd=folder, env={**here, **environment}, capture_output=True, text=True, timeout=300, check=False
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [status for status, _ in answers] == [0] * len(commands), (answers, done.stderr[-4000:])
+    return [output for _, output in answers]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ import pytest
 from launcher import job as jobs
 from launcher import probing
 from launcher.host import AT_HAND
-from tests.hub_server import Repository, files_of, hub_server
+from tests.hub_server import Repository, files_of, hub_server, run_commands
 
 pytestmark = pytest.mark.cpu
 
@@ -98,27 +95,6 @@ phases:
     learning_rate: 1.0e-2
     checkpoint: {every: 2}
 """
-COMMANDS = """
-import json, sys
-from typer.testing import CliRunner
-from launcher import cli
-for arguments in json.loads(sys.argv[1]):
-    result = CliRunner().invoke(cli.app, arguments)
-    print(json.dumps([result.exit_code, result.output]))
-"""
-
-
-def run(folder: Path, environment: dict[str, str], *commands: list[str]) -> list[str]:
-    """What commands of `muster` say in a process of their own, where they end well."""
-    here = {**os.environ, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(Path(__file__).parents[2])}
-    call = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
-    done = subprocess.run(
-        call, cwd=folder, env={**here, **environment}, capture_output=True, text=True, timeout=200, check=False
-    )
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(answers) == len(commands), done.stderr[-4000:]
-    assert [status for status, _ in answers] == [0] * len(commands), answers
-    return [output for _, output in answers]
 
 
 def opt(place: Path) -> None:
@@ -142,20 +118,20 @@ def test_a_model_of_the_hub_is_examined_trained_with_adapters_asked_and_merged(p
     sees = "samples of OPTForCausalLM that share a row see each other"
     ask = ["generate", "runs/hub", "-p", "1 + 1 =", "--max-new-tokens", "4", "--plain"]
     away = {"HF_HUB_OFFLINE": "1"}
-    (checked,) = run(place, away, ["check", "hub.yaml"])
+    (checked,) = run_commands(place, away, ["check", "hub.yaml"])
     assert "org/opt is not here; what its code can do is examined when the job runs" in checked
     with hub_server() as hub:
         hub.repositories["models org/opt"] = Repository()
         hub.repositories["models org/opt"].commit(files_of(place / "opt"))
         there = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
-        checked, trained, asked, _ = run(
+        checked, trained, asked, _ = run_commands(
             place, there, ["check", "hub.yaml"], ["run", "hub.yaml", "--inline"], ask, ["export", "runs/hub", "--merge"]
         )
     assert sees in checked
     assert sees in trained
     saved = json.loads((place / "runs/hub/sft/model/adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "org/opt"
-    checked, again, merged = run(
+    checked, again, merged = run_commands(
         place, away, ["check", "hub.yaml"], ask, ["generate", "runs/hub/sft/model-2-merged", *ask[2:]]
     )
     assert sees in checked, "the cache of the hub's library is enough"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from launcher import job as jobs
 from launcher.revisions import Named, commit_of, look_up, with_commits
-from tests.hub_server import Hub, Repository, files_of, hub_server
+from tests.hub_server import Hub, Repository, files_of, hub_server, run_commands
 from training.errors import InputError
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -132,26 +129,10 @@ phases:
     learning_rate: 1.0e-3
     checkpoint: {every: 2}
 """
-COMMANDS = """
-import json, sys
-from typer.testing import CliRunner
-from launcher import cli
-for arguments in json.loads(sys.argv[1]):
-    result = CliRunner().invoke(cli.app, arguments)
-    if result.exit_code:
-        sys.exit(f"{arguments}: {result.output}{result.exception!r}")
-"""
 
 
 def run(hub: Hub, folder: Path, *commands: list[str]) -> None:
-    """Commands of `muster` in a process of their own that is not offline."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
-    call = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        call, cwd=folder, env={**environment, "PYTHONPATH": root}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_commands(folder, {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}, *commands)
 
 
 def losses(folder: Path, name: str) -> list[float]:
