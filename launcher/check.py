@@ -164,7 +164,9 @@ def _form_line(form: Mapping[str, Any]) -> str:
 def _of_model(phase: Phase, known: Traits | None, longest: int) -> list[str]:
     """What goes another way than usual, with samples of at most `longest` tokens (0: not known). Raises InputError for what the model cannot do."""
     if known is None:
-        return [f"{phase.model.path} is not here; what its code can do is examined when the job runs"]
+        return [
+            f"{phase.model.path} is no folder here, so it is a model of the hub or of a bucket; what its code can do is examined when the job runs"
+        ]
     device = "cuda" if capacity.num_gpus() and phase.resources.gpus_per_worker != 0 else "cpu"
     attention = traits.attention_of(phase.model, known, device)
     traits.refuse(phase, known, attention, longest)

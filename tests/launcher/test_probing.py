@@ -119,7 +119,10 @@ def test_a_model_of_the_hub_is_examined_trained_with_adapters_asked_and_merged(p
     ask = ["generate", "runs/hub", "-p", "1 + 1 =", "--max-new-tokens", "4", "--plain"]
     away = {"HF_HUB_OFFLINE": "1"}
     (checked,) = run_commands(place, away, ["check", "hub.yaml"])
-    assert "org/opt is not here; what its code can do is examined when the job runs" in checked
+    assert (
+        "org/opt is no folder here, so it is a model of the hub or of a bucket; what its code can do is examined when the job runs"
+        in checked
+    )
     with hub_server() as hub:
         hub.repositories["models org/opt"] = Repository()
         hub.repositories["models org/opt"].commit(files_of(place / "opt"))
