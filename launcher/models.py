@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -59,6 +60,7 @@ def found(
 
     Raises InputError if there is none, or of the wrong kind.
     """
+    text = os.path.expanduser(text)  # `--against ~/model` is expanded by the shell, `--against=~/model` is not
     folder = _folder(text)
     if folder is not None:
         if phase is not None or step is not None:

@@ -80,6 +80,13 @@ def test_a_run_and_a_folder_to_start_from_are_found(chain, muster):
         assert jobs.differences(job, jobs.read(again)) == []
 
 
+def test_a_model_below_the_home_folder_is_found(chain, monkeypatch):
+    from launcher.models import model_folder
+
+    monkeypatch.setenv("HOME", str(chain))
+    assert model_folder("~/model") == str(chain / "model")
+
+
 def test_what_cannot_be_started_from_is_refused(chain, muster):
     def lines(*changes):
         return refused(muster, chain, edited(chain, *changes))
