@@ -9,10 +9,11 @@ import re
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from training.versions import versions_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -84,15 +85,8 @@ def conditions() -> dict[str, Any]:
         "machine": machine(),
         "load_before": [round(load, 2) for load in os.getloadavg()],
         "commit": _output("git", "describe", "--always", "--dirty"),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": versions_of(_PACKAGES),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def keep(row: dict[str, Any], results: Path = RESULTS) -> Path:

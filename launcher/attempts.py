@@ -10,9 +10,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +27,7 @@ from training.checkpoint import CheckpointError
 from training.checkpoints import CLAIMS, Checkpoints, Claim, newest_claim
 from training.errors import InputError, Problem
 from training.storage import Place, is_remote, place
+from training.versions import MUSTER, versions_of
 
 
 class OpenRun(RunFolder):
@@ -127,11 +126,8 @@ def _begin(held: RunFolder, job: Job, lock: IO[str], go_on: GoOn) -> OpenRun:
 
 def _versions() -> dict[str, str]:
     """Of the packages that the result may hang on, here; preflight sees to it that all workers have the same."""
-    found = {"python": platform.python_version()}
-    for name in ("muster-train", "torch", "deepspeed", "transformers", "peft", "ray"):
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    packages = (MUSTER, "torch", "deepspeed", "transformers", "peft", "ray")
+    return {"python": platform.python_version(), **versions_of(packages)}
 
 
 def _changes(held: RunFolder, job: Job) -> list[str]:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from launcher.limits import SPENT
 from launcher.runs import RunFolder
 from launcher.samples import Part
 from launcher.timeline import LOADING, RECOVERING, REDONE, TRAINING, WAITING, Timeline, timeline
+from training import __version__
 from training.errors import InputError, Problem
 
 _EVALUATIONS = 12
@@ -63,7 +63,7 @@ def report(names: Sequence[str]) -> dict[str, Any]:
     times = [phase["time"] for run in told for phase in run["phases"]]
     sources = [curves.Source(part.key, part.recipe, part.rows) for part in parts]
     return {
-        "version": metadata.version("muster-train"),
+        "version": __version__,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "runs": told,
         "spent_on": {kind: words for kind, words in SPENT_ON.items() if any(kind in time for time in times)},

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from training.distributed import Seat
 from training.engine import device_of
 from training.storage import Local, place, why_not_writable
+from training.versions import versions_of
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray")
 _PRODUCT = {"cpu": 512, "cuda": 4096}
@@ -125,11 +125,7 @@ class Preflight:
 def _versions(device: str) -> dict[str, str]:
     """Of what must be alike everywhere."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
+    found |= dict.fromkeys(PACKAGES, "missing") | versions_of(PACKAGES)
     if device == "cuda":
         found |= {
             "CUDA": str(torch.version.cuda),

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from training.config import PPO, Model, Phase
 from training.data.dealing import SDPA_VARLEN
 from training.errors import InputError
 from training.modelfiles import configured_in
+from training.versions import versions_of
 
 PASSED_ON = "MUSTER_MODEL_TRAITS"
 """Environment variable by which workers are given what is known of their models, as JSON by key: they may lie on other machines."""
@@ -134,16 +134,9 @@ def _unusable(name: str, traits: Traits, device: str) -> str:
 def key_of(config: Mapping[str, Any], code: bytes = b"") -> str:
     """Names what a probe of this configuration comes to, with the code that comes with the model."""
     settings = {name: value for name, value in config.items() if name not in _ASIDE}
-    versions = [_version_of(package) for package in ("torch", "transformers")]
+    versions = [versions_of([package]).get(package, "") for package in ("torch", "transformers")]
     text = json.dumps([_VERSION, versions, settings], sort_keys=True, default=str).encode()
     return hashlib.sha256(text + code).hexdigest()[:32]
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def key_in(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> str | None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 from training.checkpoint import CheckpointError, File, Manifest
@@ -21,6 +20,7 @@ from training.facts import Facts
 from training.group import Group, results_of
 from training.recipes.hooks import Hooks
 from training.storage import Place
+from training.versions import MUSTER, versions_of
 
 SAVE_S = 3600.0
 """Longest time for writing a checkpoint."""
@@ -165,6 +165,6 @@ class Saver:
             },
             state=dict(pending.state),
             files=list(shards),
-            versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "muster-train")},
+            versions=versions_of(("torch", "deepspeed", "transformers", MUSTER)),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
