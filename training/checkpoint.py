@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from training.errors import MusterError
+from training.paths import is_below
 from training.storage import Place
 
 MANIFEST = "manifest.json"
@@ -105,7 +106,10 @@ class Manifest:
         if raw["format"] != FORMAT:
             age, error = ("a newer", NewerFormat) if raw["format"] > FORMAT else ("an older", CheckpointError)
             raise error(f"{path}: written by {age} Muster (format {raw['format']}); this one reads {FORMAT}")
-        return cls(**{**raw, "files": [File(**entry) for entry in raw["files"]]})
+        files = [File(**entry) for entry in raw["files"]]
+        if strays := [file.name for file in files if not is_below(file.name)]:
+            raise ValueError(f"{strays[0]!r} is no name of a shard")
+        return cls(**{**raw, "files": files})
 
     def dumped(self) -> bytes:
         """As it stands in the file."""

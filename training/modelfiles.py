@@ -16,7 +16,7 @@ from typing import Any
 from training import hub
 from training.config import Model, Phase
 from training.errors import InputError, Problem
-from training.paths import absolute
+from training.paths import absolute, is_below
 from training.storage import is_remote, local_copy, place
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
@@ -619,6 +619,9 @@ class _Check:
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
             if content is not None:
                 self.refuse(index, "expected a `weight_map` from tensor names to file names; copy it again")
+            return [], {}
+        if strays := sorted({name for name in places.values() if not is_below(name)}):
+            self.refuse(index, f"names files outside of its folder: {_some(strays)}")
             return [], {}
         files = [self.folder / name for name in sorted(set(places.values()))]
         missing = [file.name for file in files if not file.exists()]

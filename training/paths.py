@@ -1,4 +1,4 @@
-"""A path as a user wrote it, as absolute text that names the same file for the operating system."""
+"""Paths as users write them, and names of files as others hand them over."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 
 
-def absolute(path: str | Path, base: Path | None = None) -> str:
-    """`path` from the folder `base` (None: the current one), with `~` expanded and `.` and `..` taken out.
+def is_below(name: str) -> bool:
+    """Whether a name that comes from a bucket, a manifest or an index stays below the folder that it is joined to."""
+    return "\\" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
 
-    `link/..` is the folder around what the link points to, as for open(); os.path.abspath would take the folder around the link.
+
+def absolute(path: str | Path, base: Path | None = None) -> str:
+    """`path`, as a user wrote it, from the folder `base` (None: the current one), with `~` expanded and `.` and `..` taken out.
+
+    It names the same file for the operating system: `link/..` is the folder around what the link points to, as for open(); os.path.abspath would take the folder around the link.
     Links that no `..` follows stay as they are: the text is part of a job's hash.
     """
     parts = Path(os.getcwd(), base or "", os.path.expanduser(path)).parts

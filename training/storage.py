@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from training.errors import InputError, StorageError
+from training.paths import is_below
 
 Block = bytes | memoryview
 _T = TypeVar("_T")
@@ -271,10 +272,19 @@ class Remote(Place):
             entries = self._patiently(lambda: self.filesystem.ls(self._path, detail=True, refresh=True))
         except FileNotFoundError:
             return {}
-        named = {
-            entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries if entry["name"] != self._path
-        }
+        # The folder itself may be listed, also as the empty object by which some tools mark one: a file whose name ends with a slash.
+        inside = [
+            e for e in entries if e["name"] != self._path and (e["name"], e["type"]) != (f"{self._path}/", "file")
+        ]
+        named = {self._child(entry): entry for entry in inside}
         return {name: entry["size"] if entry["type"] == "file" else None for name, entry in named.items()}
+
+    def _child(self, entry: dict[str, Any]) -> str:
+        """Raises StorageError for a name that would lead out of a folder: whoever can write to a bucket chooses its names."""
+        name = entry["name"].removeprefix(f"{self._path}/")
+        if not is_below(name):
+            raise StorageError(f"{self.address}: holds {name!r}, which cannot be the name of a file; remove it")
+        return str(name)
 
     def remove(self) -> None:
         with suppress(FileNotFoundError):

@@ -60,6 +60,12 @@ def _edit_manifest(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def _rename_a_shard(folder, name):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][0]["name"] = name
+    _edit_manifest(folder, files=manifest["files"])
+
+
 DAMAGES = {
     "a bit": (lambda folder: flip_a_bit(folder / "worker-1.safetensors"), "has changed since it was written"),
     "a bit of a header": (lambda f: flip_a_bit(f / "worker-1.safetensors", 200), "the header has changed"),
@@ -68,6 +74,7 @@ DAMAGES = {
     "a folder instead": (lambda f: ((f / "worker-0.safetensors").unlink(), (f / "worker-0.safetensors").mkdir()), "missing"),
     "manifest cut": (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text()[:99]), "not a readable"),
     "manifest gone": (lambda folder: (folder / "manifest.json").unlink(), "never finished"),
+    "outside": (lambda folder: _rename_a_shard(folder, "../x/worker-0.safetensors"), "worker-0.safetensors' is no name of a shard"),
     "of the past": (lambda folder: _edit_manifest(folder, format=1), "written by an older Muster"),
 }  # fmt: skip
 

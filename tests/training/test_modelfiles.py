@@ -123,6 +123,15 @@ def test_missing_files_of_an_index_are_named(folder):
     ]
 
 
+@pytest.mark.parametrize("name", ["../part-1.safetensors", "/part-1.safetensors", "a/../../part-1.safetensors", ""])
+def test_an_index_names_nothing_outside_of_its_folder(folder, name):
+    places = shard(folder)
+    places["model.norm.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (problem,) = problems(folder)
+    assert problem.startswith("model.safetensors.index.json: names files outside of its folder: ")
+
+
 def test_tensors_that_the_index_promises_and_no_file_holds_are_named(folder):
     places = shard(folder)
     places["model.norm.weight"] = "part-1.safetensors"

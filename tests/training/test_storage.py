@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -46,6 +47,32 @@ def test_children_are_files_with_their_size_and_folders(root):
     (root / "deep").remove()
     (root / "file").remove()
     assert root.children() == {}
+
+
+def put(s3, key: str, data: bytes) -> None:
+    """An object whose name the client of this project would not write."""
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    client.put_object(Bucket=s3.url.removeprefix("s3://"), Key=key, Body=data)
+
+
+@pytest.mark.parametrize("name", ["../../../.bashrc", "./x", "/x", "sub/../../x", "a\\b"])
+def test_names_in_a_bucket_that_lead_out_of_a_folder_are_refused(s3, tmp_path, name):
+    put(s3, f"a/model/{name}", b"echo hello")
+    put(s3, "a/model/config.json", b"{}")
+    with pytest.raises(StorageError, match="which cannot be the name of a file; remove it"):
+        download(place(s3.url + "/a/model"), tmp_path / "deep/er/copy")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "config.json"]
+
+
+def test_objects_that_mark_a_folder_are_no_files(s3, tmp_path):
+    for key in ("a/model/", "a/model/sub/"):
+        put(s3, key, b"")
+    put(s3, "a/model/x", b"12")
+    assert place(s3.url + "/a/model").children() == {"x": 2, "sub": None}
+    download(place(s3.url + "/a/model"), tmp_path / "copy")
+    assert (tmp_path / "copy/x").read_bytes() == b"12"
 
 
 def test_of_several_that_create_a_file_one_succeeds(root):
