@@ -26,6 +26,8 @@ from training.paths import is_below
 from training.storage import Place
 
 MANIFEST = "manifest.json"
+METRICS = "metrics.json"
+"""Beside it: the evaluation of its step, which may be done after the checkpoint is committed."""
 FORMAT = 3
 BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 8
@@ -77,7 +79,7 @@ class Manifest:
     job_hash: str
     data_hash: str
     metrics: dict[str, float] = field(default_factory=dict)
-    """Evaluation at this step, if there was one."""
+    """Evaluation at this step, if there was one. In the file only of older versions: it is in metrics.json beside it."""
     parameters: dict[str, list[int]]
     """Shape of every trained parameter."""
     state: dict[str, Any] = field(default_factory=dict)
@@ -92,7 +94,8 @@ class Manifest:
         """Raises CheckpointError when it is missing or cut, NewerFormat when it is of a later Muster."""
         path = folder / MANIFEST
         try:
-            return cls._parse(path)
+            manifest = cls._parse(path)
+            return replace(manifest, metrics=_evaluation(folder) or manifest.metrics)
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {MANIFEST}: the checkpoint was never finished") from None
         except OSError as error:
@@ -118,6 +121,14 @@ class Manifest:
     def below(self, prefix: str) -> Manifest:
         """The same with its files in the folder `prefix`."""
         return replace(self, files=[replace(file, name=f"{prefix}/{file.name}") for file in self.files])
+
+
+def _evaluation(folder: Place) -> dict[str, float]:
+    """What is noted beside a manifest; nothing if that was cut short."""
+    try:
+        return dict(json.loads((folder / METRICS).read()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
 
 
 # -- writing ------------------------------------------------------------------------------------------------------------
