@@ -77,7 +77,10 @@ def test_an_evaluation_is_noted_beside_its_checkpoint_whichever_comes_first(save
     saver.finish()
     saver.evaluated(400, {"eval_loss": 3.0})
     checkpoints = saver.hooks.checkpoints
-    assert [Manifest.read(checkpoints.at(step)).metrics for step in (200, 400)] == [{"eval_loss": 2.0}, {"eval_loss": 3.0}]
+    assert [Manifest.read(checkpoints.at(step)).metrics for step in (200, 400)] == [
+        {"eval_loss": 2.0},
+        {"eval_loss": 3.0},
+    ]
     assert checkpoints.best("eval_loss") == checkpoints.at(200)
     assert verify(checkpoints.at(400)) == []
 
