@@ -9,11 +9,9 @@ import signal
 import pytest
 
 from tests.forked_command import muster
-from tests.launcher.test_run import nothing_left
 from training.checkpoint import METRICS
 
-__all__ = ["nothing_left"]
-pytestmark = [pytest.mark.cpu, pytest.mark.faults, pytest.mark.usefixtures("nothing_left")]
+pytestmark = [pytest.mark.cpu, pytest.mark.faults]
 
 
 def test_a_killed_worker_and_a_request_to_stop_within_an_evaluation(run, tiny, undisturbed):
