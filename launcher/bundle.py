@@ -128,7 +128,8 @@ def _carried(phase: Phase, carried: Callable[[str], str]) -> Phase:
         changes["eval"] = phase.eval.model_copy(update=asked)
     if isinstance(phase, PPO):
         changes["reward"] = [
-            source.model_copy(update={"path": _reward(source.path, carried)}) for source in phase.rewards
+            source.model_copy(update={"path": _reward(source.path, carried), "folder": None})
+            for source in phase.rewards
         ]
         if phase.critic is not None:
             changes["critic"] = carried(phase.critic)

@@ -33,7 +33,8 @@ from launcher.other_tools import name_here
 from launcher.overrides import overlaid
 from launcher.phases import SHARED, base_folder, origin, phases_of
 from launcher.problems import Report
-from launcher.shared_settings import RESOLVED, OwnSettings
+from launcher.resolved import RESOLVED
+from launcher.shared_settings import OwnSettings
 from launcher.yamlfile import Document, KeyPath, dotted
 from training import modelfiles
 from training.config import PPO, Model, Phase, Resources, Settings, Sharding, Source
@@ -67,6 +68,7 @@ NEUTRAL = (
     "phases.*.model.gradient_checkpointing",
     "phases.*.model.kernels",
     "phases.*.model.compile",
+    "phases.*.reward.*.folder",
 )
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 
@@ -456,13 +458,17 @@ def _meaning(job: Job, *, as_written: bool = False) -> dict[str, Any]:
 
 
 def _without_added(value: Any, path: KeyPath = ()) -> Any:
-    """The same data without settings of ADDED that change nothing."""
+    """The same data without neutral settings, and without those of ADDED that change nothing."""
     if isinstance(value, list):
         return [_without_added(entry, (*path, "*")) for entry in value]
     if not isinstance(value, dict):
         return value
     inner = {key: (_general((*path, key)), _without_added(entry, (*path, key))) for key, entry in value.items()}
-    return {key: entry for key, (name, entry) in inner.items() if name not in ADDED or entry != ADDED[name]}
+    return {key: entry for key, (name, entry) in inner.items() if not _says_nothing(name, entry)}
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    return name in NEUTRAL or (name in ADDED and value == ADDED[name])
 
 
 def _general(path: KeyPath) -> str:

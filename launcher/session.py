@@ -15,6 +15,7 @@ from typing import Any
 from launcher.capacity import num_gpus
 from launcher.host import nursery_at_hand
 from launcher.short_tempdir import short_tempdir
+from launcher.subprocesses import code_folders
 from training.errors import TrainingError
 
 _OBJECT_STORE_BYTES = 128 << 20
@@ -62,7 +63,9 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
     from ray.exceptions import RayError
 
     try:
-        ray.init(namespace="muster", log_to_driver=False, logging_level=logging.ERROR, **settings)
+        ray.init(
+            namespace="muster", log_to_driver=False, logging_level=logging.ERROR, job_config=_job_config(), **settings
+        )
     except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
         ray.shutdown()
         raise TrainingError(f"{failure}: {error}; {advice} (this is Ray {ray.__version__})") from error
@@ -70,6 +73,17 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _job_config() -> Any:
+    """Where Ray's workers find Muster's code. Ray itself would have them import from the working folder first.
+
+    `_client_job` is Ray's own switch against that (its client has it); a submitted job has a folder of its own, which Ray takes instead.
+    """
+    from ray.job_config import JobConfig
+
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return JobConfig(_client_job=not submitted, _py_driver_sys_path=code_folders())
 
 
 @contextmanager
