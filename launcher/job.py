@@ -413,7 +413,7 @@ def _judging_models(phase: PPO) -> Iterator[tuple[str, str]]:
 def _folder_problems(path: str) -> list[str]:
     """What keeps a folder from being loaded as a classifier, or with a scalar head in place of the one for tokens."""
     try:
-        modelfiles.inspect(Path(path), tokenizer_elsewhere=True, trust_remote_code=True, classifier=True)
+        modelfiles.inspect(Path(path), tokenizer_elsewhere=True, check_code=False, classifier=True)
     except InputError as error:
         return [str(problem) for problem in error.problems]
     return []

@@ -41,6 +41,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Inline = Annotated[bool, typer.Option("--inline", help="One worker, in this process, without Ray.")]
 Force = Annotated[bool, typer.Option("--force", help="Also what by the plan cannot fit into memory.")]
 NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="Do not look at the machines before the first step.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model. The job file of a run does not allow it here.",
+    ),
+]
 On = Annotated[
     str | None,
     typer.Option("--on", metavar="CLUSTER", help="Name of a cluster that is up, cluster file, or http://HOST:PORT."),
