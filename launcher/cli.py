@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -383,6 +382,7 @@ def critique(
 ) -> None:
     """Build data for critique fine-tuning: answers, critiques of a teacher, verdicts checked. Goes on where it stopped."""
     from launcher import critique as critiques
+    from launcher.models import warn
     from launcher.teacher import Budget, Endpoint
 
     if max_cost is not None and not (price_in or price_out):
@@ -403,7 +403,7 @@ def critique(
         parallel=parallel, per_minute=per_minute, max_new_tokens=max_new_tokens, workers=workers, seed=seed,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    show(critiques.build(plan, lambda text: print(text, file=sys.stderr)), critiques.lines, as_json)
+    show(critiques.build(plan, warn), critiques.lines, as_json)
 
 
 def main() -> None:

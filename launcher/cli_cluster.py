@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.terminal import printable
 from launcher.verbs import Force, JobFile, Json, NoPreflight, On, Overrides, cluster_verb, show, verb
 from training.errors import InputError
 
@@ -18,12 +19,12 @@ ClusterName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a clus
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def _wanted(on: str | None) -> str:

@@ -42,8 +42,8 @@ class Plan:
     seed: int
     batch: int
     workers: int
-    trust_remote_code: bool
     as_json: bool
+    trust_remote_code: bool = False
 
     @property
     def template(self) -> str:

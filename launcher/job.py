@@ -35,6 +35,7 @@ from launcher.phases import SHARED, base_folder, origin, phases_of
 from launcher.problems import Report
 from launcher.resolved import RESOLVED
 from launcher.shared_settings import OwnSettings
+from launcher.terminal import printable
 from launcher.yamlfile import Document, KeyPath, dotted
 from training import modelfiles
 from training.config import PPO, Model, Phase, Resources, Settings, Sharding, Source
@@ -260,7 +261,7 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
         report.add(path, message)
     report.raise_any()
     for note in effects.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     track: list[str] = [top.track] if isinstance(top.track, str) else [*dict.fromkeys(top.track)]
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     job = Job(

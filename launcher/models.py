@@ -12,6 +12,7 @@ from typing import NamedTuple
 from launcher import exports
 from launcher.cache import cache_folder
 from launcher.runs import JOB, METRICS, PATIENCE_S, RunFolder, find, told_as_input
+from launcher.terminal import printable
 from training import modelfiles
 from training.checkpoint import MANIFEST
 from training.checkpoints import Checkpoints, step_of
@@ -25,7 +26,7 @@ _CHECKPOINT = re.compile(r"(.*)/([^/]+)/checkpoints/step-(\d+)")
 
 def warn(text: str) -> None:
     """Beside the result."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 class Found(NamedTuple):

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from cluster.errors import ClusterError, Refused
+from launcher.terminal import printable
 from training.errors import InputError, MusterError
 
 app = typer.Typer(
@@ -108,20 +109,25 @@ cluster_verb = partial(verb, of=clusters)
 
 
 def _fail(error: Exception, status: int) -> None:
-    print(error, file=sys.stderr)
+    print(printable(str(error)), file=sys.stderr)
     raise SystemExit(status)
 
 
 def show(value: Any, as_lines: Callable[[Any], Iterable[str]], as_json: bool) -> None:
     try:
         for line in [json.dumps(value, indent=1)] if as_json else as_lines(value):
-            print(line)
+            print(printable(line))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> Any:
+    """Where a run says what it does. Names of columns, metrics and files, and what workers print, may hold anything."""
     from rich.console import Console
 
-    return Console()
+    class SafeConsole(Console):
+        def print(self, *texts: Any, **how: Any) -> None:
+            super().print(*(printable(text) if isinstance(text, str) else text for text in texts), **how)
+
+    return SafeConsole()
