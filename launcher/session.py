@@ -80,10 +80,10 @@ def _job_config() -> Any:
 
     `_client_job` is Ray's own switch against that (its client has it); a submitted job has a folder of its own, which Ray takes instead.
     """
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
     from ray.job_config import JobConfig
 
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return JobConfig(_client_job=not submitted, _py_driver_sys_path=code_folders())
+    return JobConfig(_client_job=RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ, _py_driver_sys_path=code_folders())
 
 
 @contextmanager
