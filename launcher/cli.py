@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from launcher import cli_cluster
-from launcher.verbs import Force, Inline, JobFile, Json, NoPreflight, On, Overrides, RunName, app, console, show, verb
+from launcher.verbs import Force, Inline, JobFile, Json, NoPreflight, On, Overrides, RunName, console, show, verb
+from launcher.verbs import app as app
 from training.errors import InputError
 
 
@@ -379,8 +380,10 @@ def critique(
 
 
 def main() -> None:
-    """Entry point."""
-    app()
+    """Entry point of installations that were made before there was launcher/__main__.py."""
+    from launcher import __main__
+
+    __main__.main()
 
 
 if __name__ == "__main__":

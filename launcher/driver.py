@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
@@ -14,9 +13,10 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from launcher import attempts, host, probing, revisions
+from launcher import attempts, host, output, probing, revisions
 from launcher.attempts import GoOn, OpenRun
 from launcher.cache import cache_folder
+from launcher.exit_status import DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, after_signal
 from launcher.failures import NoMachines, Raised, WorkerDied, in_words
 from launcher.gang import Gang, gang_of
 from launcher.interrupts import Interrupts
@@ -34,16 +34,6 @@ from training.modelfiles import tokenizer_of, tokenizer_revision
 from training.recipes import RECIPES, resolve
 from training.storage import Place
 
-DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, INTERRUPTED = 0, 1, 2, 3, 75, 130
-EXIT_STATUSES = {
-    DONE: "Done.",
-    FAILED: "Failed. Of verbs that look at something: it is not well (a damaged checkpoint, a plan that cannot fit).",
-    INPUT_WRONG: "The input is wrong: the command, the job, the data, or what the run folder holds.",
-    LIMIT_REACHED: "Saved and stopped at `max_hours` or `max_cost`; resume it with a higher one.",
-    RESUME_ME: "Nothing is wrong with the job: a SIGTERM has stopped it, or its machines did not come; resume it.",
-    INTERRUPTED: "Interrupted by a person (Ctrl-C, or `muster stop`); resume it.",
-}
-"""Of every command. RESUME_ME is EX_TEMPFAIL of sysexits.h."""
 _EXPORT_S = 3600.0
 Result = TypeVar("Result")
 
@@ -69,11 +59,12 @@ def run_job(
     recorded = attempts.recorded_commits(job)
     looked_up = revisions.look_up(job, recorded)
     with ExitStack() as stack:
+        outputs = stack.enter_context(output.kept_going())
         interrupts = stack.enter_context(Interrupts())
         stores = _get_ready(job, recorded | looked_up, stack, inline=inline)
-        interrupts.take()
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
+        outputs.report_to(lambda stream, error: run.event("output_failed", stream=stream, error=error))
         if looked_up:
             run.event("revisions", commits=looked_up)
         _list_bad_rows(run, stores)
@@ -140,7 +131,7 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
         with suppress(OSError):
             run.event("interrupted", orderly=False)
         say(f"stopped at once; `muster resume {run.address}` goes on from the last checkpoint")
-        return _stopped(interrupts)
+        return after_signal(interrupts.number)
     except (MusterError, OSError) as error:
         _record_failure(run, error)
         say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.address}` goes on")
@@ -161,12 +152,7 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
         say(f"{how.only} is done; `muster resume {run.address}` goes on with {', '.join(rest)}")
     elif not done:
         say(f"stopped; `muster resume {run.address}` goes on")
-    return DONE if done else _stopped(interrupts)
-
-
-def _stopped(interrupts: Interrupts) -> int:
-    """SIGTERM is how schedulers take machines back: the one who sent it may want to start the job again elsewhere."""
-    return RESUME_ME if interrupts.number == signal.SIGTERM else INTERRUPTED
+    return DONE if done else after_signal(interrupts.number)
 
 
 def _record_failure(run: OpenRun, error: Exception) -> None:
@@ -233,6 +219,8 @@ def _run_phase(
                 if how.inline:
                     raise
                 decision = recovery.after(error, step=hooks.step_in_hand(), checkpoint=hooks.saved_step)
+                if interrupts.requested:
+                    return False
                 gang.avoid(decision.avoid)
             else:
                 if last is not None:

@@ -59,13 +59,17 @@ class Host:
     """The place of one worker. `begin` starts its process; everything else is asked of that. `device`: cpu or cuda."""
 
     def __init__(self, device: str):
+        self.device = device
         self.nursery = _Nursery(device)
         self.notices = Listener()
         self.worker: _Worker | None = None
 
     def begin(self, log: str, environment: dict[str, str]) -> int:
-        """Start a process, after ending the one there is. Answers with its pid."""
+        """Start a process, after ending the one there is. Answers with its pid. A nursery that has ended is replaced."""
         self.end()
+        if self.nursery.gone.is_set():
+            self.nursery.close()
+            self.nursery = _Nursery(self.device)
         self.worker = self.nursery.fork()
         return self.worker.ask("begin", log, environment)
 

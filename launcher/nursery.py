@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.output import Output
 from launcher.pipe import Pipe
 
 STACKS = signal.SIGUSR1
@@ -190,6 +191,7 @@ class Life:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         faulthandler.enable(all_threads=True)
         faulthandler.register(STACKS, all_threads=True)
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]  # the disk of the log may be full
         return os.getpid()
 
     def listen(self, host: str) -> int:
