@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ from launcher.recovery import Recovery
 from launcher.runs import RunFolder
 from training.config import PPO, Phase
 from training.data.store import BAD_ROWS
-from training.errors import InputError, MusterError, TrainingError
+from training.errors import InputError, MusterError, StorageError, TrainingError
 from training.group import Group, results
 from training.modelfiles import tokenizer_of, tokenizer_revision
 from training.recipes import RECIPES, resolve
@@ -64,13 +65,18 @@ def run_job(
         stores = _get_ready(job, recorded | looked_up, stack, inline=inline)
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
-        outputs.report_to(lambda stream, error: run.event("output_failed", stream=stream, error=error))
+        outputs.report_to(partial(_note_output, run))
         if looked_up:
             run.event("revisions", commits=looked_up)
         _list_bad_rows(run, stores)
         status = _run_phases(run, job, interrupts, console, _How(inline, only, preflight))
         interrupts.end()
         return status
+
+
+def _note_output(run: OpenRun, stream: str, error: str) -> None:
+    with suppress(StorageError):  # raised again by whoever writes next
+        run.event("output_failed", stream=stream, error=error)
 
 
 def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Path]:
@@ -121,14 +127,14 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"run {run.address}, attempt {run.attempt}")
-    meter = Meter(run.folder, job.max_hours, job.max_cost)
+    meter = Meter(run.folder, job.max_hours, job.max_cost, files=run.files)
     try:
         if meter.reached:
             raise InputError.of(run.address, f"{meter.reached}; raise the limit to go on")
         wanted = [name for name in _unfinished(run, job) if how.only in (None, name)]
         done = all(_run_phase(run, job, name, interrupts, meter, console, how) for name in wanted)
     except KeyboardInterrupt:
-        with suppress(OSError):
+        with suppress(StorageError):
             run.event("interrupted", orderly=False)
         say(f"stopped at once; `muster resume {run.address}` goes on from the last checkpoint")
         return after_signal(interrupts.number)
@@ -156,7 +162,7 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
 
 
 def _record_failure(run: OpenRun, error: Exception) -> None:
-    with suppress(OSError):  # the disk may be what has failed
+    with suppress(StorageError):  # it may be what has failed
         run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
 
 
@@ -198,7 +204,7 @@ def _run_phase(
         return False
     phase = with_its_start(job.phases[name], run)
     progress = PhaseProgress(name, console, phase.log_every)
-    run.phase(name).mkdir(exist_ok=True)
+    run.files.patiently(lambda: run.phase(name).mkdir(exist_ok=True))
     run.event("phase_started", phase=name)
 
     def warn(what: str) -> None:

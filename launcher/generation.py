@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from launcher import evaluation, models, prompts, runs
 from launcher.prompts import Given
+from launcher.small_files import SmallFiles
 from launcher.terminal import Typewriter, printable
 from training.data.files import RowError
 from training.errors import InputError, Problem
@@ -180,10 +181,12 @@ def _in_batches(plan: Plan, model: models.Found, given: Sequence[Given]) -> Iter
     done = _done(plan.out, given, by)
     left = [each for each in asked if (each.number, each.sample) not in done]
     written = len(asked) - len(left)
+    files = SmallFiles()
     try:
         for row in _responses(plan, model.folder, texts, given, left):
-            runs.append(plan.out, {**row, **by})
+            files.append(plan.out, {**row, **by})
             written += 1
+        files.flush()
     except KeyboardInterrupt:
         models.warn(f"{plan.out}: {written:,} of {len(asked):,} responses; the same command goes on")
         raise

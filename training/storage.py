@@ -69,8 +69,13 @@ def place(address: str | Path, *, patience_s: float | None = None) -> Place:
     if not is_remote(str(address)):
         return Local(Path(address))
     if patience_s is None:
-        patience_s = float(os.environ.get("MUSTER_STORAGE_PATIENCE_S", _PATIENCE_S))
+        patience_s = default_patience_s()
     return Remote(str(address).rstrip("/"), _filesystem(str(address)), patience_s)
+
+
+def default_patience_s() -> float:
+    """How long what fails is tried again, in seconds: MUSTER_STORAGE_PATIENCE_S, or 5 minutes."""
+    return float(os.environ.get("MUSTER_STORAGE_PATIENCE_S", _PATIENCE_S))
 
 
 def why_not_writable(folder: Place, who: str) -> str | None:
