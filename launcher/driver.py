@@ -86,10 +86,18 @@ def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline
     from launcher.session import own_nursery, ray_session
 
     os.environ[ENV_NAMES] = " ".join(job.env)
+    stack.callback(_sweep_stores)
     stack.enter_context(own_nursery())
     wait_for_data = _in_background(lambda: prepare(job, commits, apart=True))
     stack.enter_context(ray_session(max(phase.num_workers for phase in job.phases.values())))
     return wait_for_data()
+
+
+def _sweep_stores() -> None:
+    """What was begun of a store by a process that had to end before."""
+    from training.data.store import sweep_unfinished
+
+    sweep_unfinished(cache_folder())
 
 
 def _list_bad_rows(run: OpenRun, stores: Mapping[str, Path]) -> None:

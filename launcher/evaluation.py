@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from training.data.files import RowError
 from training.errors import InputError, Problem
 from training.group import Group, results
 from training.measures import Row, in_order, interval, measured
+from training.owned_folders import temporary_folder
 from training.questions import Question
 
 _ANSWER_S = 24 * 3600.0
@@ -167,12 +167,12 @@ def asking(folder: str, template: str, workers: int) -> Iterator[Group]:
         return
     from launcher.session import own_nursery, ray_session
 
-    with own_nursery(), ray_session(workers), tempfile.TemporaryDirectory(prefix="muster-eval-") as logs:
+    with own_nursery(), ray_session(workers), temporary_folder("muster-eval-") as logs:
         from launcher.workers import WorkerGroup  # which imports Ray: it takes its token from the session's environment
 
         gang = WorkerGroup(Resources(workers=workers), models.warn, models.warn)
         try:
-            gang.begin(Path(logs))
+            gang.begin(logs)
             here = str(Path(folder).absolute())  # a Ray that was there before us works in another folder
             yield gang.build("evaluator", "training.evaluator:Evaluator", here, template)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from training.checkpoint import MANIFEST, CheckpointError, verify
 from training.checkpoints import Checkpoints, step_of
 from training.errors import InputError
 from training.modelfiles import at_hand
+from training.owned_folders import temporary_folder
 from training.storage import Local, Place, place
 
 
@@ -49,8 +49,8 @@ def in_cache(run: RunFolder, phase: str, checkpoint: Place, say: Callable[[str],
     advice = "make room, or set MUSTER_CACHE to another folder"
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".tmp-") as beside:
-            written = Path(beside) / "model"
+        with temporary_folder(".tmp-", str(kept.parent)) as beside:
+            written = beside / "model"
             _write(run, phase, checkpoint, Local(written), advice)
             if not kept.exists():  # else another process was faster
                 written.rename(kept)

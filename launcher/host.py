@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -256,8 +255,7 @@ def nursery_at_hand(device: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        folder = short_tempdir(SOCKET_PATH - len(_SOCKET) - 1)
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder = stack.enter_context(short_tempdir(SOCKET_PATH - len(_SOCKET) - 1))
         path = f"{folder}/{_SOCKET}"
         listener.bind(path)  # in a folder that is open to us alone
         listener.listen(_MOST_PARENTS)

@@ -58,6 +58,7 @@ def main() -> None:
             nursery.adopt(listener.accept()[0])
         for parent in nursery.parents & set(ready):
             nursery.answer(parent)
+    nursery.end()
 
 
 def _tell(parent: socket.socket, **facts: Any) -> None:
@@ -102,6 +103,15 @@ class _Nursery:
             if pid == 0:
                 return
             _tell(self.parent_of.pop(pid), gone=pid, status=os.waitstatus_to_exitcode(status))
+
+    def end(self) -> None:
+        """End all workers, and wait until they are gone with what they held."""
+        for pid in self.parent_of:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in self.parent_of:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
     def _fork(self, parent: socket.socket, descriptors: list[int]) -> None:
         nursery = os.getpid()

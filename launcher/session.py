@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -121,8 +119,7 @@ class _OwnRay:
 
     def start(self) -> None:
         with ExitStack() as stack:
-            folder = short_tempdir(_LONGEST_FOLDER)
-            stack.callback(_remove, folder)
+            folder = stack.enter_context(short_tempdir(_LONGEST_FOLDER))
             inside = f"{folder}/r"  # Ray opens its folder to everyone; the one around it is ours alone
             stack.enter_context(_environment(inside))
             advice = f"is there room in {folder} and /dev/shm?"
@@ -234,12 +231,3 @@ def _environment(folder: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def _remove(folder: str) -> None:
-    """Remove Ray's folder. Its last processes may still be writing a log as they end."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.exists(folder):
-            return
-        time.sleep(0.1)
