@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +210,18 @@ def _processes_of_ray() -> dict[str, subprocess.Popen]:
     return {name: started[name][0].process for name in (_GCS, _RAYLET)}
 
 
+@cache
+def _token() -> str:
+    """That nobody else has. One for the life of this process: Ray reads it once."""
+    return secrets.token_hex(32)
+
+
 @contextmanager
 def _environment(folder: str) -> Iterator[None]:
     """What Ray reads from the environment, for the length of the block."""
     own: Mapping[str, str] = {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN": _token(),
         "RAY_TMPDIR": folder,
         # Where Ray does not expect other hosts it binds every port to loopback. The name speaks of other systems; what it
         # does on Linux is asserted by tests/launcher/test_workers.py.
