@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
@@ -114,6 +115,7 @@ def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
     errors: list[BaseException] = []
 
     def attempt() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # which is for the main thread, when it can be heard
         try:
             results.append(function())
         except BaseException as error:

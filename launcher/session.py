@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,14 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
     from ray.exceptions import RayError
 
     try:
-        with _signals_left_alone():
+        with _processes_apart():
             ray.init(namespace="muster", log_to_driver=False, logging_level=logging.ERROR, **settings)
     except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
         ray.shutdown()
         raise TrainingError(f"{failure}: {error}; {advice} (this is Ray {ray.__version__})") from error
+    except BaseException:
+        ray.shutdown()
+        raise
     try:
         yield
     finally:
@@ -84,20 +88,39 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_left_alone() -> Iterator[None]:
-    """Within the block Ray starts each of its processes in a session of its own, and does not take SIGTERM for itself.
+def _processes_apart() -> Iterator[None]:
+    """In the block Ray starts each of its processes in a session of its own, and SIGTERM waits for the end of the block: Ray's handlers,
+    of which one aborts the process, are replaced by ours there. If the block fails, nothing of Ray stays behind.
 
-    Ray has no settings for that. The private names that this replaces are held by tests/launcher/test_session.py.
+    Ray has no settings for that. The private names that this replaces are held by tests/launcher/test_own_ray.py.
     """
-    from ray._private import services, utils
+    from ray import _private
 
-    start, take = services.ConsolePopen, utils.set_sigterm_handler
-    services.ConsolePopen = partial(start, start_new_session=True)
-    utils.set_sigterm_handler = lambda handler: None
+    services: Any = _private.services
+    utils: Any = _private.utils
+    popen, take_sigterm = services.ConsolePopen, utils.set_sigterm_handler
+    started: list[subprocess.Popen] = []
+
+    def start(*args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> subprocess.Popen:
+        def in_child() -> None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+            preexec_fn()
+
+        started.append(popen(*args, preexec_fn=in_child, start_new_session=True, **kwargs))
+        return started[-1]
+
+    services.ConsolePopen, utils.set_sigterm_handler = start, lambda handler: None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield
+    except BaseException:
+        for process in started:
+            process.kill()
+        raise
     finally:
-        services.ConsolePopen, utils.set_sigterm_handler = start, take
+        services.ConsolePopen, utils.set_sigterm_handler = popen, take_sigterm
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @dataclass(frozen=True)
@@ -206,7 +229,8 @@ def _processes_of_ray() -> dict[str, subprocess.Popen]:
     """The processes that `ray.init` has started and Ray cannot do without, by Ray's names."""
     from ray._private import worker
 
-    started = worker._global_node.all_processes
+    node: Any = worker._global_node
+    started = node.all_processes
     return {name: started[name][0].process for name in (_GCS, _RAYLET)}
 
 
