@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import models, runs
+from launcher import models, output, runs
 from launcher.small_files import SmallFiles
 from launcher.teacher import Budget, BudgetSpent, Endpoint, Nonsense, Reply, Teacher
 from training import modelfiles, questions
@@ -336,6 +336,7 @@ class Plan:
     seed: int = 0
 
 
+@output.kept_going()
 def build(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     """All of it, going on where it stopped. Raises InputError before anything is asked for if something is wrong with the input."""
     if bool(plan.columns) == bool(plan.models):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher import models, terminal
+from launcher import models, output, terminal
 from training import questions
 from training.config import Questions, Resources
 from training.data.files import RowError
@@ -24,6 +24,7 @@ _SHOWN = 5
 TEMPLATES = ("auto", "plain", "chat")
 
 
+@output.kept_going()
 def evaluate(
     model: str, data: Path, settings: Questions, *, template: str, workers: int, seed: int, out: Path | None
 ) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def evaluate(
     }
 
 
+@output.kept_going()
 def compare(
     model: str, other: str, judge: str, data: Path, settings: Questions,
     *, template: str, workers: int, seed: int, out: Path | None,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher import output
 from launcher.cache import cache_folder
 from launcher.driver import with_its_start
 from launcher.runs import PATIENCE_S, RunFolder, phase_with_checkpoints
@@ -18,6 +19,7 @@ from training.owned_folders import temporary_folder
 from training.storage import Local, Place, place
 
 
+@output.kept_going()
 def export(run: RunFolder, *, phase: str | None, step: int | None, out: str | None, merge: bool) -> dict[str, Any]:
     """Raises InputError for a phase or step that is not there, CheckpointError if no checkpoint is whole."""
     job = run.job()
