@@ -227,6 +227,7 @@ def _run_phase(
     recovery = Recovery(run, name, phase, progress.say)
     with gang_of(phase, name, cache_folder(), progress.say, warn, inline=how.inline) as gang:
         while True:
+            run.files.flush()  # while the storage is away, an attempt would begin anew in its place
             hooks = PhaseRun(run, job, name, interrupts, meter, progress, gang, recovery.skipped())
             try:
                 with closing(hooks):
