@@ -10,7 +10,9 @@ import json
 import os
 import platform
 import socket
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +32,9 @@ from training.checkpoints import CLAIMS, Checkpoints, Claim, newest_claim
 from training.errors import InputError, Problem
 from training.storage import Place, is_remote, place
 from training.versions import MUSTER, versions_of
+
+_LOCK_S = 2.0
+"""How long a lock is tried to be taken."""
 
 
 class OpenRun(RunFolder):
@@ -252,16 +257,29 @@ def _from_command_line(job: Job) -> Iterator[KeyPath]:
 
 
 def _take_lock(path: Path) -> IO[str]:
-    lock = path.open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
+    """For its owner alone: whoever may read a file may lock it."""
+    lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+    with suppress(PermissionError):  # somebody else's, who lets us write it
+        os.fchmod(lock.fileno(), 0o600)
+    if not _locked(lock):
         holder = lock.read().strip()
         lock.close()
-        raise InputError.of(str(path.parent), f"this run is being worked on by {holder}") from None
+        raise InputError.of(str(path.parent), f"this run is being worked on by {holder}")
     lock.seek(0)
     lock.truncate()
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return lock
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Whether it could be taken, within a time: `muster status` holds it for a moment."""
+    deadline = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)

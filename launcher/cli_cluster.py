@@ -11,6 +11,7 @@ import typer
 
 from launcher import interrupts
 from launcher.exit_status import INTERRUPTED
+from launcher.terminal import printable
 from launcher.verbs import Force, JobFile, Json, NoPreflight, On, Overrides, cluster_verb, show, verb
 from training.errors import InputError
 
@@ -20,12 +21,12 @@ ClusterName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a clus
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def _wanted(on: str | None) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import models, output, runs
+from launcher import evaluation, models, output, runs
 from launcher.small_files import SmallFiles
 from launcher.teacher import Budget, BudgetSpent, Endpoint, Nonsense, Reply, Teacher
 from training import modelfiles, questions
@@ -334,6 +334,12 @@ class Plan:
     max_new_tokens: int = 3200
     workers: int = 1
     seed: int = 0
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the models may run."""
+
+    @property
+    def loading(self) -> evaluation.Loading:
+        return evaluation.Loading("auto", self.workers, self.trust_remote_code)
 
 
 @output.kept_going()
@@ -400,18 +406,16 @@ def _refuse_other_teacher(plan: Plan, journal: Journal) -> None:
 
 
 def _of_models(plan: Plan, work: Path, say: Callable[[str], None]) -> list[Task]:
-    from launcher import evaluation
-
     asked = questions.read(str(plan.data), None, plan.limit)
     journal = Journal(work / "answers.jsonl")
     settings = Questions(
         data=str(plan.data), samples=plan.samples, temperature=plan.temperature, max_new_tokens=plan.max_new_tokens
     )
     for model in plan.models:
-        folder = models.model_folder(model)
+        folder = models.model_folder(model, trust_remote_code=plan.trust_remote_code)
         done = {row["question"] for row in journal.rows if row["model"] == model}
         if any(question.text not in done for question in asked):
-            with journal.kept(), evaluation.asking(folder, "auto", plan.workers) as group:
+            with journal.kept(), evaluation.asking(folder, plan.loading) as group:
                 sampled(asked, model, journal, _answering(group, settings, plan.seed), say)
     return of_models(asked, plan.models, journal)
 
@@ -420,12 +424,10 @@ def _ask(plan: Plan, tasks: Sequence[Task], journal: Journal, say: Callable[[str
     if isinstance(plan.teacher, Endpoint):
         teacher = Teacher(plan.teacher, plan.budget, plan.per_minute, say)
         return ask_endpoint(tasks, teacher, journal, plan.parallel, say)
-    from launcher import evaluation
-
     settings = Questions(data=str(plan.data), temperature=0.3, top_p=0.95, max_new_tokens=plan.max_new_tokens)
-    folder = models.model_folder(plan.teacher)
+    folder = models.model_folder(plan.teacher, trust_remote_code=plan.trust_remote_code)
     learnt = modelfiles.facts_in(folder).get("recipe") == "cft"
-    with evaluation.asking(folder, "auto", plan.workers) as group:
+    with evaluation.asking(folder, plan.loading) as group:
         ask_model(tasks, plan.teacher, journal, _answering(group, settings, plan.seed), say, learnt=learnt)
     return None
 

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from launcher.notices import Listener
 from launcher.nursery import STACKS
 from launcher.pipe import Pipe
 from launcher.short_tempdir import SOCKET_PATH, short_tempdir
+from launcher.subprocesses import module_command, with_own_code
 from training import pulse
 from training.memory import TUNABLES
 
@@ -292,7 +292,7 @@ def _at_hand(device: str) -> socket.socket | None:
 def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen:
     """Start the process; `parent` is its end of the connection and closed here."""
     descriptors = [parent.fileno(), *(listener.fileno() for listener in listeners)]
-    command = [sys.executable, "-m", "launcher.nursery", str(descriptors[0]), device, *map(str, descriptors[1:])]
+    command = module_command("launcher.nursery", str(descriptors[0]), device, *map(str, descriptors[1:]))
     # In a session of its own a Ctrl-C on a terminal is not for it.
     process = subprocess.Popen(
         command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=_environment(device), start_new_session=True
@@ -303,7 +303,7 @@ def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket
 
 def _environment(device: str) -> dict[str, str]:
     # One thread while importing; a worker sets what it computes with when it knows its seat.
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
+    own = with_own_code({**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device})
     if device == "cpu":
         own.setdefault("GLIBC_TUNABLES", TUNABLES)
     return own

@@ -285,9 +285,21 @@ def _is_locked(path: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except PermissionError:
+        return _is_locked_by_another_user(path)
     except OSError:
         return False
     return False
+
+
+def _is_locked_by_another_user(path: Path) -> bool:
+    """By what the kernel lists: the file itself is its owner's alone. Sees the locks of this machine only."""
+    try:
+        inode, locks = path.stat().st_ino, Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return False
+    held = (line.split() for line in locks if "->" not in line)  # `1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE 0 EOF`
+    return any(fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode) for fields in held)
 
 
 def now() -> str:

@@ -22,6 +22,7 @@ from launcher.capacity import num_gpus
 from launcher.failures import NoMachines, RayLost, WorkerDied, in_words
 from launcher.host import nursery_at_hand
 from launcher.short_tempdir import short_tempdir
+from launcher.subprocesses import code_folders
 from training.errors import MusterError, TrainingError
 
 _OBJECT_STORE_BYTES = 128 << 20
@@ -74,7 +75,13 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
 
     try:
         with _processes_apart():
-            ray.init(namespace="muster", log_to_driver=False, logging_level=logging.ERROR, **settings)
+            ray.init(
+                namespace="muster",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                job_config=_job_config(),
+                **settings,
+            )
     except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
         ray.shutdown()
         raise TrainingError(f"{failure}: {error}; {advice} (this is Ray {ray.__version__})") from error
@@ -85,6 +92,17 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _job_config() -> Any:
+    """Where Ray's workers find Muster's code. Ray itself would have them import from the working folder first.
+
+    `_client_job` is Ray's own switch against that (its client has it); a submitted job has a folder of its own, which Ray takes instead.
+    """
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+    from ray.job_config import JobConfig
+
+    return JobConfig(_client_job=RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ, _py_driver_sys_path=code_folders())
 
 
 @contextmanager

@@ -528,6 +528,9 @@ class RewardSource(Settings):
     """The rewards are added up with these weights."""
     timeout: PositiveFloat = 60.0
     """Seconds that a function or an endpoint may take for a batch."""
+    folder: str | None = None
+    """Of a function: the folder in which its module, and what that imports, is looked for after all that is installed. None: the folder
+    of the job file."""
 
     @property
     def is_endpoint(self) -> bool:

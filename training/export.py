@@ -148,7 +148,7 @@ def _of_base(base: Path, phase: Phase, body: str, wanted: set[str]) -> Iterator[
     if not wanted <= set(names.values()):
         yield from _of_loaded(base, phase)
         return
-    for file in inspect(base, tokenizer_elsewhere=True, trust_remote_code=True, classifier=True).weight_files:
+    for file in inspect(base, tokenizer_elsewhere=True, check_code=False, classifier=True).weight_files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (no mapping)
                 yield names[name], tensors.get_tensor(name)

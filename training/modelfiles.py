@@ -281,6 +281,26 @@ def configured_in(path: str, revision: str | None = None) -> Path | None:
     return Path(base) if (Path(base) / "config.json").is_file() else None
 
 
+def code_in(model: Model) -> bool:
+    """Whether Python code may come with a model or its tokenizer, and its settings have it run or it cannot do without. True also where that cannot be seen."""
+    folder, tokenizer = configured_in(model.path, model.revision), Path(tokenizer_of(model))
+    if folder is None:
+        return model.trust_remote_code
+    files = (folder / "config.json", folder / "tokenizer_config.json", tokenizer / "tokenizer_config.json")
+    configs = [_mapping(file) for file in files]
+    brings = any("auto_map" in config for config in configs)
+    return brings and (model.trust_remote_code or bool(_needs_its_own_code(configs[0])))
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if the file holds none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def check_continues(model: Model) -> None:
     """Raises InputError if the model is an adapter that is to be trained on in another shape than it has."""
     adapter, lora = adapter_in(model.path), model.lora
@@ -397,9 +417,17 @@ def on_hub(path: str) -> bool:
 
 
 def inspect(
-    folder: Path, *, tokenizer_elsewhere: bool = False, trust_remote_code: bool = False, classifier: bool = False
+    folder: Path,
+    *,
+    tokenizer_elsewhere: bool = False,
+    trust_remote_code: bool = False,
+    check_code: bool = True,
+    classifier: bool = False,
 ) -> ModelFacts:
     """The facts of a folder with a causal language model, or of the one below an adapter. `classifier`: a reward model will do.
+
+    `trust_remote_code`: Python code that comes with the model may run. `check_code`: False accepts a model that needs such code,
+    and does not run it.
 
     Raises InputError with all that keeps it from being loaded: no or broken files, another kind of model, missing or
     truncated weights, no tokenizer (unless it is `tokenizer_elsewhere`), Python code that was not allowed, an adapter
@@ -408,9 +436,9 @@ def inspect(
     if not folder.is_dir():
         raise InputError.of(str(folder), "is a file; give the folder" if folder.exists() else "no such folder")
     if (adapter := adapter_in(str(folder))) is not None:
-        return _below(adapter, tokenizer_elsewhere, trust_remote_code, classifier)
+        return _below(adapter, tokenizer_elsewhere, trust_remote_code, check_code, classifier)
     check = _Check(folder)
-    config = check.config(trust_remote_code, classifier)
+    config = check.config(trust_remote_code or not check_code, classifier)
     files, tensors = check.weights()
     if tensors and not check.problems:
         check.tensors(tensors, config)
@@ -423,7 +451,9 @@ def inspect(
     return _facts(config, files, tensors)
 
 
-def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool, classifier: bool) -> ModelFacts:
+def _below(
+    adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool, check_code: bool, classifier: bool
+) -> ModelFacts:
     """The facts of the model that an adapter was trained on."""
     base = Path(adapter.base)
     if adapter.classifier and not classifier:
@@ -438,6 +468,7 @@ def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool,
         base,
         tokenizer_elsewhere=tokenizer_elsewhere or has_tokenizer(adapter.folder),
         trust_remote_code=trust_remote_code,
+        check_code=check_code,
         classifier=classifier,
     )
     problem = _misfit(adapter, base, trust_remote_code) or _unlike_halves_of_a_tie(adapter, base)
@@ -577,7 +608,7 @@ class _Check:
             self.refuse(file, f"cannot be read: {error.strerror}")
         return None
 
-    def config(self, trust_remote_code: bool, classifier: bool) -> dict[str, Any]:
+    def config(self, code_allowed: bool, classifier: bool) -> dict[str, Any]:
         file = self.folder / "config.json"
         if not file.exists():
             self.refuse(self.folder, f"has no config.json{_contents(self.folder)}")
@@ -588,7 +619,7 @@ class _Check:
         if not isinstance(config, dict):
             self.refuse(file, "expected a JSON object")
             return {}
-        if problem := _wrong_kind(config, classifier) or ("" if trust_remote_code else _needs_its_own_code(config)):
+        if problem := _wrong_kind(config, classifier) or ("" if code_allowed else _needs_its_own_code(config)):
             self.refuse(file, problem)
         return config
 
@@ -683,7 +714,10 @@ def _needs_its_own_code(config: dict[str, Any]) -> str:
     """Many published folders keep an `auto_map` from the time before transformers knew the model: those need no code."""
     if "auto_map" not in config or _known_to_transformers(str(config.get("model_type", ""))):
         return ""
-    return "the model needs Python code that comes with it (`auto_map`); if you trust it, set model.trust_remote_code: true"
+    return (
+        "the model needs Python code that comes with it (`auto_map`); if you trust it, set model.trust_remote_code: true "
+        "(generate, eval, critique: --trust-remote-code)"
+    )
 
 
 def _known_to_transformers(model_type: str) -> bool:

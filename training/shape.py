@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from training import modelfiles
+from training import hub, modelfiles
 from training.config import Lora
 from training.errors import InputError
 from training.modelfiles import EMBEDDING, LAYER, TOKEN_HEADS
@@ -313,7 +313,7 @@ def _looked_up(name: str, revision: str | None) -> dict[str, Any]:
             raise OSError("HF_HUB_OFFLINE is set")
         # Not by the library's download, which tries for half a minute where there is no network.
         request = urllib.request.Request(hf_hub_url(name, "config.json", revision=revision), headers=build_hf_headers())
-        with urllib.request.urlopen(request, timeout=_PATIENCE_S) as answer:
+        with hub.opened(request, _PATIENCE_S) as answer:
             return json.loads(answer.read())
     except (OSError, ValueError) as error:
         told = getattr(error, "reason", None) or error
