@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -106,3 +107,19 @@ def test_rows_that_a_full_disk_has_cut_are_there_once(tmp_path):
     ended = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4))
+
+
+@pytest.mark.cpu
+@pytest.mark.faults
+def test_a_run_outlasts_a_storage_that_is_away(run, undisturbed):
+    """Longer than the steps to the next checkpoint, which cannot be saved."""
+    run.start()
+    run.reach(25)
+    storage, away = run.folder / "runs", run.folder / "away"
+    storage.rename(away)
+    time.sleep(8)
+    assert not storage.exists()
+    away.rename(storage)
+    run.finish()
+    assert [incident["class"] for incident in run.events("incident")] in ([], ["storage"])
+    assert run.result == undisturbed
