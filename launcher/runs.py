@@ -56,6 +56,20 @@ def evaluations_in(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in whole if any(name.startswith("eval_") for name in row)]
 
 
+_AMOUNTS = ("step", "iteration", "step_s", "tokens", "samples", "tokens_per_s", "memory_gib")
+_FIGURES = ("loss", "reward", "learning_rate", "grad_norm")
+_MOST = 2**63
+
+
+def _is_figure(name: str, value: Any) -> bool:
+    """Whether a value can stand under the name of a metric. A row in which one cannot was not written by a run."""
+    if name in _AMOUNTS:
+        return isinstance(value, int | float) and 0 <= value < _MOST
+    if name in _FIGURES or name.startswith("eval_"):
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) < _MOST)
+    return True
+
+
 def _rewound(event: Mapping[str, Any]) -> dict[str, int]:
     to = event.get("to")
     return to if isinstance(to, dict) else {}
@@ -114,7 +128,8 @@ class RunFolder:
             return [file.parent.name for file in sorted(self.folder.glob(f"*/{METRICS}"))]
 
     def metrics(self, phase: str) -> list[dict[str, Any]]:
-        return list(json_rows(self.phase(phase) / METRICS))
+        rows = json_rows(self.phase(phase) / METRICS)
+        return [row for row in rows if all(_is_figure(name, value) for name, value in row.items())]
 
     def evaluations(self, phase: str) -> list[dict[str, Any]]:
         """Rows of metrics that evaluations wrote, the oldest first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from training import hub
+from training import foreign, hub
 from training.config import Model, Phase
 from training.errors import InputError, Problem
 from training.paths import absolute, is_below
@@ -34,6 +35,12 @@ SCORE = "score"
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LAYER_OF_BODY = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
+_MOST_LAYERS = 10_000
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64), **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16), **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+}  # fmt: skip
+"""Of one number, by safetensors' name of its type."""
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
@@ -99,7 +106,7 @@ class Adapter:
 def facts_in(folder: str) -> dict[str, Any]:
     """What Muster wrote beside a model; empty for a model of another make."""
     try:
-        facts = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+        facts = foreign.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -118,8 +125,15 @@ def adapter_in(path: str) -> Adapter | None:
     if not is_adapter(folder):
         return None
     file = folder / ADAPTER_CONFIG
+    with foreign.made_sense_of(
+        lambda why: InputError.of(str(file), f"not a readable adapter of LoRA ({why}); copy it again")
+    ):
+        return _read_adapter(folder, file)
+
+
+def _read_adapter(folder: Path, file: Path) -> Adapter:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = foreign.loads(file.read_text(encoding="utf-8"))
         kind, base = str(config["peft_type"]), config["base_model_name_or_path"]
         rank, alpha = (int(config["r"]), float(config["lora_alpha"])) if kind == "LORA" else (0, 0.0)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -151,7 +165,7 @@ def adapter_in(path: str) -> Adapter | None:
 
 def folder_of(name: str, revision: str | None = None) -> str:
     """The folder that a model's name means here, also in the cache of the hub's library; else the name."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return absolute(name)
     cached = hub.cached_folder(name, revision) if on_hub(name) else None
     return name if cached is None else str(cached)
@@ -295,7 +309,7 @@ def code_in(model: Model) -> bool:
 def _mapping(file: Path) -> dict[str, Any]:
     """A JSON object; empty if the file holds none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = foreign.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -336,7 +350,7 @@ def rows_of_embedding(folder: Path) -> int | None:
     """Rows of the token embedding in a folder's weights; None if they do not say."""
     shapes = tensor_shapes(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
     names = _embeddings(shapes, _whole(config, "vocab_size") if isinstance(config, dict) else None)
@@ -360,7 +374,7 @@ def loaded_shapes(folder: Path, trust_remote_code: bool = False) -> dict[str, tu
     from training.shape import on_meta_device
 
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return on_meta_device(config, trust_remote_code)
@@ -413,7 +427,7 @@ def tokenizer_revision(model: Model) -> str | None:
 
 def on_hub(path: str) -> bool:
     """Whether the path of a model in a job is a name on the Hugging Face hub: folders are absolute there."""
-    return bool(path) and not path.startswith(("/", ".", "~")) and not is_remote(path) and not Path(path).exists()
+    return bool(path) and not path.startswith(("/", ".", "~")) and not is_remote(path) and not os.path.exists(path)
 
 
 def inspect(
@@ -435,10 +449,17 @@ def inspect(
     """
     if not folder.is_dir():
         raise InputError.of(str(folder), "is a file; give the folder" if folder.exists() else "no such folder")
-    if (adapter := adapter_in(str(folder))) is not None:
-        return _below(adapter, tokenizer_elsewhere, trust_remote_code, check_code, classifier)
+    with foreign.made_sense_of(
+        lambda why: InputError.of(str(folder), f"its files do not make sense ({why}); copy them again")
+    ):
+        if (adapter := adapter_in(str(folder))) is not None:
+            return _below(adapter, tokenizer_elsewhere, trust_remote_code, check_code, classifier)
+        return _inspected(folder, tokenizer_elsewhere, trust_remote_code or not check_code, classifier)
+
+
+def _inspected(folder: Path, tokenizer_elsewhere: bool, code_allowed: bool, classifier: bool) -> ModelFacts:
     check = _Check(folder)
-    config = check.config(trust_remote_code or not check_code, classifier)
+    config = check.config(code_allowed, classifier)
     files, tensors = check.weights()
     if tensors and not check.problems:
         check.tensors(tensors, config)
@@ -460,7 +481,7 @@ def _below(
         raise InputError.of(
             str(adapter.folder), "the adapter of a reward model is no causal language model; give a language model"
         )
-    if not base.is_dir():
+    if not os.path.isdir(base):
         fetch = f" (`hf download {adapter.base}`)" if _HUB_ID.fullmatch(adapter.base) else ""
         message = f"was trained on {adapter.base}, which is not here; get that model{fetch} or correct base_model_name_or_path"
         raise InputError.of(str(adapter.folder / ADAPTER_CONFIG), message)
@@ -528,7 +549,7 @@ def described_quantization(method: str) -> str:
 def quantization(folder: Path) -> str | None:
     """How the weights in a folder are quantized, if they are."""
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        settings = foreign.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return None
     return str(settings.get("quant_method", "unknown method")) if isinstance(settings, dict) else None
@@ -541,7 +562,7 @@ def _unlike_halves_of_a_tie(adapter: Adapter, base: Path) -> str:
         return ""
     if len(named) == 2 and _equal_bytes(adapter.folder / ADAPTER_WEIGHTS, [PEFT_PREFIX + name for name in named]):
         return ""
-    config = json.loads((adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = foreign.loads((adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if config.get("ensure_weight_tying") and len(named) == 1:
         return ""
     return (
@@ -599,11 +620,13 @@ class _Check:
     def json(self, file: Path) -> Any:
         """The file's content, or None if it cannot be read."""
         try:
-            return json.loads(file.read_bytes())
+            return foreign.loads(file.read_bytes())
         except json.JSONDecodeError as error:
             self.refuse(file, f"not valid JSON in line {error.lineno}: {error.msg}; copy it again")
         except UnicodeDecodeError:
             self.refuse(file, "is not UTF-8 text; copy it again")
+        except ValueError as error:
+            self.refuse(file, f"not valid JSON: {error}; copy it again")
         except OSError as error:
             self.refuse(file, f"cannot be read: {error.strerror}")
         return None
@@ -693,6 +716,9 @@ class _Check:
                 f"says vocab_size {vocab_size:,}, but the weights' {embeddings[0]} has {rows:,} rows; they do not belong together",
             )
         num_layers = _whole(config, "num_hidden_layers", "n_layer") or 0
+        if num_layers > _MOST_LAYERS:
+            self.refuse(self.folder / "config.json", f"{num_layers:,} layers are out of all proportion; copy it again")
+            return
         present = {int(match[1]) for name in tensors if (match := LAYER.search(name))}
         if absent := sorted(set(range(num_layers)) - present):
             counted = f"{len(absent)} of {num_layers} layers: {_some(map(str, absent))}"
@@ -742,11 +768,10 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
             raise ValueError(f"its header alone has {8 + length:,} bytes, the file has {size:,}: copy it again")
         raw = stream.read(length)
     try:
-        entries = json.loads(raw)
-        tensors = dict(_tensors(entries, 8 + length))
-        end = max((entries[name]["data_offsets"][1] for name in tensors), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        tensors = dict(_tensors(foreign.loads(raw), 8 + length))
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError("its header is malformed; copy it again") from None
+    end = max((tensor.start + tensor.bytes for tensor in tensors.values()), default=0) - 8 - length
     if not tensors:
         raise ValueError("holds no tensors")
     if 8 + length + end != size:
@@ -758,13 +783,12 @@ def _tensors(entries: dict[str, Any], data: int) -> Iterator[tuple[str, _Tensor]
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
-        first, last = entry["data_offsets"]
-        if not 0 <= first <= last:
+        dtype, shape, (first, last) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(size) is not int or size < 0 for size in (*shape, first, last)):
             raise ValueError
-        yield (
-            name,
-            _Tensor(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), last - first, data + first),
-        )
+        if 8 * (last - first) != math.prod(shape) * _BITS.get(dtype, 8 * (last - first) // max(1, math.prod(shape))):
+            raise ValueError
+        yield name, _Tensor(dtype, shape, last - first, data + first)
 
 
 def described_holes(absent: Sequence[str], misfits: Sequence[str]) -> list[str]:
@@ -781,7 +805,7 @@ def notes_on(path: str) -> list[str]:
     """What a user should know of what in the folder of a model, or of the one below an adapter, has no effect."""
     folder = Path(base_of(path))
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     if not isinstance(config, dict):
@@ -821,7 +845,7 @@ def auxiliary_loss(config: Mapping[str, Any]) -> str:
 def window_of(path: str) -> int | None:
     """How many positions the model in a folder was made for, if it says."""
     try:
-        config = json.loads((Path(base_of(path)) / "config.json").read_text(encoding="utf-8"))
+        config = foreign.loads((Path(base_of(path)) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return _positions(config) if isinstance(config, dict) else None

@@ -276,7 +276,7 @@ def ray_session(workers):
     assert "ray" not in sys.modules
     raise SystemExit("as it should be")
 session.ray_session = ray_session
-with evaluation.asking("model", "auto", 2): pass
+with evaluation.asking("model", evaluation.Loading("auto", 2, False)): pass
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
