@@ -15,11 +15,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Refused
 from cluster.machine import Login
 
 _UP_S = 30.0
+_LISTENING = "0A"
+"""The kernel's TCP_LISTEN."""
+_LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F")
+"""127.0.0.1 as it stands in /proc/net/tcp and /proc/net/tcp6."""
 _LONGEST_FOLDER = 90
 """Bytes: the path of a Unix socket must fit in 107."""
 
@@ -42,6 +47,29 @@ def tunnel(host: str, login: Login, address: str, port: int) -> Iterator[int]:
         process.terminate()
         process.communicate()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_strangers_port(port: int, shown: str) -> None:
+    """Raises Refused if another user listens on a port of loopback, who would be given the token. Sees it where there is /proc."""
+    found = [(address, uid) for address, at, uid in _listeners() if at == port]
+    # A connection goes to who listens on the address itself before those who listen on all of them.
+    own_address = [uid for address, uid in found if address in _LOOPBACK]
+    answering = own_address or [uid for address, uid in found if not address.strip("0")]
+    if others := set(answering) - {os.getuid()}:
+        raise Refused(
+            f"another user (uid {min(others)}) listens on port {port} of this machine in place of {shown}; is it still up?"
+        )
+
+
+def _listeners() -> Iterator[tuple[str, int, int]]:
+    """Address as the kernel writes it, port and user of every TCP socket of this machine that listens."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                address, _, port = fields[1].rpartition(":")
+                if fields[3] == _LISTENING:
+                    yield address, int(port, 16), int(fields[7])
 
 
 def _private_folder() -> str:

@@ -152,7 +152,8 @@ class Model(Settings):
     """Compile the layers with torch: for GPUs, CPUs gain little. The first steps take up to a minute longer. Needs a C++ compiler; not at
     ZeRO stage 3, not in PPO."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models you trust."""
+    """Run Python code that comes with the model. Only for models you trust. `generate`, `eval`, `critique` and `export` ask anew:
+    `--trust-remote-code`."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer. None: the model's own."""
     tokenizer_revision: str | None = None

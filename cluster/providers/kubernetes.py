@@ -21,6 +21,7 @@ from cluster.machine import HERE
 from cluster.node import of_type, price_label
 from cluster.providers import Finding, Say, environment
 from cluster.spec import Kubernetes, PodPool
+from cluster.tunnel import refuse_strangers_port
 
 _UP_S, _DOWN_S, _FORWARD_S = 900.0, 300.0, 30.0
 _FORWARDING = re.compile(r"Forwarding from 127\.0\.0\.1:(\d+)")
@@ -111,6 +112,7 @@ class KubernetesProvider:
             if said is None:
                 process.kill()
                 raise ClusterError(f"no way to the cluster {self.spec.name}: {process.communicate()[1].strip()}")
+            refuse_strangers_port(int(said[1]), f"the cluster {self.spec.name}")
             yield int(said[1])
         finally:
             overdue.cancel()

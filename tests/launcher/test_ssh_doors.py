@@ -14,9 +14,12 @@ import psutil
 import pytest
 
 from cluster.dashboard import Dashboard
+from cluster.errors import ClusterError, Refused
 from cluster.home import Home
 from cluster.machine import Login, free_port
 from cluster.providers.cloud import _host_keys_kept
+from cluster.providers.local import LocalProvider
+from cluster.spec import Local
 from cluster.tunnel import tunnel
 from tests.sshd_server import SSHD, make_key, sshd
 
@@ -104,8 +107,6 @@ def test_another_user_who_reads_the_list_of_processes_gets_nowhere(login, dashbo
 
 
 def test_without_a_way_there_the_tunnel_says_why(login):
-    from cluster.errors import ClusterError
-
     wrong = Login(
         login.user,
         port=login.port,
@@ -119,7 +120,28 @@ def test_without_a_way_there_the_tunnel_says_why(login):
         pass
 
 
-# Rays launcher on clouds
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as a second user")
+def test_another_user_who_listens_in_place_of_a_cluster_on_this_machine_gets_no_token(tmp_path):
+    home = Home(tmp_path / "here")
+    home.folder.mkdir(mode=0o700)
+    home.token_file.write_text(TOKEN)
+    code = (
+        f"import os, socket; os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER})\n"
+        "listener = socket.create_server(('127.0.0.1', 0))\n"
+        "print(listener.getsockname()[1], flush=True)\n"
+        "listener.accept()\nprint('was asked', flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as stranger:
+        assert stranger.stdout is not None
+        home.write({"dashboard_port": int(stranger.stdout.readline())})
+        provider = LocalProvider(Local(provider="local", name="here"))
+        with pytest.raises(Refused, match=f"another user .uid {STRANGER}. listens on port"), provider.door(home):
+            pass
+        stranger.kill()
+        assert stranger.stdout.read() == ""
+
+
+# Ray's launcher on clouds
 
 
 def over_rays_launcher(home: Home, port: int, client: Path) -> subprocess.CompletedProcess:
