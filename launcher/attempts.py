@@ -6,6 +6,7 @@ One process works on a run at a time: in a folder a lock says which, in a bucket
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import platform
 import socket
@@ -22,8 +23,9 @@ from launcher.explain import did_you_mean
 from launcher.job import Job
 from launcher.mirror import Mirror
 from launcher.phases import SHARED
-from launcher.runs import EVENTS, JOB, LOCK, PATIENCE_S, RunFolder, append, now, phase_with_checkpoints, told_as_input
+from launcher.runs import EVENTS, JOB, LOCK, PATIENCE_S, RunFolder, now, phase_with_checkpoints, told_as_input
 from launcher.shared_settings import value_at
+from launcher.small_files import SmallFiles
 from launcher.yamlfile import COMMAND_LINE, KeyPath, dotted
 from training.checkpoint import CheckpointError
 from training.checkpoints import CLAIMS, Checkpoints, Claim, newest_claim
@@ -41,6 +43,8 @@ class OpenRun(RunFolder):
     def __init__(self, folder: Path, attempt: int, lock: IO[str], remote: Place | None = None):
         super().__init__(folder, remote)
         self.attempt = attempt
+        self.files = SmallFiles()
+        self._events = super().events()
         self._lock = lock
         self._mirror = None if remote is None else Mirror(folder, remote, Claim(remote / CLAIMS, attempt))
 
@@ -52,18 +56,26 @@ class OpenRun(RunFolder):
         self.event("started", host=socket.gethostname(), pid=os.getpid(), by_itself=True)
 
     def event(self, kind: str, **facts: Any) -> None:
-        append(self.folder / EVENTS, {"time": now(), "attempt": self.attempt, "event": kind, **facts})
+        row = {"time": now(), "attempt": self.attempt, "event": kind, **facts}
+        self._events.append(json.loads(json.dumps(row)))
+        self.files.append(self.folder / EVENTS, row)
         if self._mirror is not None:
             self._mirror.wake()
 
+    def events(self) -> list[dict[str, Any]]:
+        """Also those that cannot be written at the moment."""
+        return list(self._events)
+
     def flush(self) -> None:
         """Make sure that what was written is where the run is kept. Raises StorageError, OSError, Superseded."""
+        self.files.flush()
         if self._mirror is not None:
             self._mirror.flush()
 
     def close(self) -> None:
         """Raises as `flush` does, if the rest could not be copied to where the run is kept."""
         try:
+            self.files.flush()
             if self._mirror is not None:
                 self._mirror.close()
         finally:

@@ -18,11 +18,11 @@ from launcher.verbs import (
     Overrides,
     RunName,
     TrustRemoteCode,
-    app,
     console,
     show,
     verb,
 )  # fmt: skip
+from launcher.verbs import app as app
 from training.errors import InputError
 
 
@@ -407,8 +407,10 @@ def critique(
 
 
 def main() -> None:
-    """Entry point."""
-    app()
+    """Entry point of installations that were made before there was launcher/__main__.py."""
+    from launcher import __main__
+
+    __main__.main()
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import evaluation, models, runs
+from launcher import evaluation, models, output, runs
+from launcher.small_files import SmallFiles
 from launcher.teacher import Budget, BudgetSpent, Endpoint, Nonsense, Reply, Teacher
 from training import modelfiles, questions
 from training.answers import expected_answer, final_answer, same, verdict
@@ -66,13 +68,22 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self._lock = threading.Lock()
+        self._files = SmallFiles()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = list(runs.json_rows(path))
 
     def add(self, row: Mapping[str, Any]) -> None:
         with self._lock:
             self.rows.append(dict(row))
-            runs.append(self.path, row)
+            self._files.append(self.path, row)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """However the block ends, return when every row is written."""
+        try:
+            yield
+        finally:
+            self._files.flush()
 
 
 def from_columns(data: Path, columns: Sequence[str], known: str | None, limit: int | None) -> list[Task]:
@@ -331,6 +342,7 @@ class Plan:
         return evaluation.Loading("auto", self.workers, self.trust_remote_code)
 
 
+@output.kept_going()
 def build(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     """All of it, going on where it stopped. Raises InputError before anything is asked for if something is wrong with the input."""
     if bool(plan.columns) == bool(plan.models):
@@ -348,7 +360,8 @@ def build(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     journal = Journal(work / "critiques.jsonl")
     _refuse_other_teacher(plan, journal)
     before = len(_left(tasks, journal))
-    ended = _ask(plan, tasks, journal, say) if before else None
+    with journal.kept():
+        ended = _ask(plan, tasks, journal, say) if before else None
     if ended and not plan.budget.used_in and not any("critique" in row for row in journal.rows):
         raise InputError.of(
             "--max-tokens, --max-cost",
@@ -402,7 +415,7 @@ def _of_models(plan: Plan, work: Path, say: Callable[[str], None]) -> list[Task]
         folder = models.model_folder(model, trust_remote_code=plan.trust_remote_code)
         done = {row["question"] for row in journal.rows if row["model"] == model}
         if any(question.text not in done for question in asked):
-            with evaluation.asking(folder, plan.loading) as group:
+            with journal.kept(), evaluation.asking(folder, plan.loading) as group:
                 sampled(asked, model, journal, _answering(group, settings, plan.seed), say)
     return of_models(asked, plan.models, journal)
 

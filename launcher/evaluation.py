@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import models, terminal
+from launcher import models, output, terminal
 from training import questions
 from training.config import Questions, Resources
 from training.data.files import RowError
 from training.errors import InputError, Problem
 from training.group import Group, results
 from training.measures import Row, in_order, interval, measured
+from training.owned_folders import temporary_folder
 from training.questions import Question
 
 _ANSWER_S = 24 * 3600.0
@@ -36,6 +36,7 @@ class Loading:
     """Whether Python code that comes with the model may run."""
 
 
+@output.kept_going()
 def evaluate(
     model: str, data: Path, settings: Questions,
     *, template: str, workers: int, seed: int, out: Path | None, trust_remote_code: bool = False,
@@ -62,6 +63,7 @@ def evaluate(
     }
 
 
+@output.kept_going()
 def compare(
     model: str, other: str, judge: str, data: Path, settings: Questions,
     *, template: str, workers: int, seed: int, out: Path | None, trust_remote_code: bool = False,
@@ -185,12 +187,12 @@ def asking(folder: str, loading: Loading) -> Iterator[Group]:
         return
     from launcher.session import own_nursery, ray_session
 
-    with own_nursery(), ray_session(workers), tempfile.TemporaryDirectory(prefix="muster-eval-") as logs:
+    with own_nursery(), ray_session(workers), temporary_folder("muster-eval-") as logs:
         from launcher.workers import WorkerGroup  # which imports Ray: it takes its token from the session's environment
 
         gang = WorkerGroup(Resources(workers=workers), models.warn, models.warn)
         try:
-            gang.begin(Path(logs))
+            gang.begin(logs)
             here = str(Path(folder).absolute())  # a Ray that was there before us works in another folder
             yield gang.build("evaluator", "training.evaluator:Evaluator", here, template, trust_remote_code)
         finally:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher import output
 from launcher.cache import cache_folder
 from launcher.driver import with_its_start
 from launcher.runs import PATIENCE_S, RunFolder, phase_with_checkpoints
@@ -16,9 +16,11 @@ from training.checkpoints import Checkpoints, step_of
 from training.config import Model
 from training.errors import InputError
 from training.modelfiles import at_hand, code_in
+from training.owned_folders import temporary_folder
 from training.storage import Local, Place, place
 
 
+@output.kept_going()
 def export(
     run: RunFolder,
     *,
@@ -62,8 +64,8 @@ def in_cache(
     advice = "make room, or set MUSTER_CACHE to another folder"
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".tmp-") as beside:
-            written = Path(beside) / "model"
+        with temporary_folder(".tmp-", str(kept.parent)) as beside:
+            written = beside / "model"
             _write(run, phase, checkpoint, Local(written), advice, trust_remote_code=trust_remote_code)
             if not kept.exists():  # else another process was faster
                 written.rename(kept)

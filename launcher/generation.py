@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher import evaluation, models, prompts, runs
+from launcher import evaluation, models, output, prompts, runs
 from launcher.prompts import Given
+from launcher.small_files import SmallFiles
 from launcher.terminal import Typewriter, printable
 from training.data.files import RowError
 from training.errors import InputError, Problem
@@ -185,13 +186,16 @@ def _in_batches(plan: Plan, model: models.Found, given: Sequence[Given]) -> Iter
     done = _done(plan.out, given, by)
     left = [each for each in asked if (each.number, each.sample) not in done]
     written = len(asked) - len(left)
-    try:
-        for row in _responses(plan, model.folder, texts, given, left):
-            runs.append(plan.out, {**row, **by})
-            written += 1
-    except KeyboardInterrupt:
-        models.warn(f"{plan.out}: {written:,} of {len(asked):,} responses; the same command goes on")
-        raise
+    files = SmallFiles()
+    with output.kept_going():
+        try:
+            for row in _responses(plan, model.folder, texts, given, left):
+                files.append(plan.out, {**row, **by})
+                written += 1
+            files.flush()
+        except KeyboardInterrupt:
+            models.warn(f"{plan.out}: {written:,} of {len(asked):,} responses; the same command goes on")
+            raise
     return {"out": str(plan.out), "prompts": len(given), "responses": len(asked), "before": len(asked) - len(left)}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -59,13 +58,17 @@ class Host:
     """The place of one worker. `begin` starts its process; everything else is asked of that. `device`: cpu or cuda."""
 
     def __init__(self, device: str):
+        self.device = device
         self.nursery = _Nursery(device)
         self.notices = Listener()
         self.worker: _Worker | None = None
 
     def begin(self, log: str, environment: dict[str, str]) -> int:
-        """Start a process, after ending the one there is. Answers with its pid."""
+        """Start a process, after ending the one there is. Answers with its pid. A nursery that has ended is replaced."""
         self.end()
+        if self.nursery.gone.is_set():
+            self.nursery.close()
+            self.nursery = _Nursery(self.device)
         self.worker = self.nursery.fork()
         return self.worker.ask("begin", log, environment)
 
@@ -252,8 +255,7 @@ def nursery_at_hand(device: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        folder = short_tempdir(SOCKET_PATH - len(_SOCKET) - 1)
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder = stack.enter_context(short_tempdir(SOCKET_PATH - len(_SOCKET) - 1))
         path = f"{folder}/{_SOCKET}"
         listener.bind(path)  # in a folder that is open to us alone
         listener.listen(_MOST_PARENTS)

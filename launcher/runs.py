@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -316,13 +315,6 @@ def _is_locked_by_another_user(path: Path) -> bool:
         return False
     held = (line.split() for line in locks if "->" not in line)  # `1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE 0 EOF`
     return any(fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode) for fields in held)
-
-
-def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one row to a JSONL file, in one write, so that a reader sees it whole or not at all."""
-    with path.open("ab+") as file:
-        torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # a full disk cut the row before
-        file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
 
 
 def now() -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ import typer
 from typer.core import TyperCommand
 
 from cluster.errors import ClusterError, Refused
+from launcher import interrupts
+from launcher.exit_status import DONE, FAILED, INPUT_WRONG
 from launcher.terminal import printable
 from training.errors import InputError, MusterError
 
@@ -87,20 +90,21 @@ def _as_setting(option: str) -> str:
 
 
 def verb(function: Callable, of: typer.Typer = app) -> Callable:
-    """Register a verb; its errors become lines of text and an exit status: 2 wrong input, 1 failed, 130 interrupted."""
+    """Register a verb; its errors become lines of text, and like signals an exit status (exit_status.py)."""
 
     @of.command(function.__name__.rstrip("_"), cls=_Command)
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            status = function(*args, **kwargs)
+            with interrupts.raised():
+                status = function(*args, **kwargs)
         except (InputError, Refused) as error:
-            _fail(error, 2)
+            _fail(error, INPUT_WRONG)
         except (MusterError, ClusterError, OSError) as error:
-            _fail(error, 1)
+            _fail(error, FAILED)
         except KeyboardInterrupt:
-            status = 130
-        raise SystemExit(status or 0)
+            status = interrupts.status()
+        raise SystemExit(status or DONE)
 
     return run
 
@@ -109,7 +113,8 @@ cluster_verb = partial(verb, of=clusters)
 
 
 def _fail(error: Exception, status: int) -> None:
-    print(printable(str(error)), file=sys.stderr)
+    with suppress(OSError):  # whoever would have read it may be gone
+        print(printable(str(error)), file=sys.stderr)
     raise SystemExit(status)
 
 

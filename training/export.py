@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ from training.modelfiles import (
     quantization,
     tensor_shapes,
 )
+from training.owned_folders import temporary_folder
 from training.recipes import RECIPES
 from training.storage import Local, Place, upload
 from training.vocabulary import embedding_rows
@@ -55,8 +55,8 @@ def export(checkpoint: Place, out: Place, phase: Phase, *, merge: bool = False, 
     if isinstance(out, Local):
         _export(checkpoint, out.path, phase, merge, shard_bytes)
         return
-    with tempfile.TemporaryDirectory(prefix="muster-export-") as folder:
-        local = Path(folder) / "model"
+    with temporary_folder("muster-export-") as folder:
+        local = folder / "model"
         _export(checkpoint, local, phase, merge, shard_bytes)
         out.remove()
         upload(local, out)

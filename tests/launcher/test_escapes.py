@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import attempts, runs
+from launcher import attempts
 from launcher import job as jobs
 from launcher.progress import PhaseProgress
+from launcher.small_files import SmallFiles
 from launcher.verbs import console
 from tests.teacher_server import TeacherServer
 
@@ -40,8 +41,10 @@ def test_a_name_of_a_column(place, muster):
 
 def test_events_metrics_and_names_of_runs(run, place, muster):
     run.event("training", phase="sft", step=0, total_steps=10)
-    runs.append(run.phase("sft") / "metrics.jsonl", {"step": 1, "loss": 1.0, "step_s": 1.0, "tokens_per_s": 1.0})
-    runs.append(run.phase("sft") / "metrics.jsonl", {"step": 1, "eval_loss": 1.0, f"eval_{EVIL}": 1.0})
+    SmallFiles().append(
+        run.phase("sft") / "metrics.jsonl", {"step": 1, "loss": 1.0, "step_s": 1.0, "tokens_per_s": 1.0}
+    )
+    SmallFiles().append(run.phase("sft") / "metrics.jsonl", {"step": 1, "eval_loss": 1.0, f"eval_{EVIL}": 1.0})
     run.event("warning", phase="sft", what=f"the disk {EVIL}")
     (place / "runs" / f"other{EVIL}").mkdir()
     (place / "runs" / f"other{EVIL}" / "job.yaml").write_text((place / "job.yaml").read_text())

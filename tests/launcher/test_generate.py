@@ -52,7 +52,7 @@ class Terminal:
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background ignores it
             os.environ.update(PYTHONPATH=str(Path(__file__).parents[2]), TERM="dumb")
-            os.execv(sys.executable, [sys.executable, "-m", "launcher.cli", "generate", *arguments])
+            os.execv(sys.executable, [sys.executable, "-m", "launcher", "generate", *arguments])
         self.left.add(self.pid)
 
     def until(self, mark: str) -> str:
