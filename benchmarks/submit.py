@@ -81,7 +81,7 @@ class _Cluster:
         }
 
     def _muster(self, *words: str, on_line=lambda line: None) -> Finished:
-        command = [sys.executable, "-u", "-m", "launcher.cli", *words]
+        command = [sys.executable, "-u", "-m", "launcher", *words]
         return run(command, folder=self.folder, env=self.environment, timeout_s=self.options.timeout_s, on_line=on_line)
 
     def _file(self, steps: int) -> Path:

@@ -37,7 +37,9 @@ class Dashboard:
 
     def get(self, path: str) -> Any:
         """A JSON answer. Raises Refused for a missing or wrong token, ClusterError if there is no answer."""
-        request = urllib.request.Request(f"{self.url}{path}", headers=dict(self.headers))
+        request = urllib.request.Request(f"{self.url}{path}")
+        for name, value in self.headers.items():  # for this address alone: not for where a redirect leads
+            request.add_unredirected_header(name, value)
         try:
             with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
                 return json.load(answer)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import shlex
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +14,6 @@ from cluster.errors import ClusterError
 
 Answer = TypeVar("Answer")
 _AT_ONCE = 16
-_TUNNEL_S = 30.0
 _SHOWN_LINES = 15
 _SSH_FAILED = 255
 """Exit status of ssh itself."""
@@ -77,36 +74,6 @@ class Login:
 
 def over_ssh(host: str, login: Login) -> Machine:
     return Machine(host, (*login.command(), login.at(host)))
-
-
-@contextmanager
-def tunnel(host: str, login: Login, address: str, port: int) -> Iterator[int]:
-    """For the length of the block a port of this machine's loopback that leads to a port that `host` sees."""
-    here = free_port()
-    forward = ["-N", "-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{here}:{address}:{port}"]
-    process = subprocess.Popen(
-        [*login.command(), *forward, login.at(host)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        _await_port(here, process, host)
-        yield here
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-def _await_port(port: int, process: subprocess.Popen, host: str) -> None:
-    deadline = time.monotonic() + _TUNNEL_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            assert process.stderr is not None
-            raise ClusterError(f"no SSH tunnel to {host}: {process.stderr.read().strip()}")
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise ClusterError(f"no SSH tunnel to {host} within {_TUNNEL_S:.0f} s")
 
 
 def free_port(address: str = "127.0.0.1") -> int:

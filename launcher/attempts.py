@@ -6,10 +6,13 @@ One process works on a run at a time: in a folder a lock says which, in a bucket
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import platform
 import socket
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -20,14 +23,18 @@ from launcher.explain import did_you_mean
 from launcher.job import Job
 from launcher.mirror import Mirror
 from launcher.phases import SHARED
-from launcher.runs import EVENTS, JOB, LOCK, PATIENCE_S, RunFolder, append, now, phase_with_checkpoints, told_as_input
+from launcher.runs import EVENTS, JOB, LOCK, PATIENCE_S, RunFolder, now, phase_with_checkpoints, told_as_input
 from launcher.shared_settings import value_at
+from launcher.small_files import SmallFiles
 from launcher.yamlfile import COMMAND_LINE, KeyPath, dotted
 from training.checkpoint import CheckpointError
 from training.checkpoints import CLAIMS, Checkpoints, Claim, newest_claim
 from training.errors import InputError, Problem
 from training.storage import Place, is_remote, place
 from training.versions import MUSTER, versions_of
+
+_LOCK_S = 2.0
+"""How long a lock is tried to be taken."""
 
 
 class OpenRun(RunFolder):
@@ -36,6 +43,8 @@ class OpenRun(RunFolder):
     def __init__(self, folder: Path, attempt: int, lock: IO[str], remote: Place | None = None):
         super().__init__(folder, remote)
         self.attempt = attempt
+        self.files = SmallFiles()
+        self._events = super().events()
         self._lock = lock
         self._mirror = None if remote is None else Mirror(folder, remote, Claim(remote / CLAIMS, attempt))
 
@@ -47,18 +56,26 @@ class OpenRun(RunFolder):
         self.event("started", host=socket.gethostname(), pid=os.getpid(), by_itself=True)
 
     def event(self, kind: str, **facts: Any) -> None:
-        append(self.folder / EVENTS, {"time": now(), "attempt": self.attempt, "event": kind, **facts})
+        row = {"time": now(), "attempt": self.attempt, "event": kind, **facts}
+        self._events.append(json.loads(json.dumps(row)))
+        self.files.append(self.folder / EVENTS, row)
         if self._mirror is not None:
             self._mirror.wake()
 
+    def events(self) -> list[dict[str, Any]]:
+        """Also those that cannot be written at the moment."""
+        return list(self._events)
+
     def flush(self) -> None:
         """Make sure that what was written is where the run is kept. Raises StorageError, OSError, Superseded."""
+        self.files.flush()
         if self._mirror is not None:
             self._mirror.flush()
 
     def close(self) -> None:
         """Raises as `flush` does, if the rest could not be copied to where the run is kept."""
         try:
+            self.files.flush()
             if self._mirror is not None:
                 self._mirror.close()
         finally:
@@ -240,16 +257,29 @@ def _from_command_line(job: Job) -> Iterator[KeyPath]:
 
 
 def _take_lock(path: Path) -> IO[str]:
-    lock = path.open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
+    """For its owner alone: whoever may read a file may lock it."""
+    lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+    with suppress(PermissionError):  # somebody else's, who lets us write it
+        os.fchmod(lock.fileno(), 0o600)
+    if not _locked(lock):
         holder = lock.read().strip()
         lock.close()
-        raise InputError.of(str(path.parent), f"this run is being worked on by {holder}") from None
+        raise InputError.of(str(path.parent), f"this run is being worked on by {holder}")
     lock.seek(0)
     lock.truncate()
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return lock
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Whether it could be taken, within a time: `muster status` holds it for a moment."""
+    deadline = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)

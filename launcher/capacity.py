@@ -146,7 +146,7 @@ def _num_parameters(model: str) -> int:
     folder = Path(model)
     if not folder.is_dir():
         return 0
-    return inspect(folder, tokenizer_elsewhere=True, trust_remote_code=True).num_parameters
+    return inspect(folder, tokenizer_elsewhere=True, check_code=False).num_parameters
 
 
 def _gib(count: float) -> str:

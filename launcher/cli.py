@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from launcher import cli_cluster
-from launcher.verbs import Force, Inline, JobFile, Json, NoPreflight, On, Overrides, RunName, app, console, show, verb
+from launcher.verbs import (
+    Force,
+    Inline,
+    JobFile,
+    Json,
+    NoPreflight,
+    On,
+    Overrides,
+    RunName,
+    TrustRemoteCode,
+    console,
+    show,
+    verb,
+)  # fmt: skip
+from launcher.verbs import app as app
 from training.errors import InputError
 
 
@@ -211,12 +224,16 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="LoRA: the whole model with the adapter added, not the adapter.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint as a plain Hugging Face folder, or, trained with LoRA, as a PEFT adapter."""
     from launcher import exports, runs
 
-    show(exports.export(runs.find(run), phase=phase, step=step, out=out, merge=merge), exports.lines, as_json)
+    done = exports.export(
+        runs.find(run), phase=phase, step=step, out=out, merge=merge, trust_remote_code=trust_remote_code
+    )
+    show(done, exports.lines, as_json)
 
 
 @verb
@@ -250,6 +267,7 @@ def generate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Responses that one worker writes at a time.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the prompts out.")] = 1,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Try a model: a chat in the terminal, lines from a pipe, prompts, or a file of them."""
@@ -258,7 +276,7 @@ def generate(
     plan = generation.Plan(
         model=model, phase=phase, step=step, prompts=prompt or [], file=file, limit=limit, out=out, chat=chat,
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples=samples, seed=seed, batch=batch,
-        workers=workers, as_json=as_json,
+        workers=workers, trust_remote_code=trust_remote_code, as_json=as_json,
     )  # fmt: skip
     show(generation.generate(plan), generation.lines, as_json)
 
@@ -283,6 +301,7 @@ def eval_(
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model: the win rate over it.")] = None,
     reward: Annotated[str | None, typer.Option(metavar="MODEL", help="The reward model that judges --against.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSONL file to write every response to.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Ask a model questions and compare its answers with the right ones, or two models before a reward model."""
@@ -298,7 +317,13 @@ def eval_(
         data=str(data), columns=columns, limit=limit, max_new_tokens=max_new_tokens, samples=samples,
         temperature=temperature, top_p=top_p, batch=batch,
     )  # fmt: skip
-    how: dict[str, Any] = {"template": template, "workers": workers, "seed": seed, "out": out}
+    how: dict[str, Any] = {
+        "template": template,
+        "workers": workers,
+        "seed": seed,
+        "out": out,
+        "trust_remote_code": trust_remote_code,
+    }
     if against is not None and reward is not None:
         report = evaluation.compare(model, against, reward, data, settings, **how)
     else:
@@ -352,10 +377,12 @@ def critique(
     limit: Annotated[int | None, typer.Option(min=1, help="Rows to take.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that run models.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Build data for critique fine-tuning: answers, critiques of a teacher, verdicts checked. Goes on where it stopped."""
     from launcher import critique as critiques
+    from launcher.models import warn
     from launcher.teacher import Budget, Endpoint
 
     if max_cost is not None and not (price_in or price_out):
@@ -374,13 +401,16 @@ def critique(
         out=out, data=data, columns=column or [], known=known, models=sample or [], samples=samples, temperature=temperature,
         limit=limit, teacher=who, budget=Budget(tokens=max_tokens, cost=max_cost, price_in=price_in, price_out=price_out),
         parallel=parallel, per_minute=per_minute, max_new_tokens=max_new_tokens, workers=workers, seed=seed,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    show(critiques.build(plan, lambda text: print(text, file=sys.stderr)), critiques.lines, as_json)
+    show(critiques.build(plan, warn), critiques.lines, as_json)
 
 
 def main() -> None:
-    """Entry point."""
-    app()
+    """Entry point of installations that were made before there was launcher/__main__.py."""
+    from launcher import __main__
+
+    __main__.main()
 
 
 if __name__ == "__main__":

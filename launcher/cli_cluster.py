@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher import interrupts
+from launcher.exit_status import INTERRUPTED
+from launcher.terminal import printable
 from launcher.verbs import Force, JobFile, Json, NoPreflight, On, Overrides, cluster_verb, show, verb
 from training.errors import InputError
 
@@ -18,12 +21,12 @@ ClusterName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a clus
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def _wanted(on: str | None) -> str:
@@ -78,9 +81,9 @@ def _follow(name: str, on: str) -> int:
         _note(
             f"the job goes on; `muster logs -f {name} --on {on}` follows it again, `muster stop {name} --on {on}` ends it"
         )
-        return 130
+        return interrupts.status()
     if facts["state"] == "stopped":
-        return 130
+        return INTERRUPTED
     return 0 if facts["state"] == "succeeded" else facts["exit_status"] or 1
 
 

@@ -17,7 +17,7 @@ from cluster.home import Home
 from cluster.node import PRICE, new_mark
 from cluster.providers import Finding, Provider, provider_of
 from cluster.spec import SPECS, Cluster, Existing
-from launcher import submit, yamlfile
+from launcher import output, submit, yamlfile
 from launcher.explain import did_you_mean, listed, validated
 from launcher.problems import Report
 from launcher.submit import Session
@@ -120,6 +120,7 @@ def render(file: Path) -> str:
     return provider_of(load(file)).render()
 
 
+@output.kept_going()  # machines that nobody takes back would cost money
 def up(file: Path, say: Say) -> str:
     """Start a cluster; returns its name. Whatever goes wrong, and Ctrl-C: what was started is ended again, or told."""
     spec = load(file)

@@ -15,11 +15,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import models, runs
+from launcher import evaluation, models, output, runs
+from launcher.small_files import SmallFiles
 from launcher.teacher import Budget, BudgetSpent, Endpoint, Nonsense, Reply, Teacher
 from training import modelfiles, questions
 from training.answers import expected_answer, final_answer, same, verdict
@@ -66,13 +68,22 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self._lock = threading.Lock()
+        self._files = SmallFiles()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = list(runs.json_rows(path))
 
     def add(self, row: Mapping[str, Any]) -> None:
         with self._lock:
             self.rows.append(dict(row))
-            runs.append(self.path, row)
+            self._files.append(self.path, row)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """However the block ends, return when every row is written."""
+        try:
+            yield
+        finally:
+            self._files.flush()
 
 
 def from_columns(data: Path, columns: Sequence[str], known: str | None, limit: int | None) -> list[Task]:
@@ -323,8 +334,15 @@ class Plan:
     max_new_tokens: int = 3200
     workers: int = 1
     seed: int = 0
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the models may run."""
+
+    @property
+    def loading(self) -> evaluation.Loading:
+        return evaluation.Loading("auto", self.workers, self.trust_remote_code)
 
 
+@output.kept_going()
 def build(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     """All of it, going on where it stopped. Raises InputError before anything is asked for if something is wrong with the input."""
     if bool(plan.columns) == bool(plan.models):
@@ -342,7 +360,8 @@ def build(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     journal = Journal(work / "critiques.jsonl")
     _refuse_other_teacher(plan, journal)
     before = len(_left(tasks, journal))
-    ended = _ask(plan, tasks, journal, say) if before else None
+    with journal.kept():
+        ended = _ask(plan, tasks, journal, say) if before else None
     if ended and not plan.budget.used_in and not any("critique" in row for row in journal.rows):
         raise InputError.of(
             "--max-tokens, --max-cost",
@@ -387,18 +406,16 @@ def _refuse_other_teacher(plan: Plan, journal: Journal) -> None:
 
 
 def _of_models(plan: Plan, work: Path, say: Callable[[str], None]) -> list[Task]:
-    from launcher import evaluation
-
     asked = questions.read(str(plan.data), None, plan.limit)
     journal = Journal(work / "answers.jsonl")
     settings = Questions(
         data=str(plan.data), samples=plan.samples, temperature=plan.temperature, max_new_tokens=plan.max_new_tokens
     )
     for model in plan.models:
-        folder = models.model_folder(model)
+        folder = models.model_folder(model, trust_remote_code=plan.trust_remote_code)
         done = {row["question"] for row in journal.rows if row["model"] == model}
         if any(question.text not in done for question in asked):
-            with evaluation.asking(folder, "auto", plan.workers) as group:
+            with journal.kept(), evaluation.asking(folder, plan.loading) as group:
                 sampled(asked, model, journal, _answering(group, settings, plan.seed), say)
     return of_models(asked, plan.models, journal)
 
@@ -407,12 +424,10 @@ def _ask(plan: Plan, tasks: Sequence[Task], journal: Journal, say: Callable[[str
     if isinstance(plan.teacher, Endpoint):
         teacher = Teacher(plan.teacher, plan.budget, plan.per_minute, say)
         return ask_endpoint(tasks, teacher, journal, plan.parallel, say)
-    from launcher import evaluation
-
     settings = Questions(data=str(plan.data), temperature=0.3, top_p=0.95, max_new_tokens=plan.max_new_tokens)
-    folder = models.model_folder(plan.teacher)
+    folder = models.model_folder(plan.teacher, trust_remote_code=plan.trust_remote_code)
     learnt = modelfiles.facts_in(folder).get("recipe") == "cft"
-    with evaluation.asking(folder, "auto", plan.workers) as group:
+    with evaluation.asking(folder, plan.loading) as group:
         ask_model(tasks, plan.teacher, journal, _answering(group, settings, plan.seed), say, learnt=learnt)
     return None
 

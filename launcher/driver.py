@@ -9,14 +9,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 
-from launcher import attempts, host, probing, revisions
+from launcher import attempts, host, output, probing, revisions
 from launcher.attempts import GoOn, OpenRun
 from launcher.cache import cache_folder
+from launcher.exit_status import DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, after_signal
 from launcher.failures import NoMachines, Raised, WorkerDied, in_words
 from launcher.gang import Gang, gang_of
 from launcher.interrupts import Interrupts
@@ -28,22 +30,12 @@ from launcher.recovery import Recovery
 from launcher.runs import RunFolder
 from training.config import PPO, Phase
 from training.data.store import BAD_ROWS
-from training.errors import InputError, MusterError, TrainingError
+from training.errors import InputError, MusterError, StorageError, TrainingError
 from training.group import Group, results
 from training.modelfiles import tokenizer_of, tokenizer_revision
 from training.recipes import RECIPES, resolve
 from training.storage import Place
 
-DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, INTERRUPTED = 0, 1, 2, 3, 75, 130
-EXIT_STATUSES = {
-    DONE: "Done.",
-    FAILED: "Failed. Of verbs that look at something: it is not well (a damaged checkpoint, a plan that cannot fit).",
-    INPUT_WRONG: "The input is wrong: the command, the job, the data, or what the run folder holds.",
-    LIMIT_REACHED: "Saved and stopped at `max_hours` or `max_cost`; resume it with a higher one.",
-    RESUME_ME: "Nothing is wrong with the job: a SIGTERM has stopped it, or its machines did not come; resume it.",
-    INTERRUPTED: "Interrupted by a person (Ctrl-C, or `muster stop`); resume it.",
-}
-"""Of every command. RESUME_ME is EX_TEMPFAIL of sysexits.h."""
 _EXPORT_S = 3600.0
 Result = TypeVar("Result")
 
@@ -69,17 +61,23 @@ def run_job(
     recorded = attempts.recorded_commits(job)
     looked_up = revisions.look_up(job, recorded)
     with ExitStack() as stack:
+        outputs = stack.enter_context(output.kept_going())
         interrupts = stack.enter_context(Interrupts())
         stores = _get_ready(job, recorded | looked_up, stack, inline=inline)
-        interrupts.take()
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
+        outputs.report_to(partial(_note_output, run))
         if looked_up:
             run.event("revisions", commits=looked_up)
         _list_bad_rows(run, stores)
         status = _run_phases(run, job, interrupts, console, _How(inline, only, preflight))
         interrupts.end()
         return status
+
+
+def _note_output(run: OpenRun, stream: str, error: str) -> None:
+    with suppress(StorageError):  # raised again by whoever writes next
+        run.event("output_failed", stream=stream, error=error)
 
 
 def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Path]:
@@ -89,10 +87,18 @@ def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline
     from launcher.session import own_nursery, ray_session
 
     os.environ[ENV_NAMES] = " ".join(job.env)
+    stack.callback(_sweep_stores)
     stack.enter_context(own_nursery())
     wait_for_data = _in_background(lambda: prepare(job, commits, apart=True))
     stack.enter_context(ray_session(max(phase.num_workers for phase in job.phases.values())))
     return wait_for_data()
+
+
+def _sweep_stores() -> None:
+    """What was begun of a store by a process that had to end before."""
+    from training.data.store import sweep_unfinished
+
+    sweep_unfinished(cache_folder())
 
 
 def _list_bad_rows(run: OpenRun, stores: Mapping[str, Path]) -> None:
@@ -109,6 +115,7 @@ def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
     errors: list[BaseException] = []
 
     def attempt() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # which is for the main thread, when it can be heard
         try:
             results.append(function())
         except BaseException as error:
@@ -130,17 +137,17 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"run {run.address}, attempt {run.attempt}")
-    meter = Meter(run.folder, job.max_hours, job.max_cost)
+    meter = Meter(run.folder, job.max_hours, job.max_cost, files=run.files)
     try:
         if meter.reached:
             raise InputError.of(run.address, f"{meter.reached}; raise the limit to go on")
         wanted = [name for name in _unfinished(run, job) if how.only in (None, name)]
         done = all(_run_phase(run, job, name, interrupts, meter, console, how) for name in wanted)
     except KeyboardInterrupt:
-        with suppress(OSError):
+        with suppress(StorageError):
             run.event("interrupted", orderly=False)
         say(f"stopped at once; `muster resume {run.address}` goes on from the last checkpoint")
-        return _stopped(interrupts)
+        return after_signal(interrupts.number)
     except (MusterError, OSError) as error:
         _record_failure(run, error)
         say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.address}` goes on")
@@ -161,16 +168,11 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
         say(f"{how.only} is done; `muster resume {run.address}` goes on with {', '.join(rest)}")
     elif not done:
         say(f"stopped; `muster resume {run.address}` goes on")
-    return DONE if done else _stopped(interrupts)
-
-
-def _stopped(interrupts: Interrupts) -> int:
-    """SIGTERM is how schedulers take machines back: the one who sent it may want to start the job again elsewhere."""
-    return RESUME_ME if interrupts.number == signal.SIGTERM else INTERRUPTED
+    return DONE if done else after_signal(interrupts.number)
 
 
 def _record_failure(run: OpenRun, error: Exception) -> None:
-    with suppress(OSError):  # the disk may be what has failed
+    with suppress(StorageError):  # it may be what has failed
         run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
 
 
@@ -212,7 +214,7 @@ def _run_phase(
         return False
     phase = with_its_start(job.phases[name], run)
     progress = PhaseProgress(name, console, phase.log_every)
-    run.phase(name).mkdir(exist_ok=True)
+    run.files.patiently(lambda: run.phase(name).mkdir(exist_ok=True))
     run.event("phase_started", phase=name)
 
     def warn(what: str) -> None:
@@ -225,6 +227,7 @@ def _run_phase(
     recovery = Recovery(run, name, phase, progress.say)
     with gang_of(phase, name, cache_folder(), progress.say, warn, inline=how.inline) as gang:
         while True:
+            run.files.flush()  # while the storage is away, an attempt would begin anew in its place
             hooks = PhaseRun(run, job, name, interrupts, meter, progress, gang, recovery.skipped())
             try:
                 with closing(hooks):
@@ -233,6 +236,8 @@ def _run_phase(
                 if how.inline:
                     raise
                 decision = recovery.after(error, step=hooks.step_in_hand(), checkpoint=hooks.saved_step)
+                if interrupts.requested:
+                    return False
                 gang.avoid(decision.avoid)
             else:
                 if last is not None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import models, terminal
+from launcher import models, output, terminal
 from training import questions
 from training.config import Questions, Resources
 from training.data.files import RowError
 from training.errors import InputError, Problem
 from training.group import Group, results
 from training.measures import Row, in_order, interval, measured
+from training.owned_folders import temporary_folder
 from training.questions import Question
 
 _ANSWER_S = 24 * 3600.0
@@ -24,15 +25,29 @@ _SHOWN = 5
 TEMPLATES = ("auto", "plain", "chat")
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded to be asked."""
+
+    template: str
+    """One of TEMPLATES."""
+    workers: int
+    trust_remote_code: bool
+    """Whether Python code that comes with the model may run."""
+
+
+@output.kept_going()
 def evaluate(
-    model: str, data: Path, settings: Questions, *, template: str, workers: int, seed: int, out: Path | None
-) -> dict[str, Any]:
+    model: str, data: Path, settings: Questions,
+    *, template: str, workers: int, seed: int, out: Path | None, trust_remote_code: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """The accuracy of a model on the questions of a file, and how it was come by. Raises InputError before anything is loaded."""
     _refuse_template(template)
     refuse_unused_top_p(settings.temperature, settings.top_p)
     asked = questions.read(str(data), settings.columns, settings.limit)
-    folder = models.model_folder(model)
-    rows, seconds = _answers(folder, asked, settings, template=template, workers=workers, seed=seed)
+    folder = models.model_folder(model, trust_remote_code=trust_remote_code)
+    loading = Loading(template, workers, trust_remote_code)
+    rows, seconds = _answers(folder, asked, settings, loading, seed)
     if out is not None:
         _write(out, rows)
     return {
@@ -48,22 +63,25 @@ def evaluate(
     }
 
 
+@output.kept_going()
 def compare(
     model: str, other: str, judge: str, data: Path, settings: Questions,
-    *, template: str, workers: int, seed: int, out: Path | None,
+    *, template: str, workers: int, seed: int, out: Path | None, trust_remote_code: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """How often a model's response is rewarded more than that of another to the same question; equals count half."""
     _refuse_template(template)
     refuse_unused_top_p(settings.temperature, settings.top_p)
     asked = questions.read(str(data), settings.columns, settings.limit, answers=False)
-    folders = [models.model_folder(name) for name in (model, other)]
-    reward_model = models.model_folder(judge, rewards=True)
+    trusted = {"trust_remote_code": trust_remote_code}
+    folders = [models.model_folder(name, **trusted) for name in (model, other)]
+    reward_model = models.model_folder(judge, rewards=True, **trusted)
     from training.evaluator import Judge, require_reward_model
 
-    require_reward_model(reward_model)  # before any question is answered
-    _check_reward_model(reward_model, asked)
-    both = [_answers(folder, asked, settings, template=template, workers=workers, seed=seed)[0] for folder in folders]
-    court = Judge(reward_model)
+    require_reward_model(reward_model, **trusted)  # before any question is answered
+    _check_reward_model(reward_model, asked, trust_remote_code)
+    loading = Loading(template, workers, trust_remote_code)
+    both = [_answers(folder, asked, settings, loading, seed)[0] for folder in folders]
+    court = Judge(reward_model, **trusted)
     for rows in both:
         prompts = [asked[row["number"]].prompt for row in rows]
         for row, reward in zip(rows, court.rewards(prompts, *_columns(rows, "response", "ended")), strict=True):
@@ -87,12 +105,12 @@ def compare(
     }
 
 
-def _check_reward_model(reward_model: str, asked: Sequence[Question]) -> None:
+def _check_reward_model(reward_model: str, asked: Sequence[Question], trust_remote_code: bool) -> None:
     """Raises InputError with the questions that the reward model's template refuses; prints notes on parts of the others that it does not see."""
     from training.data.model_renderer import renderer_for
     from training.reward_prompts import RESPONSE, conversation_notes
 
-    renderer = renderer_for(reward_model)
+    renderer = renderer_for(reward_model, trust_remote_code=trust_remote_code)
     judged = renderer.judged([each.prompt for each in asked], [RESPONSE] * len(asked), [True] * len(asked))
     refused = [(each, why) for each, why in zip(asked, judged, strict=True) if isinstance(why, RowError)]
     if refused:
@@ -123,22 +141,23 @@ def _columns(rows: Sequence[Row], *names: str) -> list[list[Any]]:
 
 
 def _answers(
-    folder: str, asked: Sequence[Question], settings: Questions, *, template: str, workers: int, seed: int
+    folder: str, asked: Sequence[Question], settings: Questions, loading: Loading, seed: int
 ) -> tuple[list[Row], float]:
     """The judged responses, question by question, and the seconds they took once the model was loaded."""
-    _check_questions(folder, asked, template, settings.max_new_tokens)
-    with asking(folder, template, workers) as group:
+    _check_questions(folder, asked, loading, settings.max_new_tokens)
+    with asking(folder, loading) as group:
         began = time.monotonic()
         shares = results(group.call("answer", asked, settings, seed), _ANSWER_S)
         return in_order(shares), time.monotonic() - began
 
 
-def _check_questions(folder: str, asked: Sequence[Question], template: str, max_new_tokens: int) -> None:
+def _check_questions(folder: str, asked: Sequence[Question], loading: Loading, max_new_tokens: int) -> None:
     """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints notes on parts of the others that it does not see."""
     from training.evaluator import Texts
     from training.question_prompts import room_note
 
-    texts, problems, longest = Texts(folder, template), [], 0
+    texts = Texts(folder, loading.template, trust_remote_code=loading.trust_remote_code)
+    problems, longest = [], 0
     for question in asked:
         try:
             longest = max(longest, len(texts.ids(question.prompt)))
@@ -153,28 +172,29 @@ def _check_questions(folder: str, asked: Sequence[Question], template: str, max_
 
 
 @contextmanager
-def asking(folder: str, template: str, workers: int) -> Iterator[Group]:
+def asking(folder: str, loading: Loading) -> Iterator[Group]:
     """Workers with the model loaded, that can be asked to `answer`: one in this process, more of them on Ray."""
     from training.evaluator import Evaluator
 
+    template, workers, trust_remote_code = loading.template, loading.workers, loading.trust_remote_code
     if workers == 1:
         from training.distributed import Seat
         from training.group import InlineGroup, Worker
 
         worker = Worker(Seat(rank=0, size=1))
-        worker.roles["evaluator"] = Evaluator(worker.seat, folder, template)
+        worker.roles["evaluator"] = Evaluator(worker.seat, folder, template, trust_remote_code)
         yield InlineGroup(worker, "evaluator")
         return
     from launcher.session import own_nursery, ray_session
 
-    with own_nursery(), ray_session(workers), tempfile.TemporaryDirectory(prefix="muster-eval-") as logs:
+    with own_nursery(), ray_session(workers), temporary_folder("muster-eval-") as logs:
         from launcher.workers import WorkerGroup  # which imports Ray: it takes its token from the session's environment
 
         gang = WorkerGroup(Resources(workers=workers), models.warn, models.warn)
         try:
-            gang.begin(Path(logs))
+            gang.begin(logs)
             here = str(Path(folder).absolute())  # a Ray that was there before us works in another folder
-            yield gang.build("evaluator", "training.evaluator:Evaluator", here, template)
+            yield gang.build("evaluator", "training.evaluator:Evaluator", here, template, trust_remote_code)
         finally:
             gang.close()
 

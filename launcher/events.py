@@ -128,6 +128,11 @@ EVENTS: dict[str, Event] = {
         "Steps could not be profiled, which stops nothing.", {"steps": "The first and the last.", "error": "Why."}
     ),
     "warning": Event("Something that a person should know, and that stops nothing.", {"what": "It, in words."}),
+    "output_failed": Event(
+        "What the run prints cannot be read by anybody; it goes on without.",
+        {"stream": "stdout or stderr.", "error": "Why: a closed terminal, a pipe without a reader, a full disk."},
+        of_phase=False,
+    ),
     "incident": Event(
         "Something failed; docs/failures.md says what is done about each class.",
         {

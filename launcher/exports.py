@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher import output
 from launcher.cache import cache_folder
 from launcher.driver import with_its_start
 from launcher.runs import PATIENCE_S, RunFolder, phase_with_checkpoints
 from training.checkpoint import MANIFEST, CheckpointError, verify
 from training.checkpoints import Checkpoints, step_of
+from training.config import Model
 from training.errors import InputError
-from training.modelfiles import at_hand
+from training.modelfiles import at_hand, code_in
+from training.owned_folders import temporary_folder
 from training.storage import Local, Place, place
 
 
-def export(run: RunFolder, *, phase: str | None, step: int | None, out: str | None, merge: bool) -> dict[str, Any]:
-    """Raises InputError for a phase or step that is not there, CheckpointError if no checkpoint is whole."""
+@output.kept_going()
+def export(
+    run: RunFolder,
+    *,
+    phase: str | None,
+    step: int | None,
+    out: str | None,
+    merge: bool,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Raises InputError for a phase or step that is not there, and for Python code of the model without `trust_remote_code`;
+    CheckpointError if no checkpoint is whole."""
     job = run.job()
     name = phase_with_checkpoints(run, phase)
     if merge and job.phases[name].model.lora is None:
@@ -28,7 +40,8 @@ def export(run: RunFolder, *, phase: str | None, step: int | None, out: str | No
     if out is not None:
         _refuse_to_overwrite(place(out, patience_s=PATIENCE_S))
     target = place(out) if out is not None else run.root / name / f"model-{step_of(folder)}{'-merged' if merge else ''}"
-    _write(run, name, folder, target, "make room, or choose another --out", merge=merge)
+    advice = "make room, or choose another --out"
+    _write(run, name, folder, target, advice, merge=merge, trust_remote_code=trust_remote_code)
     return {"phase": name, "step": step_of(folder), "model": str(target)}
 
 
@@ -39,7 +52,9 @@ def chosen(run: RunFolder, phase: str, step: int | None) -> Place:
     return at_once if (kept := _kept(at_once)) is not None and kept.exists() else _checkpoint(checkpoints, step)
 
 
-def in_cache(run: RunFolder, phase: str, checkpoint: Place, say: Callable[[str], None]) -> Path:
+def in_cache(
+    run: RunFolder, phase: str, checkpoint: Place, say: Callable[[str], None], *, trust_remote_code: bool = False
+) -> Path:
     """The model of a whole checkpoint as a folder in the cache, written there once. Raises as `export` does."""
     kept = _kept(checkpoint)
     assert kept is not None, "a whole checkpoint has a manifest"
@@ -49,9 +64,9 @@ def in_cache(run: RunFolder, phase: str, checkpoint: Place, say: Callable[[str],
     advice = "make room, or set MUSTER_CACHE to another folder"
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".tmp-") as beside:
-            written = Path(beside) / "model"
-            _write(run, phase, checkpoint, Local(written), advice)
+        with temporary_folder(".tmp-", str(kept.parent)) as beside:
+            written = beside / "model"
+            _write(run, phase, checkpoint, Local(written), advice, trust_remote_code=trust_remote_code)
             if not kept.exists():  # else another process was faster
                 written.rename(kept)
     except OSError as error:
@@ -70,14 +85,37 @@ def _kept(checkpoint: Place) -> Path | None:
     return cache_folder() / "checkpoints" / f"{checkpoint.name}-{name}"
 
 
-def _write(run: RunFolder, phase: str, checkpoint: Place, target: Place, advice: str, *, merge: bool = False) -> None:
+def _write(
+    run: RunFolder,
+    phase: str,
+    checkpoint: Place,
+    target: Place,
+    advice: str,
+    *,
+    merge: bool = False,
+    trust_remote_code: bool,
+) -> None:
+    start = at_hand(with_its_start(run.job().phases[phase], run), cache_folder())
+    start = start.model_copy(update={"model": _as_trusted(start.model, run.address, trust_remote_code)})
     from training.export import export as write
 
-    start = at_hand(with_its_start(run.job().phases[phase], run), cache_folder())
     try:
         write(checkpoint, target, start, merge=merge)
     except OSError as error:
         raise InputError.of(str(target), f"cannot be written: {error}; {advice}") from error
+
+
+def _as_trusted(model: Model, run: str, trust_remote_code: bool) -> Model:
+    """The model of a run for somebody who need not have written its job: its own Python code runs only with their consent.
+
+    Raises InputError if it has some and there is none.
+    """
+    if not code_in(model):
+        return model.model_copy(update={"trust_remote_code": False})
+    if not trust_remote_code:
+        message = f"{model.path} brings Python code of its own (`auto_map`), which would run here; if you trust it, give --trust-remote-code"
+        raise InputError.of(run, message)
+    return model
 
 
 def _refuse_to_overwrite(out: Place) -> None:

@@ -97,6 +97,10 @@ class NoMachines(TrainingError):
     """The machines that a job asks for did not come. The run is well and can be resumed when they are there."""
 
 
+class RayLost(TrainingError):
+    """Processes of a Ray of our own have ended, which the workers need. They are lost with it; another Ray can be started."""
+
+
 def _worker_error(rank: int, kind: Kind, message: str, log: Path, rest: dict[str, Any]) -> WorkerError:
     return WorkerError(rank, kind, message, log, **rest)
 
@@ -183,6 +187,7 @@ def kind_of(error: MusterError) -> Kind:
         SaveError: Kind.STORAGE,
         StorageError: Kind.STORAGE,
         Superseded: Kind.SUPERSEDED,
+        RayLost: Kind.MACHINE,
     }
     if isinstance(error, WorkerError):
         return error.kind

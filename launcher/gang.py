@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from launcher import session
 from training.config import Phase
 from training.group import Group
 from training.recipes import RECIPES
@@ -103,6 +104,10 @@ class _RayGang:
 
     @contextmanager
     def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
+        if session.lost() is not None:
+            for team in self.teams:
+                team.close()
+            session.restart()
         groups: dict[str, Group] = {}
         with ExitStack() as stack:
             for team in self.teams:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher import evaluation, models, prompts, runs
+from launcher import evaluation, models, output, prompts, runs
 from launcher.prompts import Given
+from launcher.small_files import SmallFiles
 from launcher.terminal import Typewriter, printable
 from training.data.files import RowError
 from training.errors import InputError, Problem
@@ -43,10 +44,15 @@ class Plan:
     batch: int
     workers: int
     as_json: bool
+    trust_remote_code: bool = False
 
     @property
     def template(self) -> str:
         return {None: "auto", True: "chat", False: "plain"}[self.chat]
+
+    @property
+    def loading(self) -> evaluation.Loading:
+        return evaluation.Loading(self.template, self.workers, self.trust_remote_code)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -64,7 +70,7 @@ def generate(plan: Plan) -> Iterable[Row] | Row:
     if not plan.prompts and plan.file is None:
         return _from_stdin(plan)
     given = prompts.given(plan.prompts, plan.file, plan.limit)
-    model = models.found(plan.model, phase=plan.phase, step=plan.step)
+    model = models.found(plan.model, phase=plan.phase, step=plan.step, trust_remote_code=plan.trust_remote_code)
     if len(given) == 1 and plan.one_by_one and sys.stdout.isatty():
         _say_one(plan, model.folder, given[0])
         return []
@@ -95,7 +101,7 @@ def _from_stdin(plan: Plan) -> Iterable[Row] | Row:
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:
         _refuse_for_chat(plan)
-    model = models.found(plan.model, phase=plan.phase, step=plan.step)
+    model = models.found(plan.model, phase=plan.phase, step=plan.step, trust_remote_code=plan.trust_remote_code)
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     if at_terminal:
@@ -148,7 +154,7 @@ def _say(plan: Plan, speaker: Any, given: Given, number: int) -> None:
 def _speaker(plan: Plan, folder: str) -> Any:
     from training.evaluator import Speaker
 
-    return Speaker(folder, plan.template)
+    return Speaker(folder, plan.template, trust_remote_code=plan.trust_remote_code)
 
 
 def _settings(plan: Plan) -> Any:
@@ -171,7 +177,7 @@ class _Asked(NamedTuple):
 def _in_batches(plan: Plan, model: models.Found, given: Sequence[Given]) -> Iterable[Row] | Row:
     from training.evaluator import Texts
 
-    texts = Texts(model.folder, plan.template)
+    texts = Texts(model.folder, plan.template, trust_remote_code=plan.trust_remote_code)
     asked = _asked(texts, given, plan.samples)
     if plan.out is None:
         rows = _responses(plan, model.folder, texts, given, asked)
@@ -180,13 +186,16 @@ def _in_batches(plan: Plan, model: models.Found, given: Sequence[Given]) -> Iter
     done = _done(plan.out, given, by)
     left = [each for each in asked if (each.number, each.sample) not in done]
     written = len(asked) - len(left)
-    try:
-        for row in _responses(plan, model.folder, texts, given, left):
-            runs.append(plan.out, {**row, **by})
-            written += 1
-    except KeyboardInterrupt:
-        models.warn(f"{plan.out}: {written:,} of {len(asked):,} responses; the same command goes on")
-        raise
+    files = SmallFiles()
+    with output.kept_going():
+        try:
+            for row in _responses(plan, model.folder, texts, given, left):
+                files.append(plan.out, {**row, **by})
+                written += 1
+            files.flush()
+        except KeyboardInterrupt:
+            models.warn(f"{plan.out}: {written:,} of {len(asked):,} responses; the same command goes on")
+            raise
     return {"out": str(plan.out), "prompts": len(given), "responses": len(asked), "before": len(asked) - len(left)}
 
 
@@ -217,7 +226,7 @@ def _responses(plan: Plan, folder: str, texts: Any, given: Sequence[Given], aske
     from training.group import results
 
     told_at = time.monotonic()
-    with evaluation.asking(folder, plan.template, plan.workers) as group:
+    with evaluation.asking(folder, plan.loading) as group:
         for start in range(0, len(asked), plan.batch * group.size):
             chunk = asked[start : start + plan.batch * group.size]
             keyed = [(each.ids, key_of(plan.seed, each.number, each.sample)) for each in chunk]

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +26,7 @@ from launcher.notices import Listener
 from launcher.nursery import STACKS
 from launcher.pipe import Pipe
 from launcher.short_tempdir import SOCKET_PATH, short_tempdir
+from launcher.subprocesses import module_command, with_own_code
 from training import pulse
 from training.memory import TUNABLES
 
@@ -59,13 +58,17 @@ class Host:
     """The place of one worker. `begin` starts its process; everything else is asked of that. `device`: cpu or cuda."""
 
     def __init__(self, device: str):
+        self.device = device
         self.nursery = _Nursery(device)
         self.notices = Listener()
         self.worker: _Worker | None = None
 
     def begin(self, log: str, environment: dict[str, str]) -> int:
-        """Start a process, after ending the one there is. Answers with its pid."""
+        """Start a process, after ending the one there is. Answers with its pid. A nursery that has ended is replaced."""
         self.end()
+        if self.nursery.gone.is_set():
+            self.nursery.close()
+            self.nursery = _Nursery(self.device)
         self.worker = self.nursery.fork()
         return self.worker.ask("begin", log, environment)
 
@@ -252,8 +255,7 @@ def nursery_at_hand(device: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        folder = short_tempdir(SOCKET_PATH - len(_SOCKET) - 1)
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder = stack.enter_context(short_tempdir(SOCKET_PATH - len(_SOCKET) - 1))
         path = f"{folder}/{_SOCKET}"
         listener.bind(path)  # in a folder that is open to us alone
         listener.listen(_MOST_PARENTS)
@@ -290,7 +292,7 @@ def _at_hand(device: str) -> socket.socket | None:
 def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen:
     """Start the process; `parent` is its end of the connection and closed here."""
     descriptors = [parent.fileno(), *(listener.fileno() for listener in listeners)]
-    command = [sys.executable, "-m", "launcher.nursery", str(descriptors[0]), device, *map(str, descriptors[1:])]
+    command = module_command("launcher.nursery", str(descriptors[0]), device, *map(str, descriptors[1:]))
     # In a session of its own a Ctrl-C on a terminal is not for it.
     process = subprocess.Popen(
         command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=_environment(device), start_new_session=True
@@ -301,7 +303,7 @@ def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket
 
 def _environment(device: str) -> dict[str, str]:
     # One thread while importing; a worker sets what it computes with when it knows its seat.
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
+    own = with_own_code({**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device})
     if device == "cpu":
         own.setdefault("GLIBC_TUNABLES", TUNABLES)
     return own

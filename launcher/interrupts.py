@@ -1,10 +1,62 @@
-"""What Ctrl-C, SIGTERM and a closed terminal mean while a job runs."""
+"""What Ctrl-C, SIGTERM and a closed terminal mean: for every command from its first moment on, and while a job runs."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
+
+from launcher.exit_status import after_signal
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_last = signal.SIGINT
+"""The signal that came last. Libraries raise a KeyboardInterrupt of their own in place of what a handler has raised."""
+
+
+def status() -> int:
+    """The exit status of this command, which a KeyboardInterrupt has ended."""
+    return after_signal(_last)
+
+
+def exit_on_signals() -> None:
+    """From here on signals end this process at once, with the status that says so. For the time when nothing is begun yet."""
+    _handle(lambda number, frame: os._exit(after_signal(number)))
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """In the block every signal that asks for the end raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _remember(signal.SIGINT)
+    before = _handle(_raise)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+    """Have signals handled; not a hang-up if whoever started us wants that ignored (nohup). Returns the handlers before."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [number for number in _NUMBERS if number != signal.SIGHUP or not ignores_hangup]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    _remember(number)
+    raise KeyboardInterrupt
+
+
+def _remember(number: int) -> None:
+    global _last
+    _last = signal.Signals(number)
 
 
 class Interrupts:
@@ -22,21 +74,12 @@ class Interrupts:
         self._ending = False
 
     def __enter__(self) -> Interrupts:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-            numbers.append(signal.SIGHUP)
-        self.before = {number: signal.getsignal(number) for number in numbers}
-        self.take()
+        self._before = _handle(self._received)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def take(self) -> None:
-        """Be the one who is told of signals. Once more after Ray was started, which takes SIGTERM for itself."""
-        for number in self.before:
-            signal.signal(number, self._received)
 
     def end(self) -> None:
         """From here on there is only tidying up."""
@@ -47,8 +90,9 @@ class Interrupts:
             return
         if not self.training or (self.requested and number == signal.SIGINT):
             self._ending, self.number = True, number
-            raise KeyboardInterrupt
+            _raise(number, frame)
         if not self.requested:
             # Not by print: the main thread may be in the middle of one, and that cannot be entered twice.
-            os.write(2, b"\nstopping: the step in hand is finished and saved; Ctrl-C again to stop at once\n")
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping: the step in hand is finished and saved; Ctrl-C again to stop at once\n")
         self.requested, self.number = True, number

@@ -33,7 +33,9 @@ from launcher.other_tools import name_here
 from launcher.overrides import overlaid
 from launcher.phases import SHARED, base_folder, origin, phases_of
 from launcher.problems import Report
-from launcher.shared_settings import RESOLVED, OwnSettings
+from launcher.resolved import RESOLVED
+from launcher.shared_settings import OwnSettings
+from launcher.terminal import printable
 from launcher.yamlfile import Document, KeyPath, dotted
 from training import modelfiles
 from training.config import PPO, Model, Phase, Resources, Settings, Sharding, Source
@@ -67,6 +69,7 @@ NEUTRAL = (
     "phases.*.model.gradient_checkpointing",
     "phases.*.model.kernels",
     "phases.*.model.compile",
+    "phases.*.reward.*.folder",
 )
 """What does not change the loss curve: a run may go on with other values of these, and it is still the same job."""
 
@@ -258,7 +261,7 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
         report.add(path, message)
     report.raise_any()
     for note in effects.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     track: list[str] = [top.track] if isinstance(top.track, str) else [*dict.fromkeys(top.track)]
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     job = Job(
@@ -411,7 +414,7 @@ def _judging_models(phase: PPO) -> Iterator[tuple[str, str]]:
 def _folder_problems(path: str) -> list[str]:
     """What keeps a folder from being loaded as a classifier, or with a scalar head in place of the one for tokens."""
     try:
-        modelfiles.inspect(Path(path), tokenizer_elsewhere=True, trust_remote_code=True, classifier=True)
+        modelfiles.inspect(Path(path), tokenizer_elsewhere=True, check_code=False, classifier=True)
     except InputError as error:
         return [str(problem) for problem in error.problems]
     return []
@@ -456,13 +459,17 @@ def _meaning(job: Job, *, as_written: bool = False) -> dict[str, Any]:
 
 
 def _without_added(value: Any, path: KeyPath = ()) -> Any:
-    """The same data without settings of ADDED that change nothing."""
+    """The same data without neutral settings, and without those of ADDED that change nothing."""
     if isinstance(value, list):
         return [_without_added(entry, (*path, "*")) for entry in value]
     if not isinstance(value, dict):
         return value
     inner = {key: (_general((*path, key)), _without_added(entry, (*path, key))) for key, entry in value.items()}
-    return {key: entry for key, (name, entry) in inner.items() if name not in ADDED or entry != ADDED[name]}
+    return {key: entry for key, (name, entry) in inner.items() if not _says_nothing(name, entry)}
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    return name in NEUTRAL or (name in ADDED and value == ADDED[name])
 
 
 def _general(path: KeyPath) -> str:

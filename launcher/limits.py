@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launcher.small_files import SmallFiles
 from training.errors import InputError
 
 SPENT = "spent.json"
@@ -20,8 +20,14 @@ class Meter:
     """Counts while workers are held. What was counted is kept in the run's folder."""
 
     def __init__(
-        self, folder: Path, max_hours: float | None, max_cost: float | None, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: Path,
+        max_hours: float | None,
+        max_cost: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        files: SmallFiles | None = None,
     ):
+        self._files = files or SmallFiles()
         self._file, self.max_hours, self.max_cost, self._clock = folder / SPENT, max_hours, max_cost, clock
         spent = json.loads(self._file.read_text()) if self._file.exists() else {"hours": 0.0, "cost": 0.0}
         self.hours: float = spent["hours"]
@@ -58,9 +64,7 @@ class Meter:
 
     def _write(self) -> None:
         self._written_at = self._clock()
-        draft = self._file.with_name(f".{self._file.name}")
-        draft.write_text(json.dumps({"hours": self.hours, "cost": self.cost}))
-        os.replace(draft, self._file)
+        self._files.replace(self._file, json.dumps({"hours": self.hours, "cost": self.cost}))
 
     @property
     def reached(self) -> str | None:

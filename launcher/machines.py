@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.node import PRICE
-from launcher import autoscaler
+from launcher import autoscaler, session
 from launcher.failures import NoMachines
 from training.config import Resources
 from training.errors import InputError
@@ -103,7 +103,7 @@ def gather(
     """Places for `wanted` workers, or after `wait_s` for as many as there is room for, if those are `least` or more.
 
     Where there are enough machines and others use them, it waits its turn, however long that takes. `avoid`: ids of machines that are
-    not to be used. Raises NoMachines, and InputError for what an autoscaler says can never come.
+    not to be used. Raises NoMachines, RayLost, and InputError for what an autoscaler says can never come.
     """
     return _Search(needs, least, wait_s, avoid, say).find(wanted)
 
@@ -142,7 +142,8 @@ class _Search:
                     said_at, told = now, outlook
                     self.say(f"waiting for machines since {waited:.0f} s: {state}")
         except BaseException:
-            remove_placement_group(group)
+            if session.lost() is None:
+                remove_placement_group(group)
             raise
         return group
 
@@ -209,13 +210,18 @@ def _taken(needs: Mapping[str, float], least: int, avoid: frozenset[str]) -> boo
 
 
 def _comes(group: PlacementGroup, within_s: float) -> bool:
-    """Whether a gang has its places within a time. (Its own `wait` takes whole seconds.)"""
+    """Whether a gang has its places within a time. (Its own `wait` takes whole seconds.) Raises RayLost."""
     deadline = time.monotonic() + within_s
-    while placement_group_table(group).get("state") != "CREATED":
+    while not _has_places(group):
         if time.monotonic() >= deadline:
             return False
         time.sleep(_LOOK_S)
     return True
+
+
+def _has_places(group: PlacementGroup) -> bool:
+    session.check()
+    return placement_group_table(group).get("state") == "CREATED"
 
 
 def _shortage(needs: Mapping[str, float], count: int) -> str:

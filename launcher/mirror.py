@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import shutil
-import tempfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from launcher.cache import cache_folder
 from training.checkpoints import Claim
 from training.errors import StorageError, Superseded
+from training.owned_folders import temporary_folder
 from training.storage import Place, upload_file
 
 FETCHED, FETCHED_OF_PHASES = ("job.yaml", "events.jsonl", "spent.json"), ("metrics.jsonl",)
@@ -33,6 +32,10 @@ _END_S = 60.0
 """For a copy that is under way to end."""
 
 
+_until_the_end = ExitStack()
+atexit.register(_until_the_end.close)
+
+
 def working_folder(remote: Place) -> Path:
     """Where this machine keeps the small files of a run in a bucket while it works on it."""
     key = hashlib.sha256(remote.address.encode()).hexdigest()[:16]
@@ -41,9 +44,7 @@ def working_folder(remote: Place) -> Path:
 
 def view(remote: Place) -> Path:
     """A copy of a run's small files to look at, gone when this process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="muster-view-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copy = folder / remote.name
+    copy = _until_the_end.enter_context(temporary_folder("muster-view-")) / remote.name
     copy.mkdir()
     fetch(remote, copy)
     return copy

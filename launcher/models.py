@@ -12,6 +12,7 @@ from typing import NamedTuple
 from launcher import exports
 from launcher.cache import cache_folder
 from launcher.runs import JOB, METRICS, PATIENCE_S, RunFolder, find, told_as_input
+from launcher.terminal import printable
 from training import modelfiles
 from training.checkpoint import MANIFEST
 from training.checkpoints import Checkpoints, step_of
@@ -25,7 +26,7 @@ _CHECKPOINT = re.compile(r"(.*)/([^/]+)/checkpoints/step-(\d+)")
 
 def warn(text: str) -> None:
     """Beside the result."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 class Found(NamedTuple):
@@ -41,9 +42,9 @@ class _Meant(NamedTuple):
     step: int | None
 
 
-def model_folder(text: str, *, rewards: bool = False) -> str:
+def model_folder(text: str, *, rewards: bool = False, trust_remote_code: bool = False) -> str:
     """The Hugging Face folder that is meant. Raises InputError if there is none, or of the wrong kind."""
-    return found(text, rewards=rewards).folder
+    return found(text, rewards=rewards, trust_remote_code=trust_remote_code).folder
 
 
 def found(
@@ -52,13 +53,14 @@ def found(
     phase: str | None = None,
     step: int | None = None,
     rewards: bool = False,
+    trust_remote_code: bool = False,
     say: Callable[[str], None] = warn,
 ) -> Found:
     """The model that is meant: a folder, the newest of a run or of one of its phases (RUN/PHASE), a checkpoint (its folder, or `step`).
 
     Of a run that has no model yet its newest whole checkpoint. `rewards`: a reward model will do.
 
-    Raises InputError if there is none, or of the wrong kind.
+    Raises InputError if there is none, or of the wrong kind, or one with Python code of its own without `trust_remote_code`.
     """
     text = os.path.expanduser(text)  # `--against ~/model` is expanded by the shell, `--against=~/model` is not
     folder = _folder(text)
@@ -67,7 +69,7 @@ def found(
             option = "--step" if step is not None else "--phase"
             raise InputError.of(option, f"goes with a run; {text} is the folder of a model")
         modelfiles.fetch_base(str(folder))
-        modelfiles.inspect(folder, classifier=rewards)
+        modelfiles.inspect(folder, classifier=rewards, trust_remote_code=trust_remote_code)
         return Found(str(folder), str(folder))
     meant = _meant(text)
     for option, asked, said in (("--phase", phase, meant.phase), ("--step", step, meant.step)):
@@ -78,10 +80,10 @@ def found(
         raise InputError.of(run.address, f"no phase {phase}; there are: {', '.join(phases)}")
     newest = _newest_model(run, phase) if step is None else None
     if newest is None:
-        return _checkpoint(run, phase, step, rewards, say)
+        return _checkpoint(run, phase, step, rewards, trust_remote_code, say)
     local = local_copy(newest, cache_folder())
     modelfiles.fetch_base(str(local))
-    modelfiles.inspect(local, classifier=rewards)
+    modelfiles.inspect(local, classifier=rewards, trust_remote_code=trust_remote_code)
     return Found(str(local), str(newest))
 
 
@@ -143,7 +145,12 @@ def _step(name: str) -> float:
 
 
 def _checkpoint(
-    run: RunFolder, phase: str | None, step: int | None, rewards: bool, say: Callable[[str], None]
+    run: RunFolder,
+    phase: str | None,
+    step: int | None,
+    rewards: bool,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
 ) -> Found:
     """A checkpoint as a folder in the cache."""
     phases = run.job().phases
@@ -160,7 +167,7 @@ def _checkpoint(
         say(
             f"{run.address}: no model yet; this is its newest whole checkpoint, of step {step_of(checkpoint)} of {name}"
         )
-    folder = exports.in_cache(run, name, checkpoint, say)
+    folder = exports.in_cache(run, name, checkpoint, say, trust_remote_code=trust_remote_code)
     modelfiles.fetch_base(str(folder))
-    modelfiles.inspect(folder, classifier=rewards)
+    modelfiles.inspect(folder, classifier=rewards, trust_remote_code=trust_remote_code)
     return Found(str(folder), str(checkpoint))

@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.output import Output
 from launcher.pipe import Pipe
 
 STACKS = signal.SIGUSR1
@@ -57,6 +58,7 @@ def main() -> None:
             nursery.adopt(listener.accept()[0])
         for parent in nursery.parents & set(ready):
             nursery.answer(parent)
+    nursery.end()
 
 
 def _tell(parent: socket.socket, **facts: Any) -> None:
@@ -101,6 +103,15 @@ class _Nursery:
             if pid == 0:
                 return
             _tell(self.parent_of.pop(pid), gone=pid, status=os.waitstatus_to_exitcode(status))
+
+    def end(self) -> None:
+        """End all workers, and wait until they are gone with what they held."""
+        for pid in self.parent_of:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in self.parent_of:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
     def _fork(self, parent: socket.socket, descriptors: list[int]) -> None:
         nursery = os.getpid()
@@ -190,6 +201,7 @@ class Life:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         faulthandler.enable(all_threads=True)
         faulthandler.register(STACKS, all_threads=True)
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]  # the disk of the log may be full
         return os.getpid()
 
     def listen(self, host: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from launcher import landing, runs
+from launcher import interrupts, landing, runs
 from launcher.verbs import NoPreflight, console, verb
 
 site = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -41,6 +41,7 @@ verb(run, of=site)
 
 def main() -> None:
     """Entry point of the job, in the folder where its bundle was unpacked."""
+    interrupts.exit_on_signals()
     from launcher import sealed
 
     sealed.open_environment()

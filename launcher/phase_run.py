@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,7 +57,7 @@ class PhaseRun:
         )
 
     def log(self, row: Mapping[str, Any]) -> None:
-        runs.append(self.folder / runs.METRICS, {**row, "attempt": self.run.attempt})
+        self.run.files.append(self.folder / runs.METRICS, {**row, "attempt": self.run.attempt})
         self.step = row["step"]
         self.progress.row(row)
         numbers = {name: value for name, value in row.items() if name not in _NOT_FOR_TRACKERS}
@@ -66,14 +65,13 @@ class PhaseRun:
             tracker.log(row["step"], numbers)
 
     def answers(self, step: int, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        folder = self.folder / runs.ANSWERS
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{kind.replace('_', '-')}step-{step:08d}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path = self.folder / runs.ANSWERS / f"{kind.replace('_', '-')}step-{step:08d}.jsonl"
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.run.files.replace(path, text, new_folder=True)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            runs.append(self.folder / runs.SAMPLES, {"step": step, **row})
+            self.run.files.append(self.folder / runs.SAMPLES, {"step": step, **row})
 
     def paces(self, seconds_a_token: Sequence[float]) -> None:
         for rank, times in self.stragglers.look(seconds_a_token).items():
@@ -160,6 +158,7 @@ class PhaseRun:
     def _forget_after(self, step: int, *, evaluates: bool) -> float:
         """Drop what was written of steps that will be done again: the file is the curve, each step in it once. Returns their seconds."""
         forgotten_s = 0.0
+        self.run.files.flush()
         for path in (self.folder / runs.METRICS, self.folder / runs.SAMPLES):
             rows = list(runs.json_rows(path))
             kept = [row for row in rows if row["step"] <= step and step > 0]
@@ -167,9 +166,7 @@ class PhaseRun:
                 kept = [row for row in kept if row["step"] < step or "evaluation_s" not in row]
             if len(kept) < len(rows):
                 forgotten_s += sum(row.get("step_s", 0.0) for row in rows if row["step"] > step)
-                rewritten = path.with_suffix(".tmp")
-                rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
-                os.replace(rewritten, path)
+                self.run.files.replace(path, "".join(json.dumps(row) + "\n" for row in kept))
         return round(forgotten_s, 3)
 
     def stop_requested(self) -> bool:

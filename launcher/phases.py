@@ -11,6 +11,7 @@ from typing import Any
 from launcher import rawdeepspeed, yamlfile
 from launcher.explain import UNKNOWN_KEY, did_you_mean, validated
 from launcher.problems import Report
+from launcher.resolved import is_resolved
 from launcher.yamlfile import COMMAND_LINE, Document, KeyPath, dotted
 from training.config import PPO, Data, Model, Phase, Questions, RewardSource, Source
 from training.data import files
@@ -190,7 +191,8 @@ class _Drafting:
         for index, source in enumerate(phase.rewards):
             key: KeyPath = ("reward", index) if several else ("reward",)
             where = (*key, "path") if several and isinstance(phase.reward[index], RewardSource) else key
-            rewards.append(source.model_copy(update={"path": self.reward_path(where, source, valid)}))
+            update = {"path": self.reward_path(where, source, valid), "folder": self.reward_folder(where, source)}
+            rewards.append(source.model_copy(update=update))
         critic = phase.critic and self.model_named(("critic",), phase.critic, valid)
         return {"reward": rewards, "critic": critic}
 
@@ -210,6 +212,16 @@ class _Drafting:
         if not os.path.isfile(file):
             self.add(where, f"there is no file {file}")
         return f"{file}:{name}"
+
+    def reward_folder(self, where: KeyPath, source: RewardSource) -> str | None:
+        """Where the modules of a reward function are looked for, beside what is installed."""
+        if not source.is_function:
+            if source.folder is not None:
+                self.add(where, f"`folder` has no effect: {source.path} is no Python function; remove it")
+            return None
+        if source.folder is None and is_resolved(self.document):
+            return str(Path.cwd())  # a run that began before folders were recorded found its modules there
+        return absolute(source.folder or ".", self.base(where))
 
     def model_named(self, where: KeyPath, given: str, valid: dict[str, Phase]) -> str:
         """The name of an earlier phase, or the model folder that a folder or a run has."""

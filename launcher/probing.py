@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 
 from launcher import host
 from launcher.failures import Raised, WorkerDied, in_words
+from launcher.subprocesses import module_command, with_own_code
 from training import hub, traits
 from training.config import PPO, Model, Phase
 from training.errors import InputError, Problem
@@ -75,8 +75,8 @@ def _by_a_process(model: Model) -> str:
     settings = json.dumps(
         {"path": model.path, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
     )
-    command = [sys.executable, "-m", "training.probe", settings]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = module_command("training.probe", settings)
+    environment = with_own_code({**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     try:
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:

@@ -10,6 +10,7 @@ from typing import Any
 from launcher.explain import did_you_mean, listed, shown
 from launcher.other_tools import name_here
 from launcher.yamlfile import KeyPath, dotted, paths
+from training.foreign import loads
 
 OWNED: dict[str, tuple[str, ...]] = {
     "train_batch_size": ("batch",),
@@ -85,13 +86,15 @@ def unknown(settings: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
 def read(file: Path) -> tuple[dict[str, Any], str]:
     """The settings in a JSON file, and what is wrong with the file (empty if nothing is)."""
     try:
-        settings = json.loads(file.read_bytes())
+        settings = loads(file.read_bytes())
     except OSError as error:
         return {}, f"{file} cannot be read: {(error.strerror or str(error)).lower()}"
     except UnicodeDecodeError:
         return {}, f"{file} is not UTF-8 text"
     except json.JSONDecodeError as error:
         return {}, f"{file}:{error.lineno}: not valid JSON: {error.msg}"
+    except ValueError as error:
+        return {}, f"{file}: not valid JSON: {error}"
     if not isinstance(settings, dict):
         return {}, f"{file}: expected a JSON object of DeepSpeed settings, got {shown(settings)}"
     return settings, ""

@@ -30,7 +30,7 @@ for _module in (dashboard_sdk, sdk):
     _module.logger.setLevel(logging.ERROR)  # uploads and closed connections are ours to tell
 
 Door = Callable[[], AbstractContextManager[Dashboard]]
-_ENTRYPOINT = ("exec", "python", "-u", "-m", "launcher.onsite")
+_ENTRYPOINT = ("exec", "python", "-P", "-u", "-m", "launcher.onsite")  # Ray puts the bundle into PYTHONPATH
 _RUN, _JOB = "muster_run", "muster_job"
 """Metadata by which our jobs are known."""
 

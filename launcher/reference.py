@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from cluster.spec import SPECS
 from launcher import events
 from launcher.cli import app
-from launcher.driver import EXIT_STATUSES
+from launcher.exit_status import EXIT_STATUSES
 from launcher.explain import annotation_of, bare_of, describe, flow, keys_of, settings_classes
 from launcher.job import NEUTRAL, TopLevel
 from launcher.phases import SHARED

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,6 +54,20 @@ def evaluations_in(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those rows of metrics that evaluations wrote."""
     whole = (row for row in rows if type(row.get("step")) is int)
     return [row for row in whole if any(name.startswith("eval_") for name in row)]
+
+
+_AMOUNTS = ("step", "iteration", "step_s", "tokens", "samples", "tokens_per_s", "memory_gib")
+_FIGURES = ("loss", "reward", "learning_rate", "grad_norm")
+_MOST = 2**63
+
+
+def _is_figure(name: str, value: Any) -> bool:
+    """Whether a value can stand under the name of a metric. A row in which one cannot was not written by a run."""
+    if name in _AMOUNTS:
+        return isinstance(value, int | float) and 0 <= value < _MOST
+    if name in _FIGURES or name.startswith("eval_"):
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) < _MOST)
+    return True
 
 
 def _rewound(event: Mapping[str, Any]) -> dict[str, int]:
@@ -115,7 +128,8 @@ class RunFolder:
             return [file.parent.name for file in sorted(self.folder.glob(f"*/{METRICS}"))]
 
     def metrics(self, phase: str) -> list[dict[str, Any]]:
-        return list(json_rows(self.phase(phase) / METRICS))
+        rows = json_rows(self.phase(phase) / METRICS)
+        return [row for row in rows if all(_is_figure(name, value) for name, value in row.items())]
 
     def evaluations(self, phase: str) -> list[dict[str, Any]]:
         """Rows of metrics that evaluations wrote, the oldest first."""
@@ -286,16 +300,21 @@ def _is_locked(path: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except PermissionError:
+        return _is_locked_by_another_user(path)
     except OSError:
         return False
     return False
 
 
-def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one row to a JSONL file, in one write, so that a reader sees it whole or not at all."""
-    with path.open("ab+") as file:
-        torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # a full disk cut the row before
-        file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+def _is_locked_by_another_user(path: Path) -> bool:
+    """By what the kernel lists: the file itself is its owner's alone. Sees the locks of this machine only."""
+    try:
+        inode, locks = path.stat().st_ino, Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return False
+    held = (line.split() for line in locks if "->" not in line)  # `1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE 0 EOF`
+    return any(fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode) for fields in held)
 
 
 def now() -> str:

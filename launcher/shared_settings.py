@@ -15,23 +15,15 @@ from typing import Any
 from launcher import rawdeepspeed
 from launcher.explain import did_you_mean, listed
 from launcher.phases import SHARED
+from launcher.resolved import RESOLVED, is_resolved, sections_of_phases
 from launcher.yamlfile import Document, KeyPath, dotted
 from training.config import Phase
 from training.paths import absolute
-
-RESOLVED = "resolved"
-"""The key that marks the job.yaml of a run."""
 
 _MODEL_PATH: KeyPath = ("model", "path")
 
 OwnSettings = dict[str, list[str]]
 """By phase: dotted paths of the shared settings that its own section gives."""
-
-_OF_EVERY_RESOLVED_PHASE = {
-    "recipe", "from", "seed", "model", "data", "epochs", "max_steps", "batch", "micro_tokens", "micro_batch", "learning_rate",
-    "schedule", "optimizer", "clip", "checkpoint", "sharding", "resources", "deepspeed",
-}  # fmt: skip
-"""Keys by which a resolved file of a version without `resolved` is recognised: nobody writes all of them into every phase."""
 
 
 # A resolved job file
@@ -42,17 +34,17 @@ def own_settings(document: Document) -> OwnSettings:
     recorded = document.data.get(RESOLVED)
     if isinstance(recorded, dict):
         return {name: [str(key) for key in keys] for name, keys in recorded.items() if isinstance(keys, list)}
-    if _is_resolved(document):
+    if is_resolved(document):
         return {}
     return {
         name: [dotted(path) for key in SHARED if key in section for path, _ in _leaves(section[key], (key,))]
-        for name, section in _phases(document).items()
+        for name, section in sections_of_phases(document).items()
     }
 
 
 def unknown_phases(document: Document) -> Iterator[tuple[KeyPath, str]]:
     """Names in `resolved` that are no phases: a phase was renamed, and its own values would be taken for inherited ones."""
-    recorded, phases = document.data.get(RESOLVED), _phases(document)
+    recorded, phases = document.data.get(RESOLVED), sections_of_phases(document)
     for name in recorded if isinstance(recorded, dict) else ():
         if name not in phases:
             yield (
@@ -63,7 +55,7 @@ def unknown_phases(document: Document) -> Iterator[tuple[KeyPath, str]]:
 
 def unknown_to_deepspeed(document: Document, phases: Mapping[str, Phase]) -> Iterator[tuple[KeyPath, str]]:
     """Settings in `deepspeed` that DeepSpeed does not have. Not of a resolved file: a run that began with them goes on."""
-    if _is_resolved(document):
+    if is_resolved(document):
         return
     for name, phase in phases.items():
         for path, message in rawdeepspeed.unknown(phase.deepspeed):
@@ -75,30 +67,17 @@ def inherit_from_top(document: Document, overridden: Sequence[KeyPath], own: Own
 
     Without `resolved` only overrides are known to be meant for all phases.
     """
-    if not _is_resolved(document):
+    if not is_resolved(document):
         return
     top = [path for path in overridden if path[0] in SHARED]
     if RESOLVED in document.data:
         top += [path for key in SHARED if key in document.data for path, _ in _leaves(document.data[key], (key,))]
-    for name, section in _phases(document).items():
+    for name, section in sections_of_phases(document).items():
         kept: list[KeyPath] = [tuple(key.split(".")) for key in own.get(name, ())]
         kept += [path[2:] for path in overridden if path[:2] == ("phases", name)]
         starts_elsewhere = [_MODEL_PATH] if section.get("from") is not None else []  # its path follows from `from`
         for path in (*top, *starts_elsewhere):
             _remove(section, path, kept)
-
-
-def _is_resolved(document: Document) -> bool:
-    phases = _phases(document)
-    return RESOLVED in document.data or (
-        bool(phases) and all(section.keys() >= _OF_EVERY_RESOLVED_PHASE for section in phases.values())
-    )
-
-
-def _phases(document: Document) -> dict[str, dict[str, Any]]:
-    phases = document.data.get("phases")
-    sections = phases.items() if isinstance(phases, dict) else ()
-    return {name: section for name, section in sections if isinstance(section, dict)}
 
 
 def _remove(section: dict[Any, Any], path: KeyPath, kept: Sequence[KeyPath]) -> None:
@@ -164,10 +143,10 @@ def effects(
 def advised_path(document: Document, own: OwnSettings, phase: str, setting: str) -> str:
     """The path by which the command line reaches a shared setting of a phase."""
     path: KeyPath = tuple(setting.split("."))
-    if _is_resolved(document):
+    if is_resolved(document):
         is_own = any(_related(path, tuple(key.split("."))) for key in own.get(phase, ()))
     else:
-        is_own = _own_path(_phases(document)[phase], path) is not None
+        is_own = _own_path(sections_of_phases(document)[phase], path) is not None
     return f"phases.{phase}.{setting}" if is_own else setting
 
 
@@ -238,7 +217,7 @@ def _winners(document: Document, name: str, phase: Phase, settings: Any, leaf: K
         same = _same(phase.model.path, value)
         return _Winners([] if same else [("from",)], reached=same)
     in_groups = _group_winners(settings, leaf, value) or _Winners([], reached=True)
-    own = _own_path(_phases(document)[name], leaf)
+    own = _own_path(sections_of_phases(document)[name], leaf)
     if in_groups.reached and own is not None and not _same(value_at(settings, leaf), value):
         return _Winners([own], reached=False)
     return in_groups

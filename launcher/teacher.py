@@ -205,11 +205,11 @@ class Teacher:
             "temperature": endpoint.temperature, "top_p": endpoint.top_p,
         }  # fmt: skip
         headers = {"Content-Type": "application/json"}
-        if endpoint.key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[endpoint.key_env]}"
         request = urllib.request.Request(
             f"{endpoint.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
         )
+        if endpoint.key_env is not None:  # for this address alone: not for where a redirect leads
+            request.add_unredirected_header("Authorization", f"Bearer {os.environ[endpoint.key_env]}")
         with urllib.request.urlopen(request, timeout=endpoint.timeout_s) as answer:
             return answer.read()
 

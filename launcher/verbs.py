@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,9 @@ import typer
 from typer.core import TyperCommand
 
 from cluster.errors import ClusterError, Refused
+from launcher import interrupts
+from launcher.exit_status import DONE, FAILED, INPUT_WRONG
+from launcher.terminal import printable
 from training.errors import InputError, MusterError
 
 app = typer.Typer(
@@ -41,6 +45,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Inline = Annotated[bool, typer.Option("--inline", help="One worker, in this process, without Ray.")]
 Force = Annotated[bool, typer.Option("--force", help="Also what by the plan cannot fit into memory.")]
 NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="Do not look at the machines before the first step.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model. The job file of a run does not allow it here.",
+    ),
+]
 On = Annotated[
     str | None,
     typer.Option("--on", metavar="CLUSTER", help="Name of a cluster that is up, cluster file, or http://HOST:PORT."),
@@ -79,20 +90,21 @@ def _as_setting(option: str) -> str:
 
 
 def verb(function: Callable, of: typer.Typer = app) -> Callable:
-    """Register a verb; its errors become lines of text and an exit status: 2 wrong input, 1 failed, 130 interrupted."""
+    """Register a verb; its errors become lines of text, and like signals an exit status (exit_status.py)."""
 
     @of.command(function.__name__.rstrip("_"), cls=_Command)
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            status = function(*args, **kwargs)
+            with interrupts.raised():
+                status = function(*args, **kwargs)
         except (InputError, Refused) as error:
-            _fail(error, 2)
+            _fail(error, INPUT_WRONG)
         except (MusterError, ClusterError, OSError) as error:
-            _fail(error, 1)
+            _fail(error, FAILED)
         except KeyboardInterrupt:
-            status = 130
-        raise SystemExit(status or 0)
+            status = interrupts.status()
+        raise SystemExit(status or DONE)
 
     return run
 
@@ -101,20 +113,26 @@ cluster_verb = partial(verb, of=clusters)
 
 
 def _fail(error: Exception, status: int) -> None:
-    print(error, file=sys.stderr)
+    with suppress(OSError):  # whoever would have read it may be gone
+        print(printable(str(error)), file=sys.stderr)
     raise SystemExit(status)
 
 
 def show(value: Any, as_lines: Callable[[Any], Iterable[str]], as_json: bool) -> None:
     try:
         for line in [json.dumps(value, indent=1)] if as_json else as_lines(value):
-            print(line)
+            print(printable(line))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> Any:
+    """Where a run says what it does. Names of columns, metrics and files, and what workers print, may hold anything."""
     from rich.console import Console
 
-    return Console()
+    class SafeConsole(Console):
+        def print(self, *texts: Any, **how: Any) -> None:
+            super().print(*(printable(text) if isinstance(text, str) else text for text in texts), **how)
+
+    return SafeConsole()

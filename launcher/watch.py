@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from launcher import machines
-from launcher.failures import Kind, WorkerError
+from launcher import machines, session
+from launcher.failures import Kind, RayLost, WorkerError
 from launcher.host import Signs
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class Watch:
         """Workers that are gone with their places."""
         self._warned: set[str] = set()
         self.leaving: str | None = None
-        """Which machine is about to be taken back, if one is: in words."""
+        """Which machine is about to be taken back, or what of Ray has ended, if there is such a thing: in words."""
         self.leaving_node: str | None = None
-        """Its id."""
+        """Id of the machine."""
 
     def met(self) -> None:
         """All places have answered for the first time. Remembers how to reach their machines while Ray can tell."""
@@ -60,7 +60,9 @@ class Watch:
         self._answered = dict.fromkeys(range(self.group.size), time.monotonic())
 
     def look(self, method: str, since_s: float) -> None:
-        """A glance at all workers, while `method` is under way since `since_s`. Raises WorkerError for what is lost or hangs."""
+        """A glance at all workers, while `method` is under way since `since_s`. Raises WorkerError for what is lost or hangs, RayLost if
+        that is Ray itself."""
+        self._look_at_ray()
         now = time.monotonic()
         if not self._nodes or now - self._last < self.every_s:
             return
@@ -77,6 +79,15 @@ class Watch:
         hang_after = self.group.resources.hang_after
         if since_s > hang_after and (stuck := self._stuck(method, hang_after)) is not None:
             raise self._hang(stuck, method)
+
+    def _look_at_ray(self) -> None:
+        """Without its GCS, workers that have begun answer on: there is time to save, and to go on with another Ray."""
+        if (found := session.lost()) is None:
+            return
+        if not (found.workers_answer and self._nodes):
+            self.lost.update(range(self.group.size))
+            raise RayLost(found.words)
+        self.leaving = self.leaving or found.words
 
     def _hear(self) -> None:
         asked = {ref: rank for rank, ref in self._asked.items()}
@@ -96,7 +107,7 @@ class Watch:
     def _look_for_leaving(self) -> None:
         if self.leaving is not None:
             return
-        draining = machines.draining()
+        draining = {} if session.is_own() else machines.draining()
         for rank, node in enumerate(self._nodes):
             notice = self.signs[rank].notice if rank in self.signs else None
             if notice is not None or node["NodeID"] in draining:
@@ -114,7 +125,7 @@ class Watch:
         """Whether the machine of a worker answers, and Ray has not given it up."""
         node = self._nodes[rank]
         with suppress(RayError):
-            if not machines.node(node["NodeID"]).get("Alive", True):
+            if session.lost() is None and not machines.node(node["NodeID"]).get("Alive", True):
                 return False
         try:
             socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=_REACH_S).close()

@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launcher import machines
+from launcher import machines, session
 from launcher.actor import WorkerActor
 from launcher.failures import Kind, Raised, WorkerDied, WorkerError, first_cause, worker_error
 from launcher.job import ENV_NAMES
@@ -221,11 +221,15 @@ class WorkerGroup:
         """Whether some of the workers are on these machines, and there are others for them."""
         least = self.resources.min_workers or self.resources.workers
         mine = {place["address"] for place in self.places}
+        if session.lost() is not None:
+            return False
         return bool(nodes & mine) and bool(machines.avoidable(self.bundle, least, nodes))
 
     def could_grow(self) -> bool:
         """Whether there are free machines for more of the workers that the job asks for."""
-        return self.size < self.resources.workers and machines.fitting(self.bundle, self.avoid) > 0
+        if self.size >= self.resources.workers or session.lost() is not None:
+            return False
+        return machines.fitting(self.bundle, self.avoid) > 0
 
     def end(self) -> bool:
         """End the processes now, also those that hang. Whether all places are still there, to begin again."""
@@ -239,10 +243,11 @@ class WorkerGroup:
         return True
 
     def close(self) -> None:
-        """End all there is of the workers and give the machines back."""
-        for actor in self.actors:
-            ray.kill(actor)
-        remove_placement_group(self.placement)
+        """End all there is of the workers and give the machines back. Where Ray is lost they end with what is left of it."""
+        if session.lost() is None:
+            for actor in self.actors:
+                ray.kill(actor)
+            remove_placement_group(self.placement)
         self.actors = []
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "launcher.cli"]
+COMMAND = [sys.executable, "-m", "launcher"]
 LIMIT_S = 300
 STEPS = 120
 _JOB = """

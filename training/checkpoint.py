@@ -13,6 +13,7 @@ Knows files and tensors, never DeepSpeed.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +23,7 @@ import numpy as np
 import xxhash
 
 from training.errors import MusterError
+from training.foreign import loads, made_sense_of
 from training.paths import is_below
 from training.storage import Place
 
@@ -31,6 +33,8 @@ METRICS = "metrics.json"
 FORMAT = 3
 BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 8
+_LENGTH = 8
+"""Bytes of a header's length, which stand before it."""
 _METADATA, _BLOCK_SIZE, _CHECKSUMS = "__metadata__", "block_bytes", "xxh128"
 
 
@@ -94,25 +98,36 @@ class Manifest:
         """Raises CheckpointError when it is missing or cut, NewerFormat when it is of a later Muster."""
         path = folder / MANIFEST
         try:
-            manifest = cls._parse(path)
+            with made_sense_of(lambda why: CheckpointError(f"{path}: not a readable manifest ({why})")):
+                manifest = cls._parse(path)
             return replace(manifest, metrics=_evaluation(folder) or manifest.metrics)
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {MANIFEST}: the checkpoint was never finished") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a readable manifest ({error})") from None
 
     @classmethod
     def _parse(cls, path: Place) -> Manifest:
-        raw = json.loads(path.read())
+        raw = loads(path.read())
         if raw["format"] != FORMAT:
             age, error = ("a newer", NewerFormat) if raw["format"] > FORMAT else ("an older", CheckpointError)
             raise error(f"{path}: written by {age} Muster (format {raw['format']}); this one reads {FORMAT}")
         files = [File(**entry) for entry in raw["files"]]
         if strays := [file.name for file in files if not is_below(file.name)]:
             raise ValueError(f"{strays[0]!r} is no name of a shard")
-        return cls(**{**raw, "files": files})
+        manifest = cls(**{**raw, "files": files})
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        """Raises ValueError for sizes that are none: they would be taken for sizes of memory."""
+        counts = (self.step, self.samples, self.attempt, self.world_size, self.zero_stage)
+        sizes = (size for shape in self.parameters.values() for size in shape)
+        if not all(_is_count(number) for number in (*counts, *sizes)):
+            raise ValueError("a number is none")
+        for file in self.files:
+            if not (_is_count(file.size) and _is_count(file.header) and _LENGTH <= file.header <= file.size):
+                raise ValueError(f"{file.name} has no such header")
 
     def dumped(self) -> bytes:
         """As it stands in the file."""
@@ -124,11 +139,16 @@ class Manifest:
 
 
 def _evaluation(folder: Place) -> dict[str, float]:
-    """What is noted beside a manifest; nothing if that was cut short."""
+    """What is noted beside a manifest; nothing if that was cut short or spoilt."""
     try:
-        return dict(json.loads((folder / METRICS).read()))
-    except (FileNotFoundError, ValueError, TypeError):
+        with made_sense_of(ValueError):
+            return {name: float(value) for name, value in loads((folder / METRICS).read()).items()}
+    except (FileNotFoundError, ValueError):
         return {}
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 # -- writing ------------------------------------------------------------------------------------------------------------
@@ -214,11 +234,20 @@ class _Shard:
             raise CheckpointError(f"{folder / file.name}: the header has changed since it was written (checksum)")
         self.folder = folder
         self.file = file
-        self.tensors: dict[str, Any] = json.loads(header[8:])
+        with made_sense_of(
+            lambda why: CheckpointError(f"{folder / file.name}: its header does not make sense ({why})")
+        ):
+            self._parse(header)
+        self._last: tuple[int, bytes] = (-1, b"")
+
+    def _parse(self, header: bytes) -> None:
+        self.tensors: dict[str, Any] = loads(header[_LENGTH:])
         metadata = self.tensors.pop(_METADATA)
         self._block_bytes = int(metadata[_BLOCK_SIZE])
         self._checksums = metadata[_CHECKSUMS].split()
-        self._last: tuple[int, bytes] = (-1, b"")
+        content = self.file.size - self.file.header
+        if self._block_bytes <= 0 or len(self._checksums) != -(-content // self._block_bytes):
+            raise ValueError("not a checksum for each block")
 
     @classmethod
     def open(cls, folder: Place, file: File) -> _Shard:
@@ -289,13 +318,20 @@ class Reader:
         files = self.manifest.files
         headers = _read(folder, [(file.name, 0, file.header) for file in files])
         for file, header in zip(files, headers, strict=True):
-            self._index(_Shard(folder, file, header))
+            why = f"{folder / file.name}: its header does not make sense"
+            with made_sense_of(lambda odd, why=why: CheckpointError(f"{why} ({odd})")):  # type: ignore[misc]
+                self._index(_Shard(folder, file, header))
 
     def _index(self, shard: _Shard) -> None:
         for key, entry in shard.tensors.items():
             kind, _, where = key.partition("/")
             name, _, start = where.rpartition("@")
-            self._pieces[kind, name].append(_Piece(int(start), entry["shape"][0], shard, entry["data_offsets"][0]))
+            count, offset = entry["shape"][0], entry["data_offsets"][0]
+            if not (
+                _is_count(count) and _is_count(offset) and offset + 4 * count <= shard.file.size - shard.file.header
+            ):
+                raise ValueError(f"{key} lies outside of the file")
+            self._pieces[kind, name].append(_Piece(int(start), count, shard, offset))
 
     def read(self, kind: str, name: str, start: int, out: np.ndarray) -> None:
         """Fill `out` (fp32, contiguous) [n] with elements start..start+n-1 of the flattened parameter.
@@ -315,6 +351,9 @@ class Reader:
     def whole(self, name: str) -> np.ndarray:
         """A parameter's fp32 weights, in its own shape."""
         shape = self.parameters[name]
-        out = np.empty(int(np.prod(shape)), dtype=np.float32)
+        stored = sum(piece.count for piece in self._pieces.get(("fp32", f"{self.prefix}{name}"), ()))
+        if (count := math.prod(shape)) > stored:
+            raise CheckpointError(f"fp32 of {name}: {stored:,} of {count:,} elements are in the checkpoint")
+        out = np.empty(count, dtype=np.float32)
         self.read("fp32", name, 0, out)
         return out.reshape(shape)

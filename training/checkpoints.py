@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from training.checkpoint import MANIFEST, METRICS, CheckpointError, Manifest, missing, verify
-from training.errors import Superseded
+from training.errors import StorageError, Superseded
 from training.storage import Local, Place, flush_folder
 
 _STEP, _ATTEMPT, _DOOMED, _ASIDE = "step-", ".attempt-", ".old-", "aside-"
@@ -189,13 +189,15 @@ class _InFolder(OpenCheckpoints):
 
     @contextmanager
     def _ours(self) -> Iterator[None]:
-        """In the block a folder that is not there means that a later attempt has taken it away."""
+        """In the block a folder that is not there means that a later attempt has taken it away, unless the storage itself is away."""
         self._refuse_if_superseded()
         try:
             yield
         except FileNotFoundError:
             if self.own.path.exists():
                 raise
+            if not self.root.path.exists():
+                raise StorageError(f"{self.root} is not there: is its storage mounted?") from None
             raise Superseded(f"{self.root}: a later attempt has taken over; this is attempt {self.attempt}") from None
 
     def stage(self, step: int) -> Local:

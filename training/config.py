@@ -152,7 +152,8 @@ class Model(Settings):
     """Compile the layers with torch: for GPUs, CPUs gain little. The first steps take up to a minute longer. Needs a C++ compiler; not at
     ZeRO stage 3, not in PPO."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models you trust."""
+    """Run Python code that comes with the model. Only for models you trust. `generate`, `eval`, `critique` and `export` ask anew:
+    `--trust-remote-code`."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer. None: the model's own."""
     tokenizer_revision: str | None = None
@@ -528,6 +529,9 @@ class RewardSource(Settings):
     """The rewards are added up with these weights."""
     timeout: PositiveFloat = 60.0
     """Seconds that a function or an endpoint may take for a batch."""
+    folder: str | None = None
+    """Of a function: the folder in which its module, and what that imports, is looked for after all that is installed. None: the folder
+    of the job file."""
 
     @property
     def is_endpoint(self) -> bool:

@@ -27,12 +27,14 @@ from training.vocabulary import beyond, embedding_rows
 class Evaluator:
     """One worker's part in an evaluation. `template`: plain, chat, or auto, which is what the model has learnt.
 
+    `trust_remote_code`: whether Python code that comes with the model may run.
+
     Raises InputError if the model cannot be loaded, or has no chat template to chat with.
     """
 
-    def __init__(self, seat: Seat, path: str, template: str = "auto"):
+    def __init__(self, seat: Seat, path: str, template: str = "auto", trust_remote_code: bool = False):
         self.seat = seat
-        self.model = Speaker(path, template, gpu=seat.local_rank)
+        self.model = Speaker(path, template, gpu=seat.local_rank, trust_remote_code=trust_remote_code)
 
     def answer(self, asked: Sequence[Question], settings: Questions, seed: int) -> list[Row]:
         """This worker's share of the responses, judged."""
@@ -51,9 +53,9 @@ class Texts:
     Raises InputError for a template that the model does not have.
     """
 
-    def __init__(self, path: str, template: str = "auto"):
+    def __init__(self, path: str, template: str = "auto", *, trust_remote_code: bool = False):
         self.path = path
-        self.renderer = renderer_for(path, template)
+        self.renderer = renderer_for(path, template, trust_remote_code=trust_remote_code)
         self.chat = self.renderer.in_turns
         """Whether a text is a user's turn."""
         self.window = window_of(path)
@@ -102,9 +104,9 @@ class Texts:
 class Speaker(Texts):
     """A language model ready to be asked."""
 
-    def __init__(self, path: str, template: str = "auto", *, gpu: int = 0):
-        super().__init__(path, template)
-        self.lm: Any = models.for_inference(path, gpu=gpu)
+    def __init__(self, path: str, template: str = "auto", *, gpu: int = 0, trust_remote_code: bool = False):
+        super().__init__(path, template, trust_remote_code=trust_remote_code)
+        self.lm: Any = models.for_inference(path, gpu=gpu, trust_remote_code=trust_remote_code)
         self.stops = stop_tokens_of(path, self.renderer, self.lm.generation_config)
         """The tokens that end a response."""
 
@@ -121,12 +123,11 @@ class Speaker(Texts):
         return continue_all(self.lm, ids, keys, self.stops, settings, batch=batch, window=self.window, heard=heard)
 
 
-def require_reward_model(path: str) -> None:
+def require_reward_model(path: str, *, trust_remote_code: bool = False) -> None:
     """Raises InputError if the folder holds another kind of model. Reads no weights."""
     adapter = adapter_in(path)
-    if not inspect(Path(path), classifier=True).architecture.endswith(CLASSIFIER_SUFFIX) and not (
-        adapter and adapter.heads
-    ):
+    facts = inspect(Path(path), classifier=True, trust_remote_code=trust_remote_code)
+    if not facts.architecture.endswith(CLASSIFIER_SUFFIX) and not (adapter and adapter.heads):
         message = "is no reward model (a sequence classifier with one label); the recipe `reward` trains one"
         raise InputError.of(path, message)
 
@@ -134,10 +135,10 @@ def require_reward_model(path: str) -> None:
 class Judge:
     """A reward model. Raises InputError if the folder holds another kind of model."""
 
-    def __init__(self, path: str):
-        require_reward_model(path)
-        self.lm = models.for_inference(path, classifier=True)
-        self.renderer = renderer_for(path)
+    def __init__(self, path: str, *, trust_remote_code: bool = False):
+        require_reward_model(path, trust_remote_code=trust_remote_code)
+        self.lm = models.for_inference(path, classifier=True, trust_remote_code=trust_remote_code)
+        self.renderer = renderer_for(path, trust_remote_code=trust_remote_code)
 
     @property
     def chat(self) -> bool:

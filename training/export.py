@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ from training.modelfiles import (
     quantization,
     tensor_shapes,
 )
+from training.owned_folders import temporary_folder
 from training.recipes import RECIPES
 from training.storage import Local, Place, upload
 from training.vocabulary import embedding_rows
@@ -55,8 +55,8 @@ def export(checkpoint: Place, out: Place, phase: Phase, *, merge: bool = False, 
     if isinstance(out, Local):
         _export(checkpoint, out.path, phase, merge, shard_bytes)
         return
-    with tempfile.TemporaryDirectory(prefix="muster-export-") as folder:
-        local = Path(folder) / "model"
+    with temporary_folder("muster-export-") as folder:
+        local = folder / "model"
         _export(checkpoint, local, phase, merge, shard_bytes)
         out.remove()
         upload(local, out)
@@ -148,7 +148,7 @@ def _of_base(base: Path, phase: Phase, body: str, wanted: set[str]) -> Iterator[
     if not wanted <= set(names.values()):
         yield from _of_loaded(base, phase)
         return
-    for file in inspect(base, tokenizer_elsewhere=True, trust_remote_code=True, classifier=True).weight_files:
+    for file in inspect(base, tokenizer_elsewhere=True, check_code=False, classifier=True).weight_files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (no mapping)
                 yield names[name], tensors.get_tensor(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from training.errors import InputError
 
@@ -37,6 +38,21 @@ def file_at_hand(name: str, file: str, revision: str | None = None) -> Path | No
         return None
 
 
+class _TokenStays(urllib.request.HTTPRedirectHandler):
+    """Redirects to another origin, such as a content network, do not get the token of the hub."""
+
+    def redirect_request(self, req: urllib.request.Request, *rest: Any) -> urllib.request.Request | None:
+        following = super().redirect_request(req, *rest)
+        if following is not None and (following.type, following.host) != (req.type, req.host):
+            following.remove_header("Authorization")
+        return following
+
+
+def opened(request: urllib.request.Request, timeout_s: float) -> Any:
+    """As `urlopen`, for requests to the hub."""
+    return urllib.request.build_opener(_TokenStays).open(request, timeout=timeout_s)
+
+
 def _answers(name: str, file: str, revision: str | None) -> bool:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
@@ -46,7 +62,7 @@ def _answers(name: str, file: str, revision: str | None) -> bool:
     try:
         address = hf_hub_url(name, file, revision=revision)
         request = urllib.request.Request(address, headers=build_hf_headers(), method="HEAD")
-        with urllib.request.urlopen(request, timeout=PATIENCE_S):
+        with opened(request, PATIENCE_S):
             return True
     except (OSError, ValueError):
         return False

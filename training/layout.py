@@ -47,7 +47,7 @@ def buffers(model: Model, *, classifier: bool = False) -> Iterator[tuple[str, Te
 
 
 def _read(folder: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-    for file in inspect(folder, tokenizer_elsewhere=True, trust_remote_code=True, classifier=True).weight_files:
+    for file in inspect(folder, tokenizer_elsewhere=True, check_code=False, classifier=True).weight_files:
         with safe_open(file, "pt") as tensors:
             for name in sorted(names & set(tensors.keys())):
                 yield name, tensors.get_tensor(name)

@@ -101,12 +101,16 @@ def _evaluates(module: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(module, False)
 
 
-def for_inference(path: str, *, classifier: bool = False, gpu: int = 0) -> nn.Module:
-    """A model to ask, in the type that it is stored in, on GPU number `gpu` if there are GPUs; an adapter is merged in."""
+def for_inference(path: str, *, classifier: bool = False, gpu: int = 0, trust_remote_code: bool = False) -> nn.Module:
+    """A model to ask, in the type that it is stored in, on GPU number `gpu` if there are GPUs; an adapter is merged in.
+
+    `trust_remote_code`: whether Python code that comes with the model may run.
+    """
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     adapter = adapter_in(path)
     dtype: Any = "auto" if kind == "cpu" else resolve_dtype("auto", kind)
-    base = Model(path=base_of(path), revision=adapter.revision if adapter is not None else None)
+    revision = adapter.revision if adapter is not None else None
+    base = Model(path=base_of(path), revision=revision, trust_remote_code=trust_remote_code)
     lm, fresh_head = pretrained(base, dtype, kind, classifier=classifier)
     brings_head = adapter is not None and HEAD in adapter.heads
     if fresh_head and not brings_head:

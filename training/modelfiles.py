@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from training import hub
+from training import foreign, hub
 from training.config import Model, Phase
 from training.errors import InputError, Problem
 from training.paths import absolute, is_below
@@ -34,6 +35,12 @@ SCORE = "score"
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LAYER_OF_BODY = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
+_MOST_LAYERS = 10_000
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64), **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16), **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+}  # fmt: skip
+"""Of one number, by safetensors' name of its type."""
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
@@ -99,7 +106,7 @@ class Adapter:
 def facts_in(folder: str) -> dict[str, Any]:
     """What Muster wrote beside a model; empty for a model of another make."""
     try:
-        facts = json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+        facts = foreign.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -118,8 +125,15 @@ def adapter_in(path: str) -> Adapter | None:
     if not is_adapter(folder):
         return None
     file = folder / ADAPTER_CONFIG
+    with foreign.made_sense_of(
+        lambda why: InputError.of(str(file), f"not a readable adapter of LoRA ({why}); copy it again")
+    ):
+        return _read_adapter(folder, file)
+
+
+def _read_adapter(folder: Path, file: Path) -> Adapter:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = foreign.loads(file.read_text(encoding="utf-8"))
         kind, base = str(config["peft_type"]), config["base_model_name_or_path"]
         rank, alpha = (int(config["r"]), float(config["lora_alpha"])) if kind == "LORA" else (0, 0.0)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -151,7 +165,7 @@ def adapter_in(path: str) -> Adapter | None:
 
 def folder_of(name: str, revision: str | None = None) -> str:
     """The folder that a model's name means here, also in the cache of the hub's library; else the name."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return absolute(name)
     cached = hub.cached_folder(name, revision) if on_hub(name) else None
     return name if cached is None else str(cached)
@@ -281,6 +295,26 @@ def configured_in(path: str, revision: str | None = None) -> Path | None:
     return Path(base) if (Path(base) / "config.json").is_file() else None
 
 
+def code_in(model: Model) -> bool:
+    """Whether Python code may come with a model or its tokenizer, and its settings have it run or it cannot do without. True also where that cannot be seen."""
+    folder, tokenizer = configured_in(model.path, model.revision), Path(tokenizer_of(model))
+    if folder is None:
+        return model.trust_remote_code
+    files = (folder / "config.json", folder / "tokenizer_config.json", tokenizer / "tokenizer_config.json")
+    configs = [_mapping(file) for file in files]
+    brings = any("auto_map" in config for config in configs)
+    return brings and (model.trust_remote_code or bool(_needs_its_own_code(configs[0])))
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if the file holds none."""
+    try:
+        value = foreign.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def check_continues(model: Model) -> None:
     """Raises InputError if the model is an adapter that is to be trained on in another shape than it has."""
     adapter, lora = adapter_in(model.path), model.lora
@@ -316,7 +350,7 @@ def rows_of_embedding(folder: Path) -> int | None:
     """Rows of the token embedding in a folder's weights; None if they do not say."""
     shapes = tensor_shapes(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
     names = _embeddings(shapes, _whole(config, "vocab_size") if isinstance(config, dict) else None)
@@ -340,7 +374,7 @@ def loaded_shapes(folder: Path, trust_remote_code: bool = False) -> dict[str, tu
     from training.shape import on_meta_device
 
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return on_meta_device(config, trust_remote_code)
@@ -393,13 +427,21 @@ def tokenizer_revision(model: Model) -> str | None:
 
 def on_hub(path: str) -> bool:
     """Whether the path of a model in a job is a name on the Hugging Face hub: folders are absolute there."""
-    return bool(path) and not path.startswith(("/", ".", "~")) and not is_remote(path) and not Path(path).exists()
+    return bool(path) and not path.startswith(("/", ".", "~")) and not is_remote(path) and not os.path.exists(path)
 
 
 def inspect(
-    folder: Path, *, tokenizer_elsewhere: bool = False, trust_remote_code: bool = False, classifier: bool = False
+    folder: Path,
+    *,
+    tokenizer_elsewhere: bool = False,
+    trust_remote_code: bool = False,
+    check_code: bool = True,
+    classifier: bool = False,
 ) -> ModelFacts:
     """The facts of a folder with a causal language model, or of the one below an adapter. `classifier`: a reward model will do.
+
+    `trust_remote_code`: Python code that comes with the model may run. `check_code`: False accepts a model that needs such code,
+    and does not run it.
 
     Raises InputError with all that keeps it from being loaded: no or broken files, another kind of model, missing or
     truncated weights, no tokenizer (unless it is `tokenizer_elsewhere`), Python code that was not allowed, an adapter
@@ -407,10 +449,17 @@ def inspect(
     """
     if not folder.is_dir():
         raise InputError.of(str(folder), "is a file; give the folder" if folder.exists() else "no such folder")
-    if (adapter := adapter_in(str(folder))) is not None:
-        return _below(adapter, tokenizer_elsewhere, trust_remote_code, classifier)
+    with foreign.made_sense_of(
+        lambda why: InputError.of(str(folder), f"its files do not make sense ({why}); copy them again")
+    ):
+        if (adapter := adapter_in(str(folder))) is not None:
+            return _below(adapter, tokenizer_elsewhere, trust_remote_code, check_code, classifier)
+        return _inspected(folder, tokenizer_elsewhere, trust_remote_code or not check_code, classifier)
+
+
+def _inspected(folder: Path, tokenizer_elsewhere: bool, code_allowed: bool, classifier: bool) -> ModelFacts:
     check = _Check(folder)
-    config = check.config(trust_remote_code, classifier)
+    config = check.config(code_allowed, classifier)
     files, tensors = check.weights()
     if tensors and not check.problems:
         check.tensors(tensors, config)
@@ -423,14 +472,16 @@ def inspect(
     return _facts(config, files, tensors)
 
 
-def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool, classifier: bool) -> ModelFacts:
+def _below(
+    adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool, check_code: bool, classifier: bool
+) -> ModelFacts:
     """The facts of the model that an adapter was trained on."""
     base = Path(adapter.base)
     if adapter.classifier and not classifier:
         raise InputError.of(
             str(adapter.folder), "the adapter of a reward model is no causal language model; give a language model"
         )
-    if not base.is_dir():
+    if not os.path.isdir(base):
         fetch = f" (`hf download {adapter.base}`)" if _HUB_ID.fullmatch(adapter.base) else ""
         message = f"was trained on {adapter.base}, which is not here; get that model{fetch} or correct base_model_name_or_path"
         raise InputError.of(str(adapter.folder / ADAPTER_CONFIG), message)
@@ -438,6 +489,7 @@ def _below(adapter: Adapter, tokenizer_elsewhere: bool, trust_remote_code: bool,
         base,
         tokenizer_elsewhere=tokenizer_elsewhere or has_tokenizer(adapter.folder),
         trust_remote_code=trust_remote_code,
+        check_code=check_code,
         classifier=classifier,
     )
     problem = _misfit(adapter, base, trust_remote_code) or _unlike_halves_of_a_tie(adapter, base)
@@ -497,7 +549,7 @@ def described_quantization(method: str) -> str:
 def quantization(folder: Path) -> str | None:
     """How the weights in a folder are quantized, if they are."""
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        settings = foreign.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return None
     return str(settings.get("quant_method", "unknown method")) if isinstance(settings, dict) else None
@@ -510,7 +562,7 @@ def _unlike_halves_of_a_tie(adapter: Adapter, base: Path) -> str:
         return ""
     if len(named) == 2 and _equal_bytes(adapter.folder / ADAPTER_WEIGHTS, [PEFT_PREFIX + name for name in named]):
         return ""
-    config = json.loads((adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = foreign.loads((adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if config.get("ensure_weight_tying") and len(named) == 1:
         return ""
     return (
@@ -568,16 +620,18 @@ class _Check:
     def json(self, file: Path) -> Any:
         """The file's content, or None if it cannot be read."""
         try:
-            return json.loads(file.read_bytes())
+            return foreign.loads(file.read_bytes())
         except json.JSONDecodeError as error:
             self.refuse(file, f"not valid JSON in line {error.lineno}: {error.msg}; copy it again")
         except UnicodeDecodeError:
             self.refuse(file, "is not UTF-8 text; copy it again")
+        except ValueError as error:
+            self.refuse(file, f"not valid JSON: {error}; copy it again")
         except OSError as error:
             self.refuse(file, f"cannot be read: {error.strerror}")
         return None
 
-    def config(self, trust_remote_code: bool, classifier: bool) -> dict[str, Any]:
+    def config(self, code_allowed: bool, classifier: bool) -> dict[str, Any]:
         file = self.folder / "config.json"
         if not file.exists():
             self.refuse(self.folder, f"has no config.json{_contents(self.folder)}")
@@ -588,7 +642,7 @@ class _Check:
         if not isinstance(config, dict):
             self.refuse(file, "expected a JSON object")
             return {}
-        if problem := _wrong_kind(config, classifier) or ("" if trust_remote_code else _needs_its_own_code(config)):
+        if problem := _wrong_kind(config, classifier) or ("" if code_allowed else _needs_its_own_code(config)):
             self.refuse(file, problem)
         return config
 
@@ -662,6 +716,9 @@ class _Check:
                 f"says vocab_size {vocab_size:,}, but the weights' {embeddings[0]} has {rows:,} rows; they do not belong together",
             )
         num_layers = _whole(config, "num_hidden_layers", "n_layer") or 0
+        if num_layers > _MOST_LAYERS:
+            self.refuse(self.folder / "config.json", f"{num_layers:,} layers are out of all proportion; copy it again")
+            return
         present = {int(match[1]) for name in tensors if (match := LAYER.search(name))}
         if absent := sorted(set(range(num_layers)) - present):
             counted = f"{len(absent)} of {num_layers} layers: {_some(map(str, absent))}"
@@ -683,7 +740,10 @@ def _needs_its_own_code(config: dict[str, Any]) -> str:
     """Many published folders keep an `auto_map` from the time before transformers knew the model: those need no code."""
     if "auto_map" not in config or _known_to_transformers(str(config.get("model_type", ""))):
         return ""
-    return "the model needs Python code that comes with it (`auto_map`); if you trust it, set model.trust_remote_code: true"
+    return (
+        "the model needs Python code that comes with it (`auto_map`); if you trust it, set model.trust_remote_code: true "
+        "(generate, eval, critique: --trust-remote-code)"
+    )
 
 
 def _known_to_transformers(model_type: str) -> bool:
@@ -708,11 +768,10 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
             raise ValueError(f"its header alone has {8 + length:,} bytes, the file has {size:,}: copy it again")
         raw = stream.read(length)
     try:
-        entries = json.loads(raw)
-        tensors = dict(_tensors(entries, 8 + length))
-        end = max((entries[name]["data_offsets"][1] for name in tensors), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        tensors = dict(_tensors(foreign.loads(raw), 8 + length))
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError("its header is malformed; copy it again") from None
+    end = max((tensor.start + tensor.bytes for tensor in tensors.values()), default=0) - 8 - length
     if not tensors:
         raise ValueError("holds no tensors")
     if 8 + length + end != size:
@@ -724,13 +783,12 @@ def _tensors(entries: dict[str, Any], data: int) -> Iterator[tuple[str, _Tensor]
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
-        first, last = entry["data_offsets"]
-        if not 0 <= first <= last:
+        dtype, shape, (first, last) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(size) is not int or size < 0 for size in (*shape, first, last)):
             raise ValueError
-        yield (
-            name,
-            _Tensor(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), last - first, data + first),
-        )
+        if 8 * (last - first) != math.prod(shape) * _BITS.get(dtype, 8 * (last - first) // max(1, math.prod(shape))):
+            raise ValueError
+        yield name, _Tensor(dtype, shape, last - first, data + first)
 
 
 def described_holes(absent: Sequence[str], misfits: Sequence[str]) -> list[str]:
@@ -747,7 +805,7 @@ def notes_on(path: str) -> list[str]:
     """What a user should know of what in the folder of a model, or of the one below an adapter, has no effect."""
     folder = Path(base_of(path))
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     if not isinstance(config, dict):
@@ -787,7 +845,7 @@ def auxiliary_loss(config: Mapping[str, Any]) -> str:
 def window_of(path: str) -> int | None:
     """How many positions the model in a folder was made for, if it says."""
     try:
-        config = json.loads((Path(base_of(path)) / "config.json").read_text(encoding="utf-8"))
+        config = foreign.loads((Path(base_of(path)) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return _positions(config) if isinstance(config, dict) else None

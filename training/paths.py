@@ -5,10 +5,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+_LONGEST_NAME = 255
+"""Bytes."""
+
 
 def is_below(name: str) -> bool:
     """Whether a name that comes from a bucket, a manifest or an index stays below the folder that it is joined to."""
-    return "\\" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
+    parts = name.split("/")
+    return not {"\\", "\0"} & set(name) and all(part not in ("", ".", "..") and _is_name(part) for part in parts)
+
+
+def _is_name(part: str) -> bool:
+    """Whether a file system can have a file of this name."""
+    try:
+        return len(part.encode()) <= _LONGEST_NAME
+    except UnicodeEncodeError:
+        return False
 
 
 def absolute(path: str | Path, base: Path | None = None) -> str:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from training.breakdown import Key, summary, table
 from training.distributed import Seat
 from training.memory import peak_bytes
+from training.owned_folders import temporary_folder
 from training.storage import Local, Place, place, upload_file
 from training.trace import WINDOW, Event, Operator, operators, read, seconds_of, tells_of_gpu
 
@@ -86,8 +85,8 @@ class _Profile:
         if isinstance(folder, Local):
             folder.path.mkdir(parents=True, exist_ok=True)
         trace, report = folder / f"{name}.trace.json.gz", folder / f"{name}.txt"
-        with tempfile.TemporaryDirectory(prefix="muster-profile-") as here:
-            local, packed = Path(here) / "trace.json", Path(here) / trace.name
+        with temporary_folder("muster-profile-") as here:
+            local, packed = here / "trace.json", here / trace.name
             self.profiler.export_chrome_trace(str(local))
             # The profiler would compress it line by line, which takes ten times as long.
             with local.open("rb") as source, gzip.open(packed, "wb", compresslevel=5) as target:

@@ -102,7 +102,10 @@ def _findings(path: str, phase: PPO, prompts: TokenStore, cache: Path) -> dict[s
 def _inspect(path: str, phase: PPO, prompts: TokenStore) -> dict[str, Any]:
     from training.data.model_renderer import renderer_for
 
-    renderer, parse = renderer_for(path), Parser("prompts", phase.data.columns, ("prompts",))
+    renderer, parse = (
+        renderer_for(path, trust_remote_code=phase.model.trust_remote_code),
+        Parser("prompts", phase.data.columns, ("prompts",)),
+    )
     refused: list[tuple[str, str]] = []
     longest = 0
     for start in range(0, len(prompts), _AT_ONCE):

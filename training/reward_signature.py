@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ def is_conversation(prompt: Any) -> bool:
 
 def _checked(source: RewardSource, phase: PPO, rows: list[dict[str, Any]] | None) -> Iterator[str]:
     where, _, name = source.path.rpartition(":")
-    file = Path(where) if where.endswith(".py") else _file_of(where)
+    file = Path(where) if where.endswith(".py") else _file_of(where, source.folder)
     if file is None:
         yield f"the module {where} of the reward {source.path} was not found here; the workers must have it"
         return
@@ -154,9 +153,9 @@ def _refuse_what_is_missing(
         raise InputError([Problem("", "reward", problem) for problem in problems])
 
 
-def _file_of(module: str) -> Path | None:
+def _file_of(module: str, folder: str | None) -> Path | None:
     """The source file of a module, found without importing it or its packages. None: not found, or not in Python."""
-    folders: list[str] | None = [os.getcwd(), *sys.path]
+    folders: list[str] | None = [*sys.path, *([folder] if folder else [])]
     for part in module.split("."):
         spec = PathFinder.find_spec(part, folders)
         if spec is None:

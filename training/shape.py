@@ -6,8 +6,8 @@ transformers on the meta device for others; else guessed from the number of para
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 import urllib.request
 from collections import Counter
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from training import modelfiles
+from training import foreign, hub, modelfiles
 from training.config import Lora
 from training.errors import InputError
 from training.modelfiles import EMBEDDING, LAYER, TOKEN_HEADS
@@ -106,9 +106,14 @@ def shape_of(path: str, *, trust_remote_code: bool = False, revision: str | None
 
     Raises InputError for a folder without config.json, and for a name that is not known and cannot be looked up.
     """
-    folder = Path(modelfiles.base_of(path)) if Path(path).is_dir() else Path(path)
-    if folder.is_dir():
-        return _of_folder(folder, trust_remote_code)
+    folder = Path(modelfiles.base_of(path)) if os.path.isdir(path) else Path(path)
+    if os.path.isdir(folder):
+        with foreign.made_sense_of(
+            lambda why: InputError.of(
+                str(folder), f"its files do not make sense ({why}); copy them again", "model.path"
+            )
+        ):
+            return _of_folder(folder, trust_remote_code)
     if path.startswith(("/", ".", "~")):
         raise InputError.of(path, "no such folder", "model.path")
     name = path.rpartition("/")[2].lower()
@@ -222,7 +227,7 @@ def _is_of_experts(name: str, shape: Sequence[int]) -> bool:
 def _of_folder(folder: Path, trust_remote_code: bool) -> Shape:
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = foreign.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("expected a JSON object")
     except FileNotFoundError:
@@ -272,7 +277,7 @@ def holes(folder: Path, *, classifier: bool = False) -> list[str]:
     `classifier`: the head for tokens is not needed.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config.get("model_type")
         expected = _of_llamas_kind(config) if kind in _LLAMAS_KIND else {}
     except (OSError, ValueError, AttributeError, InputError):
@@ -308,13 +313,13 @@ def _looked_up(name: str, revision: str | None) -> dict[str, Any]:
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(cached, str):
-            return json.loads(Path(cached).read_text(encoding="utf-8"))
+            return foreign.loads(Path(cached).read_text(encoding="utf-8"))
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         # Not by the library's download, which tries for half a minute where there is no network.
         request = urllib.request.Request(hf_hub_url(name, "config.json", revision=revision), headers=build_hf_headers())
-        with urllib.request.urlopen(request, timeout=_PATIENCE_S) as answer:
-            return json.loads(answer.read())
+        with hub.opened(request, _PATIENCE_S) as answer:
+            return foreign.loads(answer.read())
     except (OSError, ValueError) as error:
         told = getattr(error, "reason", None) or error
         raise InputError.of(

@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import socket
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +27,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from training.errors import InputError, StorageError
+from training.owned_folders import temporary_folder
 from training.paths import is_below
 
 Block = bytes | memoryview
@@ -69,8 +69,13 @@ def place(address: str | Path, *, patience_s: float | None = None) -> Place:
     if not is_remote(str(address)):
         return Local(Path(address))
     if patience_s is None:
-        patience_s = float(os.environ.get("MUSTER_STORAGE_PATIENCE_S", _PATIENCE_S))
+        patience_s = default_patience_s()
     return Remote(str(address).rstrip("/"), _filesystem(str(address)), patience_s)
+
+
+def default_patience_s() -> float:
+    """How long what fails is tried again, in seconds: MUSTER_STORAGE_PATIENCE_S, or 5 minutes."""
+    return float(os.environ.get("MUSTER_STORAGE_PATIENCE_S", _PATIENCE_S))
 
 
 def why_not_writable(folder: Place, who: str) -> str | None:
@@ -355,10 +360,10 @@ def local_copy(source: Place, cache: Path) -> Path:
     copy = cache / "copies" / source.fingerprint()
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".tmp-") as beside:
-            download(source, Path(beside) / "copy")
+        with temporary_folder(".tmp-", str(copy.parent)) as beside:
+            download(source, beside / "copy")
             try:
-                (Path(beside) / "copy").rename(copy)
+                (beside / "copy").rename(copy)
             except OSError:
                 if not copy.exists():  # else another process was faster
                     raise

@@ -66,7 +66,15 @@ def provider_of(spec: Cluster) -> Provider:
 
 def environment(spec: Cluster) -> dict[str, str]:
     """Of Ray on the machines of a cluster that Muster makes."""
-    return {"RAY_JOB_STOP_WAIT_TIME_S": str(spec.stop_s)}
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(spec.stop_s), **NO_METRICS_PORTS}
+
+
+NO_METRICS_PORTS = {
+    "RAY_enable_metrics_collection": "0",
+    "DASHBOARD_METRIC_PORT": "-1",  # a port that there is not: Ray says so in its log and goes on
+    "AUTOSCALER_METRIC_PORT": "-1",
+}
+"""Ray's figures for Prometheus would be served to everybody who reaches the machine: these ports listen everywhere and know no token."""
 
 
 def findings_of(looks: Mapping[str, Callable[[], dict[str, Any]]]) -> list[Finding]:

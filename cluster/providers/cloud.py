@@ -20,10 +20,11 @@ import yaml
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
 from cluster.home import Home
-from cluster.machine import HERE, Login, tunnel
+from cluster.machine import HERE, Login
 from cluster.node import head_arguments, of_type, price_label
 from cluster.providers import Finding, Say, environment, refuse
 from cluster.spec import Cloud, CloudHead, CloudPool
+from cluster.tunnel import tunnel
 
 Spec = TypeVar("Spec", bound=Cloud)
 _PORT, _DASHBOARD_PORT = 6379, 8265
@@ -74,7 +75,7 @@ class CloudProvider(ABC, Generic[Spec]):
         from ray.autoscaler import sdk
 
         config = self._recorded(home)
-        with _launcher("the head was not started"):
+        with _launcher("the head was not started"), _host_keys_kept(home):
             sdk.create_or_update_cluster(config)
             address = sdk.get_head_node_ip(config)
         home.write({**home.record(), "head": address})
@@ -86,7 +87,7 @@ class CloudProvider(ABC, Generic[Spec]):
         if not (home.folder / "key.pub").exists():
             return  # it did not come so far that there could be machines
         config = self._recorded(home)
-        with _launcher("machines may be left"):
+        with _launcher("machines may be left"), _host_keys_kept(home):
             sdk.teardown_cluster(config)
             self.tidy(config["cluster_name"], say)
 
@@ -97,8 +98,8 @@ class CloudProvider(ABC, Generic[Spec]):
             raise ClusterError(
                 f"the cluster {home.name} has no head; `muster cluster down {home.name}` removes what there is of it"
             )
-        known = f"UserKnownHostsFile={home.folder / 'known_hosts'}"
-        login = Login(self.spec.user, key=str(home.folder / "key"), options=(known, "StrictHostKeyChecking=accept-new"))
+        options = [f"{name}={value}" for name, value in _known_hosts(home).items()]
+        login = Login(self.spec.user, key=str(home.folder / "key"), options=options)
         with tunnel(head, login, "127.0.0.1", _DASHBOARD_PORT) as port:
             yield Dashboard(f"http://127.0.0.1:{port}", home.token(), f"the cluster {home.name}")
 
@@ -199,6 +200,30 @@ def _launcher(failed: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         raise ClusterError(f"{failed}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _known_hosts(home: Home) -> dict[str, str]:
+    """For ssh: the head's key is that of the first connection, or it is not the head."""
+    return {"StrictHostKeyChecking": "accept-new", "UserKnownHostsFile": str(home.folder / "known_hosts")}
+
+
+@contextmanager
+def _host_keys_kept(home: Home) -> Iterator[None]:
+    """Have Ray's launcher look at host keys, which it switches off: it copies the token."""
+    from ray.autoscaler._private import command_runner
+
+    module: Any = command_runner
+    own: Any = module.SSHOptions
+
+    class Pinned(own):
+        def __init__(self, ssh_key: Any, control_path: Any = None, **options: Any):
+            super().__init__(ssh_key, control_path, **_known_hosts(home), **options)
+
+    module.SSHOptions = Pinned
+    try:
+        yield
+    finally:
+        module.SSHOptions = own
 
 
 def _command(name: str) -> Finding:

@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.home import Home
-from cluster.machine import Login, tunnel
+from cluster.machine import Login
 from cluster.providers import Finding, Say
 from cluster.spec import Existing
+from cluster.tunnel import tunnel
 
 
 class ExistingProvider:

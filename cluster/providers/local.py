@@ -12,6 +12,7 @@ from cluster.machine import HERE, free_port
 from cluster.node import Node, head_arguments, places
 from cluster.providers import Finding, Say, environment, findings_of
 from cluster.spec import Local
+from cluster.tunnel import refuse_strangers_port
 
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Where Ray does not expect other hosts it binds every port to loopback; the name speaks of other systems."""
@@ -47,7 +48,9 @@ class LocalProvider:
     @contextmanager
     def door(self, home: Home | None) -> Iterator[Dashboard]:
         assert home is not None, "a cluster that Muster made has a record"
-        yield Dashboard(f"http://127.0.0.1:{home.record()['dashboard_port']}", home.token(), f"the cluster {home.name}")
+        port, shown = home.record()["dashboard_port"], f"the cluster {home.name}"
+        refuse_strangers_port(port, shown)
+        yield Dashboard(f"http://127.0.0.1:{port}", home.token(), shown)
 
     def doctor(self) -> list[Finding]:
         return findings_of({"this machine": self._node("").look})

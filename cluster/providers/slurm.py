@@ -18,7 +18,7 @@ from cluster.errors import ClusterError, Refused
 from cluster.home import Home
 from cluster.machine import HERE, Login, over_ssh
 from cluster.node import Node
-from cluster.providers import Finding, Say, findings_of
+from cluster.providers import NO_METRICS_PORTS, Finding, Say, findings_of
 from cluster.spec import Slurm
 
 _PORTS = 20_000, 20_000
@@ -178,23 +178,25 @@ class SlurmProvider:
             *spec.setup,
             f'export PATH="$(dirname "$({spec.python} -c "import sys; print(sys.executable)")"):$PATH"',
             "[ -d code ] || { rm -rf draft; python -m zipfile -e bundle.zip draft && mv draft code; }",
-            "cd code; rm -f ../ray.log",
+            'cd code; rm -f ../ray.log; export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
             "(umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n' > ../token)",
             'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$(realpath ../token)" RAY_USAGE_STATS_ENABLED=0',
-            "export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0",
-            'temporary="/tmp/muster-slurm-$SLURM_JOB_ID"',
+            f"export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 {' '.join(f'{name}={value}' for name, value in NO_METRICS_PORTS.items())}",
+            # one name on all nodes, which nobody can guess; Ray opens its own folder to everyone, the one around it is ours alone
+            'temporary="/tmp/muster-$(sha256sum < ../token | cut -c1-16)"',
             f"port=$(({_PORTS[0]} + SLURM_JOB_ID % {_PORTS[1]})); others=$((SLURM_NNODES - 1))",
             'address="$(hostname -I | cut -d" " -f1)"; address="${address:-127.0.0.1}"',
             "# a step gets what the allocation has, not one core of it",
             f'step() {{ srun --overlap --export=ALL --ntasks-per-node=1 {" ".join([cpus, *gpus])} "$@"; }}',
+            'step --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES mkdir -m 700 "$temporary" || exit 1',
             f'step --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" {start} --head --include-dashboard=false \\',
-            '  --node-ip-address="$address" --port=$port --temp-dir="$temporary" > ../ray.log 2>&1 &',
+            '  --node-ip-address="$address" --port=$port --temp-dir="$temporary/r" > ../ray.log 2>&1 &',
             "until grep -q -s -e --block ../ray.log; do kill -0 $! || { tail ../ray.log; exit 1; }; sleep 0.5; done",
             "if [ $others -gt 0 ]; then",
             f'  step --nodes=$others --ntasks=$others --exclude="$SLURMD_NODENAME" {start} \\',
-            '    --address="$address:$port" --temp-dir="$temporary" >> ../ray.log 2>&1 &',
+            '    --address="$address:$port" --temp-dir="$temporary/r" >> ../ray.log 2>&1 &',
             "fi",
-            'RAY_ADDRESS="$address:$port" ' + shlex.join(["python", "-u", "-m", "launcher.onsite", *words]) + " &",
+            'RAY_ADDRESS="$address:$port" ' + shlex.join(["python", "-P", "-u", "-m", "launcher.onsite", *words]) + " &",
             "job=$!",
             "trap 'kill -TERM $job' TERM",
             "wait $job; status=$?",

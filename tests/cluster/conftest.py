@@ -40,7 +40,7 @@ class LabRun(disturbed.Run):
 
     def close(self) -> None:
         if self.process.poll() is None:
-            self.lab[DRIVER].run("pkill", "-9", "-f", "launcher.cli", log=self.log).wait(60)
+            self.lab[DRIVER].run("pkill", "-9", "-f", "m launcher ", log=self.log).wait(60)
             self.process.wait(60)
 
 

@@ -58,7 +58,7 @@ def cut_off(lab: Lab, run: LabRun, victim: str) -> None:
 
 
 def kill_driver(lab: Lab, run: LabRun, victim: str) -> None:
-    _kill(lab[DRIVER].processes_with("launcher.cli"))
+    _kill(lab[DRIVER].processes_with("-m launcher "))
     run.process.wait(60)
     run.start(*run.settings, verb="resume")
 

@@ -393,9 +393,7 @@ def test_a_storage_on_a_disk_that_cannot_be_written(muster, place):
     ids=" ".join,
 )
 def test_the_real_command_says_it_on_stderr_and_exits_with_2(place, arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "launcher.cli", *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "launcher", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr
@@ -408,7 +406,7 @@ def test_the_real_command_says_it_on_stderr_and_exits_with_2(place, arguments):
 def test_a_full_disk_ends_the_run_keeps_earlier_checkpoints_and_the_run_goes_on_when_there_is_room(muster, place):
     """After the first checkpoint the process may write no file of more than 60 KB: to it the disk is full."""
     long = ("phases.sft.max_steps=60", "phases.sft.checkpoint.every=1", "track=[]")
-    command = [sys.executable, "-m", "launcher.cli"]
+    command = [sys.executable, "-m", "launcher"]
     process = subprocess.Popen([*command, *RUN, *long], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while process.poll() is None and not list(place.glob("runs/sums/sft/checkpoints/step-*")):
         time.sleep(0.01)

@@ -8,6 +8,7 @@ import pytest
 
 from launcher import attempts, runs
 from launcher import job as jobs
+from launcher.small_files import SmallFiles
 from tests.forked_command import muster
 from tests.launcher.test_run import ctrl_c, finish, make_folder, start, wait_for
 from training.errors import InputError, StorageError, Superseded
@@ -155,9 +156,11 @@ def test_a_run_that_is_closed_copies_no_more(job):
 def test_what_is_in_the_bucket_is_the_truth(job, monkeypatch, tmp_path):
     run = attempts.begin(job)
     run.phase("sft").mkdir()
-    runs.append(run.phase("sft") / runs.METRICS, {"step": 1, "loss": 1.0})
+    SmallFiles().append(run.phase("sft") / runs.METRICS, {"step": 1, "loss": 1.0})
     run.close()
-    runs.append(run.phase("sft") / runs.METRICS, {"step": 2, "loss": 1.0})  # as of a driver killed before it was copied
+    SmallFiles().append(
+        run.phase("sft") / runs.METRICS, {"step": 2, "loss": 1.0}
+    )  # as of a driver killed before it was copied
     again = attempts.begin(job)
     assert [row["step"] for row in again.metrics("sft")] == [1]
     again.close()

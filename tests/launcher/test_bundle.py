@@ -89,6 +89,78 @@ def test_globs_folders_and_reward_functions_go_along(place):
     assert sum(name.endswith(("parts/0.jsonl", "parts/1.jsonl")) for name in files) == 2
 
 
+SECRET = "not for others"
+
+
+def refused_links(place: Path, *overrides: str) -> list[str]:
+    with pytest.raises(InputError) as refused:
+        written(place, overrides=overrides)
+    assert all("is a link to" in problem.message for problem in refused.value.problems)
+    return [problem.where for problem in refused.value.problems]
+
+
+def test_hidden_files_of_folders_stay_here_and_so_do_those_of_data_that_nobody_reads(place):
+    rows = (place / "data/train.jsonl").read_text()
+    for name in (
+        "data/.env",
+        "data/.git/config",
+        "data/notes.md",
+        "data/.train.jsonl",
+        "model/.env",
+        "model/.git/config",
+    ):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(rows if name.endswith(".jsonl") else SECRET)
+    files = written(place, overrides=("phases.sft.data.train=data",))
+    assert not any(SECRET.encode() in content for content in files.values())
+    names = sorted(Path(name).name for name in files if name.startswith("submitted/") and "/data/" in name)
+    assert names == ["heldout.jsonl", "train.jsonl"]
+
+
+def test_links_out_of_what_the_job_names_are_refused_by_name_and_nothing_is_written(place):
+    (place / "id_rsa").write_text(SECRET)
+    (place / "secrets").mkdir()
+    (place / "secrets" / "key").write_text(SECRET)
+    links = [place / "model" / "vocab.txt", place / "model" / "extra", place / "model" / "gone.txt"]
+    for link, target in zip(links, ("../id_rsa", "../secrets", "../nowhere"), strict=True):
+        link.symlink_to(target)
+    (place / "parts").mkdir()
+    (place / "parts" / "a.jsonl").write_text((place / "data/train.jsonl").read_text())
+    (place / "parts" / "b.jsonl").symlink_to("../id_rsa")
+    for source in ("parts", "parts/*.jsonl"):
+        refused = refused_links(place, f"phases.sft.data.train={source}")
+        assert sorted(refused) == sorted(map(str, [*links, place / "parts" / "b.jsonl"]))
+    assert not (place / "bundle.zip").exists()
+
+
+def test_links_inside_a_folder_and_those_of_a_snapshot_in_the_hubs_cache_are_followed(place):
+    weights = (place / "model/model.safetensors").read_bytes()
+    cached = place / "hub" / "models--some--model"
+    snapshot = cached / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cached / "blobs").mkdir()
+    for number, file in enumerate(sorted((place / "model").iterdir())):
+        (cached / "blobs" / f"{number}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (snapshot / "copy.safetensors").symlink_to("model.safetensors")
+    files = written(place, overrides=(f"model.path={snapshot}",))
+    sent = {Path(name).name: content for name, content in files.items() if "/abc/" in name}
+    assert sent["model.safetensors"] == sent["copy.safetensors"] == weights
+    (place / "id_rsa").write_text(SECRET)
+    (snapshot / "other").symlink_to(place / "id_rsa")
+    assert refused_links(place, f"model.path={snapshot}") == [str(snapshot / "other")]
+
+
+def test_a_data_set_that_save_to_disk_wrote_goes_along_with_what_describes_it(place):
+    saved = place / "saved"
+    saved.mkdir()
+    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "rows.arrow"}]}))
+    (saved / "rows.arrow").write_bytes(b"rows")
+    (saved / "cache-1.arrow").write_bytes(SECRET.encode())
+    files = written(place, overrides=("phases.sft.data.train=saved",))
+    assert sorted(Path(name).name for name in files if "/saved/" in name) == ["rows.arrow", "state.json"]
+
+
 def test_what_every_machine_sees_stays_where_it_is(place):
     files = written(place, shared=(str(place / "data"), str(place / "model")))
     assert {name for name in files if name.startswith("submitted/")} == {"submitted/job.yaml"}

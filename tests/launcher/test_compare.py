@@ -13,7 +13,7 @@ import pytest
 from launcher import job as jobs
 from launcher.cli import app
 from launcher.compare import compare, lines, mcnemar, sign_flips
-from launcher.runs import append
+from launcher.small_files import SmallFiles
 from training.errors import InputError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "llama2-7b-sft.yaml"
@@ -31,14 +31,14 @@ def made(tmp_path, monkeypatch):
             jobs.dump(jobs.read(CONFIG, [f"name={name}", f"storage={tmp_path / 'runs'}", *overrides]))
         )
         for step in range(1, 21):
-            append(
+            SmallFiles().append(
                 folder / "sft" / "metrics.jsonl",
                 {"step": step, "loss": 2.0, "step_s": 1.5, "tokens": 1000, "workers": 2},
             )
         accuracy = sum(right) / len(right) if len(right) else 0.0
         found = {"eval_loss": 1.25, "eval_accuracy": accuracy, "eval_accuracy_low": 0.0} if metrics is None else metrics
-        append(folder / "sft" / "metrics.jsonl", {"step": 10, "eval_loss": 9.0})
-        append(folder / "sft" / "metrics.jsonl", {"step": 20, **found})
+        SmallFiles().append(folder / "sft" / "metrics.jsonl", {"step": 10, "eval_loss": 9.0})
+        SmallFiles().append(folder / "sft" / "metrics.jsonl", {"step": 20, **found})
         with (folder / "sft" / "answers" / "step-00000020.jsonl").open("w") as file:
             for number, correct in enumerate(right):
                 row = {"question": f"q{number // samples}", "sample": number % samples, "correct": bool(correct)}
@@ -112,7 +112,7 @@ def test_several_samples_of_a_question_are_no_independent_trials(made):
 
 def test_the_step_that_the_phase_ended_with_counts(made):
     folder = made("best", metrics={"eval_loss": 3.0})
-    append(
+    SmallFiles().append(
         folder / "events.jsonl",
         {
             "time": "",

@@ -167,7 +167,7 @@ def test_an_interruption_keeps_what_is_paid_for():
 
     with TeacherServer(slow) as server:
         process = subprocess.Popen(
-            [sys.executable, "-m", "launcher.cli", *command(server, "cft.jsonl", "--parallel", "4")],
+            [sys.executable, "-m", "launcher", *command(server, "cft.jsonl", "--parallel", "4")],
             stderr=subprocess.PIPE,
             preexec_fn=lambda: signal.signal(
                 signal.SIGINT, signal.SIG_DFL

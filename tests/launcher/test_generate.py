@@ -52,7 +52,7 @@ class Terminal:
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background ignores it
             os.environ.update(PYTHONPATH=str(Path(__file__).parents[2]), TERM="dumb")
-            os.execv(sys.executable, [sys.executable, "-m", "launcher.cli", "generate", *arguments])
+            os.execv(sys.executable, [sys.executable, "-m", "launcher", "generate", *arguments])
         self.left.add(self.pid)
 
     def until(self, mark: str) -> str:
@@ -276,7 +276,7 @@ def ray_session(workers):
     assert "ray" not in sys.modules
     raise SystemExit("as it should be")
 session.ray_session = ray_session
-with evaluation.asking("model", "auto", 2): pass
+with evaluation.asking("model", evaluation.Loading("auto", 2, False)): pass
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)

@@ -33,7 +33,7 @@ class Commands:
 
     def __call__(self, *words: str, status: int = 0, **environment: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "launcher.cli", *words],
+            [sys.executable, "-m", "launcher", *words],
             env={**self.environment, **environment}, capture_output=True, text=True, timeout=_PATIENCE_S, check=False,
         )  # fmt: skip
         assert done.returncode == status, f"{words} exited with {done.returncode}:\n{done.stdout}{done.stderr}"

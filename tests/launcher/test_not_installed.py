@@ -52,10 +52,10 @@ def test_a_run_saves_and_is_reported_where_muster_is_not_installed(place, python
     packages = set(output("-c", LISTED).split())
     assert {"ray", "torch"} < packages
     assert "muster-train" not in packages
-    output("-m", "launcher.cli", "run", "job.yaml")
+    output("-m", "launcher", "run", "job.yaml")
     manifests = sorted(place.glob("runs/sums/sft/checkpoints/*/manifest.json"))
     assert [json.loads(file.read_text())["versions"]["muster-train"] for file in manifests] == [__version__] * 2
-    output("-m", "launcher.cli", "report", "runs/sums")
+    output("-m", "launcher", "report", "runs/sums")
     assert (place / "report.html").is_file()
 
 

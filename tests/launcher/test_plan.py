@@ -446,8 +446,9 @@ def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, cap
 
 def test_status_holds_the_plan_against_what_came(tmp_path):
     """A run notes what it expects; whoever asks for its status sees both, and what the rest will cost by the real pace."""
-    from launcher.runs import RunFolder, append
+    from launcher.runs import RunFolder
     from launcher.show import status, status_lines
+    from launcher.small_files import SmallFiles
 
     folder = tmp_path / "runs" / "planned"
     (folder / "sft").mkdir(parents=True)
@@ -457,9 +458,9 @@ def test_status_holds_the_plan_against_what_came(tmp_path):
         {"event": "started"}, {"event": "workers", "workers": [1, 2]}, {"event": "training", "phase": "sft", "total_steps": 100},
         {"event": "planned", "phase": "sft", "step_s": 10.0, "range": [7.5, 14.0], "hours": 0.3, "memory_gib": 40.0, "price": 36.0},
     ):  # fmt: skip
-        append(folder / "events.jsonl", {"time": "2026-11-22T00:00:00", "attempt": 1, **event})
+        SmallFiles().append(folder / "events.jsonl", {"time": "2026-11-22T00:00:00", "attempt": 1, **event})
     for step in range(1, 11):
-        append(
+        SmallFiles().append(
             folder / "sft" / "metrics.jsonl",
             {"step": step, "loss": 1.0, "step_s": 20.0, "tokens_per_s": 5.0, "memory_gib": 42.0},
         )

@@ -22,7 +22,7 @@ from tests.disturbed import cache_in
 
 pytestmark = pytest.mark.cpu
 
-MUSTER = [sys.executable, "-m", "launcher.cli"]
+MUSTER = [sys.executable, "-m", "launcher"]
 LIMIT_S = 480
 STEPS = 120
 JOB = """

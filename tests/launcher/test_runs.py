@@ -11,6 +11,7 @@ import pytest
 
 from launcher import attempts, runs
 from launcher import job as jobs
+from launcher.small_files import SmallFiles
 from tests.made_checkpoints import save_in
 from training.errors import InputError
 
@@ -132,7 +133,7 @@ def test_a_full_disk_at_the_start_leaves_the_run_as_it_was(job, monkeypatch):
 )
 def test_the_state_is_what_the_last_attempt_came_to(tmp_path, events, state):
     for event in events:
-        runs.append(tmp_path / "events.jsonl", {"event": event})
+        SmallFiles().append(tmp_path / "events.jsonl", {"event": event})
     assert runs.RunFolder(tmp_path).state() == state
 
 
@@ -146,18 +147,18 @@ def test_a_run_is_running_while_its_process_holds_the_lock(job):
 def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "text": "ä\n"}]
     for row in rows:
-        runs.append(tmp_path / "m.jsonl", row)
+        SmallFiles().append(tmp_path / "m.jsonl", row)
     assert list(runs.json_rows(tmp_path / "m.jsonl")) == rows
     assert list(runs.json_rows(tmp_path / "none.jsonl")) == []
 
 
 def test_a_torn_row_costs_itself_alone(tmp_path):
     path = tmp_path / "m.jsonl"
-    runs.append(path, {"step": 1})
+    SmallFiles().append(path, {"step": 1})
     with path.open("a") as file:
         file.write('{"step": 2, "lo')  # what a full disk or a power cut leaves
     assert list(runs.json_rows(path)) == [{"step": 1}]
-    runs.append(path, {"step": 2})
+    SmallFiles().append(path, {"step": 2})
     assert list(runs.json_rows(path)) == [{"step": 1}, {"step": 2}]
 
 
@@ -191,7 +192,7 @@ def test_finished_phases_and_metrics_are_read_from_the_files(job):
     run = attempts.begin(job)
     run.event("phase_finished", phase="sft")
     run.phase("sft").mkdir()
-    runs.append(run.phase("sft") / "metrics.jsonl", {"step": 1, "loss": 2.0})
+    SmallFiles().append(run.phase("sft") / "metrics.jsonl", {"step": 1, "loss": 2.0})
     assert run.finished_phases() == {"sft"}
     assert run.metrics("sft") == [{"step": 1, "loss": 2.0}]
     assert json.loads((run.folder / "events.jsonl").read_text().splitlines()[0])["event"] == "started"

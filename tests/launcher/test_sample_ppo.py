@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.long, pytest.mark.timeout(2400)]
 @pytest.mark.parametrize("seed", [17, 18])
 def test_a_policy_learns_from_a_reward_model_that_saw_pairs_alone(tmp_path, seed):
     def muster(*words: str) -> None:
-        command = [sys.executable, "-m", "launcher.cli", *words]
+        command = [sys.executable, "-m", "launcher", *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import attempts, runs, show
+from launcher import attempts, show
 from launcher import job as jobs
+from launcher.small_files import SmallFiles
 from tests.made_checkpoints import save_in
 
 
@@ -23,8 +24,8 @@ def trained(run: attempts.OpenRun, steps: int) -> None:
     run.event("training", phase="sft", step=0, total_steps=10)
     for step in range(1, steps + 1):
         row = {"step": step, "loss": 3.0 / step, "tokens_per_s": 1000.0, "step_s": 2.0}
-        runs.append(run.phase("sft") / "metrics.jsonl", row)
-    runs.append(run.phase("sft") / "metrics.jsonl", {"step": steps, "eval_loss": 1.25})
+        SmallFiles().append(run.phase("sft") / "metrics.jsonl", row)
+    SmallFiles().append(run.phase("sft") / "metrics.jsonl", {"step": steps, "eval_loss": 1.25})
 
 
 def saved(run: attempts.OpenRun, step: int, **metrics: float) -> Path:

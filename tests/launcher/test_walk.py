@@ -51,7 +51,7 @@ class Walker:
             self.folder /= words[1]
             return
         assert words[0] == "muster", words
-        command = [sys.executable, "-m", "launcher.cli", *faster(words[1:])]
+        command = [sys.executable, "-m", "launcher", *faster(words[1:])]
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         self.said[" ".join(words[1:])] = done.stdout

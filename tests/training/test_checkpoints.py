@@ -6,7 +6,7 @@ from tests.made_checkpoints import save, save_in, staged
 from tests.training.test_checkpoint import flip_a_bit
 from training.checkpoint import CheckpointError, Manifest, verify
 from training.checkpoints import Checkpoints, opened, step_of
-from training.errors import Superseded
+from training.errors import StorageError, Superseded
 from training.storage import Local, place
 
 
@@ -183,3 +183,12 @@ def test_an_ended_attempt_leaves_nothing_but_its_checkpoints(tmp_path):
     flip_a_bit(folder.path / "worker-1.safetensors")
     save_in(tmp_path, 2, attempt=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_a_storage_that_is_away_is_no_later_attempt(tmp_path):
+    checkpoints = opened(place(tmp_path / "storage"), 1)
+    (tmp_path / "storage").rename(tmp_path / "away")
+    with pytest.raises(StorageError, match="is not there: is its storage mounted"):
+        checkpoints.stage(1)
+    (tmp_path / "away").rename(tmp_path / "storage")
+    checkpoints.stage(1)

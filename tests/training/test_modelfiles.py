@@ -230,7 +230,7 @@ def test_python_code_of_a_model_needs_consent_unless_transformers_knows_the_mode
     configure(folder, auto_map=auto_map, model_type="mine", architectures=["MineForCausalLM"])
     assert problems(folder) == [
         "config.json: the model needs Python code that comes with it (`auto_map`); if you trust it, set "
-        "model.trust_remote_code: true"
+        "model.trust_remote_code: true (generate, eval, critique: --trust-remote-code)"
     ]
     assert inspect(folder, trust_remote_code=True).architecture == "MineForCausalLM"
 

@@ -11,12 +11,13 @@ from training.errors import InputError
 from training.modelfiles import facts_in, tokenizer_of
 
 
-def renderer_for(path: str, template: str = "auto") -> Renderer:
+def renderer_for(path: str, template: str = "auto", *, trust_remote_code: bool = False) -> Renderer:
     """`template`: whether a question is a user's turn (chat), stands as it is (plain), or is put as the model has learnt it (auto).
+    `trust_remote_code`: whether Python code that comes with the tokenizer may run.
 
     Raises InputError for a model without chat template that is to chat.
     """
-    tokenizer = load_tokenizer(tokenizer_of(Model(path=path)))
+    tokenizer = load_tokenizer(tokenizer_of(Model(path=path)), trust_remote_code)
     facts = facts_in(path)
     if template == "auto":
         template = _learnt_questions(facts, tokenizer)

@@ -458,6 +458,9 @@ class Renderer:
             raise InputError.of("", message, what="data.template") from error
         except TemplateError:
             return  # a template may refuse this conversation and take those of the data
+        except Exception as error:  # whatever else a template can do, such as include another one
+            message = f"{self._setting} cannot be rendered: {one_line(error)}"
+            raise InputError.of("", message, what="data.template") from error
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

@@ -6,10 +6,11 @@ dataset_dict.json and a folder for each split. Source: datasets.arrow_dataset, d
 
 from __future__ import annotations
 
-import json
 from typing import Any, Protocol
 
 from training.data.row_errors import RowError
+from training.foreign import loads
+from training.paths import is_below
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
@@ -33,6 +34,8 @@ def files_in(folder: Folder, split: str) -> list[str] | None:
     names = folder.names()
     if SPLITS in names:
         splits = _json(folder, SPLITS).get("splits", [])
+        if not (isinstance(splits, list) and all(isinstance(name, str) and is_below(name) for name in splits)):
+            raise RowError(f"written by save_to_disk, and {SPLITS} names no splits; copy the folder again")
         inside = f"{_known(split, splits, folder)}/"
         return [inside + name for name in _arrow_files(folder, inside)]
     if STATE not in names or not any(name.endswith(".arrow") for name in names):
@@ -62,8 +65,13 @@ def _arrow_files(folder: Folder, inside: str) -> list[str]:
         raise RowError(
             "written by save_to_disk with rows selected by an index file; write it as Parquet: ds.to_parquet(...)"
         )
-    names = [str(entry.get("filename")) for entry in state.get("_data_files") or [] if isinstance(entry, dict)]
-    if not names or not all(name.endswith(".arrow") and "/" not in name for name in names):
+    entries = state.get("_data_files")
+    names = (
+        [str(entry.get("filename")) for entry in entries if isinstance(entry, dict)]
+        if isinstance(entries, list)
+        else []
+    )
+    if not names or not all(name.endswith(".arrow") and "/" not in name and is_below(name) for name in names):
         raise RowError(
             f"written by save_to_disk, and {inside}{STATE} names no Arrow files; write it as Parquet: ds.to_parquet(...)"
         )
@@ -74,7 +82,7 @@ def _arrow_files(folder: Folder, inside: str) -> list[str]:
 
 def _json(folder: Folder, name: str) -> dict[str, Any]:
     try:
-        value = json.loads(folder.read(name))
+        value = loads(folder.read(name))
     except (OSError, ValueError) as error:
         raise RowError(f"written by save_to_disk, and {name} cannot be read ({error}); copy the folder again") from None
     if not isinstance(value, dict):

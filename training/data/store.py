@@ -16,6 +16,7 @@ Samples lie in the order in which they were read, so those of a source lie toget
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from training.owned_folders import OWNER, own, sweep
 
 ARRAYS: dict[str, type[np.generic]] = {
     "tokens": np.uint32,
@@ -261,17 +264,26 @@ def create(folder: Path, sources: int) -> Iterator[StoreWriter]:
     Two processes may create the same store at once: each writes beside, the first rename wins, and the stores are equal.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep_unfinished(folder.parent)
     building = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     building.mkdir()
+    owner = own(building)
     try:
         with ExitStack() as files:
             writer = StoreWriter(building, sources, files)
             writer.destination = folder
             yield writer
         writer.finish()
+        (building / OWNER).unlink()
         _move(building, writer.destination)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        os.close(owner)
+
+
+def sweep_unfinished(cache: Path) -> None:
+    """Remove what processes that were killed have left of stores."""
+    sweep(cache, ".*-*")
 
 
 def _move(building: Path, folder: Path) -> None:

@@ -79,7 +79,9 @@ def of_reward(path: str, phase: PPO, seat: Seat) -> tuple[nn.Module, nn.Module |
         or adapter.base != base_of(phase.model.path)
         or models.HEAD not in adapter.heads
     ):
-        return models.for_inference(path, classifier=True, gpu=seat.local_rank), None, at_once
+        trust = phase.model.trust_remote_code
+        lm = models.for_inference(path, classifier=True, gpu=seat.local_rank, trust_remote_code=trust)
+        return lm, None, at_once
     dtype = models.resolve_dtype(phase.model.dtype, seat.device)
     lm = _base(phase, torch.float32 if phase.sharding.stage == 0 else dtype, seat)
     name = f"reward{len(_heads)}"

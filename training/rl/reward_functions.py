@@ -17,10 +17,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from training.config import RewardSource
@@ -40,7 +42,7 @@ class RewardFunction:
 
     def __init__(self, source: RewardSource, column: str):
         self.source, self.column = source, column
-        self.function = imported(source.path)
+        self.function = imported(source.path, source.folder)
         self.signature = signature_of(self.function)
 
     def __call__(self, responses: Sequence[Response]) -> Any:
@@ -107,19 +109,15 @@ class RewardFunction:
         return loop
 
 
-def imported(path: str) -> Callable[..., Any]:
-    """The function that `module:name` or `file.py:name` names. Raises InputError if there is none."""
+def imported(path: str, folder: str | None = None) -> Callable[..., Any]:
+    """The function that `module:name` or `file.py:name` names. Raises InputError if there is none.
+
+    `folder`: where modules are looked for as well, after all that is installed, and only while this one is imported.
+    """
     where, _, name = path.rpartition(":")
     try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            if spec is None or spec.loader is None or not Path(where).is_file():
-                raise InputError.of(path, f"there is no file {where}", "reward")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(Path(where).stem, module)
-            spec.loader.exec_module(module)
-        else:
-            module = import_module(where)
+        with _last_on_the_path(folder):
+            module = _module_of_file(where, path) if where.endswith(".py") else import_module(where)
         function = getattr(module, name)
     except InputError:
         raise
@@ -128,6 +126,30 @@ def imported(path: str) -> Callable[..., Any]:
     if not callable(function):
         raise InputError.of(path, f"{name} is no function", "reward")
     return function
+
+
+def _module_of_file(file: str, path: str) -> ModuleType:
+    """The name of a file does not become that of a module: `math.py` must not stand in for the library."""
+    name = f"reward_function_{Path(file).stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise InputError.of(path, f"there is no file {file}", "reward")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _last_on_the_path(folder: str | None) -> Iterator[None]:
+    if folder is None or folder in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 class RewardEndpoint:

@@ -90,7 +90,7 @@ class _RewardModel:
 
     def __init__(self, path: str, phase: PPO, seat: Seat):
         self.lm, self.head, self.ready = of_reward(path, phase, seat)
-        self.renderer = renderer_for(path)
+        self.renderer = renderer_for(path, trust_remote_code=phase.model.trust_remote_code)
         self.parse = Parser("prompts", phase.data.columns, ("prompts",))
 
     def __call__(self, responses: Sequence[Response]) -> list[float]:

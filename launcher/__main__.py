@@ -1,0 +1,33 @@
+"""Entry point of the `muster` command: it takes signals before anything that takes time is imported."""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+from launcher import interrupts
+from launcher.exit_status import INTERRUPTED, RESUME_ME
+
+
+def main() -> None:
+    interrupts.exit_on_signals()
+    from launcher import output
+    from launcher.cli import app
+
+    try:
+        app()
+    except SystemExit as end:
+        output.flush()
+        if end.code in (RESUME_ME, INTERRUPTED):
+            _leave(end.code)
+        raise
+
+
+def _leave(status: int) -> None:
+    """End the process although threads are at work: Python's own end would stop them in the middle of C++ code, which aborts the process."""
+    atexit._run_exitfuncs()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A Ray of our own: signals for the job do not reach it, and what ends of it all the same costs a moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import psutil
+import pytest
+
+from tests.disturbed import Run
+from tests.launcher.test_run import nothing_left, processes_of
+
+__all__ = ["nothing_left"]
+pytestmark = pytest.mark.cpu
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_no_process_of_ray_is_in_our_process_group():
+    ours = psutil.Process().children(recursive=True)
+    names = " ".join(" ".join(process.cmdline()) for process in ours)
+    assert all(part in names for part in ("gcs_server", "raylet", "log_monitor", "dashboard", "launcher.nursery"))
+    assert [process for process in ours if os.getpgid(process.pid) == os.getpgid(0)] == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "Ray has taken SIGTERM for itself"
+
+
+def kill(temporary: str, what: str) -> None:
+    """`kill -9` of a process that was started with this folder for temporary files, by a part of its command."""
+    ours = [psutil.Process(pid) for pid in processes_of(temporary)]
+    next(process for process in ours if what in " ".join(process.cmdline())).kill()
+
+
+@pytest.mark.faults
+def test_what_ends_beside_the_workers_costs_the_steps_since_the_checkpoint_at_most(run: Run, undisturbed, nothing_left):
+    """The GCS: nothing. The raylet, and the process that workers are forked from: as a lost machine. A signal to the group: nothing."""
+    run.start()
+    run.reach(10)
+    kill(str(nothing_left), "gcs_server")
+    run.wait_for(lambda: run.events("moved"), "the save")
+    assert run.events("moved")[0]["why"] == "Ray's gcs_server was killed by SIGKILL"
+    assert run.events("incident") == []
+    go_on(run, attempt=2)
+    kill(str(nothing_left), "raylet/raylet")
+    go_on(run, attempt=3)
+    kill(str(nothing_left), "launcher.nursery")
+    go_on(run, attempt=4)
+    os.killpg(run.process.pid, signal.SIGTERM)
+    run.finish(status=75)
+    assert [incident["class"] for incident in run.events("incident")] == ["lost machine", "killed"]
+    assert run.events("checkpoint")[-1]["step"] == run.steps[-1]["step"]
+    run.start(verb="resume")
+    run.finish()
+    assert run.result == undisturbed
+
+
+def go_on(run: Run, attempt: int) -> None:
+    """Until an attempt has done some steps."""
+    run.wait_for(lambda: len(run.events("training")) == attempt, f"attempt {attempt}")
+    run.wait_for(lambda: run.steps[-1]["attempt"] == attempt and run.steps[-1]["step"] % 20 > 5, "steps")
