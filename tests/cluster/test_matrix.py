@@ -74,8 +74,12 @@ FAULTS: dict[str, Callable[[Lab, LabRun, str], None]] = {
 }
 HURT_THE_MACHINE = (kill_place, kill_raylet, switch_off, cut_off)
 """After them its Ray has to be started again; after the others its places are free again by themselves."""
-MOMENTS = {"training": "phases.sft.checkpoint.every=20", "saving": "phases.sft.checkpoint.every=1"}
-"""With a save after every step there is always one under way."""
+MOMENTS = {
+    "training": "phases.sft.checkpoint.every=20",
+    "saving": "phases.sft.checkpoint.every=1",
+    "evaluating": "phases.sft.eval_every=1",
+}
+"""With a save, or an evaluation, after every step there is always one under way."""
 
 
 def start(run: LabRun, *settings: str) -> None:
@@ -115,14 +119,19 @@ def calm_of(tiny, tmp_path_factory) -> Callable[[str], Result]:
     return calm
 
 
+CHECKED = {("pretrain", "machine cut off", "evaluating"), ("reward, LoRA", "place killed", "saving")}
+"""What a check of a change has time for, beside test_lost_machines.py and test_recovery.py, which have every fault of SFT."""
+
+
 def matrix() -> list[ParameterSet]:
-    """Every fault of every kind of run at both moments. By hand: all of it takes longer than a check of a change may."""
-    cases = product(KINDS, FAULTS, MOMENTS)
+    """Every fault of every kind of run at every moment: hours, by hand, but for a few."""
     return [
-        pytest.param(*case, marks=[pytest.mark.long, pytest.mark.xdist_group(f"faults of {case[0]}")]) for case in cases
+        pytest.param(*case, marks=[] if case in CHECKED else pytest.mark.long)
+        for case in product(KINDS, FAULTS, MOMENTS)
     ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("kind", "fault", "moment"), matrix())
 def test_the_run_comes_to_the_same_end(lab, run, tiny, calm_of, kind, fault, moment):
     undisturbed = calm_of(kind)
