@@ -120,7 +120,7 @@ class PhaseRun:
     def flush(self) -> None:
         self.run.flush()
 
-    def started(self, facts: Facts, step: int) -> None:
+    def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None:
         for note in facts.notes:
             self.progress.say(f"{self.name}: {note}")
         more = ", Liger's kernels" if facts.kernels == "liger" else ""
@@ -129,7 +129,7 @@ class PhaseRun:
             f"{self.name}: {facts.num_parameters:,} parameters, {facts.dtype} on {facts.device}, {facts.attention} attention{more}; "
             f"{facts.num_samples:,} samples, {facts.total_steps:,} steps"
         )
-        redone_s = self._forget_after(step)
+        redone_s = self._forget_after(step, evaluates=evaluates)
         self.event(
             "training", step=step, redone_s=redone_s, total_steps=facts.total_steps, parameters=facts.num_parameters, samples=facts.num_samples,
             dtype=facts.dtype, device=facts.device, attention=facts.attention, kernels=facts.kernels,
@@ -155,13 +155,15 @@ class PhaseRun:
             return
         self.event("planned", **expected)
 
-    def _forget_after(self, step: int) -> float:
+    def _forget_after(self, step: int, *, evaluates: bool) -> float:
         """Drop what was written of steps that will be done again: the file is the curve, each step in it once. Returns their seconds."""
         forgotten_s = 0.0
         self.run.files.flush()
         for path in (self.folder / runs.METRICS, self.folder / runs.SAMPLES):
             rows = list(runs.json_rows(path))
             kept = [row for row in rows if row["step"] <= step and step > 0]
+            if evaluates:
+                kept = [row for row in kept if row["step"] < step or "evaluation_s" not in row]
             if len(kept) < len(rows):
                 forgotten_s += sum(row.get("step_s", 0.0) for row in rows if row["step"] > step)
                 self.run.files.replace(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SILENCE_S = 6.0
 """A place that does not answer for so long is asked after."""
 _REACH_S = 2.0
-_COUNTED = ("train", "evaluate", "restore", "roll_out", "computed", "improve")
+_COUNTED = ("train", "evaluate", "answer", "restore", "roll_out", "computed", "improve")
 """Calls in which workers tell of every small thing that they have done."""
 _STACKS_S = 10.0
 _FULL = 0.95

@@ -138,7 +138,7 @@ class Recorder:
     def event(self, kind: str, **facts: Any) -> None:
         self.events.append((kind, facts))
 
-    def started(self, facts: Any, step: int) -> None:
+    def started(self, facts: Any, step: int, *, evaluates: bool = False) -> None:
         self.facts, self.first = facts, step
 
     def stop_requested(self) -> bool:

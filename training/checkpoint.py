@@ -28,6 +28,8 @@ from training.paths import is_below
 from training.storage import Place
 
 MANIFEST = "manifest.json"
+METRICS = "metrics.json"
+"""Beside it: the evaluation of its step, which may be done after the checkpoint is committed."""
 FORMAT = 3
 BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 8
@@ -81,7 +83,7 @@ class Manifest:
     job_hash: str
     data_hash: str
     metrics: dict[str, float] = field(default_factory=dict)
-    """Evaluation at this step, if there was one."""
+    """Evaluation at this step, if there was one. In the file only of older versions: it is in metrics.json beside it."""
     parameters: dict[str, list[int]]
     """Shape of every trained parameter."""
     state: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +99,8 @@ class Manifest:
         path = folder / MANIFEST
         try:
             with made_sense_of(lambda why: CheckpointError(f"{path}: not a readable manifest ({why})")):
-                return cls._parse(path)
+                manifest = cls._parse(path)
+            return replace(manifest, metrics=_evaluation(folder) or manifest.metrics)
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {MANIFEST}: the checkpoint was never finished") from None
         except OSError as error:
@@ -133,6 +136,15 @@ class Manifest:
     def below(self, prefix: str) -> Manifest:
         """The same with its files in the folder `prefix`."""
         return replace(self, files=[replace(file, name=f"{prefix}/{file.name}") for file in self.files])
+
+
+def _evaluation(folder: Place) -> dict[str, float]:
+    """What is noted beside a manifest; nothing if that was cut short or spoilt."""
+    try:
+        with made_sense_of(ValueError):
+            return {name: float(value) for name, value in loads((folder / METRICS).read()).items()}
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _is_count(value: object) -> bool:

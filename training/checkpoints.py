@@ -10,12 +10,13 @@ makes a checkpoint of them. Whoever finds a later attempt's claim does not write
 
 from __future__ import annotations
 
+import json
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from training.checkpoint import MANIFEST, CheckpointError, Manifest, missing, verify
+from training.checkpoint import MANIFEST, METRICS, CheckpointError, Manifest, missing, verify
 from training.errors import StorageError, Superseded
 from training.storage import Local, Place, flush_folder
 
@@ -104,6 +105,10 @@ class OpenCheckpoints(Checkpoints, ABC):
         """
 
     @abstractmethod
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write down what the checkpoint of a step was evaluated as. Raises Superseded."""
+
+    @abstractmethod
     def set_aside(self, folder: Place) -> None:
         """Take a checkpoint out of the count, without deleting it."""
 
@@ -137,6 +142,10 @@ class OpenCheckpoints(Checkpoints, ABC):
 
     def close(self) -> None:
         """This attempt writes no more."""
+
+
+def _dumped(metrics: Mapping[str, float]) -> bytes:
+    return json.dumps(dict(metrics), indent=1).encode()
 
 
 def refuse_newer(folder: Place, attempt: int) -> None:
@@ -212,6 +221,10 @@ class _InFolder(OpenCheckpoints):
         flush_folder(self.root.path)
         return final
 
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self._ours():
+            (self.root / _name(step) / METRICS).write(_dumped(metrics))
+
     def set_aside(self, folder: Place) -> None:
         assert isinstance(folder, Local)
         target = self.root / f"{_ASIDE}{folder.name}.attempt-{self.attempt}"
@@ -280,12 +293,17 @@ class _InBucket(OpenCheckpoints):
         if wrong := missing(final, whole):
             raise CheckpointError("\n".join(wrong))
         self.claim.check()
+        (final / METRICS).remove()  # of one that was set aside
         path = final / MANIFEST
         if not path.create(whole.dumped()):
             refuse_newer(final, self.attempt)
             path.write(whole.dumped())
         self._staged = None
         return final
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.claim.check()
+        (self.root / _name(step) / METRICS).write(_dumped(metrics))
 
     def set_aside(self, folder: Place) -> None:
         data = (folder / MANIFEST).read()

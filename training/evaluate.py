@@ -5,8 +5,11 @@ Workers share the questions out; each writes and judges its own. What a question
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from training import questions
@@ -18,7 +21,7 @@ from training.data.turn_end import stop_tokens
 from training.errors import InputError, Problem
 from training.measures import Row
 from training.questions import Question
-from training.sampling import Sampling, continue_all
+from training.sampling import Continued, Sampling, in_batches
 from training.seeding import seed_for
 
 Judge = Callable[[str, str], tuple[str | None, bool]]
@@ -37,11 +40,17 @@ class Asking:
 
     def answered(self, lm: Any, asked: Sequence[Question], judge: Judge, share: tuple[int, int] = (0, 1)) -> list[Row]:
         """The responses to questions rank, rank + size, ... for a `share` of (rank, size), judged."""
+        return list(chain.from_iterable(self.answering(lm, asked, judge, share)))
+
+    def answering(
+        self, lm: Any, asked: Sequence[Question], judge: Judge, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[list[Row]]:
+        """What `answered` returns, one generated batch after the other."""
         rank, size = share
         samples = range(self.settings.samples)
         mine = [(number, sample) for number in range(rank, len(asked), size) for sample in samples]
         prompts = self._prompts([asked[number] for number, _ in mine])
-        continued = continue_all(
+        for continued in in_batches(
             lm,
             prompts,
             [seed_for(self.seed, "sample", 0, number, sample) for number, sample in mine],
@@ -53,26 +62,24 @@ class Asking:
             ),
             batch=self.settings.batch,
             window=getattr(lm.config, "max_position_embeddings", None),
-        )
-        rows = []
-        for (number, sample), one in zip(mine, continued, strict=True):
-            question, response = asked[number], self.renderer.text(one.tokens)
-            answer, correct = judge(question.expected, response)
-            rows.append(
-                {
-                    "number": number,
-                    "row": question.where,
-                    "question": question.text,
-                    "expected": question.expected,
-                    "sample": sample,
-                    "response": response,
-                    "answer": answer,
-                    "correct": correct,
-                    "ended": one.ended,
-                    "tokens": len(one.tokens),
-                }
-            )
-        return rows
+        ):
+            yield [self._judged(asked, *mine[place], one, judge) for place, one in continued.items()]
+
+    def _judged(self, asked: Sequence[Question], number: int, sample: int, one: Continued, judge: Judge) -> Row:
+        question, response = asked[number], self.renderer.text(one.tokens)
+        answer, correct = judge(question.expected, response)
+        return {
+            "number": number,
+            "row": question.where,
+            "question": question.text,
+            "expected": question.expected,
+            "sample": sample,
+            "response": response,
+            "answer": answer,
+            "correct": correct,
+            "ended": one.ended,
+            "tokens": len(one.tokens),
+        }
 
     def _prompts(self, asked: Sequence[Question]) -> list[list[int]]:
         """Raises InputError for questions that the chat template refuses."""
@@ -91,6 +98,15 @@ class Asking:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What came of one call of a worker."""
+
+    rows: Mapping[str, list[Row]]
+    """Judged responses, by what they are measured as."""
+    is_last: bool
+
+
+@dataclass(frozen=True)
 class Exam:
     """What a phase is asked at every evaluation."""
 
@@ -98,8 +114,35 @@ class Exam:
     parts: Mapping[str, tuple[Sequence[Question], Judge]]
     """By what they are measured as: nothing for answers, `verdict_` for conclusions of critiques."""
 
-    def responses(self, lm: Any, share: tuple[int, int]) -> dict[str, list[Row]]:
-        return {name: self.asking.answered(lm, asked, judge, share) for name, (asked, judge) in self.parts.items()}
+    def responses(self, lm: Any, share: tuple[int, int]) -> Iterator[tuple[str, list[Row]]]:
+        """Of one generated batch after the other: what its responses are measured as, and these."""
+        for name, (asked, judge) in self.parts.items():
+            for rows in self.asking.answering(lm, asked, judge, share):
+                yield name, rows
+
+
+class Sitting:
+    """One worker's part in an exam, in short calls: between two of them the driver may save, or end it."""
+
+    def __init__(self, exam: Exam, whole_model: Callable[[], AbstractContextManager[Any]], share: tuple[int, int]):
+        self._responses = self._begun(exam, whole_model, share)
+
+    @staticmethod
+    def _begun(
+        exam: Exam, whole_model: Callable[[], AbstractContextManager[Any]], share: tuple[int, int]
+    ) -> Iterator[tuple[str, list[Row]]]:
+        with whole_model() as lm:
+            yield from exam.responses(lm, share)
+
+    def go_on(self, limit_s: float) -> Answers:
+        """A generated batch, and more of them until `limit_s` have passed."""
+        began = time.monotonic()
+        rows: dict[str, list[Row]] = {}
+        for name, responses in self._responses:
+            rows.setdefault(name, []).extend(responses)
+            if time.monotonic() - began >= limit_s:
+                return Answers(rows, is_last=False)
+        return Answers(rows, is_last=True)
 
 
 def exam_of(phase: Phase, *, chats: bool) -> Exam:

@@ -58,7 +58,6 @@ class Continued:
         return self.end is not None
 
 
-@torch.inference_mode()
 def continue_all(
     lm: Any,
     prompts: Sequence[Sequence[int]],
@@ -77,9 +76,27 @@ def continue_all(
     `heard(i, token)` is told every token of the i-th continuation as it is drawn.
     Raises InputError for tokens that the model's embedding has no row for.
     """
+    out: dict[int, Continued] = {}
+    for continued in in_batches(lm, prompts, keys, ends, settings, batch=batch, window=window, heard=heard):
+        out |= continued
+    return [out[place] for place in range(len(prompts))]
+
+
+@torch.inference_mode()
+def in_batches(
+    lm: Any,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[int],
+    ends: Collection[int],
+    settings: Sampling,
+    *,
+    batch: int = 64,
+    window: int | None = None,
+    heard: Heard | None = None,
+) -> Iterator[dict[int, Continued]]:
+    """What `continue_all` returns, batch by batch: the continuations by the numbers of their prompts. Raises as it does."""
     if wrong := beyond((max(prompt, default=-1) for prompt in prompts), rows_in(lm)):
         raise InputError.of("the prompts", wrong)
-    out: dict[int, Continued] = {}
     longest = max(map(len, prompts), default=0) + settings.max_new_tokens
     batch = batch if traits_of(lm).batches(longest) else 1
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
@@ -95,8 +112,7 @@ def continue_all(
             texts[row].append(token)
             if heard is not None:
                 heard(places[row], token)
-        out.update((place, Continued(texts[row], ended.get(row))) for row, place in enumerate(places))
-    return [out[place] for place in range(len(prompts))]
+        yield {place: Continued(texts[row], ended.get(row)) for row, place in enumerate(places)}
 
 
 class _Batch:

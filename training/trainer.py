@@ -26,10 +26,9 @@ from training.data.order import Order
 from training.data.store import TokenStore
 from training.distributed import Seat
 from training.errors import Diverged
-from training.evaluate import Exam, exam_of
+from training.evaluate import Answers, Exam, Sitting, exam_of
 from training.facts import Facts
 from training.learner import Learner
-from training.measures import Row
 from training.model import notes_on_weights
 from training.profiling import part
 from training.schedule import learning_rate, never_profiled, total_samples, total_steps
@@ -228,22 +227,28 @@ class Trainer(Learner):
         more = len(samples) - _TOLD_ROWS
         return f"{first} and {more} more" if more > 0 else first
 
-    def evaluate(self) -> dict[str, float]:
-        """The loss, and what else the recipe measures, over all of `data.eval`."""
+    def evaluate(self, first: int, count: int) -> dict[str, float]:
+        """`count` batches of `data.eval` from number `first` on. With the last one, and nothing before:
+        the loss, and what else the recipe measures, over all of them."""
         store, batch = self.eval_store, self.phase.batch
         assert store is not None, "there is no data to evaluate on"
-        total = torch.zeros(len(self.measures), dtype=torch.float64, device=self.engine.device)
-        for start in range(0, len(store), batch):
+        if first == 0:
+            self._evaluated = torch.zeros(len(self.measures), dtype=torch.float64, device=self.engine.device)
+        stop = min((first + count) * batch, len(store))
+        for start in range(first * batch, stop, batch):
             samples = np.arange(start, min(start + batch, len(store)))
-            total += self.engine.evaluate(list(self._hand(store, samples)))
-        sums = self.engine.sum_over_workers(total).tolist()
+            self._evaluated += self.engine.evaluate(list(self._hand(store, samples)))
+        if stop < len(store):
+            return {}
+        sums = self.engine.sum_over_workers(self._evaluated).tolist()
         means = self._means(sums, self.weight_of(store, np.arange(len(store))))
         return {f"eval_{name}": value for name, value in means.items()}
 
-    def answer(self) -> dict[str, list[Row]]:
-        """This worker's share of the responses to the questions of `phase.eval`, by what they are measured as."""
-        with self.whole_model() as lm:
-            return self._exam.responses(lm, (self.seat.rank, self.seat.size))
+    def answer(self, limit_s: float, *, begin: bool) -> Answers:
+        """More of this worker's share of the responses to the questions of `phase.eval`, for about as long."""
+        if begin:
+            self._sitting = Sitting(self._exam, self.whole_model, (self.seat.rank, self.seat.size))
+        return self._sitting.go_on(limit_s)
 
     @cached_property
     def _exam(self) -> Exam:

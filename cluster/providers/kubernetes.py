@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -19,7 +19,7 @@ from cluster.errors import ClusterError
 from cluster.home import Home
 from cluster.machine import HERE
 from cluster.node import of_type, price_label
-from cluster.providers import Finding, Say, environment
+from cluster.providers import NO_METRICS_PORTS, Finding, Say, environment
 from cluster.spec import Kubernetes, PodPool
 from cluster.tunnel import refuse_strangers_port
 
@@ -133,7 +133,11 @@ class KubernetesProvider:
                 "rayVersion": version("ray"),
                 "authOptions": {"mode": "token", "secretName": self._secret},
                 "enableInTreeAutoscaling": True,
-                "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": 60 * spec.idle_minutes},
+                "autoscalerOptions": {
+                    "version": "v2",
+                    "idleTimeoutSeconds": 60 * spec.idle_minutes,
+                    "env": _variables(NO_METRICS_PORTS),
+                },
                 "headGroupSpec": {
                     "serviceType": "ClusterIP",
                     **_labels(price_label(spec.head.price)),
@@ -173,7 +177,7 @@ class KubernetesProvider:
                 {
                     "name": name,
                     "image": image,
-                    "env": [{"name": key, "value": value} for key, value in variables.items()],
+                    "env": _variables(variables),
                     "resources": {"requests": resources, "limits": resources},
                     "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
                 }
@@ -187,6 +191,10 @@ class KubernetesProvider:
         if tolerations:
             pod["tolerations"] = tolerations
         return {"spec": pod}
+
+
+def _variables(variables: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"name": key, "value": value} for key, value in variables.items()]
 
 
 def _labels(labels: dict[str, str]) -> dict[str, Any]:

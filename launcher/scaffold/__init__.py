@@ -21,8 +21,9 @@ def write(folder: Path, seed: int = 17, force: bool = False) -> list[str]:
     of the same names are written anew and the others stay.
     """
     _refuse_other_contents(folder, force)
-    tables = {file: problems.rows(seed, file) for file in problems.TABLES}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tables = {file: problems.rows(seed, file) for file in problems.TABLES}
         for file, rows in tables.items():
             _write_rows(folder / "data" / file, rows)
         parameters = tiny.save_model(folder / "model", _training_text(tables), seed)

@@ -170,6 +170,7 @@ def test_a_name_is_used_once(up):
     assert "there is a cluster lab already" in said
 
 
+@pytest.mark.faults
 def test_following_survives_a_lost_connection(up, job):
     job.write_text(job.read_text().replace("name: sums", "name: followed").replace("max_steps: 4", "max_steps: 400"))
     log = up.folder / "followed.log"

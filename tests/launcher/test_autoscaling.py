@@ -58,12 +58,14 @@ def test_what_can_never_come_is_told_at_once(growing, job):
     assert growing.cluster.machines() == 0
 
 
+@pytest.mark.faults
 def test_fewer_workers_will_do_if_the_job_says_so(growing, job):
     said = growing.run(job, "name=fewer", "resources.workers=4", "resources.min_workers=2")
     assert "asking for 2, resources.min_workers" in said
     assert "sft: done; the model is in" in said
 
 
+@pytest.mark.faults
 def test_a_run_that_has_cost_what_it_may_saves_stops_and_says_so(growing, job):
     long = ("phases.sft.max_steps=100000", "phases.sft.checkpoint.every=50000")
     said = growing.run(job, "name=dear", "max_cost=0.002", *long, status=3)

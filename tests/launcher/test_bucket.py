@@ -9,7 +9,8 @@ import pytest
 from launcher import attempts, runs
 from launcher import job as jobs
 from launcher.small_files import SmallFiles
-from tests.launcher.test_run import ctrl_c, finish, make_folder, muster, start, wait_for
+from tests.forked_command import muster
+from tests.launcher.test_run import ctrl_c, finish, make_folder, start, wait_for
 from training.errors import InputError, StorageError, Superseded
 from training.storage import place as place_at
 
@@ -43,6 +44,7 @@ def whole(tiny, tmp_path_factory):
     return [row["loss"] for row in map(json.loads, text.splitlines()) if "loss" in row]
 
 
+@pytest.mark.faults
 def test_workers_on_ray_keep_a_run_in_a_bucket_and_another_machine_goes_on(s3, tiny, tmp_path, whole):
     folder, storage = make_folder(tiny, tmp_path, steps=STEPS), f"{s3.url}/runs"
     often = "phases.sft.checkpoint.every=5"

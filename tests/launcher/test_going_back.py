@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.test_run import events, muster
+from tests.forked_command import muster
+from tests.launcher.test_run import events
 
 pytestmark = pytest.mark.cpu
 

@@ -208,6 +208,7 @@ def test_places_share_a_nursery_that_is_there(two_places):
     assert call(two_places[1], "who").rank == 0, "the other place's worker has nothing to do with it"
 
 
+@pytest.mark.faults
 def test_with_their_nursery_all_workers_are_gone_and_their_places_begin_others_by_one_of_their_own(two_places):
     nursery = psutil.Process(two_places[0].worker.pid).parent()
     workers = [place.worker.pid for place in two_places]
@@ -261,6 +262,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("victim", ["the place", "the nursery"])
 def test_nobody_outlives_the_place_or_the_nursery(tmp_path, victim):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "log")]

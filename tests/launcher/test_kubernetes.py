@@ -62,6 +62,9 @@ def test_the_cluster_wants_a_token_and_listens_on_loopback():
     assert spec["authOptions"] == {"mode": "token", "secretName": "train-token"}
     assert spec["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    for variables in (head["env"], spec["autoscalerOptions"]["env"]):  # nobody is served figures
+        assert {"name": "AUTOSCALER_METRIC_PORT", "value": "-1"} in variables
 
 
 def test_pods_come_and_go_and_offer_what_the_file_says():

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import forked_command
 from tests.disturbed import cache_in
 
 pytestmark = pytest.mark.cpu
@@ -188,19 +189,20 @@ def test_the_resolved_job_runs_as_it_stands(whole):
 
 def test_a_finished_run_is_not_run_again(whole):
     folder, _ = whole
-    status, out = muster(folder, "run", "job.yaml")
+    status, out = forked_command.muster(folder, "run", "job.yaml")
     assert status == 2
     assert "this run is finished" in out
 
 
 def test_inline_gives_the_same_curve_in_this_process(whole, tiny, tmp_path):
     folder = make_folder(tiny, tmp_path)
-    status, out = muster(folder, "run", "job.yaml", "resources.workers=1", "--inline")
+    status, out = forked_command.muster(folder, "run", "job.yaml", "resources.workers=1", "--inline")
     assert status == 0, out
     assert losses(folder) == pytest.approx(losses(whole[0]), rel=1e-5)
 
 
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.faults
 def test_ctrl_c_finishes_the_step_saves_and_goes_on_later_bit_for_bit(whole, folder):
     process = start(folder, "run", "job.yaml")
     wait_for(lambda: steps_done(folder) >= 3, "step 3")
@@ -219,6 +221,7 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on_later_bit_for_bit(whole, fol
 
 
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.faults
 def test_ctrl_c_twice_stops_at_once(folder):
     process = start(folder, "run", "job.yaml", "phases.sft.max_steps=100000")
     wait_for(lambda: steps_done(folder) >= 1, "step 1")
@@ -261,7 +264,7 @@ def test_phases_of_one_job_follow_each_other_inline_too(tiny, tmp_path):
         f"model: {{path: {tiny / 'model'}, dtype: fp32}}\nphases:\n"
         f"  first: {phase.replace('STAGE', '3')}\n  second: {phase.replace('STAGE', '1')}\n"
     )
-    status, out = muster(tmp_path, "run", "job.yaml", "--inline")
+    status, out = forked_command.muster(tmp_path, "run", "job.yaml", "--inline")
     assert status == 0, out
     first, second = (
         [json.loads(line)["loss"] for line in (tmp_path / f"runs/job/{name}/metrics.jsonl").open()]

@@ -117,7 +117,7 @@ def _answers(phase, cache) -> list[tuple]:
     join(seat)
     trainer = LanguageTrainer(seat, phase, cache)
     trainer.setup()
-    return responses([trainer.answer()[""]])
+    return responses([trainer.answer(60.0, begin=True).rows[""]])
 
 
 def responses(shares) -> list[tuple]:
@@ -141,7 +141,7 @@ def test_workers_answer_alike_however_many_there_are(tiny, workers, batch, stage
     phase = phase_of(tiny, "sft", workers=workers, stage=stage, eval={**asked, "batch": batch})
     with ForkGroup(workers, "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache")) as group:
         results(group.call("setup"))
-        shares = [share[""] for share in results(group.call("answer"))]
+        shares = [share.rows[""] for share in results(group.call("answer", 60.0, begin=True))]
     assert responses(shares) == expected
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.training_fixtures import Recorder
-from training.checkpoint import File, verify, write_shard
+from training.checkpoint import File, Manifest, verify, write_shard
 from training.config import SFT
 from training.errors import SaveError
 from training.facts import Facts
@@ -59,7 +59,7 @@ def committed(saver):
 
 
 def test_nothing_is_committed_before_all_have_written(saver):
-    saver.save(5, {"eval_loss": 2.0})
+    saver.save(5)
     saver.poll()
     assert committed(saver) == []
     saver.learners["trainer"].writing = False
@@ -68,29 +68,64 @@ def test_nothing_is_committed_before_all_have_written(saver):
     assert verify(saver.hooks.checkpoints.at(5)) == []
 
 
+def test_an_evaluation_is_noted_beside_its_checkpoint_whichever_comes_first(saver):
+    saver.save(200)
+    saver.evaluated(200, {"eval_loss": 2.0})
+    assert committed(saver) == []
+    saver.finish()
+    saver.save(400)
+    saver.finish()
+    saver.evaluated(400, {"eval_loss": 3.0})
+    checkpoints = saver.hooks.checkpoints
+    assert [Manifest.read(checkpoints.at(step)).metrics for step in (200, 400)] == [
+        {"eval_loss": 2.0},
+        {"eval_loss": 3.0},
+    ]
+    assert checkpoints.best("eval_loss") == checkpoints.at(200)
+    assert verify(checkpoints.at(400)) == []
+
+
+def test_an_evaluation_of_a_step_that_is_not_saved_waits_for_it(saver):
+    saver.save(5)
+    saver.finish()
+    saver.evaluated(6, {"eval_loss": 3.0})
+    assert Manifest.read(saver.hooks.checkpoints.at(5)).metrics == {}
+    saver.save(6)  # the run is to stop
+    saver.finish()
+    assert Manifest.read(saver.hooks.checkpoints.at(6)).metrics == {"eval_loss": 3.0}
+
+
+def test_an_evaluation_that_was_cut_short_is_none(saver):
+    saver.save(5)
+    saver.finish()
+    folder = saver.hooks.checkpoints.at(5)
+    (folder / "metrics.json").write(b'{"eval_lo')
+    assert Manifest.read(folder).metrics == {}
+
+
 def test_the_next_save_waits_for_the_one_before(saver):
-    saver.save(5, {})
-    saver.save(6, {})
+    saver.save(5)
+    saver.save(6)
     assert saver.learners["trainer"].calls == ["begin_save", "finish_save", "begin_save"]
     assert committed(saver) == ["step-00000005"]
 
 
 def test_a_step_is_saved_once(saver):
-    saver.save(5, {})
-    saver.save(5, {})
+    saver.save(5)
+    saver.save(5)
     saver.finish()
     assert saver.learners["trainer"].calls.count("begin_save") == 1
 
 
 def test_a_failed_save_is_told_leaves_nothing_and_is_due_again(saver):
     saver.learners["trainer"].broken = 1
-    saver.save(5, {})
+    saver.save(5)
     saver.finish()
     assert saver.failed
     assert committed(saver) == []
     assert saver.hooks.checkpoints.staging.children() == {}
     assert saver.hooks.events[-1][0] == "save_failed"
-    saver.save(5, {})
+    saver.save(5)
     saver.finish()
     assert not saver.failed
     assert committed(saver) == ["step-00000005"]
@@ -98,10 +133,10 @@ def test_a_failed_save_is_told_leaves_nothing_and_is_due_again(saver):
 
 def test_a_second_failure_in_a_row_ends_the_run(saver):
     saver.learners["trainer"].broken = 2
-    saver.save(5, {})
+    saver.save(5)
     saver.finish()
     with pytest.raises(SaveError, match="No space left on device"):
-        saver.save(6, {})
+        saver.save(6)
         saver.finish()
 
 

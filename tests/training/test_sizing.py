@@ -166,7 +166,10 @@ def test_how_activations_are_kept_or_made(folders, tmp_path, how):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize(("stage", "lora"), [(2, None), (3, None), (2, LORA)])
+@pytest.mark.parametrize(
+    ("stage", "lora"),
+    [(2, None), pytest.param(3, None, marks=pytest.mark.long), pytest.param(2, LORA, marks=pytest.mark.long)],
+)
 def test_ppo(folders, tmp_path, stage, lora):
     folder = folders["wide"]
     settings = {

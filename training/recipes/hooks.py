@@ -56,8 +56,8 @@ class Hooks(Protocol):
         """Make sure that what was logged is kept where the checkpoints are. Raises StorageError or OSError."""
         ...
 
-    def started(self, facts: Facts, step: int) -> None:
-        """Training begins, `step` steps are done already."""
+    def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None:
+        """Training begins, `step` steps are done already. `evaluates`: the evaluation of the last of them is done (again) now."""
         ...
 
     def stop_requested(self) -> bool:

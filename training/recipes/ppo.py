@@ -19,7 +19,7 @@ from training.config import PPO, Stop
 from training.errors import Diverged
 from training.facts import Facts
 from training.group import Future, Group, results, results_of
-from training.measures import in_order, measured
+from training.recipes.evaluating import Interrupted, answered
 from training.recipes.hooks import Hooks
 from training.recipes.profiled import Profiled
 from training.recipes.resuming import SETUP_S, resume
@@ -51,10 +51,11 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     loop = _Loop(phase, groups, facts, state)
     saver = Saver(phase, learners, hooks, facts, newest=step)
     profiled = Profiled(phase, groups, hooks)
-    hooks.started(facts, step)
-    if phase.eval_on_start and step == 0:
-        _evaluate(groups["policy"], hooks, step)
-    evaluated: dict[str, float] = {}
+    is_last = step == facts.total_steps or bool(state.reached)
+    is_due = found is not None and not found.metrics and _evaluates(phase, step, is_last=is_last)
+    hooks.started(facts, step, evaluates=is_due)
+    if is_due or (phase.eval_on_start and step == 0):
+        _evaluate(groups["policy"], hooks, saver, step)
     while step < facts.total_steps and not state.reached and not hooks.stop_requested():
         step += 1
         profiled.before(step)
@@ -65,15 +66,18 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
         hooks.samples(step, experience.table(_SAMPLES))
         state.reached = reached(phase.stop, row)
         is_last = step == facts.total_steps or bool(state.reached)
-        evaluated = _evaluate(groups["policy"], hooks, step) if _evaluates(phase, step, is_last=is_last) else {}
         saver.poll()
-        if step % phase.checkpoint.every == 0 or saver.failed:
-            saver.save(step, evaluated, loop.remembered())
+        if is_last:
+            saver.last_step = step
+        if step % phase.checkpoint.every == 0 or is_last or saver.failed:
+            saver.save(step, loop.remembered())
+        if _evaluates(phase, step, is_last=is_last):
+            _evaluate(groups["policy"], hooks, saver, step)
     profiled.end(step)
     if state.reached:
         hooks.event("reached", step=step, what=state.reached)
         saver.last_step = step
-    return saver.end(step, evaluated, loop.remembered())
+    return saver.end(step, loop.remembered())
 
 
 def reached(stop: Stop, row: Mapping[str, Any]) -> str:
@@ -316,14 +320,13 @@ def _evaluates(phase: PPO, step: int, *, is_last: bool) -> bool:
     return phase.eval is not None and (is_last or on_time or for_choice)
 
 
-def _evaluate(policy: Group, hooks: Hooks, step: int) -> dict[str, float]:
-    """Accuracy on questions."""
+def _evaluate(policy: Group, hooks: Hooks, saver: Saver, step: int) -> None:
+    """Accuracy on questions, unless the run is to stop: then it is due when the run goes on."""
     began = time.perf_counter()
-    shares = results(policy.call("answer"), SETUP_S)
-    metrics: dict[str, float] = {}
-    for name in shares[0]:
-        rows = in_order([share[name] for share in shares])
-        hooks.answers(step, name, rows)
-        metrics |= measured(rows, f"eval_{name}")
-    hooks.log({"step": step, **metrics, "evaluation_s": time.perf_counter() - began})
-    return metrics
+    try:
+        with saver.kept_on_failure():
+            metrics, speed = answered(policy, hooks, step, saver.poll)
+    except Interrupted:
+        return
+    hooks.log({"step": step, **metrics, **speed, "evaluation_s": time.perf_counter() - began})
+    saver.evaluated(step, metrics)

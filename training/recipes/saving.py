@@ -31,7 +31,6 @@ _LAST_S = 60.0
 @dataclass(frozen=True)
 class _Pending:
     step: int
-    metrics: Mapping[str, float]
     staged: Place
     copied: Mapping[str, Mapping[str, Any]]
     """What worker 0 of each role says of the state that it copied."""
@@ -53,9 +52,11 @@ class Saver:
         self.last_step = facts.total_steps
         """Of the phase."""
         self._pending: _Pending | None = None
+        self._evaluated: tuple[int, Mapping[str, float]] | None = None
+        """The newest evaluation, and of which step, until it is written beside a checkpoint."""
 
-    def save(self, step: int, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None) -> None:
-        """Begin to save the state after `step`, of which `metrics` are the evaluation. Returns when it is copied.
+    def save(self, step: int, state: Mapping[str, Any] | None = None) -> None:
+        """Begin to save the state after `step`. Returns when it is copied.
 
         `state`: what the driver goes on from beside weights and moments.
         """
@@ -65,15 +66,35 @@ class Saver:
             return
         staged = self.hooks.checkpoints.stage(step)
         copied = {role: answers[0] for role, answers in self._all("begin_save", str(staged)).items()}
-        self._pending = _Pending(step, metrics, staged, copied, state or {}, began, time.monotonic() - began)
+        self._pending = _Pending(step, staged, copied, state or {}, began, time.monotonic() - began)
         self.newest = step
 
-    def end(self, step: int, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None) -> Place | None:
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep what the state after `step` was evaluated as beside its checkpoint, if there is one or will be."""
+        if step:
+            self._evaluated = (step, metrics)
+            self._note()
+
+    def _note(self) -> None:
+        """Write the newest evaluation beside its checkpoint, once that is committed. A failure is told; it is tried again later."""
+        if self._evaluated is None or self._pending is not None or self.failed or self._evaluated[0] != self.newest:
+            return
+        step, metrics = self._evaluated
+        try:
+            self.hooks.flush()  # nor may an evaluation that is noted be missing from the curve
+            self.hooks.checkpoints.note(step, metrics)
+        except (StorageError, OSError) as error:
+            self.hooks.event("save_failed", step=step, error=f"its evaluation could not be written: {error}")
+            return
+        self._evaluated = None
+        self._retain()
+
+    def end(self, step: int, state: Mapping[str, Any] | None = None) -> Place | None:
         """Save what is not saved yet, and wait. The checkpoint that the phase ends with, if this was its last step."""
-        self.save(step, metrics, state)
+        self.save(step, state)
         self.finish()
         if self.failed:  # once more, now that nothing else will come
-            self.save(step, metrics, state)
+            self.save(step, state)
             self.finish()
         return self.chosen() if step == self.last_step else None
 
@@ -114,6 +135,7 @@ class Saver:
             "checkpoint", step=pending.step, checkpoint=str(folder), seconds=round(took, 3), stall_s=round(stall, 3)
         )
         self._retain()
+        self._note()
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
@@ -159,7 +181,6 @@ class Saver:
             stop_tokens=list(facts.stop_tokens) or None,
             job_hash=self.hooks.job_hash,
             data_hash=facts.data_hash,
-            metrics=dict(pending.metrics),
             parameters={
                 name: shape for copied in pending.copied.values() for name, shape in copied["parameters"].items()
             },

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from training.config import Phase
 from training.facts import Facts
 from training.group import Group, results
-from training.measures import in_order, measured
+from training.recipes.evaluating import Interrupted, answered, measured_on_data
 from training.recipes.hooks import Hooks
 from training.recipes.profiled import Profiled
 from training.recipes.resuming import SETUP_S, resume
@@ -39,11 +39,11 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     results(trainer.call("get_ready", hooks.skipped), SETUP_S)
     saver = Saver(phase, learners, hooks, facts, newest=step)
     profiled = Profiled(phase, groups, hooks)
-    hooks.started(facts, step)
+    is_due = found is not None and not found.metrics and _evaluates(phase, facts, step)
+    hooks.started(facts, step, evaluates=is_due)
     pace = 0.0  # seconds a step, of the last call
-    if phase.eval_on_start and step == 0:
-        _evaluate(phase, trainer, hooks, facts, step)
-    evaluated: dict[str, float] = {}  # the evaluation at `step`, if there was one
+    if is_due or (phase.eval_on_start and step == 0):
+        _evaluate(phase, trainer, hooks, facts, saver, step)
     while step < facts.total_steps and not hooks.stop_requested():
         num_steps = min(
             _next_stop(phase, facts, step) - step, _steps_in_a_call(pace, trainer.size, saving=saver.is_saving)
@@ -55,12 +55,13 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
         pace = (time.monotonic() - began) / num_steps
         step += num_steps
         profiled.after(step)
-        evaluated = _evaluate(phase, trainer, hooks, facts, step) if _evaluates(phase, facts, step) else {}
         saver.poll()
-        if step % phase.checkpoint.every == 0 or saver.failed:
-            saver.save(step, evaluated)
+        if step % phase.checkpoint.every == 0 or step == facts.total_steps or saver.failed:
+            saver.save(step)
+        if _evaluates(phase, facts, step):  # after the save: whatever ends a long evaluation, no step is lost
+            _evaluate(phase, trainer, hooks, facts, saver, step)
     profiled.end(step)
-    return saver.end(step, evaluated)
+    return saver.end(step)
 
 
 def _steps_in_a_call(pace: float, workers: int, *, saving: bool) -> int:
@@ -97,24 +98,20 @@ def _train(trainer: Group, hooks: Hooks, done: int, num_steps: int) -> None:
         hooks.log({**row, "memory_gib": memory, "workers": trainer.size})
 
 
-def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, step: int) -> dict[str, float]:
+def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, saver: Saver, step: int) -> None:
+    """Evaluate the state after `step`, unless the run is to stop: then it is due when the run goes on."""
     began = time.monotonic()
-    metrics = results(trainer.call("evaluate"), SETUP_S)[0] if facts.num_eval_samples else {}
-    if phase.eval is not None:
-        metrics |= _answer(trainer, hooks, step)
-    hooks.log({"step": step, **metrics, "evaluation_s": time.monotonic() - began})
-    return metrics
-
-
-def _answer(trainer: Group, hooks: Hooks, step: int) -> dict[str, float]:
-    began = time.monotonic()
-    shares = results(trainer.call("answer"), SETUP_S)
-    seconds = time.monotonic() - began
     metrics: dict[str, float] = {}
-    tokens = 0
-    for name in shares[0]:
-        rows = in_order([share[name] for share in shares])
-        hooks.answers(step, name, rows)
-        metrics |= measured(rows, f"eval_{name}")
-        tokens += sum(row["tokens"] for row in rows)
-    return {**metrics, "eval_tokens_per_s": tokens / seconds}
+    speed: dict[str, float] = {}
+    try:
+        with saver.kept_on_failure():
+            if facts.num_eval_samples:
+                num_batches = math.ceil(facts.num_eval_samples / phase.batch)
+                metrics |= measured_on_data(trainer, hooks, num_batches, saver.poll)
+            if phase.eval is not None:
+                answers, speed = answered(trainer, hooks, step, saver.poll)
+                metrics |= answers
+    except Interrupted:
+        return
+    hooks.log({"step": step, **metrics, **speed, "evaluation_s": time.monotonic() - began})
+    saver.evaluated(step, metrics)

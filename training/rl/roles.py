@@ -29,10 +29,9 @@ from training.data.turn_end import stop_tokens
 from training.distributed import Seat
 from training.engine import Frozen, computed, device_of
 from training.errors import InputError
-from training.evaluate import Exam, exam_of
+from training.evaluate import Answers, Exam, Sitting, exam_of
 from training.facts import Facts
 from training.learner import Learner
-from training.measures import Row
 from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
 from training.probe import traits_of
 from training.profiling import part
@@ -251,11 +250,12 @@ class Policy(_Learning):
         weights = self.engine.weights(self._buckets[number])
         return {self.alone(name): packed(tensor) for name, tensor in weights.items()} if self.seat.rank == 0 else None
 
-    def answer(self) -> dict[str, list[Row]]:
-        """This worker's share of the responses to the questions of `phase.eval`, by what they are measured as."""
-        self.ready()
-        with self.whole_model() as lm:
-            return self._exam.responses(lm, (self.seat.rank, self.seat.size))
+    def answer(self, limit_s: float, *, begin: bool) -> Answers:
+        """More of this worker's share of the responses to the questions of `phase.eval`, for about as long."""
+        if begin:
+            self.ready()
+            self._sitting = Sitting(self._exam, self.whole_model, (self.seat.rank, self.seat.size))
+        return self._sitting.go_on(limit_s)
 
     @cached_property
     def _exam(self) -> Exam:
