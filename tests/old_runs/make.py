@@ -85,7 +85,7 @@ def muster(*words: str) -> str:
     environment = {**os.environ, "MUSTER_CACHE": f"{ROOT}/cache", "MUSTER_HOME": f"{ROOT}/home", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.getcwd()
     done = subprocess.run(
-        [sys.executable, "-m", "launcher", *words],
+        [sys.executable, "-m", "launcher.cli", *words],
         cwd=ROOT,
         env=environment,
         capture_output=True,
