@@ -126,7 +126,7 @@ METRICS: dict[str, Columns] = {
     "sft": _OF_LANGUAGE,
     "cft": _OF_LANGUAGE,
     "reward": {**ROW, **_pairs("", ""), **STEP, **_SUPERVISED, **_pairs("eval_", ", held out"), **_EVALUATION},
-    "ppo": {**ROW, **STEP, **_PPO, **_ANSWERS, **_EVALUATION},
+    "ppo": {**ROW, **STEP, **_PPO, **_ANSWERS, **_ANSWERS_SPEED, **_EVALUATION},
 }
 """By recipe, in the order in which a person wants to read them."""
 

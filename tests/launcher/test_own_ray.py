@@ -17,10 +17,11 @@ pytestmark = pytest.mark.cpu
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_no_process_of_ray_is_in_our_process_group():
-    ours = psutil.Process().children(recursive=True)
-    names = " ".join(" ".join(process.cmdline()) for process in ours)
-    assert all(part in names for part in ("gcs_server", "raylet", "log_monitor", "dashboard", "launcher.nursery"))
-    assert [process for process in ours if os.getpgid(process.pid) == os.getpgid(0)] == []
+    parts = ("gcs_server", "raylet/raylet", "log_monitor", "dashboard", "launcher.nursery")
+    commands = {each: " ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)}
+    ours = {part: [each for each, command in commands.items() if part in command] for part in parts}
+    assert all(ours.values())
+    assert [each for found in ours.values() for each in found if os.getpgid(each.pid) == os.getpgid(0)] == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "Ray has taken SIGTERM for itself"
 
 
