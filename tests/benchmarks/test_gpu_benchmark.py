@@ -31,6 +31,7 @@ def test_every_choice_is_a_valid_job(work, tmp_path, choice, lora):
 
 
 @pytest.mark.cpu
+@pytest.mark.long
 def test_samples_are_full_and_steps_are_measured(work):
     figures = gpu.train(work, TINY, Options(steps=2), None, {})
     assert figures["tokens_per_s"]["min"] > 0

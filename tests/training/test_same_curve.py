@@ -246,10 +246,15 @@ CUTS = {
 }
 
 
-@table((1, 0), (2, 2), (2, 3), (3, 3), seldom=((3, 3),))
+@table((1, 0), (2, 2), (2, 3), (3, 3), seldom=((2, 3), (3, 3)))
 @pytest.mark.parametrize("cut", CUTS)
 def test_any_cutting_of_the_batch(run, plain, name, cut, workers, stage):
     assert_same(run(workers, stage, **CUTS[cut]), plain, name)
+
+
+@table((2, 3))
+def test_cutting_where_every_micro_batch_gathers_the_weights(run, plain, name, workers, stage):
+    assert_same(run(workers, stage, **CUTS["64 tokens at a time"]), plain, name)
 
 
 @table((1, 0), (2, 3))
