@@ -102,6 +102,15 @@ def test_looking_at_jobs_and_runs_loads_nothing_heavy(module):
     assert loaded_after(f"import {module}", ROOT) == set()
 
 
+def test_the_drivers_of_recipes_load_no_torch():
+    """It would take seconds before the first step. That of PPO computes with it."""
+    code = (
+        "from training.recipes import RECIPES, resolve\n"
+        "for name, recipe in RECIPES.items():\n    if name != 'ppo': resolve(recipe.run)"
+    )
+    assert loaded_after(code, ROOT) & {"torch", "ray", "deepspeed", "transformers"} == set()
+
+
 def verb(*arguments: str) -> str:
     return f"from launcher import cli\ntry: cli.app({arguments!r})\nexcept SystemExit as end: assert not end.code, end.code"
 

@@ -19,7 +19,7 @@ from training.data.files import RowError
 from training.data.render import Renderer, Sample, tokenizer_for
 from training.data.turn_end import stop_tokens
 from training.errors import InputError, Problem
-from training.measures import Row
+from training.measures import Answers, Row
 from training.questions import Question
 from training.sampling import Continued, Sampling, in_batches
 from training.seeding import seed_for
@@ -95,15 +95,6 @@ class Asking:
         if self.stops is not None:
             return self.stops
         return stop_tokens(self.renderer, getattr(lm, "generation_config", None), chats=self.renderer.in_turns)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What came of one call of a worker."""
-
-    rows: Mapping[str, list[Row]]
-    """Judged responses, by what they are measured as."""
-    is_last: bool
 
 
 @dataclass(frozen=True)

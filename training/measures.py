@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
 """One response: number and row of the question, question, expected, sample, response, answer, correct, ended, tokens."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came of one call of a worker that answers questions."""
+
+    rows: Mapping[str, list[Row]]
+    """Judged responses, by what they are measured as."""
+    is_last: bool
 
 
 def in_order(shares: Sequence[Sequence[Row]]) -> list[Row]:

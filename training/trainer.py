@@ -26,9 +26,10 @@ from training.data.order import Order
 from training.data.store import TokenStore
 from training.distributed import Seat
 from training.errors import Diverged
-from training.evaluate import Answers, Exam, Sitting, exam_of
+from training.evaluate import Exam, Sitting, exam_of
 from training.facts import Facts
 from training.learner import Learner
+from training.measures import Answers
 from training.model import notes_on_weights
 from training.profiling import part
 from training.schedule import learning_rate, never_profiled, total_samples, total_steps

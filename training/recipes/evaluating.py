@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from training.evaluate import Answers
 from training.group import Group, results
-from training.measures import Row, in_order, measured
+from training.measures import Answers, Row, in_order, measured
 from training.recipes.hooks import Hooks
 
 PART_S = 3600.0

@@ -29,9 +29,10 @@ from training.data.turn_end import stop_tokens
 from training.distributed import Seat
 from training.engine import Frozen, computed, device_of
 from training.errors import InputError
-from training.evaluate import Answers, Exam, Sitting, exam_of
+from training.evaluate import Exam, Sitting, exam_of
 from training.facts import Facts
 from training.learner import Learner
+from training.measures import Answers
 from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
 from training.probe import traits_of
 from training.profiling import part
