@@ -161,7 +161,10 @@ class Memory:
         original = DeepSpeedEngine.step
 
         def step(engine, *args, **kwargs):
-            self.states = max(self.states, _live_bytes())
+            looks = [_live_bytes()]
+            time.sleep(0.2)  # threads of collectives may still hold what they have sent
+            looks.append(_live_bytes())
+            self.states = max(self.states, min(looks))
             return original(engine, *args, **kwargs)
 
         DeepSpeedEngine.step = step
