@@ -68,6 +68,16 @@ def test_an_interrupted_evaluation_is_done_again_and_its_step_is_saved(tiny, tra
     assert all(kept(whole).values())
 
 
+def test_a_phase_is_not_finished_before_its_last_evaluation_is(tiny, train, tmp_path):
+    common = settings(tiny)
+    first = train(1, checkpoints=tmp_path, stop_after=8, hooks=StopsWithin, **common)
+    assert (first.last, kept(first)) == (None, {8: {}})
+    second = train(1, checkpoints=tmp_path, **common)
+    assert second.last is not None
+    assert (second.losses, len(second.rows)) == ([], 1)
+    assert kept(second)[8].keys() > {"eval_loss", "eval_accuracy"}
+
+
 def test_an_interrupted_evaluation_of_ppo_is_done_again(tiny, train, tmp_path):
     common = settings(
         tiny, recipe="ppo", data={"max_length": 64}, reward="tests.some_rewards:length", critic=str(tiny / "model"),

@@ -54,8 +54,9 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     is_last = step == facts.total_steps or bool(state.reached)
     is_due = found is not None and not found.metrics and _evaluates(phase, step, is_last=is_last)
     hooks.started(facts, step, evaluates=is_due)
+    is_evaluated = True
     if is_due or (phase.eval_on_start and step == 0):
-        _evaluate(groups["policy"], hooks, saver, step)
+        is_evaluated = _evaluate(groups["policy"], hooks, saver, step)
     while step < facts.total_steps and not state.reached and not hooks.stop_requested():
         step += 1
         profiled.before(step)
@@ -72,12 +73,13 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
         if step % phase.checkpoint.every == 0 or is_last or saver.failed:
             saver.save(step, loop.remembered())
         if _evaluates(phase, step, is_last=is_last):
-            _evaluate(groups["policy"], hooks, saver, step)
+            is_evaluated = _evaluate(groups["policy"], hooks, saver, step)
     profiled.end(step)
     if state.reached:
         hooks.event("reached", step=step, what=state.reached)
         saver.last_step = step
-    return saver.end(step, loop.remembered())
+    last = saver.end(step, loop.remembered())
+    return last if is_evaluated else None
 
 
 def reached(stop: Stop, row: Mapping[str, Any]) -> str:
@@ -320,13 +322,14 @@ def _evaluates(phase: PPO, step: int, *, is_last: bool) -> bool:
     return phase.eval is not None and (is_last or on_time or for_choice)
 
 
-def _evaluate(policy: Group, hooks: Hooks, saver: Saver, step: int) -> None:
-    """Accuracy on questions, unless the run is to stop: then it is due when the run goes on."""
+def _evaluate(policy: Group, hooks: Hooks, saver: Saver, step: int) -> bool:
+    """Accuracy on questions. False if the run is to stop: then it is due when the run goes on."""
     began = time.perf_counter()
     try:
         with saver.kept_on_failure():
             metrics, speed = answered(policy, hooks, step, saver.poll)
     except Interrupted:
-        return
+        return False
     hooks.log({"step": step, **metrics, **speed, "evaluation_s": time.perf_counter() - began})
     saver.evaluated(step, metrics)
+    return True

@@ -42,8 +42,9 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     is_due = found is not None and not found.metrics and _evaluates(phase, facts, step)
     hooks.started(facts, step, evaluates=is_due)
     pace = 0.0  # seconds a step, of the last call
+    is_evaluated = True
     if is_due or (phase.eval_on_start and step == 0):
-        _evaluate(phase, trainer, hooks, facts, saver, step)
+        is_evaluated = _evaluate(phase, trainer, hooks, facts, saver, step)
     while step < facts.total_steps and not hooks.stop_requested():
         num_steps = min(
             _next_stop(phase, facts, step) - step, _steps_in_a_call(pace, trainer.size, saving=saver.is_saving)
@@ -59,9 +60,10 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
         if step % phase.checkpoint.every == 0 or step == facts.total_steps or saver.failed:
             saver.save(step)
         if _evaluates(phase, facts, step):  # after the save: whatever ends a long evaluation, no step is lost
-            _evaluate(phase, trainer, hooks, facts, saver, step)
+            is_evaluated = _evaluate(phase, trainer, hooks, facts, saver, step)
     profiled.end(step)
-    return saver.end(step)
+    last = saver.end(step)
+    return last if is_evaluated else None
 
 
 def _steps_in_a_call(pace: float, workers: int, *, saving: bool) -> int:
@@ -98,8 +100,8 @@ def _train(trainer: Group, hooks: Hooks, done: int, num_steps: int) -> None:
         hooks.log({**row, "memory_gib": memory, "workers": trainer.size})
 
 
-def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, saver: Saver, step: int) -> None:
-    """Evaluate the state after `step`, unless the run is to stop: then it is due when the run goes on."""
+def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, saver: Saver, step: int) -> bool:
+    """Evaluate the state after `step`. False if the run is to stop: then it is due when the run goes on."""
     began = time.monotonic()
     metrics: dict[str, float] = {}
     speed: dict[str, float] = {}
@@ -112,6 +114,7 @@ def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, saver: S
                 answers, speed = answered(trainer, hooks, step, saver.poll)
                 metrics |= answers
     except Interrupted:
-        return
+        return False
     hooks.log({"step": step, **metrics, **speed, "evaluation_s": time.monotonic() - began})
     saver.evaluated(step, metrics)
+    return True
