@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from launcher import landing
+from launcher.failures import Raised, WorkerDied
 from launcher.host import Host, Signs
 
 
@@ -25,6 +28,7 @@ class WorkerActor:
 
     def place(self) -> dict[str, Any]:
         return {
+            "actor": _own_id(),
             "node": ray.get_runtime_context().get_node_id(),
             "address": ray.util.get_node_ip_address(),
             "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
@@ -36,10 +40,11 @@ class WorkerActor:
         return self.host.begin(log, self.environment)
 
     def ask(self, name: str, *args: Any) -> Any:
-        return self.host.ask(name, *args)
+        with _signed():
+            return self.host.ask(name, *args)
 
     def call(self, role: str, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
-        return self.host.ask("call", role, method, args, kwargs)
+        return self.ask("call", role, method, args, kwargs)
 
     @ray.method(concurrency_group="control")
     def end(self) -> None:
@@ -58,3 +63,17 @@ class WorkerActor:
         with self.log.open("rb") as file:
             file.seek(offset)
             return file.read(1 << 16)
+
+
+def _own_id() -> str:
+    return ray.get_runtime_context().get_actor_id()
+
+
+@contextmanager
+def _signed() -> Iterator[None]:
+    """Evidence says whose it is, as Ray's own errors do: a call of other workers that is given this answer fails with it."""
+    try:
+        yield
+    except (Raised, WorkerDied) as evidence:
+        evidence.actor_id = _own_id()
+        raise

@@ -41,7 +41,14 @@ class Kind(StrEnum):
 # Evidence
 
 
-class Raised(MusterError):
+class Evidence(MusterError):
+    """What is known of a worker that failed."""
+
+    actor_id: str | None = None
+    """Of the worker's place, once it has left that."""
+
+
+class Raised(Evidence):
     """A worker's code raised something that is no message for people."""
 
     def __init__(self, name: str, message: str, trace: str):
@@ -54,7 +61,7 @@ class Raised(MusterError):
         return error if isinstance(error, MusterError) else cls(type(error).__name__, str(error), trace)
 
 
-class WorkerDied(MusterError):
+class WorkerDied(Evidence):
     """A worker's process ended. `status`: its exit status, or minus the signal; `reason` if there is more to say."""
 
     def __init__(self, status: int, reason: str = ""):

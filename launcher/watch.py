@@ -59,9 +59,9 @@ class Watch:
         self._nodes = [known.get(place["node"], {}) for place in self.group.places]
         self._answered = dict.fromkeys(range(self.group.size), time.monotonic())
 
-    def look(self, method: str, since_s: float) -> None:
-        """A glance at all workers, while `method` is under way since `since_s`. Raises WorkerError for what is lost or hangs, RayLost if
-        that is Ray itself."""
+    def look(self, method: str = "", since_s: float = 0.0) -> None:
+        """A glance at all workers, while `method`, if one is, is under way since `since_s`. Raises WorkerError for what is lost or hangs,
+        RayLost if that is Ray itself."""
         self._look_at_ray()
         now = time.monotonic()
         if not self._nodes or now - self._last < self.every_s:
@@ -182,6 +182,14 @@ class Watch:
         if not self._can_reach(rank):
             return self._error(rank, Kind.MACHINE, "is gone with its machine")
         return self._error(rank, Kind.KILLED, "was killed together with the process that watched over it")
+
+    def unreachable(self) -> WorkerError | None:
+        """What became of the first worker whose machine cannot be reached."""
+        for rank in range(len(self._nodes)):
+            if not self._can_reach(rank):
+                self.lost.add(rank)
+                return self._error(rank, Kind.MACHINE, "is gone with its machine")
+        return None
 
     def _error(self, rank: int, kind: Kind, message: str) -> WorkerError:
         return WorkerError(rank, kind, message, self.group.log_of(rank), node=self.group.node_of(rank))

@@ -53,6 +53,8 @@ class _Call:
                 late = [self.refs.index(late) for late in self.waiting]
                 raise self.group.watch.overdue(self.method, timeout_s or 0, late)
             self.group.watch.look(self.method, time.monotonic() - self.began)
+            for other in self.group.others:
+                other.watch.look()
         return self.answers[ref]
 
     def _take(self) -> None:
@@ -84,20 +86,24 @@ class _Call:
         return first_cause(failures)
 
     def _failure(self, ref: ray.ObjectRef, error: RayError) -> MusterError:
-        rank = self.refs.index(ref)
-        log, node = self.group.log_of(rank), self.group.node_of(rank)
-        if isinstance(error, RayTaskError):
-            if isinstance(error.cause, Raised | WorkerDied):
-                return worker_error(rank, error.cause, log, node)
-            if isinstance(error.cause, MusterError):
-                return error.cause
-            message = f"raised: {type(error.cause).__name__}: {error.cause}"
-            return WorkerError(rank, Kind.PROGRAM, message, log, node=node, trace=str(error))
-        if isinstance(error, OutOfMemoryError):
+        """Also what befell other workers whose answer this call was given."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        group, rank = self.group.whose(cause) or (self.group, self.refs.index(ref))
+        log, node = group.log_of(rank), group.node_of(rank)
+        if isinstance(cause, Raised | WorkerDied):
+            return worker_error(rank, cause, log, node)
+        if isinstance(cause, MusterError):
+            return cause
+        if isinstance(cause, OutOfMemoryError):
             return WorkerError(rank, Kind.MEMORY, "was ended by Ray: the machine was short of memory", log, node=node)
-        if isinstance(error, RayActorError):
-            return self.group.watch.died(rank, error)
-        return WorkerError(rank, Kind.CONNECTION, f"{type(error).__name__}: {error}", log, node=node)
+        if isinstance(cause, RayActorError):
+            return group.watch.died(rank, cause)
+        if isinstance(cause, RayError):
+            return group.unreachable() or WorkerError(
+                rank, Kind.CONNECTION, f"{type(cause).__name__}: {cause}", log, node=node
+            )
+        message = f"raised: {type(cause).__name__}: {cause}"
+        return WorkerError(rank, Kind.PROGRAM, message, log, node=node, trace=str(error))
 
 
 class _RayFuture:
@@ -135,6 +141,8 @@ class WorkerGroup:
         self.avoid = machines.ids(machines.avoidable(self.bundle, least, avoid)) | never
         self.logs = Path()
         self.actors: list[Any] = []
+        self.others: list[WorkerGroup] = []
+        """Groups that work with this one: their answers may be arguments of its calls."""
         self.placement: PlacementGroup = machines.gather(
             self.bundle,
             wanted=resources.workers,
@@ -191,6 +199,19 @@ class WorkerGroup:
     def node_of(self, rank: int) -> str:
         """Address of the machine of a worker, empty as long as it is not known."""
         return self.places[rank]["address"] if self.places else ""
+
+    def whose(self, evidence: object) -> tuple[WorkerGroup, int] | None:
+        """Which worker of this group or the others an error names."""
+        wanted = getattr(evidence, "actor_id", None)
+        for group in (self, *self.others):
+            for rank, place in enumerate(group.places):
+                if place["actor"] == wanted:
+                    return group, rank
+        return None
+
+    def unreachable(self) -> WorkerError | None:
+        """What became of the first worker of this group or the others whose machine is lost."""
+        return next(filter(None, (group.watch.unreachable() for group in (self, *self.others))), None)
 
     def build(self, role: str, target: str, *args: Any) -> RoleGroup:
         """Make a role on every worker; returns the group that drives it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -99,6 +100,28 @@ def test_a_collective_that_one_worker_never_enters_is_a_hang(ray_cluster, tmp_pa
     absent, waiting = (tmp_path / "logs/stacks.txt").read_text().split("== worker 1")
     assert "in train" in absent
     assert "all_reduce" in waiting
+
+
+@pytest.mark.parametrize("victim", ["worker", "place"])
+def test_who_gives_no_answer_is_blamed_for_the_calls_that_wait_for_it(ray_cluster, group, tmp_path, victim):
+    import ray
+
+    with probes(tmp_path) as giver:
+        group.workers.others = [giver.workers]
+        given = giver.call("sleep", 1, 30)
+        taken = group.map("sleep", given, 0.0)
+        if victim == "worker":
+            os.kill(giver.workers.pids[1], signal.SIGKILL)
+        else:
+            ray.kill(giver.workers.actors[1])
+        with pytest.raises(WorkerError, match="worker 1 on 127.0.0.1 was killed") as caught:
+            results(taken, 60)
+        assert (caught.value.rank, caught.value.kind, caught.value.log) == (
+            1,
+            Kind.KILLED,
+            tmp_path / "logs/rank-1.log",
+        )
+        group.workers.others = []
 
 
 def nurseries(group):
