@@ -65,7 +65,7 @@ class WorkerActor:
             return file.read(1 << 16)
 
 
-def _own_id() -> str:
+def _own_id() -> str | None:
     return ray.get_runtime_context().get_actor_id()
 
 
