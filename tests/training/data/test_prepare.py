@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -14,7 +13,7 @@ from training.data import prepare as prepare_module
 from training.data.files import expand
 from training.data.prepare import check_rows, prepare
 from training.data.render import Renderer
-from training.data.store import TokenStore, create
+from training.data.store import TokenStore
 from training.errors import InputError
 
 SFT = ("prompt_completion", "alpaca", "sharegpt", "messages")
