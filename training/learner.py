@@ -64,14 +64,14 @@ class Learner:
     def open_data(self) -> Stores:
         """The data of the phase; its model then is on this machine, too. Raises TrainingError unless all workers see the
         same data and compute alike: else their deals would differ."""
-        # The first worker of a node prepares what its node does not have yet; the others then find it there.
+        # The first worker of a node prepares what its node does not have yet, and verifies the rest; the others then find it there.
         if self.seat.local_rank == 0:
             with _tokenizer_on_all_cores():
                 open_stores(self.phase, self.cache)
             at_hand(self.phase, self.cache)
         dist.barrier()
         self.phase = self.whole_phase = at_hand(self.phase, self.cache)
-        stores = open_stores(self.phase, self.cache)
+        stores = open_stores(self.phase, self.cache, verify=False)
         self.traits = self.known = models.resolve_traits(self.phase.model)
         self.attention = models.resolve_attention(self.phase.model, self.seat.device)
         self.kernels = models.resolve_kernels(
