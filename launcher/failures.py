@@ -133,6 +133,8 @@ _COLLATERAL = (
     "Broken pipe",
     "Connection refused",
 )
+_LOST_CONNECTION = ("DistNetworkError", "DistStoreError")
+"""Types of torch for what a worker sees of others through the store where they meet."""
 _NO_MEMORY = ("OutOfMemoryError", "MemoryError")
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
 
@@ -140,7 +142,7 @@ _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal
 def _kind_of_exception(raised: Raised) -> Kind:
     if raised.name in _NO_MEMORY or "can't allocate memory" in raised.message:
         return Kind.MEMORY
-    if any(word in raised.message for word in _COLLATERAL):
+    if raised.name in _LOST_CONNECTION or any(word in raised.message for word in _COLLATERAL):
         return Kind.CONNECTION
     return Kind.PROGRAM
 

@@ -210,14 +210,14 @@ class Life:
         self.listener = listen(host)
         return self.listener.getsockname()[1]
 
-    def join(self, seat: Any, visible_gpus: str | None) -> None:
+    def join(self, seat: Any, key: bytes, visible_gpus: str | None) -> None:
         from training.distributed import join, set_environment
         from training.group import Worker
 
         if visible_gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
         set_environment(seat)
-        join(seat, getattr(self, "listener", None))
+        join(seat, key, getattr(self, "listener", None))
         self.worker = Worker(seat)
 
     def build(self, role: str, target: str, args: tuple) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from launcher.actor import WorkerActor
 from launcher.failures import Kind, Raised, WorkerDied, WorkerError, first_cause, worker_error
 from launcher.job import ENV_NAMES
 from launcher.watch import Watch
+from training.authenticated_channel import KEY_BYTES
 from training.config import Resources
 from training.distributed import Seat
 from training.errors import MusterError
@@ -185,10 +187,13 @@ class WorkerGroup:
         host = self.places[0]["address"]
         (port,) = self._results([self.actors[0].ask.remote("listen", host)], "listen")
         seats = seats_for(self.places, self.resources, "cuda" if self.gpus else "cpu", host, port)
+        key = secrets.token_bytes(
+            KEY_BYTES
+        )  # of this process group alone; travels as an argument, through Ray's own connections
         self._each(
             "ask",
             [
-                ("join", seat, _visible_gpus(self.places, place["node"]) if self.gpus else None)
+                ("join", seat, key, _visible_gpus(self.places, place["node"]) if self.gpus else None)
                 for seat, place in zip(seats, self.places, strict=True)
             ],
         )

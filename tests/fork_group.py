@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -50,10 +51,11 @@ class ForkWorkers:
     def __init__(self, size: int, roles: Mapping[str, str], *args: Any, threads: int = 1):
         self.size = size
         self.calls = 0
+        key = secrets.token_bytes(32)
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = _CONTEXT.Pipe()
-            start = (theirs, rank, size, threads, dict(roles), args, _environment())
+            start = (theirs, rank, size, threads, dict(roles), args, _environment(), key)
             process = _CONTEXT.Process(target=_serve, args=start, daemon=True)
             process.start()
             theirs.close()
@@ -111,7 +113,14 @@ def _environment() -> dict[str, str]:
 
 
 def _serve(
-    pipe: Any, rank: int, size: int, threads: int, roles: dict[str, str], args: tuple, environment: dict[str, str]
+    pipe: Any,
+    rank: int,
+    size: int,
+    threads: int,
+    roles: dict[str, str],
+    args: tuple,
+    environment: dict[str, str],
+    key: bytes,
 ) -> None:
     os.environ.update(environment)
     listener = listen("127.0.0.1") if rank == 0 else None
@@ -119,7 +128,7 @@ def _serve(
         pipe.send((0, True, listener.getsockname()[1]))
     seat = Seat(rank=rank, size=size, local_rank=rank, local_size=size, threads=threads, port=pipe.recv(), timeout_s=60)
     set_environment(seat)
-    join(seat, listener)
+    join(seat, key, listener)
     _refuse_pickles()
     worker = Worker(seat)
     for role, target in roles.items():

@@ -6,7 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -35,7 +35,7 @@ class Seat:
 def listen(host: str) -> socket.socket:
     """A listening socket on a port that nobody else has; worker 0 opens it and tells the others `getsockname()[1]`.
 
-    Bound to one address, never to all: the rendezvous store has no authentication.
+    Bound to one address, never to all: it is for the workers alone.
     """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.bind((host, 0))
@@ -76,8 +76,12 @@ def _interface_of(address: str) -> str | None:
     return None
 
 
-def join(seat: Seat, listener: socket.socket | None = None) -> None:
-    """Make the default process group: NCCL on GPUs, gloo on CPUs. Worker 0 brings the socket it listens on."""
+def join(seat: Seat, key: bytes = b"", listener: socket.socket | None = None) -> None:
+    """Make the default process group: NCCL on GPUs, gloo on CPUs. Worker 0 brings the socket it listens on.
+
+    `key`: at least 32 secret bytes, the same for all workers of the group and for nobody else; a group of one needs none.
+    Raises torch's DistNetworkError if worker 0 cannot be reached, is gone, or has another key; DistStoreError if workers do not come.
+    """
     import torch
     import torch.distributed as dist
 
@@ -85,21 +89,24 @@ def join(seat: Seat, listener: socket.socket | None = None) -> None:
     timeout = timedelta(seconds=seat.timeout_s)
     if seat.device == "cuda":
         torch.cuda.set_device(seat.local_rank)
-    store: dist.Store
-    if seat.size == 1:
-        store = dist.HashStore()
-    else:
-        store = dist.TCPStore(
-            seat.host,
-            seat.port,
-            seat.size,
-            is_master=seat.rank == 0,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach() if listener is not None else None,
-        )
+    store = dist.HashStore() if seat.size == 1 else _shared_store(seat, key, listener)
     backend = "nccl" if seat.device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.size, timeout=timeout)
+
+
+_kept: list[Any] = []
+"""The store of the process group: torch keeps its C++ half alone, which cannot work without the other."""
+
+
+def _shared_store(seat: Seat, key: bytes, listener: socket.socket | None) -> Any:
+    from training.rendezvous_server import RendezvousServer
+    from training.rendezvous_store import RendezvousStore
+
+    if listener is not None:
+        RendezvousServer(listener, key)
+    store = RendezvousStore(seat.host, seat.port, key, timedelta(seconds=seat.timeout_s))
+    _kept.append(store)
+    return store
 
 
 def limit_waits(timeout_s: float) -> None:
@@ -116,3 +123,4 @@ def leave() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+    _kept.clear()

@@ -10,6 +10,8 @@ MODULES = (
     "transformers.integrations.deepspeed",
     "transformers.models.llama.modeling_llama",
     "training.recipes.language",
+    "training.rendezvous_server",
+    "training.rendezvous_store",
 )
 
 

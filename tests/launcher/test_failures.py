@@ -38,6 +38,8 @@ EVIDENCE = {
     "host memory": (Raised("RuntimeError", "DefaultCPUAllocator: can't allocate memory: you tried", ""), Kind.MEMORY),
     "a typo": (Raised("NameError", "name 'lenght' is not defined", "trace"), Kind.PROGRAM),
     "a peer that is gone, on CPUs": (Raised("RuntimeError", "Connection closed by peer [10.0.0.2]", ""), Kind.CONNECTION),
+    "worker 0 is gone while the workers meet": (Raised("DistNetworkError", "cannot be used", ""), Kind.CONNECTION),
+    "workers do not come": (Raised("DistStoreError", "wait timeout after 1 ms, keys: a", ""), Kind.CONNECTION),
     "a peer that is gone, on GPUs": (Raised("DistBackendError", "NCCL error: remote process exited", ""), Kind.CONNECTION),
 }  # fmt: skip
 
