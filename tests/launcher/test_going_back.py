@@ -82,7 +82,8 @@ def test_a_checkpoint_with_weights_alone_is_tried_and_exported_but_not_resumed(f
     assert (status, "second can be resumed at: 4" in out) == (2, True), out
     status, out = muster(folder, "checkpoints", "job", "--verify")
     assert (status, out.count("verified, weights only")) == (0, 1), out
-    assert json.loads(muster(folder, *asked)[1].splitlines()[-1]) == json.loads(before[1].splitlines()[-1])
+    after = muster(folder, *asked)
+    assert (after[0], after[1][after[1].rindex("\n[") :]) == (0, before[1][before[1].rindex("\n[") :])
     assert muster(folder, "export", "job", "--step", "2", "--out", "after")[0] == 0
     exported = [(folder / name / "model.safetensors").read_bytes() for name in ("before", "after")]
     assert exported[0] == exported[1]
