@@ -50,8 +50,21 @@ def resolved(what: str, known: str | None, *, index_alone: bool = False) -> Pins
         constraints.write_text(known or "")
         environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
         subprocess.run(
-            [sys.executable, "-m", "pip", *(["--isolated"] if index_alone else []), "install", "--quiet", "--dry-run"]
-            + ["--ignore-installed", "--report", report, "--constraint", constraints, what],
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                *(["--isolated"] if index_alone else []),
+                "install",
+                "--quiet",
+                "--dry-run",
+                "--ignore-installed",
+                "--report",
+                report,
+                "--constraint",
+                constraints,
+                what,
+            ],
             env=environment if index_alone else None,
             cwd=HERE.parent,
             check=True,
