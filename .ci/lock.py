@@ -49,22 +49,9 @@ def resolved(what: str, known: str | None, *, index_alone: bool = False) -> Pins
         report, constraints = Path(folder, "report.json"), Path(folder, "constraints.txt")
         constraints.write_text(known or "")
         environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
+        quietly = [*(["--isolated"] if index_alone else []), "install", "--quiet", "--dry-run", "--ignore-installed"]
         subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                *(["--isolated"] if index_alone else []),
-                "install",
-                "--quiet",
-                "--dry-run",
-                "--ignore-installed",
-                "--report",
-                report,
-                "--constraint",
-                constraints,
-                what,
-            ],
+            [sys.executable, "-m", "pip", *quietly, "--report", report, "--constraint", constraints, what],
             env=environment if index_alone else None,
             cwd=HERE.parent,
             check=True,
