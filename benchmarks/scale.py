@@ -104,6 +104,9 @@ class _Hooks:
     def gpus_full(self, fractions: Any) -> None: ...
     def flush(self) -> None: ...
     def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None: ...
+    def clock(self) -> float:
+        return time.monotonic()
+
     def stop_requested(self) -> bool:
         return False
 
@@ -179,8 +182,8 @@ def _with(size: int, places: list[Any], folder: Path) -> dict[str, float]:
     )
     hooks, trainer = _Hooks(folder / "checkpoints"), _Timed(RoleGroup(group, "trainer"))
     chosen = supervised._steps_in_a_call
-    steps = chosen(STEP_S, size, saving=False)
-    supervised._steps_in_a_call = lambda *pace, saving: 1  # the workers' own steps take no time here
+    steps = chosen(STEP_S, size, within_s=supervised._TARGET_CALL_S)
+    supervised._steps_in_a_call = lambda *pace, within_s=0.0: 1  # the workers' own steps take no time here
     try:
         supervised.run(phase, {"trainer": trainer}, hooks)
     finally:

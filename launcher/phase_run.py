@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -168,6 +169,9 @@ class PhaseRun:
                 forgotten_s += sum(row.get("step_s", 0.0) for row in rows if row["step"] > step)
                 self.run.files.replace(path, "".join(json.dumps(row) + "\n" for row in kept))
         return round(forgotten_s, 3)
+
+    def clock(self) -> float:
+        return time.monotonic()
 
     def stop_requested(self) -> bool:
         self.meter.count()

@@ -141,6 +141,10 @@ class Recorder:
     def started(self, facts: Any, step: int, *, evaluates: bool = False) -> None:
         self.facts, self.first = facts, step
 
+    def clock(self) -> float:
+        """Seconds that a test says have gone by."""
+        return getattr(self, "seconds", 0.0)
+
     def stop_requested(self) -> bool:
         steps = [row["step"] for row in self.rows if "loss" in row]
         return self.stop_after is not None and bool(steps) and steps[-1] >= self.stop_after

@@ -119,9 +119,8 @@ class OpenCheckpoints(Checkpoints, ABC):
     def retain(
         self,
         keep: int,
-        best: str | None = None,
+        best: Place | None = None,
         *,
-        smaller_is_better: bool = True,
         counts: Counts = lambda step: True,
     ) -> list[Place]:
         """Delete all but the newest, the newest `keep` of those that count, and the best; returns what was deleted.
@@ -133,9 +132,7 @@ class OpenCheckpoints(Checkpoints, ABC):
         if not folders or verify(folders[-1], deep=False):
             return []
         kept = {folders[-1], *[folder for folder in folders if counts(step_of(folder))][-keep:]}
-        if best is not None and (winner := self.best(best, smaller_is_better=smaller_is_better, counts=counts)):
-            kept.add(winner)
-        gone = [folder for folder in folders if folder not in kept]
+        gone = [folder for folder in folders if folder not in kept and folder != best]
         for folder in gone:
             self._remove(folder)
         return gone

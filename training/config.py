@@ -6,6 +6,7 @@ reference text: meaning, unit, special values.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -200,15 +201,34 @@ class Best(Settings):
         return self.mode == "min" or (self.mode == "auto" and self.metric.endswith("loss"))
 
 
+_DURATION = re.compile(r"([1-9][0-9]{0,6})(s|m|h)")
+_UNIT_S = {"s": 1, "m": 60, "h": 3600}
+
+
 class Checkpointing(Settings):
     """When to save and what to keep."""
 
-    every: PositiveInt = 200
-    """Steps between two checkpoints. The last step is always saved."""
+    every: int | str = 200
+    """Steps between two checkpoints, or a time such as 90s, 10m or 2h: then a checkpoint is saved after the first step that ends when the last
+    one is that old, by the driver's clock. The last step is always saved."""
     keep: PositiveInt = 3
     """How many of the newest stay. The best and the only whole one are never deleted."""
     best: Best | None = None
     """Also keep the best by this metric, and end with it."""
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _is_steps_or_a_time(cls, every: object) -> object:
+        if (type(every) is int and every > 0) or (isinstance(every, str) and _DURATION.fullmatch(every)):
+            return every
+        got = f'"{every}"' if isinstance(every, str) else json.dumps(every, default=str)
+        raise ValueError(f"got {got}, expected steps such as 200, or a time such as 90s, 10m or 2h")
+
+    @property
+    def every_s(self) -> int | None:
+        """Seconds between two checkpoints, if that is what `every` says."""
+        found = _DURATION.fullmatch(str(self.every))
+        return int(found[1]) * _UNIT_S[found[2]] if found else None
 
 
 class Sharding(Settings):
@@ -349,6 +369,16 @@ class Phase(Settings):
     """Raw DeepSpeed settings, laid over what is derived. A clash with what Muster owns is an error."""
 
     @property
+    def save_period(self) -> int | None:
+        """A checkpoint is saved every so many steps, whatever the clock says. None: when the clock says so alone.
+
+        The best checkpoint is one of these: a choice among those that the clock made would be another one in every run.
+        """
+        if self.checkpoint.every_s is None:
+            return int(self.checkpoint.every)
+        return self.eval_every if self.checkpoint.best is not None else None
+
+    @property
     def step_samples(self) -> int:
         """Samples of the data that a step goes on by."""
         return self.batch
@@ -409,6 +439,12 @@ class Phase(Settings):
             yield (
                 "checkpoint.best.metric",
                 f"{self.checkpoint.best.metric} is not measured; this phase measures {', '.join(measured)}",
+            )
+        if self.checkpoint.best is not None and self.checkpoint.every_s is not None and self.eval_every is None:
+            yield (
+                "checkpoint.best",
+                "with a time in checkpoint.every, the steps to choose the best from must be given: set eval_every, a checkpoint is "
+                "saved at each of these evaluations",
             )
         if self.eval_every is not None and not measured:
             yield "eval_every", "eval_every needs data.eval or eval to measure on"

@@ -5,10 +5,12 @@ Knows no data and no loss. Several learners may share a checkpoint: each keeps t
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from training import lora, pulse
 from training import model as models
+from training.agreement import differences
 from training.checkpoint import CheckpointError, File, Reader
 from training.config import Phase
 from training.data.stores import Stores, open_stores
@@ -61,29 +64,35 @@ class Learner:
     def open_data(self) -> Stores:
         """The data of the phase; its model then is on this machine, too. Raises TrainingError unless all workers see the
         same data and compute alike: else their deals would differ."""
-        # The first worker of a node prepares what its node does not have yet; the others then find it there.
+        # The first worker of a node prepares what its node does not have yet, and verifies the rest; the others then find it there.
         if self.seat.local_rank == 0:
             with _tokenizer_on_all_cores():
                 open_stores(self.phase, self.cache)
             at_hand(self.phase, self.cache)
         dist.barrier()
         self.phase = self.whole_phase = at_hand(self.phase, self.cache)
-        stores = open_stores(self.phase, self.cache)
+        stores = open_stores(self.phase, self.cache, verify=False)
         self.traits = self.known = models.resolve_traits(self.phase.model)
         self.attention = models.resolve_attention(self.phase.model, self.seat.device)
         self.kernels = models.resolve_kernels(
             self.phase.model.model_copy(update={"path": base_of(self.phase.model.path)}), self.seat.device
         )
-        held_out = stores.eval.folder.name if stores.eval is not None else ""
-        mine = (stores.train.folder.name, held_out, str(self.dtype), self.attention, self.kernels, self.traits)
-        all_of_them: list[Any] = [None] * self.seat.size
-        dist.all_gather_object(all_of_them, mine)
-        if odd := [rank for rank, other in enumerate(all_of_them) if other != all_of_them[0]]:
-            raise TrainingError(
-                f"workers {', '.join(map(str, odd))} have other data, precision, attention, kernels or model code than worker 0 "
-                f"({all_of_them[odd[0]]}, {all_of_them[0]}); give all machines the same files and packages"
-            )
+        self._compare_with_others(stores)
         return stores
+
+    def _compare_with_others(self, stores: Stores) -> None:
+        values = {
+            "training data": stores.train.folder.name,
+            "held-out data": stores.eval.folder.name if stores.eval is not None else "",
+            "precision": str(self.dtype),
+            "attention": self.attention,
+            "kernels": self.kernels,
+            "model code": json.dumps(asdict(self.traits), sort_keys=True),
+        }
+        if found := differences(values, device_of(self.seat)):
+            raise TrainingError(
+                f"the workers do not agree: {'; '.join(found)}; give all machines the same files and packages"
+            )
 
     def start(self, build: Callable[[torch.dtype], nn.Module]) -> None:
         """Load the module, which holds its model as `lm`, and begin with it."""

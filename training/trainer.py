@@ -88,7 +88,7 @@ class Trainer(Learner):
             device=self.device_name,
             data_hash=self.store.folder.name,
             data_hash_before=self.store.meta.hash_before,
-            data_changes=tuple(self.store.meta.changes or ()),
+            data_changes=tuple(self.store.meta.changes),
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,

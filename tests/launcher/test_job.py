@@ -219,6 +219,12 @@ BAD = {
             'job.yaml:7: phases.sft.micro_tokens: got "fast", expected auto or a whole number > 0',
         ],
     ),
+    "when to save": (
+        HEAD + "    checkpoint: {every: 10min}\n",
+        [
+            'job.yaml:5: phases.sft.checkpoint.every: got "10min", expected steps such as 200, or a time such as 90s, 10m or 2h'
+        ],
+    ),
     "a union is one problem": (
         "model: {path: org/m}\nphases:\n  sft:\n    data:\n      train: 5\n      eval: [5, {pth: x}]\n",
         [

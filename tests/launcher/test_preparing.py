@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +48,22 @@ def test_bad_rows_are_told_as_they_would_be_here(place, monkeypatch):
         driver.prepare(job, apart=True)
     assert str(there.value) == str(here.value)
     assert "train.jsonl:41" in str(there.value)
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (run / "sft/metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row.get("loss", row.get("eval_loss"))) for row in rows]
+
+
+@pytest.mark.cpu
+def test_turned_bits_in_the_token_cache_do_not_change_the_curve(place, muster, monkeypatch, caplog):
+    cache = place / "cache"
+    monkeypatch.setenv("MUSTER_CACHE", str(cache))
+    assert muster("run", "job.yaml", "--inline", "name=whole").status == 0
+    for tokens in cache.glob("*/tokens.bin"):
+        content = bytearray(tokens.read_bytes())
+        content[::64] = bytes(byte ^ 1 for byte in content[::64])
+        tokens.write_bytes(content)
+    assert muster("run", "job.yaml", "--inline", "name=damaged").status == 0
+    assert "tokens.bin: the content has changed" in caplog.text
+    assert curve(place / "runs/damaged") == curve(place / "runs/whole")

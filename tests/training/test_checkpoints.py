@@ -109,7 +109,7 @@ def test_the_newest_and_the_best_are_kept(root):
     checkpoints = opened(root, 1)
     for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 1.5)]:
         save(checkpoints, step, metrics={"eval_loss": loss})
-    gone = checkpoints.retain(2, best="eval_loss")
+    gone = checkpoints.retain(2, checkpoints.best("eval_loss"))
     assert [step_of(folder) for folder in gone] == [1, 3]
     assert steps(root) == [2, 4, 5]
     assert leftovers(root) == []

@@ -34,6 +34,11 @@ def impossible(**settings) -> list[tuple[str, str]]:
         ),
         ({"checkpoint": {"best": {}}}, "checkpoint.best", "needs data.eval"),
         ({"micro_tokens": 100}, "micro_tokens", "smaller than data.max_length 2048"),
+        (
+            {"checkpoint": {"every": "10m", "best": {}}, "data": {"train": "d.jsonl", "eval": "e.jsonl"}},
+            "checkpoint.best",
+            "set eval_every",
+        ),
     ],
 )
 def test_settings_that_cannot_go_together(settings, key, words):
@@ -52,6 +57,8 @@ def test_all_impossible_combinations_are_told_at_once():
         {"batch": "8"}, {"batch": 8.0}, {"batch": True}, {"batch": 0}, {"learning_rate": float("nan")},
         {"learning_rate": 0.0}, {"clip": -1.0}, {"seed": -1}, {"seed": 2**63}, {"sharding": {"stage": 4}},
         {"model": {"path": "m", "dtype": "fp16"}}, {"optimizer": {"betas": [0.9]}}, {"optimizer": {"betas": [0.9, 1.0]}},
+        {"checkpoint": {"every": 0}}, {"checkpoint": {"every": True}}, {"checkpoint": {"every": "0s"}},
+        {"checkpoint": {"every": "200"}}, {"checkpoint": {"every": "10 m"}}, {"checkpoint": {"every": "1d"}},
         {"data": {"train": []}}, {"data": {"train": "d", "max_length": 1}}, {"schedule": {"floor": 1.5}}, {"bach": 3},
     ],
     ids=str,
@@ -62,7 +69,9 @@ def test_wrong_values_and_loose_types_are_refused(settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"clip": None}, {"learning_rate": 1}, {"micro_tokens": 2048}, {"epochs": 0.5}], ids=str
+    "settings",
+    [{"checkpoint": {"every": "2h"}}, {"clip": None}, {"learning_rate": 1}, {"micro_tokens": 2048}, {"epochs": 0.5}],
+    ids=str,
 )
 def test_values_at_the_edge_are_taken(settings):
     phase(**settings)

@@ -137,6 +137,25 @@ def test_what_is_compared_is_not_trivial(go, whole):
     assert [step for step, _ in kept(run)] == [7, 21, 24], "the best by this metric is an early one; the newest two"
 
 
+class OneSecondAStep(Recorder):
+    """Its clock stands at the newest step, in seconds."""
+
+    def clock(self) -> float:
+        return float(max((row["step"] for row in self.rows), default=getattr(self, "first", 0)))
+
+
+def test_saving_by_the_clock_changes_no_step(whole, train, tiny, tmp_path):
+    common = {
+        "stage": 2, "max_steps": STEPS, "data": {"eval": str(tiny / "eval.jsonl")}, "eval_every": 6, "learning_rate": 5e-3,
+        "schedule": {"warmup": 4, "floor": 0.0}, "checkpoint": {"every": "5s", "keep": 9}, "hooks": OneSecondAStep,
+    }  # fmt: skip
+    runs = [train(2, checkpoints=tmp_path, stop_after=stop, **common) for stop in (13, None)]
+    saved = [step for step, _ in kept(runs[1])]
+    assert (saved[0], {13, STEPS} < set(saved), len(saved) > 4) == (5, True, True), "13 because of the interruption"
+    assert [row["loss"] for run in runs for row in run.rows if "loss" in row] == whole(2, 2, "fp32").losses
+    assert state(runs[1].last) == state(whole(2, 2, "fp32").checkpoints.at(STEPS))
+
+
 # Which samples were trained on
 
 

@@ -15,22 +15,22 @@ SETTING = "TOKENIZERS_PARALLELISM"
 
 @pytest.fixture
 def seen(tiny, monkeypatch):
-    """From a worker's place on its node to the tokenizer's setting at every opening of the data."""
+    """From a worker's place on its node to the tokenizer's setting at every opening of the data, and whether that verifies them."""
     from tests.training_fixtures import phase_of
     from training import learner
     from training.distributed import Seat
 
-    def look(local_rank: int) -> list[str | None]:
-        found: list[str | None] = []
+    def look(local_rank: int) -> list[tuple[str | None, bool]]:
+        found: list[tuple[str | None, bool]] = []
         store = SimpleNamespace(folder=Path("store"))
 
-        def opening(*_: object) -> SimpleNamespace:
-            found.append(os.environ.get(SETTING))
+        def opening(*_: object, verify: bool = True) -> SimpleNamespace:
+            found.append((os.environ.get(SETTING), verify))
             return SimpleNamespace(train=store, eval=None)
 
         monkeypatch.setattr(learner, "open_stores", opening)
         monkeypatch.setattr(learner.dist, "barrier", lambda: None)
-        monkeypatch.setattr(learner.dist, "all_gather_object", lambda everyone, mine: everyone.__setitem__(slice(None), [mine] * len(everyone)))  # fmt: skip
+        monkeypatch.setattr(learner, "differences", lambda *_: [])
         seat = Seat(rank=local_rank, size=2, local_rank=local_rank, local_size=2)
         learner.Learner(seat, phase_of(tiny, "sft"), "cache").open_data()
         return found
@@ -38,16 +38,16 @@ def seen(tiny, monkeypatch):
     return look
 
 
-def test_the_first_worker_of_a_node_prepares_on_all_cores_and_then_keeps_to_its_own(seen, monkeypatch):
+def test_the_first_worker_of_a_node_prepares_and_verifies_on_all_cores_and_then_keeps_to_its_own(seen, monkeypatch):
     monkeypatch.setenv(SETTING, "false")
-    assert seen(local_rank=0) == ["true", "false"]
-    assert seen(local_rank=1) == ["false"]
+    assert seen(local_rank=0) == [("true", True), ("false", False)]
+    assert seen(local_rank=1) == [("false", False)]
     assert os.environ[SETTING] == "false"
 
 
 def test_a_setting_that_was_not_there_is_not_left_behind(seen, monkeypatch):
     monkeypatch.delenv(SETTING, raising=False)
-    assert seen(local_rank=0) == ["true", None]
+    assert seen(local_rank=0) == [("true", True), (None, False)]
 
 
 def test_the_setting_is_put_back_when_rows_are_refused(monkeypatch):

@@ -48,10 +48,14 @@ class Workers:
         return write_shard(self.staged / f"worker-{rank}.safetensors", [(f"fp32/w@{2 * rank}", 2)], values)
 
 
+def saver_of(folder, **settings) -> Saver:
+    draft = {"recipe": "sft", "model": {"path": "-"}, "data": {"train": "-", "eval": "-"}, "batch": 8, **settings}
+    return Saver(SFT.model_validate(draft), {"trainer": Workers()}, Recorder(folder), FACTS, newest=0)
+
+
 @pytest.fixture
 def saver(tmp_path):
-    phase = SFT.model_validate({"recipe": "sft", "model": {"path": "-"}, "data": {"train": "-"}, "batch": 8})
-    return Saver(phase, {"trainer": Workers()}, Recorder(tmp_path), FACTS, newest=0)
+    return saver_of(tmp_path)
 
 
 def committed(saver):
@@ -138,6 +142,49 @@ def test_a_second_failure_in_a_row_ends_the_run(saver):
     with pytest.raises(SaveError, match="No space left on device"):
         saver.save(6)
         saver.finish()
+
+
+def test_a_checkpoint_is_due_when_the_last_one_is_as_old_as_the_job_says(tmp_path):
+    saver = saver_of(tmp_path, checkpoint={"every": "10m"})
+    saver.hooks.seconds = 599.0
+    assert (saver.is_due(1), saver.due_in_s()) == (False, 1.0)
+    saver.hooks.seconds = 600.0
+    assert saver.is_due(2)
+    saver.save(2)
+    saver.hooks.seconds = 2000.0  # it takes long to write, and training does not wait for it
+    assert not saver.is_due(3)
+    saver.finish()
+    assert not saver.is_due(3)
+    saver.hooks.seconds = 2600.0
+    assert saver.is_due(4)
+    assert not saver.is_due(2), "it is saved already"
+    assert saver.is_due(FACTS.total_steps)
+
+
+def test_with_a_time_all_checkpoints_are_kept_in_turn_and_the_best_is_one_that_was_evaluated_by_the_step(tmp_path):
+    best = {"metric": "eval_loss"}
+    saver = saver_of(tmp_path, checkpoint={"every": "10m", "keep": 2, "best": best}, eval_every=10)
+    assert [step for step in range(1, 25) if saver.is_due(step)] == [10, 20]
+    for step, loss in ((10, 2.0), (13, None), (17, 1.0), (20, 3.0), (23, None)):
+        saver.save(step)
+        saver.finish()
+        if loss is not None:
+            saver.evaluated(step, {"eval_loss": loss})
+    # Another run would not have a step 17: it was made by the clock, or because of an interruption.
+    assert committed(saver) == ["step-00000010", "step-00000020", "step-00000023"]
+
+
+def test_what_is_evaluated_for_long_is_saved_meanwhile_when_the_clock_says_so(tmp_path):
+    saver = saver_of(tmp_path, checkpoint={"every": "90s"})
+    saver.attend(7)
+    saver.hooks.seconds = 90.0
+    saver.attend(7)
+    saver.attend(7)
+    assert saver.learners["trainer"].calls.count("begin_save") == 1
+    saver.finish()
+    saver.hooks.seconds = 1000.0
+    saver.attend(7)
+    assert (committed(saver), saver.is_saving) == (["step-00000007"], False)
 
 
 def test_the_state_that_is_saved_is_that_of_the_moment(tmp_path):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -31,6 +34,7 @@ WITHOUT_TURNS = {"text", "preference", "sharegpt_preference", "prompts"}
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
 SHOWN_PROBLEMS = 20
+_LOG = logging.getLogger("muster.data")
 TOKENIZER_SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -135,11 +139,13 @@ def prepare(
     base: Path = Path(),
     trust_remote_code: bool = False,
     revision: str | None = None,
+    verify: bool = True,
 ) -> TokenStore:
     """The samples of `sources` as tokens, from the folder `cache` if they are there, else read, checked and kept there.
 
     `formats` are those the recipe reads; `revision` is of a tokenizer on the hub; `base` is where a template file is looked for.
     A store is found again by the content of files (see `files.digest`), tokenizer and template, and by the settings that make a difference.
+    One that is not as it was written is made anew. `verify`: read all of it to find that out; False where another process has just done so.
     `store.meta` has the counts, and in `notes` what the user should be told.
     Raises InputError: the bad rows, a source of which no sample is left, data or a cache that
     cannot be read or written.
@@ -150,77 +156,61 @@ def prepare(
     parser = Parser(data.format, data.columns, formats)
 
     def renderer() -> Renderer:
-        return Renderer(
-            load_tokenizer(tokenizer_path, trust_remote_code, revision),
-            data.template,
-            base,
-            turns=data.turns,
-            bos=data.bos,
-        )
+        tokenizer = load_tokenizer(tokenizer_path, trust_remote_code, revision)
+        return Renderer(tokenizer, data.template, base, turns=data.turns, bos=data.bos)
 
     try:
         words = tokenizer_content(tokenizer_path, trust_remote_code, revision)
         folder = cache / _key(sources, data, formats, words, base, memo=cache / "digests")
-        found = _existing(folder, data, renderer)
-        return TokenStore.open(found or _build(folder, sources, data, parser, renderer()))
+        found = _existing(folder, data, verify)
+        return found if found is not None else TokenStore.open(_build(folder, sources, data, parser, renderer()))
     except OSError as error:
         raise InputError.of(
             str(cache), f"cannot read the data or write the token cache (MUSTER_CACHE names another folder): {error}"
         ) from error
 
 
-def _existing(folder: Path, data: Data, renderer: Callable[[], Renderer]) -> Path | None:
-    """The store at `folder`, or at its place for rows that make use of CHANGES. Removes what cannot be used."""
+def _existing(folder: Path, data: Data, verify: bool) -> TokenStore | None:
+    """The store at `folder`, or at its place for rows that make use of CHANGES."""
     for with_bos, changed in product((True, False) if data.bos == "auto" else (False,), (True, False)):
-        each = _changed(folder, changed=changed, with_bos=with_bos)
-        if not each.exists():
-            continue
-        if not (_is_whole(each) and _is_current(each)):
-            shutil.rmtree(each, ignore_errors=True)
-        elif with_bos or data.bos == "none" or _same_without_bos(each, renderer):
-            return each
+        store = _usable(_changed(folder, changed=changed, with_bos=with_bos), verify)
+        if store is not None and (with_bos or data.bos == "none" or store.meta.same_without_bos):
+            return store
     return None
 
 
-def _is_current(folder: Path) -> bool:
-    """Whether the rows of a store mean what they meant when it was made. Stores of earlier versions do not say it of themselves."""
+def _usable(folder: Path, verify: bool) -> TokenStore | None:
+    """The store at `folder`. One that is damaged is removed, and a warning says so; one of a version without checksums is removed."""
     from training.data.store import TokenStore
 
-    store = TokenStore.open(folder)
-    meta = store.meta
-    has_pairs = any(name.endswith("preference") for name in meta.formats)
-    return meta.changes is not None or not (meta.chats or has_pairs or store.has_double_ends)
+    if not folder.exists():
+        return None
+    found = folder.stat()
+    try:
+        store = TokenStore.open(folder)
+        if store.meta.checksums:
+            if verify:
+                store.verify()
+            return store
+    except (OSError, ValueError, TypeError) as error:
+        _LOG.warning("the tokenized data in the cache are damaged and are made anew: %s", error)
+    _remove(folder, found)
+    return None
 
 
-def _same_without_bos(folder: Path, renderer: Callable[[], Renderer]) -> bool:
-    """Whether a store without BOS holds the tokens that its rows have with it.
-
-    Stores of earlier versions do not say it of themselves: it is found out with the tokenizer, once, and noted in the store.
-    """
-    from training.data.store import TokenStore, update_meta
-
-    meta = TokenStore.open(folder).meta
-    if meta.same_without_bos is not None:
-        return meta.same_without_bos
-    same = not renderer().adds_tokens
-    update_meta(folder, same_without_bos=same)
-    return same
+def _remove(folder: Path, found: os.stat_result) -> None:
+    """Remove a store, unless another process has put another one in its place since it was found. Raises OSError if it cannot be removed."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(folder.stat(), found):
+            removed = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+            folder.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
 
 def _changed(folder: Path, *, changed: bool, with_bos: bool) -> Path:
     """The place of a store whose rows make use of CHANGES: of BOS, or of others. That of all others stays as it was."""
     name = folder.name + " with changes" * changed + " with bos" * with_bos
     return folder.with_name(hashlib.sha256(name.encode()).hexdigest()[:32]) if changed or with_bos else folder
-
-
-def _is_whole(folder: Path) -> bool:
-    from training.data.store import TokenStore
-
-    try:
-        TokenStore.open(folder)
-    except (OSError, ValueError, TypeError):
-        return False
-    return True
 
 
 def tokenizer_content(path: str, trust_remote_code: bool = False, revision: str | None = None) -> str:

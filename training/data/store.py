@@ -8,7 +8,7 @@
     bad_rows.jsonl     rows that were left out (data.bad_rows), if there are any: where, and why
     parts.bin, numbers.bin      where each sample came from: place in `meta.parts`, and row in it
     rows.bin, row_ends.bin      of prompts the rows themselves, as JSON, one after the other, and where each ends
-    meta.json          counts, notes, names; written last
+    meta.json          counts, notes, names, the checksums of all files and of itself; written last
 
 Samples lie in the order in which they were read, so those of a source lie together. Knows no tokenizer.
 """
@@ -19,14 +19,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from training.owned_folders import OWNER, own, sweep
@@ -72,14 +74,14 @@ class Meta:
     """Rows that cannot be used and were left out."""
     chats: bool = False
     """Whether any of them were written with a chat template."""
-    same_without_bos: bool | None = None
-    """Whether the tokens are the same with `data.bos: none`. None: the store is of a version without that setting."""
+    same_without_bos: bool = False
+    """Whether the tokens are the same with `data.bos: none`."""
     sequences: int = 0
     """Samples that the rows gave before any was dropped or split: with `data.turns: all` a row may give several."""
     left_out_answers: int = 0
     """Answers of conversations that could be learned and are not, see `data.turns`."""
-    changes: list[str] | None = None
-    """Entries of `formats.CHANGES` that the rows make use of. None: the store is of a version that had none."""
+    changes: list[str] = field(default_factory=list)
+    """Entries of `formats.CHANGES` that the rows make use of."""
     hash_before: str = ""
     """The name that the store would have without `changes`, if there are any."""
     notes: list[str] = field(default_factory=list)
@@ -94,31 +96,43 @@ class Meta:
     """Files and hub splits that were read, as a person writes them."""
     source_sizes: list[int] = field(default_factory=list)
     """Samples of each source, in the order of the job file."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """xxh3_128 of every other file, by its name. Empty in stores of versions that wrote none."""
+    checksum: str = ""
+    """Of meta.json itself: of all other entries."""
 
 
 BAD_ROWS = "bad_rows.jsonl"
 META = "meta.json"
+_READ_BYTES = 1 << 18
+"""At once, while a file is verified: it stays in the processor's cache."""
+_READERS = 2
 
 
-def update_meta(folder: Path, **values: Any) -> None:
-    """Add what was found out about a store to its meta.json, at once or not at all. A cache that cannot be written is left as it is."""
-    path = folder / META
-    draft = folder / f".{META}-{uuid.uuid4().hex}"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8")) | values
-        draft.write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
+def _checksum_of_meta(entries: Mapping[str, Any]) -> str:
+    text = json.dumps({name: value for name, value in entries.items() if name != "checksum"}, sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _checksum_of_file(path: Path) -> str:
+    # Read, not mapped: mapped pages would count as memory of this process.
+    checksum, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            checksum.update(buffer[:count])
+    return checksum.hexdigest()
 
 
 class TokenStore:
     """A store opened for reading. Safe to open in many processes and to pickle."""
 
     def __init__(self, folder: Path):
-        """Raises FileNotFoundError if there is no store, ValueError if a file of it has been cut short."""
+        """Raises FileNotFoundError if there is no store, ValueError if a file of it has been cut short, or meta.json changed."""
         self.folder = folder
-        self.meta = Meta(**json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+        entries = json.loads((folder / META).read_text(encoding="utf-8"))
+        self.meta = Meta(**entries)
+        if self.meta.checksum and self.meta.checksum != _checksum_of_meta(entries):
+            raise ValueError(f"{folder / META}: the content has changed since it was written (checksum)")
         self._arrays = {name: self._map(name) for name in ARRAYS}
         self.offsets: NDArray[np.int64] = self._arrays["offsets"]
         self.target_counts: NDArray[np.int64] = self._arrays["target_counts"]
@@ -127,6 +141,16 @@ class TokenStore:
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
         return cls(folder)
+
+    def verify(self) -> None:
+        """Reads every file. Raises ValueError unless all of them are as they were written, OSError if one cannot be read."""
+
+        def verify(name: str) -> None:
+            if _checksum_of_file(self.folder / name) != self.meta.checksums[name]:
+                raise ValueError(f"{self.folder / name}: the content has changed since it was written (checksum)")
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(verify, self.meta.checksums))
 
     def _map(self, name: str) -> NDArray[Any]:
         meta, path, dtype = self.meta, self.folder / f"{name}.bin", ARRAYS[name]
@@ -162,12 +186,6 @@ class TokenStore:
         """Tokens of these samples, without looking at the others. [n] -> [n]"""
         return self.offsets[samples + 1] - self.offsets[samples]
 
-    @property
-    def has_double_ends(self) -> bool:
-        """Whether a sample ends with the same token twice."""
-        ends, tokens = self.offsets[1:][self.lengths > 1], self._arrays["tokens"]
-        return bool((tokens[ends - 1] == tokens[ends - 2]).any())
-
     def ids_from(self, first: int) -> list[int]:
         """Token ids of at least `first` that occur, sorted."""
         if not self.meta.tokens or -1 < self.meta.largest_id < first:
@@ -198,6 +216,17 @@ class TokenStore:
         return json.loads(self._arrays["rows"][here].tobytes())
 
 
+class _File:
+    """A file that is written, and the checksum of what was written to it."""
+
+    def __init__(self, file: BinaryIO, checksum: xxhash.xxh3_128):
+        self._file, self._checksum = file, checksum
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._checksum.update(data)
+
+
 class StoreWriter:
     """Appends samples; made by `create`."""
 
@@ -207,10 +236,16 @@ class StoreWriter:
         """Where the store stands in the end."""
         self._folder = folder
         self._part_places: dict[str, int] = {}
-        self._files = {name: files.enter_context((folder / f"{name}.bin").open("wb")) for name in ARRAYS}
+        self._checksums: dict[str, xxhash.xxh3_128] = {}
         self._open = files
-        self._bad_rows: TextIO | None = None
+        self._files = {name: self._opened(f"{name}.bin") for name in ARRAYS}
+        self._bad_rows: _File | None = None
         self._append("offsets", 0)
+
+    def _opened(self, name: str) -> _File:
+        file = self._open.enter_context((self._folder / name).open("wb"))
+        checksum = self._checksums[name] = xxhash.xxh3_128()
+        return _File(file, checksum)
 
     def _append(self, name: str, values: float | Sequence[int] | NDArray[Any]) -> None:
         self._files[name].write(np.asarray(values, ARRAYS[name]).tobytes())
@@ -247,13 +282,15 @@ class StoreWriter:
         """A row that is left out."""
         self.meta.dropped_bad += 1
         if self._bad_rows is None:
-            self._bad_rows = self._open.enter_context((self._folder / BAD_ROWS).open("w", encoding="utf-8"))
-        self._bad_rows.write(json.dumps({"row": row, "reason": reason}, ensure_ascii=False) + "\n")
+            self._bad_rows = self._opened(BAD_ROWS)
+        self._bad_rows.write((json.dumps({"row": row, "reason": reason}, ensure_ascii=False) + "\n").encode())
 
     def finish(self) -> None:
         self.meta.parts = list(self._part_places)
-        text = json.dumps(asdict(self.meta), indent=2, ensure_ascii=False)
-        (self._folder / "meta.json").write_text(text + "\n", encoding="utf-8")
+        self.meta.checksums = {name: checksum.hexdigest() for name, checksum in self._checksums.items()}
+        entries = asdict(self.meta)
+        entries["checksum"] = _checksum_of_meta(entries)
+        (self._folder / META).write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -27,13 +27,13 @@ class Stores:
     """Of the sources of `train`; None if every row comes once an epoch."""
 
 
-def open_stores(phase: Phase, cache: Path) -> Stores:
-    """Raises InputError for rows that cannot be used, in training or evaluation data, or that leave no room for a response."""
+def open_stores(phase: Phase, cache: Path, *, verify: bool = True) -> Stores:
+    """Raises InputError for rows that cannot be used, in training or evaluation data, or that leave no room for a response. `verify`: see `prepare`."""
     stores: list[TokenStore | None] = []
     problems: list[Problem] = []
     for held_out, source in ((False, phase.data.train), (True, phase.data.eval)):
         try:
-            stores.append(_open(phase, held_out, cache) if source is not None else None)
+            stores.append(_open(phase, held_out, cache, verify) if source is not None else None)
         except InputError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
@@ -81,7 +81,7 @@ def data_of(phase: Phase, *, held_out: bool) -> Data:
     return phase.data.model_copy(update={"bad_rows": "refuse"}) if held_out else phase.data
 
 
-def _open(phase: Phase, held_out: bool, cache: Path) -> TokenStore:
+def _open(phase: Phase, held_out: bool, cache: Path, verify: bool) -> TokenStore:
     return prepare(
         sources_of(phase, held_out=held_out),
         data_of(phase, held_out=held_out),
@@ -90,6 +90,7 @@ def _open(phase: Phase, held_out: bool, cache: Path) -> TokenStore:
         cache,
         trust_remote_code=phase.model.trust_remote_code,
         revision=tokenizer_revision(phase.model),
+        verify=verify,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from training.config import Phase
 from training.group import Group, results
 from training.measures import Answers, Row, in_order, measured
 from training.recipes.hooks import Hooks
@@ -13,6 +14,12 @@ PART_S = 3600.0
 """Longest time for one call: a few batches of data, or of responses."""
 TARGET_S = 2.0
 """A call of several batches takes about that long."""
+
+
+def is_evaluated_at(phase: Phase, step: int) -> bool:
+    """Whether a step that is not the last is evaluated: as `eval_every` says, or because the best checkpoint is chosen by that."""
+    for_choice = phase.save_period if phase.checkpoint.best is not None else None
+    return any(step % period == 0 for period in (phase.eval_every, for_choice) if period is not None)
 
 
 class Interrupted(Exception):

@@ -60,6 +60,10 @@ class Hooks(Protocol):
         """Training begins, `step` steps are done already. `evaluates`: the evaluation of the last of them is done (again) now."""
         ...
 
+    def clock(self) -> float:
+        """Seconds, of a clock that only goes forward: when `checkpoint.every` is a time, it decides when to save."""
+        ...
+
     def stop_requested(self) -> bool:
         """Whether to save and return at the next opportunity."""
         ...

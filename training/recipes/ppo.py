@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -19,7 +20,7 @@ from training.config import PPO, Stop
 from training.errors import Diverged
 from training.facts import Facts
 from training.group import Future, Group, results, results_of
-from training.recipes.evaluating import Interrupted, answered
+from training.recipes.evaluating import Interrupted, answered, is_evaluated_at
 from training.recipes.hooks import Hooks
 from training.recipes.profiled import Profiled
 from training.recipes.resuming import SETUP_S, resume
@@ -56,7 +57,7 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     hooks.started(facts, step, evaluates=is_due)
     is_evaluated = True
     if is_due or (phase.eval_on_start and step == 0):
-        is_evaluated = _evaluate(groups["policy"], hooks, saver, step)
+        is_evaluated = _evaluate(groups["policy"], hooks, partial(saver.attend, step, loop.remembered), saver, step)
     while step < facts.total_steps and not state.reached and not hooks.stop_requested():
         step += 1
         profiled.before(step)
@@ -70,10 +71,10 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
         saver.poll()
         if is_last:
             saver.last_step = step
-        if step % phase.checkpoint.every == 0 or is_last or saver.failed:
+        if saver.is_due(step):
             saver.save(step, loop.remembered())
         if _evaluates(phase, step, is_last=is_last):
-            is_evaluated = _evaluate(groups["policy"], hooks, saver, step)
+            is_evaluated = _evaluate(groups["policy"], hooks, partial(saver.attend, step, loop.remembered), saver, step)
     profiled.end(step)
     if state.reached:
         hooks.event("reached", step=step, what=state.reached)
@@ -317,17 +318,15 @@ def _check_finite(row: Mapping[str, Any], step: int) -> None:
 
 
 def _evaluates(phase: PPO, step: int, *, is_last: bool) -> bool:
-    on_time = phase.eval_every is not None and step % phase.eval_every == 0
-    for_choice = phase.checkpoint.best is not None and step % phase.checkpoint.every == 0
-    return phase.eval is not None and (is_last or on_time or for_choice)
+    return phase.eval is not None and (is_last or is_evaluated_at(phase, step))
 
 
-def _evaluate(policy: Group, hooks: Hooks, saver: Saver, step: int) -> bool:
+def _evaluate(policy: Group, hooks: Hooks, between: Callable[[], None], saver: Saver, step: int) -> bool:
     """Accuracy on questions. False if the run is to stop: then it is due when the run goes on."""
     began = time.perf_counter()
     try:
         with saver.kept_on_failure():
-            metrics, speed = answered(policy, hooks, step, saver.poll)
+            metrics, speed = answered(policy, hooks, step, between)
     except Interrupted:
         return False
     hooks.log({"step": step, **metrics, **speed, "evaluation_s": time.perf_counter() - began})

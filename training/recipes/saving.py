@@ -6,8 +6,9 @@ since from then on everything that is trained could be lost.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -51,9 +52,23 @@ class Saver:
         """The last save failed: another is due now."""
         self.last_step = facts.total_steps
         """Of the phase."""
+        self._began_s = hooks.clock()
+        """When the newest checkpoint was committed or begun, or training began."""
         self._pending: _Pending | None = None
         self._evaluated: tuple[int, Mapping[str, float]] | None = None
         """The newest evaluation, and of which step, until it is written beside a checkpoint."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save the state after `step`."""
+        return self.failed or self.counts(step) or self._is_time(step)
+
+    def _is_time(self, step: int) -> bool:
+        return self.due_in_s() <= 0 and not self.is_saving and step != self.newest
+
+    def due_in_s(self) -> float:
+        """Seconds until the clock says that another checkpoint is due; infinite if it does not decide."""
+        every_s = self.phase.checkpoint.every_s
+        return math.inf if every_s is None else self._began_s + every_s - self.hooks.clock()
 
     def save(self, step: int, state: Mapping[str, Any] | None = None) -> None:
         """Begin to save the state after `step`. Returns when it is copied.
@@ -67,6 +82,7 @@ class Saver:
         staged = self.hooks.checkpoints.stage(step)
         copied = {role: answers[0] for role, answers in self._all("begin_save", str(staged)).items()}
         self._pending = _Pending(step, staged, copied, state or {}, began, time.monotonic() - began)
+        self._began_s = self.hooks.clock()
         self.newest = step
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -103,6 +119,12 @@ class Saver:
         """Whether a save is under way."""
         return self._pending is not None
 
+    def attend(self, step: int, state: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """While the state after `step` is evaluated: as `poll`, and save it when the clock says so."""
+        self.poll()
+        if self._is_time(step):
+            self.save(step, state())
+
     def poll(self) -> None:
         """Commit the save under way if all workers have written."""
         if self._pending is not None and not any(map(any, self._all("is_saving").values())):
@@ -130,6 +152,7 @@ class Saver:
             self.hooks.event("save_failed", step=pending.step, error=str(error))
             return
         self.failed = False
+        self._began_s = self.hooks.clock()
         took, stall = time.monotonic() - pending.began, pending.stall_s
         self.hooks.event(
             "checkpoint", step=pending.step, checkpoint=str(folder), seconds=round(took, 3), stall_s=round(stall, 3)
@@ -148,22 +171,25 @@ class Saver:
             raise
 
     def _retain(self) -> None:
-        keep, best = self.phase.checkpoint.keep, self.phase.checkpoint.best
-        smaller_is_better = best is None or best.smaller_is_better
-        self.hooks.checkpoints.retain(
-            keep, best.metric if best else None, smaller_is_better=smaller_is_better, counts=self._is_due
-        )
+        keep = self.phase.checkpoint.keep
+        of_clock = self.phase.checkpoint.every_s is not None
+        self.hooks.checkpoints.retain(keep, self._best(), counts=(lambda step: True) if of_clock else self.counts)
 
     def chosen(self) -> Place:
         """The checkpoint that the phase ends with: the best if the job asks for it, else the last."""
-        best = self.phase.checkpoint.best
-        checkpoints = self.hooks.checkpoints
-        found = best and checkpoints.best(best.metric, smaller_is_better=best.smaller_is_better, counts=self._is_due)
-        return found or checkpoints.at(self.last_step)
+        return self._best() or self.hooks.checkpoints.at(self.last_step)
 
-    def _is_due(self, step: int) -> bool:
-        """Whether a checkpoint of this step is one that the job asks for, not one made because of an interruption."""
-        return step % self.phase.checkpoint.every == 0 or step == self.last_step
+    def _best(self) -> Place | None:
+        """None if the job does not ask for the best, or nothing that counts is evaluated yet."""
+        best = self.phase.checkpoint.best
+        if best is None:
+            return None
+        return self.hooks.checkpoints.best(best.metric, smaller_is_better=best.smaller_is_better, counts=self.counts)
+
+    def counts(self, step: int) -> bool:
+        """Whether the job asks for a checkpoint of this very step: not one made by the clock, or because of an interruption."""
+        period = self.phase.save_period
+        return step == self.last_step or (period is not None and step % period == 0)
 
     def _manifest(self, pending: _Pending, shards: Sequence[File]) -> Manifest:
         facts, phase = self.facts, self.phase

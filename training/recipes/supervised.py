@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 
 from training.config import Phase
 from training.facts import Facts
 from training.group import Group, results
-from training.recipes.evaluating import Interrupted, answered, measured_on_data
+from training.recipes.evaluating import Interrupted, answered, is_evaluated_at, measured_on_data
 from training.recipes.hooks import Hooks
 from training.recipes.profiled import Profiled
 from training.recipes.resuming import SETUP_S, resume
@@ -46,9 +47,8 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     if is_due or (phase.eval_on_start and step == 0):
         is_evaluated = _evaluate(phase, trainer, hooks, facts, saver, step)
     while step < facts.total_steps and not hooks.stop_requested():
-        num_steps = min(
-            _next_stop(phase, facts, step) - step, _steps_in_a_call(pace, trainer.size, saving=saver.is_saving)
-        )
+        within_s = _SAVING_CALL_S if saver.is_saving else min(_TARGET_CALL_S, max(0.0, saver.due_in_s()))
+        num_steps = min(_next_stop(phase, facts, step) - step, _steps_in_a_call(pace, trainer.size, within_s))
         profiled.before(step + 1)
         began = time.monotonic()
         with saver.kept_on_failure():
@@ -57,7 +57,7 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
         step += num_steps
         profiled.after(step)
         saver.poll()
-        if step % phase.checkpoint.every == 0 or step == facts.total_steps or saver.failed:
+        if saver.is_due(step):
             saver.save(step)
         if _evaluates(phase, facts, step):  # after the save: whatever ends a long evaluation, no step is lost
             is_evaluated = _evaluate(phase, trainer, hooks, facts, saver, step)
@@ -66,18 +66,16 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
     return last if is_evaluated else None
 
 
-def _steps_in_a_call(pace: float, workers: int, *, saving: bool) -> int:
+def _steps_in_a_call(pace: float, workers: int, within_s: float) -> int:
     """`pace`: seconds of a step, 0 if that is not known yet."""
-    wanted = _SAVING_CALL_S if saving else _TARGET_CALL_S
     fewest = math.ceil(_CALL_S_A_WORKER * workers / pace) if pace else 1
-    return max(1, int(wanted / pace), fewest if workers > _MANY else 1) if pace else 1
+    return max(1, int(within_s / pace), fewest if workers > _MANY else 1) if pace else 1
 
 
 def _next_stop(phase: Phase, facts: Facts, step: int) -> int:
     """The next step after which there is something else to do than the next step."""
-    stops = [facts.total_steps, (step // phase.checkpoint.every + 1) * phase.checkpoint.every]
-    if phase.eval_every is not None:
-        stops.append((step // phase.eval_every + 1) * phase.eval_every)
+    periods = [period for period in (phase.save_period, phase.eval_every) if period is not None]
+    stops = [facts.total_steps, *((step // period + 1) * period for period in periods)]
     if phase.profile is not None:
         stops += [stop for stop in (phase.profile.first - 1, phase.profile.last) if stop > step]
     return min(stops)
@@ -86,9 +84,7 @@ def _next_stop(phase: Phase, facts: Facts, step: int) -> int:
 def _evaluates(phase: Phase, facts: Facts, step: int) -> bool:
     if not facts.num_eval_samples and phase.eval is None:
         return False
-    for_choice = phase.checkpoint.best is not None and step % phase.checkpoint.every == 0
-    on_time = phase.eval_every is not None and step % phase.eval_every == 0
-    return step == facts.total_steps or on_time or for_choice
+    return step == facts.total_steps or is_evaluated_at(phase, step)
 
 
 def _train(trainer: Group, hooks: Hooks, done: int, num_steps: int) -> None:
@@ -105,13 +101,14 @@ def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, saver: S
     began = time.monotonic()
     metrics: dict[str, float] = {}
     speed: dict[str, float] = {}
+    between = partial(saver.attend, step)
     try:
         with saver.kept_on_failure():
             if facts.num_eval_samples:
                 num_batches = math.ceil(facts.num_eval_samples / phase.batch)
-                metrics |= measured_on_data(trainer, hooks, num_batches, saver.poll)
+                metrics |= measured_on_data(trainer, hooks, num_batches, between)
             if phase.eval is not None:
-                answers, speed = answered(trainer, hooks, step, saver.poll)
+                answers, speed = answered(trainer, hooks, step, between)
                 metrics |= answers
     except Interrupted:
         return False

@@ -198,7 +198,7 @@ class Policy(_Learning):
             device=self.device_name,
             data_hash=self.store.folder.name,
             data_hash_before=self.store.meta.hash_before,
-            data_changes=tuple(self.store.meta.changes or ()),
+            data_changes=tuple(self.store.meta.changes),
             chats=self.store.meta.chats,
             stop_tokens=self.stops[0],
             stop_tokens_before=self.stops[1],

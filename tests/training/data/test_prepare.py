@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -14,7 +13,7 @@ from training.data import prepare as prepare_module
 from training.data.files import expand
 from training.data.prepare import check_rows, prepare
 from training.data.render import Renderer
-from training.data.store import TokenStore, create
+from training.data.store import TokenStore
 from training.errors import InputError
 
 SFT = ("prompt_completion", "alpaca", "sharegpt", "messages")
@@ -57,6 +56,10 @@ def refused(call, *arguments, **settings) -> list[str]:
     with pytest.raises(InputError) as caught:
         call(*arguments, **settings)
     return str(caught.value).splitlines()
+
+
+def content(store: TokenStore) -> list[tuple[list[int], list[bool]]]:
+    return [(ids.tolist(), targets.tolist()) for ids, targets in store]
 
 
 def stores(folder: Path) -> list[Path]:
@@ -437,17 +440,46 @@ def test_a_store_has_another_name_only_where_rows_mean_something_else_than_befor
     assert len(stores(tmp_path)) == 2
 
 
-def test_a_store_of_an_earlier_version_is_used_where_its_tokens_cannot_have_changed(tmp_path, tokenizer):
+def test_a_store_of_a_version_without_checksums_is_made_anew_under_its_name(tmp_path, tokenizer, caplog):
     write(tmp_path / "a.jsonl", ROWS)
-    write(tmp_path / "b.jsonl", [conversation("1?", "1")])
-    for name, is_used in (("a.jsonl", True), ("b.jsonl", False)):
-        store = run(tmp_path, tokenizer, train=name)
-        path = store.folder / "meta.json"
-        old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("changes", "sequences")}
-        path.write_text(json.dumps(old))
-        again = run(tmp_path, tokenizer, train=name)
-        assert again.folder == store.folder
-        assert (again.meta.changes is None) == is_used
+    store = run(tmp_path, tokenizer)
+    path, tokens = store.folder / "meta.json", content(store)
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("checksums", "checksum")}
+    path.write_text(json.dumps(old))
+    again = run(tmp_path, tokenizer)
+    assert again.meta.checksums
+    assert (again.folder, content(again)) == (store.folder, tokens)
+    assert stores(tmp_path) == [path]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "targets.bin", "meta.json"])
+def test_a_store_with_a_turned_bit_is_made_anew_and_a_warning_says_so(tmp_path, tokenizer, caplog, name):
+    write(tmp_path / "a.jsonl", ROWS)
+    store = run(tmp_path, tokenizer)
+    tokens, path = content(store), store.folder / name
+    written = bytearray(path.read_bytes())
+    written[len(written) // 2] ^= 1
+    path.write_bytes(written)
+    again = run(tmp_path, tokenizer)
+    assert (again.folder, content(again)) == (store.folder, tokens)
+    (record,) = caplog.records
+    assert "damaged" in record.message
+    caplog.clear()
+    again.verify()
+    assert run(tmp_path, tokenizer).folder == store.folder
+    assert not caplog.records
+
+
+def test_a_store_that_another_process_has_made_anew_meanwhile_is_not_removed(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ROWS)
+    store = run(tmp_path, tokenizer)
+    damaged = store.folder.stat()
+    store.folder.rename(tmp_path / "removed by another process")
+    prepare_module._remove(store.folder, damaged)
+    again = run(tmp_path, tokenizer)
+    prepare_module._remove(again.folder, damaged)
+    again.verify()
 
 
 def test_only_plain_texts_of_a_tokenizer_that_adds_bos_have_another_store(tmp_path, tokenizer):
@@ -470,22 +502,6 @@ def test_only_plain_texts_of_a_tokenizer_that_adds_bos_have_another_store(tmp_pa
         assert same.meta.same_without_bos
 
 
-def test_whether_an_old_store_has_the_same_tokens_is_found_out_once(tmp_path, tokenizer, monkeypatch):
-    write(tmp_path / "a.jsonl", ROWS)
-    path = run(tmp_path, tokenizer).folder / "meta.json"
-    old = json.loads(path.read_text())
-    del old["same_without_bos"], old["changes"]
-    path.write_text(json.dumps(old))
-    loaded = []
-    monkeypatch.setattr(
-        "training.data.render.load_tokenizer",
-        lambda *given: loaded.append(given) or AutoTokenizer.from_pretrained(given[0]),
-    )
-    assert [run(tmp_path, tokenizer).meta.same_without_bos for _ in range(2)] == [True, True]
-    assert len(loaded) == 1
-    assert {**json.loads(path.read_text()), "changes": None} == {**old, "same_without_bos": True, "changes": None}
-
-
 def test_the_row_of_a_prompt_has_no_nulls_that_parquet_filled_in(tmp_path, tokenizer):
     rows = [
         {"prompt": [{"role": "user", "content": "go"}], "tools": with_tool(*names)["tools"]}
@@ -499,12 +515,8 @@ def test_the_row_of_a_prompt_has_no_nulls_that_parquet_filled_in(tmp_path, token
     assert [store.row(index) for index in range(2)] == rows
 
 
-def test_an_old_store_of_texts_that_end_with_eos_twice_is_not_used(tmp_path, tokenizer):
+def test_texts_that_end_with_eos_get_no_second_one(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", [{"prompt": "1?", "completion": "1</s>"}])
     store = run(tmp_path, tokenizer)
     assert store.meta.changes == ["eos"]
-    assert not store.has_double_ends
-    with create(tmp_path / "old", 1) as writer:
-        writer.add(np.array([5, 2, 2]), np.array([False, True, True]), 0, "a.jsonl", 1)
-    assert TokenStore.open(tmp_path / "old").has_double_ends
-    assert not prepare_module._is_current(tmp_path / "old")
+    assert store[0][0].tolist()[-2] != store[0][0].tolist()[-1]

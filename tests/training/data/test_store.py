@@ -2,11 +2,12 @@
 
 import pickle
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from training.data.store import StoreWriter, TokenStore, create
+from training.data.store import ARRAYS, BAD_ROWS, META, StoreWriter, TokenStore, create
 
 
 def sample(length: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -19,6 +20,12 @@ def fill(writer: StoreWriter) -> None:
     writer.add(*sample(7, start=100_000), source=0, part="b.jsonl", number=3)
     writer.add(*sample(2), source=2, part="c.jsonl", number=42)
     writer.meta.notes = ["a note"]
+
+
+def turn_bit(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -100,6 +107,26 @@ def test_a_file_cut_short_is_noticed(store):
     path = store.folder / "tokens.bin"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"tokens.bin: expected 13 values"):
+        TokenStore.open(store.folder)
+
+
+@pytest.mark.parametrize("name", [*(f"{array}.bin" for array in ARRAYS), BAD_ROWS, META])
+def test_a_turned_bit_is_found_in_every_file(tmp_path, name):
+    with create(tmp_path / "store", sources=3) as writer:
+        fill(writer)
+        writer.add(*sample(2), source=2, part="c.jsonl", number=43, row=b'{"prompt": "1?"}')
+        writer.add_bad("c.jsonl:44", "no completion")
+    TokenStore.open(tmp_path / "store").verify()
+    path = tmp_path / "store" / name
+    turn_bit(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=rf"{name}: the content has changed since it was written|JSON|codec"):
+        TokenStore.open(tmp_path / "store").verify()
+
+
+@pytest.mark.parametrize("number", range(0, 900, 7))
+def test_no_turned_bit_of_the_counts_is_taken_for_a_count(store, number):
+    turn_bit(store.folder / META, number)
+    with pytest.raises((ValueError, TypeError)):
         TokenStore.open(store.folder)
 
 
