@@ -120,6 +120,7 @@ def _serve(
     seat = Seat(rank=rank, size=size, local_rank=rank, local_size=size, threads=threads, port=pipe.recv(), timeout_s=60)
     set_environment(seat)
     join(seat, listener)
+    _refuse_pickles()
     worker = Worker(seat)
     for role, target in roles.items():
         worker.build(role, target, *args)
@@ -135,6 +136,16 @@ def _serve(
             traceback.print_exc()
             pipe.send((number, False, error))
     leave()
+
+
+def _refuse_pickles() -> None:
+    """Whatever trains in a test, no collective unpickles what other workers send, also none that a library calls."""
+    from torch.distributed import distributed_c10d
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a collective of pickled objects")
+
+    distributed_c10d._object_to_tensor = distributed_c10d._tensor_to_object = refuse  # type: ignore[assignment]
 
 
 def in_a_process(function: Callable[..., Any], *args: Any) -> Any:

@@ -36,6 +36,13 @@ class Probe:
         dist.all_reduce(total)
         return int(total)
 
+    def differences(self, values: dict[str, str]) -> list[str]:
+        import torch
+
+        from training.agreement import differences
+
+        return differences(values, torch.device("cpu"))
+
     def say(self, text: str) -> None:
         print(text, flush=True)
 

@@ -5,10 +5,12 @@ Knows no data and no loss. Several learners may share a checkpoint: each keeps t
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from training import lora, pulse
 from training import model as models
+from training.agreement import differences
 from training.checkpoint import OPTIMIZER, WEIGHTS, CheckpointError, File, Reader
 from training.config import Phase
 from training.data.stores import Stores, open_stores
@@ -74,16 +77,22 @@ class Learner:
         self.kernels = models.resolve_kernels(
             self.phase.model.model_copy(update={"path": base_of(self.phase.model.path)}), self.seat.device
         )
-        held_out = stores.eval.folder.name if stores.eval is not None else ""
-        mine = (stores.train.folder.name, held_out, str(self.dtype), self.attention, self.kernels, self.traits)
-        all_of_them: list[Any] = [None] * self.seat.size
-        dist.all_gather_object(all_of_them, mine)
-        if odd := [rank for rank, other in enumerate(all_of_them) if other != all_of_them[0]]:
-            raise TrainingError(
-                f"workers {', '.join(map(str, odd))} have other data, precision, attention, kernels or model code than worker 0 "
-                f"({all_of_them[odd[0]]}, {all_of_them[0]}); give all machines the same files and packages"
-            )
+        self._compare_with_others(stores)
         return stores
+
+    def _compare_with_others(self, stores: Stores) -> None:
+        values = {
+            "training data": stores.train.folder.name,
+            "held-out data": stores.eval.folder.name if stores.eval is not None else "",
+            "precision": str(self.dtype),
+            "attention": self.attention,
+            "kernels": self.kernels,
+            "model code": json.dumps(asdict(self.traits), sort_keys=True),
+        }
+        if found := differences(values, device_of(self.seat)):
+            raise TrainingError(
+                f"the workers do not agree: {'; '.join(found)}; give all machines the same files and packages"
+            )
 
     def start(self, build: Callable[[torch.dtype], nn.Module]) -> None:
         """Load the module, which holds its model as `lm`, and begin with it."""
