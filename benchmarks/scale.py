@@ -73,7 +73,7 @@ class FakePlace:
 
         name = f"trainer-{time.monotonic_ns()}.safetensors"
         (self.staged / name).write_bytes(b"0")
-        return File(name, 1, 0, "0" * 32)
+        return [File(name, 1, 0, "0" * 32)]
 
 
 class _Hooks:

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from training.checkpoint import MANIFEST, METRICS, CheckpointError, Manifest, missing, verify
+from training.checkpoint import MANIFEST, METRICS, OPTIMIZER, CheckpointError, Manifest, missing, verify
 from training.errors import StorageError, Superseded
 from training.storage import Local, Place, flush_folder
 
@@ -57,6 +57,10 @@ class Checkpoints:
             there = ", ".join(map(str, folders)) or "none"
             raise CheckpointError(f"{self.root}: no checkpoint of step {step}; there are: {there}")
         return folders[step]
+
+    def resumable(self) -> list[Place]:
+        """Those with the optimizer's state, oldest first. One that cannot be read is among them: whoever resumes from it is told why."""
+        return [folder for folder in self.folders() if not _is_weights_only(folder)]
 
     def newest_whole(self) -> tuple[Place | None, list[str]]:
         """The newest checkpoint whose every byte is as written, and what was wrong with newer ones."""
@@ -104,9 +108,9 @@ class OpenCheckpoints(Checkpoints, ABC):
         is not there: written by a machine that does not share this folder.
         """
 
-    @abstractmethod
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write down what the checkpoint of a step was evaluated as. Raises Superseded."""
+        self._rewrite(self.root / _name(step) / METRICS, json.dumps(dict(metrics), indent=1).encode())
 
     @abstractmethod
     def set_aside(self, folder: Place) -> None:
@@ -121,9 +125,12 @@ class OpenCheckpoints(Checkpoints, ABC):
         keep: int,
         best: Place | None = None,
         *,
+        keep_weights: int = 0,
         counts: Counts = lambda step: True,
     ) -> list[Place]:
         """Delete all but the newest, the newest `keep` of those that count, and the best; returns what was deleted.
+
+        `keep_weights` more of those that count keep their weights alone; if it is not 0, so does the best when it is older.
 
         `counts(step)` is false for a checkpoint that was made because of an interruption alone: what remains must not depend
         on those. As long as the newest is not whole nothing is deleted.
@@ -131,18 +138,51 @@ class OpenCheckpoints(Checkpoints, ABC):
         folders = self.folders()
         if not folders or verify(folders[-1], deep=False):
             return []
-        kept = {folders[-1], *[folder for folder in folders if counts(step_of(folder))][-keep:]}
-        gone = [folder for folder in folders if folder not in kept and folder != best]
+        counted = [folder for folder in folders if counts(step_of(folder))]
+        whole = {folders[-1], *counted[-keep:]}
+        older = {*counted[:-keep][-keep_weights:], best} - whole if keep_weights else set()
+        gone = [folder for folder in folders if folder not in whole | older and folder != best]
         for folder in gone:
             self._remove(folder)
+        for folder in folders:
+            if folder in older:
+                self.drop_optimizer(folder)
         return gone
+
+    def drop_optimizer(self, folder: Place) -> None:
+        """Keep the weights of a checkpoint alone. Cut short, it is as it was, or has its weights alone. Raises Superseded.
+
+        Does nothing to one of an older version, whose shards hold both, or that cannot be read.
+        """
+        with suppress(CheckpointError):
+            if (light := Manifest.read(folder).without_optimizer()) is not None:
+                self._rewrite(folder / MANIFEST, light.dumped())
+                _sweep_optimizer(folder)
+
+    @abstractmethod
+    def _rewrite(self, path: Place, data: bytes) -> None:
+        """Replace a small file of a checkpoint. Raises Superseded."""
 
     def close(self) -> None:
         """This attempt writes no more."""
 
 
-def _dumped(metrics: Mapping[str, float]) -> bytes:
-    return json.dumps(dict(metrics), indent=1).encode()
+def _is_weights_only(folder: Place) -> bool:
+    try:
+        return Manifest.read(folder).weights_only
+    except CheckpointError:
+        return False
+
+
+def _sweep_optimizer(folder: Place) -> None:
+    """Delete the optimizer's shards of a checkpoint that has its weights alone, if it does."""
+    with suppress(CheckpointError):
+        manifest = Manifest.read(folder)
+        for prefix in {file.name.rpartition("/")[0] for file in manifest.files} if manifest.weights_only else ():
+            inside = folder / prefix if prefix else folder
+            for name in inside.children():
+                if name.endswith(OPTIMIZER):
+                    (inside / name).remove()
 
 
 def refuse_newer(folder: Place, attempt: int) -> None:
@@ -174,6 +214,8 @@ class _InFolder(OpenCheckpoints):
             elif name.startswith(_DOOMED):
                 with suppress(OSError):
                     (root / name).remove()
+        for folder in self.folders():
+            _sweep_optimizer(folder)
 
     @property
     def staging(self) -> Local:
@@ -218,9 +260,9 @@ class _InFolder(OpenCheckpoints):
         flush_folder(self.root.path)
         return final
 
-    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _rewrite(self, path: Place, data: bytes) -> None:
         with self._ours():
-            (self.root / _name(step) / METRICS).write(_dumped(metrics))
+            path.write(data)
 
     def set_aside(self, folder: Place) -> None:
         assert isinstance(folder, Local)
@@ -252,6 +294,7 @@ class _InBucket(OpenCheckpoints):
         self._staged: Place | None = None
         for name in self._steps():
             self._sweep(root / name)
+            _sweep_optimizer(root / name)
 
     @property
     def staging(self) -> Place:
@@ -298,9 +341,9 @@ class _InBucket(OpenCheckpoints):
         self._staged = None
         return final
 
-    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _rewrite(self, path: Place, data: bytes) -> None:
         self.claim.check()
-        (self.root / _name(step) / METRICS).write(_dumped(metrics))
+        path.write(data)
 
     def set_aside(self, folder: Place) -> None:
         data = (folder / MANIFEST).read()

@@ -140,7 +140,8 @@ class Saver:
             return
         self._pending = None
         try:
-            shards = [file for files in self._all("finish_save", timeout_s=timeout_s).values() for file in files]
+            answers = self._all("finish_save", timeout_s=timeout_s)
+            shards = [file for of_role in answers.values() for of_worker in of_role for file in of_worker]
             self.hooks.flush()  # no step of a checkpoint may be missing from the curve
             folder = self.hooks.checkpoints.commit(pending.staged, self._manifest(pending, shards))
         except (SaveError, StorageError, CheckpointError, OSError) as error:
@@ -171,9 +172,15 @@ class Saver:
             raise
 
     def _retain(self) -> None:
-        keep = self.phase.checkpoint.keep
-        of_clock = self.phase.checkpoint.every_s is not None
-        self.hooks.checkpoints.retain(keep, self._best(), counts=(lambda step: True) if of_clock else self.counts)
+        """Delete what need not stay. A failure is noted; the next checkpoint does it again."""
+        settings = self.phase.checkpoint
+        counts = self.counts if settings.every_s is None else lambda step: True
+        try:
+            self.hooks.checkpoints.retain(
+                settings.keep, self._best(), keep_weights=settings.keep_weights, counts=counts
+            )
+        except (StorageError, OSError) as error:
+            self.hooks.event("retention_failed", error=str(error))
 
     def chosen(self) -> Place:
         """The checkpoint that the phase ends with: the best if the job asks for it, else the last."""
