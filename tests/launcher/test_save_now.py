@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import launcher
+from cluster.providers.slurm import SlurmProvider
+from cluster.spec import Slurm
 from launcher import attempts, runs, save_now
 from launcher import job as jobs
 from launcher.attempts import OpenRun
@@ -95,6 +99,20 @@ def test_where_there_is_nothing_to_save_the_newest_checkpoint_is_named(run):
 def test_a_run_that_ends_before_it_has_saved_says_so(run):
     with pytest.raises(TrainingError, match="was not saved: it has ended; it has no checkpoint yet"):
         asked(run, ("failed", {"error": "-"}))
+
+
+def test_the_login_machine_of_slurm_asks_a_job_by_the_folder_of_its_run(tmp_path, run):
+    """With what the job was submitted with, which lies in its folder."""
+    (tmp_path / "jobs/one").mkdir(parents=True)
+    (tmp_path / "jobs/one/code").symlink_to(Path(launcher.__file__).parents[1])
+    spec = Slurm(provider="slurm", name="s", folder=str(tmp_path / "jobs"), workers_per_node=1, python=sys.executable)
+    run.event("checkpoint", phase="sft", step=9, checkpoint="c/9")
+    run.flush()
+    answer = SlurmProvider(spec).save("one", run.address)
+    assert json.loads(answer.splitlines()[-1]) == {"phase": "sft", "step": 9, "checkpoint": "c/9"}
+    run.event("incident", phase="sft", step=9)
+    run.flush()
+    assert "trains no step at the moment" in json.loads(SlurmProvider(spec).save("one", run.address))["error"]
 
 
 def until(condition: Callable[[], object]) -> None:
