@@ -58,6 +58,10 @@ EVENTS: dict[str, Event] = {
         "Checkpoints that need not stay could not be deleted, or their optimizer's state; tried again after the next checkpoint.",
         {"error": "Why."},
     ),
+    "quota_exceeded": Event(
+        "The checkpoints that must stay and the next one take more than `checkpoint_quota`; the run goes on saving. Written once.",
+        {"quota": "The setting.", "bytes": "How many bytes are too many."},
+    ),
     "preflight": Event(
         "The machines were looked at before the first step.",
         {

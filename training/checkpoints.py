@@ -116,10 +116,6 @@ class OpenCheckpoints(Checkpoints, ABC):
     def set_aside(self, folder: Place) -> None:
         """Take a checkpoint out of the count, without deleting it."""
 
-    @abstractmethod
-    def _remove(self, folder: Place) -> None:
-        """Delete a checkpoint; cut short, it must not leave one with holes."""
-
     def retain(
         self,
         keep: int,
@@ -143,7 +139,7 @@ class OpenCheckpoints(Checkpoints, ABC):
         older = {*counted[:-keep][-keep_weights:], best} - whole if keep_weights else set()
         gone = [folder for folder in folders if folder not in whole | older and folder != best]
         for folder in gone:
-            self._remove(folder)
+            delete(folder)
         for folder in folders:
             if folder in older:
                 self.drop_optimizer(folder)
@@ -165,6 +161,19 @@ class OpenCheckpoints(Checkpoints, ABC):
 
     def close(self) -> None:
         """This attempt writes no more."""
+
+
+def delete(folder: Place) -> None:
+    """Delete a checkpoint, of this phase or another. Cut short, it leaves none with holes: in a folder it loses its name first, in a bucket
+    its manifest."""
+    if not isinstance(folder, Local):
+        (folder / MANIFEST).remove()
+        return folder.remove()
+    doomed = Local(folder.path.with_name(f"{_DOOMED}{folder.name}"))
+    doomed.remove()
+    folder.path.rename(doomed.path)
+    with suppress(OSError):  # what is left goes when the next attempt opens
+        doomed.remove()
 
 
 def _is_weights_only(folder: Place) -> bool:
@@ -210,7 +219,7 @@ class _InFolder(OpenCheckpoints):
             raise Superseded(f"{root}: attempt {attempt} is being worked on by another process") from None
         for name in root.children():
             if name.startswith(_ATTEMPT) and name != self.own.name:
-                self._delete(root / name)
+                delete(root / name)
             elif name.startswith(_DOOMED):
                 with suppress(OSError):
                     (root / name).remove()
@@ -255,7 +264,7 @@ class _InFolder(OpenCheckpoints):
             final = self.root / _name(manifest.step)
             if final.path.exists():
                 refuse_newer(final, self.attempt)
-                self._delete(final)
+                delete(final)
             staged.path.rename(final.path)
         flush_folder(self.root.path)
         return final
@@ -269,18 +278,6 @@ class _InFolder(OpenCheckpoints):
         target = self.root / f"{_ASIDE}{folder.name}.attempt-{self.attempt}"
         target.remove()
         folder.path.rename(target.path)
-
-    def _remove(self, folder: Place) -> None:
-        self._delete(folder)
-
-    def _delete(self, folder: Place) -> None:
-        """Away from its name first."""
-        assert isinstance(folder, Local)
-        doomed = self.root / f"{_DOOMED}{folder.name}"
-        doomed.remove()
-        folder.path.rename(doomed.path)
-        with suppress(OSError):  # what is left goes when the next attempt opens
-            doomed.remove()
 
     def close(self) -> None:
         with suppress(OSError):
@@ -349,10 +346,6 @@ class _InBucket(OpenCheckpoints):
         data = (folder / MANIFEST).read()
         (folder / f"{_ASIDE}attempt-{self.attempt}.json").write(data)
         (folder / MANIFEST).remove()
-
-    def _remove(self, folder: Place) -> None:
-        (folder / MANIFEST).remove()
-        folder.remove()
 
 
 class Claim:

@@ -80,6 +80,7 @@ class Saver:
         if step == self.newest and not self.failed:
             return
         staged = self.hooks.checkpoints.stage(step)
+        self._make_room()
         copied = {role: answers[0] for role, answers in self._all("begin_save", str(staged)).items()}
         self._pending = _Pending(step, staged, copied, state or {}, began, time.monotonic() - began)
         self._began_s = self.hooks.clock()
@@ -179,6 +180,12 @@ class Saver:
             self.hooks.checkpoints.retain(
                 settings.keep, self._best(), keep_weights=settings.keep_weights, counts=counts
             )
+        except (StorageError, OSError) as error:
+            self.hooks.event("retention_failed", error=str(error))
+
+    def _make_room(self) -> None:
+        try:
+            self.hooks.make_room(self._best())
         except (StorageError, OSError) as error:
             self.hooks.event("retention_failed", error=str(error))
 
