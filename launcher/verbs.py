@@ -97,6 +97,7 @@ def verb(function: Callable, of: typer.Typer = app) -> Callable:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             with interrupts.raised():
+                _require_working_folder()
                 status = function(*args, **kwargs)
         except (InputError, Refused) as error:
             _fail(error, INPUT_WRONG)
@@ -110,6 +111,14 @@ def verb(function: Callable, of: typer.Typer = app) -> Callable:
 
 
 cluster_verb = partial(verb, of=clusters)
+
+
+def _require_working_folder() -> None:
+    """Raises InputError if the folder that the command was started in has been deleted: no path could be made absolute."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputError.of("working folder", "it has been deleted; change to another folder and try again") from None
 
 
 def _fail(error: Exception, status: int) -> None:

@@ -141,6 +141,9 @@ class Recorder:
     def started(self, facts: Any, step: int, *, evaluates: bool = False) -> None:
         self.facts, self.first = facts, step
 
+    def make_room(self, best) -> None:
+        """There is no quota."""
+
     def clock(self) -> float:
         """Seconds that a test says have gone by."""
         return getattr(self, "seconds", 0.0)

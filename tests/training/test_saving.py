@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.training_fixtures import Recorder
-from training.checkpoint import File, Manifest, verify, write_shard
+from training.checkpoint import OPTIMIZER, File, Manifest, verify, write_shard
 from training.config import SFT
 from training.errors import SaveError
 from training.facts import Facts
@@ -40,12 +40,13 @@ class Workers:
     def is_saving(self, rank):
         return self.writing and rank == 1
 
-    def finish_save(self, rank) -> File:
+    def finish_save(self, rank) -> list[File]:
         if self.broken:
             self.broken -= 1
             raise SaveError("the checkpoint cannot be written: No space left on device")
         values = torch.arange(2 * rank, 2 * rank + 2, dtype=torch.float32).numpy()
-        return write_shard(self.staged / f"worker-{rank}.safetensors", [(f"fp32/w@{2 * rank}", 2)], values)
+        shards = {f"worker-{rank}.safetensors": "fp32", f"worker-{rank}{OPTIMIZER}": "exp_avg"}
+        return [write_shard(self.staged / name, [(f"{kind}/w@{2 * rank}", 2)], values) for name, kind in shards.items()]
 
 
 def saver_of(folder, **settings) -> Saver:
@@ -192,18 +193,19 @@ def test_the_state_that_is_saved_is_that_of_the_moment(tmp_path):
 
     state = torch.zeros(1_000_000)
     writer = ShardWriter()
-    writer.begin(place(tmp_path / "shard"), [("a", state[:10]), ("b", state[10:])])
-    state.fill_(7)  # the training goes on while the file is written
-    file = writer.finish()
-    saved = load_file(tmp_path / "shard")
-    assert file.size == (tmp_path / "shard").stat().st_size
+    writer.begin(place(tmp_path), {"weights": [("a", state[:10]), ("b", state[10:999])], "rest": [("c", state[999:])]})
+    state.fill_(7)  # the training goes on while the files are written
+    files = writer.finish()
+    assert {file.name: file.size for file in files} == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    saved = load_file(tmp_path / "weights") | load_file(tmp_path / "rest")
     assert saved["a"].tolist() == [0.0] * 10
-    assert saved["b"].max() == 0
+    assert [saved[name].size for name in ("b", "c")] == [989, 999_001]
+    assert saved["b"].max() == saved["c"].max() == 0
 
 
 def test_a_full_disk_is_told_when_the_save_is_finished(tmp_path):
     writer = ShardWriter()
-    writer.begin(place(tmp_path / "no" / "such" / "folder"), [("a", torch.zeros(3))])
+    writer.begin(place(tmp_path / "no" / "such" / "folder"), {"shard": [("a", torch.zeros(3))]})
     with pytest.raises(SaveError, match="the checkpoint cannot be written: No such file or directory"):
         writer.finish()
-    assert writer.finish() is None
+    assert writer.finish() == []

@@ -29,6 +29,7 @@ from training.config import RewardSource
 from training.errors import InputError, TrainingError
 from training.reward_signature import GIVEN, RESERVED, is_conversation, signature_of
 from training.rl.experience import Response
+from training.time_limit import TimeLimitReached, within
 
 _TRIES = 5
 
@@ -71,25 +72,15 @@ class RewardFunction:
         return response.text
 
     def _in_time(self, arguments: dict[str, Any]) -> Any:
-        """In a thread of its own: a function that hangs cannot be ended, but need not be waited for."""
-        answer: list[Any] = []
-        errors: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                answer.append(self._awaited(self.function(**arguments)))
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=call, daemon=True)
-        thread.start()
-        thread.join(self.source.timeout)
-        if errors:
-            error = errors[0]
+        """Raises RewardError for a function that fails, or takes longer than it may."""
+        try:
+            return within(self.source.timeout, lambda: self._awaited(self.function(**arguments)))
+        except TimeLimitReached:
+            raise RewardError(
+                f"the reward {self.source.path} has not answered within {self.source.timeout:g} s"
+            ) from None
+        except BaseException as error:  # a function may call sys.exit
             raise RewardError(f"the reward {self.source.path} raised {type(error).__name__}: {error}") from error
-        if not answer:
-            raise RewardError(f"the reward {self.source.path} has not answered within {self.source.timeout:g} s")
-        return answer[0]
 
     def _awaited(self, result: Any) -> Any:
         """The result of a function, or of the coroutine that it returned."""
