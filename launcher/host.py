@@ -21,7 +21,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from launcher.failures import Raised, WorkerDied
+from launcher.failures import WorkerDied
 from launcher.notices import Listener
 from launcher.nursery import STACKS
 from launcher.pipe import Pipe
@@ -123,12 +123,12 @@ class _Worker:
             wait([self.pipe, self._end])  # type: ignore[list-item]
             if not self.pipe.poll():
                 raise EOFError
-            ok, value, trace = self.pipe.recv()
+            ok, value = self.pipe.recv()
         except (EOFError, ConnectionError, OSError):
             raise self._death() from None
         if ok:
             return value
-        raise Raised.of(value, trace)
+        raise value
 
     def _death(self) -> WorkerDied:
         self.gone.wait(5)
