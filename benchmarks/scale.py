@@ -105,6 +105,9 @@ class _Hooks:
     def flush(self) -> None: ...
     def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None: ...
     def make_room(self, best: Any) -> None: ...
+    def save_requested(self, step: int) -> bool:
+        return False
+
     def clock(self) -> float:
         return time.monotonic()
 

@@ -62,6 +62,10 @@ EVENTS: dict[str, Event] = {
         "The checkpoints that must stay and the next one take more than `checkpoint_quota`; the run goes on saving. Written once.",
         {"quota": "The setting.", "bytes": "How many bytes are too many."},
     ),
+    "save_requested": Event(
+        "Somebody has asked for a checkpoint now (`muster save`).",
+        {"step": "Steps that are done; they will be in the checkpoint.", "id": "Of the request."},
+    ),
     "preflight": Event(
         "The machines were looked at before the first step.",
         {

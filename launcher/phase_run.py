@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher import plan, quota, runs, site, trackers
+from launcher import plan, quota, runs, save_now, site, trackers
 from launcher.attempts import OpenRun
 from launcher.gang import Gang
 from launcher.interrupts import Interrupts
@@ -182,6 +182,13 @@ class PhaseRun:
             f"{self.name}: checkpoint_quota {self.job.checkpoint_quota} cannot be kept: the checkpoints that must stay and the next one take "
             f"{excess / 1e9:,.2f} GB more"
         )
+
+    def save_requested(self, step: int) -> bool:
+        if (identity := save_now.take(self.run)) is None:
+            return False
+        self.event("save_requested", step=step, id=identity)
+        self.progress.say(f"{self.name}: saves step {step}, as `muster save` asks")
+        return True
 
     def clock(self) -> float:
         return time.monotonic()

@@ -144,6 +144,10 @@ class Recorder:
     def make_room(self, best) -> None:
         """There is no quota."""
 
+    def save_requested(self, step) -> bool:
+        """At the steps `save_at`."""
+        return step in getattr(self, "save_at", ())
+
     def clock(self) -> float:
         """Seconds that a test says have gone by."""
         return getattr(self, "seconds", 0.0)

@@ -75,8 +75,8 @@ class Machine:
         self.off, self.log = self.home / "off", self.home / "log"
         self.started: list[subprocess.Popen] = []
 
-    def watch(self, port: int, *, seconds: float, end: tuple[str, ...] = ()) -> subprocess.Popen:
-        limits = ["--minutes", str(seconds / 60), "--every", "0.1", "--timeout", "0.5"]
+    def watch(self, port: int, *, seconds: float, timeout: float = 3, end: tuple[str, ...] = ()) -> subprocess.Popen:
+        limits = ["--minutes", str(seconds / 60), "--every", "0.1", "--timeout", str(timeout)]
         command = [
             sys.executable,
             str(self.program),
@@ -134,7 +134,7 @@ def test_a_machine_whose_head_is_gone_ends_itself_and_says_why(head, machine):
 
 
 def test_a_head_that_was_only_slow_loses_nobody_and_one_that_hangs_for_good_is_gone(head, machine):
-    machine.watch(head.port, seconds=4)
+    machine.watch(head.port, seconds=4, timeout=0.5)
     for _ in range(5):  # 4.5 s in all
         head.process.send_signal(signal.SIGSTOP)
         time.sleep(0.9)
@@ -174,7 +174,7 @@ def test_what_a_cloud_cluster_runs_watches_once_and_outlives_the_shell_that_star
     assert "orphan_watch" not in json.dumps([config["head_setup_commands"], config["head_start_ray_commands"]])
     assert first.count("sudo -n shutdown -h now") == 1
 
-    short = first.replace(":6379", f":{head.port}").replace("--minutes 15", "--minutes 0.02 --every 0.1 --timeout 0.5")
+    short = first.replace(":6379", f":{head.port}").replace("--minutes 15", "--minutes 0.02 --every 0.1 --timeout 3")
     command = short.replace("sudo -n shutdown -h now", f"touch {machine.off}").replace("python3", sys.executable)
     environment = {**os.environ, "HOME": str(machine.home), "RAY_HEAD_IP": "127.0.0.1"}
     for _ in range(2):
@@ -260,7 +260,7 @@ def test_rays_own_gcs_is_seen_while_it_is_there_and_missed_when_it_is_gone(machi
     try:
         node.start(node.script(arguments), "a" * 64)
         assert answers("127.0.0.1", port, 10)
-        machine.watch(port, seconds=3)
+        machine.watch(port, seconds=3, timeout=1)
         (gcs,) = [
             one
             for one in psutil.process_iter(["cmdline"])

@@ -175,6 +175,16 @@ def test_with_a_time_all_checkpoints_are_kept_in_turn_and_the_best_is_one_that_w
     assert committed(saver) == ["step-00000010", "step-00000020", "step-00000023"]
 
 
+def test_what_somebody_asks_for_is_saved_now_also_in_the_middle_of_an_evaluation(saver):
+    saver.hooks.save_at = {5, 6}
+    assert [step for step in (4, 5) if saver.is_due(step)] == [5]
+    saver.save(5)
+    saver.finish()
+    saver.attend(6)
+    saver.finish()
+    assert committed(saver)[-1] == "step-00000006"
+
+
 def test_what_is_evaluated_for_long_is_saved_meanwhile_when_the_clock_says_so(tmp_path):
     saver = saver_of(tmp_path, checkpoint={"every": "90s"})
     saver.attend(7)

@@ -60,7 +60,7 @@ class Saver:
 
     def is_due(self, step: int) -> bool:
         """Whether to save the state after `step`."""
-        return self.failed or self.counts(step) or self._is_time(step)
+        return self.hooks.save_requested(step) or self.failed or self.counts(step) or self._is_time(step)
 
     def _is_time(self, step: int) -> bool:
         return self.due_in_s() <= 0 and not self.is_saving and step != self.newest
@@ -121,9 +121,9 @@ class Saver:
         return self._pending is not None
 
     def attend(self, step: int, state: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """While the state after `step` is evaluated: as `poll`, and save it when the clock says so."""
+        """While the state after `step` is evaluated: as `poll`, and save it when somebody asks for it or the clock says so."""
         self.poll()
-        if self._is_time(step):
+        if self.hooks.save_requested(step) or self._is_time(step):
             self.save(step, state())
 
     def poll(self) -> None:
