@@ -15,7 +15,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from training.errors import Diverged, InputError, MusterError, SaveError, StorageError, Superseded, TrainingError
+from training.errors import (
+    Diverged,
+    InputError,
+    MusterError,
+    SaveError,
+    ServiceError,
+    StorageError,
+    Superseded,
+    TrainingError,
+)
 
 _TAIL_LINES = 15
 
@@ -170,6 +179,7 @@ def kind_of(error: MusterError) -> Kind:
         Diverged: Kind.DIVERGED,
         SaveError: Kind.STORAGE,
         StorageError: Kind.STORAGE,
+        ServiceError: Kind.CONNECTION,
         Superseded: Kind.SUPERSEDED,
         RayLost: Kind.MACHINE,
     }

@@ -229,7 +229,19 @@ class _Nursery:
 
 
 def apart(name: str, *args: Any) -> Any:
-    """Have a fork of the nursery at hand do something (a function of nursery.Life), and end. Raises what `Host.ask` raises."""
+    """Have a fork of the nursery at hand do something (a function of nursery.Life), and end. Raises what `Host.ask` raises.
+
+    What somebody has killed, the nursery or its fork, is tried once more; the second time with a nursery of its own.
+    """
+    try:
+        return _in_a_fork(name, *args)
+    except WorkerDied as death:
+        if death.status not in (0, -signal.SIGKILL) or "memory" in death.reason:
+            raise
+        return _in_a_fork(name, *args)
+
+
+def _in_a_fork(name: str, *args: Any) -> Any:
     nursery = _Nursery(_device_at_hand())
     try:
         return nursery.fork().ask(name, *args)

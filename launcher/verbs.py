@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -100,9 +100,9 @@ def verb(function: Callable, of: typer.Typer = app) -> Callable:
                 _require_working_folder()
                 status = function(*args, **kwargs)
         except (InputError, Refused) as error:
-            _fail(error, INPUT_WRONG)
+            fail(error, INPUT_WRONG)
         except (MusterError, ClusterError, OSError) as error:
-            _fail(error, FAILED)
+            fail(error, FAILED)
         except KeyboardInterrupt:
             status = interrupts.status()
         raise SystemExit(status or DONE)
@@ -121,7 +121,8 @@ def _require_working_folder() -> None:
         raise InputError.of("working folder", "it has been deleted; change to another folder and try again") from None
 
 
-def _fail(error: Exception, status: int) -> None:
+def fail(error: Exception, status: int) -> NoReturn:
+    """End the command with a line of text."""
     with suppress(OSError):  # whoever would have read it may be gone
         print(printable(str(error)), file=sys.stderr)
     raise SystemExit(status)

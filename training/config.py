@@ -567,7 +567,7 @@ class RewardSource(Settings):
     weight: float = 1.0
     """The rewards are added up with these weights."""
     timeout: PositiveFloat = 60.0
-    """Seconds that a function or an endpoint may take for a batch."""
+    """Seconds that a function or an endpoint may take for a batch; of an endpoint from the connection to the last byte of its answer."""
     folder: str | None = None
     """Of a function: the folder in which its module, and what that imports, is looked for after all that is installed. None: the folder
     of the job file."""

@@ -21,7 +21,16 @@ from launcher.failures import (
     told,
     worker_error,
 )
-from training.errors import Diverged, InputError, MusterError, SaveError, StorageError, Superseded, TrainingError
+from training.errors import (
+    Diverged,
+    InputError,
+    MusterError,
+    SaveError,
+    ServiceError,
+    StorageError,
+    Superseded,
+    TrainingError,
+)
 
 LOG = Path("nowhere/rank-0.log")
 
@@ -51,6 +60,7 @@ OTHERS = {
     Diverged("step 3: the loss is nan"): Kind.DIVERGED,
     SaveError("no room"): Kind.STORAGE,
     StorageError("s3://b does not answer"): Kind.STORAGE,
+    ServiceError("the reward http://h/score cannot be had"): Kind.CONNECTION,
     Superseded("attempt 2 has taken over"): Kind.SUPERSEDED,
     TrainingError("workers 1 have other data"): Kind.PROGRAM,
 }
