@@ -66,11 +66,15 @@ class Raised(Evidence):
 
 
 class WorkerDied(Evidence):
-    """A worker's process ended. `status`: its exit status, or minus the signal; `reason` if there is more to say."""
+    """A worker's process ended. `status`: its exit status, or minus the signal; `reason` if there is more to say.
 
-    def __init__(self, status: int, reason: str = ""):
-        super().__init__(status, reason)
-        self.status, self.reason = status, reason
+    `short_of_memory`: the kernel killed processes of its machine for want of memory while it lived.
+    """
+
+    def __init__(self, status: int, reason: str = "", short_of_memory: bool = False):
+        super().__init__(status, reason, short_of_memory)
+        self.status, self.short_of_memory = status, short_of_memory
+        self.reason = reason or ("the kernel was short of memory" if short_of_memory else "")
 
 
 class WorkerError(TrainingError):
@@ -132,7 +136,7 @@ _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal
 
 
 def _kind_of_death(death: WorkerDied) -> Kind:
-    if "memory" in death.reason:
+    if death.short_of_memory:
         return Kind.MEMORY
     return Kind.CRASH if death.status >= 0 or -death.status in _CRASHES else Kind.KILLED
 

@@ -132,7 +132,7 @@ class _Worker:
 
     def _death(self) -> WorkerDied:
         self.gone.wait(5)
-        return WorkerDied(self.status, "the kernel was short of memory" if _oom_kills() > self._oom_kills else "")
+        return WorkerDied(self.status, short_of_memory=_oom_kills() > self._oom_kills)
 
     def ended(self, status: int) -> None:
         """The nursery says so."""
@@ -236,7 +236,7 @@ def apart(name: str, *args: Any) -> Any:
     try:
         return _in_a_fork(name, *args)
     except WorkerDied as death:
-        if death.status not in (0, -signal.SIGKILL) or "memory" in death.reason:
+        if death.status not in (0, -signal.SIGKILL) or death.short_of_memory:
             raise
         return _in_a_fork(name, *args)
 

@@ -18,6 +18,8 @@ from launcher.runs import EVENTS, RunFolder
 from training.errors import InputError, StorageError, TrainingError
 
 _LOOK_S, _LOOK_IN_BUCKET_S = 0.2, 2.0
+_LONGEST_ID = 64
+"""Bytes: whoever may write to the folder chooses what is in the file."""
 _NO_STEPS = ("started", "incident", "moved", "phase_started", "phase_finished")
 """Events after which no step is trained until the event `training`."""
 _ENDS = ("done", "failed", "interrupted", "phase_finished")
@@ -31,7 +33,7 @@ def take(run: RunFolder) -> str | None:
     if not os.path.exists(path):
         return None
     try:
-        identity = path.read_text()
+        identity = path.read_bytes()[:_LONGEST_ID].decode(errors="replace")
         path.unlink()
     except OSError:  # the storage is away for a moment
         return None

@@ -39,7 +39,7 @@ LOG = Path("nowhere/rank-0.log")
 EVIDENCE = {
     "killed from outside": (WorkerDied(-9), Kind.KILLED),
     "ended by SIGTERM": (WorkerDied(-15), Kind.KILLED),
-    "killed by the kernel, which was short of memory": (WorkerDied(-9, "the kernel was short of memory"), Kind.MEMORY),
+    "killed by the kernel, which was short of memory": (WorkerDied(-9, short_of_memory=True), Kind.MEMORY),
     "a bad pointer": (WorkerDied(-11), Kind.CRASH),
     "an assertion of C++ code": (WorkerDied(-6), Kind.CRASH),
     "a library that calls exit": (WorkerDied(0), Kind.CRASH),
@@ -213,7 +213,7 @@ def test_without_a_traceback_the_end_of_the_log_is_shown(tmp_path):
     "error",
     [
         WorkerError(3, Kind.PROGRAM, "x", LOG, node=NODE, trace="trace", collateral=[0, 1]),
-        WorkerDied(-9, "why"),
+        WorkerDied(-9, "why", short_of_memory=True),
         Raised("ValueError", "x", "trace", Kind.MEMORY),
     ],
     ids=lambda error: type(error).__name__,

@@ -96,6 +96,12 @@ def test_where_there_is_nothing_to_save_the_newest_checkpoint_is_named(run):
         save_now.request(runs.find(run.address))
 
 
+def test_a_request_that_nobody_can_have_made_is_answered_all_the_same(run):
+    (run.folder / SAVE).write_bytes(b"\xff" * 100_000)
+    assert len(save_now.take(run)) == 64
+    assert save_now.take(run) is None
+
+
 def test_a_run_that_ends_before_it_has_saved_says_so(run):
     with pytest.raises(TrainingError, match="was not saved: it has ended; it has no checkpoint yet"):
         asked(run, ("failed", {"error": "-"}))

@@ -175,6 +175,21 @@ def test_with_a_time_all_checkpoints_are_kept_in_turn_and_the_best_is_one_that_w
     assert committed(saver) == ["step-00000010", "step-00000020", "step-00000023"]
 
 
+def test_what_cannot_be_deleted_ends_no_run_and_goes_after_the_next_checkpoint(tmp_path):
+    saver = saver_of(tmp_path, checkpoint={"keep": 1})
+    in_the_way = tmp_path / ".old-step-00000200"  # the name that it would get
+    in_the_way.symlink_to(tmp_path.parent)
+    for step in (200, 400):
+        saver.save(step)
+        saver.finish()
+    assert [kind for kind, _ in saver.hooks.events] == ["checkpoint", "checkpoint", "retention_failed"]
+    assert committed(saver) == ["step-00000200", "step-00000400"]
+    in_the_way.unlink()
+    saver.save(600)
+    saver.finish()
+    assert committed(saver) == ["step-00000600"]
+
+
 def test_what_somebody_asks_for_is_saved_now_also_in_the_middle_of_an_evaluation(saver):
     saver.hooks.save_at = {5, 6}
     assert [step for step in (4, 5) if saver.is_due(step)] == [5]
