@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# cpu or cuda: which file of torch; without a word the one that pip takes on this machine.
+LOCK ?=
 DEMO := build/demo
 PYTEST := $(BIN)/python -m pytest
 # Most tests wait for processes: more of them side by side than there are cores. tests/grouping.py says which stay together.
@@ -11,17 +14,19 @@ PARALLEL ?= 4
 SIDE_BY_SIDE := -n $(PARALLEL) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-long test-gpu check format docs bench clean
+.PHONY: help setup demo test test-faults test-long test-gpu check audit format docs bench wheel clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 setup: $(READY)  ## build .venv from pinned requirements
 
-$(READY): .ci/requirements.txt pyproject.toml
+# The build backend comes first, by its hash: what is built from source is not given another.
+$(READY): .ci/cpu.lock .ci/cuda.lock .ci/dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .ci/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP_INSTALL) --require-hashes --no-deps -r .ci/dev.lock
+	lock=$(LOCK); $(PIP_INSTALL) --require-hashes --no-build-isolation -r .ci/$${lock:-$$($(BIN)/python .ci/which_lock.py)}.lock -r .ci/dev.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	touch $(READY)
 
 demo: $(READY)  ## a working folder, an SFT job on two workers with ZeRO-2, three questions before and after
@@ -46,12 +51,15 @@ test-long: $(READY)  ## soaks, learning runs, Slurm, AWS, whole tables (hours, b
 test-gpu: $(READY)  ## the tests that need a GPU
 	$(PYTEST) -m gpu
 
-check: $(READY)  ## format, lint, types, import contracts, unit tests
+check: $(READY) audit  ## format, lint, types, import contracts, unit tests, known vulnerabilities
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(PYTEST) -q -n 2 --dist loadgroup -m "not cpu and not cluster and not faults and not long and not gpu"
+
+audit: $(READY)  ## known vulnerabilities of the pinned packages, where an index answers
+	$(BIN)/python .ci/audit.py
 
 format: $(READY)  ## format and mend what can be mended
 	$(BIN)/ruff format .
@@ -62,6 +70,10 @@ docs: $(READY)  ## docs/reference, from the code
 
 bench: $(READY)  ## all benchmarks (long; on a quiet machine)
 	$(BIN)/python -m benchmarks
+
+wheel: $(READY)  ## build/wheel: the wheel, and beside it the list of what it is tested with (SBOM, CycloneDX)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	for lock in cpu cuda; do $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/wheel/$$lock.cdx.json .ci/$$lock.lock; done
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info

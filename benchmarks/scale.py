@@ -73,7 +73,7 @@ class FakePlace:
 
         name = f"trainer-{time.monotonic_ns()}.safetensors"
         (self.staged / name).write_bytes(b"0")
-        return File(name, 1, 0, "0" * 32)
+        return [File(name, 1, 0, "0" * 32)]
 
 
 class _Hooks:
@@ -104,6 +104,10 @@ class _Hooks:
     def gpus_full(self, fractions: Any) -> None: ...
     def flush(self) -> None: ...
     def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None: ...
+    def make_room(self, best: Any) -> None: ...
+    def save_requested(self, step: int) -> bool:
+        return False
+
     def clock(self) -> float:
         return time.monotonic()
 

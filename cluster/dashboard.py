@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ClusterError, Refused
 
 _ANSWER_S = 20.0
+_NO_ANSWER = (OSError, ValueError, http.client.HTTPException, RecursionError, OverflowError, MemoryError)
+"""What Python's client and JSON raise for replies that are cut, and for those that are none."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Dashboard:
             raise ClusterError(
                 f"{self.shown} answers {error.code} to {path}; is it a Ray cluster's dashboard?"
             ) from None
-        except (OSError, ValueError) as error:
+        except _NO_ANSWER as error:
             reason = getattr(error, "reason", error)
             raise ClusterError(f"{self.shown} does not answer at {self.url}: {reason}; is the cluster up?") from None
 
@@ -60,19 +64,32 @@ class Dashboard:
 
     def version(self) -> str:
         """Of Ray there."""
-        return str(self.get("/api/version")["ray_version"])
+        path = "/api/version"
+        with self._form_of(path):
+            return str(self.get(path)["ray_version"])
 
     def nodes(self) -> list[dict[str, Any]]:
         """The machines that are up: address, whether it is the head, CPUs, GPUs, labels."""
-        answer = self.get("/api/v0/nodes?limit=10000&detail=True")
-        return [
-            {
-                "address": node["node_ip"],
-                "head": node["is_head_node"],
-                "cpus": node["resources_total"].get("CPU", 0),
-                "gpus": node["resources_total"].get("GPU", 0),
-                "labels": node.get("labels") or {},
-            }
-            for node in answer["data"]["result"]["result"]
-            if node["state"] == "ALIVE"
-        ]
+        path = "/api/v0/nodes?limit=10000&detail=True"
+        with self._form_of(path):
+            return [
+                {
+                    "address": node["node_ip"],
+                    "head": node["is_head_node"],
+                    "cpus": node["resources_total"].get("CPU", 0),
+                    "gpus": node["resources_total"].get("GPU", 0),
+                    "labels": node.get("labels") or {},
+                }
+                for node in self.get(path)["data"]["result"]["result"]
+                if node["state"] == "ALIVE"
+            ]
+
+    @contextmanager
+    def _form_of(self, path: str) -> Iterator[None]:
+        """In the block an answer of another form than Ray's raises ClusterError."""
+        try:
+            yield
+        except (KeyError, TypeError, AttributeError):
+            raise ClusterError(
+                f"{self.shown} answers something else than Ray to {path}; is it a Ray cluster's dashboard?"
+            ) from None

@@ -408,6 +408,9 @@ class Cloud(Cluster):
     """On the machines, with Muster's dependencies."""
     idle_minutes: Positive = 10
     """Minutes after which a machine that nobody uses is given back."""
+    orphan_minutes: Count | None = 15
+    """Minutes without an answer of the head after which a machine for workers shuts itself down. 0 or None: never. Until `down` such a
+    machine costs nothing more on EC2, its disk on Compute Engine and Azure."""
     private: bool = False
     """Machines without a public address: reached from inside their network only."""
 

@@ -6,16 +6,19 @@ import atexit
 import os
 
 from launcher import interrupts
-from launcher.exit_status import INTERRUPTED, RESUME_ME
+from launcher.exit_status import FAILED, INTERRUPTED, RESUME_ME
 
 
 def main() -> None:
     interrupts.exit_on_signals()
     from launcher import output
     from launcher.cli import app
+    from launcher.verbs import fail
 
     try:
         app()
+    except OSError as error:  # from what is printed outside of a verb, such as its help
+        fail(error, FAILED)
     except SystemExit as end:
         output.flush()
         if end.code in (RESUME_ME, INTERRUPTED):

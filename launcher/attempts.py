@@ -28,7 +28,7 @@ from launcher.shared_settings import value_at
 from launcher.small_files import SmallFiles
 from launcher.yamlfile import COMMAND_LINE, KeyPath, dotted
 from training.checkpoint import CheckpointError
-from training.checkpoints import CLAIMS, Checkpoints, Claim, newest_claim
+from training.checkpoints import CLAIMS, Checkpoints, Claim, newest_claim, step_of
 from training.errors import InputError, Problem
 from training.storage import Place, is_remote, place
 from training.versions import MUSTER, versions_of
@@ -95,13 +95,21 @@ class GoOn:
 def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, int]:
     """What it takes to go on from a checkpoint: its phase (None: the last that has any) there, later ones at their beginning.
 
-    Raises InputError if there is no such phase or checkpoint.
+    Raises InputError if there is no such phase or checkpoint, or the checkpoint has no optimizer state any more.
     """
     name = phase_with_checkpoints(run, phase)
+    checkpoints = Checkpoints(run.checkpoints(name))
     try:
-        Checkpoints(run.checkpoints(name)).at(step)
+        folder = checkpoints.at(step)
     except CheckpointError as error:
         raise InputError.of("", str(error)) from error
+    if folder not in (resumable := checkpoints.resumable()):
+        steps = ", ".join(str(step_of(each)) for each in resumable) or "none"
+        raise InputError.of(
+            str(folder),
+            "has its weights alone (checkpoint.keep_weights), to generate, evaluate and export from; a run cannot be resumed from it. "
+            f"{name} can be resumed at: {steps}",
+        )
     names = list(run.job().phases)
     return {name: step, **dict.fromkeys(names[names.index(name) + 1 :], 0)}
 

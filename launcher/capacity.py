@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 
+from launcher import ray_address
 from launcher.job import Job
 from launcher.shared_settings import advised_path
 from training import compiling, kernels
@@ -35,7 +35,7 @@ def check(job: Job, *, inline: bool, force: bool = False) -> None:
     """
     address = os.environ.get("RAY_ADDRESS")
     if address and not inline:
-        _reach(address)
+        ray_address.check(address)
         return
     problems = []
     for name, phase in job.phases.items():
@@ -50,18 +50,6 @@ def check(job: Job, *, inline: bool, force: bool = False) -> None:
             problems.append(Problem(str(job.file), f"phases.{name}.model.compile", wrong))
     if problems:
         raise InputError(problems)
-
-
-def _reach(address: str) -> None:
-    """Raises InputError if nobody answers at host:port; Ray itself would try for minutes."""
-    host, _, port = address.rpartition("://")[2].partition(":")
-    if not port.isdigit():
-        return  # a form that Ray understands by itself, such as `auto`
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except OSError as error:
-        message = f"no Ray cluster answers there ({error}); start one, correct RAY_ADDRESS, or unset it to run on this machine"
-        raise InputError.of(f"RAY_ADDRESS={address}", message) from error
 
 
 def _one_inline(job: Job, name: str) -> str | None:

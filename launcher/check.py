@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import capacity, plan, probing, site, trackers
+from launcher import capacity, plan, probing, quota, site, trackers
 from launcher import job as jobs
 from launcher.cache import cache_folder
 from launcher.job import Job
@@ -38,6 +38,8 @@ def machine(job: Job, *, inline: bool, force: bool = False) -> None:
     """Raises InputError if this machine lacks a package or the room that the job needs. `force`: room is not looked at."""
     trackers.check(job.track, where=str(job.file))
     capacity.check(job, inline=inline, force=force)
+    if not force:
+        quota.check(job)
     if not force and capacity.num_gpus() and (inline or "RAY_ADDRESS" not in os.environ):
         fits_gpus(job, lambda: [site.here()])
 

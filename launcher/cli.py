@@ -140,6 +140,16 @@ def resume(
 
 
 @verb
+def save(run: RunName, on: On = None, as_json: Json = False) -> None:
+    """Have a run save a checkpoint now and go on, and wait until it has. With --on: a job of a cluster, by its id."""
+    if on is not None:
+        return cli_cluster.save_on(run, on, as_json)
+    from launcher import runs, save_now
+
+    show(save_now.request(runs.find(run)), save_now.lines, as_json)
+
+
+@verb
 def chaos(
     run: RunName,
     kill: Annotated[str, typer.Option(help="rank, node or driver.")] = "rank",

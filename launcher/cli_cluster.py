@@ -115,6 +115,13 @@ def stop(job: JobId, on: On = None, as_json: Json = False) -> None:
     show([jobs.stop(found.jobs, job, found.spec.stop_s + 60)], handover.job_lines, as_json)
 
 
+def save_on(job: str, on: str, as_json: bool) -> None:
+    from launcher import clusters, save_now
+    from launcher import submit as jobs
+
+    show(jobs.save(clusters.target(on).jobs, job), save_now.lines, as_json)
+
+
 def list_on(on: str, as_json: bool) -> None:
     from launcher import clusters, handover
     from launcher import submit as jobs

@@ -197,7 +197,7 @@ def _status(found: Target) -> dict[str, Any]:
         with found.door() as door:
             nodes = door.nodes()
     except ClusterError as error:
-        return {**facts, "state": "silent", "problem": str(error), "nodes": [], "jobs": []}
+        return {**facts, "state": "silent", "problem": str(error), "nodes": [], "jobs": [], **_without_head(found)}
     prices = [float(node["labels"][PRICE]) for node in nodes if PRICE in node["labels"]]
     price = sum(prices) if prices else None
     return {
@@ -210,21 +210,58 @@ def _status(found: Target) -> dict[str, Any]:
     }
 
 
+def _without_head(found: Target) -> dict[str, Any]:
+    """What the cloud says of a cluster whose head does not answer. Empty: there is no cloud to ask."""
+    from cluster.providers.cloud import CloudProvider
+
+    if not isinstance(found.provider, CloudProvider) or found.home is None:
+        return {}
+    try:
+        instances = found.provider.instances(found.home)
+    except ClusterError as error:
+        return {"cloud_problem": str(error)}
+    running = [one for one in instances if not one.stopped]
+    prices = [one.price for one in running if one.price is not None]
+    return {
+        "instances": [vars(one) for one in instances],
+        "price_per_hour": sum(prices) if prices else None,
+        "unpriced": len(running) - len(prices),
+    }
+
+
 def status_lines(clusters: Sequence[dict[str, Any]]) -> Iterator[str]:
     if not clusters:
         yield "no clusters; `muster cluster up FILE` starts one"
     for facts in clusters:
         nodes = facts["nodes"]
         gpus = sum(node["gpus"] for node in nodes)
+        price = _price(facts) if nodes else ""
         yield (
             f"{facts['name']}: {facts['state']}, {facts['provider']}, since {facts['started']}, {len(nodes)} machines, "
-            f"{gpus:g} GPUs{_price(facts)}, jobs: {', '.join(facts['jobs']) or 'none'}"
+            f"{gpus:g} GPUs{price}, jobs: {', '.join(facts['jobs']) or 'none'}"
         )
         if "problem" in facts:
             yield f"  {facts['problem']}"
         for node in nodes:
             role = "head" if node["head"] else "worker"
             yield f"  {node['address']:<16} {role:<7} {node['cpus']:g} CPUs, {node['gpus']:g} GPUs"
+        yield from _left_lines(facts)
+
+
+def _left_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What is left of a cluster in a cloud whose head does not answer."""
+    if "cloud_problem" in facts:
+        yield f"  {facts['cloud_problem']}"
+    if (instances := facts.get("instances")) is None:
+        return
+    down = f"`muster cluster down {facts['name']}`"
+    if not instances:
+        yield f"  the cloud has no machine of it any more; {down} removes the rest"
+        return
+    yield f"  the cloud still has {len(instances)} of its machines{_price(facts)}; {down} ends them:"
+    for one in instances:
+        role = "stopped, its disk is left" if one["stopped"] else "head" if one["head"] else f"worker of {one['kind']}"
+        yield f"  {one['id']:<20} {one['address']:<16} {role}"
 
 
 def _price(facts: Mapping[str, Any]) -> str:

@@ -54,6 +54,18 @@ EVENTS: dict[str, Event] = {
         "The workers of an attempt are there.",
         {"workers": "Of each its rank, the address of its machine, and its process id there."},
     ),
+    "retention_failed": Event(
+        "Checkpoints that need not stay could not be deleted, or their optimizer's state; tried again after the next checkpoint.",
+        {"error": "Why."},
+    ),
+    "quota_exceeded": Event(
+        "The checkpoints that must stay and the next one take more than `checkpoint_quota`; the run goes on saving. Written once.",
+        {"quota": "The setting.", "bytes": "How many bytes are too many."},
+    ),
+    "save_requested": Event(
+        "Somebody has asked for a checkpoint now (`muster save`).",
+        {"step": "Steps that are done; they will be in the checkpoint.", "id": "Of the request."},
+    ),
     "preflight": Event(
         "The machines were looked at before the first step.",
         {

@@ -15,7 +15,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from training.errors import Diverged, InputError, MusterError, SaveError, StorageError, Superseded, TrainingError
+from training.errors import (
+    Diverged,
+    InputError,
+    MusterError,
+    SaveError,
+    ServiceError,
+    StorageError,
+    Superseded,
+    TrainingError,
+)
 
 _TAIL_LINES = 15
 
@@ -49,24 +58,23 @@ class Evidence(MusterError):
 
 
 class Raised(Evidence):
-    """A worker's code raised something that is no message for people."""
+    """A worker's code raised something that is no message for people. `kind` was decided there (exception_kinds.py)."""
 
-    def __init__(self, name: str, message: str, trace: str):
-        super().__init__(name, message, trace)
-        self.name, self.message, self.trace = name, message, trace
-
-    @classmethod
-    def of(cls, error: Exception, trace: str) -> Exception:
-        """The error itself if it is meant for people."""
-        return error if isinstance(error, MusterError) else cls(type(error).__name__, str(error), trace)
+    def __init__(self, name: str, message: str, trace: str, kind: Kind = Kind.PROGRAM):
+        super().__init__(name, message, trace, kind)
+        self.name, self.message, self.trace, self.kind = name, message, trace, kind
 
 
 class WorkerDied(Evidence):
-    """A worker's process ended. `status`: its exit status, or minus the signal; `reason` if there is more to say."""
+    """A worker's process ended. `status`: its exit status, or minus the signal; `reason` if there is more to say.
 
-    def __init__(self, status: int, reason: str = ""):
-        super().__init__(status, reason)
-        self.status, self.reason = status, reason
+    `short_of_memory`: the kernel killed processes of its machine for want of memory while it lived.
+    """
+
+    def __init__(self, status: int, reason: str = "", short_of_memory: bool = False):
+        super().__init__(status, reason, short_of_memory)
+        self.status, self.short_of_memory = status, short_of_memory
+        self.reason = reason or ("the kernel was short of memory" if short_of_memory else "")
 
 
 class WorkerError(TrainingError):
@@ -114,7 +122,7 @@ def _worker_error(rank: int, kind: Kind, message: str, log: Path, rest: dict[str
 
 def worker_error(rank: int, evidence: Raised | WorkerDied, log: Path, node: str) -> WorkerError:
     """What a worker's evidence says, as a failure of that worker."""
-    kind = _kind_of_exception(evidence) if isinstance(evidence, Raised) else _kind_of_death(evidence)
+    kind = evidence.kind if isinstance(evidence, Raised) else _kind_of_death(evidence)
     trace = evidence.trace if isinstance(evidence, Raised) else ""
     return WorkerError(rank, kind, in_words(evidence), log, node=node, trace=trace)
 
@@ -124,31 +132,11 @@ def in_words(evidence: Raised | WorkerDied) -> str:
     return f"raised: {evidence.name}: {evidence.message}" if isinstance(evidence, Raised) else _told_death(evidence)
 
 
-# What a healthy worker says when another one is gone.
-_COLLATERAL = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "gloo",
-    "NCCL",
-    "Broken pipe",
-    "Connection refused",
-)
-_LOST_CONNECTION = ("DistNetworkError", "DistStoreError")
-"""Types of torch for what a worker sees of others through the store where they meet."""
-_NO_MEMORY = ("OutOfMemoryError", "MemoryError")
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
 
 
-def _kind_of_exception(raised: Raised) -> Kind:
-    if raised.name in _NO_MEMORY or "can't allocate memory" in raised.message:
-        return Kind.MEMORY
-    if raised.name in _LOST_CONNECTION or any(word in raised.message for word in _COLLATERAL):
-        return Kind.CONNECTION
-    return Kind.PROGRAM
-
-
 def _kind_of_death(death: WorkerDied) -> Kind:
-    if "memory" in death.reason:
+    if death.short_of_memory:
         return Kind.MEMORY
     return Kind.CRASH if death.status >= 0 or -death.status in _CRASHES else Kind.KILLED
 
@@ -195,6 +183,7 @@ def kind_of(error: MusterError) -> Kind:
         Diverged: Kind.DIVERGED,
         SaveError: Kind.STORAGE,
         StorageError: Kind.STORAGE,
+        ServiceError: Kind.CONNECTION,
         Superseded: Kind.SUPERSEDED,
         RayLost: Kind.MACHINE,
     }

@@ -15,7 +15,7 @@ from typing import Any
 from cluster.errors import Refused
 from cluster.home import muster_home
 from cluster.spec import Cluster
-from launcher import check, clusters, site
+from launcher import check, clusters, quota, site
 from launcher import job as jobs
 from launcher import submit as jobs_there
 from launcher.job import Job
@@ -37,6 +37,7 @@ def submit(
     storage = _storage(job, found.spec)
     job.look_at_phases(lambda phase: _check_room(phase, found.spec))
     if not force:
+        quota.check(job)
         check.fits_gpus(job, lambda: site.all_of_cluster(found.spec, job.accelerator))
     phases = {name: _with_gpus(phase, found.spec) for name, phase in job.phases.items()}
     name = jobs_there.submit(

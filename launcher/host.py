@@ -21,7 +21,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from launcher.failures import Raised, WorkerDied
+from launcher.failures import WorkerDied
 from launcher.notices import Listener
 from launcher.nursery import STACKS
 from launcher.pipe import Pipe
@@ -123,16 +123,16 @@ class _Worker:
             wait([self.pipe, self._end])  # type: ignore[list-item]
             if not self.pipe.poll():
                 raise EOFError
-            ok, value, trace = self.pipe.recv()
+            ok, value = self.pipe.recv()
         except (EOFError, ConnectionError, OSError):
             raise self._death() from None
         if ok:
             return value
-        raise Raised.of(value, trace)
+        raise value
 
     def _death(self) -> WorkerDied:
         self.gone.wait(5)
-        return WorkerDied(self.status, "the kernel was short of memory" if _oom_kills() > self._oom_kills else "")
+        return WorkerDied(self.status, short_of_memory=_oom_kills() > self._oom_kills)
 
     def ended(self, status: int) -> None:
         """The nursery says so."""
@@ -229,7 +229,19 @@ class _Nursery:
 
 
 def apart(name: str, *args: Any) -> Any:
-    """Have a fork of the nursery at hand do something (a function of nursery.Life), and end. Raises what `Host.ask` raises."""
+    """Have a fork of the nursery at hand do something (a function of nursery.Life), and end. Raises what `Host.ask` raises.
+
+    What somebody has killed, the nursery or its fork, is tried once more; the second time with a nursery of its own.
+    """
+    try:
+        return _in_a_fork(name, *args)
+    except WorkerDied as death:
+        if death.status not in (0, -signal.SIGKILL) or death.short_of_memory:
+            raise
+        return _in_a_fork(name, *args)
+
+
+def _in_a_fork(name: str, *args: Any) -> Any:
     nursery = _Nursery(_device_at_hand())
     try:
         return nursery.fork().ask(name, *args)

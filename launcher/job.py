@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from launcher import shared_settings, yamlfile
 from launcher.explain import REQUIRED, UNKNOWN_KEY, all_keys, did_you_mean, keys_of, listed, validated
@@ -52,6 +52,7 @@ NEUTRAL = (
     "track",
     "max_hours",
     "max_cost",
+    "checkpoint_quota",
     "phases.*.resources",
     "phases.*.sharding",
     "phases.*.micro_tokens",
@@ -113,12 +114,18 @@ class Job:
     """With workers, over all attempts: then the run saves and stops."""
     max_cost: float | None = None
     """Of the machines that its workers are on, and the head: as `max_hours`. Needs prices in the cluster file."""
+    checkpoint_quota: str | None = None
+    """What all checkpoints of the run may take, with its unit."""
     phases: dict[str, Phase]
     """By name, in the order in which they run."""
     document: Document = field(compare=False, repr=False)
     """Where every setting was written."""
     own_settings: OwnSettings = field(default_factory=dict, repr=False)
     """By phase: the settings of `model`, `resources`, `sharding`, `seed` and `deepspeed` that the user's file gives inside the phase."""
+
+    @property
+    def quota_bytes(self) -> int | None:
+        return None if self.checkpoint_quota is None else _bytes_of(self.checkpoint_quota)
 
     @property
     def accelerator(self) -> str | None:
@@ -148,6 +155,19 @@ class Job:
         return Problem(self.document.where(path), dotted(path), problem.message)
 
 
+_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(MB|GB|TB|MiB|GiB|TiB)")
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def _bytes_of(text: str) -> int:
+    """Of a size such as 200GB. Raises ValueError."""
+    found = _SIZE.fullmatch(text)
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size == 0:
+        raise ValueError(f'got "{text}", expected a size such as 200GB, 1.5TB or 64GiB')
+    return size
+
+
 class TopLevel(Settings):
     """The top level of a job file. What is inside the sections is checked where they are used."""
 
@@ -165,6 +185,10 @@ class TopLevel(Settings):
     """Hours with workers, over all attempts, after which the run saves and stops (exit status 3). None: no limit."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
     """The same for the price of the machines; needs prices in the cluster file, and is in their currency."""
+    checkpoint_quota: str | None = None
+    """What the checkpoints of all phases may take together, such as 200GB (MB, GB, TB, MiB, GiB, TiB), also while another one is written: before that
+    the oldest are deleted, whatever `checkpoint.keep` says, but never the newest that the run can be resumed from, the best, or the one that a
+    phase has ended with. None: no limit."""
     model: Section = Field(default={})
     """For all phases; see below."""
     resources: Section = Field(default={})
@@ -180,6 +204,13 @@ class TopLevel(Settings):
         examples=["{sft: {data: {train: data/train.jsonl}}}"]
     )
     """What is done, in order, by names of your choice: letters, digits, _ and -."""
+
+    @field_validator("checkpoint_quota")
+    @classmethod
+    def _is_a_size(cls, quota: str | None) -> str | None:
+        if quota is not None:
+            _bytes_of(quota)
+        return quota
 
 
 def load(file: Path, overrides: Sequence[str] = (), elsewhere: Sequence[str] = ()) -> Job:
@@ -266,7 +297,7 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     job = Job(
         name=name, file=file, storage=storage, seed=top.seed, track=track, env=top.env, max_hours=top.max_hours,
-        max_cost=top.max_cost, phases=phases, document=document, own_settings=own,
+        max_cost=top.max_cost, checkpoint_quota=top.checkpoint_quota, phases=phases, document=document, own_settings=own,
     )  # fmt: skip
     return job, report, document
 
@@ -444,7 +475,7 @@ def _model_problems(phase: Phase) -> list[str]:
 def _as_data(job: Job) -> dict[str, Any]:
     phases = {name: phase.model_dump(by_alias=True) for name, phase in job.phases.items()}
     top = {"name": job.name, "seed": job.seed, "storage": job.storage, "track": job.track, "env": job.env}
-    limits = {"max_hours": job.max_hours, "max_cost": job.max_cost}
+    limits = {"max_hours": job.max_hours, "max_cost": job.max_cost, "checkpoint_quota": job.checkpoint_quota}
     return {**top, **{name: limit for name, limit in limits.items() if limit is not None}, "phases": phases}
 
 

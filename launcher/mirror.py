@@ -23,6 +23,8 @@ FETCHED, FETCHED_OF_PHASES = ("job.yaml", "events.jsonl", "spent.json"), ("metri
 """What tells how far a run is."""
 ALIVE = ".alive"
 """A time: the driver was at work then."""
+SAVE = ".save"
+"""A request to save now (save_now.py), by its id."""
 ALIVE_S = 120.0
 """A driver that has not said so for this long is gone."""
 _PAUSE_S = 5.0
@@ -81,6 +83,7 @@ class Mirror:
     def __init__(self, folder: Path, remote: Place, claim: Claim):
         self.folder, self.remote, self.claim = folder, remote, claim
         self._sent: dict[Path, tuple[int, int]] = {}
+        self._request = b""
         self._busy = threading.Lock()
         self._woken, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
@@ -95,8 +98,17 @@ class Mirror:
         with self._busy:
             self.claim.check()
             (self.remote / ALIVE).write(datetime.now(UTC).isoformat().encode())
+            self._fetch_request()
             for path in sorted(self.folder.rglob("*")):
                 self._send(path)
+
+    def _fetch_request(self) -> None:
+        """Put a new request to save into the folder, where the driver looks for it."""
+        with suppress(FileNotFoundError):
+            request = (self.remote / SAVE).read()
+            if request != self._request:
+                self._request = request
+                (self.folder / SAVE).write_bytes(request)
 
     def _send(self, path: Path) -> None:
         if path.name.startswith(".") or not path.is_file():

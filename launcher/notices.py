@@ -12,13 +12,14 @@ endpoint and `MUSTER_CLOUD` another cloud: aws, gcp, azure, or none.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+
+from training import foreign
+from training.http_requests import RequestError, StatusError, fetch
 
 _VENDORS = {"Amazon EC2": "aws", "Google": "gcp", "Microsoft Corporation": "azure"}
 _ADDRESSES = {
@@ -45,8 +46,9 @@ def notice(cloud: str) -> str | None:
     """What the cloud says of this machine's end, None if it says nothing."""
     address = os.environ.get("MUSTER_METADATA_URL", _ADDRESSES[cloud]).rstrip("/")
     try:
-        return _ASK[cloud](address)
-    except (OSError, ValueError):  # no answer is no notice
+        with foreign.made_sense_of(RequestError):
+            return _ASK[cloud](address)
+    except RequestError:  # no answer is no notice
         return None
 
 
@@ -54,9 +56,9 @@ def _aws(address: str) -> str | None:
     token = _get(f"{address}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, method="PUT")
     try:
         said = _get(f"{address}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
-    except urllib.error.HTTPError:  # 404: none
+    except StatusError:  # 404: none
         return None
-    action = json.loads(said)
+    action = foreign.loads(said)
     return f"AWS will {action['action']} it at {action['time']}"
 
 
@@ -67,7 +69,7 @@ def _gcp(address: str) -> str | None:
 
 def _azure(address: str) -> str | None:
     said = _get(f"{address}/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
-    events = [event for event in json.loads(said)["Events"] if event["EventType"] == "Preempt"]
+    events = [event for event in foreign.loads(said)["Events"] if event["EventType"] == "Preempt"]
     return f"Azure preempts it at {events[0]['NotBefore'] or 'once'}" if events else None
 
 
@@ -77,8 +79,7 @@ _ASK: dict[str, Callable[[str], str | None]] = {"aws": _aws, "gcp": _gcp, "azure
 def _get(url: str, headers: dict[str, str], method: str = "GET") -> str:
     # Metadata are never behind a proxy.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(urllib.request.Request(url, headers=headers, method=method), timeout=_TIMEOUT_S) as answer:
-        return answer.read().decode()
+    return fetch(urllib.request.Request(url, headers=headers, method=method), _TIMEOUT_S, opener).decode()
 
 
 class Listener:

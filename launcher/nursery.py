@@ -24,6 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.exception_kinds import evidence_of
+from launcher.failures import Raised
 from launcher.output import Output
 from launcher.pipe import Pipe
 
@@ -161,14 +163,14 @@ def _serve(connection: Pipe) -> None:
         except EOFError:
             return
         try:
-            answer = (True, getattr(life, name)(*args), "")
+            answer = (True, getattr(life, name)(*args))
         except Exception as error:
-            answer = (False, error, traceback.format_exc())
+            answer = (False, evidence_of(error, traceback.format_exc()))
         try:
             connection.send(answer)
         except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
-            unsent = RuntimeError(f"{type(answer[1]).__name__} cannot be sent: {error}")
-            connection.send((False, unsent, answer[2]))
+            unsent = Raised("RuntimeError", f"{type(answer[1]).__name__} cannot be sent: {error}", "")
+            connection.send((False, unsent))
 
 
 class Life:

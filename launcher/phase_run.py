@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher import plan, runs, site, trackers
+from launcher import plan, quota, runs, save_now, site, trackers
 from launcher.attempts import OpenRun
 from launcher.gang import Gang
 from launcher.interrupts import Interrupts
@@ -19,6 +19,7 @@ from launcher.stragglers import Stragglers
 from training.checkpoints import opened
 from training.errors import InputError
 from training.facts import Facts
+from training.storage import Place
 
 _NEARLY_FULL = 0.95
 """Of a GPU's memory: above it a warning is due."""
@@ -169,6 +170,25 @@ class PhaseRun:
                 forgotten_s += sum(row.get("step_s", 0.0) for row in rows if row["step"] > step)
                 self.run.files.replace(path, "".join(json.dumps(row) + "\n" for row in kept))
         return round(forgotten_s, 3)
+
+    def make_room(self, best: Place | None) -> None:
+        if self.job.quota_bytes is None or not (excess := quota.make_room(self.run, self.job, self.name, best)):
+            return
+        facts = {"phase": self.name, "quota": self.job.checkpoint_quota}
+        if any(event["event"] == "quota_exceeded" and facts.items() <= event.items() for event in self.run.events()):
+            return
+        self.event("quota_exceeded", quota=self.job.checkpoint_quota, bytes=excess)
+        self.progress.say(
+            f"{self.name}: checkpoint_quota {self.job.checkpoint_quota} cannot be kept: the checkpoints that must stay and the next one take "
+            f"{excess / 1e9:,.2f} GB more"
+        )
+
+    def save_requested(self, step: int) -> bool:
+        if (identity := save_now.take(self.run)) is None:
+            return False
+        self.event("save_requested", step=step, id=identity)
+        self.progress.say(f"{self.name}: saves step {step}, as `muster save` asks")
+        return True
 
     def clock(self) -> float:
         return time.monotonic()

@@ -84,8 +84,11 @@ def _time_lines(phase: Mapping[str, Any]) -> Iterator[str]:
     size = checkpoint["bytes"] / 1e9
     notice = ""
     if checkpoint["notice_s"] is not None:
-        fits = "it fits into" if checkpoint["within_notice"] else "it does NOT fit into"
-        notice = f"; {fits} the {checkpoint['notice_s']:g} s before a spot machine is taken"
+        fits = "fits into" if checkpoint["within_notice"] else "does NOT fit into"
+        hand = "iteration" if time["parts_s"] else "step"
+        notice = (
+            f"; with the {hand} in hand it {fits} the {checkpoint['notice_s']:g} s before a spot machine is taken back"
+        )
     yield f"  a checkpoint: {size:,.2f} GB in {_seconds(checkpoint['seconds'])}{notice}; storage for all that is kept: {checkpoint['disk_bytes'] / 1e9:,.2f} GB"
 
 

@@ -238,13 +238,14 @@ class Planned:
         return times * each if count else 0.0
 
     def checkpoint(self) -> dict[str, Any]:
-        """Its size, how long one takes, whether that is shorter than the notice before a machine is taken back."""
-        size, seconds, keep = checkpoint_bytes(self.phase, self.models), self.saving(), self.phase.checkpoint.keep
+        """Its size, how long one takes, whether the step in hand and one fit into the notice before a machine is taken back."""
+        size, seconds, settings = checkpoint_bytes(self.phase, self.models), self.saving(), self.phase.checkpoint
         notice = self.site.machine.notice_s if self.site.spot else None
         lora = self.phase.model.lora is not None
         model = 0 if lora else _EXPORT_BYTES * self.models.trained.parameters
-        # Beside those that are kept, the one that is being written, and the best.
-        disk = size * (keep + 1 + (self.phase.checkpoint.best is not None)) + model
+        # Beside those that are kept, the one that is being written, and the best; without the two moments a third is left.
+        best = 0 if settings.best is None else size // 3 if settings.keep_weights else size
+        disk = size * (settings.keep + 1) + size // 3 * settings.keep_weights + best + model
         return {
             "bytes": size, "disk_bytes": disk, "seconds": seconds, "notice_s": notice,
             "within_notice": None if notice is None else seconds + self.step_s * pace.HIGH <= notice,

@@ -10,7 +10,7 @@ from typing import Any
 from cluster import catalog
 from cluster import home as homes
 from cluster.spec import Cluster
-from launcher import clusters, site
+from launcher import clusters, quota, site
 from launcher import job as jobs
 from launcher import plan as plans
 from launcher.job import Job
@@ -58,7 +58,12 @@ def plan(
     if per_machine is not None and gpu is None:
         raise InputError.of("--per-machine", "goes with --gpu")
     job = jobs.read(file, overrides)
-    return plans.plan(job, _site(job, on, gpu, per_machine, price), what)
+    report = plans.plan(job, _site(job, on, gpu, per_machine, price), what)
+    try:
+        quota.check(job)
+    except InputError as error:
+        report["limits"].append(str(error))
+    return report
 
 
 def _site(job: Job, on: str | None, gpu: str | None, per_machine: int | None, price: float | None) -> Site:

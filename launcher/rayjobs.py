@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
@@ -31,6 +32,8 @@ for _module in (dashboard_sdk, sdk):
 
 Door = Callable[[], AbstractContextManager[Dashboard]]
 _ENTRYPOINT = ("exec", "python", "-P", "-u", "-m", "launcher.onsite")  # Ray puts the bundle into PYTHONPATH
+_SAVE = (*_ENTRYPOINT[:-1], "launcher.onsite_save")
+_LOOK_S = 0.5
 _RUN, _JOB = "muster_run", "muster_job"
 """Metadata by which our jobs are known."""
 
@@ -93,6 +96,17 @@ class RaySession:
 
     def rest(self, name: str, seen: int) -> str:
         return self.client.get_job_logs(name)[seen:]
+
+    def save(self, name: str, run: str) -> str:
+        """By a small job beside it, with its code and its environment: that runs where its driver does."""
+        environment = self.client.get_job_info(name).runtime_env
+        helper = self.client.submit_job(entrypoint=shlex.join([*_SAVE, run]), runtime_env=environment)
+        try:
+            while not self.client.get_job_status(helper).is_terminal():
+                time.sleep(_LOOK_S)
+            return self.client.get_job_logs(helper)
+        finally:
+            self.client.stop_job(helper)
 
     def stop(self, name: str) -> None:
         self.client.stop_job(name)

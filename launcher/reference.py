@@ -51,6 +51,7 @@ ENVIRONMENT = {
     "RAY_ADDRESS": "A Ray cluster to run on, `HOST:PORT`. Without it `muster run` starts a Ray of its own.",
     "RAY_AUTH_TOKEN": "The token of that cluster, or of an `existing` one.",
     "RAY_AUTH_TOKEN_PATH": "A file with that token. Without either `~/.ray/auth_token`, if there is one.",
+    "RAY_USE_TLS": "Ray's own: whether that cluster speaks TLS. Then Muster looks no further than whether something listens there, and Ray waits for it.",
     "CUDA_VISIBLE_DEVICES": "GPUs of this machine that may be used, by number. Default: all.",
     "NO_PROXY": "Hosts that are not reached through a proxy; this machine's own address is added for tunnels.",
 }

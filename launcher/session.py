@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launcher import ray_address
 from launcher.capacity import num_gpus
 from launcher.failures import NoMachines, RayLost, WorkerDied, in_words
 from launcher.host import nursery_at_hand
@@ -59,6 +60,7 @@ def ray_session(num_workers: int) -> Iterator[None]:
 
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
+    ray_address.check(address)
     token_file = Path.home() / ".ray" / "auth_token"
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or token_file.exists()
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")

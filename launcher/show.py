@@ -166,6 +166,7 @@ def _contents(folder: Place, deep: bool) -> dict[str, Any]:
         "whole": not problems,
         "verified": deep,
         "problems": problems,
+        "weights_only": manifest.weights_only,
         "bytes": sum(file.size for file in manifest.files),
         "world_size": manifest.world_size,
         "zero_stage": manifest.zero_stage,
@@ -187,4 +188,5 @@ def checkpoint_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in entry["metrics"].items())
         size = entry["bytes"] / 2**20
         state = "verified" if entry["verified"] else "complete"
+        state += ", weights only" if entry["weights_only"] else ""
         yield f"{head}  {state}  {size:,.1f} MiB  {entry['world_size']} workers, ZeRO-{entry['zero_stage']}  {entry['created']}  {metrics}".rstrip()

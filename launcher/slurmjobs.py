@@ -33,5 +33,8 @@ class SlurmSession:
         text = codecs.getincrementaldecoder("utf-8")("replace").decode(self.provider.output(name, 0))
         return text[seen:]
 
+    def save(self, name: str, run: str) -> str:
+        return self.provider.save(name, run)
+
     def stop(self, name: str) -> None:
         self.provider.stop(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import tempfile
 import time
@@ -46,6 +47,10 @@ class Session(Protocol):
 
     def rest(self, name: str, seen: int) -> str:
         """All that a job has printed beyond the first `seen` characters."""
+        ...
+
+    def save(self, name: str, run: str) -> str:
+        """Have launcher/onsite_save.py ask the job's run for a checkpoint; returns what that prints."""
         ...
 
     def stop(self, name: str) -> None:
@@ -126,6 +131,22 @@ def logs(connect: Open, name: str) -> str:
     with connect() as there:
         _status(there, name)
         return there.rest(name, 0)
+
+
+def save(connect: Open, name: str) -> dict[str, Any]:
+    """Have a job save now and go on, and wait until it has; returns the checkpoint. Raises Refused if it cannot, ClusterError."""
+    with connect() as there:
+        facts = _status(there, name)
+        if facts["state"] != "running":
+            raise Refused(f"{name} is not running (it is {facts['state']}); there is nothing to save")
+        said = there.save(name, facts["run"])
+    try:
+        answer: dict[str, Any] = json.loads(said.strip().rpartition("\n")[2])
+    except ValueError:
+        raise ClusterError(f"{name}: the request to save was not understood there: {said.strip()}") from None
+    if "error" in answer:
+        raise Refused(answer["error"])
+    return answer
 
 
 def stop(connect: Open, name: str, within_s: float) -> dict[str, Any]:

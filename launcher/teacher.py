@@ -6,20 +6,22 @@ The key is read from the environment when a request is made; it is in no argumen
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from training import foreign
 from training.errors import InputError, TrainingError
+from training.http_requests import RequestError, StatusError, fetch
 
-_RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _ADVICE = {
     401: "is the key right, and in the environment variable that --key-env names?",
     403: "may this key use this model?",
@@ -30,6 +32,8 @@ _AT_FIRST_S = 60.0
 """Patience with a server that has never answered."""
 _BYTES_A_TOKEN = 3.6
 """For servers that do not say what they used."""
+_MOST_TOKENS = 1 << 40
+"""No request takes more."""
 _NONSENSE_TRIES = 3
 
 
@@ -64,7 +68,7 @@ class Endpoint:
     temperature: float = 0.3
     top_p: float = 0.95
     timeout_s: float = 300.0
-    """Of one request."""
+    """Of one request, to the last byte of its answer."""
     patience_s: float = 600.0
     """Of all tries of one question together."""
 
@@ -132,6 +136,8 @@ class Teacher:
         self._lock = threading.Lock()
         self._told = 0.0
         self._has_answered = False
+        self._doubted = False
+        """Whether it was told that the server's counts are none."""
         self.stopping = threading.Event()
         """Set it to have requests end as soon as they can."""
 
@@ -156,10 +162,10 @@ class Teacher:
                 reply = self._reply(self._post(messages), prompt)
                 self._has_answered = True
                 return reply
-            except urllib.error.HTTPError as error:
+            except StatusError as error:
                 why = f"HTTP {error.code}"
-                if error.code not in _RETRIED:
-                    advice = _ADVICE.get(error.code, _said(error))
+                if not error.may_pass:
+                    advice = _ADVICE.get(error.code, error.said)
                     raise InputError.of(
                         self.endpoint.url, f"refuses the request ({why}): {advice}", "--teacher"
                     ) from None
@@ -169,8 +175,8 @@ class Teacher:
                 why = str(error)
                 if nonsense == _NONSENSE_TRIES:
                     raise
-            except (OSError, ValueError) as error:  # no connection, a cut one, a time-out
-                why = str(getattr(error, "reason", None) or error) or type(error).__name__
+            except RequestError as error:
+                why = str(error)
             waited = time.monotonic() - began
             pause_s = max(asked_to_wait, pause * random.uniform(0.5, 1.5))
             patience = self.endpoint.patience_s
@@ -210,41 +216,40 @@ class Teacher:
         )
         if endpoint.key_env is not None:  # for this address alone: not for where a redirect leads
             request.add_unredirected_header("Authorization", f"Bearer {os.environ[endpoint.key_env]}")
-        with urllib.request.urlopen(request, timeout=endpoint.timeout_s) as answer:
-            return answer.read()
+        return fetch(request, endpoint.timeout_s)
 
     def _reply(self, body: bytes, prompt: int) -> Reply:
-        try:
-            told: dict[str, Any] = json.loads(body)
+        with foreign.made_sense_of(lambda _: Nonsense(f"its answer is none: {body[:100]!r}")):
+            told: dict[str, Any] = foreign.loads(body)
             choice = told["choices"][0]
             text = choice["message"]["content"]
             if not isinstance(text, str):
                 raise TypeError
+            reply = round(len(text.encode()) / _BYTES_A_TOKEN)  # which half a character cannot be
             usage = told.get("usage") or {}
-            read, wrote = usage.get("prompt_tokens") or prompt, usage.get("completion_tokens")
+            read, wrote = usage.get("prompt_tokens"), usage.get("completion_tokens")
             cut = choice.get("finish_reason") == "length"
-            return Reply(text, cut, int(read), int(wrote or round(len(text.encode()) / _BYTES_A_TOKEN)))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise Nonsense(f"its answer is none: {body[:100]!r}") from None
+            return Reply(text, cut, self._counted(read, prompt), self._counted(wrote, reply))
+
+    def _counted(self, said: Any, estimate: int) -> int:
+        """Tokens that the server says it used. What is no count is not believed: the estimate counts, so that no budget is lifted."""
+        if type(said) is int and 0 < said < _MOST_TOKENS:
+            return said
+        if said not in (None, 0) and not self._doubted:
+            self._doubted = True
+            self.say(
+                f"the teacher says that a request took {str(said)[:40]} tokens; {_BYTES_A_TOKEN} bytes are counted as a token instead"
+            )
+        return estimate
 
 
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    """Seconds that a server asks to wait, as a number or a date."""
-    told = error.headers.get("Retry-After") if error.headers is not None else None
-    if not told:
-        return 0.0
-    try:
-        return max(0.0, float(told))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-
-
-def _said(error: urllib.error.HTTPError) -> str:
-    try:
-        return " ".join(error.read(300).decode(errors="replace").split()) or error.reason
-    except OSError:
-        return error.reason
+def _retry_after(error: StatusError) -> float:
+    """Seconds that a server asks to wait, as a number or a date. 0 for anything else."""
+    told = next((value for name, value in error.headers.items() if name.lower() == "retry-after"), "")
+    seconds = 0.0
+    with suppress(ValueError):
+        seconds = float(told)
+        return seconds if 0 < seconds < math.inf else 0.0
+    with suppress(ValueError, TypeError, OverflowError):
+        seconds = parsedate_to_datetime(told).timestamp() - time.time()
+    return max(0.0, seconds)

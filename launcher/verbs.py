@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -97,11 +97,12 @@ def verb(function: Callable, of: typer.Typer = app) -> Callable:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             with interrupts.raised():
+                _require_working_folder()
                 status = function(*args, **kwargs)
         except (InputError, Refused) as error:
-            _fail(error, INPUT_WRONG)
+            fail(error, INPUT_WRONG)
         except (MusterError, ClusterError, OSError) as error:
-            _fail(error, FAILED)
+            fail(error, FAILED)
         except KeyboardInterrupt:
             status = interrupts.status()
         raise SystemExit(status or DONE)
@@ -112,7 +113,16 @@ def verb(function: Callable, of: typer.Typer = app) -> Callable:
 cluster_verb = partial(verb, of=clusters)
 
 
-def _fail(error: Exception, status: int) -> None:
+def _require_working_folder() -> None:
+    """Raises InputError if the folder that the command was started in has been deleted: no path could be made absolute."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputError.of("working folder", "it has been deleted; change to another folder and try again") from None
+
+
+def fail(error: Exception, status: int) -> NoReturn:
+    """End the command with a line of text."""
     with suppress(OSError):  # whoever would have read it may be gone
         print(printable(str(error)), file=sys.stderr)
     raise SystemExit(status)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.checkpoint import Manifest, write_shard
+from training.checkpoint import OPTIMIZER, Manifest, write_shard
 from training.checkpoints import OpenCheckpoints, opened
 from training.storage import Place, place
 
@@ -26,12 +26,9 @@ def staged(
     values = values_of(step)
     folder = checkpoints.stage(step)
     files = [
-        write_shard(
-            folder / f"worker-{rank}.safetensors",
-            [(f"fp32/w@{a}", b - a), (f"exp_avg/w@{a}", b - a)],
-            np.concatenate([values[a:b], -values[a:b]]),
-        )
+        write_shard(folder / f"worker-{rank}{end}", [(f"{kind}/w@{a}", b - a)], sign * values[a:b])
         for rank, (a, b) in enumerate(pairwise(SIZE * rank // world_size for rank in range(world_size + 1)))
+        for kind, end, sign in (("fp32", ".safetensors", 1), ("exp_avg", OPTIMIZER, -1))
     ]
     manifest = Manifest(
         phase="sft", step=step, samples=step * 8, optimizer_steps={"trainer": step}, attempt=checkpoints.attempt, world_size=world_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -74,6 +75,9 @@ class Probe:
 
     def take_memory(self, count: int) -> int:
         return len(bytearray(b"x") * count)
+
+    def connect(self, port: int) -> None:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
 
     def leave(self, status: int) -> None:
         os._exit(status)

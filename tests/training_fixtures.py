@@ -141,6 +141,13 @@ class Recorder:
     def started(self, facts: Any, step: int, *, evaluates: bool = False) -> None:
         self.facts, self.first = facts, step
 
+    def make_room(self, best) -> None:
+        """There is no quota."""
+
+    def save_requested(self, step) -> bool:
+        """At the steps `save_at`."""
+        return step in getattr(self, "save_at", ())
+
     def clock(self) -> float:
         """Seconds that a test says have gone by."""
         return getattr(self, "seconds", 0.0)

@@ -1,7 +1,7 @@
-"""One checkpoint: a folder of shards, one a worker, and a manifest written last. No manifest, no checkpoint.
+"""One checkpoint: a folder of shards and a manifest written last. No manifest, no checkpoint.
 
-A shard is a safetensors file of stretches of parameters in fp32, `fp32/NAME@START` and its moments `exp_avg/NAME@START`,
-[count] each. It does not say which worker or ZeRO stage wrote it, so any number of workers at any stage can read what
+A worker writes two shards, one of weights and one of the optimizer's state. A shard is a safetensors file of stretches of parameters in
+fp32, `fp32/NAME@START`, or of their moments, `exp_avg/NAME@START`, [count] each. It does not say which worker or ZeRO stage wrote it, so any number of workers at any stage can read what
 they need: a reader asks for elements a..b of a parameter and gets them from wherever they are.
 
 Every byte is under a checksum: the manifest has that of a shard's header, the header has those of the shard's blocks. So a
@@ -30,6 +30,10 @@ from training.storage import Place
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
 """Beside it: the evaluation of its step, which may be done after the checkpoint is committed."""
+WEIGHTS = "fp32"
+"""Kind of the tensors that are weights; the others are the optimizer's."""
+OPTIMIZER = ".optimizer.safetensors"
+"""End of the names of shards that hold the optimizer's state alone. Older versions wrote it beside the weights, into the same shard."""
 FORMAT = 3
 BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 8
@@ -86,6 +90,8 @@ class Manifest:
     """Evaluation at this step, if there was one. In the file only of older versions: it is in metrics.json beside it."""
     parameters: dict[str, list[int]]
     """Shape of every trained parameter."""
+    weights_only: bool = False
+    """Whether the optimizer's state was deleted later (`checkpoint.keep_weights`): a run cannot be resumed from here."""
     state: dict[str, Any] = field(default_factory=dict)
     """What the driver of the phase goes on from beside weights and moments."""
     files: list[File]
@@ -132,6 +138,11 @@ class Manifest:
     def dumped(self) -> bytes:
         """As it stands in the file."""
         return json.dumps(asdict(self), indent=1).encode()
+
+    def without_optimizer(self) -> Manifest | None:
+        """The same without the shards of the optimizer; None if there are none, as in checkpoints of older versions."""
+        files = [file for file in self.files if not file.name.endswith(OPTIMIZER)]
+        return replace(self, files=files, weights_only=True) if len(files) < len(self.files) else None
 
     def below(self, prefix: str) -> Manifest:
         """The same with its files in the folder `prefix`."""

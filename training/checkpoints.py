@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from training.checkpoint import MANIFEST, METRICS, CheckpointError, Manifest, missing, verify
+from training.checkpoint import MANIFEST, METRICS, OPTIMIZER, CheckpointError, Manifest, missing, verify
 from training.errors import StorageError, Superseded
 from training.storage import Local, Place, flush_folder
 
@@ -57,6 +57,10 @@ class Checkpoints:
             there = ", ".join(map(str, folders)) or "none"
             raise CheckpointError(f"{self.root}: no checkpoint of step {step}; there are: {there}")
         return folders[step]
+
+    def resumable(self) -> list[Place]:
+        """Those with the optimizer's state, oldest first. One that cannot be read is among them: whoever resumes from it is told why."""
+        return [folder for folder in self.folders() if not _is_weights_only(folder)]
 
     def newest_whole(self) -> tuple[Place | None, list[str]]:
         """The newest checkpoint whose every byte is as written, and what was wrong with newer ones."""
@@ -104,26 +108,25 @@ class OpenCheckpoints(Checkpoints, ABC):
         is not there: written by a machine that does not share this folder.
         """
 
-    @abstractmethod
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write down what the checkpoint of a step was evaluated as. Raises Superseded."""
+        self._rewrite(self.root / _name(step) / METRICS, json.dumps(dict(metrics), indent=1).encode())
 
     @abstractmethod
     def set_aside(self, folder: Place) -> None:
         """Take a checkpoint out of the count, without deleting it."""
-
-    @abstractmethod
-    def _remove(self, folder: Place) -> None:
-        """Delete a checkpoint; cut short, it must not leave one with holes."""
 
     def retain(
         self,
         keep: int,
         best: Place | None = None,
         *,
+        keep_weights: int = 0,
         counts: Counts = lambda step: True,
     ) -> list[Place]:
         """Delete all but the newest, the newest `keep` of those that count, and the best; returns what was deleted.
+
+        `keep_weights` more of those that count keep their weights alone; if it is not 0, so does the best when it is older.
 
         `counts(step)` is false for a checkpoint that was made because of an interruption alone: what remains must not depend
         on those. As long as the newest is not whole nothing is deleted.
@@ -131,18 +134,64 @@ class OpenCheckpoints(Checkpoints, ABC):
         folders = self.folders()
         if not folders or verify(folders[-1], deep=False):
             return []
-        kept = {folders[-1], *[folder for folder in folders if counts(step_of(folder))][-keep:]}
-        gone = [folder for folder in folders if folder not in kept and folder != best]
+        counted = [folder for folder in folders if counts(step_of(folder))]
+        whole = {folders[-1], *counted[-keep:]}
+        older = {*counted[:-keep][-keep_weights:], best} - whole if keep_weights else set()
+        gone = [folder for folder in folders if folder not in whole | older and folder != best]
         for folder in gone:
-            self._remove(folder)
+            delete(folder)
+        for folder in folders:
+            if folder in older:
+                self.drop_optimizer(folder)
         return gone
+
+    def drop_optimizer(self, folder: Place) -> None:
+        """Keep the weights of a checkpoint alone. Cut short, it is as it was, or has its weights alone. Raises Superseded.
+
+        Does nothing to one of an older version, whose shards hold both, or that cannot be read.
+        """
+        with suppress(CheckpointError):
+            if (light := Manifest.read(folder).without_optimizer()) is not None:
+                self._rewrite(folder / MANIFEST, light.dumped())
+                _sweep_optimizer(folder)
+
+    @abstractmethod
+    def _rewrite(self, path: Place, data: bytes) -> None:
+        """Replace a small file of a checkpoint. Raises Superseded."""
 
     def close(self) -> None:
         """This attempt writes no more."""
 
 
-def _dumped(metrics: Mapping[str, float]) -> bytes:
-    return json.dumps(dict(metrics), indent=1).encode()
+def delete(folder: Place) -> None:
+    """Delete a checkpoint, of this phase or another. Cut short, it leaves none with holes: in a folder it loses its name first, in a bucket
+    its manifest."""
+    if not isinstance(folder, Local):
+        (folder / MANIFEST).remove()
+        return folder.remove()
+    doomed = Local(folder.path.with_name(f"{_DOOMED}{folder.name}"))
+    doomed.remove()
+    folder.path.rename(doomed.path)
+    with suppress(OSError):  # what is left goes when the next attempt opens
+        doomed.remove()
+
+
+def _is_weights_only(folder: Place) -> bool:
+    try:
+        return Manifest.read(folder).weights_only
+    except CheckpointError:
+        return False
+
+
+def _sweep_optimizer(folder: Place) -> None:
+    """Delete the optimizer's shards of a checkpoint that has its weights alone, if it does."""
+    with suppress(CheckpointError):
+        manifest = Manifest.read(folder)
+        for prefix in {file.name.rpartition("/")[0] for file in manifest.files} if manifest.weights_only else ():
+            inside = folder / prefix if prefix else folder
+            for name in inside.children():
+                if name.endswith(OPTIMIZER):
+                    (inside / name).remove()
 
 
 def refuse_newer(folder: Place, attempt: int) -> None:
@@ -170,10 +219,12 @@ class _InFolder(OpenCheckpoints):
             raise Superseded(f"{root}: attempt {attempt} is being worked on by another process") from None
         for name in root.children():
             if name.startswith(_ATTEMPT) and name != self.own.name:
-                self._delete(root / name)
+                delete(root / name)
             elif name.startswith(_DOOMED):
                 with suppress(OSError):
                     (root / name).remove()
+        for folder in self.folders():
+            _sweep_optimizer(folder)
 
     @property
     def staging(self) -> Local:
@@ -213,32 +264,20 @@ class _InFolder(OpenCheckpoints):
             final = self.root / _name(manifest.step)
             if final.path.exists():
                 refuse_newer(final, self.attempt)
-                self._delete(final)
+                delete(final)
             staged.path.rename(final.path)
         flush_folder(self.root.path)
         return final
 
-    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _rewrite(self, path: Place, data: bytes) -> None:
         with self._ours():
-            (self.root / _name(step) / METRICS).write(_dumped(metrics))
+            path.write(data)
 
     def set_aside(self, folder: Place) -> None:
         assert isinstance(folder, Local)
         target = self.root / f"{_ASIDE}{folder.name}.attempt-{self.attempt}"
         target.remove()
         folder.path.rename(target.path)
-
-    def _remove(self, folder: Place) -> None:
-        self._delete(folder)
-
-    def _delete(self, folder: Place) -> None:
-        """Away from its name first."""
-        assert isinstance(folder, Local)
-        doomed = self.root / f"{_DOOMED}{folder.name}"
-        doomed.remove()
-        folder.path.rename(doomed.path)
-        with suppress(OSError):  # what is left goes when the next attempt opens
-            doomed.remove()
 
     def close(self) -> None:
         with suppress(OSError):
@@ -252,6 +291,7 @@ class _InBucket(OpenCheckpoints):
         self._staged: Place | None = None
         for name in self._steps():
             self._sweep(root / name)
+            _sweep_optimizer(root / name)
 
     @property
     def staging(self) -> Place:
@@ -298,18 +338,14 @@ class _InBucket(OpenCheckpoints):
         self._staged = None
         return final
 
-    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _rewrite(self, path: Place, data: bytes) -> None:
         self.claim.check()
-        (self.root / _name(step) / METRICS).write(_dumped(metrics))
+        path.write(data)
 
     def set_aside(self, folder: Place) -> None:
         data = (folder / MANIFEST).read()
         (folder / f"{_ASIDE}attempt-{self.attempt}.json").write(data)
         (folder / MANIFEST).remove()
-
-    def _remove(self, folder: Place) -> None:
-        (folder / MANIFEST).remove()
-        folder.remove()
 
 
 class Claim:

@@ -213,6 +213,9 @@ class Checkpointing(Settings):
     one is that old, by the driver's clock. The last step is always saved."""
     keep: PositiveInt = 3
     """How many of the newest stay. The best and the only whole one are never deleted."""
+    keep_weights: Annotated[int, Field(ge=0)] = 0
+    """How many before these keep their weights alone, a third of their size: to generate, evaluate and export from, while the run cannot be
+    resumed from them. So does the best, once it is not one of the newest any more. 0: none; the best stays as it was saved."""
     best: Best | None = None
     """Also keep the best by this metric, and end with it."""
 
@@ -564,7 +567,7 @@ class RewardSource(Settings):
     weight: float = 1.0
     """The rewards are added up with these weights."""
     timeout: PositiveFloat = 60.0
-    """Seconds that a function or an endpoint may take for a batch."""
+    """Seconds that a function or an endpoint may take for a batch; of an endpoint from the connection to the last byte of its answer."""
     folder: str | None = None
     """Of a function: the folder in which its module, and what that imports, is looked for after all that is installed. None: the folder
     of the job file."""

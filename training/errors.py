@@ -7,6 +7,7 @@ MusterError
     ├── SaveError       a checkpoint could not be written; tried again once
     ├── Diverged        the loss is no number any more
     ├── StorageError    a bucket did not answer for as long as we had patience
+    ├── ServiceError    likewise another service that the job names
     └── Superseded      a later attempt works on this run; this one must not write any more
 """
 
@@ -74,6 +75,10 @@ class Diverged(TrainingError):
 
 class StorageError(TrainingError):
     """Object storage did not answer, again and again."""
+
+
+class ServiceError(TrainingError):
+    """A service that the job names, such as the endpoint of a reward, did not answer, again and again. It may later."""
 
 
 class Superseded(TrainingError):

@@ -7,7 +7,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from training import http_requests
 from training.errors import InputError
+from training.http_requests import RequestError
 
 PATIENCE_S = 5.0
 """For the hub, which may be out of reach: its library would try for half a minute."""
@@ -48,9 +50,9 @@ class _TokenStays(urllib.request.HTTPRedirectHandler):
         return following
 
 
-def opened(request: urllib.request.Request, timeout_s: float) -> Any:
-    """As `urlopen`, for requests to the hub."""
-    return urllib.request.build_opener(_TokenStays).open(request, timeout=timeout_s)
+def fetch(request: urllib.request.Request, timeout_s: float) -> bytes:
+    """What the hub answers. Raises RequestError."""
+    return http_requests.fetch(request, timeout_s, urllib.request.build_opener(_TokenStays))
 
 
 def _answers(name: str, file: str, revision: str | None) -> bool:
@@ -61,11 +63,10 @@ def _answers(name: str, file: str, revision: str | None) -> bool:
         return False
     try:
         address = hf_hub_url(name, file, revision=revision)
-        request = urllib.request.Request(address, headers=build_hf_headers(), method="HEAD")
-        with opened(request, PATIENCE_S):
-            return True
-    except (OSError, ValueError):
+        fetch(urllib.request.Request(address, headers=build_hf_headers(), method="HEAD"), PATIENCE_S)
+    except (RequestError, OSError, ValueError):
         return False
+    return True
 
 
 def cached_folder(name: str, revision: str | None = None) -> Path | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from training import lora, pulse
 from training import model as models
 from training.agreement import differences
-from training.checkpoint import CheckpointError, File, Reader
+from training.checkpoint import OPTIMIZER, WEIGHTS, CheckpointError, File, Reader
 from training.config import Phase
 from training.data.stores import Stores, open_stores
 from training.distributed import Seat
@@ -149,16 +149,18 @@ class Learner:
         return why_not_writable(place(address), self._shard)
 
     def begin_save(self, staged: str) -> dict[str, Any]:
-        """Copy this worker's share of the state and begin to write it into a staged checkpoint.
+        """Copy this worker's share of the state and begin to write it into a staged checkpoint: the weights apart, so that they may stay
+        without the optimizer's state.
 
         Answers with what the manifest needs to know of the state.
         """
-        tensors = (
-            (f"{kind}/{self.prefix}{self.alone(fragment.name)}@{fragment.start}", view)
-            for fragment in self.engine.owned()
-            for kind, view in fragment.tensors.items()
-        )
-        self.writer.begin(place(staged) / f"{self._shard}.safetensors", tensors)
+        weights: list[tuple[str, Tensor]] = []
+        moments: list[tuple[str, Tensor]] = []
+        for fragment in self.engine.owned():
+            for kind, view in fragment.tensors.items():
+                name = f"{kind}/{self.prefix}{self.alone(fragment.name)}@{fragment.start}"
+                (weights if kind == WEIGHTS else moments).append((name, view))
+        self.writer.begin(place(staged), {f"{self._shard}.safetensors": weights, f"{self._shard}{OPTIMIZER}": moments})
         return {
             "optimizer_step": self.engine.optimizer_step,
             "parameters": {
@@ -167,11 +169,11 @@ class Learner:
         }
 
     def is_saving(self) -> bool:
-        """Whether the shard is still being written."""
+        """Whether the shards are still being written."""
         return self.writer.busy
 
-    def finish_save(self) -> File | None:
-        """Wait until the shard is written. Raises SaveError if it could not be."""
+    def finish_save(self) -> list[File]:
+        """Wait until the shards are written. Raises SaveError if they could not be."""
         return self.writer.finish()
 
     def restore(self, checkpoint: str) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any
 from training import foreign, hub, modelfiles
 from training.config import Lora
 from training.errors import InputError
+from training.http_requests import RequestError
 from training.modelfiles import EMBEDDING, LAYER, TOKEN_HEADS
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -318,13 +319,11 @@ def _looked_up(name: str, revision: str | None) -> dict[str, Any]:
             raise OSError("HF_HUB_OFFLINE is set")
         # Not by the library's download, which tries for half a minute where there is no network.
         request = urllib.request.Request(hf_hub_url(name, "config.json", revision=revision), headers=build_hf_headers())
-        with hub.opened(request, _PATIENCE_S) as answer:
-            return foreign.loads(answer.read())
-    except (OSError, ValueError) as error:
-        told = getattr(error, "reason", None) or error
+        return foreign.loads(hub.fetch(request, _PATIENCE_S))
+    except (RequestError, OSError, ValueError) as error:
         raise InputError.of(
             name,
-            f"cannot be looked up on the hub ({told}); save its config.json in a folder and plan with model.path=FOLDER, or give "
+            f"cannot be looked up on the hub ({error}); save its config.json in a folder and plan with model.path=FOLDER, or give "
             "--parameters 7e9",
             "model.path",
         ) from None

@@ -32,6 +32,21 @@ class Finding:
     """What to do, if it is not well."""
 
 
+@dataclass(frozen=True)
+class Instance:
+    """A machine of a cluster, by what the cloud says of it."""
+
+    id: str
+    head: bool
+    kind: str
+    """`head`, or its pool; a pool's spot machines have a name of their own."""
+    address: str
+    price: float | None
+    """An hour, by the cluster file."""
+    stopped: bool = False
+    """It was shut down: what is left of it is a disk."""
+
+
 class Provider(Protocol):
     """How clusters of one kind are made and ended. `home` is the record of one that is up."""
 

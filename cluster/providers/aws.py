@@ -37,6 +37,8 @@ class AwsProvider(CloudProvider[Aws]):
             # By cloud-init: a key pair of EC2 would be one more thing to remove.
             "UserData": f"#cloud-config\nssh_authorized_keys: [{json.dumps(public_key)}]\n",
             "MetadataOptions": {"HttpTokens": "required"},
+            # A machine that shuts itself down, for want of a head, is gone with its disk.
+            "InstanceInitiatedShutdownBehavior": "terminate",
         }
         if image := kind.image or spec.image:
             config["ImageId"] = image
@@ -126,26 +128,39 @@ class AwsProvider(CloudProvider[Aws]):
                 advice = "" if cpus <= allowed else f"ask AWS for more in {self.spec.region}, or lower `max`"
                 yield Finding(name, cpus <= allowed, f"{allowed:.0f} vCPUs allowed, the pools ask for {cpus}", advice)
 
+    def stopped(self, nodes: Any) -> list[str]:
+        return _ids(self._client("ec2"), nodes.cluster_name, "stopping", "stopped")
+
     def tidy(self, cluster_name: str, say: Say) -> None:
         """The security group can go when the machines are gone, which takes a minute or two."""
         from botocore.exceptions import BotoCoreError, ClientError, WaiterError
 
         ec2 = self._client("ec2")
         try:
-            groups = ec2.describe_security_groups(Filters=[{"Name": "tag:ray-cluster-name", "Values": [cluster_name]}])[
-                "SecurityGroups"
-            ]
+            groups = ec2.describe_security_groups(Filters=_tagged(cluster_name))["SecurityGroups"]
             if not groups:
                 return
-            say("waiting for the machines to be gone, to remove their security group")
-            mine = [{"Name": "tag:ray-cluster-name", "Values": [cluster_name]}]
-            ec2.get_waiter("instance_terminated").wait(
-                Filters=mine, WaiterConfig={"Delay": 5, "MaxAttempts": _GONE_S // 5}
-            )
+            # EC2 forgets terminated machines after an hour, and the waiter never ends where there are none.
+            if ending := _ids(ec2, cluster_name, "running", "shutting-down"):
+                say("waiting for the machines to be gone, to remove their security group")
+                ec2.get_waiter("instance_terminated").wait(
+                    InstanceIds=ending, WaiterConfig={"Delay": 5, "MaxAttempts": _GONE_S // 5}
+                )
             for group in groups:
                 ec2.delete_security_group(GroupId=group["GroupId"])
         except (BotoCoreError, ClientError, WaiterError) as error:
             raise ClusterError(f"its security group is left: {error}") from error
+
+
+def _tagged(cluster_name: str) -> list[dict[str, Any]]:
+    return [{"Name": "tag:ray-cluster-name", "Values": [cluster_name]}]
+
+
+def _ids(ec2: Any, cluster_name: str, *states: str) -> list[str]:
+    """Of the cluster's machines in one of these states."""
+    filters = [*_tagged(cluster_name), {"Name": "instance-state-name", "Values": list(states)}]
+    pages = ec2.get_paginator("describe_instances").paginate(Filters=filters)
+    return [one["InstanceId"] for page in pages for group in page["Reservations"] for one in group["Instances"]]
 
 
 PROVIDER = AwsProvider

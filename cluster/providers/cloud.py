@@ -9,27 +9,32 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import yaml
 
+from cluster import orphan_watch
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
 from cluster.home import Home
 from cluster.machine import HERE, Login
-from cluster.node import head_arguments, of_type, price_label
-from cluster.providers import Finding, Say, environment, refuse
+from cluster.node import PRICE, head_arguments, of_type, price_label
+from cluster.providers import Finding, Instance, Say, environment, refuse
 from cluster.spec import Cloud, CloudHead, CloudPool
 from cluster.tunnel import tunnel
 
 Spec = TypeVar("Spec", bound=Cloud)
 _PORT, _DASHBOARD_PORT = 6379, 8265
 _TOKEN = "~/.muster/token"
+_ORPHAN_WATCH, _ORPHAN_LOG = "~/.muster/orphan_watch.py", "~/.muster/orphan_watch.log"
 _HEAD = "head"
+_STOPPED_S, _EVERY_S = 300.0, 2.0
+"""For machines that were shut down to be removed, and between looks at them."""
 
 
 class CloudProvider(ABC, Generic[Spec]):
@@ -52,6 +57,14 @@ class CloudProvider(ABC, Generic[Spec]):
     @abstractmethod
     def account(self) -> list[Finding]:
         """What there is to say of credentials, rights and quotas; the packages are there."""
+
+    @abstractmethod
+    def stopped(self, nodes: Any) -> list[str]:
+        """Ids of the cluster's machines that were shut down and are still there. `nodes` is Ray's node provider."""
+
+    def end_command(self) -> list[str]:
+        """What ends a machine, run on it."""
+        return [*([] if self.spec.user == "root" else ["sudo", "-n"]), "shutdown", "-h", "now"]
 
     def tidy(self, cluster_name: str, say: Say) -> None:
         """Remove what is left when all machines are gone. Raises ClusterError."""
@@ -88,8 +101,27 @@ class CloudProvider(ABC, Generic[Spec]):
             return  # it did not come so far that there could be machines
         config = self._recorded(home)
         with _launcher("machines may be left"), _host_keys_kept(home):
-            sdk.teardown_cluster(config)
+            sdk.teardown_cluster(config)  # by the tags of machines: the head need not be there
+            self._remove_stopped(config)
             self.tidy(config["cluster_name"], say)
+
+    def _remove_stopped(self, config: dict[str, Any]) -> None:
+        nodes, deadline = _nodes(config), time.monotonic() + _STOPPED_S
+        while stopped := self.stopped(nodes):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"machines that were shut down are left: {', '.join(stopped)}")
+            nodes.terminate_nodes(stopped)
+            time.sleep(_EVERY_S)
+
+    def instances(self, home: Home) -> list[Instance]:
+        """The cluster's machines by what the cloud says, without its head. Raises ClusterError if the cloud does not say it."""
+        if not (home.folder / "key.pub").exists():
+            return []
+        config = self._recorded(home)
+        with _launcher("the cloud does not say which machines there are"):
+            nodes = _nodes(config)
+            running, stopped = nodes.non_terminated_nodes({}), self.stopped(nodes)
+            return [_instance(nodes, each, config, each not in running) for each in dict.fromkeys([*running, *stopped])]
 
     @contextmanager
     def door(self, home: Home | None) -> Iterator[Dashboard]:
@@ -131,13 +163,16 @@ class CloudProvider(ABC, Generic[Spec]):
             # A gang starts whole or not at all: no reason to start its machines little by little.
             "upscaling_speed": 1000,
             "idle_timeout_minutes": spec.idle_minutes,
-            "file_mounts": {_TOKEN: str(folder / "token"), **spec.files},
+            "file_mounts": {_TOKEN: str(folder / "token"), **self._orphan_watch_file(), **spec.files},
             "initialization_commands": [],
-            "setup_commands": list(spec.setup),
-            "head_setup_commands": [],
-            "worker_setup_commands": [],
+            "setup_commands": [],
+            "head_setup_commands": list(spec.setup),
+            # Setup can take long and may make the `python` of the cluster: the head can be lost meanwhile.
+            "worker_setup_commands": [*self._orphan_watch("python3"), *spec.setup],
             "head_start_ray_commands": [self._start(self._head_arguments())],
-            "worker_start_ray_commands": [self._start([f"--address=$RAY_HEAD_IP:{_PORT}"])],
+            "worker_start_ray_commands": [
+                self._start([f"--address=$RAY_HEAD_IP:{_PORT}"], self._orphan_watch("python"))
+            ],
             "head_node_type": _HEAD,
             "available_node_types": {
                 _HEAD: {
@@ -175,7 +210,18 @@ class CloudProvider(ABC, Generic[Spec]):
         own = [argument for argument in head_arguments("", _PORT, _DASHBOARD_PORT) if "node-ip-address" not in argument]
         return [*own, "--num-cpus=0", "--num-gpus=0", "--autoscaling-config=~/ray_bootstrap_config.yaml"]
 
-    def _start(self, arguments: list[str]) -> str:
+    def _orphan_watch_file(self) -> dict[str, str]:
+        return {_ORPHAN_WATCH: orphan_watch.__file__} if self.spec.orphan_minutes else {}
+
+    def _orphan_watch(self, python: str) -> list[str]:
+        """Bash that has a machine look after its head. Started twice it runs once."""
+        if not self.spec.orphan_minutes:
+            return []
+        end = shlex.join(self.end_command())
+        watch = f'{_ORPHAN_WATCH} "$RAY_HEAD_IP:{_PORT}" --minutes {self.spec.orphan_minutes} -- {end}'
+        return [f"(setsid nohup {python} {watch} >> {_ORPHAN_LOG} 2>&1 < /dev/null &)"]
+
+    def _start(self, arguments: list[str], before: Sequence[str] = ()) -> str:
         variables = {"RAY_AUTH_MODE": "token", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **environment(self.spec)}
         steps = [
             "ulimit -n 65536",
@@ -185,9 +231,27 @@ class CloudProvider(ABC, Generic[Spec]):
             'export RAY_AUTH_TOKEN_PATH="$HOME/.muster/token"',
             # `ray`, and `python` in jobs, are those beside the Python that was named
             f'export PATH="$(dirname "$({self.spec.python} -c "import sys; print(sys.executable)")"):$PATH"',
+            *before,
             f"ray start {' '.join(arguments)} --disable-usage-stats",
         ]
         return "; ".join(steps)
+
+
+def _nodes(config: dict[str, Any]) -> Any:
+    """Ray's node provider: the cloud's machines that have the cluster's tag."""
+    from ray.autoscaler._private.providers import _get_node_provider
+
+    return _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
+
+
+def _instance(nodes: Any, node: str, config: dict[str, Any], stopped: bool) -> Instance:
+    tags = {} if stopped else nodes.node_tags(node)
+    kind = tags.get("ray-user-node-type", "")
+    price = config["available_node_types"].get(kind, {}).get("labels", {}).get(PRICE)
+    return Instance(
+        id=node, head=tags.get("ray-node-type") == _HEAD, kind=kind, address="" if stopped else nodes.internal_ip(node) or "",
+        price=None if price is None else float(price), stopped=stopped,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -44,6 +44,9 @@ class GcpProvider(CloudProvider[Gcp]):
             scheduling.append({"onHostMaintenance": "TERMINATE"})  # machines with GPUs cannot be moved
         return config | ({"scheduling": scheduling} if scheduling else {})
 
+    def stopped(self, nodes: Any) -> list[str]:
+        return [node["name"] for kind in nodes.resources.values() for node in kind.list_instances({}, True)]
+
     def account(self) -> list[Finding]:
         import google.auth
         from google.auth.exceptions import GoogleAuthError

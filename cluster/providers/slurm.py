@@ -21,6 +21,8 @@ from cluster.node import Node
 from cluster.providers import NO_METRICS_PORTS, Finding, Say, findings_of
 from cluster.spec import Slurm
 
+_SAVE_S = 7200.0
+"""Longest time for a run to save: the step in hand ends before, of PPO an iteration."""
 _PORTS = 20_000, 20_000
 """First port of Ray's head, and how many there are: the job's number picks one, since jobs may share a node."""
 _FIELDS = ("id", "job", "submitted", "status", "ended", "asked_to_stop", "state", "reason")
@@ -144,6 +146,12 @@ class SlurmProvider:
         """What a job has printed since byte `seen`."""
         script = f"tail -c +{seen + 1} {self._of(name)}/out.log 2> /dev/null | base64 -w0"
         return base64.b64decode(self._login.run(script))
+
+    def save(self, name: str, run: str) -> str:
+        """Ask the driver of a job to save, by the run's folder, which the login machine sees as the nodes do; what is printed there."""
+        command = shlex.join(["-P", "-m", "launcher.onsite_save", run])
+        lines = [f"cd {self._of(name)}", *self.spec.setup, f'cd code; PYTHONPATH="$PWD" {self.spec.python} {command}']
+        return self._login.run("\n".join(lines), timeout_s=_SAVE_S)
 
     def stop(self, name: str) -> None:
         """Ask a job to save and end."""

@@ -1,6 +1,7 @@
 """EC2 as far as its API goes (moto's server), and what gives its instances a body: run on the machine that has the API.
 
-Writes what there is into a file again and again; `tests/cluster/test_aws.py` turns it into machines.
+Writes what there is into a file OUT again and again; `tests/cluster/test_aws.py` turns it into machines, and says by a file OUT.off.ID
+that the system of one has shut itself down.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ def _user_data(ec2: Any, instance: str) -> str:
     return base64.b64decode(answer["UserData"].get("Value", "")).decode()
 
 
+def shut_down(ec2: Any, instance: str) -> None:
+    """What EC2 does with an instance whose system has shut itself down."""
+    name = "instanceInitiatedShutdownBehavior"
+    answer = ec2.describe_instance_attribute(InstanceId=instance, Attribute=name)
+    behavior = answer["InstanceInitiatedShutdownBehavior"]["Value"]
+    {"terminate": ec2.terminate_instances, "stop": ec2.stop_instances}[behavior](InstanceIds=[instance])
+
+
 def main(address: str, port: str, out: str) -> None:
     import boto3
     from moto.ec2.exceptions import EC2ClientError
@@ -61,6 +70,9 @@ def main(address: str, port: str, out: str) -> None:
     boto3.client("iam").create_instance_profile(InstanceProfileName="trainer")
     ec2 = boto3.client("ec2")
     while True:
+        for off in Path(out).parent.glob(f"{Path(out).name}.off.*"):
+            shut_down(ec2, off.suffix[1:])
+            off.unlink()
         groups = ec2.describe_security_groups()["SecurityGroups"]
         rules = {group["GroupName"]: group["IpPermissions"] for group in groups}
         draft = Path(f"{out}.new")

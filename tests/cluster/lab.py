@@ -86,6 +86,7 @@ class Machine:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # signals to a group are for what is on the machine alone
                 cwd=self.folder.parent,
                 env={**os.environ, **self.environment, **environment},
             )

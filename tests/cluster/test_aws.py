@@ -6,6 +6,7 @@ Ray's cluster launcher, SSH, the token, the autoscaler on the head and the jobs 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.lab import Lab
+from tests.cluster.lab import Lab, Machine
 from tests.launcher.test_jobs_on_cluster import until
 
 pytestmark = [
@@ -75,6 +76,10 @@ class Ec2Lab:
     def _give_bodies(self) -> None:
         while not self.ended.wait(0.2):
             running = {one["id"]: one for one in self.instances()}
+            for instance, name in self.body_of.items():
+                if (off := self.lab[name].folder / "off").exists():
+                    off.unlink()
+                    Path(f"{self.state_file}.off.{instance}").touch()
             for gone in self.body_of.keys() - running.keys():
                 name = self.body_of.pop(gone)
                 self.lab[name].switch_off()
@@ -116,6 +121,7 @@ class Ec2Lab:
         (folder / "keys").write_text("\n".join(json.loads(keys[1])))
         if not (folder / "host").exists():
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "host")], check=True)
+        self._have_shutdown(machine)
         variables = {"MUSTER_CACHE": folder / "cache", "OMP_NUM_THREADS": 1, **self.credentials}
         lines = [
             f"HostKey {folder}/host", f"AuthorizedKeysFile {folder}/keys", "PasswordAuthentication no", "UsePAM no",
@@ -135,6 +141,20 @@ class Ec2Lab:
         ):
             assert machine.run(*command, log=folder / "sshd.log").wait(60) == 0
         machine.run("/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config"), log=folder / "sshd.log")
+
+    def _have_shutdown(self, machine: Machine) -> None:
+        """`shutdown` on it shuts nothing down but says so in a file; also by its own path, since that would be the one of the real machine."""
+        program = machine.folder / "bin/shutdown"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\ntouch {machine.folder}/off\n")
+        program.chmod(0o755)
+        (machine.folder / "home/.profile").write_text(f'export PATH="{program.parent}:$PATH"\n')
+        if (real := shutil.which("shutdown", path="/usr/sbin:/sbin")) is not None:
+            bind = machine.run("mount", "--bind", str(program), os.path.realpath(real), log=machine.folder / "sshd.log")
+            assert bind.wait(60) == 0
+
+    def machine_of(self, instance: dict[str, Any]) -> Machine:
+        return self.lab[self.body_of[instance["id"]]]
 
     def file(self, name: str = "cloud", **changes: object) -> Path:
         """The cluster file."""
@@ -194,7 +214,7 @@ def test_a_cluster_comes_up_grows_for_a_job_shrinks_and_leaves_nothing(ec2_lab, 
     home = ec2_lab.folder / "muster/clusters/cloud"
     token = (home / "token").read_text()
     assert token not in said + ec2_lab.muster("cluster", "render", str(ec2_lab.file())) + json.dumps(ec2_lab.state())
-    machine = ec2_lab.lab[ec2_lab.body_of[head["id"]]]
+    machine = ec2_lab.machine_of(head)
     assert (machine.folder / "home/.muster/token").read_text() == token
     assert (machine.folder / "home/.muster/token").stat().st_mode & 0o777 == 0o600
     assert (machine.folder / "home/was-set-up").exists()
@@ -235,3 +255,28 @@ def test_interrupted_in_the_middle_of_up_nothing_is_left(ec2_lab):
     assert "ending what was started" in log.read_text()
     assert ec2_lab.instances() == []
     assert "no clusters" in ec2_lab.muster("cluster", "status")
+
+
+def test_machines_whose_head_is_gone_end_themselves_and_nothing_is_left(ec2_lab):
+    pool = {"instance": WORKER, "min": 2, "max": 2, "cpus": 1, "price": 22}
+    ec2_lab.muster("cluster", "up", str(ec2_lab.file("lonely", pools={"big": pool}, orphan_minutes=1, idle_minutes=60)))
+    until(lambda: len(ec2_lab.instances()) == 3, ec2_lab.state)
+    head, *workers = sorted(ec2_lab.instances(), key=lambda one: one["type"] != HEAD)
+    until(lambda: all(one["id"] in ec2_lab.body_of for one in workers), ec2_lab.state)
+    machines = [ec2_lab.machine_of(one) for one in workers]
+    logs = [machine.folder / "home/.muster/orphan_watch.log" for machine in machines]
+    until(lambda: all(machine.processes_with("raylet") for machine in machines), ec2_lab.state)
+    assert [log.read_text().count("watching the head") for log in logs] == [1, 1]
+
+    (ec2_lab.machine_of(head).folder / "off").touch()
+    until(lambda: head["id"] not in ec2_lab.body_of, ec2_lab.state)
+    said = ec2_lab.muster("cluster", "status", "lonely")
+    assert "the cloud still has 2 of its machines, 44.00 an hour" in said
+    assert all(f"{one['id']}" in said for one in workers)
+    until(lambda: ec2_lab.instances() == [], ec2_lab.state)
+    assert {one["state"] for one in ec2_lab.state()["instances"]} == {"terminated"}
+    assert all(
+        "did not answer for 1 minutes; this machine ends itself: shutdown -h now" in log.read_text() for log in logs
+    )
+    assert "lonely is down" in ec2_lab.muster("cluster", "down", "lonely")
+    assert not any("muster-lonely" in name for name in ec2_lab.state()["groups"])

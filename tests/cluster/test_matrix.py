@@ -16,7 +16,7 @@ from _pytest.mark import ParameterSet
 
 from tests.cluster.conftest import DRIVER, LabRun
 from tests.cluster.lab import Lab
-from tests.disturbed import Result, Run
+from tests.disturbed import STEPS, Result, Run
 
 HANG_AFTER_S = 4
 
@@ -59,6 +59,16 @@ def cut_off(lab: Lab, run: LabRun, victim: str) -> None:
 
 def kill_driver(lab: Lab, run: LabRun, victim: str) -> None:
     _kill(lab[DRIVER].processes_with("-m launcher "))
+    _resume(run)
+
+
+def stop_driver(lab: Lab, run: LabRun, victim: str) -> None:
+    for group in {os.getpgid(pid) for pid in lab[DRIVER].processes_with("-m launcher ")}:
+        os.killpg(group, signal.SIGTERM)
+    _resume(run)
+
+
+def _resume(run: LabRun) -> None:
     run.process.wait(60)
     run.start(*run.settings, verb="resume")
 
@@ -71,15 +81,18 @@ FAULTS: dict[str, Callable[[Lab, LabRun, str], None]] = {
     "machine switched off": switch_off,
     "machine cut off": cut_off,
     "driver killed": kill_driver,
+    "SIGTERM to the driver's group": stop_driver,
 }
 HURT_THE_MACHINE = (kill_place, kill_raylet, switch_off, cut_off)
 """After them its Ray has to be started again; after the others its places are free again by themselves."""
 MOMENTS = {
-    "training": "phases.sft.checkpoint.every=20",
-    "saving": "phases.sft.checkpoint.every=1",
-    "evaluating": "phases.sft.eval_every=1",
+    "training": ("phases.sft.checkpoint.every=20", 40),
+    "saving": ("phases.sft.checkpoint.every=1", 40),
+    "evaluating": ("phases.sft.eval_every=1", 40),
+    "exporting": ("phases.sft.checkpoint.every=20", STEPS),
 }
-"""With a save, or an evaluation, after every step there is always one under way."""
+"""A setting, and the step after which the fault strikes. With a save, or an evaluation, after every step there is always one under
+way; after the last step the model is saved, evaluated and exported, which the run may be done with before the fault strikes."""
 
 
 def start(run: LabRun, *settings: str) -> None:
@@ -135,12 +148,13 @@ def matrix() -> list[ParameterSet]:
 @pytest.mark.parametrize(("kind", "fault", "moment"), matrix())
 def test_the_run_comes_to_the_same_end(lab, run, tiny, calm_of, kind, fault, moment):
     undisturbed = calm_of(kind)
-    start(run, MOMENTS[moment], *settings_of(tiny, kind))
-    run.reach(40)
+    setting, step = MOMENTS[moment]
+    start(run, setting, *settings_of(tiny, kind))
+    run.reach(step)
     victim = run.machine_of(1)
     FAULTS[fault](lab, run, victim)
     out = run.finish()
-    assert len(run.events("started")) == 2, out
+    assert len(run.events("started")) == 2 or moment == "exporting", out
     assert undisturbed.weights
     assert run.result == undisturbed
     if FAULTS[fault] in HURT_THE_MACHINE:

@@ -166,6 +166,8 @@ def test_a_job_that_is_taken_back_saves_is_queued_again_and_goes_on(muster, slur
     metrics = place / "runs/taken/sft/metrics.jsonl"
     until(lambda: metrics.exists() and metrics.stat().st_size, lambda: muster("logs", name, *ON))
     number = (slurm.folder / "jobs" / name / "number").read_text().strip()
+    saved = json.loads(muster("save", name, *ON, "--json"))
+    assert (Path(saved["checkpoint"]) / "manifest.json").exists()
     # As at the end of the allocation's time, or from a scheduler that wants the node: SIGTERM to the batch script.
     slurm("scancel", "--batch", "--signal=TERM", number)
     until(lambda: "goes on after step" in muster("logs", name, *ON), lambda: muster("logs", name, *ON))

@@ -25,6 +25,7 @@ VERBS = (
     "generate",
     "submit",
     "logs",
+    "save",
     "stop",
 )
 

@@ -19,6 +19,7 @@ from cluster.node import Node
 from cluster.providers import findings_of, local
 from cluster.spec import SPECS
 from launcher import clusters, submit
+from tests.raw_server import CUT, ODD_JSON, RawServer, whole
 from training.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "clusters"
@@ -351,3 +352,12 @@ def test_what_is_wrong_with_machines_is_told_with_the_side_to_change():
     assert "its clock is 90 s off ours; let it follow a time server" in advice["e"]
     assert "cannot be reached: no route" in advice["f"]
     assert "install ray for /p" in advice["g"]
+
+
+@pytest.mark.parametrize("reply", [*CUT.values(), *map(whole, ODD_JSON.values())])
+def test_a_dashboard_that_cuts_its_replies_or_speaks_of_something_else_is_told_of(reply):
+    with RawServer(reply) as server:
+        dashboard = Dashboard(server.url, None, "gpus")
+        for ask in (dashboard.version, dashboard.nodes):
+            with pytest.raises(ClusterError, match="gpus "):
+                ask()

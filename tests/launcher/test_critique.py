@@ -14,6 +14,8 @@ import pytest
 
 from launcher import critique, teacher
 from launcher.cli import app
+from tests.raw_server import CUT as CUT_REPLIES
+from tests.raw_server import ODD_JSON, OK, RawServer, dripping, whole
 from tests.teacher_server import CUT, HANG, NONSENSE, TeacherServer
 
 KEY = "sk-of-nobody-123"
@@ -122,6 +124,64 @@ def test_a_server_that_misbehaves(capsys):
         assert len(server.requests) == 12 + len(trouble)
         assert set(server.asked.values()) == {1}  # nobody was paid twice
     assert len(written()) == 12
+
+
+GOOD = "Critique: yes.\nConclusion: right [END]"
+
+
+def said(text=GOOD, **usage):
+    return whole({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage})
+
+
+def ask_raw(server, capsys, *more):
+    words = ["--parallel", "1", "--timeout", "1", *more]
+    return muster(
+        "critique", "cft.jsonl", "--data", "rows.jsonl", "--column", "model_a", "--teacher", server.url, "--teacher-model", "wise", *words,
+        capsys=capsys,
+    )  # fmt: skip
+
+
+def test_a_server_that_cuts_its_replies(capsys):
+    """In every way that there is, and one that sends a byte now and then for ever: every row is there in the end."""
+    write(Path("rows.jsonl"), rows(2))
+    odd = [*CUT_REPLIES.values(), dripping(OK + b"Content-Length: 1000\r\n\r\n")]
+    with RawServer(said(), *odd, said()) as server:
+        status, out, err = ask_raw(server, capsys)
+        assert status == 0, out + err
+        assert server.asked == 2 + len(odd)
+    assert len(written()) == 2
+
+
+def test_answers_of_another_form_cost_a_row_and_no_more(capsys):
+    write(Path("rows.jsonl"), rows(len(ODD_JSON) + 3))
+    half = json.dumps({"choices": [{"message": {"content": "\ud800"}}]}).encode()
+    odd = [whole(body) for body in (*ODD_JSON.values(), half, b'{"choices": [{}]}') for _ in range(3)]
+    with RawServer(*odd, said()) as server:
+        status, out, err = ask_raw(server, capsys)
+    assert status == 0, out + err
+    assert len(written()) == 1
+    assert f"{len(ODD_JSON) + 2} not critiqued yet" in out
+
+
+@pytest.mark.parametrize("tokens", [-100_000, 0, True, "12", 1.5, [1], None])
+def test_what_is_no_count_of_tokens_lifts_no_budget(capsys, tokens):
+    write(Path("rows.jsonl"), rows(30))
+    usage = {"prompt_tokens": tokens, "completion_tokens": tokens}
+    with RawServer(said(**usage)) as server:
+        status, out, err = ask_raw(server, capsys, "--max-tokens", "1500", "--max-new-tokens", "60")
+        assert status == 0, out + err
+        assert 1 <= server.asked < 15
+    assert "ended early" in out
+    assert (out + err).count("bytes are counted as a token instead") == (tokens not in (None, 0))
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "-5", "1e999", "Fri, 99 Foo 99999 00:00:00 GMT", "soon"])
+def test_a_server_may_ask_to_wait_for_any_time(capsys, seconds):
+    write(Path("rows.jsonl"), rows(1))
+    busy = b"HTTP/1.1 429 Busy\r\nRetry-After: %s\r\nContent-Length: 0\r\n\r\n" % seconds.encode()
+    with RawServer(busy, said()) as server:
+        assert ask_raw(server, capsys)[0] == 0
+        assert server.asked == 2
 
 
 def test_what_does_not_hold_is_dropped_and_counted(capsys):

@@ -10,6 +10,8 @@ import pytest
 
 from tests.forked_command import muster
 from tests.launcher.test_run import events
+from training.checkpoints import opened
+from training.storage import place
 
 pytestmark = pytest.mark.cpu
 
@@ -67,6 +69,24 @@ def test_the_last_phase_is_trained_again_from_a_step_bit_for_bit(finished, folde
     assert curve(folder, "second") == curve(finished, "second")
     assert weights(folder, "second") == weights(finished, "second")
     assert muster(folder, "resume", "job", "--inline")[0] == 2, "the run is finished again"
+
+
+def test_a_checkpoint_with_weights_alone_is_tried_and_exported_but_not_resumed(finished, folder):
+    asked = ("generate", "job", "--step", "2", "-p", "Q: 1 + 1 = ", "--max-new-tokens", "4", "--json")
+    before = muster(folder, *asked)
+    assert muster(folder, "export", "job", "--step", "2", "--out", "before")[0] == 0
+    checkpoints = opened(place(folder / "runs/job/second/checkpoints"), 2)
+    checkpoints.drop_optimizer(checkpoints.at(2))
+    checkpoints.close()
+    status, out = muster(folder, "resume", "job", "--step", "2", "--inline")
+    assert (status, "second can be resumed at: 4" in out) == (2, True), out
+    status, out = muster(folder, "checkpoints", "job", "--verify")
+    assert (status, out.count("verified, weights only")) == (0, 1), out
+    after = muster(folder, *asked)
+    assert (after[0], after[1][after[1].rindex("\n[") :]) == (0, before[1][before[1].rindex("\n[") :])
+    assert muster(folder, "export", "job", "--step", "2", "--out", "after")[0] == 0
+    exported = [(folder / name / "model.safetensors").read_bytes() for name in ("before", "after")]
+    assert exported[0] == exported[1]
 
 
 def test_going_back_in_the_first_phase_trains_the_second_anew(finished, folder):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from launcher import job as jobs
-from launcher.failures import Raised, WorkerDied
+from launcher.failures import Kind, Raised, WorkerDied
 from launcher.host import Host, apart, has_nursery, nursery_at_hand
 from training.data.stores import open_stores
 from training.distributed import Seat
@@ -80,6 +80,15 @@ def test_errors_arrive_with_the_workers_own_traceback(host):
     assert "roles.py" in caught.value.trace
     with pytest.raises(InputError, match="no answer"):
         call(host, "refuse_input")
+
+
+def test_errors_arrive_with_the_kind_that_they_have_in_the_worker(host):
+    with pytest.raises(Raised) as caught:
+        call(host, "take_memory", 1 << 60)
+    assert caught.value.kind is Kind.MEMORY
+    with pytest.raises(Raised, match="Connection refused") as caught:
+        call(host, "connect", 1)
+    assert (caught.value.name, caught.value.kind) == ("ConnectionRefusedError", Kind.PROGRAM)
 
 
 @pytest.mark.timeout(120)  # a call that does not see it waits for ever

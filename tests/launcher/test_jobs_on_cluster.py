@@ -152,9 +152,14 @@ def test_a_secret_reaches_the_workers_and_stands_nowhere(muster_here, job):
     name, metrics = json.loads(said)["id"], job.parent / "runs/secretive/sft/metrics.jsonl"
     until(lambda: metrics.exists(), lambda: muster_here("logs", name, "--on", "here"))
     mark = json.loads((muster_here.folder / "muster/clusters/here/cluster.json").read_text())["mark"]
+    before = len(muster_here.json("list"))
     nurseries = [process for process in marked(mark) if "launcher.nursery" in process.cmdline()]
     assert {process.environ().get("MY_SECRET") for process in nurseries} == {"hush-hush-7"}
+    saved = json.loads(muster_here("save", name, "--on", "here", "--json"))
+    assert (Path(saved["checkpoint"]) / "manifest.json").exists()
+    assert len(muster_here.json("list")) == before, "what has asked for it is no job of its own"
     muster_here("stop", name, "--on", "here")
+    assert "is not running (it is stopped)" in muster_here("save", name, "--on", "here", status=2)
     places = [f"/tmp/muster-{mark}", str(muster_here.folder), str(job.parent)]
     found = subprocess.run(["grep", "-rlaF", "hush-hush-7", *places], capture_output=True, text=True, check=False)
     assert found.stdout == ""

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from launcher import notices
+from tests.raw_server import CUT, ODD_JSON, RawServer, whole
 
 
 class Metadata(BaseHTTPRequestHandler):
@@ -97,3 +98,12 @@ def test_the_listener_hears_a_notice_that_comes_later(monkeypatch, metadata):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert listener.said == "GCP preempts it"
+
+
+@pytest.mark.parametrize("where", ["aws", "gcp", "azure"])
+@pytest.mark.parametrize("reply", [*CUT.values(), *map(whole, ODD_JSON.values())])
+def test_a_reply_that_is_none_is_no_notice(monkeypatch, where, reply):
+    with RawServer(reply) as server:
+        monkeypatch.setenv("MUSTER_METADATA_URL", server.url)
+        assert notices.notice(where) is None
+        assert server.asked

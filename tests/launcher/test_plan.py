@@ -12,7 +12,7 @@ from benchmarks import published
 from cluster import catalog
 from cluster.errors import Refused
 from launcher import job as jobs
-from launcher import pace, plan, planning, site
+from launcher import pace, plan, plan_lines, planning, site
 from launcher.cli import app
 from launcher.planned import Asked
 from training import traits
@@ -190,6 +190,21 @@ def test_a_checkpoint_against_the_notice():
         (phase,) = report["phases"].values()
         assert phase["checkpoint"]["notice_s"] == 120
         assert phase["checkpoint"]["within_notice"] is fits
+        told = (
+            "with the step in hand it fits into the 120 s"
+            if fits
+            else "with the step in hand it does NOT fit into the 120 s"
+        )
+        assert sum(told in line for line in plan_lines.lines(report)) == 1
+
+
+def test_weights_that_are_kept_are_in_the_plan():
+    def checkpoint(*overrides: str) -> dict:
+        report = plan.plan(jobs.read(SFT_7B, overrides), site.of_gpu("H100", 8), Asked())
+        return report["phases"]["sft"]["checkpoint"]
+
+    more = checkpoint("phases.sft.checkpoint.keep_weights=3")
+    assert more["disk_bytes"] - checkpoint()["disk_bytes"] == pytest.approx(more["bytes"], rel=1e-9)
 
 
 # -- machines

@@ -11,6 +11,7 @@ from launcher import job as jobs
 from launcher.driver import with_its_start
 from launcher.runs import RunFolder
 from tests.launcher.test_bad_input import refused
+from tests.raw_server import CUT, RawServer, whole
 
 JOB = """\
 name: better
@@ -127,6 +128,34 @@ def test_a_whole_job_runs(better, muster):
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
     assert {"step", "row", "response", "reward", "kl"} <= samples[0].keys()
     assert (folder / "model/model.safetensors").is_file()
+
+
+ALONE = """\
+name: alone
+model: {path: model, dtype: fp32}
+resources: {workers: 1, threads: 1, gpus_per_worker: 0}
+phases:
+  ppo:
+    reward: [{path: URL, timeout: 2}]
+    critic: model
+    data: {train: data/prompts.jsonl, max_length: 24}
+    rollout_batch: 4
+    batch: 2
+    response_tokens: 6
+    max_steps: 3
+"""
+
+
+def test_an_endpoint_that_cuts_its_replies_ends_no_run(better, muster):
+    good = whole({"scores": [0.0, 1.0, 0.5, 0.25]})
+    cut = [CUT[name] for name in ("a body that is cut", "no HTTP", "a chunk of no length")]
+    with RawServer(good, cut[0], good, *cut[1:], good) as server:
+        (better / "alone.yaml").write_text(ALONE.replace("URL", server.url))
+        result = muster("run", "alone.yaml", "--inline")
+    assert result.status == 0, "\n".join(result.errors) + result.out
+    assert server.asked == 3 + len(cut)
+    rows = [json.loads(line) for line in (better / "runs/alone/ppo/metrics.jsonl").open()]
+    assert [row["reward"] for row in rows] == [0.4375] * 3
 
 
 def test_a_part_of_the_schedule_leaves_the_rest_as_ppo_has_it(better):

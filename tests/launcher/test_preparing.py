@@ -6,18 +6,22 @@ import json
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher import driver
 from launcher import job as jobs
 from launcher.failures import Raised, WorkerDied
+from tests.launcher.test_run import finish, folder, losses, nothing_left, processes_of, start, wait_for
 from training.errors import InputError, TrainingError
+
+__all__ = ["folder", "nothing_left"]
 
 
 @pytest.mark.parametrize(
     ("evidence", "words"),
     [
-        (WorkerDied(-signal.SIGKILL, "the kernel was short of memory"), "was killed by SIGKILL.*short of memory"),
+        (WorkerDied(-signal.SIGKILL, short_of_memory=True), "was killed by SIGKILL.*short of memory"),
         (WorkerDied(1, "its imports failed or took too long"), "ended with status 1.*its imports failed"),
         (
             Raised("ZeroDivisionError", "division by zero", "trace"),
@@ -67,3 +71,26 @@ def test_turned_bits_in_the_token_cache_do_not_change_the_curve(place, muster, m
     assert muster("run", "job.yaml", "--inline", "name=damaged").status == 0
     assert "tokens.bin: the content has changed" in caplog.text
     assert curve(place / "runs/damaged") == curve(place / "runs/whole")
+
+
+@pytest.mark.cpu
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", ["fork server", "its fork"])
+def test_a_process_that_is_killed_while_it_prepares_costs_its_time_alone(folder, nothing_left, victim):
+    rows = (folder.parent / "many.jsonl").open("w")
+    with rows:
+        for number in range(60_000):
+            print(json.dumps({"prompt": f"Q: {number} + 1 = ", "completion": str(number + 1)}), file=rows)
+    process = start(folder, "run", "job.yaml", f"phases.sft.data.train={rows.name}", "phases.sft.max_steps=2")
+
+    def server() -> psutil.Process | None:
+        found = [psutil.Process(pid) for pid in processes_of(str(nothing_left))]
+        servers = [each for each in found if "launcher.nursery" in each.cmdline() and each.ppid() == process.pid]
+        return next(iter(servers), None)
+
+    wait_for(lambda: (its := server()) is not None and its.children(), "the process that prepares")
+    its = server()
+    (its if victim == "fork server" else its.children()[0]).kill()
+    status, out = finish(process)
+    assert status == 0, out
+    assert losses(folder)[-1] > 0

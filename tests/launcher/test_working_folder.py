@@ -149,3 +149,17 @@ def test_a_folder_for_what_is_no_function_is_refused(place):
     (place / "ppo.yaml").write_text(PPO.replace("REWARD", "[{path: model, folder: data}]"))
     with pytest.raises(InputError, match="`folder` has no effect"):
         jobs.load(place / "ppo.yaml")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["run job.yaml", "check job.yaml", "plan job.yaml", "list", "status sums", "cluster status here", "init new"],
+)
+def test_a_deleted_working_folder_is_refused(tmp_path, verb):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    muster = Path(sys.executable).with_name("muster")
+    command = ["sh", "-c", f"rmdir {gone} && exec {muster} {verb}"]
+    ended = subprocess.run(command, cwd=gone, text=True, capture_output=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr == "working folder: it has been deleted; change to another folder and try again\n"

@@ -47,7 +47,9 @@ def test_each_worker_uploads_its_own_shard_and_fetches_what_it_needs(train, whol
     files = Manifest.read(Checkpoints(place(s3.url + "/run")).at(12)).files
     assert [file.name.rpartition("/")[2] for file in files] == [
         "trainer-00000.safetensors",
+        "trainer-00000.optimizer.safetensors",
         "trainer-00001.safetensors",
+        "trainer-00001.optimizer.safetensors",
     ]
     more = train(3, checkpoints=s3.url + "/run", stage=3, max_steps=14, checkpoint={"every": 2}, job_hash="0" * 16)
     assert more.first == 12

@@ -68,7 +68,7 @@ def _rename_a_shard(folder, name):
 
 DAMAGES = {
     "a bit": (lambda folder: flip_a_bit(folder / "worker-1.safetensors"), "has changed since it was written"),
-    "a bit of a header": (lambda f: flip_a_bit(f / "worker-1.safetensors", 200), "the header has changed"),
+    "a bit of a header": (lambda f: flip_a_bit(f / "worker-1.safetensors", 100), "the header has changed"),
     "truncated": (lambda f: (f / "worker-0.safetensors").write_bytes(b"12345"), "5 bytes, .* were written"),
     "deleted": (lambda folder: (folder / "worker-0.safetensors").unlink(), "missing"),
     "a folder instead": (lambda f: ((f / "worker-0.safetensors").unlink(), (f / "worker-0.safetensors").mkdir()), "missing"),

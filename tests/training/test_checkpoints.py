@@ -1,10 +1,13 @@
 """The checkpoints of a phase: committed whole or not at all, by the newest attempt alone, kept and found again."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from tests.made_checkpoints import save, save_in, staged
+from tests.made_checkpoints import save, save_in, staged, values_of
 from tests.training.test_checkpoint import flip_a_bit
-from training.checkpoint import CheckpointError, Manifest, verify
+from training.checkpoint import OPTIMIZER, CheckpointError, Manifest, Reader, verify, write_shard
 from training.checkpoints import Checkpoints, opened, step_of
 from training.errors import StorageError, Superseded
 from training.storage import Local, place
@@ -131,6 +134,62 @@ def test_a_checkpoint_made_because_of_an_interruption_goes_when_a_newer_one_is_t
     save(checkpoints, 30)
     checkpoints.retain(2, counts=lambda step: step % 10 == 0)
     assert steps(root) == [20, 30]
+
+
+def optimizer_shards(folder):
+    prefixes = ["", *[name for name, size in folder.children().items() if size is None]]
+    inside = [name for prefix in prefixes for name in (folder / prefix if prefix else folder).children()]
+    return [name for name in inside if name.endswith(OPTIMIZER)]
+
+
+def test_older_ones_keep_their_weights_alone_and_the_best_does_too(root):
+    checkpoints = opened(root, 1)
+    for step, loss in [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 5.0), (6, 6.0)]:
+        save(checkpoints, step, metrics={"eval_loss": loss})
+        checkpoints.retain(2, checkpoints.best("eval_loss"), keep_weights=2)
+    assert steps(root) == [1, 3, 4, 5, 6]
+    assert [step_of(folder) for folder in checkpoints.resumable()] == [5, 6]
+    for folder in checkpoints.folders()[:3]:
+        assert (verify(folder), optimizer_shards(folder), Manifest.read(folder).weights_only) == ([], [], True)
+        reader = Reader(folder)
+        assert reader.whole("w").ravel().tolist() == values_of(step_of(folder)).tolist()
+        with pytest.raises(CheckpointError, match="exp_avg of w: 0 of 20 elements"):
+            reader.read("exp_avg", "w", 0, np.empty(20, np.float32))
+    assert Manifest.read(checkpoints.at(1)).metrics == {"eval_loss": 1.0}
+
+
+def test_a_thinning_that_was_cut_short_leaves_a_sound_checkpoint_and_the_rest_goes_later(root):
+    checkpoints = opened(root, 1)
+    folder = save(checkpoints, 1)
+    names = [file.name for file in Manifest.read(folder).files if file.name.endswith(OPTIMIZER)]
+    shards = {name: (folder / name).read() for name in names}
+    checkpoints.drop_optimizer(folder)
+    for name, content in shards.items():  # as it is between the new manifest and the deletion
+        (folder / name).write(content)
+    assert (verify(folder), len(optimizer_shards(folder))) == ([], 2)
+    opened(root, 2)
+    assert (verify(folder), optimizer_shards(folder)) == ([], [])
+
+
+def test_an_older_attempt_thins_nothing(root):
+    old = opened(root, 1)
+    folder = save(old, 1)
+    opened(root, 2)
+    with pytest.raises(Superseded):
+        old.drop_optimizer(folder)
+    assert not Manifest.read(folder).weights_only
+
+
+def test_a_checkpoint_of_an_older_version_whose_shards_hold_both_stays_whole(root):
+    checkpoints = opened(root, 1)
+    staging, manifest = staged(checkpoints, 1)
+    layout = [("fp32/w@0", 20), ("exp_avg/w@0", 20)]
+    both = write_shard(staging / "worker.safetensors", layout, np.concatenate([values_of(1), -values_of(1)]))
+    checkpoints.commit(staging, replace(manifest, files=[both]))
+    save(checkpoints, 2)
+    checkpoints.retain(1, keep_weights=1)
+    assert [step_of(folder) for folder in checkpoints.resumable()] == [1, 2]
+    assert verify(checkpoints.at(1)) == []
 
 
 def test_nothing_is_deleted_while_the_newest_is_not_whole(root):

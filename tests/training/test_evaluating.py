@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.fork_group import ForkGroup
+from tests.training.test_exact_resume import state
 from tests.training_fixtures import Recorder, sft_phase
 from training.checkpoint import Manifest
 from training.checkpoints import Checkpoints, step_of
@@ -89,6 +90,23 @@ def test_an_interrupted_evaluation_of_ppo_is_done_again(tiny, train, tmp_path):
     second = train(1, checkpoints=tmp_path, **common)
     assert curve(first, second) == curve(whole)
     assert kept(second)[2] == kept(whole)[2]
+
+
+class AsksWithin(Recorder):
+    """Somebody asks for a checkpoint while step 4 is evaluated: between two batches of answers."""
+
+    def save_requested(self, step) -> bool:
+        self.looked = getattr(self, "looked", 0) + (step == 4)
+        return self.looked == 6 and "eval_loss" not in self.rows[-1]
+
+
+def test_what_is_saved_in_the_middle_of_an_evaluation_is_the_state_after_its_step(tiny, train):
+    common = settings(tiny, stage=3, eval_every=4)
+    whole = train(2, checkpoint={"every": 4}, **common)
+    asked = train(2, checkpoint={"every": "2h"}, hooks=AsksWithin, **common)
+    assert curve(asked) == curve(whole)
+    assert kept(asked) == kept(whole)
+    assert [state(run.checkpoints.at(4)) for run in (asked, whole)] == [state(whole.checkpoints.at(4))] * 2
 
 
 class KillsWithin(Recorder):

@@ -54,7 +54,7 @@ def saved_again(group: ForkGroup, checkpoint, folder):
     checkpoints = opened(place(folder), 1)
     staged = checkpoints.stage(AT)
     results(group.call("begin_save", str(staged)))
-    files = results(group.call("finish_save"))
+    files = [file for of_worker in results(group.call("finish_save")) for file in of_worker]
     return checkpoints.commit(staged, replace(Manifest.read(checkpoint), files=files))
 
 

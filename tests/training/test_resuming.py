@@ -72,6 +72,23 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(
         go_on(train, tmp_path)
 
 
+def test_a_run_whose_older_checkpoints_have_weights_alone_goes_on_from_the_others_only(train, whole, tmp_path):
+    settings = {"stage": 2, "checkpoint": {"every": 2, "keep": 2, "keep_weights": 2}}
+    train(2, checkpoints=tmp_path, stop_after=6, **settings)
+    assert steps(tmp_path) == [2, 4, 6]
+    weights = [Manifest.read(folder).weights_only for folder in Checkpoints(place(tmp_path)).folders()]
+    assert weights == [True, False, False]
+    damage(tmp_path, 6)
+    run = train(2, checkpoints=tmp_path, stop_after=6, **settings)
+    assert (run.first, run.losses) == (4, whole[4:6])
+    for step in (4, 6):
+        damage(tmp_path, step)
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint is whole; those with weights alone \(2; .*cannot be resumed"
+    ):
+        train(2, checkpoints=tmp_path, **settings)
+
+
 def test_a_run_goes_on_from_the_step_that_is_asked_for(train, stopped, whole, tmp_path):
     run = go_on(train, tmp_path, resume_at=4)
     assert run.first == 4

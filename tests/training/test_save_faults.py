@@ -17,7 +17,7 @@ import pytest
 from tests.fork_group import ForkGroup
 from tests.made_checkpoints import save
 from tests.training_fixtures import Recorder, sft_phase
-from training.checkpoint import Manifest, Reader, verify
+from training.checkpoint import OPTIMIZER, Manifest, Reader, verify
 from training.checkpoints import Checkpoints, opened, step_of
 from training.errors import SaveError, Superseded, TrainingError
 from training.recipes import supervised
@@ -93,7 +93,7 @@ def _save_for_ever(root: str, attempt: int, first: int, environment: dict[str, s
                 FileNotFoundError
             ):  # its staging folder was taken away under a worker; it is told when it begins the next
                 continue
-            checkpoints.retain(2)
+            checkpoints.retain(2, keep_weights=2)
             told.send(step)
     except Superseded as error:
         told.send(str(error))
@@ -136,6 +136,9 @@ def test_a_driver_killed_while_it_commits_always_leaves_a_checkpoint_to_go_on_fr
         assert step_of(folders[-1]) > newest
         newest = step_of(folders[-1])
     opened(root, TRIES + 1).close()
+    for folder in Checkpoints(root).folders():
+        optimizers = [name for name in folder.children() if name.endswith(OPTIMIZER)]
+        assert bool(optimizers) != Manifest.read(folder).weights_only
     left = [name for name in root.children() if not name.startswith("step-")]
     assert left == [], "what the killed ones left is swept"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.training_fixtures import Recorder
-from training.checkpoint import File, Manifest, verify, write_shard
+from training.checkpoint import OPTIMIZER, File, Manifest, verify, write_shard
 from training.config import SFT
 from training.errors import SaveError
 from training.facts import Facts
@@ -40,12 +40,13 @@ class Workers:
     def is_saving(self, rank):
         return self.writing and rank == 1
 
-    def finish_save(self, rank) -> File:
+    def finish_save(self, rank) -> list[File]:
         if self.broken:
             self.broken -= 1
             raise SaveError("the checkpoint cannot be written: No space left on device")
         values = torch.arange(2 * rank, 2 * rank + 2, dtype=torch.float32).numpy()
-        return write_shard(self.staged / f"worker-{rank}.safetensors", [(f"fp32/w@{2 * rank}", 2)], values)
+        shards = {f"worker-{rank}.safetensors": "fp32", f"worker-{rank}{OPTIMIZER}": "exp_avg"}
+        return [write_shard(self.staged / name, [(f"{kind}/w@{2 * rank}", 2)], values) for name, kind in shards.items()]
 
 
 def saver_of(folder, **settings) -> Saver:
@@ -174,6 +175,31 @@ def test_with_a_time_all_checkpoints_are_kept_in_turn_and_the_best_is_one_that_w
     assert committed(saver) == ["step-00000010", "step-00000020", "step-00000023"]
 
 
+def test_what_cannot_be_deleted_ends_no_run_and_goes_after_the_next_checkpoint(tmp_path):
+    saver = saver_of(tmp_path, checkpoint={"keep": 1})
+    in_the_way = tmp_path / ".old-step-00000200"  # the name that it would get
+    in_the_way.symlink_to(tmp_path.parent)
+    for step in (200, 400):
+        saver.save(step)
+        saver.finish()
+    assert [kind for kind, _ in saver.hooks.events] == ["checkpoint", "checkpoint", "retention_failed"]
+    assert committed(saver) == ["step-00000200", "step-00000400"]
+    in_the_way.unlink()
+    saver.save(600)
+    saver.finish()
+    assert committed(saver) == ["step-00000600"]
+
+
+def test_what_somebody_asks_for_is_saved_now_also_in_the_middle_of_an_evaluation(saver):
+    saver.hooks.save_at = {5, 6}
+    assert [step for step in (4, 5) if saver.is_due(step)] == [5]
+    saver.save(5)
+    saver.finish()
+    saver.attend(6)
+    saver.finish()
+    assert committed(saver)[-1] == "step-00000006"
+
+
 def test_what_is_evaluated_for_long_is_saved_meanwhile_when_the_clock_says_so(tmp_path):
     saver = saver_of(tmp_path, checkpoint={"every": "90s"})
     saver.attend(7)
@@ -192,18 +218,19 @@ def test_the_state_that_is_saved_is_that_of_the_moment(tmp_path):
 
     state = torch.zeros(1_000_000)
     writer = ShardWriter()
-    writer.begin(place(tmp_path / "shard"), [("a", state[:10]), ("b", state[10:])])
-    state.fill_(7)  # the training goes on while the file is written
-    file = writer.finish()
-    saved = load_file(tmp_path / "shard")
-    assert file.size == (tmp_path / "shard").stat().st_size
+    writer.begin(place(tmp_path), {"weights": [("a", state[:10]), ("b", state[10:999])], "rest": [("c", state[999:])]})
+    state.fill_(7)  # the training goes on while the files are written
+    files = writer.finish()
+    assert {file.name: file.size for file in files} == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    saved = load_file(tmp_path / "weights") | load_file(tmp_path / "rest")
     assert saved["a"].tolist() == [0.0] * 10
-    assert saved["b"].max() == 0
+    assert [saved[name].size for name in ("b", "c")] == [989, 999_001]
+    assert saved["b"].max() == saved["c"].max() == 0
 
 
 def test_a_full_disk_is_told_when_the_save_is_finished(tmp_path):
     writer = ShardWriter()
-    writer.begin(place(tmp_path / "no" / "such" / "folder"), [("a", torch.zeros(3))])
+    writer.begin(place(tmp_path / "no" / "such" / "folder"), {"shard": [("a", torch.zeros(3))]})
     with pytest.raises(SaveError, match="the checkpoint cannot be written: No such file or directory"):
         writer.finish()
-    assert writer.finish() is None
+    assert writer.finish() == []

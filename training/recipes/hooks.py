@@ -60,6 +60,14 @@ class Hooks(Protocol):
         """Training begins, `step` steps are done already. `evaluates`: the evaluation of the last of them is done (again) now."""
         ...
 
+    def make_room(self, best: Place | None) -> None:
+        """Delete older checkpoints of the run, but not `best`, until its quota has room for another. Raises StorageError or OSError."""
+        ...
+
+    def save_requested(self, step: int) -> bool:
+        """Whether somebody has asked for a checkpoint now; asked once, and answered that the state after `step` will be saved."""
+        ...
+
     def clock(self) -> float:
         """Seconds, of a clock that only goes forward: when `checkpoint.every` is a time, it decides when to save."""
         ...

@@ -32,11 +32,22 @@ def resume(learners: Mapping[str, Group], hooks: Hooks, facts: Facts) -> Manifes
             return found
         for finding in found:
             hooks.event("checkpoint_damaged", finding=finding)
-    if candidates:
-        which = "no checkpoint is" if hooks.resume_at is None else f"the checkpoint of step {hooks.resume_at} is not"
-        raise CheckpointError(f"{hooks.checkpoints.root}: {which} whole; remove the folder to begin again")
+    if candidates or (hooks.resume_at is None and hooks.checkpoints.folders()):
+        raise CheckpointError(_nothing_to_resume(hooks))
     _set_aside(hooks, after=0)
     return None
+
+
+def _nothing_to_resume(hooks: Hooks) -> str:
+    which = "no checkpoint is" if hooks.resume_at is None else f"the checkpoint of step {hooks.resume_at} is not"
+    checkpoints = hooks.checkpoints
+    left = [str(step_of(folder)) for folder in checkpoints.folders() if folder not in checkpoints.resumable()]
+    light = (
+        f"; those with weights alone ({', '.join(left)}; checkpoint.keep_weights) cannot be resumed, `muster export` writes their models"
+        if left
+        else ""
+    )
+    return f"{checkpoints.root}: {which} whole{light}; remove the folder to begin again"
 
 
 def _refuse_unwritable(learners: Mapping[str, Group], hooks: Hooks) -> None:
@@ -55,7 +66,7 @@ def _complaints(learners: Mapping[str, Group], method: str, address: str) -> lis
 def _candidates(hooks: Hooks) -> list[Place]:
     """What may be gone on from, the likeliest first. Raises CheckpointError if the one that is asked for is not there."""
     if hooks.resume_at is None:
-        return hooks.checkpoints.folders()[::-1]
+        return hooks.checkpoints.resumable()[::-1]
     return [hooks.checkpoints.at(hooks.resume_at)] if hooks.resume_at else []
 
 

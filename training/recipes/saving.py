@@ -60,7 +60,7 @@ class Saver:
 
     def is_due(self, step: int) -> bool:
         """Whether to save the state after `step`."""
-        return self.failed or self.counts(step) or self._is_time(step)
+        return self.hooks.save_requested(step) or self.failed or self.counts(step) or self._is_time(step)
 
     def _is_time(self, step: int) -> bool:
         return self.due_in_s() <= 0 and not self.is_saving and step != self.newest
@@ -80,6 +80,7 @@ class Saver:
         if step == self.newest and not self.failed:
             return
         staged = self.hooks.checkpoints.stage(step)
+        self._make_room()
         copied = {role: answers[0] for role, answers in self._all("begin_save", str(staged)).items()}
         self._pending = _Pending(step, staged, copied, state or {}, began, time.monotonic() - began)
         self._began_s = self.hooks.clock()
@@ -120,9 +121,9 @@ class Saver:
         return self._pending is not None
 
     def attend(self, step: int, state: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """While the state after `step` is evaluated: as `poll`, and save it when the clock says so."""
+        """While the state after `step` is evaluated: as `poll`, and save it when somebody asks for it or the clock says so."""
         self.poll()
-        if self._is_time(step):
+        if self.hooks.save_requested(step) or self._is_time(step):
             self.save(step, state())
 
     def poll(self) -> None:
@@ -140,7 +141,8 @@ class Saver:
             return
         self._pending = None
         try:
-            shards = [file for files in self._all("finish_save", timeout_s=timeout_s).values() for file in files]
+            answers = self._all("finish_save", timeout_s=timeout_s)
+            shards = [file for of_role in answers.values() for of_worker in of_role for file in of_worker]
             self.hooks.flush()  # no step of a checkpoint may be missing from the curve
             folder = self.hooks.checkpoints.commit(pending.staged, self._manifest(pending, shards))
         except (SaveError, StorageError, CheckpointError, OSError) as error:
@@ -171,9 +173,21 @@ class Saver:
             raise
 
     def _retain(self) -> None:
-        keep = self.phase.checkpoint.keep
-        of_clock = self.phase.checkpoint.every_s is not None
-        self.hooks.checkpoints.retain(keep, self._best(), counts=(lambda step: True) if of_clock else self.counts)
+        """Delete what need not stay. A failure is noted; the next checkpoint does it again."""
+        settings = self.phase.checkpoint
+        counts = self.counts if settings.every_s is None else lambda step: True
+        try:
+            self.hooks.checkpoints.retain(
+                settings.keep, self._best(), keep_weights=settings.keep_weights, counts=counts
+            )
+        except (StorageError, OSError) as error:
+            self.hooks.event("retention_failed", error=str(error))
+
+    def _make_room(self) -> None:
+        try:
+            self.hooks.make_room(self._best())
+        except (StorageError, OSError) as error:
+            self.hooks.event("retention_failed", error=str(error))
 
     def chosen(self) -> Place:
         """The checkpoint that the phase ends with: the best if the job asks for it, else the last."""

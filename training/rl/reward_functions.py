@@ -15,22 +15,28 @@ import json
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from training.config import RewardSource
-from training.errors import InputError, TrainingError
+from training.errors import InputError, ServiceError, TrainingError
+from training.foreign import loads, made_sense_of
+from training.http_requests import RequestError, fetch
 from training.reward_signature import GIVEN, RESERVED, is_conversation, signature_of
 from training.rl.experience import Response
+from training.time_limit import TimeLimitReached, within
 
 _TRIES = 5
+_PATIENCE_S = 120.0
+"""With an endpoint that is away: it is asked at least so long, and so often."""
+_LONGEST_PAUSE_S = 10.0
 
 
 class RewardError(TrainingError):
@@ -71,25 +77,15 @@ class RewardFunction:
         return response.text
 
     def _in_time(self, arguments: dict[str, Any]) -> Any:
-        """In a thread of its own: a function that hangs cannot be ended, but need not be waited for."""
-        answer: list[Any] = []
-        errors: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                answer.append(self._awaited(self.function(**arguments)))
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=call, daemon=True)
-        thread.start()
-        thread.join(self.source.timeout)
-        if errors:
-            error = errors[0]
+        """Raises RewardError for a function that fails, or takes longer than it may."""
+        try:
+            return within(self.source.timeout, lambda: self._awaited(self.function(**arguments)))
+        except TimeLimitReached:
+            raise RewardError(
+                f"the reward {self.source.path} has not answered within {self.source.timeout:g} s"
+            ) from None
+        except BaseException as error:  # a function may call sys.exit
             raise RewardError(f"the reward {self.source.path} raised {type(error).__name__}: {error}") from error
-        if not answer:
-            raise RewardError(f"the reward {self.source.path} has not answered within {self.source.timeout:g} s")
-        return answer[0]
 
     def _awaited(self, result: Any) -> Any:
         """The result of a function, or of the coroutine that it returned."""
@@ -159,27 +155,37 @@ class RewardEndpoint:
         self.source, self.column = source, column
 
     def __call__(self, responses: Sequence[Response]) -> Any:
+        """Raises ServiceError when patience is at its end, RewardError for an answer that trying again does not change."""
         rows = [response.row for response in responses]
-        body = json.dumps(
-            {
-                "prompts": [row[self.column] for row in rows],
-                "completions": [response.text for response in responses],
-                "rows": rows,
-            }
-        )
-        error: Exception | None = None
-        for number in range(_TRIES):
-            if number:
-                time.sleep(min(2.0 ** (number - 1), 10.0))
+        asked = {
+            "prompts": [row[self.column] for row in rows],
+            "completions": [response.text for response in responses],
+            "rows": rows,
+        }
+        body, began = json.dumps(asked).encode(), time.monotonic()
+        for number in count(1):
             try:
-                return self._post(body.encode())
-            except (OSError, ValueError, KeyError, TypeError) as failed:
-                error = failed
-                if isinstance(failed, urllib.error.HTTPError) and failed.code < 500 and failed.code != 429:
-                    break
-        raise RewardError(f"the reward {self.source.path} cannot be had ({number + 1} tries): {error}") from error
+                return self._scores(body)
+            except RequestError as error:
+                is_late = isinstance(error, _NoScoresError) or time.monotonic() - began > _PATIENCE_S
+                if not error.may_pass or (number >= _TRIES and is_late):
+                    raise self._given_up(error, number) from error
+            time.sleep(min(2.0 ** (number - 1), _LONGEST_PAUSE_S))
+        raise AssertionError("counting has no end")
 
-    def _post(self, body: bytes) -> Any:
+    def _given_up(self, error: RequestError, tries: int) -> TrainingError:
+        again = error.may_pass and not isinstance(error, _NoScoresError)
+        count = f"{tries} {'try' if tries == 1 else 'tries'}"
+        return (ServiceError if again else RewardError)(
+            f"the reward {self.source.path} cannot be had ({count}): {error}"
+        )
+
+    def _scores(self, body: bytes) -> Any:
         request = urllib.request.Request(self.source.path, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=self.source.timeout) as answer:
-            return json.loads(answer.read())["scores"]
+        answer = fetch(request, self.source.timeout)
+        with made_sense_of(lambda _: _NoScoresError(f'its answer is no {{"scores": [...]}}: {answer[:100]!r}')):
+            return loads(answer)["scores"]
+
+
+class _NoScoresError(RequestError):
+    """What an endpoint has answered is of another form."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -62,11 +63,19 @@ def _score(given: Any, source: RewardSource, response: Response) -> float:
     if isinstance(given, np.generic | np.ndarray | torch.Tensor):
         values = given.reshape(-1).tolist()
         number = values[0] if len(values) == 1 else given
-    if not isinstance(number, int | float) or not math.isfinite(number):
-        raise RewardError(
-            f"the reward {source.path} gave {given!r} for the response {response.text[:200]!r}; expected a finite number"
-        )
-    return float(number)
+    with suppress(OverflowError):  # of an integer that no float can hold
+        if isinstance(number, int | float) and math.isfinite(number):
+            return float(number)
+    raise RewardError(
+        f"the reward {source.path} gave {_shown(given)} for the response {response.text[:200]!r}; expected a finite number"
+    )
+
+
+def _shown(given: Any) -> str:
+    try:
+        return repr(given)[:200]
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
 
 
 def total(scores: Sequence[tuple[float, list[float]]], responses: Sequence[Response]) -> NDArray[np.float64]:

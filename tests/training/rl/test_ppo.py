@@ -250,7 +250,7 @@ class Fake:
         return {"optimizer_step": 1, "parameters": {}}
 
     def finish_save(self):
-        return write_shard(self.staged / f"{self.role}.safetensors", [("fp32/w@0", 1)], np.zeros(1, np.float32))
+        return [write_shard(self.staged / f"{self.role}.safetensors", [("fp32/w@0", 1)], np.zeros(1, np.float32))]
 
 
 def ones(share):

@@ -10,10 +10,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
+from tests.raw_server import CUT, ODD_JSON, OK, RawServer, dripping, whole
 from tests.training_fixtures import phase_of
 from training.config import RewardSource
 from training.distributed import Seat
-from training.errors import InputError
+from training.errors import InputError, ServiceError
 
 pytestmark = pytest.mark.cpu
 
@@ -134,17 +135,52 @@ def test_an_endpoint_that_refuses_is_not(judge, endpoint):
     from training.rl.rewards import RewardError
 
     endpoint.answers = [lambda body: (400, "no")]
-    with pytest.raises(RewardError, match=r"cannot be had \(1 tries\): HTTP Error 400"):
+    with pytest.raises(RewardError, match=r"cannot be had \(1 try\): HTTP 400: no"):
         judge(path=endpoint.url)([response("a")])
 
 
-def test_an_endpoint_that_is_too_slow_is_given_up(judge, endpoint, monkeypatch):
+@pytest.fixture
+def hasty(monkeypatch):
+    """Two tries without pauses."""
     from training.rl import reward_functions
 
-    monkeypatch.setattr(reward_functions, "_TRIES", 2)
+    for name, value in (("_TRIES", 2), ("_PATIENCE_S", 0.0), ("_LONGEST_PAUSE_S", 0.01)):
+        monkeypatch.setattr(reward_functions, name, value)
+
+
+def test_an_endpoint_that_is_too_slow_is_given_up(judge, endpoint, hasty):
     endpoint.answers = [slow]
-    with pytest.raises(reward_functions.RewardError, match=r"cannot be had \(2 tries\): timed out"):
+    with pytest.raises(ServiceError, match=r"cannot be had \(2 tries\): no whole answer within 0.1 s"):
         judge(path=endpoint.url, timeout=0.1)([response("a")])
+
+
+def test_an_endpoint_that_cuts_its_replies_is_asked_again(judge, monkeypatch):
+    monkeypatch.setattr("training.rl.reward_functions._LONGEST_PAUSE_S", 0.01)
+    odd = [*CUT.values(), dripping(OK + b"Content-Length: 1000\r\n\r\n")]
+    with RawServer(*odd, whole({"scores": [0.5]})) as server:
+        assert judge(path=server.url, timeout=1)([response("a")]) == [0.5]
+        assert server.asked == len(odd) + 1
+
+
+@pytest.mark.parametrize("body", ODD_JSON)
+def test_an_answer_of_another_form_is_told_of(judge, hasty, body):
+    from training.rl.rewards import RewardError
+
+    with RawServer(whole(ODD_JSON[body])) as server:
+        with pytest.raises(RewardError, match=r"2 tries.*its answer is no .\"scores\""):
+            judge(path=server.url)([response("a")])
+        assert server.asked == 2
+
+
+@pytest.mark.parametrize("score", [b"1e999", b"-1e999", b"NaN", b"1" * 400, b'"1"', b"[]", b"{}"])
+def test_a_score_that_is_no_finite_number_is_told_of(judge, score):
+    from training.rl.rewards import RewardError
+
+    with (
+        RawServer(whole(b'{"scores": [%s]}' % score)) as server,
+        pytest.raises(RewardError, match="expected a finite number"),
+    ):
+        judge(path=server.url)([response("a")])
 
 
 def test_sequences_of_unlike_lengths_are_scored_as_each_alone():
