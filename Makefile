@@ -8,6 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # cpu or cuda: which file of torch; without a word the one that pip takes on this machine.
 LOCK ?=
 DEMO := build/demo
+AUDIT := build/audit
 PYTEST := $(BIN)/python -m pytest
 # Most tests wait for processes: more of them side by side than there are cores. tests/grouping.py says which stay together.
 PARALLEL ?= 4
@@ -58,8 +59,13 @@ check: $(READY) audit  ## format, lint, types, import contracts, unit tests, kno
 	$(BIN)/lint-imports
 	$(PYTEST) -q -n 2 --dist loadgroup -m "not cpu and not cluster and not faults and not long and not gpu"
 
-audit: $(READY)  ## known vulnerabilities of the pinned packages, where an index answers
-	$(BIN)/python .ci/audit.py
+audit: $(AUDIT)/.ready  ## known vulnerabilities of the pinned packages, where an index answers
+	$(AUDIT)/bin/python .ci/audit.py
+
+$(AUDIT)/.ready: .ci/audit.lock
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/audit.lock
+	touch $@
 
 format: $(READY)  ## format and mend what can be mended
 	$(BIN)/ruff format .
@@ -71,9 +77,9 @@ docs: $(READY)  ## docs/reference, from the code
 bench: $(READY)  ## all benchmarks (long; on a quiet machine)
 	$(BIN)/python -m benchmarks
 
-wheel: $(READY)  ## build/wheel: the wheel, and beside it the list of what it is tested with (SBOM, CycloneDX)
+wheel: $(READY) $(AUDIT)/.ready  ## build/wheel: the wheel, and beside it the list of what it is tested with (SBOM, CycloneDX)
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
-	for lock in cpu cuda; do $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/wheel/$$lock.cdx.json .ci/$$lock.lock; done
+	for lock in cpu cuda; do $(AUDIT)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/wheel/$$lock.cdx.json .ci/$$lock.lock; done
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info

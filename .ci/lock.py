@@ -3,8 +3,8 @@
     .venv/bin/python .ci/lock.py [--upgrade]
 
 `cpu.lock` and `cuda.lock` are what Muster needs to run, the second with CUDA's libraries, as torch of the index asks for them on
-Linux; `cpu` is for the file of torch that this machine's pip takes. `dev.lock` is what tests and checks need besides. Versions
-stay as they are unless they are to be upgraded. pip resolves; the hashes come from the index's own listing (PEP 691), which
+Linux; `cpu` is for the file of torch that this machine's pip takes. `dev.lock` is what tests and checks need besides. `audit.lock`
+is an environment of its own: one of its packages makes `import jsonschema`, and with it Ray, seconds slower. Versions stay as they are unless they are to be upgraded. pip resolves; the hashes come from the index's own listing (PEP 691), which
 mirrors have, too.
 """
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote, urljoin
@@ -26,6 +27,7 @@ from packaging.version import Version
 
 HERE = Path(__file__).parent
 RUNTIME, DEVELOPMENT = ".[s3]", ".[s3,dev]"
+AUDIT = ("pip-audit", "cyclonedx-bom")
 BUILD = "setuptools"
 """Needed before anything is built from source; torch asks for it, too."""
 _JSON = "application/vnd.pypi.simple.v1+json"
@@ -36,14 +38,14 @@ Pins = dict[str, tuple[str, str]]
 
 def main() -> None:
     known = None if "--upgrade" in sys.argv[1:] else _versions_in_force()
-    cpu, everything = resolved(RUNTIME, known), resolved(DEVELOPMENT, known)
-    cuda = resolved(RUNTIME, known, index_alone=True)
+    cpu, everything, audit = (resolved(what, known) for what in ([RUNTIME], [DEVELOPMENT], AUDIT))
+    cuda = resolved([RUNTIME], known, index_alone=True)
     development = {name: pin for name, pin in everything.items() if name not in cpu or name == BUILD}
-    for name, pins in (("cpu", cpu), ("cuda", cuda), ("dev", development)):
+    for name, pins in (("cpu", cpu), ("cuda", cuda), ("dev", development), ("audit", audit)):
         (HERE / f"{name}.lock").write_text(written(name, pins))
 
 
-def resolved(what: str, known: str | None, *, index_alone: bool = False) -> Pins:
+def resolved(what: Sequence[str], known: str | None, *, index_alone: bool = False) -> Pins:
     """What pip would install. `known`: versions to keep to. `index_alone`: no other files than the index's own."""
     with tempfile.TemporaryDirectory() as folder:
         report, constraints = Path(folder, "report.json"), Path(folder, "constraints.txt")
@@ -51,7 +53,7 @@ def resolved(what: str, known: str | None, *, index_alone: bool = False) -> Pins
         environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
         quietly = [*(["--isolated"] if index_alone else []), "install", "--quiet", "--dry-run", "--ignore-installed"]
         subprocess.run(
-            [sys.executable, "-m", "pip", *quietly, "--report", report, "--constraint", constraints, what],
+            [sys.executable, "-m", "pip", *quietly, "--report", report, "--constraint", constraints, *what],
             env=environment if index_alone else None,
             cwd=HERE.parent,
             check=True,

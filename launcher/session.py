@@ -238,10 +238,10 @@ def restart() -> None:
     _own.end()
     try:
         _own.start()
-    except MusterError:
+    except (MusterError, OSError):  # OSError: there is no room for its folder
         try:
             _own.start()
-        except MusterError as error:
+        except (MusterError, OSError) as error:
             raise NoMachines(f"Ray has ended and does not start again: {error}") from error
 
 

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-LOCKS = ("cpu", "cuda", "dev")
+LOCKS = ("cpu", "cuda", "dev", "audit")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

@@ -83,7 +83,7 @@ def test_paths_of_this_machine_begin_at_the_cluster_file(monkeypatch, tmp_path):
     file.write_text(file.read_text().replace("keys/mine", "~/.ssh/mine"))
     assert clusters.load(file).key == "/home/me/.ssh/mine"
     files = clusters.load(CONFIGS / "aws.yaml").files
-    assert [Path(here).resolve() for here in files.values()] == [CONFIGS.parents[1] / ".ci/requirements.txt"]
+    assert [Path(here).resolve() for here in files.values()] == [CONFIGS.parents[1] / ".ci/cuda.lock"]
 
 
 def test_labels_and_prices_of_pools_are_those_of_their_machines():

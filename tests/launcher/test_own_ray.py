@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import tempfile
 
 import psutil
 import pytest
@@ -33,7 +36,8 @@ def kill(temporary: str, what: str) -> None:
 
 @pytest.mark.faults
 def test_what_ends_beside_the_workers_costs_the_steps_since_the_checkpoint_at_most(run: Run, undisturbed, nothing_left):
-    """The GCS: nothing. The raylet, and the process that workers are forked from: as a lost machine. A signal to the group: nothing."""
+    """The GCS: nothing. The raylet, alone or with its agent, and the process that workers are forked from: as a lost machine. A signal to
+    the group: nothing."""
     run.start()
     run.reach(10)
     kill(str(nothing_left), "gcs_server")
@@ -43,12 +47,37 @@ def test_what_ends_beside_the_workers_costs_the_steps_since_the_checkpoint_at_mo
     go_on(run, attempt=2)
     kill(str(nothing_left), "raylet/raylet")
     go_on(run, attempt=3)
-    kill(str(nothing_left), "launcher.nursery")
+    kill(str(nothing_left), "RuntimeEnvAgent")
     go_on(run, attempt=4)
+    kill(str(nothing_left), "launcher.nursery")
+    go_on(run, attempt=5)
     os.killpg(run.process.pid, signal.SIGTERM)
     run.finish(status=75)
-    assert [incident["class"] for incident in run.events("incident")] == ["lost machine", "killed"]
+    assert [incident["class"] for incident in run.events("incident")] == ["lost machine", "lost machine", "killed"]
     assert run.events("checkpoint")[-1]["step"] == run.steps[-1]["step"]
+    run.start(verb="resume")
+    run.finish()
+    assert run.result == undisturbed
+
+
+@pytest.mark.faults
+def test_where_no_ray_starts_again_the_run_is_saved_and_can_be_resumed(run: Run, undisturbed, monkeypatch):
+    temporary = tempfile.mkdtemp(prefix="mt-", dir="/tmp")
+    monkeypatch.setenv("TMPDIR", temporary)
+    run.start()
+    run.reach(10)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", temporary], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        kill(temporary, "gcs_server")
+        out = run.finish(status=75)
+    finally:
+        subprocess.run(["umount", "--lazy", temporary], check=True)
+        shutil.rmtree(temporary)
+    assert "Ray has ended and does not start again" in out
+    assert "Read-only file system" in out
+    assert run.events("checkpoint")[-1]["step"] == run.steps[-1]["step"]
+    monkeypatch.delenv("TMPDIR")
     run.start(verb="resume")
     run.finish()
     assert run.result == undisturbed

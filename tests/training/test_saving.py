@@ -100,6 +100,17 @@ def test_an_evaluation_of_a_step_that_is_not_saved_waits_for_it(saver):
     assert Manifest.read(saver.hooks.checkpoints.at(6)).metrics == {"eval_loss": 3.0}
 
 
+def test_an_evaluation_is_noted_though_its_save_ends_after_the_next_evaluation(saver):
+    saver.save(5)
+    saver.evaluated(5, {"eval_loss": 1.0})
+    saver.evaluated(8, {"eval_loss": 2.0})
+    saver.finish()
+    assert Manifest.read(saver.hooks.checkpoints.at(5)).metrics == {"eval_loss": 1.0}
+    saver.save(8)
+    saver.finish()
+    assert Manifest.read(saver.hooks.checkpoints.at(8)).metrics == {"eval_loss": 2.0}
+
+
 def test_an_evaluation_that_was_cut_short_is_none(saver):
     saver.save(5)
     saver.finish()

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from training.checkpoint import CheckpointError, File, Manifest
+from training.checkpoints import step_of
 from training.config import Phase
 from training.errors import MusterError, SaveError, StorageError, TrainingError
 from training.facts import Facts
@@ -55,8 +56,10 @@ class Saver:
         self._began_s = hooks.clock()
         """When the newest checkpoint was committed or begun, or training began."""
         self._pending: _Pending | None = None
-        self._evaluated: tuple[int, Mapping[str, float]] | None = None
-        """The newest evaluation, and of which step, until it is written beside a checkpoint."""
+        self._committed = newest
+        """Step of the newest checkpoint that is committed."""
+        self._evaluations: dict[int, Mapping[str, float]] = {}
+        """By step, until they are written beside their checkpoints: a save may take longer than it is to the next evaluation."""
 
     def is_due(self, step: int) -> bool:
         """Whether to save the state after `step`."""
@@ -89,22 +92,26 @@ class Saver:
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keep what the state after `step` was evaluated as beside its checkpoint, if there is one or will be."""
         if step:
-            self._evaluated = (step, metrics)
-            self._note()
+            self._evaluations[step] = metrics
+            if self._note():
+                self._retain()
 
-    def _note(self) -> None:
-        """Write the newest evaluation beside its checkpoint, once that is committed. A failure is told; it is tried again later."""
-        if self._evaluated is None or self._pending is not None or self.failed or self._evaluated[0] != self.newest:
-            return
-        step, metrics = self._evaluated
+    def _note(self) -> bool:
+        """Write evaluations beside their checkpoints, once these are committed. A failure is told; it is tried again later."""
+        due = [step for step in self._evaluations if step <= self._committed]
+        if not due:
+            return False
         try:
             self.hooks.flush()  # nor may an evaluation that is noted be missing from the curve
-            self.hooks.checkpoints.note(step, metrics)
+            saved = {step_of(folder) for folder in self.hooks.checkpoints.folders()}
+            for step in due:
+                if step in saved:
+                    self.hooks.checkpoints.note(step, self._evaluations[step])
+                del self._evaluations[step]
         except (StorageError, OSError) as error:
-            self.hooks.event("save_failed", step=step, error=f"its evaluation could not be written: {error}")
-            return
-        self._evaluated = None
-        self._retain()
+            self.hooks.event("save_failed", step=due[0], error=f"its evaluation could not be written: {error}")
+            return False
+        return True
 
     def end(self, step: int, state: Mapping[str, Any] | None = None) -> Place | None:
         """Save what is not saved yet, and wait. The checkpoint that the phase ends with, if this was its last step."""
@@ -154,13 +161,14 @@ class Saver:
             self.hooks.event("save_failed", step=pending.step, error=str(error))
             return
         self.failed = False
+        self._committed = pending.step
         self._began_s = self.hooks.clock()
         took, stall = time.monotonic() - pending.began, pending.stall_s
         self.hooks.event(
             "checkpoint", step=pending.step, checkpoint=str(folder), seconds=round(took, 3), stall_s=round(stall, 3)
         )
-        self._retain()
         self._note()
+        self._retain()
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
