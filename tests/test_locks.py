@@ -59,6 +59,11 @@ def test_cpu_and_cuda_differ_in_torch_alone():
     assert cpu["torch"] == cuda["torch"] + "+cpu"
 
 
+def test_nothing_makes_ray_slow_to_import():
+    """jsonschema, which Ray imports in every process, builds a grammar of URLs if it finds this package: seconds each time."""
+    assert "rfc3987-syntax" not in pins("cpu") | pins("dev")
+
+
 def test_the_build_backend_is_the_pinned_one():
     assert PROJECT["build-system"]["requires"] == [f"setuptools=={pins('dev')['setuptools']}"]
 
