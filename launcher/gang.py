@@ -113,14 +113,20 @@ class _RayGang:
             for team in self.teams:
                 own_logs = logs if len(self.teams) == 1 else logs / "-".join(team.roles)
                 groups |= stack.enter_context(team.attempt(own_logs))
-            self._introduce()
-            yield groups
+            with self._together():
+                yield groups
 
-    def _introduce(self) -> None:
-        """Whoever waits for one group looks at all of them, and knows whose answer it waits for."""
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """In the block whoever waits for one group looks at all of them, and knows whose answer it waits for."""
         together = [team.workers for team in self.teams if team.workers is not None]
         for workers in together:
             workers.others = [other for other in together if other is not workers]
+        try:
+            yield
+        finally:
+            for workers in together:  # those that stay must not look at those that are given up
+                workers.others = []
 
     def members(self) -> list[dict[str, Any]]:
         members = [member for team in self.teams for member in team.members()]

@@ -231,12 +231,13 @@ class _Nursery:
 def apart(name: str, *args: Any) -> Any:
     """Have a fork of the nursery at hand do something (a function of nursery.Life), and end. Raises what `Host.ask` raises.
 
-    What somebody has killed, the nursery or its fork, is tried once more; the second time with a nursery of its own.
+    What somebody has killed, the nursery or its fork, is tried once more, if need be with a nursery of its own; not if it was ended with the
+    block of `nursery_at_hand`.
     """
     try:
         return _in_a_fork(name, *args)
     except WorkerDied as death:
-        if death.status not in (0, -signal.SIGKILL) or death.short_of_memory:
+        if not has_nursery() or death.status not in (0, -signal.SIGKILL) or death.short_of_memory:
             raise
         return _in_a_fork(name, *args)
 
