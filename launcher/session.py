@@ -12,7 +12,7 @@ import secrets
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -197,7 +197,8 @@ class _OwnRay:
             for process in self._processes.values():
                 process.kill()
         self._processes = {}
-        self._running.close()
+        with suppress(OSError):  # Ray, too, cannot write where its folder was
+            self._running.close()
 
 
 _own: _OwnRay | None = None
