@@ -205,11 +205,11 @@ class TopLevel(Settings):
     )
     """What is done, in order, by names of your choice: letters, digits, _ and -."""
 
-    @field_validator("checkpoint_quota")
+    @field_validator("checkpoint_quota", mode="before")
     @classmethod
-    def _is_a_size(cls, quota: str | None) -> str | None:
+    def _is_a_size(cls, quota: object) -> object:
         if quota is not None:
-            _bytes_of(quota)
+            _bytes_of(str(quota))  # a number without a unit gets the same words as any other text
         return quota
 
 

@@ -124,3 +124,9 @@ def test_a_run_stays_within_its_quota_and_says_once_when_it_cannot(muster, place
 
 def place_of(run: Path) -> Place:
     return storage.place(run / "sft/checkpoints")
+
+
+@pytest.mark.parametrize("quota", ["5", "five", "0GB", "true"])
+def test_a_quota_that_is_no_size_is_told_what_one_looks_like(place, quota):
+    with pytest.raises(InputError, match="checkpoint_quota: got .*, expected a size such as 200GB"):
+        jobs.load(place / "job.yaml", [f"checkpoint_quota={quota}"])
