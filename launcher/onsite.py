@@ -36,7 +36,7 @@ def run(
     )
 
 
-verb(run, of=site)
+verb(of=site)(run)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from launcher.exit_status import EXIT_STATUSES
 from launcher.explain import annotation_of, bare_of, describe, flow, keys_of, settings_classes
 from launcher.job import NEUTRAL, TopLevel
 from launcher.phases import SHARED
+from launcher.verbs import GROUPS
 from training.config import Phase
 from training.metrics import METRICS, Columns
 from training.recipes import RECIPES
@@ -257,35 +258,51 @@ def _commands() -> Iterator[str]:
     yield _HEAD
     yield "## Exit statuses\n"
     yield from _table(("status", "meaning"), ((str(status), told) for status, told in EXIT_STATUSES.items()))
-    for name, command in verbs().items():
-        yield f"## `muster {name}`\n"
-        yield f"{command.help}\n"
-        arguments = [each for each in command.params if not each.opts[0].startswith("-")]
-        options = [each for each in command.params if each.opts[0].startswith("-") and each.name != "help"]
-        yield f"    muster {' '.join([name, *map(_shown_argument, arguments), *(['[OPTIONS]'] if options else [])])}\n"
-        if arguments:
-            told = ((f"`{_plain(each)}`", each.help or "") for each in arguments)
-            yield from _table(("argument", "meaning"), told)
-        if options:
-            yield from _table(("option", "takes", "default", "meaning"), map(_option, options))
+    for heading, names in GROUPS.items():
+        yield f"## {heading}\n"
+        for words, command in verbs().items():
+            if words.split()[0] in names:
+                yield from _command(words, command)
+
+
+def _command(words: str, command: Any) -> Iterator[str]:
+    """The section of one command."""
+    yield f"### `muster {words}`\n"
+    yield f"{command.help}\n"
+    arguments = [each for each in command.params if not each.opts[0].startswith("-")]
+    options = [each for each in command.params if each.opts[0].startswith("-") and each.name != "help"]
+    usage = [words, *map(_shown_argument, arguments), *(["[OPTIONS]"] if options else [])]
+    yield _block([f"muster {' '.join(usage)}"])
+    if arguments:
+        yield from _table(("argument", "meaning"), ((f"`{_plain(each)}`", each.help or "") for each in arguments))
+    if options:
+        yield from _table(("option", "takes", "default", "meaning"), map(_option, options))
+    yield "Examples:\n"
+    yield _block(command.epilog.splitlines())
+
+
+def _block(lines: Iterable[str]) -> str:
+    return "".join(f"    {line}\n" for line in lines)
 
 
 def verbs() -> dict[str, Any]:
-    """Every command, by the words that call it."""
+    """Every command, by the words that call it, in the order of the help."""
     found: dict[str, Any] = {}
     top: Any = typer.main.get_command(app)
-    for name, command in top.commands.items():
+    for name in top.list_commands(None):
+        command = top.commands[name]
         for inner, verb in getattr(command, "commands", {"": command}).items():
             found[f"{name} {inner}".strip()] = verb
-    return dict(sorted(found.items()))
+    return found
 
 
 def _plain(argument: Any) -> str:
-    return str(argument.metavar or argument.name.upper()).strip("[].")
+    return str(argument.metavar or argument.name.upper())
 
 
 def _shown_argument(argument: Any) -> str:
-    return str(argument.metavar or argument.name.upper())
+    name = _plain(argument) if argument.required else f"[{_plain(argument)}]"
+    return name if argument.nargs == 1 else f"{name}..."
 
 
 def _option(option: Any) -> tuple[str, str, str, str]:
