@@ -115,7 +115,7 @@ class Finished(NamedTuple):
         return self.folder / "model"
 
     def metric(self, name: str, step: int = 1) -> float:
-        return next(row[name] for row in self.metrics if row["step"] == step and name in row)
+        return float(next(row[name] for row in self.metrics if row["step"] == step and name in row))
 
 
 class Case:
@@ -227,6 +227,7 @@ class Case:
         from rich.console import Console
 
         from launcher import check, driver, runs
+        from launcher.exit_status import DONE, INPUT_WRONG
 
         file = self._job(name, settings, recipe, model)
         said = io.StringIO()
@@ -234,9 +235,9 @@ class Case:
             found = check.check(file)
             checked = check.load(file, [], inline=True)
             status = driver.run_job(checked, inline=True, console=Console(file=said, width=1000), preflight=False)
-        if status == driver.INPUT_WRONG:
+        if status == INPUT_WRONG:
             raise Refused(f"by the run, though `check` finds nothing: {self._without_paths(said.getvalue())}")
-        if status != driver.DONE:
+        if status != DONE:
             raise RuntimeError(self._without_paths(said.getvalue()))
         folder = self.folder / "runs" / name / recipe
         notes = [
@@ -628,7 +629,7 @@ def _trainer_of(phase: Any) -> tuple[Any, list[list[int]]]:
     from training.recipes import RECIPES
 
     (group,) = _inline_groups(phase, RECIPES[phase.recipe].roles, (phase, str(cache_folder()))).values()
-    trainer: Any = group.worker.roles[group.role]  # type: ignore[attr-defined]
+    trainer: Any = group.worker.roles[group.role]  # type: ignore[attr-defined]  # an InlineGroup
     trainer.setup()
     lengths = [len(trainer.store[sample][0]) for sample in range(len(trainer.store))]
     return trainer, deal(lengths, 1, trainer.limits)[0][0]

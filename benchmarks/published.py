@@ -13,7 +13,7 @@ from launcher import pace
 from launcher.pace import Seated, Work
 from training.config import CFT, PPO, SFT, Phase, Sharding
 from training.shape import Shape, shape_of
-from training.sizing import Models, setting_of
+from training.sizing import Models, Setting, setting_of
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def training() -> Iterator[Row]:
         )
 
 
-def _setting(phase: Phase, workers: int, longest: int | None = None):
+def _setting(phase: Phase, workers: int, longest: int | None = None) -> Setting:
     where = setting_of(phase, dtype="bf16", on_gpu=True, longest=longest)
     return type(where)(**{**vars(where), "workers": workers, "sharding": Sharding(**phase.sharding.model_dump())})
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 
 from launcher.models import warn
 from launcher.terminal import Typewriter
-from training.data.files import RowError
 from training.data.formats import Chat, Message
+from training.data.row_errors import RowError
 from training.evaluator import Speaker
 from training.generate import key_of, respond
 from training.sampling import Sampling

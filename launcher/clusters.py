@@ -45,7 +45,7 @@ class Target:
         if self.spec.provider == "slurm":
             from launcher.slurmjobs import SlurmSession
 
-            return nullcontext(SlurmSession(self.provider))  # type: ignore[arg-type]
+            return nullcontext(SlurmSession(self.provider))  # type: ignore[arg-type]  # the spec says which
         from launcher.rayjobs import opened
 
         return opened(self.door, self.spec.stop_s)

@@ -27,8 +27,8 @@ from training import modelfiles, questions
 from training.answers import expected_answer, final_answer, same, verdict
 from training.config import Questions
 from training.data import files
-from training.data.files import RowError
 from training.data.formats import critique_request
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem, TrainingError
 from training.questions import Question
 

@@ -13,7 +13,7 @@ from typing import Any
 from launcher import models, output, terminal
 from training import questions
 from training.config import Questions, Resources
-from training.data.files import RowError
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem
 from training.group import Group, results
 from training.measures import Row, in_order, interval, measured

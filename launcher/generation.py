@@ -14,7 +14,7 @@ from launcher import evaluation, models, output, prompts, runs
 from launcher.prompts import Given
 from launcher.small_files import SmallFiles
 from launcher.terminal import Typewriter, printable
-from training.data.files import RowError
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem
 
 _ANSWER_S = 24 * 3600.0

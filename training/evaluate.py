@@ -15,8 +15,8 @@ from typing import Any
 from training import questions
 from training.answers import final_answer, same, verdict
 from training.config import Phase, Questions
-from training.data.files import RowError
 from training.data.render import Renderer, Sample, tokenizer_for
+from training.data.row_errors import RowError
 from training.data.turn_end import stop_tokens
 from training.errors import InputError, Problem
 from training.measures import Answers, Row

@@ -8,10 +8,10 @@ from typing import Any
 
 from training import model as models
 from training.config import Questions
-from training.data.files import RowError
 from training.data.formats import Chat, Prompt
 from training.data.model_renderer import renderer_for, stop_tokens_of
 from training.data.render import Sample
+from training.data.row_errors import RowError
 from training.distributed import Seat
 from training.errors import InputError, TrainingError
 from training.evaluate import Asking, by_answer
@@ -89,7 +89,8 @@ class Texts:
         (sample,) = self.renderer.render([prompt])
         if isinstance(sample, RowError):
             raise sample
-        return sample.ids.tolist()
+        tokens: list[int] = sample.ids.tolist()
+        return tokens
 
     def text(self, tokens: Sequence[int]) -> str:
         """What tokens say, without special ones."""

@@ -9,8 +9,8 @@ from typing import Any
 from training import questions
 from training.config import Phase
 from training.data import files
-from training.data.files import RowError
 from training.data.render import Renderer, Sample, tokenizer_for
+from training.data.row_errors import RowError
 from training.data.store import TokenStore
 from training.disk_cache import load_or_compute
 from training.errors import InputError, Problem
