@@ -72,7 +72,7 @@ format: $(READY)  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 docs: $(READY)  ## docs/reference, from the code
-	$(BIN)/python -m launcher.reference docs/reference
+	$(BIN)/python -m docs.generate_reference docs/reference
 
 bench: $(READY)  ## all benchmarks (long; on a quiet machine)
 	$(BIN)/python -m benchmarks

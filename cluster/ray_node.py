@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import ClusterError
-from cluster.machine import Machine
+from cluster.remote_shell import Machine
 
 PRICE = "muster/price"
 """Label of a machine: what an hour costs."""

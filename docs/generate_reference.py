@@ -1,6 +1,6 @@
 """Writes the reference pages: every setting, command, metric, event and environment variable, from the code that has them.
 
-    python -m launcher.reference docs/reference
+    python -m docs.generate_reference docs/reference
 
 What a page says of a thing is written where the thing is: under a field, in an option's help, in a table.
 """
@@ -19,14 +19,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.spec import SPECS
-from launcher import events
-from launcher.cli import app
-from launcher.exit_status import EXIT_STATUSES
-from launcher.explain import annotation_of, bare_of, describe, flow, keys_of, settings_classes
-from launcher.job import NEUTRAL, TopLevel
-from launcher.phases import SHARED
+from launcher.cli.main import app
+from launcher.jobfile.job import NEUTRAL, TopLevel
+from launcher.jobfile.phase_builder import SHARED
+from launcher.jobfile.validation_messages import annotation_of, bare_of, describe, flow, keys_of, settings_classes
+from launcher.process.exit_status import EXIT_STATUSES
+from launcher.runfolder import event_schema
 from training.config import Phase
-from training.metrics import METRICS, Columns
+from training.metric_schema import METRICS, Columns
 from training.recipes import RECIPES
 
 REQUIRED = "required"
@@ -312,10 +312,12 @@ def _metrics() -> Iterator[str]:
         yield from _columns(METRICS[recipes[0]])
     yield "## `events.jsonl`\n"
     yield "One object an event, in the folder of the run.\n"
-    yield from _table(("in every event", "meaning"), ((f"`{name}`", text) for name, text in events.COMMON.items()))
+    yield from _table(
+        ("in every event", "meaning"), ((f"`{name}`", text) for name, text in event_schema.COMMON.items())
+    )
     yield "Those of a phase have `phase`, its name, too.\n"
     yield from _table(
-        ("event", "meaning", "what it says"), (_event(name, each) for name, each in events.EVENTS.items())
+        ("event", "meaning", "what it says"), (_event(name, each) for name, each in event_schema.EVENTS.items())
     )
 
 
@@ -324,7 +326,7 @@ def _columns(columns: Columns) -> Iterator[str]:
     yield from _table(("column", "label", "unit", "meaning"), rows)
 
 
-def _event(name: str, event: events.Event) -> tuple[str, str, str]:
+def _event(name: str, event: event_schema.Event) -> tuple[str, str, str]:
     facts = " ".join(f"`{fact}`: {text}" for fact, text in event.facts.items())
     return f"`{name}`" + ("" if event.of_phase else " (of the run)"), event.meaning, facts
 

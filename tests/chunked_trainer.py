@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from training import heads
-from training.recipes.language import LanguageTrainer
+from training.models import chunked_logits
+from training.roles.language import LanguageTrainer
 
 LOGITS_AT_ONCE = 4096
 
@@ -12,5 +12,5 @@ class ChunkedTrainer(LanguageTrainer):
     """Its workers have other numbers of places in a micro-batch, and so of chunks."""
 
     def setup(self):
-        heads.LOGITS_AT_ONCE = LOGITS_AT_ONCE
+        chunked_logits.LOGITS_AT_ONCE = LOGITS_AT_ONCE
         return super().setup()

@@ -67,10 +67,10 @@ def muster() -> Callable[..., Answer]:
     """muster("check", "job.yaml") runs the verb in this process."""
     from typer.testing import CliRunner
 
-    from launcher import cli
+    from launcher.cli import main
 
     def run(*arguments: str) -> Answer:
-        result = CliRunner().invoke(cli.app, arguments)
+        result = CliRunner().invoke(main.app, arguments)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return Answer(result.exit_code, result.stdout, result.stderr)
@@ -161,7 +161,7 @@ def _write_tokenizer(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray of the tests' own, with four places for workers."""
-    from launcher.session import own_nursery, ray_session
+    from launcher.workers.ray_session import own_nursery, ray_session
 
     with own_nursery(), ray_session(4):
         yield

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from training.distributed import Seat, join, leave, listen, set_environment
 from training.errors import MusterError, TrainingError
 from training.group import Worker, arrived
+from training.process.distributed import Seat, join, leave, listen, set_environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])

@@ -20,7 +20,7 @@ def muster(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]
 
 
 def _command(folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> tuple[int, str]:
-    from launcher import cli
+    from launcher.cli import main
 
     os.chdir(folder)
     os.environ.clear()
@@ -31,7 +31,7 @@ def _command(folder: Path, arguments: tuple[str, ...], environment: Mapping[str,
         sys.argv = ["muster", *arguments]
         status = 0
         try:
-            cli.main()
+            main.main()
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         sys.stdout.flush()

@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from cluster.dashboard import Dashboard
-from cluster.machine import HERE, free_port
-from cluster.node import PRICE, Node, head_arguments, new_mark
+from cluster.ray_node import PRICE, Node, head_arguments, new_mark
+from cluster.remote_shell import HERE, free_port
 
 HEAD_ID = "f" * 51 + "00000"
 """The provider knows the head by it."""

@@ -171,9 +171,9 @@ def _entry(file: str, content: bytes) -> dict[str, Any]:
 _COMMANDS = """
 import json, sys
 from typer.testing import CliRunner
-from launcher import cli
+from launcher.cli.main import app
 for arguments in json.loads(sys.argv[1]):
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(app, arguments)
     print(json.dumps([result.exit_code, result.output]))
 """
 

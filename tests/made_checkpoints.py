@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.checkpoint import OPTIMIZER, Manifest, write_shard
-from training.checkpoints import OpenCheckpoints, opened
+from training.checkpoint.format import OPTIMIZER, Manifest, write_shard
+from training.checkpoint.repository import OpenCheckpoints, opened
 from training.storage import Place, place
 
 SIZE = 20

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher import yamlfile
+from launcher.jobfile import yaml_with_lines
 
 BEGAN = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 QUESTIONS = [f"Mia has {a} pens and buys {b}. How many has she now?" for a in range(2, 12) for b in range(3, 8)]
@@ -29,7 +29,7 @@ class MadeRun:
             for phase, given in phases.items()
         }
         job = {"name": name, "seed": 17, "storage": str(root), "phases": settings}
-        (self.folder / "job.yaml").write_text(yamlfile.dump(job))
+        (self.folder / "job.yaml").write_text(yaml_with_lines.dump(job))
 
     def wait(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)

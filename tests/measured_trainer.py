@@ -1,7 +1,7 @@
 """The trainer of SFT, telling what its memory hangs on: what restoring takes, which layers recompute; and how often they are compiled."""
 
 from tests.roles import Peak
-from training.recipes.language import LanguageTrainer
+from training.roles.language import LanguageTrainer
 
 
 class MeasuredTrainer(LanguageTrainer):

@@ -3,7 +3,7 @@
 import gc
 import os
 
-from training import preload
+from training.process import preload
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 preload.run("cpu")

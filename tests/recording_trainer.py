@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from training.recipes.language import LanguageTrainer
+from training.roles.language import LanguageTrainer
 
 FOLDER = "MUSTER_TESTS_RECORD"
 """Environment variable that names the folder to write to."""

@@ -9,8 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-from training.distributed import Seat
 from training.errors import InputError, TrainingError
+from training.process.distributed import Seat
 
 
 class Probe:
@@ -40,7 +40,7 @@ class Probe:
     def differences(self, values: dict[str, str]) -> list[str]:
         import torch
 
-        from training.agreement import differences
+        from training.process.agreement import differences
 
         return differences(values, torch.device("cpu"))
 
@@ -65,12 +65,12 @@ class Probe:
 
     def train(self, absent: int) -> None:
         """A step in which one worker never comes to the collective."""
-        from training import pulse
+        from training.process import heartbeat
 
-        pulse.progressed(step=7)
+        heartbeat.progressed(step=7)
         if self.seat.rank == absent:
             time.sleep(600)
-        pulse.progressed()
+        heartbeat.progressed()
         self.add_up(1)
 
     def take_memory(self, count: int) -> int:
@@ -83,9 +83,9 @@ class Probe:
         os._exit(status)
 
     def progress(self, step: int) -> None:
-        from training import pulse
+        from training.process import heartbeat
 
-        pulse.progressed(step)
+        heartbeat.progressed(step)
 
     def something_that_cannot_be_pickled(self):
         return lambda: None
@@ -104,9 +104,9 @@ class LoadProbe:
 
     def load(self, path: str, stage: int) -> int:
         """Bytes by which memory grew at most while the model was loaded."""
-        from training import engine
         from training.config import SFT
-        from training.model import TokenLoss, load
+        from training.engine import engine
+        from training.models.loading import TokenLoss, load
 
         phase = SFT.model_validate(
             {"recipe": "sft", "model": {"path": path}, "data": {"train": "-"}, "sharding": {"stage": stage}}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from training.checkpoints import opened
+from training.checkpoint.repository import opened
 from training.config import Phase
 from training.recipes import RECIPES, resolve
 from training.storage import place

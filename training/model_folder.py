@@ -14,10 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from training import foreign, hub
 from training.config import Model, Phase
 from training.errors import InputError, Problem
-from training.paths import absolute, is_below
+from training.io import foreign_files, hub
+from training.io.paths import absolute, is_below
 from training.storage import is_remote, local_copy, place
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
@@ -106,7 +106,7 @@ class Adapter:
 def facts_in(folder: str) -> dict[str, Any]:
     """What Muster wrote beside a model; empty for a model of another make."""
     try:
-        facts = foreign.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+        facts = foreign_files.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -125,7 +125,7 @@ def adapter_in(path: str) -> Adapter | None:
     if not is_adapter(folder):
         return None
     file = folder / ADAPTER_CONFIG
-    with foreign.made_sense_of(
+    with foreign_files.made_sense_of(
         lambda why: InputError.of(str(file), f"not a readable adapter of LoRA ({why}); copy it again")
     ):
         return _read_adapter(folder, file)
@@ -133,7 +133,7 @@ def adapter_in(path: str) -> Adapter | None:
 
 def _read_adapter(folder: Path, file: Path) -> Adapter:
     try:
-        config = foreign.loads(file.read_text(encoding="utf-8"))
+        config = foreign_files.loads(file.read_text(encoding="utf-8"))
         kind, base = str(config["peft_type"]), config["base_model_name_or_path"]
         rank, alpha = (int(config["r"]), float(config["lora_alpha"])) if kind == "LORA" else (0, 0.0)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -309,7 +309,7 @@ def code_in(model: Model) -> bool:
 def _mapping(file: Path) -> dict[str, Any]:
     """A JSON object; empty if the file holds none."""
     try:
-        value = foreign.loads(file.read_text(encoding="utf-8"))
+        value = foreign_files.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -350,7 +350,7 @@ def rows_of_embedding(folder: Path) -> int | None:
     """Rows of the token embedding in a folder's weights; None if they do not say."""
     shapes = tensor_shapes(folder)
     try:
-        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign_files.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
     names = _embeddings(shapes, _whole(config, "vocab_size") if isinstance(config, dict) else None)
@@ -371,10 +371,10 @@ def loaded_shapes(folder: Path, trust_remote_code: bool = False) -> dict[str, tu
 
     Loads torch. None if transformers cannot build a model of this configuration.
     """
-    from training.shape import on_meta_device
+    from training.estimate.parameters import on_meta_device
 
     try:
-        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign_files.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return on_meta_device(config, trust_remote_code)
@@ -449,7 +449,7 @@ def inspect(
     """
     if not folder.is_dir():
         raise InputError.of(str(folder), "is a file; give the folder" if folder.exists() else "no such folder")
-    with foreign.made_sense_of(
+    with foreign_files.made_sense_of(
         lambda why: InputError.of(str(folder), f"its files do not make sense ({why}); copy them again")
     ):
         if (adapter := adapter_in(str(folder))) is not None:
@@ -549,7 +549,7 @@ def described_quantization(method: str) -> str:
 def quantization(folder: Path) -> str | None:
     """How the weights in a folder are quantized, if they are."""
     try:
-        settings = foreign.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        settings = foreign_files.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return None
     return str(settings.get("quant_method", "unknown method")) if isinstance(settings, dict) else None
@@ -562,7 +562,7 @@ def _unlike_halves_of_a_tie(adapter: Adapter, base: Path) -> str:
         return ""
     if len(named) == 2 and _equal_bytes(adapter.folder / ADAPTER_WEIGHTS, [PEFT_PREFIX + name for name in named]):
         return ""
-    config = foreign.loads((adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = foreign_files.loads((adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if config.get("ensure_weight_tying") and len(named) == 1:
         return ""
     return (
@@ -620,7 +620,7 @@ class _Check:
     def json(self, file: Path) -> Any:
         """The file's content, or None if it cannot be read."""
         try:
-            return foreign.loads(file.read_bytes())
+            return foreign_files.loads(file.read_bytes())
         except json.JSONDecodeError as error:
             self.refuse(file, f"not valid JSON in line {error.lineno}: {error.msg}; copy it again")
         except UnicodeDecodeError:
@@ -768,7 +768,7 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
             raise ValueError(f"its header alone has {8 + length:,} bytes, the file has {size:,}: copy it again")
         raw = stream.read(length)
     try:
-        tensors = dict(_tensors(foreign.loads(raw), 8 + length))
+        tensors = dict(_tensors(foreign_files.loads(raw), 8 + length))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError("its header is malformed; copy it again") from None
     end = max((tensor.start + tensor.bytes for tensor in tensors.values()), default=0) - 8 - length
@@ -805,7 +805,7 @@ def notes_on(path: str) -> list[str]:
     """What a user should know of what in the folder of a model, or of the one below an adapter, has no effect."""
     folder = Path(base_of(path))
     try:
-        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign_files.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     if not isinstance(config, dict):
@@ -845,7 +845,7 @@ def auxiliary_loss(config: Mapping[str, Any]) -> str:
 def window_of(path: str) -> int | None:
     """How many positions the model in a folder was made for, if it says."""
     try:
-        config = foreign.loads((Path(base_of(path)) / "config.json").read_text(encoding="utf-8"))
+        config = foreign_files.loads((Path(base_of(path)) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return _positions(config) if isinstance(config, dict) else None

@@ -32,38 +32,38 @@ class Recipe:
         return "text" in self.formats
 
 
-_SUPERVISED = "training.recipes.supervised:run"
+_SUPERVISED = "training.drivers.supervised:run"
 RECIPES: dict[str, Recipe] = {
     "pretrain": Recipe(
         config=Pretrain,
         formats=("text",),
         run=_SUPERVISED,
-        roles={"trainer": "training.recipes.language:LanguageTrainer"},
+        roles={"trainer": "training.roles.language:LanguageTrainer"},
     ),
     "sft": Recipe(
         config=SFT,
         formats=("prompt_completion", "alpaca", "sharegpt", "messages"),
         run=_SUPERVISED,
-        roles={"trainer": "training.recipes.language:LanguageTrainer"},
+        roles={"trainer": "training.roles.language:LanguageTrainer"},
     ),
     "cft": Recipe(
         config=CFT,
         formats=("critique", "alpaca"),
         run=_SUPERVISED,
-        roles={"trainer": "training.recipes.language:LanguageTrainer"},
+        roles={"trainer": "training.roles.language:LanguageTrainer"},
     ),
     "reward": Recipe(
         config=Reward,
         formats=("sharegpt_preference", "preference"),
         run=_SUPERVISED,
-        roles={"trainer": "training.recipes.reward:RewardTrainer"},
+        roles={"trainer": "training.roles.reward:RewardTrainer"},
         makes="classifier",
     ),
     "ppo": Recipe(
         config=PPO,
         formats=("prompts",),
         exports="policy/",
-        run="training.recipes.ppo:run",
+        run="training.drivers.ppo:run",
         roles={
             "policy": "training.rl.roles:Policy",
             "reference": "training.rl.roles:Reference",
@@ -76,6 +76,6 @@ RECIPES: dict[str, Recipe] = {
 
 
 def resolve(target: str) -> Any:
-    """The object that an import string such as `training.recipes.supervised:run` names."""
+    """The object that an import string such as `training.drivers.supervised:run` names."""
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)

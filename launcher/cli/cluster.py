@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher import interrupts
-from launcher.exit_status import INTERRUPTED
-from launcher.terminal import printable
-from launcher.verbs import Force, JobFile, Json, NoPreflight, On, Overrides, cluster_verb, show, verb
+from launcher.cli.common import Force, JobFile, Json, NoPreflight, On, Overrides, cluster_verb, show, verb
+from launcher.driver import signals
+from launcher.process.exit_status import INTERRUPTED
+from launcher.process.terminal import printable
 from training.errors import InputError
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a job on the cluster.", show_default=False)]
@@ -45,35 +45,36 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Hand a job over to a cluster and print its id there. A run of the same job that was interrupted goes on."""
-    from launcher import handover
+    from launcher.submit import submission
 
     words = words_for(no_preflight)
-    show(handover.submit(job, overrides or [], _wanted(on), words, force=force), handover.submitted_lines, as_json)
+    show(submission.submit(job, overrides or [], _wanted(on), words, force=force), submission.submitted_lines, as_json)
 
 
 def words_for(no_preflight: bool) -> list[str]:
-    """For the driver on the cluster (launcher/onsite.py)."""
+    """For the driver on the cluster (launcher/cli/cluster_entrypoint.py)."""
     return ["--no-preflight"] if no_preflight else []
 
 
 def run_on(job: Path, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool) -> int:
-    from launcher import handover
+    from launcher.submit import submission
 
-    facts = handover.submit(job, overrides, on, words, force=force)
-    for line in handover.submitted_lines(facts):
+    facts = submission.submit(job, overrides, on, words, force=force)
+    for line in submission.submitted_lines(facts):
         print(line)
     return _follow(facts["id"], on)
 
 
 def resume_on(job: str, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool) -> None:
-    from launcher import handover
+    from launcher.submit import submission
 
-    for line in handover.submitted_lines(handover.resume(job, overrides, on, words, force=force)):
+    for line in submission.submitted_lines(submission.resume(job, overrides, on, words, force=force)):
         print(line)
 
 
 def _follow(name: str, on: str) -> int:
-    from launcher import clusters, submit
+    from launcher.submit import clusters
+    from launcher.submit import jobs as submit
 
     try:
         facts = submit.follow(clusters.target(on).jobs, name, _write, _note)
@@ -81,7 +82,7 @@ def _follow(name: str, on: str) -> int:
         _note(
             f"the job goes on; `muster logs -f {name} --on {on}` follows it again, `muster stop {name} --on {on}` ends it"
         )
-        return interrupts.status()
+        return signals.status()
     if facts["state"] == "stopped":
         return INTERRUPTED
     return 0 if facts["state"] == "succeeded" else facts["exit_status"] or 1
@@ -96,8 +97,8 @@ def logs(
     ] = False,
 ) -> int:
     """What a job of a cluster has printed."""
-    from launcher import clusters
-    from launcher import submit as jobs
+    from launcher.submit import clusters
+    from launcher.submit import jobs as jobs
 
     if follow:
         return _follow(job, _wanted(on))
@@ -108,38 +109,39 @@ def logs(
 @verb
 def stop(job: JobId, on: On = None, as_json: Json = False) -> None:
     """Have a job of a cluster save a checkpoint and end. Submitting it again goes on from there."""
-    from launcher import clusters, handover
-    from launcher import submit as jobs
+    from launcher.submit import clusters, submission
+    from launcher.submit import jobs as jobs
 
     found = clusters.target(_wanted(on))
-    show([jobs.stop(found.jobs, job, found.spec.stop_s + 60)], handover.job_lines, as_json)
+    show([jobs.stop(found.jobs, job, found.spec.stop_s + 60)], submission.job_lines, as_json)
 
 
 def save_on(job: str, on: str, as_json: bool) -> None:
-    from launcher import clusters, save_now
-    from launcher import submit as jobs
+    from launcher.runfolder import save_request
+    from launcher.submit import clusters
+    from launcher.submit import jobs as jobs
 
-    show(jobs.save(clusters.target(on).jobs, job), save_now.lines, as_json)
+    show(jobs.save(clusters.target(on).jobs, job), save_request.lines, as_json)
 
 
 def list_on(on: str, as_json: bool) -> None:
-    from launcher import clusters, handover
-    from launcher import submit as jobs
+    from launcher.submit import clusters, submission
+    from launcher.submit import jobs as jobs
 
-    show(jobs.listing(clusters.target(on).jobs), handover.job_lines, as_json)
+    show(jobs.listing(clusters.target(on).jobs), submission.job_lines, as_json)
 
 
 def status_on(job: str, on: str, as_json: bool) -> None:
-    from launcher import clusters, handover
-    from launcher import submit as jobs
+    from launcher.submit import clusters, submission
+    from launcher.submit import jobs as jobs
 
-    show([jobs.status(clusters.target(on).jobs, job)], handover.job_lines, as_json)
+    show([jobs.status(clusters.target(on).jobs, job)], submission.job_lines, as_json)
 
 
 @cluster_verb
 def render(file: ClusterFile) -> None:
     """Print what `up` would do."""
-    from launcher import clusters
+    from launcher.submit import clusters
 
     print(clusters.render(file), end="")
 
@@ -147,7 +149,7 @@ def render(file: ClusterFile) -> None:
 @cluster_verb
 def up(file: ClusterFile) -> None:
     """Start a cluster."""
-    from launcher import clusters
+    from launcher.submit import clusters
 
     name = clusters.up(file, print)
     print(f"{name} is up; `muster submit JOB --on {name}` hands a job over, `muster cluster down {name}` ends it")
@@ -164,7 +166,7 @@ def down(
     ] = False,
 ) -> None:
     """End a cluster."""
-    from launcher import clusters
+    from launcher.submit import clusters
 
     clusters.down(name, print, force=force)
     print(f"{name} is down")
@@ -176,7 +178,7 @@ def status_(
     as_json: Json = False,
 ) -> None:
     """Machines, GPUs and jobs of the clusters that are up."""
-    from launcher import clusters
+    from launcher.submit import clusters
 
     show(clusters.status(name), clusters.status_lines, as_json)
 
@@ -184,7 +186,7 @@ def status_(
 @cluster_verb
 def doctor(file: ClusterFile, as_json: Json = False) -> int:
     """What a cluster lacks, before it is started. Exit status 1 if something is not well."""
-    from launcher import clusters
+    from launcher.submit import clusters
 
     findings = clusters.doctor(file)
     shown: Any = [vars(finding) for finding in findings] if as_json else findings

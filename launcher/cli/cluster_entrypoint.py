@@ -9,8 +9,10 @@ from pathlib import Path
 
 import typer
 
-from launcher import interrupts, landing, runs
-from launcher.verbs import NoPreflight, console, verb
+from launcher.cli.common import NoPreflight, console, verb
+from launcher.driver import signals
+from launcher.runfolder import run_folder
+from launcher.workers import unpack_inputs
 
 site = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -23,15 +25,15 @@ def run(
     no_preflight: NoPreflight = False,
 ) -> int:
     """As `muster run`, or as `muster resume` if there is something to go back to or to accept."""
-    from launcher import attempts, check, driver
+    from launcher.driver import check, driver, open_run
 
     job = check.load(file, [], inline=False)
-    rewind = {} if step is None else attempts.rewinding(runs.find(f"{job.storage}/{job.name}"), step, phase)
+    rewind = {} if step is None else open_run.rewinding(run_folder.find(f"{job.storage}/{job.name}"), step, phase)
     return driver.run_job(
         job,
         inline=False,
         console=console(),
-        go_on=attempts.GoOn(rewind=rewind, accept_changes=accept_changes),
+        go_on=open_run.GoOn(rewind=rewind, accept_changes=accept_changes),
         preflight=not no_preflight,
     )
 
@@ -41,15 +43,15 @@ verb(run, of=site)
 
 def main() -> None:
     """Entry point of the job, in the folder where its bundle was unpacked."""
-    interrupts.exit_on_signals()
-    from launcher import sealed
+    signals.exit_on_signals()
+    from launcher.submit import sealed_env
 
-    sealed.open_environment()
-    place = landing.land()
+    sealed_env.open_environment()
+    place = unpack_inputs.land()
     assert place is not None, "a submitted job comes in a bundle"
     descriptor, file = tempfile.mkstemp(dir=place, suffix=".yaml")
     with os.fdopen(descriptor, "wb") as out:
-        out.write((Path(landing.FOLDER) / landing.JOB).read_bytes())
+        out.write((Path(unpack_inputs.FOLDER) / unpack_inputs.JOB).read_bytes())
     try:
         site([file, *sys.argv[1:]])
     finally:

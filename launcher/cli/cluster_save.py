@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import sys
 
-from launcher import interrupts
+from launcher.driver import signals
 
 
 def main() -> None:
-    interrupts.exit_on_signals()
-    from launcher import runs, save_now, sealed
+    signals.exit_on_signals()
+    from launcher.runfolder import run_folder, save_request
+    from launcher.submit import sealed_env
     from training.errors import MusterError
 
-    sealed.open_environment()
+    sealed_env.open_environment()
     try:
-        answer = save_now.request(runs.find(sys.argv[1]), is_running=True)
+        answer = save_request.request(run_folder.find(sys.argv[1]), is_running=True)
     except (MusterError, OSError) as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))

@@ -15,9 +15,9 @@ import typer
 from typer.core import TyperCommand
 
 from cluster.errors import ClusterError, Refused
-from launcher import interrupts
-from launcher.exit_status import DONE, FAILED, INPUT_WRONG
-from launcher.terminal import printable
+from launcher.driver import signals
+from launcher.process.exit_status import DONE, FAILED, INPUT_WRONG
+from launcher.process.terminal import printable
 from training.errors import InputError, MusterError
 
 app = typer.Typer(
@@ -78,9 +78,9 @@ class _Command(TyperCommand):
 
 
 def _as_setting(option: str) -> str:
-    from launcher.explain import listed
-    from launcher.job import settings_named
-    from launcher.other_tools import name_here
+    from launcher.jobfile.job import settings_named
+    from launcher.jobfile.other_tools import name_here
+    from launcher.jobfile.validation_messages import listed
 
     key = option.lstrip("-").replace("-", "_")
     if "." in option:
@@ -96,7 +96,7 @@ def verb(function: Callable, of: typer.Typer = app) -> Callable:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            with interrupts.raised():
+            with signals.raised():
                 _require_working_folder()
                 status = function(*args, **kwargs)
         except (InputError, Refused) as error:
@@ -104,7 +104,7 @@ def verb(function: Callable, of: typer.Typer = app) -> Callable:
         except (MusterError, ClusterError, OSError) as error:
             fail(error, FAILED)
         except KeyboardInterrupt:
-            status = interrupts.status()
+            status = signals.status()
         raise SystemExit(status or DONE)
 
     return run

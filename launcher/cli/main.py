@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher import cli_cluster
-from launcher.verbs import (
+from launcher.cli import cluster
+from launcher.cli.common import (
     Force,
     Inline,
     JobFile,
@@ -22,7 +22,7 @@ from launcher.verbs import (
     show,
     verb,
 )  # fmt: skip
-from launcher.verbs import app as app
+from launcher.cli.common import app as app
 from training.errors import InputError
 
 
@@ -42,7 +42,7 @@ def init(
 @verb
 def check(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Validate the job file and every row of its data. Starts nothing."""
-    from launcher import check as checks
+    from launcher.driver import check as checks
 
     show(checks.check(job, overrides or []), checks.lines, as_json)
 
@@ -69,11 +69,12 @@ def plan(
     as_json: Json = False,
 ) -> int:
     """What a job needs of memory, time and money. Reads config.json at most; starts nothing. Exit status 1 if it cannot fit."""
-    from launcher import plan_lines, planning
+    from launcher.cli import plan_request
+    from launcher.plan import text
 
-    asked = planning.asked(gpus, rows, tokens, response_tokens, parameters)
-    report = planning.plan(job, overrides or [], asked, on=on, gpu=gpu, per_machine=per_machine, price=price)
-    show(report, plan_lines.lines, as_json)
+    asked = plan_request.asked(gpus, rows, tokens, response_tokens, parameters)
+    report = plan_request.plan(job, overrides or [], asked, on=on, gpu=gpu, per_machine=per_machine, price=price)
+    show(report, text.lines, as_json)
     return int(not report["fits"])
 
 
@@ -91,8 +92,8 @@ def run(
     if on is not None:
         if inline or only is not None:
             raise InputError.of("command line", "--on goes with neither --inline nor --only")
-        return cli_cluster.run_on(job, overrides or [], on, cli_cluster.words_for(no_preflight), force=force)
-    from launcher import check, driver
+        return cluster.run_on(job, overrides or [], on, cluster.words_for(no_preflight), force=force)
+    from launcher.driver import check, driver
 
     checked = check.load(job, overrides or [], inline=inline, force=force)
     return driver.run_job(checked, inline=inline, console=console(), only=only, preflight=not no_preflight)
@@ -124,18 +125,19 @@ def resume(
             raise InputError.of("command line", "--on does not go with --inline")
         going_back = ["--step", str(step)] if step is not None else []
         going_back += ["--phase", phase] if phase is not None else []
-        going_back += cli_cluster.words_for(no_preflight)
-        cli_cluster.resume_on(
+        going_back += cluster.words_for(no_preflight)
+        cluster.resume_on(
             run, overrides or [], on, [*going_back, *(["--accept-changes"] if accept_changes else [])], force=force
         )
         return 0
-    from launcher import attempts, check, driver, runs
+    from launcher.driver import check, driver, open_run
+    from launcher.runfolder import run_folder
 
-    found = runs.find(run)
+    found = run_folder.find(run)
     job = found.job_here(overrides or [])
     check.machine(job, inline=inline, force=force)
-    rewind = attempts.rewinding(found, step, phase) if step is not None else {}
-    go_on = attempts.GoOn(rewind=rewind, accept_changes=accept_changes)
+    rewind = open_run.rewinding(found, step, phase) if step is not None else {}
+    go_on = open_run.GoOn(rewind=rewind, accept_changes=accept_changes)
     return driver.run_job(job, inline=inline, console=console(), go_on=go_on, preflight=not no_preflight)
 
 
@@ -143,10 +145,10 @@ def resume(
 def save(run: RunName, on: On = None, as_json: Json = False) -> None:
     """Have a run save a checkpoint now and go on, and wait until it has. With --on: a job of a cluster, by its id."""
     if on is not None:
-        return cli_cluster.save_on(run, on, as_json)
-    from launcher import runs, save_now
+        return cluster.save_on(run, on, as_json)
+    from launcher.runfolder import run_folder, save_request
 
-    show(save_now.request(runs.find(run)), save_now.lines, as_json)
+    show(save_request.request(run_folder.find(run)), save_request.lines, as_json)
 
 
 @verb
@@ -163,12 +165,12 @@ def chaos(
     seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
 ) -> None:
     """A drill: kill a random worker, machine or the driver of a running job, again and again."""
-    from launcher import chaos as drills
-    from launcher import runs
+    from launcher.driver import chaos as drills
+    from launcher.runfolder import run_folder
 
     if kill not in ("rank", "node", "driver"):
         raise InputError.of("--kill", f"{kill} is none of rank, node, driver")
-    killed = drills.drill(runs.find(run), kill, every_s=every, times=times, seed=seed, say=print)  # type: ignore[arg-type]
+    killed = drills.drill(run_folder.find(run), kill, every_s=every, times=times, seed=seed, say=print)  # type: ignore[arg-type]
     print(f"{killed} killed")
 
 
@@ -179,8 +181,8 @@ Storage = Annotated[str, typer.Option(help="Folder of the runs, or address in a 
 def list_(storage: Storage = "runs", on: On = None, as_json: Json = False) -> None:
     """The runs in a storage folder, or the jobs of a cluster."""
     if on is not None:
-        return cli_cluster.list_on(on, as_json)
-    from launcher import show as tables
+        return cluster.list_on(on, as_json)
+    from launcher.report import status as tables
 
     show(tables.listing(storage), tables.listing_lines, as_json)
 
@@ -189,11 +191,11 @@ def list_(storage: Storage = "runs", on: On = None, as_json: Json = False) -> No
 def status(run: RunName, on: On = None, as_json: Json = False) -> None:
     """Where a run stands, or a job of a cluster."""
     if on is not None:
-        return cli_cluster.status_on(run, on, as_json)
-    from launcher import runs
-    from launcher import show as tables
+        return cluster.status_on(run, on, as_json)
+    from launcher.report import status as tables
+    from launcher.runfolder import run_folder
 
-    show(tables.status(runs.find(run)), tables.status_lines, as_json)
+    show(tables.status(run_folder.find(run)), tables.status_lines, as_json)
 
 
 @verb
@@ -203,7 +205,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Two runs side by side: evaluations with a paired test, settings that differ, time and cost."""
-    from launcher import compare as comparing
+    from launcher.report import compare as comparing
 
     show(comparing.compare(first, second), comparing.lines, as_json)
 
@@ -215,10 +217,10 @@ def checkpoints(
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte, not file sizes alone.")] = False,
 ) -> int:
     """The checkpoints of a run. Exit status 1 if one is damaged."""
-    from launcher import runs
-    from launcher import show as tables
+    from launcher.report import status as tables
+    from launcher.runfolder import run_folder
 
-    found = tables.checkpoints(runs.find(run), deep=verify)
+    found = tables.checkpoints(run_folder.find(run), deep=verify)
     show(found, tables.checkpoint_lines, as_json)
     return int(not all(entry["whole"] for entry in found))
 
@@ -238,10 +240,11 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint as a plain Hugging Face folder, or, trained with LoRA, as a PEFT adapter."""
-    from launcher import exports, runs
+    from launcher.inference import export as exports
+    from launcher.runfolder import run_folder
 
     done = exports.export(
-        runs.find(run), phase=phase, step=step, out=out, merge=merge, trust_remote_code=trust_remote_code
+        run_folder.find(run), phase=phase, step=step, out=out, merge=merge, trust_remote_code=trust_remote_code
     )
     show(done, exports.lines, as_json)
 
@@ -281,7 +284,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Try a model: a chat in the terminal, lines from a pipe, prompts, or a file of them."""
-    from launcher import generation
+    from launcher.inference import generate as generation
 
     plan = generation.Plan(
         model=model, phase=phase, step=step, prompts=prompt or [], file=file, limit=limit, out=out, chat=chat,
@@ -315,7 +318,7 @@ def eval_(
     as_json: Json = False,
 ) -> None:
     """Ask a model questions and compare its answers with the right ones, or two models before a reward model."""
-    from launcher import evaluation
+    from launcher.inference import evaluate
     from training.config import Questions
 
     if (against is None) != (reward is None):
@@ -335,10 +338,10 @@ def eval_(
         "trust_remote_code": trust_remote_code,
     }
     if against is not None and reward is not None:
-        report = evaluation.compare(model, against, reward, data, settings, **how)
+        report = evaluate.compare(model, against, reward, data, settings, **how)
     else:
-        report = evaluation.evaluate(model, data, settings, **how)
-    show(report, evaluation.lines, as_json)
+        report = evaluate.evaluate(model, data, settings, **how)
+    show(report, evaluate.lines, as_json)
 
 
 @verb
@@ -350,7 +353,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one HTML page: what runs were, their curves over each other, what happened when, samples. Opens from disk."""
-    from launcher import page, report
+    from launcher.report import html, report
 
     if as_json and out is not None:
         raise InputError.of("--json", "is printed, and no page is written; leave out --json or --out")
@@ -358,7 +361,7 @@ def report(
     if as_json:
         show(found, lambda _: (), as_json=True)
     else:
-        print(page.write(found, out or Path("report.html")))
+        print(html.write(found, out or Path("report.html")))
 
 
 @verb
@@ -391,9 +394,9 @@ def critique(
     as_json: Json = False,
 ) -> None:
     """Build data for critique fine-tuning: answers, critiques of a teacher, verdicts checked. Goes on where it stopped."""
-    from launcher import critique as critiques
-    from launcher.models import warn
-    from launcher.teacher import Budget, Endpoint
+    from launcher.inference import critique as critiques
+    from launcher.inference.model_lookup import warn
+    from launcher.inference.teacher import Budget, Endpoint
 
     if max_cost is not None and not (price_in or price_out):
         raise InputError.of("--max-cost", "needs --price-in and --price-out, of a million tokens")

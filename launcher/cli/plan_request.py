@@ -1,4 +1,4 @@
-"""The verb `plan`, from the command line to launcher/plan.py: which job, which machines, what is known beside it."""
+"""The verb `plan`, from the command line to launcher/plan/plan.py: which job, which machines, what is known beside it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster import catalog
-from cluster import home as homes
+from cluster import registry as homes
 from cluster.spec import Cluster
-from launcher import clusters, quota, site
-from launcher import job as jobs
-from launcher import plan as plans
-from launcher.job import Job
-from launcher.planned import Asked
-from launcher.site import Site
+from launcher.driver import checkpoint_quota
+from launcher.jobfile import job as jobs
+from launcher.jobfile.job import Job
+from launcher.plan import hardware
+from launcher.plan import plan as plans
+from launcher.plan.hardware import Site
+from launcher.plan.phase_plan import Asked
+from launcher.submit import clusters
 from training.errors import InputError
 
 _MOST_GPUS = 100_000
@@ -60,7 +62,7 @@ def plan(
     job = jobs.read(file, overrides)
     report = plans.plan(job, _site(job, on, gpu, per_machine, price), what)
     try:
-        quota.check(job)
+        checkpoint_quota.check(job)
     except InputError as error:
         report["limits"].append(str(error))
     return report
@@ -74,11 +76,11 @@ def _site(job: Job, on: str | None, gpu: str | None, per_machine: int | None, pr
         spec = spec_of(on)
         if gpu is not None and getattr(spec, "pools", None):
             raise InputError.of("--gpu", f"{spec.name} says itself which GPUs it has; leave --gpu out")
-        found = site.of_cluster(spec, wanted) if gpu is None else site.described(spec, gpu, per_machine)
+        found = hardware.of_cluster(spec, wanted) if gpu is None else hardware.described(spec, gpu, per_machine)
     elif gpu is not None or wanted is not None:
-        found = site.of_gpu(str(wanted) if gpu is None else gpu, per_machine)
+        found = hardware.of_gpu(str(wanted) if gpu is None else gpu, per_machine)
     else:
-        found = site.here()
+        found = hardware.here()
     if price is None:
         return found
     return replace(found, machine=replace(found.machine, price=price, spot_price=None, dated=""), note="")

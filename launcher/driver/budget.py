@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.small_files import SmallFiles
+from launcher.runfolder.small_files import SmallFiles
 from training.errors import InputError
 
 SPENT = "spent.json"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import psutil
 
-from launcher.runs import LOCK, RunFolder
+from launcher.runfolder.run_folder import LOCK, RunFolder
 from training.errors import InputError
 
 Victim = Literal["rank", "node", "driver"]
@@ -94,14 +94,14 @@ def _kill_here(run: RunFolder, chance: random.Random) -> str | None:
 
 
 def _kill_through_ray(run: RunFolder, victim: Victim, chance: random.Random, address: str) -> str | None:
-    from launcher import machines
-    from launcher.session import ray_session
+    from launcher.workers import placement
+    from launcher.workers.ray_session import ray_session
 
     workers = _workers(run)
     if not workers:
         return None
     worker = chance.choice(workers)
     with ray_session(0):
-        machines.kill_on(worker["machine"], worker["pid"] if victim == "rank" else None)
+        placement.kill_on(worker["machine"], worker["pid"] if victim == "rank" else None)
     where = f"on {worker['machine']}"
     return f"worker {worker['rank']} {where}" if victim == "rank" else f"Ray {where}"

@@ -9,20 +9,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import capacity, plan, probing, quota, site, trackers
-from launcher import job as jobs
-from launcher.cache import cache_folder
-from launcher.job import Job
-from launcher.site import Site, UnknownSite
-from training import questions, reward_signature, traits, vocabulary
+from launcher.driver import checkpoint_quota, model_probe, trackers
+from launcher.jobfile import job as jobs
+from launcher.jobfile.job import Job
+from launcher.plan import hardware, local_capacity, plan
+from launcher.plan.hardware import Site, UnknownSite
+from launcher.runfolder.cache import cache_folder
 from training.config import PPO, Phase
+from training.data import questions, reward_signature, vocabulary
 from training.data.files import HubSplit, Located, without_effect
+from training.data.phase_data import data_of, prepare_phase, sources_of
 from training.data.prepare import bad_rows_note
-from training.data.stores import data_of, prepare_phase, sources_of
 from training.errors import InputError
-from training.modelfiles import notes_on, tokenizer_of
+from training.estimate import model_traits
+from training.estimate.model_traits import Traits
+from training.model_folder import notes_on, tokenizer_of
 from training.recipes import RECIPES
-from training.traits import Traits
 
 SHOWN_BAD_ROWS = 3
 
@@ -37,11 +39,11 @@ def load(file: Path, overrides: Sequence[str], *, inline: bool = False, force: b
 def machine(job: Job, *, inline: bool, force: bool = False) -> None:
     """Raises InputError if this machine lacks a package or the room that the job needs. `force`: room is not looked at."""
     trackers.check(job.track, where=str(job.file))
-    capacity.check(job, inline=inline, force=force)
+    local_capacity.check(job, inline=inline, force=force)
     if not force:
-        quota.check(job)
-    if not force and capacity.num_gpus() and (inline or "RAY_ADDRESS" not in os.environ):
-        fits_gpus(job, lambda: [site.here()])
+        checkpoint_quota.check(job)
+    if not force and local_capacity.num_gpus() and (inline or "RAY_ADDRESS" not in os.environ):
+        fits_gpus(job, lambda: [hardware.here()])
 
 
 def fits_gpus(job: Job, where: Callable[[], Sequence[Site]]) -> None:
@@ -75,7 +77,7 @@ def _rows(phase: Phase) -> dict[str, Any]:
         if _on_hub(source)
     ]
     tokenizer = tokenizer_of(phase.model)
-    known = probing.examined(phase)
+    known = model_probe.examined(phase)
     if not notes and os.path.isdir(tokenizer):
         return {"recipe": phase.recipe, **_counts(phase, known)}
     if isinstance(phase, PPO):
@@ -169,10 +171,10 @@ def _of_model(phase: Phase, known: Traits | None, longest: int) -> list[str]:
         return [
             f"{phase.model.path} is no folder here, so it is a model of the hub or of a bucket; what its code can do is examined when the job runs"
         ]
-    device = "cuda" if capacity.num_gpus() and phase.resources.gpus_per_worker != 0 else "cpu"
-    attention = traits.attention_of(phase.model, known, device)
-    traits.refuse(phase, known, attention, longest)
-    return list(traits.notes(phase, known, attention, longest))
+    device = "cuda" if local_capacity.num_gpus() and phase.resources.gpus_per_worker != 0 else "cpu"
+    attention = model_traits.attention_of(phase.model, known, device)
+    model_traits.refuse(phase, known, attention, longest)
+    return list(model_traits.notes(phase, known, attention, longest))
 
 
 def _on_hub(source: Located) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from launcher.job import Job
-from launcher.plan import checkpoint_bytes_of
-from launcher.runs import RunFolder
-from training.checkpoint import CheckpointError, Manifest, verify
-from training.checkpoints import Checkpoints, delete, step_of
+from launcher.jobfile.job import Job
+from launcher.plan.plan import checkpoint_bytes_of
+from launcher.runfolder.run_folder import RunFolder
+from training.checkpoint.format import CheckpointError, Manifest, verify
+from training.checkpoint.repository import Checkpoints, delete, step_of
 from training.errors import InputError
 from training.storage import Place
 

@@ -15,24 +15,27 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from launcher import attempts, host, output, probing, revisions
-from launcher.attempts import GoOn, OpenRun
-from launcher.cache import cache_folder
-from launcher.exit_status import DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, after_signal
-from launcher.failures import NoMachines, Raised, WorkerDied, in_words
-from launcher.gang import Gang, gang_of
-from launcher.interrupts import Interrupts
-from launcher.job import ENV_NAMES, Job
-from launcher.limits import Meter
-from launcher.phase_run import PhaseRun
-from launcher.progress import PhaseProgress
-from launcher.recovery import Recovery
-from launcher.runs import RunFolder
+from launcher.driver import model_probe, open_run
+from launcher.driver.budget import Meter
+from launcher.driver.open_run import GoOn, OpenRun
+from launcher.driver.phase_run import PhaseRun
+from launcher.driver.progress import PhaseProgress
+from launcher.driver.recovery import Recovery
+from launcher.driver.signals import Interrupts
+from launcher.jobfile.job import ENV_NAMES, Job
+from launcher.process import output
+from launcher.process.exit_status import DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, after_signal
+from launcher.runfolder import hub_revisions
+from launcher.runfolder.cache import cache_folder
+from launcher.runfolder.run_folder import RunFolder
+from launcher.workers import supervisor
+from launcher.workers.failures import NoMachines, Raised, WorkerDied, in_words
+from launcher.workers.worker_set import Gang, gang_of
 from training.config import PPO, Phase
-from training.data.store import BAD_ROWS
+from training.data.token_store import BAD_ROWS
 from training.errors import InputError, MusterError, StorageError, TrainingError
 from training.group import Group, results
-from training.modelfiles import tokenizer_of, tokenizer_revision
+from training.model_folder import tokenizer_of, tokenizer_revision
 from training.recipes import RECIPES, resolve
 from training.storage import Place
 
@@ -57,14 +60,14 @@ def run_job(
 
     Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
     """
-    attempts.check(job, go_on, only)
-    recorded = attempts.recorded_commits(job)
-    looked_up = revisions.look_up(job, recorded)
+    open_run.check(job, go_on, only)
+    recorded = open_run.recorded_commits(job)
+    looked_up = hub_revisions.look_up(job, recorded)
     with ExitStack() as stack:
         outputs = stack.enter_context(output.kept_going())
         interrupts = stack.enter_context(Interrupts())
         stores = _get_ready(job, recorded | looked_up, stack, inline=inline)
-        run = attempts.begin(job, go_on)
+        run = open_run.begin(job, go_on)
         stack.callback(run.close)
         outputs.report_to(partial(_note_output, run))
         if looked_up:
@@ -84,7 +87,7 @@ def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline
     """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile. Returns what `prepare` does."""
     if inline:
         return prepare(job, commits)
-    from launcher.session import own_nursery, ray_session
+    from launcher.workers.ray_session import own_nursery, ray_session
 
     os.environ[ENV_NAMES] = " ".join(job.env)
     stack.callback(_sweep_stores)
@@ -96,7 +99,7 @@ def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline
 
 def _sweep_stores() -> None:
     """What was begun of a store by a process that had to end before."""
-    from training.data.store import sweep_unfinished
+    from training.data.token_store import sweep_unfinished
 
     sweep_unfinished(cache_folder())
 
@@ -182,18 +185,18 @@ def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool =
 
     `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
     """
-    from training import questions
-    from training.data.stores import prepare_phase as prepare_data
+    from training.data import questions
+    from training.data.phase_data import prepare_phase as prepare_data
 
     def prepare_phase(phase: Phase) -> Path:
-        phase = revisions.with_commits(phase, commits or {})
+        phase = hub_revisions.with_commits(phase, commits or {})
         questions.check(phase)
-        probing.examined(phase, apart=apart)
-        if not (apart and host.has_nursery()):
+        model_probe.examined(phase, apart=apart)
+        if not (apart and supervisor.has_nursery()):
             stores, _ = prepare_data(phase, cache_folder())
             return stores.train.folder
         try:
-            return Path(host.apart("prepare", phase, str(cache_folder()), dict(os.environ)))
+            return Path(supervisor.apart("prepare", phase, str(cache_folder()), dict(os.environ)))
         except (Raised, WorkerDied) as error:
             trace = f"\n{error.trace}" if isinstance(error, Raised) else ""
             raise TrainingError(f"the process that prepares the data {in_words(error)}{trace}") from error
@@ -222,8 +225,8 @@ def _run_phase(
         progress.say(f"{name}: {what}")
 
     if not how.inline:
-        probing.examined(phase)
-        probing.pass_on(phase)
+        model_probe.examined(phase)
+        model_probe.pass_on(phase)
     recovery = Recovery(run, name, phase, progress.say)
     with gang_of(phase, name, cache_folder(), progress.say, warn, inline=how.inline) as gang:
         while True:
@@ -273,7 +276,7 @@ def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang,
 
 def _room_for_two(phase: Phase) -> int:
     """Bytes of two checkpoints, the one that is kept until the next is whole; 0 if the model is not known yet."""
-    from launcher import plan
+    from launcher.plan import plan
 
     try:
         return 2 * plan.checkpoint_bytes_of(phase)
@@ -284,7 +287,7 @@ def _room_for_two(phase: Phase) -> int:
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:
     """The phase with the model of the phase that it starts from, the tokenizer that its data was checked with, and the commits of
     the Hugging Face hub that the run uses."""
-    phase = revisions.with_commits(phase, run.commits())
+    phase = hub_revisions.with_commits(phase, run.commits())
     if phase.starts_from_phase:
         assert phase.from_ is not None
         changes: dict[str, str | None] = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}

@@ -7,14 +7,15 @@ import os
 import subprocess
 from collections.abc import Iterator
 
-from launcher import host
-from launcher.failures import Raised, WorkerDied, in_words
-from launcher.subprocesses import module_command, with_own_code
-from training import hub, traits
+from launcher.process.subprocesses import module_command, with_own_code
+from launcher.workers import supervisor
+from launcher.workers.failures import Raised, WorkerDied, in_words
 from training.config import PPO, Model, Phase
 from training.errors import InputError, Problem
-from training.modelfiles import base_of, configured_in, on_hub
-from training.traits import Traits
+from training.estimate import model_traits
+from training.estimate.model_traits import Traits
+from training.io import hub
+from training.model_folder import base_of, configured_in, on_hub
 
 _LIMIT_S = 300
 """For one model."""
@@ -29,13 +30,13 @@ def examined(phase: Phase, *, apart: bool = True) -> Traits | None:
     if apart:
         for model in _models(phase):
             _examine(model)
-    return traits.known_of(phase)
+    return model_traits.known_of(phase)
 
 
 def pass_on(phase: Phase) -> None:
     """Let the workers of a phase know what is known of its models."""
-    keys = [traits.key_for(model) for model in _models(phase)]
-    traits.pass_on([key for key in keys if key is not None])
+    keys = [model_traits.key_for(model) for model in _models(phase)]
+    model_traits.pass_on([key for key in keys if key is not None])
 
 
 def _models(phase: Phase) -> Iterator[Model]:
@@ -52,20 +53,22 @@ def _models(phase: Phase) -> Iterator[Model]:
 
 
 def _examine(model: Model) -> None:
-    key = traits.key_for(model)
-    if key is None or traits.known(key) is not None:
+    key = model_traits.key_for(model)
+    if key is None or model_traits.known(key) is not None:
         return
-    why = _by_the_nursery(model) if host.has_nursery() else _by_a_process(model)
+    why = _by_the_nursery(model) if supervisor.has_nursery() else _by_a_process(model)
     folder = configured_in(model.path, model.revision)
     if why and folder is not None:  # what nobody could find out is not tried again
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        traits.remember(key, Traits(architecture=str((config.get("architectures") or ["the model"])[0]), unknown=why))
+        model_traits.remember(
+            key, Traits(architecture=str((config.get("architectures") or ["the model"])[0]), unknown=why)
+        )
 
 
 def _by_the_nursery(model: Model) -> str:
     """Why it could not be found out, if it could not."""
     try:
-        host.apart("examine", model, dict(os.environ), _LIMIT_S)
+        supervisor.apart("examine", model, dict(os.environ), _LIMIT_S)
     except (Raised, WorkerDied) as error:
         return f"the process that examined it {in_words(error)}"
     return ""
@@ -75,13 +78,13 @@ def _by_a_process(model: Model) -> str:
     settings = json.dumps(
         {"path": model.path, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
     )
-    command = module_command("training.probe", settings)
+    command = module_command("training.models.probe", settings)
     environment = with_own_code({**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     try:
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         return f"it took more than {_LIMIT_S} s"
-    if ended.returncode == traits.INPUT_WRONG:
+    if ended.returncode == model_traits.INPUT_WRONG:
         raise InputError([Problem(*problem) for problem in json.loads(ended.stdout.splitlines()[-1])])
     last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
     return f"the process that examined it ended with status {ended.returncode}: {last}" if ended.returncode else ""

@@ -17,21 +17,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from launcher import job as jobs
-from launcher import mirror, yamlfile
-from launcher.explain import did_you_mean
-from launcher.job import Job
-from launcher.mirror import Mirror
-from launcher.phases import SHARED
-from launcher.runs import EVENTS, JOB, LOCK, PATIENCE_S, RunFolder, now, phase_with_checkpoints, told_as_input
-from launcher.shared_settings import value_at
-from launcher.small_files import SmallFiles
-from launcher.yamlfile import COMMAND_LINE, KeyPath, dotted
-from training.checkpoint import CheckpointError
-from training.checkpoints import CLAIMS, Checkpoints, Claim, newest_claim, step_of
+from launcher.jobfile import job as jobs
+from launcher.jobfile import yaml_with_lines
+from launcher.jobfile.job import Job
+from launcher.jobfile.phase_builder import SHARED
+from launcher.jobfile.shared_settings import value_at
+from launcher.jobfile.validation_messages import did_you_mean
+from launcher.jobfile.yaml_with_lines import COMMAND_LINE, KeyPath, dotted
+from launcher.runfolder import bucket_sync
+from launcher.runfolder.bucket_sync import Mirror
+from launcher.runfolder.run_folder import (
+    EVENTS,
+    JOB,
+    LOCK,
+    PATIENCE_S,
+    RunFolder,
+    now,
+    phase_with_checkpoints,
+    told_as_input,
+)
+from launcher.runfolder.small_files import SmallFiles
+from training.checkpoint.format import CheckpointError
+from training.checkpoint.repository import CLAIMS, Checkpoints, Claim, newest_claim, step_of
 from training.errors import InputError, Problem
+from training.io.versions import MUSTER, versions_of
 from training.storage import Place, is_remote, place
-from training.versions import MUSTER, versions_of
 
 _LOCK_S = 2.0
 """How long a lock is tried to be taken."""
@@ -121,13 +131,13 @@ def begin(job: Job, go_on: GoOn = GoOn()) -> OpenRun:
     """
     check(job, go_on)
     remote = place(_address(job)) if is_remote(job.storage) else None
-    folder = Path(job.storage) / job.name if remote is None else mirror.working_folder(remote)
+    folder = Path(job.storage) / job.name if remote is None else bucket_sync.working_folder(remote)
     with told_as_input(_address(job)):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(folder / LOCK)
         try:
             if remote is not None:
-                mirror.fetch(remote, folder)
+                bucket_sync.fetch(remote, folder)
             return _begin(RunFolder(folder, remote), job, lock, go_on)
         except BaseException:
             lock.close()
@@ -173,7 +183,7 @@ def check(job: Job, go_on: GoOn = GoOn(), only: str | None = None) -> None:
                 finished = RunFolder(Path(address)).finished_phases()
         else:
             remote = place(address, patience_s=PATIENCE_S)
-            run = RunFolder(mirror.view(remote), remote)
+            run = RunFolder(bucket_sync.view(remote), remote)
             _refuse_others(run, job, go_on)
             finished = run.finished_phases()
     if only is not None:
@@ -187,7 +197,7 @@ def recorded_commits(job: Job) -> dict[str, str]:
         if not is_remote(address):
             return RunFolder(Path(address)).commits()
         remote = place(address, patience_s=PATIENCE_S)
-        return RunFolder(mirror.view(remote), remote).commits()
+        return RunFolder(bucket_sync.view(remote), remote).commits()
 
 
 def _refuse_phase(job: Job, only: str, finished: set[str]) -> None:
@@ -258,7 +268,7 @@ def _refuse_overrides_of(finished: set[str], held: RunFolder, job: Job) -> None:
 
 def _from_command_line(job: Job) -> Iterator[KeyPath]:
     """The settings of phases, and those for all phases, that were given there."""
-    for path, value in yamlfile.paths(job.document.data):
+    for path, value in yaml_with_lines.paths(job.document.data):
         of_phases = path[0] in SHARED or (path[0] == "phases" and len(path) > 2)
         if of_phases and not isinstance(value, dict | list) and job.document.lines.get(path) == COMMAND_LINE:
             yield path

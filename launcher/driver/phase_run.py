@@ -8,17 +8,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher import plan, quota, runs, save_now, site, trackers
-from launcher.attempts import OpenRun
-from launcher.gang import Gang
-from launcher.interrupts import Interrupts
-from launcher.job import Job, job_hash
-from launcher.limits import Meter
-from launcher.progress import PhaseProgress
-from launcher.stragglers import Stragglers
-from training.checkpoints import opened
+from launcher.driver import checkpoint_quota, trackers
+from launcher.driver.budget import Meter
+from launcher.driver.open_run import OpenRun
+from launcher.driver.progress import PhaseProgress
+from launcher.driver.signals import Interrupts
+from launcher.jobfile.job import Job, job_hash
+from launcher.plan import hardware, plan
+from launcher.runfolder import run_folder, save_request
+from launcher.workers.stragglers import Stragglers
+from launcher.workers.worker_set import Gang
+from training.checkpoint.repository import opened
 from training.errors import InputError
-from training.facts import Facts
+from training.phase_info import Facts
 from training.storage import Place
 
 _NEARLY_FULL = 0.95
@@ -59,7 +61,7 @@ class PhaseRun:
         )
 
     def log(self, row: Mapping[str, Any]) -> None:
-        self.run.files.append(self.folder / runs.METRICS, {**row, "attempt": self.run.attempt})
+        self.run.files.append(self.folder / run_folder.METRICS, {**row, "attempt": self.run.attempt})
         self.step = row["step"]
         self.progress.row(row)
         numbers = {name: value for name, value in row.items() if name not in _NOT_FOR_TRACKERS}
@@ -67,13 +69,13 @@ class PhaseRun:
             tracker.log(row["step"], numbers)
 
     def answers(self, step: int, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        path = self.folder / runs.ANSWERS / f"{kind.replace('_', '-')}step-{step:08d}.jsonl"
+        path = self.folder / run_folder.ANSWERS / f"{kind.replace('_', '-')}step-{step:08d}.jsonl"
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.run.files.replace(path, text, new_folder=True)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            self.run.files.append(self.folder / runs.SAMPLES, {"step": step, **row})
+            self.run.files.append(self.folder / run_folder.SAMPLES, {"step": step, **row})
 
     def paces(self, seconds_a_token: Sequence[float]) -> None:
         for rank, times in self.stragglers.look(seconds_a_token).items():
@@ -148,7 +150,7 @@ class PhaseRun:
         members = self.gang.members()
         fullest = max(Counter(member["machine"] for member in members).values())
         try:
-            where = site.of_device(facts.device, fullest)
+            where = hardware.of_device(facts.device, fullest)
             expected = plan.expected(self.job, self.name, facts, len(members), where, self.gang.price())
         except InputError:
             return
@@ -161,8 +163,8 @@ class PhaseRun:
         """Drop what was written of steps that will be done again: the file is the curve, each step in it once. Returns their seconds."""
         forgotten_s = 0.0
         self.run.files.flush()
-        for path in (self.folder / runs.METRICS, self.folder / runs.SAMPLES):
-            rows = list(runs.json_rows(path))
+        for path in (self.folder / run_folder.METRICS, self.folder / run_folder.SAMPLES):
+            rows = list(run_folder.json_rows(path))
             kept = [row for row in rows if row["step"] <= step and step > 0]
             if evaluates:
                 kept = [row for row in kept if row["step"] < step or "evaluation_s" not in row]
@@ -172,7 +174,9 @@ class PhaseRun:
         return round(forgotten_s, 3)
 
     def make_room(self, best: Place | None) -> None:
-        if self.job.quota_bytes is None or not (excess := quota.make_room(self.run, self.job, self.name, best)):
+        if self.job.quota_bytes is None or not (
+            excess := checkpoint_quota.make_room(self.run, self.job, self.name, best)
+        ):
             return
         facts = {"phase": self.name, "quota": self.job.checkpoint_quota}
         if any(event["event"] == "quota_exceeded" and facts.items() <= event.items() for event in self.run.events()):
@@ -184,7 +188,7 @@ class PhaseRun:
         )
 
     def save_requested(self, step: int) -> bool:
-        if (identity := save_now.take(self.run)) is None:
+        if (identity := save_request.take(self.run)) is None:
             return False
         self.event("save_requested", step=step, id=identity)
         self.progress.say(f"{self.name}: saves step {step}, as `muster save` asks")

@@ -1,4 +1,4 @@
-"""What happens in a phase after a failure: remembered, judged, told, and waited for. The judgement itself is failures.py."""
+"""What happens in a phase after a failure: remembered, judged, told, and waited for. The judgement itself is launcher/workers/failures.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from launcher.attempts import OpenRun
-from launcher.failures import Decision, Incident, NoMachines, WorkerError, decide, kind_of, told
+from launcher.driver.open_run import OpenRun
+from launcher.workers.failures import Decision, Incident, NoMachines, WorkerError, decide, kind_of, told
 from training.config import Phase
 from training.errors import Diverged, InputError, MusterError, Superseded, TrainingError
 

@@ -6,13 +6,13 @@ import re
 import sys
 from contextlib import suppress
 
-from launcher.models import warn
-from launcher.terminal import Typewriter
+from launcher.inference.model_lookup import warn
+from launcher.process.terminal import Typewriter
 from training.data.files import RowError
 from training.data.formats import Chat, Message
-from training.evaluator import Speaker
-from training.generate import key_of, respond
-from training.sampling import Sampling
+from training.evaluation.evaluator import Speaker
+from training.evaluation.streaming import key_of, respond
+from training.generation.sampling import Sampling
 
 _HELP = """\
 /new    begin anew: what was said is forgotten

@@ -20,17 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import evaluation, models, output, runs
-from launcher.small_files import SmallFiles
-from launcher.teacher import Budget, BudgetSpent, Endpoint, Nonsense, Reply, Teacher
-from training import modelfiles, questions
-from training.answers import expected_answer, final_answer, same, verdict
+from launcher.inference import evaluate
+from launcher.inference import model_lookup as models
+from launcher.inference.teacher import Budget, BudgetSpent, Endpoint, Nonsense, Reply, Teacher
+from launcher.process import output
+from launcher.runfolder import run_folder
+from launcher.runfolder.small_files import SmallFiles
+from training import model_folder
 from training.config import Questions
-from training.data import files
+from training.data import files, questions
 from training.data.files import RowError
+from training.data.final_answers import expected_answer, final_answer, same, verdict
 from training.data.formats import critique_request
+from training.data.questions import Question
 from training.errors import InputError, Problem, TrainingError
-from training.questions import Question
 
 Answering = Callable[[Sequence[Question]], Sequence[Mapping[str, Any]]]
 """Rows of number, question, sample, response, ended and tokens, in the order of the questions."""
@@ -70,7 +73,7 @@ class Journal:
         self._lock = threading.Lock()
         self._files = SmallFiles()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = list(runs.json_rows(path))
+        self.rows = list(run_folder.json_rows(path))
 
     def add(self, row: Mapping[str, Any]) -> None:
         with self._lock:
@@ -338,8 +341,8 @@ class Plan:
     """Whether Python code that comes with the models may run."""
 
     @property
-    def loading(self) -> evaluation.Loading:
-        return evaluation.Loading("auto", self.workers, self.trust_remote_code)
+    def loading(self) -> evaluate.Loading:
+        return evaluate.Loading("auto", self.workers, self.trust_remote_code)
 
 
 @output.kept_going()
@@ -415,7 +418,7 @@ def _of_models(plan: Plan, work: Path, say: Callable[[str], None]) -> list[Task]
         folder = models.model_folder(model, trust_remote_code=plan.trust_remote_code)
         done = {row["question"] for row in journal.rows if row["model"] == model}
         if any(question.text not in done for question in asked):
-            with journal.kept(), evaluation.asking(folder, plan.loading) as group:
+            with journal.kept(), evaluate.asking(folder, plan.loading) as group:
                 sampled(asked, model, journal, _answering(group, settings, plan.seed), say)
     return of_models(asked, plan.models, journal)
 
@@ -426,15 +429,15 @@ def _ask(plan: Plan, tasks: Sequence[Task], journal: Journal, say: Callable[[str
         return ask_endpoint(tasks, teacher, journal, plan.parallel, say)
     settings = Questions(data=str(plan.data), temperature=0.3, top_p=0.95, max_new_tokens=plan.max_new_tokens)
     folder = models.model_folder(plan.teacher, trust_remote_code=plan.trust_remote_code)
-    learnt = modelfiles.facts_in(folder).get("recipe") == "cft"
-    with evaluation.asking(folder, plan.loading) as group:
+    learnt = model_folder.facts_in(folder).get("recipe") == "cft"
+    with evaluate.asking(folder, plan.loading) as group:
         ask_model(tasks, plan.teacher, journal, _answering(group, settings, plan.seed), say, learnt=learnt)
     return None
 
 
 def _answering(group: Any, settings: Questions, seed: int) -> Answering:
+    from training.evaluation.accuracy import in_order
     from training.group import results
-    from training.measures import in_order
     from training.seeding import seed_for
 
     def answer(asked: Sequence[Question]) -> Sequence[Mapping[str, Any]]:

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import models, output, terminal
-from training import questions
+from launcher.inference import model_lookup
+from launcher.process import output, terminal
 from training.config import Questions, Resources
+from training.data import questions
 from training.data.files import RowError
+from training.data.questions import Question
 from training.errors import InputError, Problem
+from training.evaluation.accuracy import Row, in_order, interval, measured
 from training.group import Group, results
-from training.measures import Row, in_order, interval, measured
-from training.owned_folders import temporary_folder
-from training.questions import Question
+from training.io.owned_folders import temporary_folder
 
 _ANSWER_S = 24 * 3600.0
 _SHOWN = 5
@@ -45,7 +46,7 @@ def evaluate(
     _refuse_template(template)
     refuse_unused_top_p(settings.temperature, settings.top_p)
     asked = questions.read(str(data), settings.columns, settings.limit)
-    folder = models.model_folder(model, trust_remote_code=trust_remote_code)
+    folder = model_lookup.model_folder(model, trust_remote_code=trust_remote_code)
     loading = Loading(template, workers, trust_remote_code)
     rows, seconds = _answers(folder, asked, settings, loading, seed)
     if out is not None:
@@ -73,9 +74,9 @@ def compare(
     refuse_unused_top_p(settings.temperature, settings.top_p)
     asked = questions.read(str(data), settings.columns, settings.limit, answers=False)
     trusted = {"trust_remote_code": trust_remote_code}
-    folders = [models.model_folder(name, **trusted) for name in (model, other)]
-    reward_model = models.model_folder(judge, rewards=True, **trusted)
-    from training.evaluator import Judge, require_reward_model
+    folders = [model_lookup.model_folder(name, **trusted) for name in (model, other)]
+    reward_model = model_lookup.model_folder(judge, rewards=True, **trusted)
+    from training.evaluation.evaluator import Judge, require_reward_model
 
     require_reward_model(reward_model, **trusted)  # before any question is answered
     _check_reward_model(reward_model, asked, trust_remote_code)
@@ -108,7 +109,7 @@ def compare(
 def _check_reward_model(reward_model: str, asked: Sequence[Question], trust_remote_code: bool) -> None:
     """Raises InputError with the questions that the reward model's template refuses; prints notes on parts of the others that it does not see."""
     from training.data.model_renderer import renderer_for
-    from training.reward_prompts import RESPONSE, conversation_notes
+    from training.data.reward_prompts import RESPONSE, conversation_notes
 
     renderer = renderer_for(reward_model, trust_remote_code=trust_remote_code)
     judged = renderer.judged([each.prompt for each in asked], [RESPONSE] * len(asked), [True] * len(asked))
@@ -119,7 +120,7 @@ def _check_reward_model(reward_model: str, asked: Sequence[Question], trust_remo
             [Problem(each.where, "", f"{message}: {why}") for each, why in refused[: questions.SHOWN_PROBLEMS]]
         )
     for note in conversation_notes(renderer.notes):
-        models.warn(f"the reward model {reward_model}: {note}")
+        model_lookup.warn(f"the reward model {reward_model}: {note}")
 
 
 def _refuse_template(template: str) -> None:
@@ -153,8 +154,8 @@ def _answers(
 
 def _check_questions(folder: str, asked: Sequence[Question], loading: Loading, max_new_tokens: int) -> None:
     """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints notes on parts of the others that it does not see."""
-    from training.evaluator import Texts
-    from training.question_prompts import room_note
+    from training.data.question_prompts import room_note
+    from training.evaluation.evaluator import Texts
 
     texts = Texts(folder, loading.template, trust_remote_code=loading.trust_remote_code)
     problems, longest = [], 0
@@ -168,33 +169,35 @@ def _check_questions(folder: str, asked: Sequence[Question], loading: Loading, m
     if problems:
         raise InputError(problems)
     for note in [*texts.notes, *room_note(longest, texts.window, max_new_tokens)]:
-        models.warn(note)
+        model_lookup.warn(note)
 
 
 @contextmanager
 def asking(folder: str, loading: Loading) -> Iterator[Group]:
     """Workers with the model loaded, that can be asked to `answer`: one in this process, more of them on Ray."""
-    from training.evaluator import Evaluator
+    from training.evaluation.evaluator import Evaluator
 
     template, workers, trust_remote_code = loading.template, loading.workers, loading.trust_remote_code
     if workers == 1:
-        from training.distributed import Seat
         from training.group import InlineGroup, Worker
+        from training.process.distributed import Seat
 
         worker = Worker(Seat(rank=0, size=1))
         worker.roles["evaluator"] = Evaluator(worker.seat, folder, template, trust_remote_code)
         yield InlineGroup(worker, "evaluator")
         return
-    from launcher.session import own_nursery, ray_session
+    from launcher.workers.ray_session import own_nursery, ray_session
 
     with own_nursery(), ray_session(workers), temporary_folder("muster-eval-") as logs:
-        from launcher.workers import WorkerGroup  # which imports Ray: it takes its token from the session's environment
+        from launcher.workers.worker_group import (
+            WorkerGroup,  # which imports Ray: it takes its token from the session's environment
+        )
 
-        gang = WorkerGroup(Resources(workers=workers), models.warn, models.warn)
+        gang = WorkerGroup(Resources(workers=workers), model_lookup.warn, model_lookup.warn)
         try:
             gang.begin(logs)
             here = str(Path(folder).absolute())  # a Ray that was there before us works in another folder
-            yield gang.build("evaluator", "training.evaluator:Evaluator", here, template, trust_remote_code)
+            yield gang.build("evaluator", "training.evaluation.evaluator:Evaluator", here, template, trust_remote_code)
         finally:
             gang.close()
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher import output
-from launcher.cache import cache_folder
-from launcher.driver import with_its_start
-from launcher.runs import PATIENCE_S, RunFolder, phase_with_checkpoints
-from training.checkpoint import MANIFEST, CheckpointError, verify
-from training.checkpoints import Checkpoints, step_of
+from launcher.driver.driver import with_its_start
+from launcher.process import output
+from launcher.runfolder.cache import cache_folder
+from launcher.runfolder.run_folder import PATIENCE_S, RunFolder, phase_with_checkpoints
+from training.checkpoint.format import MANIFEST, CheckpointError, verify
+from training.checkpoint.repository import Checkpoints, step_of
 from training.config import Model
 from training.errors import InputError
-from training.modelfiles import at_hand, code_in
-from training.owned_folders import temporary_folder
+from training.io.owned_folders import temporary_folder
+from training.model_folder import at_hand, code_in
 from training.storage import Local, Place, place
 
 
@@ -97,7 +97,7 @@ def _write(
 ) -> None:
     start = at_hand(with_its_start(run.job().phases[phase], run), cache_folder())
     start = start.model_copy(update={"model": _as_trusted(start.model, run.address, trust_remote_code)})
-    from training.export import export as write
+    from training.checkpoint.export import export as write
 
     try:
         write(checkpoint, target, start, merge=merge)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher import evaluation, models, output, prompts, runs
-from launcher.prompts import Given
-from launcher.small_files import SmallFiles
-from launcher.terminal import Typewriter, printable
+from launcher.inference import evaluate, model_lookup, prompts
+from launcher.inference.prompts import Given
+from launcher.process import output
+from launcher.process.terminal import Typewriter, printable
+from launcher.runfolder import run_folder
+from launcher.runfolder.small_files import SmallFiles
 from training.data.files import RowError
 from training.errors import InputError, Problem
 
@@ -51,8 +53,8 @@ class Plan:
         return {None: "auto", True: "chat", False: "plain"}[self.chat]
 
     @property
-    def loading(self) -> evaluation.Loading:
-        return evaluation.Loading(self.template, self.workers, self.trust_remote_code)
+    def loading(self) -> evaluate.Loading:
+        return evaluate.Loading(self.template, self.workers, self.trust_remote_code)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def generate(plan: Plan) -> Iterable[Row] | Row:
     if not plan.prompts and plan.file is None:
         return _from_stdin(plan)
     given = prompts.given(plan.prompts, plan.file, plan.limit)
-    model = models.found(plan.model, phase=plan.phase, step=plan.step, trust_remote_code=plan.trust_remote_code)
+    model = model_lookup.found(plan.model, phase=plan.phase, step=plan.step, trust_remote_code=plan.trust_remote_code)
     if len(given) == 1 and plan.one_by_one and sys.stdout.isatty():
         _say_one(plan, model.folder, given[0])
         return []
@@ -80,7 +82,7 @@ def generate(plan: Plan) -> Iterable[Row] | Row:
 def _refuse(plan: Plan) -> None:
     if plan.samples > 1 and plan.temperature == 0:
         raise InputError.of("--temperature", "several samples at temperature 0 are the same; choose one, such as 0.7")
-    evaluation.refuse_unused_top_p(plan.temperature, plan.top_p)
+    evaluate.refuse_unused_top_p(plan.temperature, plan.top_p)
     if plan.limit is not None and plan.file is None:
         raise InputError.of("--limit", "goes with --file")
     if plan.out is None:
@@ -101,11 +103,11 @@ def _from_stdin(plan: Plan) -> Iterable[Row] | Row:
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:
         _refuse_for_chat(plan)
-    model = models.found(plan.model, phase=plan.phase, step=plan.step, trust_remote_code=plan.trust_remote_code)
+    model = model_lookup.found(plan.model, phase=plan.phase, step=plan.step, trust_remote_code=plan.trust_remote_code)
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     if at_terminal:
-        from launcher import chat
+        from launcher.inference import chat
 
         chat.converse(_speaker(plan, model.folder), model.name, _settings(plan), plan.seed)
         return []
@@ -141,7 +143,7 @@ def _say_one(plan: Plan, folder: str, given: Given) -> None:
 
 
 def _say(plan: Plan, speaker: Any, given: Given, number: int) -> None:
-    from training.generate import key_of, respond
+    from training.evaluation.streaming import key_of, respond
 
     try:
         respond(speaker, given.prompt, key_of(plan.seed, number), _settings(plan), Typewriter().say)
@@ -152,13 +154,13 @@ def _say(plan: Plan, speaker: Any, given: Given, number: int) -> None:
 
 
 def _speaker(plan: Plan, folder: str) -> Any:
-    from training.evaluator import Speaker
+    from training.evaluation.evaluator import Speaker
 
     return Speaker(folder, plan.template, trust_remote_code=plan.trust_remote_code)
 
 
 def _settings(plan: Plan) -> Any:
-    from training.sampling import Sampling
+    from training.generation.sampling import Sampling
 
     return Sampling(**plan.sampling)
 
@@ -174,8 +176,8 @@ class _Asked(NamedTuple):
     ids: list[int]
 
 
-def _in_batches(plan: Plan, model: models.Found, given: Sequence[Given]) -> Iterable[Row] | Row:
-    from training.evaluator import Texts
+def _in_batches(plan: Plan, model: model_lookup.Found, given: Sequence[Given]) -> Iterable[Row] | Row:
+    from training.evaluation.evaluator import Texts
 
     texts = Texts(model.folder, plan.template, trust_remote_code=plan.trust_remote_code)
     asked = _asked(texts, given, plan.samples)
@@ -194,7 +196,7 @@ def _in_batches(plan: Plan, model: models.Found, given: Sequence[Given]) -> Iter
                 written += 1
             files.flush()
         except KeyboardInterrupt:
-            models.warn(f"{plan.out}: {written:,} of {len(asked):,} responses; the same command goes on")
+            model_lookup.warn(f"{plan.out}: {written:,} of {len(asked):,} responses; the same command goes on")
             raise
     return {"out": str(plan.out), "prompts": len(given), "responses": len(asked), "before": len(asked) - len(left)}
 
@@ -214,7 +216,7 @@ def _asked(texts: Any, given: Sequence[Given], samples: int) -> list[_Asked]:
     if problems:
         raise InputError(problems)
     for note in texts.notes:
-        models.warn(note)
+        model_lookup.warn(note)
     return asked
 
 
@@ -222,11 +224,11 @@ def _responses(plan: Plan, folder: str, texts: Any, given: Sequence[Given], aske
     """In the order of the prompts. What a prompt is answered depends on its number alone, not on who does it or on what it goes with."""
     if not asked:
         return
-    from training.generate import key_of
+    from training.evaluation.streaming import key_of
     from training.group import results
 
     told_at = time.monotonic()
-    with evaluation.asking(folder, plan.loading) as group:
+    with evaluate.asking(folder, plan.loading) as group:
         for start in range(0, len(asked), plan.batch * group.size):
             chunk = asked[start : start + plan.batch * group.size]
             keyed = [(each.ids, key_of(plan.seed, each.number, each.sample)) for each in chunk]
@@ -244,7 +246,7 @@ def _responses(plan: Plan, folder: str, texts: Any, given: Sequence[Given], aske
                 }
             if start + len(chunk) < len(asked) and time.monotonic() - told_at > _TOLD_EVERY_S:
                 told_at = time.monotonic()
-                models.warn(f"{start + len(chunk):,} of {len(asked):,} responses")
+                model_lookup.warn(f"{start + len(chunk):,} of {len(asked):,} responses")
 
 
 def _done(out: Path, given: Sequence[Given], by: Mapping[str, Any]) -> set[tuple[int, int]]:
@@ -252,7 +254,7 @@ def _done(out: Path, given: Sequence[Given], by: Mapping[str, Any]) -> set[tuple
     done: set[tuple[int, int]] = set()
     if not out.exists():
         return done
-    rows = list(runs.json_rows(out))
+    rows = list(run_folder.json_rows(out))
     content = out.read_bytes()
     if content.count(b"\n") > len(rows) or (content and not rows):  # all but a last row that was cut off is a row
         raise InputError.of(str(out), _NO_RESPONSES)

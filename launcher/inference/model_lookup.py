@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher import exports
-from launcher.cache import cache_folder
-from launcher.runs import JOB, METRICS, PATIENCE_S, RunFolder, find, told_as_input
-from launcher.terminal import printable
-from training import modelfiles
-from training.checkpoint import MANIFEST
-from training.checkpoints import Checkpoints, step_of
+from launcher.inference import export
+from launcher.process.terminal import printable
+from launcher.runfolder.cache import cache_folder
+from launcher.runfolder.run_folder import JOB, METRICS, PATIENCE_S, RunFolder, find, told_as_input
+from training import model_folder as modelfiles
+from training.checkpoint.format import MANIFEST
+from training.checkpoint.repository import Checkpoints, step_of
 from training.errors import InputError
-from training.paths import absolute
+from training.io.paths import absolute
 from training.recipes import RECIPES
 from training.storage import Place, is_remote, local_copy, place
 
@@ -162,12 +162,12 @@ def _checkpoint(
         what = "run" if phase is None else f"phase {phase}"
         raise InputError.of(run.address, f"the {what} has no model and no checkpoint yet")
     name = saved[-1] if saved else phase or writes[-1]
-    checkpoint = exports.chosen(run, name, step)
+    checkpoint = export.chosen(run, name, step)
     if step is None:
         say(
             f"{run.address}: no model yet; this is its newest whole checkpoint, of step {step_of(checkpoint)} of {name}"
         )
-    folder = exports.in_cache(run, name, checkpoint, say, trust_remote_code=trust_remote_code)
+    folder = export.in_cache(run, name, checkpoint, say, trust_remote_code=trust_remote_code)
     modelfiles.fetch_base(str(folder))
     modelfiles.inspect(folder, classifier=rewards, trust_remote_code=trust_remote_code)
     return Found(str(folder), str(checkpoint))

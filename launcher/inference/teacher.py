@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from training import foreign
 from training.errors import InputError, TrainingError
-from training.http_requests import RequestError, StatusError, fetch
+from training.io import foreign_files
+from training.io.http_requests import RequestError, StatusError, fetch
 
 _ADVICE = {
     401: "is the key right, and in the environment variable that --key-env names?",
@@ -219,8 +219,8 @@ class Teacher:
         return fetch(request, endpoint.timeout_s)
 
     def _reply(self, body: bytes, prompt: int) -> Reply:
-        with foreign.made_sense_of(lambda _: Nonsense(f"its answer is none: {body[:100]!r}")):
-            told: dict[str, Any] = foreign.loads(body)
+        with foreign_files.made_sense_of(lambda _: Nonsense(f"its answer is none: {body[:100]!r}")):
+            told: dict[str, Any] = foreign_files.loads(body)
             choice = told["choices"][0]
             text = choice["message"]["content"]
             if not isinstance(text, str):

@@ -27,23 +27,31 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
-from launcher import shared_settings, yamlfile
-from launcher.explain import REQUIRED, UNKNOWN_KEY, all_keys, did_you_mean, keys_of, listed, validated
-from launcher.other_tools import name_here
-from launcher.overrides import overlaid
-from launcher.phases import SHARED, base_folder, origin, phases_of
-from launcher.problems import Report
-from launcher.resolved import RESOLVED
-from launcher.shared_settings import OwnSettings
-from launcher.terminal import printable
-from launcher.yamlfile import Document, KeyPath, dotted
-from training import modelfiles
+from launcher.jobfile import shared_settings, yaml_with_lines
+from launcher.jobfile.other_tools import name_here
+from launcher.jobfile.overrides import overlaid
+from launcher.jobfile.phase_builder import SHARED, base_folder, origin, phases_of
+from launcher.jobfile.problem_collector import Report
+from launcher.jobfile.resolved import RESOLVED
+from launcher.jobfile.shared_settings import OwnSettings
+from launcher.jobfile.validation_messages import (
+    REQUIRED,
+    UNKNOWN_KEY,
+    all_keys,
+    did_you_mean,
+    keys_of,
+    listed,
+    validated,
+)
+from launcher.jobfile.yaml_with_lines import Document, KeyPath, dotted
+from launcher.process.terminal import printable
+from training import model_folder
 from training.config import PPO, Model, Phase, Resources, Settings, Sharding, Source
 from training.data import files, templates
 from training.errors import InputError, Problem
-from training.paths import absolute
+from training.estimate.parameters import holes
+from training.io.paths import absolute
 from training.recipes import RECIPES
-from training.shape import holes
 from training.storage import is_remote, place
 
 NEUTRAL = (
@@ -236,7 +244,7 @@ def dump(job: Job) -> str:
     data = _as_data(job)
     phases = data.pop("phases")
     own = {name: job.own_settings.get(name, []) for name in phases}
-    return yamlfile.dump({**data, RESOLVED: own, "phases": phases})
+    return yaml_with_lines.dump({**data, RESOLVED: own, "phases": phases})
 
 
 def differences(old: Job, new: Job) -> list[str]:
@@ -266,7 +274,7 @@ def job_hash(job: Job, *, as_written: bool = False) -> str:
 
 
 def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
-    written = yamlfile.load(file)
+    written = yaml_with_lines.load(file)
     document, overridden, override_problems = overlaid(written, overrides)
     own = shared_settings.own_settings(written)
     shared_settings.inherit_from_top(document, overridden, own)
@@ -392,7 +400,7 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
             problems = _model_problems(phase)
             for problem in problems:
                 yield (*prefix, *where), problem
-            for problem in modelfiles.unmatched_targets(phase.model) if not problems else ():
+            for problem in model_folder.unmatched_targets(phase.model) if not problems else ():
                 yield (*prefix, "model", "lora", "targets"), problem
         for key, path in _judging_models(phase) if isinstance(phase, PPO) else ():
             for message in _folder_problems(path) if not away(path) else ():
@@ -402,7 +410,7 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
             tokenizer
             and os.path.isabs(tokenizer)
             and not away(tokenizer)
-            and not modelfiles.has_tokenizer(Path(tokenizer))
+            and not model_folder.has_tokenizer(Path(tokenizer))
         ):
             yield (
                 (*prefix, "model", "tokenizer"),
@@ -445,7 +453,7 @@ def _judging_models(phase: PPO) -> Iterator[tuple[str, str]]:
 def _folder_problems(path: str) -> list[str]:
     """What keeps a folder from being loaded as a classifier, or with a scalar head in place of the one for tokens."""
     try:
-        modelfiles.inspect(Path(path), tokenizer_elsewhere=True, check_code=False, classifier=True)
+        model_folder.inspect(Path(path), tokenizer_elsewhere=True, check_code=False, classifier=True)
     except InputError as error:
         return [str(problem) for problem in error.problems]
     return []
@@ -454,17 +462,17 @@ def _folder_problems(path: str) -> list[str]:
 def _model_problems(phase: Phase) -> list[str]:
     model = phase.model
     try:
-        modelfiles.inspect(
+        model_folder.inspect(
             Path(model.path),
             tokenizer_elsewhere=model.tokenizer is not None,
             trust_remote_code=model.trust_remote_code,
             classifier=(classifier := RECIPES[phase.recipe].makes == "classifier"),
         )
-        modelfiles.check_continues(model)
+        model_folder.check_continues(model)
     except InputError as error:
         return [str(problem) for problem in error.problems]
-    base = modelfiles.base_of(model.path)
-    quantized = modelfiles.untrainable(model)
+    base = model_folder.base_of(model.path)
+    quantized = model_folder.untrainable(model)
     problems = [quantized] if quantized else holes(Path(base), classifier=classifier)
     return [f"{base}: {problem}" for problem in problems]
 

@@ -12,9 +12,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launcher.explain import did_you_mean, shown
-from launcher.other_tools import name_here
-from launcher.yamlfile import COMMAND_LINE, Document, KeyPath, dotted, parse_value, paths
+from launcher.jobfile.other_tools import name_here
+from launcher.jobfile.validation_messages import did_you_mean, shown
+from launcher.jobfile.yaml_with_lines import COMMAND_LINE, Document, KeyPath, dotted, parse_value, paths
 from training.errors import InputError, Problem
 
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import rawdeepspeed, yamlfile
-from launcher.explain import UNKNOWN_KEY, did_you_mean, validated
-from launcher.problems import Report
-from launcher.resolved import is_resolved
-from launcher.yamlfile import COMMAND_LINE, Document, KeyPath, dotted
+from launcher.jobfile import raw_deepspeed as rawdeepspeed
+from launcher.jobfile import yaml_with_lines
+from launcher.jobfile.problem_collector import Report
+from launcher.jobfile.resolved import is_resolved
+from launcher.jobfile.validation_messages import UNKNOWN_KEY, did_you_mean, validated
+from launcher.jobfile.yaml_with_lines import COMMAND_LINE, Document, KeyPath, dotted
 from training.config import PPO, Data, Model, Phase, Questions, RewardSource, Source
 from training.data import files
 from training.errors import InputError
-from training.modelfiles import ADAPTER_CONFIG, on_hub
-from training.paths import absolute
+from training.io.paths import absolute
+from training.model_folder import ADAPTER_CONFIG, on_hub
 from training.recipes import RECIPES
 from training.storage import is_remote
 
@@ -346,7 +347,7 @@ def _is_model(folder: str) -> bool:
 def _phases_in(job_file: Path) -> list[str]:
     """Names of the phases of a job file, none if it cannot be read."""
     try:
-        phases = yamlfile.load(job_file).data.get("phases")
+        phases = yaml_with_lines.load(job_file).data.get("phases")
     except InputError:
         return []
     return list(phases) if isinstance(phases, dict) else []

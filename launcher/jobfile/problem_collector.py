@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from launcher.yamlfile import COMMAND_LINE, Document, KeyPath, dotted
+from launcher.jobfile.yaml_with_lines import COMMAND_LINE, Document, KeyPath, dotted
 from training.errors import InputError, Problem
 
 

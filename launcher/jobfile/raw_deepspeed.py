@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.explain import did_you_mean, listed, shown
-from launcher.other_tools import name_here
-from launcher.yamlfile import KeyPath, dotted, paths
-from training.foreign import loads
+from launcher.jobfile.other_tools import name_here
+from launcher.jobfile.validation_messages import did_you_mean, listed, shown
+from launcher.jobfile.yaml_with_lines import KeyPath, dotted, paths
+from training.io.foreign_files import loads
 
 OWNED: dict[str, tuple[str, ...]] = {
     "train_batch_size": ("batch",),

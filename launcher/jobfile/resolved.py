@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.yamlfile import Document
+from launcher.jobfile.yaml_with_lines import Document
 
 RESOLVED = "resolved"
 """The key that marks the job.yaml of a run."""

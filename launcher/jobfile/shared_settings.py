@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import rawdeepspeed
-from launcher.explain import did_you_mean, listed
-from launcher.phases import SHARED
-from launcher.resolved import RESOLVED, is_resolved, sections_of_phases
-from launcher.yamlfile import Document, KeyPath, dotted
+from launcher.jobfile import raw_deepspeed
+from launcher.jobfile.phase_builder import SHARED
+from launcher.jobfile.resolved import RESOLVED, is_resolved, sections_of_phases
+from launcher.jobfile.validation_messages import did_you_mean, listed
+from launcher.jobfile.yaml_with_lines import Document, KeyPath, dotted
 from training.config import Phase
-from training.paths import absolute
+from training.io.paths import absolute
 
 _MODEL_PATH: KeyPath = ("model", "path")
 
@@ -58,7 +58,7 @@ def unknown_to_deepspeed(document: Document, phases: Mapping[str, Phase]) -> Ite
     if is_resolved(document):
         return
     for name, phase in phases.items():
-        for path, message in rawdeepspeed.unknown(phase.deepspeed):
+        for path, message in raw_deepspeed.unknown(phase.deepspeed):
             yield ("phases", name, "deepspeed", *path), message
 
 
@@ -156,7 +156,7 @@ def _given(document: Document, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     for part in path:
         value = value[part]
     if path == ("deepspeed",) and isinstance(value, str):
-        value = rawdeepspeed.read(Path(absolute(value)))[0]
+        value = raw_deepspeed.read(Path(absolute(value)))[0]
     if value != {}:
         yield from _leaves(value, path)
 

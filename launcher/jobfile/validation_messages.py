@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from launcher.other_tools import name_here
-from launcher.yamlfile import KeyPath, dotted
+from launcher.jobfile.other_tools import name_here
+from launcher.jobfile.yaml_with_lines import KeyPath, dotted
 from training.config import Impossible
 
 Model = TypeVar("Model", bound=BaseModel)

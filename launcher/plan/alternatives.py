@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from launcher.planned import BY_DEGREE, FITS, TIGHT, TOO_LARGE, Planned, gib
+from launcher.plan.phase_plan import BY_DEGREE, FITS, TIGHT, TOO_LARGE, Planned, gib
 from training.config import PPO, Lora, Placement, Sharding
 
 _MOST_WORKERS = 1024

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import psutil
 
-from launcher import ray_address
-from launcher.job import Job
-from launcher.shared_settings import advised_path
-from training import compiling, kernels
+from launcher.jobfile.job import Job
+from launcher.jobfile.shared_settings import advised_path
+from launcher.process import ray_address
 from training.config import Phase
+from training.engine import compiling
 from training.errors import InputError, Problem
-from training.modelfiles import inspect
-from training.sizing import PROCESS_BYTES
+from training.estimate.memory import PROCESS_BYTES
+from training.model_folder import inspect
+from training.models import kernels
 
 _FP32, _BF16 = 4, 2
 

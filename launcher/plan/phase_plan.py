@@ -1,6 +1,6 @@
 """One phase on a site: what its workers need of memory, whether that fits, how long it takes and what it costs.
 
-Memory by training/sizing.py, time by launcher/pace.py, machines by launcher/site.py; here they are put together for a phase.
+Memory by training/estimate/memory.py, time by launcher/plan/step_time.py, machines by launcher/plan/hardware.py; here they are put together for a phase.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from launcher import pace
-from launcher.job import Job
-from launcher.pace import Seated, Work
-from launcher.site import Site
-from launcher.workload import rows_in, work_of
+from launcher.jobfile.job import Job
+from launcher.plan import step_time
+from launcher.plan.hardware import Site
+from launcher.plan.step_time import Seated, Work
+from launcher.plan.workload import rows_in, work_of
 from training.config import PPO, PPO_ROLES, Phase
-from training.hardware import cpu_multiplies_bf16
+from training.estimate.memory import Models, Needs, Setting, checkpoint_bytes, models_of, recomputes, setting_of, team
+from training.estimate.model_traits import known_of
+from training.estimate.parameters import Shape, of_count, shape_of
+from training.process.cpu_features import cpu_multiplies_bf16
 from training.schedule import total_steps
-from training.shape import Shape, of_count, shape_of
-from training.sizing import Models, Needs, Setting, checkpoint_bytes, models_of, recomputes, setting_of, team
-from training.traits import known_of
 
 GIB = 1 << 30
 _TIGHT_ABOVE = 0.92
@@ -169,14 +169,14 @@ class Planned:
 
     def iteration(self) -> dict[str, float]:
         assert isinstance(self.phase, PPO)
-        return pace.iteration_s(self.phase, self.models, self._named(), self.machine, self.work)
+        return step_time.iteration_s(self.phase, self.models, self._named(), self.machine, self.work)
 
     @property
     def step_s(self) -> float:
         if isinstance(self.phase, PPO):
             return sum(self.iteration().values())
         (group,) = self.groups
-        return pace.step_s(self.models.trained, group.where, self.machine, self.phase.batch, self.work.tokens)
+        return step_time.step_s(self.models.trained, group.where, self.machine, self.phase.batch, self.work.tokens)
 
     @property
     def steps(self) -> int | None:
@@ -189,14 +189,14 @@ class Planned:
         return math.ceil(self.phase.num_workers / self.machine.gpus)
 
     def saving(self) -> float:
-        return pace.saving_s(self.phase, self.models, self.phase.num_workers, self.machine)
+        return step_time.saving_s(self.phase, self.models, self.phase.num_workers, self.machine)
 
     def time(self) -> dict[str, Any]:
         """Seconds are what is most likely; ranges are those of pace.LOW and pace.HIGH."""
         step = self.step_s
         samples = self.phase.step_samples * (self.phase.samples_per_prompt if isinstance(self.phase, PPO) else 1)
         tokens = samples * (self.work.tokens + self.work.response)
-        useful = pace.useful_flops(
+        useful = step_time.useful_flops(
             self.models.trained,
             tokens,
             self.work.tokens + self.work.response,
@@ -204,23 +204,23 @@ class Planned:
         )
         mfu = useful / (step * self.phase.num_workers * self.machine.gpu.tflops * 1e12)
         told: dict[str, Any] = {
-            "step_s": step, "range": [step * pace.LOW, step * pace.HIGH], "tokens_per_s": tokens / step, "steps": self.steps,
+            "step_s": step, "range": [step * step_time.LOW, step * step_time.HIGH], "tokens_per_s": tokens / step, "steps": self.steps,
             "mfu": mfu if self.site.on_gpu and not isinstance(self.phase, PPO) else None,
             "parts_s": self.iteration() if isinstance(self.phase, PPO) else None,
         }  # fmt: skip
         if self.steps is None:
             return told
-        start = pace.starting_s(self.models, self.machine) if self.site.on_gpu else 30.0
+        start = step_time.starting_s(self.models, self.machine) if self.site.on_gpu else 30.0
         evaluations = self._evaluations(self.steps)
         seconds = start + self.steps * step + evaluations
-        hours = [seconds * factor / 3600 for factor in (pace.LOW, 1.0, pace.HIGH)]
+        hours = [seconds * factor / 3600 for factor in (step_time.LOW, 1.0, step_time.HIGH)]
         price = None if self.site.price is None else self.site.price * self.machines + self.site.head_price
         return told | {
             "hours": hours,
             "start_s": start,
             "evaluations_s": evaluations,
             "cost": None if price is None else [each * price for each in hours],
-            "kwh": [each * pace.kilowatts(self.phase.num_workers, self.machine) for each in hours],
+            "kwh": [each * step_time.kilowatts(self.phase.num_workers, self.machine) for each in hours],
         }
 
     def _evaluations(self, steps: int) -> float:
@@ -231,7 +231,7 @@ class Planned:
         count = min(filter(None, (asked.limit, rows_in(asked.data))), default=0)
         times = steps // self.phase.eval_every + 1 if self.phase.eval_every is not None else 1
         where = self.groups[0].where
-        each = pace.writing_s(
+        each = step_time.writing_s(
             self.models.trained, self.machine, responses=count * asked.samples, prompt=self.work.tokens, response=asked.max_new_tokens,
             copies=where.workers, batch=asked.batch, bytes_each=where.bytes,
         )  # fmt: skip
@@ -248,7 +248,7 @@ class Planned:
         disk = size * (settings.keep + 1) + size // 3 * settings.keep_weights + best + model
         return {
             "bytes": size, "disk_bytes": disk, "seconds": seconds, "notice_s": notice,
-            "within_notice": None if notice is None else seconds + self.step_s * pace.HIGH <= notice,
+            "within_notice": None if notice is None else seconds + self.step_s * step_time.HIGH <= notice,
         }  # fmt: skip
 
 

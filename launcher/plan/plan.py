@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launcher import pace
-from launcher.alternatives import changes, layouts, stages
-from launcher.job import Job
-from launcher.pace import Work
-from launcher.planned import TOO_LARGE, Asked, Planned, Shapes, gib, worst
-from launcher.site import Site
+from launcher.jobfile.job import Job
+from launcher.plan import step_time
+from launcher.plan.alternatives import changes, layouts, stages
+from launcher.plan.hardware import Site
+from launcher.plan.phase_plan import TOO_LARGE, Asked, Planned, Shapes, gib, worst
+from launcher.plan.step_time import Work
 from training.config import PPO, Phase
 from training.errors import InputError, Problem
-from training.facts import Facts
-from training.shape import shape_of
-from training.sizing import Models, checkpoint_bytes
+from training.estimate.memory import Models, checkpoint_bytes
+from training.estimate.parameters import shape_of
+from training.phase_info import Facts
 
 
 def plan(job: Job, site: Site, asked: Asked = Asked()) -> dict[str, Any]:
@@ -166,6 +166,6 @@ def expected(job: Job, name: str, facts: Facts, workers: int, site: Site, price:
     needs = max(planned.needs, key=lambda each: sum(each.device.values()) or sum(each.host.values()))
     step = planned.step_s
     return {
-        "workers": workers, "step_s": step, "range": [step * pace.LOW, step * pace.HIGH], "hours": facts.total_steps * step / 3600,
+        "workers": workers, "step_s": step, "range": [step * step_time.LOW, step * step_time.HIGH], "hours": facts.total_steps * step / 3600,
         "memory_gib": gib(sum(needs.device.values()) or sum(needs.host.values())), "price": price,
     }  # fmt: skip

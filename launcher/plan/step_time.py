@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from cluster.catalog import Machine
 from training.config import PPO, Phase
-from training.shape import Shape
-from training.sizing import Models, Setting, activations, checkpoint_bytes, trained
+from training.estimate.memory import Models, Setting, activations, checkpoint_bytes, trained
+from training.estimate.parameters import Shape
 
 COMPUTE = 0.70
 """Of what a matrix product alone reaches: what whole layers do (the rest are small kernels, norms, softmax)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launcher.planned import FITS, TIGHT
+from launcher.plan.phase_plan import FITS, TIGHT
 
 GIB = 1 << 30
 _STOPS_PAYING = 0.7

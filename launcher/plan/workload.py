@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from launcher.pace import Work
+from launcher.plan.step_time import Work
 from training.config import PPO, Phase
 from training.data import files
 from training.data.files import DataFile, HubSplit, Part, RowError
 from training.data.formats import critique_request
 from training.errors import InputError
-from training.modelfiles import tokenizer_of
+from training.model_folder import tokenizer_of
 from training.recipes import RECIPES
 
 _LOOKED_AT = 200

@@ -6,7 +6,7 @@ import os
 import socket
 
 from training.errors import InputError
-from training.time_limit import within
+from training.io.time_limit import within
 
 PATIENCE_S = 20.0
 """For everything together: the name, the connection, the first bytes."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from training.errors import InputError
-from training.owned_folders import PREFIX, temporary_folder
+from training.io.owned_folders import PREFIX, temporary_folder
 
 _SHORT = "/tmp"
 SOCKET_PATH = 107

@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
-from training.metrics import Metric, metric
+from training.metric_schema import Metric, metric
 
 LEARNING, POLICY, MACHINES, REST = _SECTIONS = ("learning", "policy", "machines", "rest")
 """Of a report, in their order."""

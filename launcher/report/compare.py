@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher import runs
-from launcher.job import flat
-from launcher.limits import SPENT
-from launcher.progress import duration
-from launcher.runs import RunFolder
+from launcher.driver.budget import SPENT
+from launcher.driver.progress import duration
+from launcher.jobfile.job import flat
+from launcher.runfolder import run_folder
+from launcher.runfolder.run_folder import RunFolder
 from training.errors import InputError, Problem
 
 _Z95 = 1.959963984540054
@@ -87,13 +87,13 @@ def _sides(*texts: str) -> list[Side]:
     if problems:
         raise InputError(problems)
     same = found[0].run.folder.resolve() == found[1].run.folder.resolve()
-    labels = [side.run.name for side in found] if same else runs.labels([side.run for side in found])
+    labels = [side.run.name for side in found] if same else run_folder.labels([side.run for side in found])
     return [replace(side, label=label) for side, label in zip(found, labels, strict=True)]
 
 
 def _side(text: str) -> Side:
     """What RUN or RUN/PHASE means: a run's last phase that has measured something, unless it is named."""
-    run, phase = runs.find_part(text)
+    run, phase = run_folder.find_part(text)
     phases = list(run.job().phases)
     if phase is None:
         measured = [name for name in phases if run.evaluations(name)]

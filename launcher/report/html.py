@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.progress import duration
+from launcher.driver.progress import duration
 from training.errors import InputError
 
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -1,4 +1,4 @@
-"""`muster report`: what runs were, what happened to them and what came of it, as plain data. `page.py` makes a page of it.
+"""`muster report`: what runs were, what happened to them and what came of it, as plain data. `html.py` makes a page of it.
 
 A run may be of another version, still at work, or cut off in the middle of a line: what cannot be read is left out and told.
 """
@@ -13,12 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher import curves, runs, samples, show, yamlfile
-from launcher.curves import number
-from launcher.limits import SPENT
-from launcher.runs import RunFolder
-from launcher.samples import Part
-from launcher.timeline import LOADING, RECOVERING, REDONE, TRAINING, WAITING, Timeline, timeline
+from launcher.driver.budget import SPENT
+from launcher.jobfile import yaml_with_lines
+from launcher.report import charts, samples, status
+from launcher.report.charts import number
+from launcher.report.samples import Part
+from launcher.report.timeline import LOADING, RECOVERING, REDONE, TRAINING, WAITING, Timeline, timeline
+from launcher.runfolder import run_folder
+from launcher.runfolder.run_folder import RunFolder
 from training import __version__
 from training.errors import InputError, Problem
 
@@ -48,7 +50,7 @@ def report(names: Sequence[str]) -> dict[str, Any]:
     """All of it. Raises InputError that names every run that is not there, and if none has begun."""
     chosen = _chosen(names)
     told, parts = [], []
-    for (run, phases), label in zip(chosen, runs.labels([run for run, _ in chosen]), strict=True):
+    for (run, phases), label in zip(chosen, run_folder.labels([run for run, _ in chosen]), strict=True):
         settings, problems = _settings(run)
         mine = [
             Part(run, label, name, of_phase)
@@ -61,13 +63,13 @@ def report(names: Sequence[str]) -> dict[str, Any]:
         addresses = ", ".join(run.address for run, _ in chosen)
         raise InputError.of(addresses, "nothing was trained yet (no metrics); `muster run` or `muster resume` first")
     times = [phase["time"] for run in told for phase in run["phases"]]
-    sources = [curves.Source(part.key, part.recipe, part.rows) for part in parts]
+    sources = [charts.Source(part.key, part.recipe, part.rows) for part in parts]
     return {
         "version": __version__,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "runs": told,
         "spent_on": {kind: words for kind, words in SPENT_ON.items() if any(kind in time for time in times)},
-        "charts": curves.charts(sources),
+        "charts": charts.charts(sources),
         "pairs": samples.pairs(parts),
         "side_by_side": samples.side_by_side(parts),
     }
@@ -79,7 +81,7 @@ def _chosen(names: Sequence[str]) -> list[tuple[RunFolder, list[str]]]:
     problems: list[Problem] = []
     for name in names:
         try:
-            run, phase = runs.find_part(name)
+            run, phase = run_folder.find_part(name)
         except InputError as error:
             problems += error.problems
             continue
@@ -102,7 +104,7 @@ def _settings(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
         more = f" and {len(error.problems) - 1} more" if len(error.problems) > 1 else ""
         problems.append(f"its job cannot be read any more as it stands: {error.problems[0]}{more}")
     try:
-        settings = yamlfile.load(run.folder / runs.JOB).data
+        settings = yaml_with_lines.load(run.folder / run_folder.JOB).data
     except InputError as error:
         settings, problems = {}, [str(error)]
     phases = settings.get("phases")
@@ -137,7 +139,7 @@ def _run(
         "machines": sorted(_machines(events)),
         "versions": {name: str(version) for name, version in versions.items()},
         "spent": _spent(run),
-        "job": _SECRET_IN_ADDRESS.sub("***@", _text(run.folder / runs.JOB)),
+        "job": _SECRET_IN_ADDRESS.sub("***@", _text(run.folder / run_folder.JOB)),
         "problems": problems + _error(events, state),
         "incidents": incidents[-_INCIDENTS:],
         "incident_count": len(incidents) + times.vanished,
@@ -261,10 +263,10 @@ def _results(
     chosen: Mapping[str, Any] | None,
 ) -> Iterator[dict[str, Any]]:
     """The few numbers that say what came of it: before, after, with intervals where there are any."""
-    for name in curves.learnt(recipe):
-        known = curves.called(recipe, name)
+    for name in charts.learnt(recipe):
+        known = charts.called(recipe, name)
         told = {
-            "metric": name, "title": curves.title(known), "fraction": curves.is_share(known),
+            "metric": name, "title": charts.title(known), "fraction": charts.is_share(known),
             "better": "down" if name.endswith("loss") else "up",
         }  # fmt: skip
         if name.startswith("eval_"):
@@ -296,7 +298,7 @@ def _evaluation_table(
     )
     if not evaluations or not names:
         return None
-    places = set(curves.spread(len(evaluations), _EVALUATIONS))
+    places = set(charts.spread(len(evaluations), _EVALUATIONS))
     places |= {place for place, row in enumerate(evaluations) if row is chosen}
     rows = []
     for place in sorted(places):
@@ -310,8 +312,8 @@ def _evaluation_table(
             for name in names
         ]
         rows.append({"step": row["step"], "cells": cells, "chosen": row is chosen})
-    known = [curves.called(recipe, name) for name in names]
-    titles = [{"title": curves.title(each), "fraction": curves.is_share(each)} for each in known]
+    known = [charts.called(recipe, name) for name in names]
+    titles = [{"title": charts.title(each), "fraction": charts.is_share(each)} for each in known]
     return {"names": titles, "rows": rows, "of": len(evaluations)}
 
 
@@ -339,6 +341,6 @@ def _plan(events: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]
     planned = next((e for e in reversed(events) if e["event"] == "planned"), None)
     timed = [row for row in steps if number(row.get("step_s")) and number(row.get("memory_gib")) is not None]
     try:
-        return show.against_plan(planned, timed, None) if planned is not None and timed else None
+        return status.against_plan(planned, timed, None) if planned is not None and timed else None
     except (KeyError, TypeError, ValueError):  # of another version
         return None

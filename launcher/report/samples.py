@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from launcher import runs
-from launcher.compare import paired, right
-from launcher.curves import number
-from launcher.runs import RunFolder
-from launcher.terminal import printable
+from launcher.process.terminal import printable
+from launcher.report.charts import number
+from launcher.report.compare import paired, right
+from launcher.runfolder import run_folder
+from launcher.runfolder.run_folder import RunFolder
 
 _SAMPLES = 8
 _RESPONSES = 5
@@ -48,7 +48,7 @@ class Part:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        return runs.evaluations_in(self.rows)
+        return run_folder.evaluations_in(self.rows)
 
     @cached_property
     def chosen(self) -> dict[str, Any] | None:
@@ -109,7 +109,7 @@ def responses(part: Part) -> dict[str, Any] | None:
     """The best and worst of the last responses of PPO, and some of the first iteration."""
     rows = [
         row
-        for row in runs.json_rows(part.run.phase(part.phase) / runs.SAMPLES)
+        for row in run_folder.json_rows(part.run.phase(part.phase) / run_folder.SAMPLES)
         if number(row.get("reward")) is not None and number(row.get("step")) is not None
     ]
     if not rows:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.progress import duration
-from launcher.runs import RUNS, RunFolder, runs_in
-from training.checkpoint import CheckpointError, Manifest, verify
-from training.checkpoints import Checkpoints, step_of
+from launcher.driver.progress import duration
+from launcher.runfolder.run_folder import RUNS, RunFolder, runs_in
+from training.checkpoint.format import CheckpointError, Manifest, verify
+from training.checkpoint.repository import Checkpoints, step_of
 from training.errors import InputError
 from training.storage import Place, is_remote
 

@@ -13,10 +13,10 @@ from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from launcher.cache import cache_folder
-from training.checkpoints import Claim
+from launcher.runfolder.cache import cache_folder
+from training.checkpoint.repository import Claim
 from training.errors import StorageError, Superseded
-from training.owned_folders import temporary_folder
+from training.io.owned_folders import temporary_folder
 from training.storage import Place, upload_file
 
 FETCHED, FETCHED_OF_PHASES = ("job.yaml", "events.jsonl", "spent.json"), ("metrics.jsonl",)

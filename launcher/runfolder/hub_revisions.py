@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from launcher.job import Job
+from launcher.jobfile.job import Job
 from training.config import Phase, Source
 from training.data.files import HUB_NAME, hub_name
 from training.errors import InputError, Problem
-from training.modelfiles import on_hub
+from training.model_folder import on_hub
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PATIENCE_S = 10.0

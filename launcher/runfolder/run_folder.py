@@ -1,4 +1,4 @@
-"""A run to look at: what it was asked, what happened, what came of it. `attempts.py` begins to work on one.
+"""A run to look at: what it was asked, what happened, what came of it. `launcher/driver/open_run.py` begins to work on one.
 
 runs/NAME/job.yaml, events.jsonl, PHASE/{metrics.jsonl, answers/, profile/, tensorboard/, checkpoints/, model/, logs/...}
 In a folder, or in a bucket; of the latter the small files are copied to this machine first.
@@ -17,14 +17,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher import job as jobs
-from launcher import mirror
-from launcher.job import Job
-from launcher.mirror import is_alive
-from launcher.yamlfile import JOB_FILE
-from training.checkpoints import Checkpoints
+from launcher.jobfile import job as jobs
+from launcher.jobfile.job import Job
+from launcher.jobfile.yaml_with_lines import JOB_FILE
+from launcher.runfolder import bucket_sync
+from launcher.runfolder.bucket_sync import is_alive
+from training.checkpoint.repository import Checkpoints
 from training.errors import InputError, StorageError
-from training.paths import absolute
+from training.io.paths import absolute
 from training.storage import Local, Place, is_remote, place
 
 PATIENCE_S = 10.0
@@ -212,7 +212,7 @@ def find(text: str, storage: Path = RUNS) -> RunFolder:
     if is_remote(text):
         remote = place(text, patience_s=PATIENCE_S)
         with told_as_input(text):
-            run = RunFolder(mirror.view(remote), remote)
+            run = RunFolder(bucket_sync.view(remote), remote)
         if not (run.folder / JOB).exists():
             raise InputError.of(text, _NO_RUN)
         return run
@@ -266,7 +266,7 @@ def runs_in(storage: str) -> list[RunFolder]:
     root = place(storage, patience_s=PATIENCE_S)
     with told_as_input(storage):
         remotes = [root / name for name, size in sorted(root.children().items()) if size is None]
-        return [RunFolder(mirror.view(remote), remote) for remote in remotes if JOB in remote.children()]
+        return [RunFolder(bucket_sync.view(remote), remote) for remote in remotes if JOB in remote.children()]
 
 
 def phase_with_checkpoints(run: RunFolder, phase: str | None) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from launcher.mirror import SAVE
-from launcher.runs import EVENTS, RunFolder
+from launcher.runfolder.bucket_sync import SAVE
+from launcher.runfolder.run_folder import EVENTS, RunFolder
 from training.errors import InputError, StorageError, TrainingError
 
 _LOOK_S, _LOOK_IN_BUCKET_S = 0.2, 2.0

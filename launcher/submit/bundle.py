@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher import job as jobs
-from launcher.job import Job
-from launcher.landing import FOLDER, INPUTS, JOB
+from launcher.jobfile import job as jobs
+from launcher.jobfile.job import Job
+from launcher.workers.unpack_inputs import FOLDER, INPUTS, JOB
 from training.config import PPO, Data, Phase, Source
 from training.data import files
 from training.data.files import DataFile

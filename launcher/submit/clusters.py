@@ -10,19 +10,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster import home as homes
+from cluster import registry as homes
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
-from cluster.home import Home
-from cluster.node import PRICE, new_mark
 from cluster.providers import Finding, Provider, provider_of
+from cluster.ray_node import PRICE, new_mark
+from cluster.registry import Home
 from cluster.spec import SPECS, Cluster, Existing
-from launcher import output, submit, yamlfile
-from launcher.explain import did_you_mean, listed, validated
-from launcher.problems import Report
-from launcher.submit import Session
+from launcher.jobfile import yaml_with_lines
+from launcher.jobfile.problem_collector import Report
+from launcher.jobfile.validation_messages import did_you_mean, listed, validated
+from launcher.process import output
+from launcher.submit import jobs as submit
+from launcher.submit.jobs import Session
 from training.errors import InputError
-from training.paths import absolute
+from training.io.paths import absolute
 from training.storage import is_remote
 
 Say = Callable[[str], None]
@@ -43,17 +45,17 @@ class Target:
     def jobs(self) -> AbstractContextManager[Session]:
         """A connection to whoever takes jobs there."""
         if self.spec.provider == "slurm":
-            from launcher.slurmjobs import SlurmSession
+            from launcher.submit.slurm_jobs import SlurmSession
 
             return nullcontext(SlurmSession(self.provider))  # type: ignore[arg-type]
-        from launcher.rayjobs import opened
+        from launcher.submit.ray_jobs import opened
 
         return opened(self.door, self.spec.stop_s)
 
 
 def load(file: Path) -> Cluster:
     """The settings in a cluster file. Raises InputError with every problem."""
-    document = yamlfile.load(file)
+    document = yaml_with_lines.load(file)
     report = Report(document)
     data = {"name": file.stem, **document.data}
     given = data.get("provider")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import ClusterError, Refused
-from launcher import bundle
-from launcher.explain import did_you_mean
-from launcher.job import Job
+from launcher.jobfile.job import Job
+from launcher.jobfile.validation_messages import did_you_mean
+from launcher.submit import bundle
 
 _OVER = ("succeeded", "failed", "stopped")
 _LOOK_S = 0.5
@@ -50,7 +50,7 @@ class Session(Protocol):
         ...
 
     def save(self, name: str, run: str) -> str:
-        """Have launcher/onsite_save.py ask the job's run for a checkpoint; returns what that prints."""
+        """Have launcher/cli/cluster_save.py ask the job's run for a checkpoint; returns what that prints."""
         ...
 
     def stop(self, name: str) -> None:

@@ -25,14 +25,21 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
-from launcher import sealed
+from launcher.submit import sealed_env
 
 for _module in (dashboard_sdk, sdk):
     _module.logger.setLevel(logging.ERROR)  # uploads and closed connections are ours to tell
 
 Door = Callable[[], AbstractContextManager[Dashboard]]
-_ENTRYPOINT = ("exec", "python", "-P", "-u", "-m", "launcher.onsite")  # Ray puts the bundle into PYTHONPATH
-_SAVE = (*_ENTRYPOINT[:-1], "launcher.onsite_save")
+_ENTRYPOINT = (
+    "exec",
+    "python",
+    "-P",
+    "-u",
+    "-m",
+    "launcher.cli.cluster_entrypoint",
+)  # Ray puts the bundle into PYTHONPATH
+_SAVE = (*_ENTRYPOINT[:-1], "launcher.cli.cluster_save")
 _LOOK_S = 0.5
 _RUN, _JOB = "muster_run", "muster_job"
 """Metadata by which our jobs are known."""
@@ -71,7 +78,7 @@ class RaySession:
             raise Refused(
                 f"{self.dashboard.shown} has no token to seal `env` with: give it one, or set the variables on its machines"
             )
-        return {sealed.VARIABLE: sealed.seal(environment, self.dashboard.token)}
+        return {sealed_env.VARIABLE: sealed_env.seal(environment, self.dashboard.token)}
 
     def jobs(self) -> list[dict[str, Any]]:
         jobs = [_facts(details) for details in self.client.list_jobs() if _JOB in (details.metadata or {})]

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import Refused
-from cluster.home import muster_home
+from cluster.registry import muster_home
 from cluster.spec import Cluster
-from launcher import check, clusters, quota, site
-from launcher import job as jobs
-from launcher import submit as jobs_there
-from launcher.job import Job
-from launcher.runs import refuse_another_folder
+from launcher.driver import check, checkpoint_quota
+from launcher.jobfile import job as jobs
+from launcher.jobfile.job import Job
+from launcher.plan import hardware
+from launcher.runfolder.run_folder import refuse_another_folder
+from launcher.submit import clusters
+from launcher.submit import jobs as jobs_there
 from training.config import Phase
 from training.errors import InputError, Problem
 from training.storage import is_remote
@@ -28,7 +30,7 @@ from training.storage import is_remote
 def submit(
     file: Path, overrides: Sequence[str], on: str, words: Sequence[str] = (), *, force: bool = False
 ) -> dict[str, Any]:
-    """Id, run and cluster of the job. `words`: for launcher/onsite.py; `force`: also what cannot fit.
+    """Id, run and cluster of the job. `words`: for launcher/cli/cluster_entrypoint.py; `force`: also what cannot fit.
 
     Raises InputError for all that is wrong with job or cluster, before anything is sent.
     """
@@ -37,8 +39,8 @@ def submit(
     storage = _storage(job, found.spec)
     job.look_at_phases(lambda phase: _check_room(phase, found.spec))
     if not force:
-        quota.check(job)
-        check.fits_gpus(job, lambda: site.all_of_cluster(found.spec, job.accelerator))
+        checkpoint_quota.check(job)
+        check.fits_gpus(job, lambda: hardware.all_of_cluster(found.spec, job.accelerator))
     phases = {name: _with_gpus(phase, found.spec) for name, phase in job.phases.items()}
     name = jobs_there.submit(
         replace(job, phases=phases),

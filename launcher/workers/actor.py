@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 
-from launcher import landing
-from launcher.failures import Raised, WorkerDied
-from launcher.host import Host, Signs
+from launcher.workers import unpack_inputs
+from launcher.workers.failures import Raised, WorkerDied
+from launcher.workers.supervisor import Host, Signs
 
 
 class WorkerActor:
@@ -22,7 +22,7 @@ class WorkerActor:
         os.environ.update(environment)
         self.environment = environment
         """For the worker too: the nursery may be older than what stands in it."""
-        landing.land()
+        unpack_inputs.land()
         self.host = Host(device)
         self.log = Path()
 

@@ -10,10 +10,10 @@ import re
 import sys
 import traceback
 
-from launcher.failures import Kind, Raised
+from launcher.workers.failures import Kind, Raised
 from training.errors import MusterError
 
-_PROCESS_GROUP = ("torch.distributed", "deepspeed.comm", "training.distributed")
+_PROCESS_GROUP = ("torch.distributed", "deepspeed.comm", "training.process.distributed")
 """Modules through which workers reach each other."""
 _GLOO_TRANSPORT = re.compile(r"\[\S*/gloo/transport/\S+\.cc:\d+\]")
 _CPU_ALLOCATOR = re.compile(r"\[enforce fail at \S*alloc_cpu\.cpp:\d+\]")

@@ -1,4 +1,4 @@
-"""A process that has imported what workers need and forks one in a moment: `python -m launcher.nursery FD DEVICE [FD]`.
+"""A process that has imported what workers need and forks one in a moment: `python -m launcher.workers.fork_server FD DEVICE [FD]`.
 
 The first FD is a Unix socket to the parent, the second one that listens: who connects to it is a parent, too. A parent sends a byte
 with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the nursery answers with JSON lines:
@@ -24,10 +24,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launcher.exception_kinds import evidence_of
-from launcher.failures import Raised
-from launcher.output import Output
-from launcher.pipe import Pipe
+from launcher.process.output import Output
+from launcher.workers.exception_kinds import evidence_of
+from launcher.workers.failures import Raised
+from launcher.workers.ipc import Pipe
 
 STACKS = signal.SIGUSR1
 """Makes a worker write the stacks of its threads to its log."""
@@ -38,7 +38,7 @@ def main() -> None:
     first = socket.socket(fileno=int(sys.argv[1]))
     listener = socket.socket(fileno=int(sys.argv[3])) if len(sys.argv) > 3 else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C on a terminal is for the one who drives
-    from training import preload
+    from training.process import preload
 
     preload.run(sys.argv[2])
     gc.collect()
@@ -141,9 +141,9 @@ def _end_with(nursery: int) -> None:
 def _live(connection: int, memory: int) -> NoReturn:
     status = 1
     try:
-        from training import pulse
+        from training.process import heartbeat
 
-        pulse.begin(mmap.mmap(memory, pulse.SIZE))
+        heartbeat.begin(mmap.mmap(memory, heartbeat.SIZE))
         _serve(Pipe(socket.socket(fileno=connection)))
         status = 0
     except BaseException:
@@ -179,16 +179,16 @@ class Life:
     def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> str:
         """Tokenise the data of a phase; returns the folder of the training samples. Raises what prepare_phase raises."""
         os.environ.update(environment)
-        from training.data.stores import prepare_phase
+        from training.data.phase_data import prepare_phase
 
         stores, _ = prepare_phase(phase, Path(cache))
         return str(stores.train.folder)
 
     def examine(self, model: Any, environment: dict[str, str], limit_s: int) -> None:
-        """Find out what a model's code can do (training/probe.py). Raises InputError for one that cannot be loaded."""
+        """Find out what a model's code can do (training/models/probe.py). Raises InputError for one that cannot be loaded."""
         os.environ.update(environment)
         signal.alarm(limit_s)
-        from training.probe import traits_for
+        from training.models.probe import traits_for
 
         traits_for(model)
 
@@ -207,14 +207,14 @@ class Life:
         return os.getpid()
 
     def listen(self, host: str) -> int:
-        from training.distributed import listen
+        from training.process.distributed import listen
 
         self.listener = listen(host)
         return self.listener.getsockname()[1]
 
     def join(self, seat: Any, key: bytes, visible_gpus: str | None) -> None:
-        from training.distributed import join, set_environment
         from training.group import Worker
+        from training.process.distributed import join, set_environment
 
         if visible_gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus

@@ -14,9 +14,9 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.node import PRICE
-from launcher import autoscaler, session
-from launcher.failures import NoMachines
+from cluster.ray_node import PRICE
+from launcher.workers import autoscaler, ray_session
+from launcher.workers.failures import NoMachines
 from training.config import Resources
 from training.errors import InputError
 
@@ -142,7 +142,7 @@ class _Search:
                     said_at, told = now, outlook
                     self.say(f"waiting for machines since {waited:.0f} s: {state}")
         except BaseException:
-            if session.lost() is None:
+            if ray_session.lost() is None:
                 remove_placement_group(group)
             raise
         return group
@@ -220,7 +220,7 @@ def _comes(group: PlacementGroup, within_s: float) -> bool:
 
 
 def _has_places(group: PlacementGroup) -> bool:
-    session.check()
+    ray_session.check()
     return placement_group_table(group).get("state") == "CREATED"
 
 

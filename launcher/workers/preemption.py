@@ -18,8 +18,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from training import foreign
-from training.http_requests import RequestError, StatusError, fetch
+from training.io import foreign_files
+from training.io.http_requests import RequestError, StatusError, fetch
 
 _VENDORS = {"Amazon EC2": "aws", "Google": "gcp", "Microsoft Corporation": "azure"}
 _ADDRESSES = {
@@ -46,7 +46,7 @@ def notice(cloud: str) -> str | None:
     """What the cloud says of this machine's end, None if it says nothing."""
     address = os.environ.get("MUSTER_METADATA_URL", _ADDRESSES[cloud]).rstrip("/")
     try:
-        with foreign.made_sense_of(RequestError):
+        with foreign_files.made_sense_of(RequestError):
             return _ASK[cloud](address)
     except RequestError:  # no answer is no notice
         return None
@@ -58,7 +58,7 @@ def _aws(address: str) -> str | None:
         said = _get(f"{address}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
     except StatusError:  # 404: none
         return None
-    action = foreign.loads(said)
+    action = foreign_files.loads(said)
     return f"AWS will {action['action']} it at {action['time']}"
 
 
@@ -69,7 +69,7 @@ def _gcp(address: str) -> str | None:
 
 def _azure(address: str) -> str | None:
     said = _get(f"{address}/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
-    events = [event for event in foreign.loads(said)["Events"] if event["EventType"] == "Preempt"]
+    events = [event for event in foreign_files.loads(said)["Events"] if event["EventType"] == "Preempt"]
     return f"Azure preempts it at {events[0]['NotBefore'] or 'once'}" if events else None
 
 

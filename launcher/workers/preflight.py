@@ -1,6 +1,6 @@
 """Checks on the real machines before the first step: are they alike, healthy, fast enough, and can they save? Seconds, not minutes.
 
-Workers report (training/preflight.py); `judge` is pure: reports in, findings out. A machine that is unfit is named and avoided, if there
+Workers report (training/roles/preflight.py); `judge` is pure: reports in, findings out. A machine that is unfit is named and avoided, if there
 are others; what all machines have in common, such as storage that is full, ends the run before it costs anything.
 """
 
@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.failures import Kind, WorkerError
+from launcher.workers.failures import Kind, WorkerError
 from training.errors import TrainingError
 from training.group import results
 
 if TYPE_CHECKING:
-    from launcher.workers import WorkerGroup
+    from launcher.workers.worker_group import WorkerGroup
 
-TARGET = "training.preflight:Preflight"
+TARGET = "training.roles.preflight:Preflight"
 TIMEOUT_S = 120.0
 _CLOCK_S = 60.0
 """Apart by more than that, storage refuses signatures and times in logs mislead."""

@@ -18,12 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launcher import ray_address
-from launcher.capacity import num_gpus
-from launcher.failures import NoMachines, RayLost, WorkerDied, in_words
-from launcher.host import nursery_at_hand
-from launcher.short_tempdir import short_tempdir
-from launcher.subprocesses import code_folders
+from launcher.plan.local_capacity import num_gpus
+from launcher.process import ray_address
+from launcher.process.short_tempdir import short_tempdir
+from launcher.process.subprocesses import code_folders
+from launcher.workers.failures import NoMachines, RayLost, WorkerDied, in_words
+from launcher.workers.supervisor import nursery_at_hand
 from training.errors import MusterError, TrainingError
 
 _OBJECT_STORE_BYTES = 128 << 20

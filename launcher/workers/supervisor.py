@@ -1,6 +1,6 @@
 """One worker's place on a node: keeps its process, watches it from outside, and begins a new one in a moment when it is gone.
 
-Lives in a Ray actor (workers.py) and knows nothing of Ray. The process is a fork of a nursery that has imported everything, so
+Lives in a Ray actor (actor.py) and knows nothing of Ray. The process is a fork of a fork server that has imported everything, so
 that a worker that was killed costs the time of a fork, not of the imports; the actor beside it answers whatever the worker does.
 """
 
@@ -21,14 +21,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from launcher.failures import WorkerDied
-from launcher.notices import Listener
-from launcher.nursery import STACKS
-from launcher.pipe import Pipe
-from launcher.short_tempdir import SOCKET_PATH, short_tempdir
-from launcher.subprocesses import module_command, with_own_code
-from training import pulse
-from training.memory import TUNABLES
+from launcher.process.short_tempdir import SOCKET_PATH, short_tempdir
+from launcher.process.subprocesses import module_command, with_own_code
+from launcher.workers.failures import WorkerDied
+from launcher.workers.fork_server import STACKS
+from launcher.workers.ipc import Pipe
+from launcher.workers.preemption import Listener
+from training.process import heartbeat as pulse
+from training.process.memory import TUNABLES
 
 _BIRTH_S = 300.0
 """Longest time for the imports of a nursery, on a machine that is busy with many."""
@@ -305,7 +305,7 @@ def _at_hand(device: str) -> socket.socket | None:
 def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen:
     """Start the process; `parent` is its end of the connection and closed here."""
     descriptors = [parent.fileno(), *(listener.fileno() for listener in listeners)]
-    command = module_command("launcher.nursery", str(descriptors[0]), device, *map(str, descriptors[1:]))
+    command = module_command("launcher.workers.fork_server", str(descriptors[0]), device, *map(str, descriptors[1:]))
     # In a session of its own a Ctrl-C on a terminal is not for it.
     process = subprocess.Popen(
         command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=_environment(device), start_new_session=True

@@ -1,4 +1,4 @@
-"""Puts what came along with a submitted job (launcher/bundle.py) in its place on a machine of the cluster.
+"""Puts what came along with a submitted job (launcher/submit/bundle.py) in its place on a machine of the cluster.
 
 Inputs get a place that depends on their content alone, so the job is the same job in every submission, and goes on where it stopped.
 """
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from launcher.cache import cache_folder
+from launcher.runfolder.cache import cache_folder
 
 FOLDER, INPUTS, JOB = "submitted", "inputs", "job.yaml"
 """In a bundle."""

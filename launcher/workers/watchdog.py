@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from launcher import machines, session
-from launcher.failures import Kind, RayLost, WorkerError
-from launcher.host import Signs
+from launcher.workers import placement, ray_session
+from launcher.workers.failures import Kind, RayLost, WorkerError
+from launcher.workers.supervisor import Signs
 
 if TYPE_CHECKING:
-    from launcher.workers import WorkerGroup
+    from launcher.workers.worker_group import WorkerGroup
 
 _SILENCE_S = 6.0
 """A place that does not answer for so long is asked after."""
@@ -55,7 +55,7 @@ class Watch:
 
     def met(self) -> None:
         """All places have answered for the first time. Remembers how to reach their machines while Ray can tell."""
-        known = machines.by_id()
+        known = placement.by_id()
         self._nodes = [known.get(place["node"], {}) for place in self.group.places]
         self._answered = dict.fromkeys(range(self.group.size), time.monotonic())
 
@@ -82,7 +82,7 @@ class Watch:
 
     def _look_at_ray(self) -> None:
         """Without its GCS, workers that have begun answer on: there is time to save, and to go on with another Ray."""
-        if (found := session.lost()) is None:
+        if (found := ray_session.lost()) is None:
             return
         if not (found.workers_answer and self._nodes):
             self.lost.update(range(self.group.size))
@@ -107,7 +107,7 @@ class Watch:
     def _look_for_leaving(self) -> None:
         if self.leaving is not None:
             return
-        draining = {} if session.is_own() else machines.draining()
+        draining = {} if ray_session.is_own() else placement.draining()
         for rank, node in enumerate(self._nodes):
             notice = self.signs[rank].notice if rank in self.signs else None
             if notice is not None or node["NodeID"] in draining:
@@ -125,7 +125,7 @@ class Watch:
         """Whether the machine of a worker answers, and Ray has not given it up."""
         node = self._nodes[rank]
         with suppress(RayError):
-            if session.lost() is None and not machines.node(node["NodeID"]).get("Alive", True):
+            if ray_session.lost() is None and not placement.node(node["NodeID"]).get("Alive", True):
                 return False
         try:
             socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=_REACH_S).close()

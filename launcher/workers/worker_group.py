@@ -14,16 +14,16 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launcher import machines, session
-from launcher.actor import WorkerActor
-from launcher.failures import Kind, Raised, WorkerDied, WorkerError, first_cause, worker_error
-from launcher.job import ENV_NAMES
-from launcher.watch import Watch
-from training.authenticated_channel import KEY_BYTES
+from launcher.jobfile.job import ENV_NAMES
+from launcher.workers import placement, ray_session
+from launcher.workers.actor import WorkerActor
+from launcher.workers.failures import Kind, Raised, WorkerDied, WorkerError, first_cause, worker_error
+from launcher.workers.watchdog import Watch
 from training.config import Resources
-from training.distributed import Seat
 from training.errors import MusterError
 from training.group import Future
+from training.process.authenticated_channel import KEY_BYTES
+from training.process.distributed import Seat
 
 START_S = 300.0
 """Longest time for starting the processes and making the process group."""
@@ -137,15 +137,15 @@ class WorkerGroup:
     ):
         self.resources = resources
         self.warn = warn
-        self.gpus = machines.gpus_per_worker(resources)
-        self.bundle = machines.bundle(resources, self.gpus)
+        self.gpus = placement.gpus_per_worker(resources)
+        self.bundle = placement.bundle(resources, self.gpus)
         least = resources.min_workers or resources.workers
-        self.avoid = machines.ids(machines.avoidable(self.bundle, least, avoid)) | never
+        self.avoid = placement.ids(placement.avoidable(self.bundle, least, avoid)) | never
         self.logs = Path()
         self.actors: list[Any] = []
         self.others: list[WorkerGroup] = []
         """Groups that work with this one: their answers may be arguments of its calls."""
-        self.placement: PlacementGroup = machines.gather(
+        self.placement: PlacementGroup = placement.gather(
             self.bundle,
             wanted=resources.workers,
             least=least,
@@ -247,15 +247,15 @@ class WorkerGroup:
         """Whether some of the workers are on these machines, and there are others for them."""
         least = self.resources.min_workers or self.resources.workers
         mine = {place["address"] for place in self.places}
-        if session.lost() is not None:
+        if ray_session.lost() is not None:
             return False
-        return bool(nodes & mine) and bool(machines.avoidable(self.bundle, least, nodes))
+        return bool(nodes & mine) and bool(placement.avoidable(self.bundle, least, nodes))
 
     def could_grow(self) -> bool:
         """Whether there are free machines for more of the workers that the job asks for."""
-        if self.size >= self.resources.workers or session.lost() is not None:
+        if self.size >= self.resources.workers or ray_session.lost() is not None:
             return False
-        return machines.fitting(self.bundle, self.avoid) > 0
+        return placement.fitting(self.bundle, self.avoid) > 0
 
     def end(self) -> bool:
         """End the processes now, also those that hang. Whether all places are still there, to begin again."""
@@ -270,7 +270,7 @@ class WorkerGroup:
 
     def close(self) -> None:
         """End all there is of the workers and give the machines back. Where Ray is lost they end with what is left of it."""
-        if session.lost() is None:
+        if ray_session.lost() is None:
             for actor in self.actors:
                 ray.kill(actor)
             remove_placement_group(self.placement)

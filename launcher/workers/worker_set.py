@@ -15,13 +15,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from launcher import session
+from launcher.workers import ray_session
 from training.config import Phase
 from training.group import Group
 from training.recipes import RECIPES
 
 if TYPE_CHECKING:
-    from launcher.workers import WorkerGroup
+    from launcher.workers.worker_group import WorkerGroup
 
 _GROW_S = 30.0
 """How long to wait for machines that were seen free."""
@@ -47,7 +47,7 @@ class Gang(Protocol):
 
     def check(self, storage: str, room: int) -> dict[str, Any] | None:
         """Look at machines that were not looked at before. `room`: bytes that checkpoints need. Returns figures, None if there are
-        no new machines. Raises what launcher/preflight.py raises."""
+        no new machines. Raises what launcher/workers/preflight.py raises."""
         ...
 
     def price(self) -> float | None:
@@ -104,10 +104,10 @@ class _RayGang:
 
     @contextmanager
     def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
-        if session.lost() is not None:
+        if ray_session.lost() is not None:
             for team in self.teams:
                 team.close()
-            session.restart()
+            ray_session.restart()
         groups: dict[str, Group] = {}
         with ExitStack() as stack:
             for team in self.teams:
@@ -137,9 +137,9 @@ class _RayGang:
         return {"groups": found} if len(found) > 1 else next(iter(found), None)
 
     def price(self) -> float | None:
-        from launcher import machines
+        from launcher.workers import placement
 
-        return machines.price({place["node"] for team in self.teams for place in team.places()})
+        return placement.price({place["node"] for team in self.teams for place in team.places()})
 
     def avoid(self, nodes: frozenset[str]) -> None:
         for team in self.teams:
@@ -174,7 +174,7 @@ class _Team:
 
     @contextmanager
     def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
-        from launcher.workers import WorkerGroup
+        from launcher.workers.worker_group import WorkerGroup
 
         if self.workers is None:
             wait_s = _GROW_S if self._grow else None
@@ -200,7 +200,7 @@ class _Team:
                 self.close()
 
     def check(self, storage: str, room: int) -> dict[str, Any] | None:
-        from launcher import preflight
+        from launcher.workers import preflight
 
         here = frozenset(place["node"] for place in self.places())
         if here <= self._checked:
@@ -287,8 +287,8 @@ def _inline_groups(phase: Phase, roles: Mapping[str, str], arguments: tuple) -> 
     """The roles in this process. Its process group of one is made once and kept: DeepSpeed remembers groups for good."""
     import torch.distributed as dist
 
-    from training.distributed import Seat, join, leave, set_environment
     from training.group import InlineGroup, Worker
+    from training.process.distributed import Seat, join, leave, set_environment
 
     threads = phase.resources.threads if phase.resources.threads != "auto" else os.cpu_count() or 1
     seat = Seat(rank=0, size=1, threads=threads, device=_inline_device(phase))

@@ -52,7 +52,9 @@ def test_a_machine_that_is_cut_off_is_replaced_and_its_worker_does_not_stay(lab,
     run.finish()
     assert (run.incident["class"], run.incident["node"]) == ("lost machine", lab[victim].address)
     assert run.result == undisturbed
-    wait_until(lambda: not lab[victim].processes_with("launcher.nursery"), "the worker that was cut off lives on")
+    wait_until(
+        lambda: not lab[victim].processes_with("launcher.workers.fork_server"), "the worker that was cut off lives on"
+    )
 
 
 def test_a_machine_that_is_drained_is_left_before_it_goes(lab, run, victim, undisturbed):

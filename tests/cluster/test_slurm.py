@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.machine import free_port
+from cluster.remote_shell import free_port
 from tests.launcher.test_jobs_on_cluster import Commands, until
 
 _PATH = f"/usr/sbin:{os.environ['PATH']}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from launcher import job as jobs
+from launcher.jobfile import job as jobs
 
 RUN = ("run", "job.yaml", "--inline")
 TRAIN = "phases.sft.data.train="
@@ -178,9 +178,9 @@ def test_wrong_job_files(muster, place, case):
 
 
 def test_a_thousand_workers_do_not_fit_this_machine(muster, place, monkeypatch):
-    from launcher import capacity
+    from launcher.plan import local_capacity
 
-    monkeypatch.setattr(capacity, "num_gpus", lambda: 0)
+    monkeypatch.setattr(local_capacity, "num_gpus", lambda: 0)
     (line,) = refused(muster, place, ("run", "job.yaml", "resources.workers=100000", "phases.sft.batch=100000"))
     assert line.startswith("job.yaml: phases.sft.resources.workers: needs at least 43,9")
     assert "this machine has" in line
@@ -188,7 +188,7 @@ def test_a_thousand_workers_do_not_fit_this_machine(muster, place, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_else(muster, place, monkeypatch):
-    from launcher import trackers
+    from launcher.driver import trackers
 
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     assert refused(muster, place, ("check", "job.yaml", "track=mlflow")) == [

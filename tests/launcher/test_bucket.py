@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from launcher import attempts, runs
-from launcher import job as jobs
-from launcher.small_files import SmallFiles
+from launcher.driver import open_run
+from launcher.jobfile import job as jobs
+from launcher.runfolder import run_folder
+from launcher.runfolder.small_files import SmallFiles
 from tests.forked_command import muster
 from tests.launcher.test_run import ctrl_c, finish, make_folder, start, wait_for
 from training.errors import InputError, StorageError, Superseded
@@ -115,11 +116,11 @@ def job(place, s3) -> jobs.Job:
 
 
 def test_a_later_attempt_takes_a_run_over_and_the_older_one_writes_no_more(job, monkeypatch, tmp_path):
-    old = attempts.begin(job)
+    old = open_run.begin(job)
     old.event("training", phase="sft")
     old.flush()
     monkeypatch.setenv("MUSTER_CACHE", str(tmp_path / "another machine's cache"))
-    new = attempts.begin(job)
+    new = open_run.begin(job)
     assert (old.attempt, new.attempt) == (1, 2)
     assert [event["event"] for event in new.events()] == ["started", "training", "started"]
     old.event("failed")
@@ -128,40 +129,40 @@ def test_a_later_attempt_takes_a_run_over_and_the_older_one_writes_no_more(job, 
     with pytest.raises(Superseded):
         old.close()
     new.close()
-    seen = runs.find(old.address).events()
+    seen = run_folder.find(old.address).events()
     assert [(event["attempt"], event["event"]) for event in seen] == [(1, "started"), (1, "training"), (2, "started")]
 
 
 def test_a_run_says_whether_it_is_at_work(job):
-    run = attempts.begin(job)
-    assert runs.find(run.address).state() == "running"
+    run = open_run.begin(job)
+    assert run_folder.find(run.address).state() == "running"
     run.close()
-    assert runs.find(run.address).state() == "lost"
+    assert run_folder.find(run.address).state() == "lost"
 
 
 def test_two_processes_of_one_machine_cannot_work_on_one_run(job):
-    run = attempts.begin(job)
+    run = open_run.begin(job)
     with pytest.raises(InputError, match="this run is being worked on by process"):
-        attempts.begin(job)
+        open_run.begin(job)
     run.close()
 
 
 def test_a_run_that_is_closed_copies_no_more(job):
-    run = attempts.begin(job)
+    run = open_run.begin(job)
     copying = run._mirror._thread
     run.close()
     assert not copying.is_alive()
 
 
 def test_what_is_in_the_bucket_is_the_truth(job, monkeypatch, tmp_path):
-    run = attempts.begin(job)
+    run = open_run.begin(job)
     run.phase("sft").mkdir()
-    SmallFiles().append(run.phase("sft") / runs.METRICS, {"step": 1, "loss": 1.0})
+    SmallFiles().append(run.phase("sft") / run_folder.METRICS, {"step": 1, "loss": 1.0})
     run.close()
     SmallFiles().append(
-        run.phase("sft") / runs.METRICS, {"step": 2, "loss": 1.0}
+        run.phase("sft") / run_folder.METRICS, {"step": 2, "loss": 1.0}
     )  # as of a driver killed before it was copied
-    again = attempts.begin(job)
+    again = open_run.begin(job)
     assert [row["step"] for row in again.metrics("sft")] == [1]
     again.close()
 
@@ -169,24 +170,24 @@ def test_what_is_in_the_bucket_is_the_truth(job, monkeypatch, tmp_path):
 def test_a_bucket_with_something_else_or_another_job_is_refused(job, s3):
     (place_at(f"{s3.url}/runs/sums") / "thesis.tex").write(b"x")
     with pytest.raises(InputError, match=r"not a run folder, and not empty \(it holds thesis.tex\)"):
-        attempts.check(job)
+        open_run.check(job)
     (place_at(f"{s3.url}/runs/sums") / "thesis.tex").remove()
-    attempts.begin(job).close()
+    open_run.begin(job).close()
     with pytest.raises(InputError, match=r"another job; .*\n  phases.sft.learning_rate: 0.001 -> 0.5"):
-        attempts.check(jobs.load(job.file, [f"storage={job.storage}", "phases.sft.learning_rate=0.5"]))
+        open_run.check(jobs.load(job.file, [f"storage={job.storage}", "phases.sft.learning_rate=0.5"]))
 
 
 def test_a_bucket_that_cannot_be_used_is_told_in_one_line(job, s3, monkeypatch):
     nowhere = jobs.load(job.file, ["storage=s3://no-such-bucket/runs"])
     with pytest.raises(InputError, match="no-such-bucket.*does not exist"):
-        attempts.begin(nowhere)
-    monkeypatch.setattr(attempts, "PATIENCE_S", 1)
-    monkeypatch.setattr(runs, "PATIENCE_S", 1)
+        open_run.begin(nowhere)
+    monkeypatch.setattr(open_run, "PATIENCE_S", 1)
+    monkeypatch.setattr(run_folder, "PATIENCE_S", 1)
     with s3.faults.unreachable():
         for action in (
-            lambda: attempts.check(job),
-            lambda: runs.find(f"{job.storage}/sums"),
-            lambda: runs.runs_in(job.storage),
+            lambda: open_run.check(job),
+            lambda: run_folder.find(f"{job.storage}/sums"),
+            lambda: run_folder.runs_in(job.storage),
         ):
             with pytest.raises(InputError, match="the storage does not answer: .*; check the network, the address"):
                 action()
@@ -194,10 +195,10 @@ def test_a_bucket_that_cannot_be_used_is_told_in_one_line(job, s3, monkeypatch):
 
 def test_an_outage_does_not_disturb_the_run_and_a_lasting_one_is_told_at_the_end(job, s3, monkeypatch):
     monkeypatch.setenv("MUSTER_STORAGE_PATIENCE_S", "1")
-    run = attempts.begin(job)
+    run = open_run.begin(job)
     with s3.faults.unreachable():
         run.event("training", phase="sft")
     run.flush()
-    assert runs.find(run.address).events()[-1]["event"] == "training"
+    assert run_folder.find(run.address).events()[-1]["event"] == "training"
     with s3.faults.unreachable(), pytest.raises(StorageError):
         run.close()

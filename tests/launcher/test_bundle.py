@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import bundle, landing, sealed
-from launcher import job as jobs
+from launcher.jobfile import job as jobs
+from launcher.submit import bundle, sealed_env
+from launcher.workers import unpack_inputs
 from training.errors import InputError
 
 
@@ -41,7 +42,11 @@ def test_the_job_goes_along_with_what_it_names_and_muster_and_nothing_else(place
     }  # fmt: skip
     rest = names - carried
     assert {name.partition("/")[0] for name in rest} == {"launcher", "training", "cluster"}
-    assert {"launcher/onsite.py", "launcher/templates/sft.yaml", "training/engine.py"} <= rest
+    assert {
+        "launcher/cli/cluster_entrypoint.py",
+        "launcher/scaffold/templates/sft.yaml",
+        "training/engine/engine.py",
+    } <= rest
     assert not any("__pycache__" in name or name.endswith(".pyc") for name in rest)
 
 
@@ -57,7 +62,7 @@ def test_equal_inputs_are_an_equal_bundle_whenever_and_wherever_it_is_made(place
 
 def test_on_site_the_job_is_the_same_job_with_paths_that_depend_on_content(place, monkeypatch):
     monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
-    landed = landing.land(unpacked(place, written(place)))
+    landed = unpack_inputs.land(unpacked(place, written(place)))
     assert landed is not None
     (landed / "job.yaml").write_bytes(written(place)["submitted/job.yaml"])
     there, here = jobs.load(landed / "job.yaml"), jobs.load(place / "job.yaml")
@@ -67,11 +72,11 @@ def test_on_site_the_job_is_the_same_job_with_paths_that_depend_on_content(place
     train = Path(str(there.phases["sft"].data.train))
     assert train.read_bytes() == (place / "data/train.jsonl").read_bytes()
     assert train.is_relative_to(place / "cache")
-    assert landing.land(unpacked(place, written(place))) == landed  # once more changes nothing
+    assert unpack_inputs.land(unpacked(place, written(place))) == landed  # once more changes nothing
 
 
 def test_without_a_bundle_there_is_nothing_to_land(place):
-    assert landing.land() is None
+    assert unpack_inputs.land() is None
 
 
 def test_globs_folders_and_reward_functions_go_along(place):
@@ -188,12 +193,12 @@ TOKEN, OTHER = "a" * 64, "b" * 64
 
 
 def test_secrets_are_sealed_with_the_clusters_token():
-    text = sealed.seal({"HF_TOKEN": "hf_secret"}, TOKEN)
+    text = sealed_env.seal({"HF_TOKEN": "hf_secret"}, TOKEN)
     assert "hf_secret" not in text
     assert "HF_TOKEN" not in text
-    assert sealed.unseal(text, TOKEN) == {"HF_TOKEN": "hf_secret"}
+    assert sealed_env.unseal(text, TOKEN) == {"HF_TOKEN": "hf_secret"}
     with pytest.raises(InputError, match="another token"):
-        sealed.unseal(text, OTHER)
+        sealed_env.unseal(text, OTHER)
 
 
 def test_on_site_the_sealed_text_is_opened_and_gone(monkeypatch, tmp_path):
@@ -201,10 +206,10 @@ def test_on_site_the_sealed_text_is_opened_and_gone(monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("WANDB_API_KEY", "")
-    monkeypatch.setenv(sealed.VARIABLE, sealed.seal({"WANDB_API_KEY": "w"}, TOKEN))
-    sealed.open_environment()
+    monkeypatch.setenv(sealed_env.VARIABLE, sealed_env.seal({"WANDB_API_KEY": "w"}, TOKEN))
+    sealed_env.open_environment()
     assert os.environ["WANDB_API_KEY"] == "w"
-    assert sealed.VARIABLE not in os.environ
+    assert sealed_env.VARIABLE not in os.environ
 
 
 def test_the_names_of_variables_are_in_the_job_and_their_values_are_not(place, monkeypatch):

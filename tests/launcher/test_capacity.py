@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import capacity
-from launcher import job as jobs
+from launcher.jobfile import job as jobs
+from launcher.plan import local_capacity
 from training.errors import InputError
 
 GIB = 1 << 30
@@ -22,8 +22,8 @@ def machine(place, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def pretend(gpus: int, gib: float) -> None:
-        monkeypatch.setattr(capacity, "num_gpus", lambda: gpus)
-        monkeypatch.setattr(capacity.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(gib * GIB)))
+        monkeypatch.setattr(local_capacity, "num_gpus", lambda: gpus)
+        monkeypatch.setattr(local_capacity.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(gib * GIB)))
 
     return pretend
 
@@ -34,13 +34,13 @@ def job_of(workers: int, *overrides: str) -> jobs.Job:
 
 def refusal(workers: int, *overrides: str, inline: bool = False) -> str:
     with pytest.raises(InputError) as caught:
-        capacity.check(job_of(workers, *overrides), inline=inline)
+        local_capacity.check(job_of(workers, *overrides), inline=inline)
     return str(caught.value)
 
 
 def test_workers_may_outnumber_the_cores_as_far_as_memory_reaches(machine):
     machine(gpus=0, gib=4.5)
-    capacity.check(job_of(10), inline=False)
+    local_capacity.check(job_of(10), inline=False)
     told = refusal(1000, "sharding.stage=3")
     assert told.startswith(
         "job.yaml: phases.sft.resources.workers: needs at least 439.5 GiB of memory (workers 439.5, "
@@ -50,12 +50,12 @@ def test_workers_may_outnumber_the_cores_as_far_as_memory_reaches(machine):
 
 def test_a_model_counts_with_its_copy_for_saving_before_anything_starts(machine, monkeypatch):
     """What shows otherwise hours later or, on some machines, as a worker that the system kills."""
-    monkeypatch.setattr(capacity, "_num_parameters", lambda _: GIB)
+    monkeypatch.setattr(local_capacity, "_num_parameters", lambda _: GIB)
     machine(gpus=0, gib=4 * 0.44 + 12 + 8 + 4 * 4 + 0.1)  # workers, copy, moments, weights of four
-    capacity.check(job_of(4, "sharding.stage=2"), inline=False)
+    local_capacity.check(job_of(4, "sharding.stage=2"), inline=False)
     assert "copy for saving 12.0, weights 20.0, optimizer 8.0" in refusal(5, "sharding.stage=2")
     assert "copy for saving 12.0, weights 16.0, optimizer 32.0" in refusal(4, "sharding.stage=0")
-    capacity.check(job_of(5, "sharding.stage=3"), inline=False)
+    local_capacity.check(job_of(5, "sharding.stage=3"), inline=False)
     machine(gpus=0, gib=23)
     assert "at least 24.4 GiB" in refusal(1, "sharding.stage=3", inline=True)
 
@@ -70,27 +70,29 @@ def test_a_model_counts_with_its_copy_for_saving_before_anything_starts(machine,
 )
 def test_beside_gpus_the_host_holds_the_copy_for_saving_and_what_is_offloaded(place, sharding, needs):
     phase = jobs.load(Path("job.yaml"), [f"sharding={sharding}", "model.dtype=bf16"]).phases["sft"]
-    found = capacity.host_bytes(phase, 1000, on_gpus=True)
+    found = local_capacity.host_bytes(phase, 1000, on_gpus=True)
     assert found == {"workers": 450 << 20} | {what: count * 1000 for what, count in needs.items()}
 
 
 def test_frozen_weights_are_neither_saved_nor_optimized(machine, monkeypatch):
-    monkeypatch.setattr(capacity, "_num_parameters", lambda _: GIB)
+    monkeypatch.setattr(local_capacity, "_num_parameters", lambda _: GIB)
     machine(gpus=0, gib=0.44 + 4 + 0.1)
-    capacity.check(job_of(1, "model.lora={}"), inline=True)
+    local_capacity.check(job_of(1, "model.lora={}"), inline=True)
     assert "(workers 0.4, copy for saving 12.0, weights 4.0, optimizer 8.0)" in refusal(1, inline=True)
 
 
 def test_a_model_that_is_not_here_is_not_counted(machine):
     machine(gpus=0, gib=1)
-    capacity.check(jobs.load(Path("job.yaml"), ["model.path=meta-llama/Llama-2-70b-hf"]), inline=False)
+    local_capacity.check(jobs.load(Path("job.yaml"), ["model.path=meta-llama/Llama-2-70b-hf"]), inline=False)
 
 
 def test_on_gpus_a_worker_has_one_to_itself(machine):
     machine(gpus=2, gib=1000)
-    capacity.check(jobs.load(Path("job.yaml"), ["resources.workers=2", "resources.gpus_per_worker=auto"]), inline=False)
+    local_capacity.check(
+        jobs.load(Path("job.yaml"), ["resources.workers=2", "resources.gpus_per_worker=auto"]), inline=False
+    )
     with pytest.raises(InputError, match="3 workers need a GPU each, this machine has 2"):
-        capacity.check(
+        local_capacity.check(
             jobs.load(Path("job.yaml"), ["resources.workers=3", "resources.gpus_per_worker=auto"]), inline=False
         )
 
@@ -106,16 +108,16 @@ def test_a_cluster_that_is_joined_decides_for_itself(machine, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=answer, daemon=True).start()
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listener.getsockname()[1]}")
-        capacity.check(job_of(1000), inline=False)
+        local_capacity.check(job_of(1000), inline=False)
 
 
 def test_inline_has_one_worker(machine):
     machine(gpus=8, gib=100)
-    capacity.check(job_of(1), inline=True)
+    local_capacity.check(job_of(1), inline=True)
     assert refusal(2, inline=True).endswith("--inline has one worker, the job asks for 2; say resources.workers=1")
 
 
 @pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2), ("GPU-1a, GPU-2b", 2)])
 def test_visible_gpus_are_counted_without_a_cuda_library(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert capacity.num_gpus() == count
+    assert local_capacity.num_gpus() == count

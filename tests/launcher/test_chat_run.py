@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.runs import RunFolder
+from launcher.runfolder.run_folder import RunFolder
 from tests.training.data.test_serving_tokens import tokenizer_of
 from training.data.templates import TEMPLATES
 
@@ -82,11 +82,11 @@ def run(folder: Path) -> Path:
     """The folder of the run."""
     from typer.testing import CliRunner
 
-    from launcher import cli
+    from launcher.cli import main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        done = CliRunner().invoke(cli.app, ["run", "chats.yaml", "--inline"])
+        done = CliRunner().invoke(main.app, ["run", "chats.yaml", "--inline"])
     assert done.exit_code == 0, done.output
     return folder / "runs/chats"
 
@@ -129,8 +129,8 @@ def test_ppo_judges_the_sequences_that_the_reward_model_has_learned(run):
 
 
 def test_the_reward_model_has_learned_the_sequence_that_transformers_writes(here, run):
+    from training.data.phase_data import open_stores
     from training.data.render import sides_of
-    from training.data.stores import open_stores
 
     store = open_stores(RunFolder(run).job().phases["reward"], here / "cache").train
     chosen, rejected = sides_of(*store[0])
@@ -169,8 +169,8 @@ def test_a_reward_model_of_another_make_is_asked_alike_by_ppo_and_by_eval(here, 
     """It has a chat template and no muster.json; the prompts are texts."""
     from tests.training_fixtures import phase_of
     from training.config import RewardSource
-    from training.distributed import Seat
-    from training.evaluator import Judge
+    from training.evaluation.evaluator import Judge
+    from training.process.distributed import Seat
     from training.rl.experience import Response
     from training.rl.rewards import opened
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli
+from launcher.cli import main
 from training.errors import InputError, TrainingError
 
 VERBS = (
@@ -33,10 +33,10 @@ VERBS = (
 @pytest.fixture
 def run(place):
     """A run that has begun and is at rest."""
-    from launcher import attempts
-    from launcher import job as jobs
+    from launcher.driver import open_run
+    from launcher.jobfile import job as jobs
 
-    opened = attempts.begin(jobs.load(Path("job.yaml")))
+    opened = open_run.begin(jobs.load(Path("job.yaml")))
     opened.close()
     return opened
 
@@ -69,7 +69,7 @@ def test_every_verb_has_help(muster, verb):
     ids=str,
 )
 def test_exit_status(muster, monkeypatch, outcome, status, err):
-    from launcher import check, driver
+    from launcher.driver import check, driver
 
     def run_job(*_: object, **__: object) -> int | None:
         if isinstance(outcome, BaseException):
@@ -83,7 +83,7 @@ def test_exit_status(muster, monkeypatch, outcome, status, err):
 
 
 def test_an_error_in_the_program_keeps_its_stack_trace(muster, monkeypatch):
-    from launcher import check
+    from launcher.driver import check
 
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
@@ -162,9 +162,9 @@ def test_what_a_young_run_does_not_have(muster, run, arguments, err):
     [("job.yaml", "is a file"), ("data", "the folder is not empty"), ("model", "the folder is not empty")],
 )
 def test_an_export_writes_over_nothing(muster, run, monkeypatch, out, message):
-    from launcher import exports
+    from launcher.inference import export
 
-    monkeypatch.setattr(exports, "_checkpoint", lambda *_: Path("step-00000002"))
+    monkeypatch.setattr(export, "_checkpoint", lambda *_: Path("step-00000002"))
     answer = muster("export", "sums", "--phase", "sft", "--out", out)
     assert answer.status == 2
     assert answer.err.startswith(f"{out}: {message}; choose another --out")
@@ -185,8 +185,8 @@ def test_a_drill_needs_a_run_at_work(muster, run, kill, err):
 
 def test_the_entry_point_is_the_app(monkeypatch):
     called = []
-    monkeypatch.setattr(cli, "app", lambda: called.append(True))
-    cli.main()
+    monkeypatch.setattr(main, "app", lambda: called.append(True))
+    main.main()
     assert called
 
 

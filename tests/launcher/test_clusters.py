@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import home as homes
+from cluster import registry as homes
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
-from cluster.machine import HERE, all_of, on_all
-from cluster.node import Node
 from cluster.providers import findings_of, local
+from cluster.ray_node import Node
+from cluster.remote_shell import HERE, all_of, on_all
 from cluster.spec import SPECS
-from launcher import clusters, submit
+from launcher.submit import clusters, jobs
 from tests.raw_server import CUT, ODD_JSON, RawServer, whole
 from training.errors import InputError
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_ended_is_told_and_remembered(monkeypatch):
         clusters.up(written("provider: local"), lambda text: None)
     assert [home.name for home in homes.known()] == ["c"]
     broken.at_end = None
-    monkeypatch.setattr(submit, "listing", lambda door: [])
+    monkeypatch.setattr(jobs, "listing", lambda door: [])
     clusters.down("c", lambda text: None)
     assert homes.known() == []
 

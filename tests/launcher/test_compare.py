@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher import job as jobs
-from launcher.cli import app
-from launcher.compare import compare, lines, mcnemar, sign_flips
-from launcher.small_files import SmallFiles
+from launcher.cli.main import app
+from launcher.jobfile import job as jobs
+from launcher.report.compare import compare, lines, mcnemar, sign_flips
+from launcher.runfolder.small_files import SmallFiles
 from training.errors import InputError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "llama2-7b-sft.yaml"

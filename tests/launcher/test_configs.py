@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import job
+from launcher.jobfile import job
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

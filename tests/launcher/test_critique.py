@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import critique, teacher
-from launcher.cli import app
+from launcher.cli.main import app
+from launcher.inference import critique, teacher
 from tests.raw_server import CUT as CUT_REPLIES
 from tests.raw_server import ODD_JSON, OK, RawServer, dripping, whole
 from tests.teacher_server import CUT, HANG, NONSENSE, TeacherServer

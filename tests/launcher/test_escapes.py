@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import attempts
-from launcher import job as jobs
-from launcher.progress import PhaseProgress
-from launcher.small_files import SmallFiles
-from launcher.verbs import console
+from launcher.cli.common import console
+from launcher.driver import open_run
+from launcher.driver.progress import PhaseProgress
+from launcher.jobfile import job as jobs
+from launcher.runfolder.small_files import SmallFiles
 from tests.teacher_server import TeacherServer
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202e"
@@ -25,7 +25,7 @@ def harmless(text: str) -> None:
 
 @pytest.fixture
 def run(place):
-    opened = attempts.begin(jobs.load(Path("job.yaml")))
+    opened = open_run.begin(jobs.load(Path("job.yaml")))
     opened.phase("sft").mkdir()
     yield opened
     opened.close()

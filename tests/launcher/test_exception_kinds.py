@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from launcher.exception_kinds import kind_of
-from launcher.failures import Kind
+from launcher.workers.exception_kinds import kind_of
+from launcher.workers.failures import Kind
 
 PEER = """
 import datetime, os, sys, time
 import torch, torch.distributed as dist
-from launcher.exception_kinds import kind_of
+from launcher.workers.exception_kinds import kind_of
 
 rank, case = int(sys.argv[1]), sys.argv[2]
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -80,7 +80,7 @@ def test_types_of_torch_are_of_the_kind():
 
 @pytest.mark.cpu
 def test_workers_that_do_not_find_each_other_have_lost_the_connection():
-    from training.distributed import Seat, join
+    from training.process.distributed import Seat, join
 
     assert kind_of(caught(join, Seat(rank=1, size=2, port=1, timeout_s=1))) is Kind.CONNECTION
 

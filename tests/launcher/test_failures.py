@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.failures import (
+from launcher.workers.failures import (
     TRIES,
     Decision,
     Incident,

@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given, settings
 
 from cluster.errors import ClusterError
-from launcher import clusters, compare, runs, show, yamlfile
-from launcher import job as jobs
-from launcher import report as reports
+from launcher.jobfile import job as jobs
+from launcher.jobfile import yaml_with_lines
+from launcher.report import compare, status
+from launcher.report import report as reports
+from launcher.runfolder import run_folder
+from launcher.submit import clusters
 from tests.hostile import bounded, few, spoilt, text_of
 from tests.made_runs import QUESTIONS, MadeRun
 from training.errors import InputError, MusterError
@@ -84,11 +87,11 @@ def run(tmp_path_factory) -> Path:
 
 
 def look(folder: Path) -> None:
-    found = runs.RunFolder(folder)
+    found = run_folder.RunFolder(folder)
     with suppress(MusterError):
-        list(show.status_lines(show.status(found)))
+        list(status.status_lines(status.status(found)))
     with suppress(MusterError):
-        list(show.listing_lines(show.listing(str(folder.parent))))
+        list(status.listing_lines(status.listing(str(folder.parent))))
     with suppress(MusterError):
         list(compare.lines(compare.compare(str(folder), str(folder))))
     with suppress(MusterError):
@@ -123,7 +126,7 @@ def test_the_job_of_a_run(run):
     before = file.read_text()
 
     @settings(few, max_examples=10)
-    @given(job=spoilt(yamlfile.load(file).data))
+    @given(job=spoilt(yaml_with_lines.load(file).data))
     def spoilt_one(job: Any) -> None:
         file.write_text(text_of(job), encoding="utf-8", errors="surrogatepass")
         look(run)

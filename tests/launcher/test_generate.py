@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import pytest
 
-from training.generate import Streamed
+from training.evaluation.streaming import Streamed
 
 pytestmark = pytest.mark.cpu
 TEMPLATE = (
@@ -115,14 +115,14 @@ def trained(template, tmp_path_factory):
     """A folder with a finished run: checkpoints of steps 2 and 4, and a model."""
     from typer.testing import CliRunner
 
-    from launcher import cli
+    from launcher.cli import main
 
     folder = tmp_path_factory.mktemp("trained") / "place"
     shutil.copytree(template, folder)
     before = Path.cwd()
     os.chdir(folder)
     try:
-        assert CliRunner().invoke(cli.app, ["run", "job.yaml", "--inline", "--no-preflight"]).exit_code == 0
+        assert CliRunner().invoke(main.app, ["run", "job.yaml", "--inline", "--no-preflight"]).exit_code == 0
     finally:
         os.chdir(before)
     return folder
@@ -140,7 +140,7 @@ def run(trained, tmp_path, monkeypatch):
 
 
 def test_text_comes_in_whole_characters_and_is_the_same_in_the_end(template):
-    from training.evaluator import Texts
+    from training.evaluation.evaluator import Texts
 
     texts = Texts(str(template / "model"))
     said = "a é 漢字 👩‍🚀 " * 20
@@ -167,7 +167,7 @@ def test_a_streamed_response_has_the_tokens_of_an_unstreamed_one(muster, place):
     expected = json.loads(muster("generate", "model", "--file", "q.jsonl", *options, "--json").out)
     terminal = Terminal("model", "-p", prompts[0], *options)
     status, shown = terminal.end()
-    from launcher.terminal import printable
+    from launcher.process.terminal import printable
 
     assert (status, shown) == (0, f"prompt:   {prompts[0]}\nresponse: {printable(expected[0]['response'].strip())}\n")
 
@@ -175,16 +175,16 @@ def test_a_streamed_response_has_the_tokens_of_an_unstreamed_one(muster, place):
 def test_lines_of_a_pipe_are_prompts(place, muster):
     from typer.testing import CliRunner
 
-    from launcher import cli
-    from launcher.terminal import printable
+    from launcher.cli import main
+    from launcher.process.terminal import printable
 
     words = ["generate", "model", "--temperature", "1", "--max-new-tokens", "8"]
     lines = "1 + 1 =\n\n2 + 2 =\n"
-    answer = CliRunner().invoke(cli.app, words, input=lines)
-    rows = json.loads(CliRunner().invoke(cli.app, [*words, "--json"], input=lines).stdout)
+    answer = CliRunner().invoke(main.app, words, input=lines)
+    rows = json.loads(CliRunner().invoke(main.app, [*words, "--json"], input=lines).stdout)
     assert [row["prompt"] for row in rows] == ["1 + 1 =", "2 + 2 ="]
     assert answer.stdout == "".join(printable(row["response"].strip()) + "\n" for row in rows)
-    long = CliRunner().invoke(cli.app, words, input=f"1\n{'1 + ' * 30}\n")
+    long = CliRunner().invoke(main.app, words, input=f"1\n{'1 + ' * 30}\n")
     assert (long.exit_code, long.stderr) == (
         2, "stdin:2: the prompt has 120 tokens, the model has 64 positions for it and the response; shorten it\n"
     )  # fmt: skip
@@ -212,7 +212,7 @@ def test_a_chat_keeps_the_conversation_until_it_begins_anew(chatty, muster):
     ]
     write(chatty / "q.jsonl", [{"messages": turns}])
     both = json.loads(muster("generate", "model", "--file", "q.jsonl", *options, "--json").out)[0]["response"]
-    from launcher.terminal import printable
+    from launcher.process.terminal import printable
 
     assert first.startswith(printable(alone.strip()))
     assert second.startswith(printable(both.strip()))
@@ -255,7 +255,9 @@ def test_an_interruption_ends_the_response_alone_and_then_the_chat(place):
 
 
 def test_workers_write_what_one_writes(muster, place, ray_cluster, monkeypatch):
-    monkeypatch.setattr("launcher.session.ray_session", lambda workers: nullcontext())  # there is one already
+    monkeypatch.setattr(
+        "launcher.workers.ray_session.ray_session", lambda workers: nullcontext()
+    )  # there is one already
     write(place / "q.jsonl", [{"prompt": f"{n} + {'1' * (n % 5)} = ", "answer": str(n)} for n in range(9)])
     words = ("generate", "model", "--file", "q.jsonl", "--samples", "2", "--temperature", "0.8", "--top-p", "0.9", "--max-new-tokens", "12")  # fmt: skip
     one = json.loads(muster(*words, "--json").out)
@@ -271,12 +273,13 @@ def test_ray_is_imported_after_the_environment_that_its_token_is_in():
     """Else it would not be let in by the Ray of its own that it starts."""
     code = """
 import sys
-from launcher import evaluation, generation, session
+from launcher.inference import evaluate, generate
+from launcher.workers import ray_session as session
 def ray_session(workers):
     assert "ray" not in sys.modules
     raise SystemExit("as it should be")
 session.ray_session = ray_session
-with evaluation.asking("model", evaluation.Loading("auto", 2, False)): pass
+with evaluate.asking("model", evaluate.Loading("auto", 2, False)): pass
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
@@ -284,7 +287,7 @@ with evaluation.asking("model", evaluation.Loading("auto", 2, False)): pass
 
 
 def test_responses_go_to_a_file_as_they_come_and_are_gone_on_with(muster, place, monkeypatch):
-    from training.evaluator import Evaluator
+    from training.evaluation.evaluator import Evaluator
 
     write(place / "q.jsonl", [{"prompt": f"{n} + 1 = "} for n in range(6)])
     words = ("generate", "model", "--file", "q.jsonl", "--max-new-tokens", "4", "--batch", "2")

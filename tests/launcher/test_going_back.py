@@ -10,7 +10,7 @@ import pytest
 
 from tests.forked_command import muster
 from tests.launcher.test_run import events
-from training.checkpoints import opened
+from training.checkpoint.repository import opened
 from training.storage import place
 
 pytestmark = pytest.mark.cpu

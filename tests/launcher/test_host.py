@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import job as jobs
-from launcher.failures import Kind, Raised, WorkerDied
-from launcher.host import Host, apart, has_nursery, nursery_at_hand
-from training.data.stores import open_stores
-from training.distributed import Seat
+from launcher.jobfile import job as jobs
+from launcher.workers.failures import Kind, Raised, WorkerDied
+from launcher.workers.supervisor import Host, apart, has_nursery, nursery_at_hand
+from training.data.phase_data import open_stores
 from training.errors import InputError
+from training.process.distributed import Seat
 
 pytestmark = pytest.mark.cpu
 
@@ -264,7 +264,7 @@ def test_a_fork_that_cannot_do_what_it_should_says_so():
 
 HOLDER = """
 import sys, time
-from launcher.host import Host
+from launcher.workers.supervisor import Host
 host = Host("cpu")
 print(host.nursery.process.pid, host.begin(sys.argv[1], {}), flush=True)
 time.sleep(600)

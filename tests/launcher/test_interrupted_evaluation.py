@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.forked_command import muster
-from training.checkpoint import METRICS
+from training.checkpoint.format import METRICS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.faults]
 

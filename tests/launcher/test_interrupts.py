@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.exit_status import after_signal
+from launcher.process.exit_status import after_signal
 from tests.launcher.test_run import events, finish, folder, nothing_left, processes_of, start, wait_for
 
 __all__ = ["folder", "nothing_left"]
@@ -45,7 +45,7 @@ def has_event(kind: str) -> Reached:
 
 MOMENTS: dict[str, Reached] = {
     "entry": handles_sigterm,
-    "preparing": has_started("launcher.nursery"),
+    "preparing": has_started("launcher.workers.fork_server"),
     "gcs": has_started("gcs_server"),
     "raylet": has_started("raylet/raylet"),
     "begun": has_event("started"),

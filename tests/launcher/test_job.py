@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher import job
-from launcher.rawdeepspeed import OWNED
+from launcher.jobfile import job
+from launcher.jobfile.raw_deepspeed import OWNED
 from training.errors import InputError
 
 HEAD = "model: {path: org/model}\nphases:\n  sft:\n    data: {train: a.jsonl}\n"
@@ -541,7 +541,7 @@ def test_what_changes_the_curve_is_another_job(folder, override, line):
 
 def test_loading_jobs_stays_light():
     code = (
-        "import sys, launcher.job\n"
+        "import sys, launcher.jobfile.job\n"
         "print([name for name in ('torch', 'ray', 'deepspeed', 'transformers', 'datasets') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -153,7 +153,7 @@ def test_a_secret_reaches_the_workers_and_stands_nowhere(muster_here, job):
     until(lambda: metrics.exists(), lambda: muster_here("logs", name, "--on", "here"))
     mark = json.loads((muster_here.folder / "muster/clusters/here/cluster.json").read_text())["mark"]
     before = len(muster_here.json("list"))
-    nurseries = [process for process in marked(mark) if "launcher.nursery" in process.cmdline()]
+    nurseries = [process for process in marked(mark) if "launcher.workers.fork_server" in process.cmdline()]
     assert {process.environ().get("MY_SECRET") for process in nurseries} == {"hush-hush-7"}
     saved = json.loads(muster_here("save", name, "--on", "here", "--json"))
     assert (Path(saved["checkpoint"]) / "manifest.json").exists()

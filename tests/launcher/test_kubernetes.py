@@ -12,10 +12,10 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster import home as homes
+from cluster import registry as homes
 from cluster.errors import ClusterError
 from cluster.providers.kubernetes import KubernetesProvider
-from launcher import clusters
+from launcher.submit import clusters
 
 CONFIG = Path(__file__).parents[2] / "configs" / "clusters" / "kubernetes.yaml"
 SCHEMA = Path(__file__).parent / "data" / "raycluster-v1.json.xz"

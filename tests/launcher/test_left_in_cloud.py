@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from cluster import home as homes
-from cluster.machine import free_port
+from cluster import registry as homes
 from cluster.providers.aws import AwsProvider
+from cluster.remote_shell import free_port
 from cluster.spec import Aws
 from tests.launcher.test_orphans import until
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.limits import Meter
+from launcher.driver.budget import Meter
 from training.errors import InputError
 
 

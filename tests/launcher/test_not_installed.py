@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.bundle import PACKAGES
+from launcher.submit.bundle import PACKAGES
 from training import __version__
 
 pytestmark = pytest.mark.cpu

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from launcher import notices
+from launcher.workers import preemption
 from tests.raw_server import CUT, ODD_JSON, RawServer, whole
 
 
@@ -68,28 +68,28 @@ SAID = {
 
 @pytest.mark.parametrize("cloud", SAID)
 def test_a_notice_is_understood_and_its_absence_too(metadata, cloud):
-    assert notices.notice(cloud) is None
+    assert preemption.notice(cloud) is None
     metadata.taken_back = True
-    assert notices.notice(cloud) == SAID[cloud]
+    assert preemption.notice(cloud) == SAID[cloud]
 
 
 @pytest.mark.parametrize("cloud", SAID)
 def test_a_service_that_does_not_answer_says_nothing(monkeypatch, cloud):
     monkeypatch.setenv("MUSTER_METADATA_URL", "http://127.0.0.1:9")
-    assert notices.notice(cloud) is None
+    assert preemption.notice(cloud) is None
 
 
 def test_a_machine_that_is_in_no_cloud_asks_nobody(monkeypatch, metadata):
     monkeypatch.setenv("MUSTER_CLOUD", "none")
     metadata.taken_back = True
-    assert notices.cloud() is None
-    assert notices.Listener().said is None
+    assert preemption.cloud() is None
+    assert preemption.Listener().said is None
 
 
 def test_the_listener_hears_a_notice_that_comes_later(monkeypatch, metadata):
     monkeypatch.setenv("MUSTER_CLOUD", "gcp")
-    monkeypatch.setattr(notices, "_EVERY_S", 0.05)
-    listener = notices.Listener()
+    monkeypatch.setattr(preemption, "_EVERY_S", 0.05)
+    listener = preemption.Listener()
     time.sleep(0.2)
     assert listener.said is None
     metadata.taken_back = True
@@ -105,5 +105,5 @@ def test_the_listener_hears_a_notice_that_comes_later(monkeypatch, metadata):
 def test_a_reply_that_is_none_is_no_notice(monkeypatch, where, reply):
     with RawServer(reply) as server:
         monkeypatch.setenv("MUSTER_METADATA_URL", server.url)
-        assert notices.notice(where) is None
+        assert preemption.notice(where) is None
         assert server.asked

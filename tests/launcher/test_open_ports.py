@@ -9,9 +9,9 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from cluster.machine import HERE, free_port
-from cluster.node import Node, head_arguments, new_mark
 from cluster.providers import environment
+from cluster.ray_node import Node, head_arguments, new_mark
+from cluster.remote_shell import HERE, free_port
 from cluster.spec import Local
 
 pytestmark = pytest.mark.cpu

@@ -19,11 +19,11 @@ import pytest
 import yaml
 
 from cluster import orphan_watch
-from cluster.machine import HERE, free_port
-from cluster.node import Node, head_arguments, new_mark
 from cluster.orphan_watch import answers, silence
 from cluster.providers import azure
-from launcher import clusters
+from cluster.ray_node import Node, head_arguments, new_mark
+from cluster.remote_shell import HERE, free_port
+from launcher.submit import clusters
 from tests.launcher.test_clusters import CONFIGS
 
 _PATIENCE_S = 60

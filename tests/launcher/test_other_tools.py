@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher import job as jobs
-from launcher.explain import all_keys
-from launcher.job import TopLevel
-from launcher.other_tools import OTHER_NAMES, name_here
-from launcher.phases import SHARED
-from launcher.yamlfile import dotted
+from launcher.jobfile import job as jobs
+from launcher.jobfile.job import TopLevel
+from launcher.jobfile.other_tools import OTHER_NAMES, name_here
+from launcher.jobfile.phase_builder import SHARED
+from launcher.jobfile.validation_messages import all_keys
+from launcher.jobfile.yaml_with_lines import dotted
 from training.errors import InputError
 from training.recipes import RECIPES
 

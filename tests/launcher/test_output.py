@@ -18,7 +18,7 @@ from typing import TextIO
 
 import pytest
 
-from launcher import output
+from launcher.process import output
 from tests.disturbed import cache_in
 from tests.launcher.test_run import wait_for
 
@@ -88,7 +88,7 @@ def environment() -> dict[str, str]:
     return {
         **os.environ,
         "MUSTER_CACHE": str(cache_in(Path.cwd())),
-        "PYTHONPATH": str(Path(output.__file__).parents[1]),
+        "PYTHONPATH": str(Path(output.__file__).parents[2]),
     }
 
 

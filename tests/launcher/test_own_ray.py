@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cpu
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_no_process_of_ray_is_in_our_process_group():
-    parts = ("gcs_server", "raylet/raylet", "log_monitor", "dashboard", "launcher.nursery")
+    parts = ("gcs_server", "raylet/raylet", "log_monitor", "dashboard", "launcher.workers.fork_server")
     commands = {each: " ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)}
     ours = {part: [each for each, command in commands.items() if part in command] for part in parts}
     assert all(ours.values())
@@ -46,7 +46,7 @@ def test_what_ends_beside_the_workers_costs_the_steps_since_the_checkpoint_at_mo
     go_on(run, attempt=2)
     kill(str(nothing_left), "raylet/raylet")
     go_on(run, attempt=3)
-    kill(str(nothing_left), "launcher.nursery")
+    kill(str(nothing_left), "launcher.workers.fork_server")
     go_on(run, attempt=4)
     os.killpg(run.process.pid, signal.SIGTERM)
     run.finish(status=75)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import job as jobs
+from launcher.jobfile import job as jobs
 from tests.launcher.test_bad_input import refused
 
 PHASES = """\
@@ -81,7 +81,7 @@ def test_a_run_and_a_folder_to_start_from_are_found(chain, muster):
 
 
 def test_a_model_below_the_home_folder_is_found(chain, monkeypatch):
-    from launcher.models import model_folder
+    from launcher.inference.model_lookup import model_folder
 
     monkeypatch.setenv("HOME", str(chain))
     assert model_folder("~/model") == str(chain / "model")

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from launcher.pipe import Pipe
+from launcher.workers.ipc import Pipe
 
 LARGE = 1 << 19
 """Numbers of four bytes: 2 MiB."""

@@ -11,19 +11,21 @@ import pytest
 from benchmarks import published
 from cluster import catalog
 from cluster.errors import Refused
-from launcher import job as jobs
-from launcher import pace, plan, plan_lines, planning, site
-from launcher.cli import app
-from launcher.planned import Asked
-from training import traits
+from launcher.cli import plan_request
+from launcher.cli.main import app
+from launcher.jobfile import job as jobs
+from launcher.plan import hardware, plan, step_time
+from launcher.plan import text as plan_lines
+from launcher.plan.phase_plan import Asked
 from training.errors import InputError
+from training.estimate import model_traits
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SFT_7B = CONFIGS / "llama2-7b-sft.yaml"
 
 
 def planned(file=SFT_7B, *overrides: str, gpu="H100", asked=Asked(rows=10_000, tokens=500)):
-    return plan.plan(jobs.read(file, overrides), site.of_gpu(gpu), asked)
+    return plan.plan(jobs.read(file, overrides), hardware.of_gpu(gpu), asked)
 
 
 def muster(*words: str, capsys) -> tuple[int, str, str]:
@@ -144,26 +146,26 @@ def test_the_price_is_of_whole_machines():
 
 def test_flops_of_a_step_are_those_of_the_literature():
     """6 N a token (arXiv:2001.08361) and attention; 8 N where activations are recomputed."""
-    from training.shape import shape_of
-    from training.sizing import setting_of
+    from training.estimate.memory import setting_of
+    from training.estimate.parameters import shape_of
 
     shape = shape_of("meta-llama/Llama-2-7b-hf")
     for checkpointing, times in ((False, 6), (True, 8)):
         (phase,) = jobs.read(SFT_7B, [f"model.gradient_checkpointing={str(checkpointing).lower()}"]).phases.values()
         where = setting_of(phase, dtype="bf16", on_gpu=True)
-        assert pace.flops(shape, where, 1, 1) == pytest.approx(
+        assert step_time.flops(shape, where, 1, 1) == pytest.approx(
             times * shape.parameters, rel=0.03
         )  # the embedding is looked up
 
 
 def test_what_is_known_of_a_model_s_code_counts_for_memory(place, monkeypatch):
     """A model whose packed samples see each other has rows of one sample; eager attention keeps its weights for every pair of tokens."""
-    from training.sizing import setting_of
+    from training.estimate.memory import setting_of
 
     (phase,) = jobs.read(SFT_7B, ["phases.sft.data.max_length=1000", "phases.sft.micro_tokens=4096"]).phases.values()
-    kernel = traits.Kernel(exists=True, right=True, pads=True)
-    alone = traits.Traits(architecture="OPTForCausalLM", kernels={"eager": kernel, "sdpa": kernel})
-    eager = traits.Traits(architecture="BloomForCausalLM", kernels={"eager": kernel})
+    kernel = model_traits.Kernel(exists=True, right=True, pads=True)
+    alone = model_traits.Traits(architecture="OPTForCausalLM", kernels={"eager": kernel, "sdpa": kernel})
+    eager = model_traits.Traits(architecture="BloomForCausalLM", kernels={"eager": kernel})
     unknown, packs, waits = (
         setting_of(phase, dtype="bf16", on_gpu=True, known=known) for known in (None, alone, eager)
     )
@@ -176,17 +178,17 @@ def test_what_is_known_of_a_model_s_code_counts_for_memory(place, monkeypatch):
     )
     assert waits.eager_attention
     monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
-    monkeypatch.setattr(traits, "_known", {})
+    monkeypatch.setattr(model_traits, "_known", {})
     job = jobs.load(Path("job.yaml"))
-    before = plan.plan(job, site.of_gpu("H100", 8), Asked())["phases"]["sft"]["groups"]
-    traits.remember(traits.key_for(job.phases["sft"].model), eager)
-    assert plan.plan(job, site.of_gpu("H100", 8), Asked())["phases"]["sft"]["groups"] != before
+    before = plan.plan(job, hardware.of_gpu("H100", 8), Asked())["phases"]["sft"]["groups"]
+    model_traits.remember(model_traits.key_for(job.phases["sft"].model), eager)
+    assert plan.plan(job, hardware.of_gpu("H100", 8), Asked())["phases"]["sft"]["groups"] != before
 
 
 def test_a_checkpoint_against_the_notice():
     aws = CONFIGS / "clusters" / "aws.yaml"
     for file, fits in ((SFT_7B, True), (CONFIGS / "llama2-70b-sft.yaml", False)):
-        report = plan.plan(jobs.read(file, []), site.of_cluster(planning.spec_of(str(aws))), Asked())
+        report = plan.plan(jobs.read(file, []), hardware.of_cluster(plan_request.spec_of(str(aws))), Asked())
         (phase,) = report["phases"].values()
         assert phase["checkpoint"]["notice_s"] == 120
         assert phase["checkpoint"]["within_notice"] is fits
@@ -200,7 +202,7 @@ def test_a_checkpoint_against_the_notice():
 
 def test_weights_that_are_kept_are_in_the_plan():
     def checkpoint(*overrides: str) -> dict:
-        report = plan.plan(jobs.read(SFT_7B, overrides), site.of_gpu("H100", 8), Asked())
+        report = plan.plan(jobs.read(SFT_7B, overrides), hardware.of_gpu("H100", 8), Asked())
         return report["phases"]["sft"]["checkpoint"]
 
     more = checkpoint("phases.sft.checkpoint.keep_weights=3")
@@ -243,7 +245,7 @@ def test_a_gpu_of_ones_own(tmp_path):
         "pools: {half: {hosts: [b, c], gpus: 4, gpu: half-a100, price: 3.0}}\n"
         "custom: {half-a100: {like: A100-80GB, share: 0.5}}\n"
     )
-    found = site.of_cluster(planning.spec_of(str(file)))
+    found = hardware.of_cluster(plan_request.spec_of(str(file)))
     assert (found.machine.gpu.memory_gib, found.machine.gpus, found.price, found.most_gpus) == (40, 4, 3.0, 8)
 
 
@@ -329,7 +331,7 @@ def test_exit_status_tells_whether_it_fits(place, capsys):
 
 
 def test_more_workers_than_there_are_gpus():
-    ssh = site.of_cluster(planning.spec_of(str(CONFIGS / "clusters" / "ssh.yaml")))
+    ssh = hardware.of_cluster(plan_request.spec_of(str(CONFIGS / "clusters" / "ssh.yaml")))
     (phase,) = plan.plan(jobs.read(SFT_7B, ["resources.workers=17"]), ssh)["phases"].values()
     assert (phase["verdict"], phase["why"][0]) == ("does not fit", "17 workers, there are 16 GPUs at most")
 
@@ -339,7 +341,7 @@ def test_workers_may_sit_in_several_pools(tmp_path):
     file.write_text(
         "provider: ssh\nhead: {host: a}\npools: {p: {hosts: [b, c], gpus: 8, gpu: H100}, q: {hosts: [d, e], gpus: 8, gpu: H100}}\n"
     )
-    found = site.of_cluster(planning.spec_of(str(file)))
+    found = hardware.of_cluster(plan_request.spec_of(str(file)))
     (phase,) = plan.plan(jobs.read(SFT_7B, ["resources.workers=32"]), found)["phases"].values()
     assert phase["verdict"] == "fits"
 
@@ -355,7 +357,7 @@ def test_memory_of_a_cluster_file_is_believed(tmp_path):
     text = (CONFIGS / "clusters" / "kubernetes.yaml").read_text()
     file = tmp_path / "k.yaml"
     file.write_text(text.replace("memory_gib: 900", "memory_gib: 100"))
-    found = site.of_cluster(planning.spec_of(str(file)))
+    found = hardware.of_cluster(plan_request.spec_of(str(file)))
     report = plan.plan(
         jobs.read(CONFIGS / "llama2-70b-sft.yaml", ["resources.workers=16", "sharding.offload=cpu"]), found
     )
@@ -381,7 +383,7 @@ def test_experts_count_for_memory_and_not_for_time(tmp_path):
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 1000,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    from training.shape import shape_of
+    from training.estimate.parameters import shape_of
 
     shape = shape_of(str(folder))
     experts = 2 * 8 * 3 * 256 * 512
@@ -401,13 +403,13 @@ def test_the_spot_market_needs_a_spot_price(tmp_path):
     gcp = (CONFIGS / "clusters" / "gcp.yaml").read_text()
     file = tmp_path / "gcp.yaml"
     file.write_text(gcp)
-    found = site.of_cluster(planning.spec_of(str(file)))
+    found = hardware.of_cluster(plan_request.spec_of(str(file)))
     assert found.at_spot_price == (found.machine.spot_price is not None)
     on_demand = tmp_path / "aws.yaml"
     on_demand.write_text(
         (CONFIGS / "clusters" / "aws.yaml").read_text().replace("market: spot-first", "market: on-demand")
     )
-    report = plan.plan(jobs.read(SFT_7B, []), site.of_cluster(planning.spec_of(str(on_demand))))
+    report = plan.plan(jobs.read(SFT_7B, []), hardware.of_cluster(plan_request.spec_of(str(on_demand))))
     assert report["phases"]["sft"]["checkpoint"]["notice_s"] is None
 
 
@@ -416,17 +418,17 @@ def test_the_spot_market_needs_a_spot_price(tmp_path):
 
 def test_what_cannot_fit_is_not_run():
     with pytest.raises(InputError) as caught:
-        plan.refuse_what_cannot_fit(jobs.read(SFT_7B, ["sharding.stage=0"]), site.of_gpu("A100-40GB"))
+        plan.refuse_what_cannot_fit(jobs.read(SFT_7B, ["sharding.stage=0"]), hardware.of_gpu("A100-40GB"))
     (problem,) = caught.value.problems
     assert problem.what == "phases.sft"
     assert "an A100-40GB has 40" in problem.message
     assert "it would fit with sharding.stage=2" in problem.message
-    plan.refuse_what_cannot_fit(jobs.read(SFT_7B, ["sharding.stage=3"]), site.of_gpu("H100"))
+    plan.refuse_what_cannot_fit(jobs.read(SFT_7B, ["sharding.stage=3"]), hardware.of_gpu("H100"))
 
 
 def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, capsys):
     """Unless it is forced; nothing is looked for at its address before."""
-    from launcher import clusters, handover
+    from launcher.submit import clusters, submission
 
     file = tmp_path / "cluster.yaml"
     file.write_text(
@@ -435,7 +437,7 @@ def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, cap
     spec = clusters.load(file)
     monkeypatch.setattr(clusters, "target", lambda on: clusters.Target(spec, None, None))
     sent = []
-    monkeypatch.setattr(handover.jobs_there, "submit", lambda job, *rest, **more: sent.append(job) or "id")
+    monkeypatch.setattr(submission.jobs_there, "submit", lambda job, *rest, **more: sent.append(job) or "id")
     (Path("big") / "x").mkdir(parents=True)
     words = [
         "submit",
@@ -461,9 +463,9 @@ def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, cap
 
 def test_status_holds_the_plan_against_what_came(tmp_path):
     """A run notes what it expects; whoever asks for its status sees both, and what the rest will cost by the real pace."""
-    from launcher.runs import RunFolder
-    from launcher.show import status, status_lines
-    from launcher.small_files import SmallFiles
+    from launcher.report.status import status, status_lines
+    from launcher.runfolder.run_folder import RunFolder
+    from launcher.runfolder.small_files import SmallFiles
 
     folder = tmp_path / "runs" / "planned"
     (folder / "sft").mkdir(parents=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import job as jobs
-from launcher.driver import with_its_start
-from launcher.runs import RunFolder
+from launcher.driver.driver import with_its_start
+from launcher.jobfile import job as jobs
+from launcher.runfolder.run_folder import RunFolder
 from tests.launcher.test_bad_input import refused
 from tests.raw_server import CUT, RawServer, whole
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from launcher import preflight
-from launcher.failures import Incident, Kind, decide
-from launcher.preflight import judge
+from launcher.workers import preflight
+from launcher.workers.failures import Incident, Kind, decide
+from launcher.workers.preflight import judge
 from training.group import results
 
 GB = 10**9

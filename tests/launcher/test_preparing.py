@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import driver
-from launcher import job as jobs
-from launcher.failures import Raised, WorkerDied
+from launcher.driver import driver
+from launcher.jobfile import job as jobs
+from launcher.workers.failures import Raised, WorkerDied
 from tests.launcher.test_run import finish, folder, losses, nothing_left, processes_of, start, wait_for
 from training.errors import InputError, TrainingError
 
@@ -34,8 +34,8 @@ def test_a_process_that_fails_is_told_of_in_words(place, monkeypatch, evidence, 
     def fail(*_):
         raise evidence
 
-    monkeypatch.setattr("launcher.host.has_nursery", lambda: True)
-    monkeypatch.setattr("launcher.host.apart", fail)
+    monkeypatch.setattr("launcher.workers.supervisor.has_nursery", lambda: True)
+    monkeypatch.setattr("launcher.workers.supervisor.apart", fail)
     with pytest.raises(TrainingError, match=f"the process that prepares the data {words}"):
         driver.prepare(jobs.load(place / "job.yaml"), apart=True)
 
@@ -46,7 +46,7 @@ def test_bad_rows_are_told_as_they_would_be_here(place, monkeypatch):
         rows.write('{"prompt": 7, "completion": "x"}\n')
     with pytest.raises(InputError) as here:
         driver.prepare(job)
-    from launcher.host import nursery_at_hand
+    from launcher.workers.supervisor import nursery_at_hand
 
     with nursery_at_hand("cpu"), pytest.raises(InputError) as there:
         driver.prepare(job, apart=True)
@@ -85,7 +85,9 @@ def test_a_process_that_is_killed_while_it_prepares_costs_its_time_alone(folder,
 
     def server() -> psutil.Process | None:
         found = [psutil.Process(pid) for pid in processes_of(str(nothing_left))]
-        servers = [each for each in found if "launcher.nursery" in each.cmdline() and each.ppid() == process.pid]
+        servers = [
+            each for each in found if "launcher.workers.fork_server" in each.cmdline() and each.ppid() == process.pid
+        ]
         return next(iter(servers), None)
 
     wait_for(lambda: (its := server()) is not None and its.children(), "the process that prepares")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import job as jobs
-from launcher import probing
-from launcher.host import AT_HAND
+from launcher.driver import model_probe
+from launcher.jobfile import job as jobs
+from launcher.workers.supervisor import AT_HAND
 from tests.hub_server import Repository, files_of, hub_server, run_commands
 
 pytestmark = pytest.mark.cpu
@@ -38,7 +38,7 @@ def traits_files(cache: Path) -> dict[str, int]:
 @pytest.fixture
 def cache(place, monkeypatch) -> Path:
     monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
-    monkeypatch.setattr("training.traits._known", {})
+    monkeypatch.setattr("training.estimate.model_traits._known", {})
     monkeypatch.delenv(
         AT_HAND, raising=False
     )  # of a Ray that other tests share: its processes have another environment
@@ -47,7 +47,7 @@ def cache(place, monkeypatch) -> Path:
 
 def test_a_model_that_ends_the_process_goes_the_slow_way(place, cache):
     own_code(place, "os._exit(7)", before="import os\n")
-    known = probing.examined(jobs.load(Path("job.yaml"), ["model.trust_remote_code=true"]).phases["sft"])
+    known = model_probe.examined(jobs.load(Path("job.yaml"), ["model.trust_remote_code=true"]).phases["sft"])
     assert known.unknown == "the process that examined it ended with status 7: no message"
     assert not known.packs("eager")
 
@@ -76,10 +76,10 @@ def test_the_code_of_a_model_is_examined_if_it_is_trusted(place, cache, muster):
     phase = jobs.load(Path("job.yaml"), ["model.trust_remote_code=true"]).phases["sft"]
     files = traits_files(cache)
     assert len(files) == 1
-    assert not probing.examined(phase).packs("sdpa")
+    assert not model_probe.examined(phase).packs("sdpa")
     assert traits_files(cache) == files, "once is enough"
     own_code(place, "position_ids")
-    assert probing.examined(phase).packs("sdpa"), "other code is another model"
+    assert model_probe.examined(phase).packs("sdpa"), "other code is another model"
 
 
 HUB_JOB = """\

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from launcher.progress import PhaseProgress, duration
+from launcher.driver.progress import PhaseProgress, duration
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def progress(log_every: int = 1, terminal: bool = False) -> tuple[PhaseProgress,
 def test_in_a_pipe_every_logged_step_is_one_line(monkeypatch):
     shown, out = progress()
     clock = iter([100.0, 104.0])
-    monkeypatch.setattr("launcher.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("launcher.driver.progress.time.monotonic", lambda: next(clock))
     shown.start(total=10, done=0)
     shown.row(row(4))
     assert out.getvalue() == (
@@ -53,7 +53,7 @@ def test_an_iteration_of_ppo_shows_the_reward_and_where_the_time_goes():
 def test_time_left_counts_the_steps_of_this_attempt_alone(monkeypatch):
     shown, out = progress()
     clock = iter([0.0, 10.0])
-    monkeypatch.setattr("launcher.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("launcher.driver.progress.time.monotonic", lambda: next(clock))
     shown.start(total=100, done=90)
     shown.row(row(95))
     assert out.getvalue().endswith("left 0:10\n")

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import attempts, quota
-from launcher import job as jobs
-from launcher.quota import Stored, surplus
+from launcher.driver import checkpoint_quota as quota
+from launcher.driver import open_run
+from launcher.driver.checkpoint_quota import Stored, surplus
+from launcher.jobfile import job as jobs
 from tests.made_checkpoints import save
 from training import storage
-from training.checkpoint import Manifest
-from training.checkpoints import Checkpoints, opened, step_of
+from training.checkpoint.format import Manifest
+from training.checkpoint.repository import Checkpoints, opened, step_of
 from training.errors import InputError
 from training.storage import Place
 
@@ -43,7 +44,7 @@ def run(request, place, s3):
     where = "runs" if request.param == "folder" else s3.url + "/runs"
     settings = "{recipe: sft, data: {train: data/train.jsonl}, max_steps: 40}"
     job = jobs.load(Path("job.yaml"), [f"phases.two={settings}", f"storage={where}", "track=[]"])
-    opened_run = attempts.begin(job)
+    opened_run = open_run.begin(job)
     opened_run.event("phase_finished", phase="sft", checkpoint="x/step-00000020", model="-")
     yield opened_run
     opened_run.close()

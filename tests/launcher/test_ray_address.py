@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import ray_address
+from launcher.process import ray_address
 from training.errors import InputError
 
 

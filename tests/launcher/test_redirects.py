@@ -13,9 +13,9 @@ import pytest
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
-from launcher.teacher import Budget, Endpoint, Teacher
-from training import hub
+from launcher.inference.teacher import Budget, Endpoint, Teacher
 from training.errors import TrainingError
+from training.io import hub
 
 KEY = "of-nobody-else"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cluster.spec import SPECS
-from launcher import reference
-from launcher.events import COMMON, EVENTS, OF_A_PHASE
-from launcher.failures import Incident, Kind
-from launcher.job import TopLevel
+from docs import generate_reference
+from launcher.jobfile.job import TopLevel
+from launcher.runfolder.event_schema import COMMON, EVENTS, OF_A_PHASE
+from launcher.workers.failures import Incident, Kind
 from training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -22,10 +22,10 @@ SET_BY_MUSTER = {"MUSTER_MODEL_TRAITS", "MUSTER_ENV", "MUSTER_SEALED", "MUSTER_C
 """Variables that one process of Muster sets for another."""
 
 
-@pytest.mark.parametrize("name", reference.pages())
+@pytest.mark.parametrize("name", generate_reference.pages())
 def test_the_committed_page_is_what_the_code_gives(name):
     committed = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")
-    assert committed == reference.pages()[name], "run `make docs`"
+    assert committed == generate_reference.pages()[name], "run `make docs`"
 
 
 SETTINGS = {"job": TopLevel, **{name: recipe.config for name, recipe in RECIPES.items()}, **SPECS}
@@ -33,12 +33,12 @@ SETTINGS = {"job": TopLevel, **{name: recipe.config for name, recipe in RECIPES.
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_setting_is_without_a_meaning(name):
-    bare = [row.key for row in reference.rows_of(SETTINGS[name], {}) if not (row.meaning and row.takes)]
+    bare = [row.key for row in generate_reference.rows_of(SETTINGS[name], {}) if not (row.meaning and row.takes)]
     assert bare == []
 
 
 def test_every_command_and_option_is_there_with_its_meaning():
-    page, verbs = reference.pages()["commands.md"], reference.verbs()
+    page, verbs = generate_reference.pages()["commands.md"], generate_reference.verbs()
     assert {"init", "run", "plan", "critique", "cluster up"} <= verbs.keys()
     for name, verb in verbs.items():
         assert f"## `muster {name}`\n\n{verb.help}" in page
@@ -53,8 +53,8 @@ def test_every_environment_variable_that_is_read_is_there():
         read |= set(re.findall(r"""environ(?:\.get\(|\.pop\(|\[)"([A-Z_]+)"(?!\] =)""", text))
         read |= set(re.findall(r'"([A-Z_]+)" (?:not )?in os\.environ', text))
         read |= set(re.findall(r'"(MUSTER_[A-Z_]+)"', text))
-    assert read - SET_BY_MUSTER - {"MUSTER_"} - _assigned() <= reference.ENVIRONMENT.keys()
-    assert reference.ENVIRONMENT.keys() <= read
+    assert read - SET_BY_MUSTER - {"MUSTER_"} - _assigned() <= generate_reference.ENVIRONMENT.keys()
+    assert generate_reference.ENVIRONMENT.keys() <= read
 
 
 def _assigned() -> set[str]:

@@ -30,7 +30,7 @@ def foreign(place, muster, monkeypatch) -> Path:
     """A run of a model with code of its own, after one checkpoint; returns the file that the code leaves behind from now on."""
     monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(place / "modules"))
-    monkeypatch.setattr("training.traits._known", {})
+    monkeypatch.setattr("training.estimate.model_traits._known", {})
     own_code(place, place / "while-training")
     done = muster("run", "job.yaml", "--inline", "model.trust_remote_code=true", "phases.sft.max_steps=2")
     assert done.status == 0, done.out + done.err

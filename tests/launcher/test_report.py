@@ -8,8 +8,9 @@ from datetime import timedelta
 
 import pytest
 
-from launcher import curves, page, report
-from launcher.timeline import LOADING, RECOVERING, REDONE, TRAINING, WAITING, timeline
+from launcher.report import charts, report
+from launcher.report import html as page
+from launcher.report.timeline import LOADING, RECOVERING, REDONE, TRAINING, WAITING, timeline
 from tests.made_runs import BEGAN, QUESTIONS, MadeRun, finetuned, rewarded
 from training.errors import InputError
 
@@ -142,7 +143,7 @@ def test_events_of_another_version_are_passed_over(place, odd):
 def test_one_chart_holds_one_metric_of_recipes_for_which_it_means_the_same():
     rows = [{"step": 1, "loss": 2.0, "eval_accuracy": 0.5, "tokens_per_s": 9.0}]
     recipes = ("pretrain", "sft", "cft", "reward", "ppo")
-    found = curves.charts([curves.Source(recipe, recipe, rows) for recipe in recipes])
+    found = charts.charts([charts.Source(recipe, recipe, rows) for recipe in recipes])
     told = {(chart["title"], chart["section"]): [curve["of"] for curve in chart["curves"]] for chart in found}
     assert told[("Loss (pretrain, sft, cft)", "learning")] == ["pretrain", "sft", "cft"]
     assert told[("Loss (reward)", "learning")] == ["reward"]
@@ -150,12 +151,12 @@ def test_one_chart_holds_one_metric_of_recipes_for_which_it_means_the_same():
     assert told[("Answers right", "learning")] == ["pretrain", "sft", "cft", "ppo"]
     assert told[("Pairs in order, held out", "learning")] == ["reward"]
     assert [chart["section"] for chart in found] == sorted(
-        (chart["section"] for chart in found), key=curves._SECTIONS.index
+        (chart["section"] for chart in found), key=charts._SECTIONS.index
     )
 
 
 def test_a_metric_that_nobody_knows_is_drawn_under_its_name():
-    (chart,) = curves.charts([curves.Source("a", "sft", [{"step": 3, "cosmic_rays": 2}])])
+    (chart,) = charts.charts([charts.Source("a", "sft", [{"step": 3, "cosmic_rays": 2}])])
     assert (chart["title"], chart["section"], chart["curves"][0]["value"]) == ("Cosmic rays", "rest", [2.0])
 
 
@@ -167,7 +168,7 @@ def test_curves_go_over_steps_tokens_and_hours_and_leave_out_what_is_no_number()
         {"step": 3, "loss": "low", "tokens": 100},
         {"step": 4, "loss": 3.0, "tokens": 100, "step_s": 1800},
     ]
-    found = {chart["metric"]: chart["curves"][0] for chart in curves.charts([curves.Source("a", "sft", rows)])}
+    found = {chart["metric"]: chart["curves"][0] for chart in charts.charts([charts.Source("a", "sft", rows)])}
     assert {name: found["loss"][name] for name in ("step", "tokens", "hours", "value")} == {
         "step": [1, 4], "tokens": [100, 400], "hours": [0.5, 1.5], "value": [4.0, 3.0],
     }  # fmt: skip
@@ -177,11 +178,11 @@ def test_curves_go_over_steps_tokens_and_hours_and_leave_out_what_is_no_number()
 def test_a_long_curve_keeps_its_ends_and_its_spikes():
     values = [1.0] * 100_000
     values[77_777], values[3] = 50.0, -50.0
-    kept = curves.thinned(values, 1200)
+    kept = charts.thinned(values, 1200)
     assert len(kept) <= 1200
     assert {0, 3, 77_777, 99_999} <= set(kept)
     assert kept == sorted(kept)
-    assert curves.thinned([1.0, 2.0], 1200) == [0, 1]
+    assert charts.thinned([1.0, 2.0], 1200) == [0, 1]
 
 
 # The report

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import page, report
+from launcher.report import html, report
 from tests.made_runs import finetuned, rewarded
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -78,7 +78,7 @@ def file(tmp_path_factory) -> Path:
         finetuned(place / "runs", "critiques", "cft"),
         rewarded(place / "runs"),
     ]
-    return page.write(report.report([str(run.folder) for run in runs]), place / "report.html")
+    return html.write(report.report([str(run.folder) for run in runs]), place / "report.html")
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import job as jobs
-from launcher.revisions import Named, commit_of, look_up, with_commits
+from launcher.jobfile import job as jobs
+from launcher.runfolder.hub_revisions import Named, commit_of, look_up, with_commits
 from tests.hub_server import Hub, Repository, files_of, hub_server, run_commands
 from training.errors import InputError
 
@@ -57,7 +57,7 @@ def test_commits_take_the_place_of_branches(hub_job):
 
 def test_what_is_recorded_or_a_commit_already_is_not_looked_up(hub_job, monkeypatch):
     asked: list[str] = []
-    monkeypatch.setattr("launcher.revisions.commit_of", lambda named: asked.append(named.key))
+    monkeypatch.setattr("launcher.runfolder.hub_revisions.commit_of", lambda named: asked.append(named.key))
     look_up(jobs.load(hub_job, [f"model.revision={OLD}"]), {"dataset org/sums": NEW})
     assert asked == ["dataset org/sums@old", "dataset org/more@v2", "dataset org/sums@test"]
 

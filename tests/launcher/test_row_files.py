@@ -104,8 +104,8 @@ def test_dropped_rows_are_listed_in_the_folder_of_the_phase(place, muster):
 
 
 def test_prompts_and_questions_may_be_tables(place):
-    from launcher.prompts import given
-    from training.questions import read
+    from launcher.inference.prompts import given
+    from training.data.questions import read
 
     write_csv(place / "data/rows.csv")
     prompts = given((), place / "data/rows.csv", 2)
@@ -120,7 +120,7 @@ def test_prompts_and_questions_may_be_tables(place):
 def test_a_job_that_refuses_bad_rows_is_the_same_job_as_before_there_was_a_choice(place):
     from pathlib import Path
 
-    from launcher import job as jobs
+    from launcher.jobfile import job as jobs
 
     without, refusing, dropping = (
         jobs.load(Path("job.yaml"), overrides)
@@ -140,7 +140,7 @@ def test_a_split_of_a_plain_file_is_told_to_change_nothing(place, muster):
 def test_one_source_needs_no_list(place):
     from pathlib import Path
 
-    from launcher import job as jobs
+    from launcher.jobfile import job as jobs
 
     one, listed = (
         jobs.load(Path("job.yaml"), [f"phases.sft.data.train={text}"])

@@ -181,7 +181,7 @@ def test_the_model_loads_in_transformers_and_has_learnt(whole):
 
 
 def test_the_resolved_job_runs_as_it_stands(whole):
-    from launcher import job as jobs
+    from launcher.jobfile import job as jobs
 
     folder, _ = whole
     assert jobs.differences(jobs.load(folder / "job.yaml"), jobs.load(folder / "runs/job/job.yaml")) == []

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import attempts, runs
-from launcher import job as jobs
+from launcher.driver import open_run
+from launcher.jobfile import job as jobs
+from launcher.runfolder import run_folder
 from training.errors import InputError
 
 STRANGER = 65534
@@ -24,10 +25,10 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as
 @pytest.fixture
 def begin(place):
     """begin() works on the run of job.yaml."""
-    opened: list[attempts.OpenRun] = []
+    opened: list[open_run.OpenRun] = []
 
-    def begun(*overrides: str) -> attempts.OpenRun:
-        opened.append(attempts.begin(jobs.load(Path("job.yaml"), overrides)))
+    def begun(*overrides: str) -> open_run.OpenRun:
+        opened.append(open_run.begin(jobs.load(Path("job.yaml"), overrides)))
         return opened[-1]
 
     yield begun
@@ -40,7 +41,7 @@ def test_another_user_cannot_take_the_lock(begin, place):
     with tempfile.TemporaryDirectory(dir="/tmp") as shared:
         Path(shared).chmod(0o755)  # nothing but the file's own mode is in the way
         run = begin(f"storage={shared}")
-        lock = run.folder / runs.LOCK
+        lock = run.folder / run_folder.LOCK
         assert lock.stat().st_mode & 0o777 == 0o600
         assert as_a_stranger_locks(lock) == "refused\n"
 
@@ -56,14 +57,14 @@ def as_a_stranger_locks(lock: Path) -> str:
 
 def test_a_lock_of_an_older_version_becomes_its_owners_alone(begin, place):
     (place / "runs" / "sums").mkdir(parents=True)
-    lock = place / "runs" / "sums" / runs.LOCK
+    lock = place / "runs" / "sums" / run_folder.LOCK
     lock.touch(mode=0o644)
     begin()
     assert lock.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_run_that_is_looked_at_for_a_moment_starts(begin, place):
-    lock = place / "runs" / "sums" / runs.LOCK
+    lock = place / "runs" / "sums" / run_folder.LOCK
     lock.parent.mkdir(parents=True)
     lock.touch()
     with lock.open() as looking:
@@ -81,9 +82,9 @@ def test_a_run_at_work_is_refused_by_name_of_who_holds_it(begin):
 @needs_root
 def test_whether_a_run_of_another_user_is_at_work_is_seen(begin, place):
     run = begin()
-    lock = run.folder / runs.LOCK
-    assert runs._is_locked_by_another_user(lock)
+    lock = run.folder / run_folder.LOCK
+    assert run_folder._is_locked_by_another_user(lock)
     run.close()
     deadline = time.monotonic() + 10
-    while runs._is_locked_by_another_user(lock):
+    while run_folder._is_locked_by_another_user(lock):
         assert time.monotonic() < deadline

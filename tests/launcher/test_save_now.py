@@ -17,13 +17,14 @@ import pytest
 import launcher
 from cluster.providers.slurm import SlurmProvider
 from cluster.spec import Slurm
-from launcher import attempts, runs, save_now
-from launcher import job as jobs
-from launcher.attempts import OpenRun
-from launcher.mirror import SAVE
+from launcher.driver import open_run
+from launcher.driver.open_run import OpenRun
+from launcher.jobfile import job as jobs
+from launcher.runfolder import run_folder, save_request
+from launcher.runfolder.bucket_sync import SAVE
 from tests.disturbed import COMMAND
-from training.checkpoint import Manifest
-from training.checkpoints import Checkpoints, step_of
+from training.checkpoint.format import Manifest
+from training.checkpoint.repository import Checkpoints, step_of
 from training.errors import InputError, TrainingError
 from training.storage import place as storage_at
 
@@ -34,7 +35,7 @@ LIMIT_S = 60
 def run(request, place):
     """A run whose phase trains."""
     where = "runs" if request.param == "folder" else request.getfixturevalue("s3").url + "/runs"
-    opened = attempts.begin(jobs.load(Path("job.yaml"), [f"storage={where}", "track=[]"]))
+    opened = open_run.begin(jobs.load(Path("job.yaml"), [f"storage={where}", "track=[]"]))
     opened.event("phase_started", phase="sft")
     opened.event("training", phase="sft", step=0, total_steps=9)
     opened.flush()
@@ -49,7 +50,7 @@ def asked(run: OpenRun, *then: tuple[str, dict], step: int = 7) -> dict:
     def drive() -> None:
         while not is_over.is_set():
             run.flush()
-            if (identity := save_now.take(run)) is not None:
+            if (identity := save_request.take(run)) is not None:
                 run.event("save_requested", phase="sft", step=step, id=identity)
                 for kind, facts in then:
                     run.event(kind, phase="sft", **facts)
@@ -58,7 +59,7 @@ def asked(run: OpenRun, *then: tuple[str, dict], step: int = 7) -> dict:
     driver = threading.Thread(target=drive, daemon=True)
     driver.start()
     try:
-        return save_now.request(runs.find(run.address))
+        return save_request.request(run_folder.find(run.address))
     finally:
         is_over.set()
         driver.join(LIMIT_S)
@@ -79,7 +80,7 @@ def test_a_step_that_is_saved_already_is_answered_at_once(run):
 def test_a_run_that_has_all_its_steps_saved_is_not_asked(run):
     run.event("checkpoint", phase="sft", step=9, checkpoint="c/9")
     run.flush()
-    assert save_now.request(runs.find(run.address))["checkpoint"] == "c/9"
+    assert save_request.request(run_folder.find(run.address))["checkpoint"] == "c/9"
 
 
 def test_where_there_is_nothing_to_save_the_newest_checkpoint_is_named(run):
@@ -89,17 +90,17 @@ def test_where_there_is_nothing_to_save_the_newest_checkpoint_is_named(run):
     run.event("incident", phase="sft", step=6)
     run.flush()
     with pytest.raises(InputError, match=r"trains no step at the moment: .* its newest checkpoint is of step 5 of sft"):
-        save_now.request(runs.find(run.address))
+        save_request.request(run_folder.find(run.address))
     run.event("failed", error="-")
     run.flush()
     with pytest.raises(InputError, match=r"is not running \(it is failed\)"):
-        save_now.request(runs.find(run.address))
+        save_request.request(run_folder.find(run.address))
 
 
 def test_a_request_that_nobody_can_have_made_is_answered_all_the_same(run):
     (run.folder / SAVE).write_bytes(b"\xff" * 100_000)
-    assert len(save_now.take(run)) == 64
-    assert save_now.take(run) is None
+    assert len(save_request.take(run)) == 64
+    assert save_request.take(run) is None
 
 
 def test_a_run_that_ends_before_it_has_saved_says_so(run):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher import job as jobs
 from launcher import scaffold
-from launcher.scaffold import problems
+from launcher.jobfile import job as jobs
+from launcher.scaffold import word_problems
 from training.config import SFT
 from training.errors import InputError
 
@@ -121,11 +121,11 @@ def test_worked_answers_use_the_numbers_of_the_question_and_true_arithmetic(fold
 
 
 def test_answers_without_working_are_those_of_the_steps() -> None:
-    for problem in problems.take(17, "eval.jsonl"):
+    for problem in word_problems.take(17, "eval.jsonl"):
         assert int(problem.answer) == parse(problem.working)[1]
 
 
-KINDS = {"pairs.jsonl": set(problems.FLAWS), "sums/pairs.jsonl": set(problems.FLAWS) - {"arithmetic"}}
+KINDS = {"pairs.jsonl": set(word_problems.FLAWS), "sums/pairs.jsonl": set(word_problems.FLAWS) - {"arithmetic"}}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -138,7 +138,7 @@ def test_rejected_answers_are_wrong_in_just_the_recorded_way(folder: Path, name:
 
 
 def test_two_in_five_careless_answers_are_wrong(folder: Path) -> None:
-    truth = {problem.question: problem.working for problem in problems.take(17, "sums/sft.jsonl")}
+    truth = {problem.question: problem.working for problem in word_problems.take(17, "sums/sft.jsonl")}
     careless = rows(folder, "sums/sft.jsonl")
     wrong = [row for row in careless if row["completion"].strip() != truth[row["prompt"]]]
     # Five standard deviations of a share.
@@ -149,7 +149,7 @@ def test_two_in_five_careless_answers_are_wrong(folder: Path) -> None:
 
 def test_critiques_conclude_what_the_answer_deserves_and_name_the_first_wrong_step(folder: Path) -> None:
     critiques = rows(folder, "critiques.jsonl")
-    truth = {problem.question: problem.working for problem in problems.take(17, "critiques.jsonl")}
+    truth = {problem.question: problem.working for problem in word_problems.take(17, "critiques.jsonl")}
     for row in critiques:
         assert row["critique"].startswith("Critique:\nStep 1: ")
         assert row["critique"].endswith(f"Conclusion: {row['verdict']} [END]")
@@ -168,7 +168,7 @@ def test_critiques_conclude_what_the_answer_deserves_and_name_the_first_wrong_st
 
 def test_splits_share_no_set_of_numbers_and_files_repeat_no_question(folder: Path) -> None:
     seen: dict[str, set[tuple[int, ...]]] = {"train": set(), "heldout": set(), "eval": set()}
-    for name, table in problems.TABLES.items():
+    for name, table in word_problems.TABLES.items():
         questions = [question_of(row) for row in rows(folder, name)]
         assert len(set(questions)) == len(questions) == table.size
         seen[table.split] |= set(map(numbers, questions))
@@ -178,14 +178,14 @@ def test_splits_share_no_set_of_numbers_and_files_repeat_no_question(folder: Pat
 
 
 def test_splits_stay_apart_over_seeds() -> None:
-    train = {numbers(row["prompt"]) for row in problems.rows(1, "prompts.jsonl")}
-    other = {numbers(row["question"]) for row in problems.rows(2, "eval.jsonl")}
+    train = {numbers(row["prompt"]) for row in word_problems.rows(1, "prompts.jsonl")}
+    other = {numbers(row["question"]) for row in word_problems.rows(2, "eval.jsonl")}
     assert not train & other
 
 
 def test_another_seed_gives_other_rows() -> None:
-    assert problems.rows(1, "eval.jsonl") == problems.rows(1, "eval.jsonl")
-    assert problems.rows(1, "eval.jsonl") != problems.rows(2, "eval.jsonl")
+    assert word_problems.rows(1, "eval.jsonl") == word_problems.rows(1, "eval.jsonl")
+    assert word_problems.rows(1, "eval.jsonl") != word_problems.rows(2, "eval.jsonl")
 
 
 def test_data_are_thousands_of_rows_in_less_than_eight_megabytes(folder: Path) -> None:
@@ -205,7 +205,7 @@ def test_equal_seeds_give_equal_bytes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_with_contents_is_refused_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaffold.tiny, "save_model", lambda folder, text, seed: 1_000_000)
+    monkeypatch.setattr(scaffold.tiny_model, "save_model", lambda folder, text, seed: 1_000_000)
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(InputError, match="not empty"):
         scaffold.write(tmp_path)

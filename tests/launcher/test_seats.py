@@ -13,7 +13,7 @@ def place(node: str, cores: int = 8, address: str = "10.0.0.1", gpus: tuple[str,
 
 @pytest.fixture(scope="module")
 def workers():
-    from launcher import workers
+    from launcher.workers import worker_group as workers
 
     return workers
 

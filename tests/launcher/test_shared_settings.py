@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import job as jobs
-from launcher import yamlfile
+from launcher.jobfile import job as jobs
+from launcher.jobfile import yaml_with_lines
 from training.errors import InputError
 
 TWO = """
@@ -59,9 +59,9 @@ def errors(text: str, *overrides: str) -> list[str]:
 
 def without_record(text: str) -> str:
     """A resolved job as versions before `resolved` wrote it."""
-    data = yamlfile.parse(text, "").data
+    data = yaml_with_lines.parse(text, "").data
     del data["resolved"]
-    return yamlfile.dump(data)
+    return yaml_with_lines.dump(data)
 
 
 OVERRIDES = (

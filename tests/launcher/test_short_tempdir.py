@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.short_tempdir import SOCKET_PATH, short_tempdir
+from launcher.process.short_tempdir import SOCKET_PATH, short_tempdir
 from training.errors import InputError
 
 
@@ -43,7 +43,7 @@ def test_a_socket_fits_whatever_the_length_of_tmpdir(tmp_path, made, length):
 
 
 def test_tmpdir_is_named_where_no_folder_can_be_made(tmp_path, monkeypatch, made):
-    monkeypatch.setattr("launcher.short_tempdir._SHORT", "/nowhere/at/all")
+    monkeypatch.setattr("launcher.process.short_tempdir._SHORT", "/nowhere/at/all")
     with pytest.raises(
         InputError, match=r"^TMPDIR: no temporary folder can be made \(No such file or directory\); set TMPDIR to"
     ):

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from launcher.runs import json_rows
-from launcher.small_files import SmallFiles
+from launcher.runfolder.run_folder import json_rows
+from launcher.runfolder.small_files import SmallFiles
 from training.errors import StorageError
 
 PATIENCE_S = 300.0
@@ -88,7 +88,7 @@ def test_an_operation_is_tried_again(tmp_path, files, clock):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from launcher.small_files import SmallFiles
+from launcher.runfolder.small_files import SmallFiles
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 files, path = SmallFiles(sleep=lambda seconds: None), Path(sys.argv[1])

@@ -15,10 +15,10 @@ import pytest
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
-from cluster.home import Home
-from cluster.machine import Login, free_port
 from cluster.providers.cloud import _host_keys_kept
 from cluster.providers.local import LocalProvider
+from cluster.registry import Home
+from cluster.remote_shell import Login, free_port
 from cluster.spec import Local
 from cluster.tunnel import tunnel
 from tests.sshd_server import SSHD, make_key, sshd

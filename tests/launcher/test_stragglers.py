@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.stragglers import Stragglers
+from launcher.workers.stragglers import Stragglers
 
 EVEN = [1.0, 1.1, 0.9, 1.0]
 ONE_SLOW = [1.0, 1.1, 0.9, 2.0]
@@ -39,7 +39,7 @@ class Gang:
 
 
 def test_a_gpu_that_is_nearly_full_is_told_once(monkeypatch):
-    from launcher.phase_run import PhaseRun
+    from launcher.driver.phase_run import PhaseRun
 
     told: list[str] = []
     run = PhaseRun.__new__(PhaseRun)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import trackers
+from launcher.driver import trackers
 from training.errors import InputError
 
 

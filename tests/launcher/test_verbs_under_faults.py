@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.exit_status import DONE, FAILED, RESUME_ME
+from launcher.process.exit_status import DONE, FAILED, RESUME_ME
 from tests.launcher.test_run import MUSTER, finish, folder, muster, nothing_left, processes_of, start, wait_for
 
 __all__ = ["folder", "nothing_left"]

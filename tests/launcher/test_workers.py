@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from launcher.failures import Kind, NoMachines, WorkerError
+from launcher.workers.failures import Kind, NoMachines, WorkerError
 from training.config import Resources
 from training.errors import InputError, TrainingError
 from training.group import results
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cpu
 @contextmanager
 def probes(folder, **resources):
     """Two workers with the role Probe."""
-    from launcher.workers import WorkerGroup
+    from launcher.workers.worker_group import WorkerGroup
 
     workers = WorkerGroup(Resources(workers=2, **resources), print, print)
     try:
@@ -158,7 +158,7 @@ def test_logs_can_be_read_while_the_worker_is_busy(group):
 def test_closing_ends_the_processes_and_gives_the_places_back(ray_cluster, tmp_path):
     import ray
 
-    from launcher.workers import WorkerGroup
+    from launcher.workers.worker_group import WorkerGroup
 
     def free():
         return ray.available_resources().get("CPU", 0)
@@ -180,7 +180,7 @@ def wait_until(condition):
 
 
 def test_a_gang_that_does_not_fit_waits_says_what_is_missing_and_gives_up(ray_cluster):
-    from launcher.workers import WorkerGroup
+    from launcher.workers.worker_group import WorkerGroup
 
     with pytest.raises(
         NoMachines, match=r"did not come: 999 workers wanted, each with one CPU; the cluster has \d+ CPU .*, after 2 s"
@@ -189,7 +189,7 @@ def test_a_gang_that_does_not_fit_waits_says_what_is_missing_and_gives_up(ray_cl
 
 
 def test_a_gang_that_may_be_smaller_takes_what_there_is(ray_cluster):
-    from launcher.workers import WorkerGroup
+    from launcher.workers.worker_group import WorkerGroup
 
     said: list[str] = []
     workers = WorkerGroup(Resources(workers=999, min_workers=1, wait_for_machines=1.0), said.append, print)
@@ -202,12 +202,12 @@ def test_a_gang_that_may_be_smaller_takes_what_there_is(ray_cluster):
 
 
 def test_where_others_have_the_machines_a_gang_waits_its_turn(ray_cluster):
-    from launcher import machines
-    from launcher.workers import WorkerGroup
+    from launcher.workers import placement
+    from launcher.workers.worker_group import WorkerGroup
 
     free, since = -1, time.monotonic()
     while time.monotonic() - since < 3:  # the places of the tests before come back one by one
-        if (now := machines.fitting({"CPU": 1.0})) != free:
+        if (now := placement.fitting({"CPU": 1.0})) != free:
             free, since = now, time.monotonic()
         time.sleep(0.2)
     others = WorkerGroup(Resources(workers=free), print, print)
@@ -224,7 +224,7 @@ def test_where_others_have_the_machines_a_gang_waits_its_turn(ray_cluster):
 
 
 def test_two_groups_do_not_meet(ray_cluster, tmp_path):
-    from launcher.workers import WorkerGroup
+    from launcher.workers.worker_group import WorkerGroup
 
     groups = [WorkerGroup(Resources(workers=1), print, print) for _ in "ab"]
     try:

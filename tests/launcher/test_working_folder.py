@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import job as jobs
-from launcher.subprocesses import code_folders, with_own_code
+from launcher.jobfile import job as jobs
+from launcher.process.subprocesses import code_folders, with_own_code
+from training.data.reward_signature import check
 from training.errors import InputError
-from training.reward_signature import check
 from training.rl.reward_functions import imported
 
 HOSTILE = (

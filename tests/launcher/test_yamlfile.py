@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher import yamlfile
+from launcher.jobfile import yaml_with_lines
 from training.errors import InputError
 
 SCALARS = {
@@ -43,16 +43,16 @@ SCALARS = {
 
 @pytest.mark.parametrize(("text", "value"), SCALARS.items())
 def test_scalars_follow_the_core_schema_of_yaml_1_2(text, value):
-    got = yamlfile.parse(f"key: {text}\n", "job.yaml").data["key"]
+    got = yaml_with_lines.parse(f"key: {text}\n", "job.yaml").data["key"]
     assert (got, type(got)) == (value, type(value))
 
 
 def test_not_a_number_is_a_number():
-    assert math.isnan(yamlfile.parse_value(".nan"))
+    assert math.isnan(yaml_with_lines.parse_value(".nan"))
 
 
 def test_every_key_and_item_has_its_line():
-    document = yamlfile.parse("a: 1\n\nb:\n  - x\n  - c:\n      {d: 2,\n       e: 3}\n", "job.yaml")
+    document = yaml_with_lines.parse("a: 1\n\nb:\n  - x\n  - c:\n      {d: 2,\n       e: 3}\n", "job.yaml")
     assert document.lines == {
         ("a",): 1,
         ("b",): 3,
@@ -68,7 +68,7 @@ def test_every_key_and_item_has_its_line():
 
 def test_anchors_and_merge_keys_work_and_own_keys_win():
     text = "base: &base {x: 1, y: 2}\none: {<<: *base, y: 3}\ntwo: {<<: [*base, {z: 4}]}\nthree: *base\n"
-    data = yamlfile.parse(text, "job.yaml").data
+    data = yaml_with_lines.parse(text, "job.yaml").data
     assert data["one"] == {"x": 1, "y": 3}
     assert data["two"] == {"x": 1, "y": 2, "z": 4}
     assert data["three"] == {"x": 1, "y": 2}
@@ -76,7 +76,7 @@ def test_anchors_and_merge_keys_work_and_own_keys_win():
 
 def test_a_merged_key_that_is_overridden_has_the_line_of_the_override():
     text = "base: &base\n  data:\n    train: x\none:\n  <<: *base\n  data:\n    eval: y\n"
-    document = yamlfile.parse(text, "job.yaml")
+    document = yaml_with_lines.parse(text, "job.yaml")
     assert document.lines[("one", "data")] == 6
     assert ("one", "data", "train") not in document.lines
 
@@ -128,7 +128,7 @@ REFUSED = {
 @pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:20])
 def test_what_cannot_be_read_is_told_with_its_line(text):
     with pytest.raises(InputError) as caught:
-        yamlfile.parse(text, "job.yaml")
+        yaml_with_lines.parse(text, "job.yaml")
     assert str(caught.value).splitlines() == REFUSED[text]
 
 
@@ -137,24 +137,24 @@ def test_files_that_cannot_be_opened_or_decoded(tmp_path):
     latin.write_bytes(b"a: 1\nb: \xe9\n")
     for file, message in ((latin, "latin.yaml:2: byte 0xe9 is not UTF-8 text"), (tmp_path / "x.yaml", "no such file")):
         with pytest.raises(InputError, match=message):
-            yamlfile.load(file)
+            yaml_with_lines.load(file)
     with pytest.raises(InputError, match="is a folder"):
-        yamlfile.load(tmp_path)
+        yaml_with_lines.load(tmp_path)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbfname: x\r\nseed: 1\r\n")
-    assert yamlfile.load(tmp_path / "bom.yaml").data == {"name": "x", "seed": 1}
+    assert yaml_with_lines.load(tmp_path / "bom.yaml").data == {"name": "x", "seed": 1}
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")))
 def test_what_is_dumped_reads_back_equal(value):
-    back = yamlfile.parse(yamlfile.dump({"key": value, "list": [value]}), "job.yaml").data
+    back = yaml_with_lines.parse(yaml_with_lines.dump({"key": value, "list": [value]}), "job.yaml").data
     assert back == {"key": value, "list": [value]}
     assert type(back["key"]) is type(value)
 
 
 @pytest.mark.parametrize("text", [*SCALARS, "- a", "a: b", "#", "<<", "=", "1e5", "0o7"])
 def test_text_that_looks_like_something_else_stays_text(text):
-    assert yamlfile.parse(yamlfile.dump({"key": text}), "job.yaml").data == {"key": text}
+    assert yaml_with_lines.parse(yaml_with_lines.dump({"key": text}), "job.yaml").data == {"key": text}

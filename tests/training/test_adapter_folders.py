@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from training.errors import InputError
-from training.modelfiles import adapter_in
+from training.model_folder import adapter_in
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 CONFIG = {

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from training.answers import as_verdict, expected_answer, final_answer, same, verdict
-from training.measures import in_order, interval, measured, pass_at
+from training.data.final_answers import as_verdict, expected_answer, final_answer, same, verdict
+from training.evaluation.accuracy import in_order, interval, measured, pass_at
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.data.dealing import SDPA_VARLEN
+from training.data.batching import SDPA_VARLEN
 
 pytestmark = pytest.mark.cpu
 
@@ -17,7 +17,7 @@ def family(name, attention, **settings):
     import torch
     import transformers
 
-    from training import attention as kernels
+    from training.models import attention as kernels
 
     kernels.register()
     torch.manual_seed(1)
@@ -41,7 +41,7 @@ def hidden(lm, ids, positions, **more):
 
 def masks_seen(monkeypatch):
     """What the attention was handed as masks: their numbers of dimensions."""
-    from training import attention
+    from training.models import attention
 
     seen = []
     plain = attention._attention

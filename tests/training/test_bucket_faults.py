@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from tests.training_fixtures import Recorder
-from training.checkpoint import Manifest, Reader, verify
-from training.checkpoints import Checkpoints, step_of
+from training.checkpoint.format import Manifest, Reader, verify
+from training.checkpoint.repository import Checkpoints, step_of
 from training.storage import place
 
 pytestmark = [pytest.mark.cpu, pytest.mark.faults]
@@ -124,11 +124,11 @@ def test_a_worker_killed_in_the_middle_of_an_upload_leaves_the_checkpoint_before
 
     from tests.fork_group import ForkGroup
     from tests.training_fixtures import sft_phase
+    from training.drivers import supervised
     from training.errors import TrainingError
-    from training.recipes import supervised
 
     phase, hooks = sft_phase(tiny, workers=2, **SETTINGS), Recorder(s3.url + "/run")
-    with ForkGroup(2, "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache")) as group:
+    with ForkGroup(2, "training.roles.language:LanguageTrainer", phase, str(tiny / "cache")) as group:
 
         def slow_and_kill():
             s3.faults.bytes_per_s = 3e5

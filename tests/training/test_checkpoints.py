@@ -7,8 +7,8 @@ import pytest
 
 from tests.made_checkpoints import save, save_in, staged, values_of
 from tests.training.test_checkpoint import flip_a_bit
-from training.checkpoint import OPTIMIZER, CheckpointError, Manifest, Reader, verify, write_shard
-from training.checkpoints import Checkpoints, opened, step_of
+from training.checkpoint.format import OPTIMIZER, CheckpointError, Manifest, Reader, verify, write_shard
+from training.checkpoint.repository import Checkpoints, opened, step_of
 from training.errors import StorageError, Superseded
 from training.storage import Local, place
 

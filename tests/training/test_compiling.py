@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from training import compiling
 from training.config import PPO
+from training.engine import compiling
 from training.errors import InputError
 
 FP32 = 1e-5

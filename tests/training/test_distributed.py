@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from training.distributed import Seat, set_environment
+from training.process.distributed import Seat, set_environment
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 

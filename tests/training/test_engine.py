@@ -21,8 +21,8 @@ from tests.training_fixtures import sft_phase
 def test_gradients_are_sent_beside_the_backward_pass_where_a_device_can(tiny, device, size, stage, offload, overlaps):
     import torch
 
-    from training.distributed import Seat
-    from training.engine import derive_config
+    from training.engine.engine import derive_config
+    from training.process.distributed import Seat
 
     phase = sft_phase(tiny, sharding={"stage": stage, "offload": offload})
     zero = derive_config(phase, Seat(rank=0, size=size, device=device), torch.bfloat16)["zero_optimization"]
@@ -32,8 +32,8 @@ def test_gradients_are_sent_beside_the_backward_pass_where_a_device_can(tiny, de
 def test_what_the_job_says_of_deepspeed_lies_over_it(tiny):
     import torch
 
-    from training.distributed import Seat
-    from training.engine import derive_config
+    from training.engine.engine import derive_config
+    from training.process.distributed import Seat
 
     phase = sft_phase(tiny, stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}})
     zero = derive_config(phase, Seat(rank=0, size=2, device="cuda"), torch.float32)["zero_optimization"]
@@ -41,7 +41,7 @@ def test_what_the_job_says_of_deepspeed_lies_over_it(tiny):
 
 
 def test_buckets_are_no_larger_than_what_is_trained_and_smaller_on_a_cpu():
-    from training.sizing import bucket_numbers
+    from training.estimate.memory import bucket_numbers
 
     assert bucket_numbers(1000, "cuda") == bucket_numbers(1000, "cpu") == 1000
     assert bucket_numbers(10**10, "cpu") < bucket_numbers(10**10, "cuda")
@@ -57,8 +57,8 @@ def test_two_buckets_that_take_turns_give_the_same_curve(train):
 
 def test_a_plan_counts_both_buckets():
     from training.config import Sharding
-    from training.shape import shape_of
-    from training.sizing import Setting, learning
+    from training.estimate.memory import Setting, learning
+    from training.estimate.parameters import shape_of
 
     shape = shape_of("meta-llama/Llama-2-7b-hf")
     told = {

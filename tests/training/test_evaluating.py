@@ -11,10 +11,11 @@ import pytest
 from tests.fork_group import ForkGroup
 from tests.training.test_exact_resume import state
 from tests.training_fixtures import Recorder, sft_phase
-from training.checkpoint import Manifest
-from training.checkpoints import Checkpoints, step_of
+from training.checkpoint.format import Manifest
+from training.checkpoint.repository import Checkpoints, step_of
+from training.drivers import evaluating, supervised
 from training.errors import TrainingError
-from training.recipes import RECIPES, evaluating, supervised
+from training.recipes import RECIPES
 
 pytestmark = pytest.mark.cpu
 

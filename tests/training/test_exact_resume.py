@@ -13,10 +13,10 @@ import pytest
 from tests.fork_group import ForkGroup
 from tests.recording_trainer import FOLDER
 from tests.training_fixtures import Recorder, sft_phase
-from training.checkpoint import Manifest, Reader
-from training.checkpoints import Checkpoints, step_of
+from training.checkpoint.format import Manifest, Reader
+from training.checkpoint.repository import Checkpoints, step_of
+from training.drivers import supervised
 from training.errors import TrainingError
-from training.recipes import supervised
 from training.storage import place
 
 pytestmark = pytest.mark.cpu

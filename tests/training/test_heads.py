@@ -62,7 +62,7 @@ def of_policy(lm, micro):
 
 
 def of_tokens(lm, micro):
-    from training.model import TokenLoss
+    from training.models.loading import TokenLoss
 
     module = TokenLoss(lm)
     return lambda: module(**micro)
@@ -82,7 +82,7 @@ def test_chunks_change_neither_losses_nor_gradients(lm, micro, made, monkeypatch
 
     compute = made(lm, micro)
     whole, gradients = learnt(lm, compute)
-    monkeypatch.setattr("training.heads.LOGITS_AT_ONCE", AT_ONCE)
+    monkeypatch.setattr("training.models.chunked_logits.LOGITS_AT_ONCE", AT_ONCE)
     chunked, of_chunks = learnt(lm, compute)
     with torch.no_grad():
         asked = compute()
@@ -116,7 +116,7 @@ def test_the_logits_never_exist_whole(lm, micro, made, monkeypatch):
     compute = made(lm, micro)
     with Largest() as whole:
         compute()[0].backward()
-    monkeypatch.setattr("training.heads.LOGITS_AT_ONCE", AT_ONCE)
+    monkeypatch.setattr("training.models.chunked_logits.LOGITS_AT_ONCE", AT_ONCE)
     with Largest() as chunked:
         compute()[0].backward()
     # The head's gradient is looked at transposed: [hidden 32, vocabulary].

@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 
 from tests.raw_server import CUT, DRIPPING, OK, RawServer, whole
-from training.http_requests import RequestError, StatusError, fetch
+from training.io.http_requests import RequestError, StatusError, fetch
 
 
 def answered(server: RawServer, timeout_s: float = 20.0) -> bytes:
@@ -51,7 +51,7 @@ def test_the_time_limit_is_for_the_whole_answer(part):
 
 
 def test_an_answer_may_be_too_large(monkeypatch):
-    monkeypatch.setattr("training.http_requests._LONGEST_BYTES", 1 << 20)
+    monkeypatch.setattr("training.io.http_requests._LONGEST_BYTES", 1 << 20)
     with RawServer(whole(b"x" * (2 << 20))) as server:
         assert "more than 1 MiB" in str(failed(server))
 

@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from training import kernels
 from training.config import Model
 from training.errors import InputError
+from training.models import kernels
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ def layers():
     import torch
     from transformers.cache_utils import DynamicLayer
 
-    from training.kvcache import RoomyLayer
+    from training.generation.kv_cache import RoomyLayer
 
     own, other = DynamicLayer(), DynamicLayer()
     prompt = torch.rand(4, 2, 5, 3)
@@ -38,7 +38,7 @@ def test_it_holds_the_same_while_rows_leave():
 def test_what_is_held_is_moved_once_in_many_tokens():
     import torch
 
-    from training.sizing import CACHE_ROOM
+    from training.estimate.memory import CACHE_ROOM
 
     _, roomy = layers()
     token = torch.rand(4, 2, 1, 3)
@@ -51,7 +51,7 @@ def test_layers_that_hold_a_window_stay_as_they_are():
     import torch
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    from training.kvcache import RoomyLayer, give_room
+    from training.generation.kv_cache import RoomyLayer, give_room
 
     cache = DynamicCache()
     cache.layers = [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=8)]

@@ -43,8 +43,8 @@ def learnt(lm, places, *, in_full=False):
     import torch
     from torch.nn import functional
 
-    from training.model import TokenLoss
-    from training.recipes.reward import scores
+    from training.models.loading import TokenLoss
+    from training.roles.reward import scores
 
     ids, index, targets = micro(places)
     if hasattr(lm, "score"):
@@ -92,7 +92,7 @@ def test_a_place_that_two_sequences_end_at_counts_twice():
 
 @pytest.mark.parametrize("why", ["recomputed", "most are looked at", "unknown"])
 def test_where_it_cannot_or_need_not_all_are_computed(why):
-    from training.traits import Traits
+    from training.estimate.model_traits import Traits
 
     lm = family("Llama")
     if why == "unknown":

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import tiny_models
 from training.config import Model
-from training.layout import buffers
+from training.models.layout import buffers
 
 pytestmark = pytest.mark.cpu
 

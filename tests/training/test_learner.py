@@ -17,8 +17,8 @@ SETTING = "TOKENIZERS_PARALLELISM"
 def seen(tiny, monkeypatch):
     """From a worker's place on its node to the tokenizer's setting at every opening of the data, and whether that verifies them."""
     from tests.training_fixtures import phase_of
-    from training import learner
-    from training.distributed import Seat
+    from training.process.distributed import Seat
+    from training.roles import learner
 
     def look(local_rank: int) -> list[tuple[str | None, bool]]:
         found: list[tuple[str | None, bool]] = []
@@ -51,7 +51,7 @@ def test_a_setting_that_was_not_there_is_not_left_behind(seen, monkeypatch):
 
 
 def test_the_setting_is_put_back_when_rows_are_refused(monkeypatch):
-    from training import learner
+    from training.roles import learner
 
     monkeypatch.setenv(SETTING, "false")
     with pytest.raises(KeyError), learner._tokenizer_on_all_cores():

@@ -31,7 +31,7 @@ def trained(tiny, train):
 
 
 def exported(tiny, hooks, out, recipe="sft", lora=LORA, **how):
-    from training.export import export
+    from training.checkpoint.export import export
 
     export(hooks.last, place(out), phase_of(tiny, recipe, lora=lora), **how)
     return out
@@ -54,7 +54,7 @@ def logits(folder, adapter=None, classifier=False):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_only_adapters_are_trained_and_saved(trained, stage):
-    from training.checkpoint import Manifest
+    from training.checkpoint.format import Manifest
 
     hooks = trained(stage=stage)
     manifest = Manifest.read(hooks.last)
@@ -116,7 +116,7 @@ def test_an_adapter_is_trained_on(tiny, trained, train, tmp_path, recipe, stage)
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_full_weights_may_start_from_an_adapter(tiny, trained, train, tmp_path, stage):
-    from training.checkpoint import Manifest
+    from training.checkpoint.format import Manifest
 
     hooks = trained()
     adapter = exported(tiny, hooks, tmp_path / "adapter")
@@ -164,7 +164,7 @@ def test_an_adapter_of_another_shape_is_refused(tiny, trained, train, tmp_path):
 def test_an_adapter_for_another_base_is_refused(tiny, trained, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from training.modelfiles import inspect
+    from training.model_folder import inspect
 
     adapter = exported(tiny, trained(), tmp_path / "adapter")
     assert inspect(adapter).architecture == "LlamaForCausalLM"
@@ -205,8 +205,8 @@ def test_names_in_files_may_lack_the_prefix_of_the_model(tiny, train, tmp_path, 
     from safetensors.torch import load_file, save_file
     from transformers import GPT2Config
 
-    from training import model as models
-    from training.modelfiles import inspect
+    from training.model_folder import inspect
+    from training.models import loading as models
 
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2)
     base = model_of(tiny, tmp_path / "base", config)
@@ -218,7 +218,7 @@ def test_names_in_files_may_lack_the_prefix_of_the_model(tiny, train, tmp_path, 
     classifier = recipe == "reward"
 
     def of(out, **more):
-        from training.export import export
+        from training.checkpoint.export import export
 
         export(hooks.last, place(out), phase_of(tiny, recipe, **how), **more)
         return out
@@ -249,7 +249,7 @@ def test_merging_goes_by_the_names_of_the_loaded_model_where_files_have_others(t
     (note,) = [note for note in hooks.facts.notes if "experts" in note]
     assert "down_proj, gate_up_proj" in note
     assert "k_proj, o_proj, q_proj, v_proj" in note
-    from training.export import export
+    from training.checkpoint.export import export
 
     for out, merge in (("adapter", False), ("merged", True)):
         export(hooks.last, place(tmp_path / out), phase_of(tiny, "sft", **how), merge=merge)
@@ -273,7 +273,7 @@ def test_an_adapter_of_which_a_part_would_not_be_applied_is_refused_by_name(tiny
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from training.modelfiles import inspect
+    from training.model_folder import inspect
 
     lm = AutoModelForCausalLM.from_pretrained(tiny / "model")
     get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", r=4, **settings)).save_pretrained(tmp_path)
@@ -284,7 +284,7 @@ def test_an_adapter_of_which_a_part_would_not_be_applied_is_refused_by_name(tiny
 
 
 def test_an_adapter_on_quantized_weights_is_refused(tiny, trained, tmp_path):
-    from training.modelfiles import inspect
+    from training.model_folder import inspect
 
     adapter = exported(tiny, trained(), tmp_path / "adapter")
     base = tmp_path / "base"
@@ -301,7 +301,7 @@ def test_other_kinds_of_peft_are_refused_by_name(tiny, tmp_path):
     from peft import IA3Config, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from training.modelfiles import inspect
+    from training.model_folder import inspect
 
     lm = AutoModelForCausalLM.from_pretrained(tiny / "model")
     get_peft_model(lm, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
@@ -316,8 +316,8 @@ def test_an_embedding_and_a_head_that_were_saved_whole(tiny, train, tmp_path, ti
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from training import model as models
-    from training.modelfiles import inspect
+    from training.model_folder import inspect
+    from training.models import loading as models
 
     base = model_of(tiny, tmp_path / "base", LlamaConfig.from_pretrained(tiny / "model", tie_word_embeddings=tied))
     lm = AutoModelForCausalLM.from_pretrained(base)

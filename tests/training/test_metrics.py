@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from training.config import CFT, Reward
-from training.metrics import METRICS, metric
+from training.metric_schema import METRICS, metric
 from training.recipes import RECIPES
 
 pytestmark = pytest.mark.cpu

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from training.errors import InputError
-from training.modelfiles import inspect, notes_on
+from training.model_folder import inspect, notes_on
 
 VOCAB, HIDDEN = 11, 4
 CONFIG = {
@@ -236,7 +236,7 @@ def test_python_code_of_a_model_needs_consent_unless_transformers_knows_the_mode
 
 
 def test_looking_into_a_folder_loads_no_torch():
-    code = "import sys, training.modelfiles; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    code = "import sys, training.model_folder; print([n for n in ('torch', 'transformers') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import tiny_models
 from training.config import SFT, Model
-from training.model import load, load_config
+from training.models.loading import load, load_config
 
 pytestmark = pytest.mark.cpu
 

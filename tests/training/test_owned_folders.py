@@ -10,14 +10,14 @@ import tempfile
 
 import pytest
 
-from training.data.store import create
-from training.owned_folders import OWNER, own, sweep, temporary_folder
+from training.data.token_store import create
+from training.io.owned_folders import OWNER, own, sweep, temporary_folder
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from training.data.store import create
-from training.owned_folders import temporary_folder
+from training.data.token_store import create
+from training.io.owned_folders import temporary_folder
 
 with temporary_folder("muster-", sys.argv[1]) as folder, create(Path(sys.argv[1]) / "0123", 1):
     (folder / "large").write_text("x")

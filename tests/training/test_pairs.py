@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, Qwen2Config
 
-from training.pairs import mask_of, trees
-from training.probe import probe
-from training.recipes.reward import PairLoss, _one_after_the_other
+from training.data.shared_prefix_pairs import mask_of, trees
+from training.models.probe import probe
+from training.roles.reward import PairLoss, _one_after_the_other
 
 SHAPE = {
     "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -17,12 +17,12 @@ from safetensors.numpy import save_file
 
 from tests.hostile import bounded, spoilt, text_of
 from tests.made_checkpoints import save_in
-from training import modelfiles
-from training.checkpoint import MANIFEST, Reader, verify
-from training.checkpoints import Checkpoints
+from training import model_folder
+from training.checkpoint.format import MANIFEST, Reader, verify
+from training.checkpoint.repository import Checkpoints
 from training.data import files
 from training.errors import InputError, MusterError
-from training.shape import shape_of
+from training.estimate.parameters import shape_of
 from training.storage import place as storage_place
 
 HEADER = json.loads(
@@ -51,12 +51,12 @@ CONFIG = {
 def looked_at(folder: Path) -> None:
     """All that is found out about a model without loading it."""
     for look in (
-        lambda: modelfiles.inspect(folder),
-        lambda: modelfiles.inspect(folder, classifier=True, check_code=False),
-        lambda: modelfiles.notes_on(str(folder)),
-        lambda: modelfiles.quantization(folder),
-        lambda: modelfiles.window_of(str(folder)),
-        lambda: modelfiles.tensor_shapes(folder),
+        lambda: model_folder.inspect(folder),
+        lambda: model_folder.inspect(folder, classifier=True, check_code=False),
+        lambda: model_folder.notes_on(str(folder)),
+        lambda: model_folder.quantization(folder),
+        lambda: model_folder.window_of(str(folder)),
+        lambda: model_folder.tensor_shapes(folder),
         lambda: shape_of(str(folder)),
     ):
         with suppress(MusterError):
@@ -105,14 +105,14 @@ def test_tensors_that_cannot_be_are_refused(tmp_path, entry, message):
     file = tmp_path / "model.safetensors"
     file.write_bytes(weights({"w": entry}))
     with pytest.raises(ValueError, match=message):
-        modelfiles._read_header(file)
+        model_folder._read_header(file)
 
 
 def test_a_header_of_more_bytes_than_there_can_be_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(weights(HEADER, 2**62))
     with pytest.raises(ValueError, match="is no safetensors file"):
-        modelfiles._read_header(file)
+        model_folder._read_header(file)
 
 
 @bounded
@@ -144,7 +144,7 @@ def test_the_configuration_of_an_adapter(tmp_path_factory, template, config):
     (folder / "adapter_config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
     looked_at(folder)
     with suppress(InputError):
-        modelfiles.adapter_in(str(folder))
+        model_folder.adapter_in(str(folder))
 
 
 # Checkpoints

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.paths import absolute
+from training.io.paths import absolute
 
 PATHS = (
     "link/../file", "link/../../file", "link/sub/../../file", "./link/.././file", "link/../deep/../file", "real/../file",

@@ -30,7 +30,7 @@ def config_of(kind: str, **settings: Any) -> Any:
 def found(kind: str, **settings: Any) -> Any:
     from transformers import AutoConfig
 
-    from training.probe import probe
+    from training.models.probe import probe
 
     return probe(AutoConfig.for_model(kind, **settings))
 
@@ -113,7 +113,7 @@ def test_rotary_factors_that_depend_on_the_longest_sample_are_found_out(rope, li
 
 
 def test_a_model_that_cannot_be_made_small_goes_the_slow_way():
-    from training.probe import probe
+    from training.models.probe import probe
 
     config = config_of("llama")
     config.hidden_act = "an activation that nobody knows"
@@ -130,7 +130,7 @@ def alone(folder: Path, rows: list[dict[str, str]], phase: Any) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from training.data.stores import open_stores
+    from training.data.phase_data import open_stores
 
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     store = open_stores(phase, Path("cache")).train
@@ -179,7 +179,7 @@ NOTED = {
 
 @pytest.mark.parametrize("kind", ROUTED)
 def test_the_loss_of_a_routed_model_is_that_of_its_rows_alone(kind, place, monkeypatch):
-    from launcher.gang import _inline_groups
+    from launcher.workers.worker_set import _inline_groups
     from training.config import SFT
     from training.recipes import RECIPES
 

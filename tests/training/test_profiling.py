@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.training_fixtures import Recorder, phase_of
-from training.breakdown import Span, Work, breakdown, summary, table
 from training.config import Profile
-from training.recipes.profiled import Profiled
+from training.drivers.profiled_steps import Profiled
+from training.profiling.breakdown import Span, Work, breakdown, summary, table
+from training.profiling.trace import operators, read, seconds_of
 from training.schedule import never_profiled
 from training.storage import place
-from training.trace import operators, read, seconds_of
 
 NINES = "tests.some_rewards:nines"
 
@@ -167,7 +167,7 @@ class Asked:
 def recording(tiny, tmp_path, monkeypatch):
     """(what was asked, the profile of a phase with these settings)."""
     asked: list[tuple] = []
-    monkeypatch.setattr("training.recipes.profiled.results", lambda futures, timeout_s: [None])
+    monkeypatch.setattr("training.drivers.profiled_steps.results", lambda futures, timeout_s: [None])
 
     def make(recipe: str, roles: tuple[str, ...], **settings):
         phase = phase_of(tiny, recipe, **settings)

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from tests.training_fixtures import phase_of
-from training import question_prompts, questions
+from training.data import question_prompts, questions
 from training.data.formats import Chat, Prompt
-from training.data.stores import open_stores
+from training.data.phase_data import open_stores
 from training.errors import InputError
 
 USER = {"role": "user", "content": "2 + 2?"}
@@ -93,7 +93,7 @@ def test_an_evaluation_asks_no_model_beyond_its_positions(tmp_path):
     from tests.training.data.test_serving_tokens import tokenizer_of
     from training.config import Questions
     from training.data.render import Renderer
-    from training.evaluate import Asking, by_answer
+    from training.evaluation.generated_answers import Asking, by_answer
 
     torch.manual_seed(0)
     tokenizer = tokenizer_of("gpt-2")

@@ -6,8 +6,8 @@ import pytest
 
 from tests.training_fixtures import phase_of
 from training.config import PPO
-from training.shape import shape_of
-from training.sizing import models_of, recomputes, setting_of, team
+from training.estimate.memory import models_of, recomputes, setting_of, team
+from training.estimate.parameters import shape_of
 
 GIB = 1 << 30
 
@@ -60,7 +60,7 @@ def test_roles_that_share_a_gpu_decide_together_and_those_that_only_answer_never
 def test_workers_decide_as_the_plan_does(recipe, gib, workers):
     import torch
 
-    from training.learner import recomputes_on
+    from training.roles.learner import recomputes_on
 
     phase = llama(recipe, workers=workers)
     assert recomputes_on(phase, "trainer", workers, torch.bfloat16, gib * GIB) == decided(phase, gib)
@@ -70,7 +70,7 @@ def test_fewer_workers_than_the_job_asks_for_decide_for_themselves():
     """ZeRO gives each of them more to hold."""
     import torch
 
-    from training.learner import recomputes_on
+    from training.roles.learner import recomputes_on
 
     phase = llama(workers=16, sharding={"stage": 3})
     found = [recomputes_on(phase, "trainer", workers, torch.bfloat16, 48 * GIB) for workers in (16, 4)]
@@ -80,7 +80,7 @@ def test_fewer_workers_than_the_job_asks_for_decide_for_themselves():
 def test_a_model_of_which_nothing_is_known_recomputes():
     import torch
 
-    from training.learner import recomputes_on, with_recomputing
+    from training.roles.learner import recomputes_on, with_recomputing
 
     phase = llama()
     nowhere = phase.model_copy(update={"model": phase.model.model_copy(update={"path": "/nowhere"})})

@@ -13,8 +13,9 @@ from datetime import timedelta
 import pytest
 
 from tests.fork_group import in_a_process
-from training import distributed, rendezvous_server
-from training.authenticated_channel import (
+from training.errors import TrainingError
+from training.process import distributed, rendezvous_server
+from training.process.authenticated_channel import (
     KEY_BYTES,
     NONCE_BYTES,
     TAG_BYTES,
@@ -25,9 +26,8 @@ from training.authenticated_channel import (
     pack,
     unpack,
 )
-from training.distributed import Seat, join, listen
-from training.errors import TrainingError
-from training.rendezvous_server import RendezvousServer
+from training.process.distributed import Seat, join, listen
+from training.process.rendezvous_server import RendezvousServer
 
 KEY = secrets.token_bytes(KEY_BYTES)
 STRANGER = 65534
@@ -212,7 +212,7 @@ def test_a_server_without_the_key_is_sent_no_request():
 
 
 def store_at(address, key=KEY, timeout_s=10.0):
-    from training.rendezvous_store import RendezvousStore
+    from training.process.rendezvous_store import RendezvousStore
 
     return RendezvousStore(*address, key, timedelta(seconds=timeout_s))
 

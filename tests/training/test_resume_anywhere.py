@@ -10,17 +10,17 @@ import pytest
 from tests.fork_group import ForkGroup
 from tests.training.test_exact_resume import state
 from tests.training_fixtures import Recorder, sft_phase
-from training.checkpoint import Manifest
-from training.checkpoints import opened
+from training.checkpoint.format import Manifest
+from training.checkpoint.repository import opened
+from training.drivers import supervised
 from training.group import results
-from training.recipes import supervised
 from training.storage import place
 
 pytestmark = pytest.mark.cpu
 
 STEPS, AT = 8, 4
 WRITERS = [(2, 2), (3, 3), (1, 0), (2, 1)]
-TRAINER = "training.recipes.language:LanguageTrainer"
+TRAINER = "training.roles.language:LanguageTrainer"
 
 
 def phase_of(tiny, workers, stage, **settings):

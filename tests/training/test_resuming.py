@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from training.checkpoint import CheckpointError, Manifest, NewerFormat
-from training.checkpoints import Checkpoints, step_of
+from training.checkpoint.format import CheckpointError, Manifest, NewerFormat
+from training.checkpoint.repository import Checkpoints, step_of
+from training.drivers.restore import _refuse_change
 from training.errors import InputError
-from training.recipes.resuming import _refuse_change
 from training.storage import place
 
 pytestmark = pytest.mark.cpu
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_a_newer_muster_is_not_passed_over(train, stopped, tmp_p
 
 
 def test_workers_that_do_not_share_the_folder_are_found_before_training(train, tmp_path, monkeypatch):
-    from training.checkpoints import _InFolder
+    from training.checkpoint.repository import _InFolder
 
     monkeypatch.setattr(_InFolder, "staging", property(lambda self: place("/nowhere/runs")))
     with pytest.raises(InputError, match=r"/nowhere/runs cannot be written from .*\n.*all machines share"):

@@ -9,8 +9,8 @@ import pytest
 
 from tests.training.data.test_serving_tokens import tokenizer_of
 from tests.training_fixtures import phase_of
-from training import reward_prompts
-from training.data.stores import open_stores
+from training.data import reward_prompts
+from training.data.phase_data import open_stores
 from training.errors import InputError
 
 pytestmark = pytest.mark.cpu

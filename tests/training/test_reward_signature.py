@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from training.config import PPO
+from training.data.reward_signature import Signature, check, notes, signature_of
 from training.errors import InputError
-from training.reward_signature import Signature, check, notes, signature_of
 
 
 class Prompts(list):
@@ -96,7 +96,7 @@ def test_conversations_are_told_of():
 
 
 def test_source_and_function_tell_the_same(tmp_path):
-    from training.reward_signature import _read
+    from training.data.reward_signature import _read
 
     def score(a, b=1, *rest, c, d=2, **others): ...
 

@@ -64,8 +64,8 @@ def in_plain_torch(tiny, name) -> Curve:
     import torch
 
     from training.data.order import Order
-    from training.data.stores import open_stores
-    from training.model import load
+    from training.data.phase_data import open_stores
+    from training.models.loading import load
     from training.schedule import learning_rate
 
     phase = canonical(tiny, name)
@@ -192,7 +192,7 @@ def table(*places: tuple, also: tuple[tuple, ...] = (), seldom: tuple[tuple, ...
 
 
 def curve_of(hooks: Recorder, last) -> Curve:
-    from training.checkpoint import Reader
+    from training.checkpoint.format import Reader
 
     reader = Reader(last)
     weights = {name: reader.whole(name) for name in reader.manifest.parameters}
@@ -265,8 +265,8 @@ def test_gradient_checkpointing(run, plain, tiny, name, workers, stage):
 
 
 def _inline(phase, cache, folder) -> Curve:
-    from training.distributed import Seat, join, set_environment
     from training.group import InlineGroup, Worker
+    from training.process.distributed import Seat, join, set_environment
     from training.recipes import resolve
 
     seat, hooks, recipe = Seat(rank=0, size=1), Recorder(folder), RECIPES[phase.recipe]

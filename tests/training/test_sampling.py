@@ -19,7 +19,7 @@ def lm(tiny):
 
 
 def texts(lm, batch=64, ends=(0,), prompts=PROMPTS, keys=None, **settings):
-    from training.sampling import Sampling, continue_all
+    from training.generation.sampling import Sampling, continue_all
 
     settings = Sampling(**{"max_new_tokens": 24, **settings})
     out = continue_all(lm, prompts, keys or range(len(prompts)), ends, settings, batch=batch)
@@ -77,7 +77,7 @@ def test_other_keys_draw_otherwise(lm):
 def test_tokens_are_drawn_with_their_probabilities():
     import torch
 
-    from training.sampling import Sampling, draw
+    from training.generation.sampling import Sampling, draw
 
     probabilities = torch.tensor([0.05, 0.5, 0.0, 0.3, 0.15])
     count = 20_000
@@ -96,7 +96,7 @@ def test_tokens_are_drawn_with_their_probabilities():
 
 
 def test_the_random_numbers_are_spread_evenly_and_do_not_hang_together():
-    from training.sampling import uniform
+    from training.generation.sampling import uniform
 
     keys = np.arange(4096, dtype=np.uint64)
     numbers = np.stack([uniform(keys, position) for position in range(64)])
@@ -109,8 +109,8 @@ def test_the_random_numbers_are_spread_evenly_and_do_not_hang_together():
 
 
 def _answers(phase, cache) -> list[tuple]:
-    from training.distributed import Seat, join, set_environment
-    from training.recipes.language import LanguageTrainer
+    from training.process.distributed import Seat, join, set_environment
+    from training.roles.language import LanguageTrainer
 
     seat = Seat(rank=0, size=1)
     set_environment(seat)
@@ -121,7 +121,7 @@ def _answers(phase, cache) -> list[tuple]:
 
 
 def responses(shares) -> list[tuple]:
-    from training.measures import in_order
+    from training.evaluation.accuracy import in_order
 
     return [(row["number"], row["sample"], row["response"], row["ended"]) for row in in_order(shares)]
 
@@ -139,7 +139,7 @@ def test_workers_answer_alike_however_many_there_are(tiny, workers, batch, stage
     expected = in_a_process(_answers, phase_of(tiny, "sft", eval=asked), str(tiny / "cache"))
     assert len({text for _, _, text, _ in expected}) > 30
     phase = phase_of(tiny, "sft", workers=workers, stage=stage, eval={**asked, "batch": batch})
-    with ForkGroup(workers, "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache")) as group:
+    with ForkGroup(workers, "training.roles.language:LanguageTrainer", phase, str(tiny / "cache")) as group:
         results(group.call("setup"))
         shares = [share.rows[""] for share in results(group.call("answer", 60.0, begin=True))]
     assert responses(shares) == expected
@@ -150,27 +150,27 @@ def test_workers_answer_alike_however_many_there_are(tiny, workers, batch, stage
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}])
 def test_continuous_batching_draws_the_same_tokens(lm, settings, monkeypatch):
-    from training import continuous
-    from training.sampling import Sampling, continue_all
+    from training.generation import continuous_batching
+    from training.generation.sampling import Sampling, continue_all
 
     # Room for a few at a time: prompts wait, and come in when others end.
-    monkeypatch.setattr(continuous, "_ON_CPU", {"page_size": 16, "num_blocks": 12, "max_batch_tokens": 32})
+    monkeypatch.setattr(continuous_batching, "_ON_CPU", {"page_size": 16, "num_blocks": 12, "max_batch_tokens": 32})
     prompts = [[5 + i, *range(3, 3 + i % 7)] for i in range(24)]
     chosen = Sampling(max_new_tokens=12, **settings)
     ends = set(range(20, 60))
     expected = continue_all(lm, prompts, range(24), ends, chosen)
-    assert continuous.continue_all(lm, prompts, range(24), ends, chosen) == expected
+    assert continuous_batching.continue_all(lm, prompts, range(24), ends, chosen) == expected
     assert {one.ended for one in expected} == {True, False} or settings["temperature"] == 0
-    assert continuous.continue_all(lm, [], [], ends, chosen) == []
+    assert continuous_batching.continue_all(lm, [], [], ends, chosen) == []
 
 
 def test_a_failure_of_continuous_batching_is_raised(lm, monkeypatch):
-    from training import continuous
-    from training.sampling import Sampling
+    from training.generation import continuous_batching
+    from training.generation.sampling import Sampling
 
     def fail(self, scores, tensor_arg):
         raise ValueError("no numbers")
 
-    monkeypatch.setattr(continuous._Draw, "__call__", fail)
+    monkeypatch.setattr(continuous_batching._Draw, "__call__", fail)
     with pytest.raises(RuntimeError, match="continuous batching failed: no numbers"):
-        continuous.continue_all(lm, [[5, 6]], [1], [2], Sampling(max_new_tokens=3))
+        continuous_batching.continue_all(lm, [[5, 6]], [1], [2], Sampling(max_new_tokens=3))

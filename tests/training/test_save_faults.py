@@ -17,10 +17,10 @@ import pytest
 from tests.fork_group import ForkGroup
 from tests.made_checkpoints import save
 from tests.training_fixtures import Recorder, sft_phase
-from training.checkpoint import OPTIMIZER, Manifest, Reader, verify
-from training.checkpoints import Checkpoints, opened, step_of
+from training.checkpoint.format import OPTIMIZER, Manifest, Reader, verify
+from training.checkpoint.repository import Checkpoints, opened, step_of
+from training.drivers import supervised
 from training.errors import SaveError, Superseded, TrainingError
-from training.recipes import supervised
 from training.storage import Place, place
 
 pytestmark = [pytest.mark.cpu, pytest.mark.faults]
@@ -52,7 +52,7 @@ def test_a_worker_killed_in_a_save_always_leaves_a_checkpoint_to_go_on_from(trai
     in_the_middle = 0
     for _ in range(TRIES):
         hooks = Recorder(tmp_path)
-        with ForkGroup(2, "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache")) as group:
+        with ForkGroup(2, "training.roles.language:LanguageTrainer", phase, str(tiny / "cache")) as group:
             killed = Killed(group, rng)
             with pytest.raises(TrainingError):
                 supervised.run(phase, {"trainer": killed}, hooks)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.training_fixtures import Recorder
-from training.checkpoint import OPTIMIZER, File, Manifest, verify, write_shard
+from training.checkpoint.async_writer import ShardWriter
+from training.checkpoint.format import OPTIMIZER, File, Manifest, verify, write_shard
 from training.config import SFT
+from training.drivers.saver import Saver
 from training.errors import SaveError
-from training.facts import Facts
 from training.group import Done
-from training.recipes.saving import Saver
-from training.snapshot import ShardWriter
+from training.phase_info import Facts
 from training.storage import place
 
 FACTS = Facts(

@@ -21,7 +21,7 @@ def _config(kind: str, **settings: Any) -> Any:
 def test_the_default_configurations_of_causal_types_shrink():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from training.shrink import shrunk
+    from training.models.shrink import shrunk
 
     every_third = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - _WITHOUT_DEFAULT)[
         ::3
@@ -40,7 +40,7 @@ def test_the_default_configurations_of_causal_types_shrink():
     ],
 )
 def test_a_small_copy_has_every_kind_of_layer(kind, settings, kept):
-    from training.shrink import shrunk
+    from training.models.shrink import shrunk
 
     assert shrunk(_config(kind, **settings)).layer_types == kept
 
@@ -50,7 +50,7 @@ def test_a_small_copy_computes_and_is_small(kind):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from training.shrink import shrunk, small_model
+    from training.models.shrink import shrunk, small_model
 
     lm = small_model(shrunk(_config(kind)), AutoModelForCausalLM, "eager")
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_small_copies_of_a_configuration_are_the_same(kind):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from training.shrink import shrunk, small_model
+    from training.models.shrink import shrunk, small_model
 
     torch.manual_seed(1)
     one, other = (small_model(shrunk(_config(kind)), AutoModelForCausalLM, "eager").state_dict() for _ in range(2))
@@ -74,7 +74,7 @@ def test_small_copies_of_a_configuration_are_the_same(kind):
 
 
 def test_rotary_settings_keep_their_kind_and_fit_the_small_heads():
-    from training.shrink import ROTARY_LIMIT, shrunk
+    from training.models.shrink import ROTARY_LIMIT, shrunk
 
     longrope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096,
                 "short_factor": [1.0] * 48, "long_factor": [float(i) for i in range(1, 49)], "factor": 32.0}  # fmt: skip

@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 
 from tests.training_fixtures import Recorder, phase_of
+from training.estimate.memory import Models, setting_of, states, team
+from training.estimate.parameters import shape_of
 from training.recipes import RECIPES, resolve
-from training.shape import shape_of
-from training.sizing import Models, setting_of, states, team
 
 SHAPES = {
     "wide": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 2000},
@@ -78,7 +78,7 @@ def measured(folder, phase, tmp_path):
 
 def lengths(folder, phase):
     """Of the longest sample, and the share of its tokens that are targets."""
-    from training.data.stores import open_stores
+    from training.data.phase_data import open_stores
 
     store = open_stores(phase, folder / "cache").train
     return int(store.lengths.max()), float(store.target_counts.sum() / store.lengths.sum())

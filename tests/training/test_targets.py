@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import tiny_models
-from training.targets import all_linear, body_layers, ends_of
+from training.models.lora_targets import all_linear, body_layers, ends_of
 
 
 def test_layers_of_one_end_are_found_by_it():

@@ -76,8 +76,8 @@ def test_the_exported_model_is_the_trained_one(train, tiny, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from training.checkpoint import Reader
-    from training.export import export
+    from training.checkpoint.export import export
+    from training.checkpoint.format import Reader
     from training.storage import place
 
     run = train(2, stage=3)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from training import traits
 from training.config import PPO, SFT, Model, Reward
-from training.data.dealing import SDPA_VARLEN, deal, limits_for
+from training.data.batching import SDPA_VARLEN, deal, limits_for
 from training.errors import InputError
-from training.traits import Kernel, Rows, Traits
+from training.estimate import model_traits
+from training.estimate.model_traits import Kernel, Rows, Traits
 
 GOOD = Kernel(exists=True, right=True, packs=True, pads=True, trees=True)
 LEAKS = replace(GOOD, packs=False)
@@ -46,7 +46,7 @@ def phase(kind: Any = SFT, **settings: Any) -> Any:
     ],
 )
 def test_which_attention_kernel_a_model_gets(known, settings, device, flash, expected):
-    assert traits.attention_of(Model(path="m", **settings), known, device, flash=flash) == expected
+    assert model_traits.attention_of(Model(path="m", **settings), known, device, flash=flash) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_which_attention_kernel_a_model_gets(known, settings, device, flash, exp
 )
 def test_a_kernel_that_a_model_does_not_have_is_refused_by_the_setting(known, attention, message):
     with pytest.raises(InputError) as refused:
-        traits.attention_of(Model(path="m", attention=attention), known, "cpu")
+        model_traits.attention_of(Model(path="m", attention=attention), known, "cpu")
     (problem,) = refused.value.problems
     assert problem.what == "model.attention"
     assert message in problem.message
@@ -86,7 +86,7 @@ def test_a_kernel_that_a_model_does_not_have_is_refused_by_the_setting(known, at
     ],
 )
 def test_how_samples_share_micro_batches(known, attention, longest, expected):
-    assert traits.rows_of(known, attention, longest) == expected
+    assert model_traits.rows_of(known, attention, longest) == expected
 
 
 def test_rows_of_unlike_lengths_are_kept_apart_above_a_length():
@@ -111,21 +111,21 @@ def test_rows_of_unlike_lengths_are_kept_apart_above_a_length():
 )
 def test_what_cannot_be_learnt_with_a_model_is_refused(kind, known, key, message):
     with pytest.raises(InputError) as refused:
-        traits.refuse(phase(kind), known, "sdpa", 100)
+        model_traits.refuse(phase(kind), known, "sdpa", 100)
     (problem,) = refused.value.problems
     assert problem.what == key
     assert message in problem.message
 
 
 def test_another_way_is_told_with_its_reason_and_its_setting():
-    assert not list(traits.notes(phase(), LLAMA, SDPA_VARLEN, 100))
-    (note,) = traits.notes(phase(), OPT, "sdpa", 100)
+    assert not list(model_traits.notes(phase(), LLAMA, SDPA_VARLEN, 100))
+    (note,) = model_traits.notes(phase(), OPT, "sdpa", 100)
     assert note.startswith("samples of OPTForCausalLM that share a row see each other")
     assert "data.pack" in note
-    assert not list(traits.notes(phase(data={"pack": False}), OPT, "sdpa", 100))
-    (note,) = traits.notes(phase(), GEMMA2, "eager", 100)
+    assert not list(model_traits.notes(phase(data={"pack": False}), OPT, "sdpa", 100))
+    (note,) = model_traits.notes(phase(), GEMMA2, "eager", 100)
     assert "model.attention" in note
-    (note,) = traits.notes(phase(), STRANGE, "eager", 100)
+    (note,) = model_traits.notes(phase(), STRANGE, "eager", 100)
     assert "no small copy of OwnForCausalLM" in note
 
 
@@ -136,32 +136,36 @@ def test_continuous_batching_is_for_models_that_keep_packed_samples_apart():
     unfit = [OPT, STRANGE, replace(LLAMA, generation="alone"), replace(LLAMA, rotary_limit=64)]
     assert not any(known.batches_continuously("eager", 100) for known in unfit)
     ppo = PPO(recipe="ppo", model={"path": "m"}, data={"train": "p.jsonl"}, epochs=1, reward="r", batch=4, rollout_batch=4, generation="continuous", resources={"gpus_per_worker": 1})  # fmt: skip
-    assert "continuous batching would change what OPTForCausalLM writes" in next(traits.notes(ppo, OPT, "sdpa", 100))
-    assert not list(traits.notes(ppo, LLAMA, "sdpa", 100))
+    assert "continuous batching would change what OPTForCausalLM writes" in next(
+        model_traits.notes(ppo, OPT, "sdpa", 100)
+    )
+    assert not list(model_traits.notes(ppo, LLAMA, "sdpa", 100))
 
 
 def test_results_are_found_again_and_go_to_workers_by_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MUSTER_CACHE", str(tmp_path / "here"))
-    monkeypatch.setattr(traits, "_known", {})
-    traits.remember("key", OPT)
-    traits.pass_on(["key", "unknown"])
-    monkeypatch.setattr(traits, "_known", {})
-    assert traits.known("key") == OPT  # from the file
+    monkeypatch.setattr(model_traits, "_known", {})
+    model_traits.remember("key", OPT)
+    model_traits.pass_on(["key", "unknown"])
+    monkeypatch.setattr(model_traits, "_known", {})
+    assert model_traits.known("key") == OPT  # from the file
     monkeypatch.setenv("MUSTER_CACHE", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(traits, "_known", {})
-    assert traits.known("key") == OPT  # from the one who drives the run
-    monkeypatch.delenv(traits.PASSED_ON)
-    monkeypatch.setattr(traits, "_known", {})
-    assert traits.known("key") is None
+    monkeypatch.setattr(model_traits, "_known", {})
+    assert model_traits.known("key") == OPT  # from the one who drives the run
+    monkeypatch.delenv(model_traits.PASSED_ON)
+    monkeypatch.setattr(model_traits, "_known", {})
+    assert model_traits.known("key") is None
 
 
 def test_the_key_is_of_what_decides_and_of_nothing_else(tmp_path):
     config = {"model_type": "opt", "hidden_size": 64, "architectures": ["OPTForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    key = traits.key_in(str(tmp_path))
-    assert traits.key_of({**config, "architectures": ["OPTForSequenceClassification"], "dtype": "bfloat16"}) == key
-    assert traits.key_of({**config, "hidden_size": 128}) != key
+    key = model_traits.key_in(str(tmp_path))
+    assert (
+        model_traits.key_of({**config, "architectures": ["OPTForSequenceClassification"], "dtype": "bfloat16"}) == key
+    )
+    assert model_traits.key_of({**config, "hidden_size": 128}) != key
     (tmp_path / "modeling.py").write_text("x = 1")
-    assert traits.key_in(str(tmp_path)) == key  # code that is not run
-    assert traits.key_in(str(tmp_path), trust_remote_code=True) != key
-    assert traits.key_in(str(tmp_path / "nowhere")) is None
+    assert model_traits.key_in(str(tmp_path)) == key  # code that is not run
+    assert model_traits.key_in(str(tmp_path), trust_remote_code=True) != key
+    assert model_traits.key_in(str(tmp_path / "nowhere")) is None

@@ -67,14 +67,14 @@ def logits(lm):
 
 
 def exported(hooks, phase, out, **how):
-    from training.export import export
+    from training.checkpoint.export import export
 
     export(hooks.last, place(out), phase, **how)
     return out
 
 
 def test_data_with_tokens_beyond_the_embedding_are_refused_by_name(added, tmp_path):
-    from training.data.stores import open_stores
+    from training.data.phase_data import open_stores
 
     phase = phase_of(added, "sft", **settings(added, resize_embedding="never"))
     with pytest.raises(InputError) as caught:
@@ -85,8 +85,8 @@ def test_data_with_tokens_beyond_the_embedding_are_refused_by_name(added, tmp_pa
 
 
 def test_tokens_beyond_the_embedding_that_do_not_occur_are_a_note(added, tiny, tmp_path):
-    from training import vocabulary
-    from training.data.stores import open_stores
+    from training.data import vocabulary
+    from training.data.phase_data import open_stores
 
     phase = phase_of(
         added, "sft", **settings(added, resize_embedding="never") | {"data": {"train": str(tiny / "train.jsonl")}}
@@ -98,7 +98,7 @@ def test_tokens_beyond_the_embedding_that_do_not_occur_are_a_note(added, tiny, t
 
 def test_a_prompt_with_such_a_token_is_refused_in_words(added):
     from training.data.files import RowError
-    from training.evaluator import Texts
+    from training.evaluation.evaluator import Texts
 
     with pytest.raises(RowError, match=r"embedding has 300 rows and none for <\|look\|> \(300\)"):
         Texts(str(added / "model")).ids("What is <|look|>?")
@@ -111,8 +111,8 @@ def test_a_grown_embedding_is_learnt_and_the_folder_loads_alone(added, train, tm
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    from training import model as models
-    from training.checkpoint import Manifest
+    from training.checkpoint.format import Manifest
+    from training.models import loading as models
 
     how = settings(added, lora=lora)
     hooks = train(1, **how)
@@ -151,7 +151,7 @@ def test_new_rows_begin_as_the_mean_of_the_others(added, train, stage):
     import torch
 
     from training.data.order import Order
-    from training.data.stores import open_stores
+    from training.data.phase_data import open_stores
 
     hooks = train(2, stage=stage, **settings(added) | {"max_steps": 1})
     lm = grown_by_transformers(added).eval()

@@ -16,7 +16,7 @@ def test_weights_and_losses_without_effect_are_named(tiny, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
-    from training.model import load, notes_on_weights
+    from training.models.loading import load, notes_on_weights
 
     shutil.copytree(tiny / "model", tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"

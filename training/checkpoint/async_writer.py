@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.checkpoint import File, write_shard
+from training.checkpoint.format import File, write_shard
 from training.errors import SaveError
 from training.storage import Place
 

@@ -17,15 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.checkpoint import Reader
+from training.checkpoint.format import Reader
 from training.config import Phase
 from training.data.render import Renderer, tokenizer_for
 from training.data.templates import without_marks
 from training.data.turn_end import stop_tokens
+from training.data.vocabulary import embedding_rows
 from training.errors import TrainingError
-from training.layout import buffers
-from training.lora import NAME, base_name, delta, transposed_in, write_folder
-from training.modelfiles import (
+from training.io.owned_folders import temporary_folder
+from training.model_folder import (
     EMBEDDING,
     FACTS,
     SCORE,
@@ -37,10 +37,10 @@ from training.modelfiles import (
     quantization,
     tensor_shapes,
 )
-from training.owned_folders import temporary_folder
+from training.models.layout import buffers
+from training.models.lora import NAME, base_name, delta, transposed_in, write_folder
 from training.recipes import RECIPES
 from training.storage import Local, Place, upload
-from training.vocabulary import embedding_rows
 
 SHARD_BYTES = 4 << 30
 _HEADS = ("lm_head", "embed_out", SCORE)

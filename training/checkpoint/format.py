@@ -23,8 +23,8 @@ import numpy as np
 import xxhash
 
 from training.errors import MusterError
-from training.foreign import loads, made_sense_of
-from training.paths import is_below
+from training.io.foreign_files import loads, made_sense_of
+from training.io.paths import is_below
 from training.storage import Place
 
 MANIFEST = "manifest.json"

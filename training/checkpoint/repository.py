@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from training.checkpoint import MANIFEST, METRICS, OPTIMIZER, CheckpointError, Manifest, missing, verify
+from training.checkpoint.format import MANIFEST, METRICS, OPTIMIZER, CheckpointError, Manifest, missing, verify
 from training.errors import StorageError, Superseded
 from training.storage import Local, Place, flush_folder
 

@@ -23,7 +23,7 @@ _ROW_TOKENS_CPU = 512
 """Rows that packing makes at most; a longer sample has one for itself."""
 
 SDPA_VARLEN = "sdpa_varlen"
-"""Attention by torch's kernel, sample by sample (training/attention.py)."""
+"""Attention by torch's kernel, sample by sample (training/models/attention.py)."""
 
 Row = list[int]
 """Samples that share a row, as places in the global batch."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import question_prompts, reward_prompts, reward_signature
 from training.config import PPO, Data, Phase, Source
-from training.data import files
+from training.data import files, question_prompts, reward_prompts, reward_signature
 from training.data.files import Located
 from training.data.prepare import prepare
-from training.data.store import TokenStore
+from training.data.token_store import TokenStore
+from training.data.vocabulary import check_tokens, embedding_rows
 from training.errors import InputError, Problem
-from training.modelfiles import tokenizer_of, tokenizer_revision, window_of
+from training.model_folder import tokenizer_of, tokenizer_revision, window_of
 from training.recipes import RECIPES
-from training.vocabulary import check_tokens, embedding_rows
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training import questions
 from training.config import Phase
-from training.data import files
+from training.data import files, questions
 from training.data.files import RowError
+from training.data.questions import Question
 from training.data.render import Renderer, Sample, tokenizer_for
-from training.data.store import TokenStore
-from training.disk_cache import load_or_compute
+from training.data.token_store import TokenStore
 from training.errors import InputError, Problem
-from training.modelfiles import window_of
-from training.questions import Question
+from training.io.disk_cache import load_or_compute
+from training.model_folder import window_of
 
 
 def check(phase: Phase, train: TokenStore, cache: Path) -> list[str]:

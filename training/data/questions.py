@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from training.answers import as_verdict, expected_answer
 from training.config import Phase
 from training.data import files
 from training.data.files import Located, Row, RowError, describe
+from training.data.final_answers import as_verdict, expected_answer
 from training.data.formats import Chat, Parser, Prompt, critique_request
 from training.errors import InputError, Problem
 

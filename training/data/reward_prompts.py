@@ -12,10 +12,10 @@ from training.data.files import RowError
 from training.data.formats import Parser, Prompt
 from training.data.prepare import tokenizer_content
 from training.data.render import Sample, load_tokenizer, same_tokens, tokenizer_for
-from training.data.store import TokenStore
-from training.disk_cache import load_or_compute
+from training.data.token_store import TokenStore
 from training.errors import InputError, Problem
-from training.modelfiles import facts_in, has_tokenizer, tokenizer_of, window_of
+from training.io.disk_cache import load_or_compute
+from training.model_folder import facts_in, has_tokenizer, tokenizer_of, window_of
 
 _SHOWN = 5
 """Prompts that are refused, of each reward model."""

@@ -20,7 +20,7 @@ from training.config import PPO, RewardSource
 from training.errors import InputError, Problem
 
 if TYPE_CHECKING:
-    from training.data.store import TokenStore
+    from training.data.token_store import TokenStore
 
 GIVEN = ("prompts", "completions", "completion_ids")
 """Arguments that a function is given beside the columns."""

@@ -31,7 +31,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from training.owned_folders import OWNER, own, sweep
+from training.io.owned_folders import OWNER, own, sweep
 
 ARRAYS: dict[str, type[np.generic]] = {
     "tokens": np.uint32,

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from training.config import Model, Phase
 from training.errors import InputError
-from training.modelfiles import adapter_in, base_of, rows_of_embedding
+from training.model_folder import adapter_in, base_of, rows_of_embedding
 
 if TYPE_CHECKING:
-    from training.data.store import TokenStore
+    from training.data.token_store import TokenStore
 
 _SHOWN = 4
 
@@ -107,7 +107,7 @@ def grow(lm: Any, rows: int) -> bool:
 def _fill_with_mean(parameter: Any, before: int) -> None:
     import torch
 
-    from training.engine import whole
+    from training.engine.engine import whole
 
     with torch.no_grad(), whole(parameter):
         if parameter.numel():  # not on a worker that holds none of it

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 
 from training.config import Phase
+from training.drivers.hooks import Hooks
+from training.evaluation.accuracy import Answers, Row, in_order, measured
 from training.group import Group, results
-from training.measures import Answers, Row, in_order, measured
-from training.recipes.hooks import Hooks
 
 PART_S = 3600.0
 """Longest time for one call: a few batches of data, or of responses."""

@@ -1,12 +1,12 @@
-"""What a run offers to a recipe's driver. Implemented by launcher/phase_run.py, and by tests."""
+"""What a run offers to a recipe's driver. Implemented by launcher/driver/phase_run.py, and by tests."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from training.checkpoints import OpenCheckpoints
-from training.facts import Facts
+from training.checkpoint.repository import OpenCheckpoints
+from training.phase_info import Facts
 from training.storage import Place
 
 

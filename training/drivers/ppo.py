@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from training.config import PPO, Stop
+from training.drivers.evaluating import Interrupted, answered, is_evaluated_at
+from training.drivers.hooks import Hooks
+from training.drivers.profiled_steps import Profiled
+from training.drivers.restore import SETUP_S, resume
+from training.drivers.saver import Saver
 from training.errors import Diverged
-from training.facts import Facts
 from training.group import Future, Group, results, results_of
-from training.recipes.evaluating import Interrupted, answered, is_evaluated_at
-from training.recipes.hooks import Hooks
-from training.recipes.profiled import Profiled
-from training.recipes.resuming import SETUP_S, resume
-from training.recipes.saving import Saver
+from training.phase_info import Facts
 from training.rl.estimation import State, estimate, weigh
 from training.rl.experience import Experience, Response
 from training.schedule import learning_rate

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from training.config import Phase
+from training.drivers.hooks import Hooks
 from training.group import Group, results
-from training.recipes.hooks import Hooks
 
 _PROFILE_S = 1800.0
 """Longest time for making a table of the trace and writing both."""

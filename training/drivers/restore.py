@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from training.checkpoint import CheckpointError, Manifest, NewerFormat
-from training.checkpoints import step_of
+from training.checkpoint.format import CheckpointError, Manifest, NewerFormat
+from training.checkpoint.repository import step_of
 from training.data.formats import BOS, CHANGES
+from training.drivers.hooks import Hooks
 from training.errors import InputError
-from training.facts import Facts
 from training.group import Group, results_of
-from training.recipes.hooks import Hooks
+from training.phase_info import Facts
 from training.storage import Place
 
 SETUP_S = 3600.0

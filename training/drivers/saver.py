@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from training.checkpoint import CheckpointError, File, Manifest
-from training.checkpoints import step_of
+from training.checkpoint.format import CheckpointError, File, Manifest
+from training.checkpoint.repository import step_of
 from training.config import Phase
+from training.drivers.hooks import Hooks
 from training.errors import MusterError, SaveError, StorageError, TrainingError
-from training.facts import Facts
 from training.group import Group, results_of
-from training.recipes.hooks import Hooks
+from training.io.versions import MUSTER, versions_of
+from training.phase_info import Facts
 from training.storage import Place
-from training.versions import MUSTER, versions_of
 
 SAVE_S = 3600.0
 """Longest time for writing a checkpoint."""

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from functools import partial
 
 from training.config import Phase
-from training.facts import Facts
+from training.drivers.evaluating import Interrupted, answered, is_evaluated_at, measured_on_data
+from training.drivers.hooks import Hooks
+from training.drivers.profiled_steps import Profiled
+from training.drivers.restore import SETUP_S, resume
+from training.drivers.saver import Saver
 from training.group import Group, results
-from training.recipes.evaluating import Interrupted, answered, is_evaluated_at, measured_on_data
-from training.recipes.hooks import Hooks
-from training.recipes.profiled import Profiled
-from training.recipes.resuming import SETUP_S, resume
-from training.recipes.saving import Saver
+from training.phase_info import Facts
 from training.storage import Place
 
 CALL_S = 1800.0

@@ -19,14 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training import compiling, pulse
-from training.breakdown import BACKWARD, FORWARD, OPTIMIZER
 from training.config import Optimizer, Phase
 from training.data.collate import to_device
-from training.distributed import Seat, limit_waits
-from training.memory import freed_memory_given_back
-from training.profiling import part
-from training.sizing import bucket_numbers, overlaps
+from training.engine import compiling
+from training.estimate.memory import bucket_numbers, overlaps
+from training.process import heartbeat
+from training.process.distributed import Seat, limit_waits
+from training.process.memory import freed_memory_given_back
+from training.profiling.breakdown import BACKWARD, FORWARD, OPTIMIZER
+from training.profiling.profiler import part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _WRAPPER_PREFIX = "lm."
@@ -164,7 +165,7 @@ class Engine:
             with part(BACKWARD):
                 self.ds.backward(sums[0] * scale, scale_wrt_gas=False)
             totals.append(sums.detach())
-            pulse.progressed()
+            heartbeat.progressed()
         with part(OPTIMIZER):
             norm = self._norm_of_unsharded() if self.stage == 0 else None
             self.ds.step()
@@ -189,7 +190,7 @@ class Engine:
         for micro in micro_batches:
             with part(FORWARD):
                 totals.append(self._sums(micro))
-            pulse.progressed()
+            heartbeat.progressed()
         self.ds.train()
         return torch.stack(totals).sum(0)
 
@@ -228,7 +229,7 @@ class Engine:
                 value = parameter.data.clone()
             owner, _, leaf = name.rpartition(".")
             setattr(whole.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-            pulse.progressed()
+            heartbeat.progressed()
         whole.tie_weights()
         return whole.eval()
 
@@ -406,7 +407,7 @@ def computed(
     for micro in micro_batches:
         with part(FORWARD):
             answers.append(module(**to_device(micro, device)).float().cpu())
-        pulse.progressed()
+        heartbeat.progressed()
     return answers
 
 

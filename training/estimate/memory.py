@@ -1,6 +1,6 @@
 """Memory of one worker, worked out before there is one: what the engine holds, what a step needs beside it, what a checkpoint takes.
 
-The engine's facts (training/engine.py under DeepSpeed) are those that tests/training/test_sizing.py measures. N parameters, of which
+The engine's facts (training/engine/engine.py under DeepSpeed) are those that tests/training/test_sizing.py measures. N parameters, of which
 T are trained, on W workers; b bytes a number of the computation's type.
 """
 
@@ -12,18 +12,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from training.config import PPO, Lora, Phase, Sharding
-from training.data.dealing import SDPA_VARLEN, is_varlen, limits_for
-from training.modelfiles import adapter_in
+from training.data.batching import SDPA_VARLEN, is_varlen, limits_for
+from training.estimate.model_traits import Traits, attention_of, rows_of
+from training.estimate.parameters import Shape
+from training.model_folder import adapter_in
 from training.recipes import RECIPES
-from training.shape import Shape
-from training.traits import Traits, attention_of, rows_of
 
 FP32, BF16 = 4, 2
 MOMENTS = 2 * FP32
 LOGITS_AT_ONCE = 64 << 20
-"""Numbers: of more the loss is computed in chunks (training/heads.py)."""
+"""Numbers: of more the loss is computed in chunks (training/models/chunked_logits.py)."""
 CACHE_ROOM = 64
-"""Places that a cache of keys and values has ready (training/kvcache.py): all it holds is copied once in so many tokens."""
+"""Places that a cache of keys and values has ready (training/generation/kv_cache.py): all it holds is copied once in so many tokens."""
 _BUCKET_NUMBERS = {"cpu": 4_000_000, "cuda": 200_000_000}
 """Of a bucket of gradients, where DeepSpeed's own is of 500 million. A bucket is sent when it is full, so a smaller one begins earlier, and leaves less
 to send when the backward pass is over. On a GPU 400 MB fill any link; on a CPU 16 MB stay in the cache until they are sent, and gradients go as they come."""

@@ -1,6 +1,6 @@
 """What is known of a model's code: which attention kernels it has, whether packed samples stay apart, and so on. Free of torch.
 
-A small copy of the model is probed for it once (training/probe.py); the result is kept as JSON, by the content of the model's configuration and
+A small copy of the model is probed for it once (training/models/probe.py); the result is kept as JSON, by the content of the model's configuration and
 code and by the versions of the packages that compute it. What a model cannot do is done in a slower way that is right.
 """
 
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training.config import PPO, Model, Phase
-from training.data.dealing import SDPA_VARLEN
+from training.data.batching import SDPA_VARLEN
 from training.errors import InputError
-from training.modelfiles import configured_in
-from training.versions import versions_of
+from training.io.versions import versions_of
+from training.model_folder import configured_in
 
 PASSED_ON = "MUSTER_MODEL_TRAITS"
 """Environment variable by which workers are given what is known of their models, as JSON by key: they may lie on other machines."""
 INPUT_WRONG = 2
-"""Exit status of `python -m training.probe` for a model that cannot be loaded."""
+"""Exit status of `python -m training.models.probe` for a model that cannot be loaded."""
 _VERSION = 2
 """Of the probe: results of another one are not used."""
 _ASIDE = frozenset({"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache", "id2label", "label2id", "num_labels"})  # fmt: skip
@@ -46,7 +46,7 @@ class Kernel:
     pads: bool = False
     """Padding behind a sample changes nothing."""
     trees: bool = False
-    """Pairs as trees (training/pairs.py) have the scores of their sequences alone."""
+    """Pairs as trees (training/data/shared_prefix_pairs.py) have the scores of their sequences alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Traits:
     body: bool = False
     """The logits are what the head makes of the hidden states of `get_decoder()`."""
     last_mlp: bool = False
-    """The last layer ends with an MLP for each place (training/lastlayer.py)."""
+    """The last layer ends with an MLP for each place (training/models/sparse_last_mlp.py)."""
     rotary_limit: int | None = None
     """Rotary factors of a sample depend on the longest sample of its micro-batch where that is longer than this. None: never."""
     classifier: bool = True
@@ -210,7 +210,7 @@ def _file(key: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """How the samples of a model may share micro-batches (training/data/dealing.py), so that each is computed as it is alone."""
+    """How the samples of a model may share micro-batches (training/data/batching.py), so that each is computed as it is alone."""
 
     packs: bool
     same_length_above: int | None

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from training import foreign, hub, modelfiles
+from training import model_folder
 from training.config import Lora
 from training.errors import InputError
-from training.http_requests import RequestError
-from training.modelfiles import EMBEDDING, LAYER, TOKEN_HEADS
+from training.io import foreign_files, hub
+from training.io.http_requests import RequestError
+from training.model_folder import EMBEDDING, LAYER, TOKEN_HEADS
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 """Experts that lie apart in the files: in the loaded model those of a layer are one tensor, no linear layers."""
@@ -107,9 +108,9 @@ def shape_of(path: str, *, trust_remote_code: bool = False, revision: str | None
 
     Raises InputError for a folder without config.json, and for a name that is not known and cannot be looked up.
     """
-    folder = Path(modelfiles.base_of(path)) if os.path.isdir(path) else Path(path)
+    folder = Path(model_folder.base_of(path)) if os.path.isdir(path) else Path(path)
     if os.path.isdir(folder):
-        with foreign.made_sense_of(
+        with foreign_files.made_sense_of(
             lambda why: InputError.of(
                 str(folder), f"its files do not make sense ({why}); copy them again", "model.path"
             )
@@ -228,7 +229,7 @@ def _is_of_experts(name: str, shape: Sequence[int]) -> bool:
 def _of_folder(folder: Path, trust_remote_code: bool) -> Shape:
     file = folder / "config.json"
     try:
-        config = foreign.loads(file.read_text(encoding="utf-8"))
+        config = foreign_files.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("expected a JSON object")
     except FileNotFoundError:
@@ -237,7 +238,7 @@ def _of_folder(folder: Path, trust_remote_code: bool) -> Shape:
         ) from None
     except (OSError, ValueError) as error:
         raise InputError.of(str(file), f"cannot be read: {error}", "model.path") from None
-    tensors = modelfiles.tensor_shapes(folder)
+    tensors = model_folder.tensor_shapes(folder)
     if not tensors:
         return of_config(config, trust_remote_code=trust_remote_code)
     return of_tensors(config, {name: shape for name, shape in tensors.items() if not name.endswith(BUFFERS)})
@@ -278,18 +279,18 @@ def holes(folder: Path, *, classifier: bool = False) -> list[str]:
     `classifier`: the head for tokens is not needed.
     """
     try:
-        config = foreign.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = foreign_files.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config.get("model_type")
         expected = _of_llamas_kind(config) if kind in _LLAMAS_KIND else {}
     except (OSError, ValueError, AttributeError, InputError):
         return []
-    stored = modelfiles.tensor_shapes(folder)
+    stored = model_folder.tensor_shapes(folder)
     if "model.embed_tokens.weight" not in stored or config.get("quantization_config"):
         return []
     wanted = {name: shape for name, shape in expected.items() if not (classifier and name.endswith(TOKEN_HEADS))}
     absent = [name for name in wanted if name not in stored]
     misfits = [name for name, shape in wanted.items() if name in stored and stored[name] != shape]
-    return modelfiles.described_holes(absent, misfits)
+    return model_folder.described_holes(absent, misfits)
 
 
 def on_meta_device(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, tuple[int, ...]] | None:
@@ -314,12 +315,12 @@ def _looked_up(name: str, revision: str | None) -> dict[str, Any]:
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(cached, str):
-            return foreign.loads(Path(cached).read_text(encoding="utf-8"))
+            return foreign_files.loads(Path(cached).read_text(encoding="utf-8"))
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         # Not by the library's download, which tries for half a minute where there is no network.
         request = urllib.request.Request(hf_hub_url(name, "config.json", revision=revision), headers=build_hf_headers())
-        return foreign.loads(hub.fetch(request, _PATIENCE_S))
+        return foreign_files.loads(hub.fetch(request, _PATIENCE_S))
     except (RequestError, OSError, ValueError) as error:
         raise InputError.of(
             name,

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training import model as models
 from training.config import Questions
 from training.data.files import RowError
 from training.data.formats import Chat, Prompt
 from training.data.model_renderer import renderer_for, stop_tokens_of
+from training.data.question_prompts import unseen_notes
+from training.data.questions import Question
 from training.data.render import Sample
-from training.distributed import Seat
+from training.data.vocabulary import beyond, embedding_rows
 from training.errors import InputError, TrainingError
-from training.evaluate import Asking, by_answer
-from training.measures import Row
-from training.modelfiles import CLASSIFIER_SUFFIX, adapter_in, inspect, window_of
-from training.question_prompts import unseen_notes
-from training.questions import Question
-from training.recipes.reward import score
-from training.sampling import Continued, Heard, Sampling, continue_all
-from training.vocabulary import beyond, embedding_rows
+from training.evaluation.accuracy import Row
+from training.evaluation.generated_answers import Asking, by_answer
+from training.generation.sampling import Continued, Heard, Sampling, continue_all
+from training.model_folder import CLASSIFIER_SUFFIX, adapter_in, inspect, window_of
+from training.models import loading as models
+from training.process.distributed import Seat
+from training.roles.reward import score
 
 
 class Evaluator:

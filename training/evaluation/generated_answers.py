@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from training import questions
-from training.answers import final_answer, same, verdict
 from training.config import Phase, Questions
+from training.data import questions
 from training.data.files import RowError
+from training.data.final_answers import final_answer, same, verdict
+from training.data.questions import Question
 from training.data.render import Renderer, Sample, tokenizer_for
 from training.data.turn_end import stop_tokens
 from training.errors import InputError, Problem
-from training.measures import Answers, Row
-from training.questions import Question
-from training.sampling import Continued, Sampling, in_batches
+from training.evaluation.accuracy import Answers, Row
+from training.generation.sampling import Continued, Sampling, in_batches
 from training.seeding import seed_for
 
 Judge = Callable[[str, str], tuple[str | None, bool]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from training.data.formats import Chat, Prompt
-from training.evaluator import Speaker
-from training.sampling import Continued, Sampling
+from training.evaluation.evaluator import Speaker
+from training.generation.sampling import Continued, Sampling
 from training.seeding import seed_for
 
 _LONGEST_CHARACTER = 3

@@ -1,6 +1,6 @@
 """Continues token sequences by transformers' continuous batching: where a row ends, the next prompt takes its place at once.
 
-The tokens are those of training/sampling.py, drawn by the same numbers, whatever shares a pass with them.
+The tokens are those of training/generation/sampling.py, drawn by the same numbers, whatever shares a pass with them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.logits_process import LogitsProcessorList
 
-from training import pulse
-from training.data.dealing import SDPA_VARLEN
-from training.sampling import Continued, Sampling, picked, uniform
+from training.data.batching import SDPA_VARLEN
+from training.generation.sampling import Continued, Sampling, picked, uniform
+from training.process import heartbeat
 
 _ON_CPU: dict[str, Any] = {"page_size": 32, "num_blocks": 256, "max_batch_tokens": 1024}
 """On a CPU nothing is known of the memory that is free for the cache."""
@@ -122,7 +122,7 @@ class _Draw(ContinuousBatchingLogitsProcessor):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
-        pulse.progressed()
+        heartbeat.progressed()
         states = [request.state for request in requests_with_new_token]
         keys = np.array([state.logit_processor_kwargs["key"] for state in states], np.uint64)
         positions = np.array([len(state.generated_tokens) for state in states])

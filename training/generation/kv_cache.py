@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from training.sizing import CACHE_ROOM
+from training.estimate.memory import CACHE_ROOM
 
 
 def give_room(cache: Any) -> None:

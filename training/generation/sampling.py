@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training import pulse
 from training.data.order import mix
+from training.data.vocabulary import beyond, rows_in
 from training.errors import InputError
-from training.kvcache import give_room
-from training.probe import traits_of
-from training.vocabulary import beyond, rows_in
+from training.generation.kv_cache import give_room
+from training.models.probe import traits_of
+from training.process import heartbeat
 
 Heard = Callable[[int, int], None]
 """Is told which prompt goes on, and with what token."""
@@ -166,7 +166,7 @@ class _Batch:
                 if is_end or position + 1 == self.limits[row]:
                     done.add(row)
                 yield row, token, is_end
-            pulse.progressed()
+            heartbeat.progressed()
             if len(done) == len(self.limits):
                 break
             self._advance(tokens_B)

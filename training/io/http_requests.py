@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from training.time_limit import within
+from training.io.time_limit import within
 
 _AT_ONCE_BYTES = 1 << 16
 _LONGEST_BYTES = 256 << 20

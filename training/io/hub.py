@@ -7,9 +7,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from training import http_requests
 from training.errors import InputError
-from training.http_requests import RequestError
+from training.io import http_requests
+from training.io.http_requests import RequestError
 
 PATIENCE_S = 5.0
 """For the hub, which may be out of reach: its library would try for half a minute."""

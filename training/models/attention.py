@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data.dealing import SDPA_VARLEN
+from training.data.batching import SDPA_VARLEN
 
 
 def register() -> None:

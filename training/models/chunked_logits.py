@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from training.lastlayer import looked_at
-from training.probe import traits_of
-from training.sizing import LOGITS_AT_ONCE
+from training.estimate.memory import LOGITS_AT_ONCE
+from training.models.probe import traits_of
+from training.models.sparse_last_mlp import looked_at
 
 Measure = Callable[..., Tensor]
 """From the logits of n places [n, V], and what else is known of each, K numbers of each. [n, K]"""

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from training import compiling
 from training.config import Model
+from training.engine import compiling
 from training.errors import InputError
 
 Kernels = Literal["torch", "liger"]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from training.config import Model
-from training.modelfiles import inspect, tensor_shapes
+from training.model_folder import inspect, tensor_shapes
 
 
 def empty_model(model: Model, *, classifier: bool = False) -> Any:
@@ -54,7 +54,7 @@ def _read(folder: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _loaded(model: Model, classifier: bool) -> Any:
-    from training.model import pretrained
+    from training.models.loading import pretrained
 
     lm, _ = pretrained(model, "auto", "cpu", classifier=classifier)
     return lm

@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training import attention, kernels, lora, vocabulary
 from training.config import Model, Phase
-from training.engine import whole
+from training.data import vocabulary
+from training.engine.engine import whole
 from training.errors import InputError, Problem
-from training.hardware import cpu_multiplies_bf16
-from training.heads import measured_at
-from training.modelfiles import SCORE as HEAD
-from training.modelfiles import (
+from training.estimate.model_traits import Traits, attention_of
+from training.estimate.parameters import BUFFERS
+from training.model_folder import SCORE as HEAD
+from training.model_folder import (
     TOKEN_HEADS,
     Adapter,
     adapter_in,
@@ -29,10 +29,11 @@ from training.modelfiles import (
     described_holes,
     described_quantization,
 )
-from training.probe import traits_for
+from training.models import attention, kernels, lora
+from training.models.chunked_logits import measured_at
+from training.models.probe import traits_for
+from training.process.cpu_features import cpu_multiplies_bf16
 from training.seeding import seed_for
-from training.shape import BUFFERS
-from training.traits import Traits, attention_of
 
 _SHOWN = 3
 """Tensors that a message names."""

@@ -18,12 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training import targets
 from training.config import Lora, Phase
-from training.engine import whole
+from training.engine.engine import whole
 from training.errors import InputError
-from training.layout import empty_model
-from training.modelfiles import (
+from training.model_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     EMBEDDING,
@@ -37,6 +35,8 @@ from training.modelfiles import (
     on_hub,
     unmatched,
 )
+from training.models import lora_targets as targets
+from training.models.layout import empty_model
 from training.seeding import seed_for
 
 NAME = "default"

@@ -1,4 +1,4 @@
-"""Finds out what a model's code can do, with a small copy of it on the CPU: `python -m training.probe SETTINGS` (JSON of path and trust_remote_code).
+"""Finds out what a model's code can do, with a small copy of it on the CPU: `python -m training.models.probe SETTINGS` (JSON of path and trust_remote_code).
 
 Equality is to a relative 1e-5 of the largest logit, in fp32. That a sample does not see another is stricter: with the other one changed its
 logits stay the same bit for bit; or, in a mixture of experts, where the number of tokens of an expert shows in the rounding, the gradient is zero.
@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training import traits as known_traits
 from training.config import Model
+from training.data.batching import SDPA_VARLEN
 from training.data.collate import Sample, collate
-from training.data.dealing import SDPA_VARLEN
 from training.errors import InputError
-from training.shrink import ORDINARY_TOKENS, POSITIONS, ROTARY_LIMIT, shrunk, small_model
-from training.traits import Generation, Kernel, Traits
+from training.estimate import model_traits as known_traits
+from training.estimate.model_traits import Generation, Kernel, Traits
+from training.models.shrink import ORDINARY_TOKENS, POSITIONS, ROTARY_LIMIT, shrunk, small_model
 
 TOLERANCE = 1e-5
 _ROUNDING = 1e-6
@@ -46,7 +46,7 @@ Ids = NDArray[np.int64]
 
 def traits_for(model: Model) -> Traits:
     """What is known of the model in a folder or of that name. Probes it in this process if nothing is known yet."""
-    from training import model as models
+    from training.models import loading as models
 
     key = known_traits.key_for(model)
     if key is not None and (found := known_traits.known(key)) is not None:
@@ -145,7 +145,7 @@ class _Probe:
         return generator.integers(ORDINARY_TOKENS.start, ORDINARY_TOKENS.stop, length)
 
     def traits(self) -> Traits:
-        from training import attention
+        from training.models import attention
 
         attention.register()
         kernels = {name: self.kernel(name) for name in ("eager", "sdpa", SDPA_VARLEN)}
@@ -268,7 +268,7 @@ class _Probe:
             return _equal(self.lm.get_output_embeddings()(hidden)[0], self.alone[1])
 
     def has_last_mlp(self) -> bool:
-        from training.lastlayer import looked_at
+        from training.models.sparse_last_mlp import looked_at
 
         ids, places = _tensor(self.samples[1]), torch.tensor([2, 7, 16])
         body = self.lm.get_decoder()
@@ -289,7 +289,7 @@ class _Probe:
         )
 
     def has_classifier(self) -> bool:
-        from training.recipes.reward import scores
+        from training.roles.reward import scores
 
         lm = self.classifier("eager")
         lm.traits = Traits(architecture="")
@@ -300,8 +300,8 @@ class _Probe:
 
     def has_trees(self, attention: str) -> bool:
         """Whether pairs that share what they begin with have the scores of their sequences alone."""
-        from training.pairs import mask_of, trees
-        from training.recipes.reward import scores
+        from training.data.shared_prefix_pairs import mask_of, trees
+        from training.roles.reward import scores
 
         lm = self.classifier(attention)
         lm.traits = Traits(architecture="")
@@ -318,7 +318,7 @@ class _Probe:
     # -- generation -----------------------------------------------------------------------------------------------------
 
     def generation(self) -> Generation:
-        from training.sampling import Sampling, continue_all
+        from training.generation.sampling import Sampling, continue_all
 
         wanted = [self.greedily(ids) for ids in self.samples]
         prompts = [ids.tolist() for ids in self.samples]

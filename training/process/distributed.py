@@ -99,8 +99,8 @@ _kept: list[Any] = []
 
 
 def _shared_store(seat: Seat, key: bytes, listener: socket.socket | None) -> Any:
-    from training.rendezvous_server import RendezvousServer
-    from training.rendezvous_store import RendezvousStore
+    from training.process.rendezvous_server import RendezvousServer
+    from training.process.rendezvous_store import RendezvousStore
 
     if listener is not None:
         RendezvousServer(listener, key)

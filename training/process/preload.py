@@ -9,9 +9,9 @@ MODULES = (
     "deepspeed",
     "transformers.integrations.deepspeed",
     "transformers.models.llama.modeling_llama",
-    "training.recipes.language",
-    "training.rendezvous_server",
-    "training.rendezvous_store",
+    "training.roles.language",
+    "training.process.rendezvous_server",
+    "training.process.rendezvous_store",
 )
 
 

@@ -1,7 +1,7 @@
 """The key-value store through which the workers of a process group find each other: its values, and the thread that serves them.
 
-Lives in worker 0's process. Serves only clients that prove that they have the key of the group (training/authenticated_channel.py); its
-client is training/rendezvous_store.py. The operations are those of torch.distributed.TCPStore, which lets everybody in.
+Lives in worker 0's process. Serves only clients that prove that they have the key of the group (training/process/authenticated_channel.py); its
+client is training/process/rendezvous_store.py. The operations are those of torch.distributed.TCPStore, which lets everybody in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from training.authenticated_channel import NONCE_BYTES, TAG_BYTES, NotAuthentic, Session, pack, unpack
+from training.process.authenticated_channel import NONCE_BYTES, TAG_BYTES, NotAuthentic, Session, pack, unpack
 
 PROOF_S = 10.0
 """Longest time that a client may take to prove that it has the key."""

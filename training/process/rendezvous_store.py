@@ -1,4 +1,4 @@
-"""A worker's end of the store through which the workers of a process group find each other (training/rendezvous_server.py)."""
+"""A worker's end of the store through which the workers of a process group find each other (training/process/rendezvous_server.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from training.authenticated_channel import Connection
+from training.process.authenticated_channel import Connection
 
 
 class RendezvousStore(dist.Store):

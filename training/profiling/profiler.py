@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from training.breakdown import Key, summary, table
-from training.distributed import Seat
-from training.memory import peak_bytes
-from training.owned_folders import temporary_folder
+from training.io.owned_folders import temporary_folder
+from training.process.distributed import Seat
+from training.process.memory import peak_bytes
+from training.profiling.breakdown import Key, summary, table
+from training.profiling.trace import WINDOW, Event, Operator, operators, read, seconds_of, tells_of_gpu
 from training.storage import Local, Place, place, upload_file
-from training.trace import WINDOW, Event, Operator, operators, read, seconds_of, tells_of_gpu
 
 _NUM_OPERATORS = 20
 _NOTHING = nullcontext()

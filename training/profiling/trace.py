@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.breakdown import PARTS, Key, Span, Work, breakdown
+from training.profiling.breakdown import PARTS, Key, Span, Work, breakdown
 
 WINDOW = "profiled steps"
 """The annotation around all that is counted."""

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from training import lora
-from training import model as models
 from training.config import PPO, Lora
-from training.distributed import Seat
-from training.modelfiles import adapter_in, base_of
+from training.model_folder import adapter_in, base_of
+from training.models import loading as models
+from training.models import lora
+from training.process.distributed import Seat
 
 _bases: dict[tuple[str, torch.dtype], Any] = {}
 """Of this process, by where they come from and their type."""

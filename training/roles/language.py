@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from training import model as models
-from training.model import TokenLoss
-from training.trainer import Trainer
+from training.models import loading as models
+from training.models.loading import TokenLoss
+from training.roles.trainer import Trainer
 
 
 class LanguageTrainer(Trainer):

@@ -18,22 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training import lora, pulse
-from training import model as models
-from training.agreement import differences
-from training.checkpoint import OPTIMIZER, WEIGHTS, CheckpointError, File, Reader
+from training.checkpoint.async_writer import ShardWriter
+from training.checkpoint.format import OPTIMIZER, WEIGHTS, CheckpointError, File, Reader
 from training.config import Phase
-from training.data.stores import Stores, open_stores
-from training.distributed import Seat
-from training.engine import Engine, Fragment, device_of
+from training.data.phase_data import Stores, open_stores
+from training.engine.engine import Engine, Fragment, device_of
 from training.errors import InputError, TrainingError
-from training.memory import peak_bytes
-from training.modelfiles import at_hand, base_of
-from training.shape import shape_of
-from training.sizing import models_of, recomputes, setting_of
-from training.snapshot import ShardWriter
+from training.estimate.memory import models_of, recomputes, setting_of
+from training.estimate.model_traits import Traits
+from training.estimate.parameters import shape_of
+from training.model_folder import at_hand, base_of
+from training.models import loading as models
+from training.models import lora
+from training.process import heartbeat
+from training.process.agreement import differences
+from training.process.distributed import Seat
+from training.process.memory import peak_bytes
 from training.storage import place, why_not_writable
-from training.traits import Traits
 
 GIB = 1 << 30
 _PARALLEL = "TOKENIZERS_PARALLELISM"
@@ -195,7 +196,7 @@ class Learner:
     def _fill(self, view: Tensor, reader: Reader, kind: str, fragment: Fragment) -> None:
         values = view if view.device.type == "cpu" else torch.empty(fragment.count)
         reader.read(kind, self.alone(fragment.name), fragment.start, values.numpy())
-        pulse.progressed()
+        heartbeat.progressed()
         if values is not view:
             view.copy_(values)
 
@@ -210,7 +211,7 @@ class Learner:
     def export(self, checkpoint: str, out: str) -> None:
         """Worker 0 writes the model of a checkpoint as a Hugging Face folder."""
         if self.seat.rank == 0:
-            from training.export import export
+            from training.checkpoint.export import export
 
             export(place(checkpoint), place(out), self.phase)
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from training.distributed import Seat
-from training.engine import device_of
+from training.engine.engine import device_of
+from training.io.versions import versions_of
+from training.process.distributed import Seat
 from training.storage import Local, place, why_not_writable
-from training.versions import versions_of
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray")
 _PRODUCT = {"cpu": 512, "cuda": 4096}

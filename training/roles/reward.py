@@ -1,7 +1,7 @@
 """reward: a scalar head on the language model, trained on pairs of which one answer is preferred.
 
 The score of a sequence is what the head makes of its last token. Both sequences of a pair lie in one row, so they are always in the
-same micro-batch: as a tree (training/pairs.py) where the model can be told so, else one after the other, kept apart by position ids
+same micro-batch: as a tree (training/data/shared_prefix_pairs.py) where the model can be told so, else one after the other, kept apart by position ids
 that start again.
 """
 
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training import model as models
-from training.breakdown import FORWARD
+from training.data.batching import Limits, deal
 from training.data.collate import collate, to_device
-from training.data.dealing import Limits, deal
 from training.data.render import sides_of
-from training.data.store import TokenStore
+from training.data.shared_prefix_pairs import Pair, mask_of, trees
+from training.data.token_store import TokenStore
+from training.data.vocabulary import beyond, rows_in
 from training.errors import InputError
-from training.lastlayer import looked_at
-from training.pairs import Pair, mask_of, trees
-from training.probe import traits_of
-from training.profiling import part
-from training.trainer import Trainer
-from training.traits import rows_of
-from training.vocabulary import beyond, rows_in
+from training.estimate.model_traits import rows_of
+from training.models import loading as models
+from training.models.probe import traits_of
+from training.models.sparse_last_mlp import looked_at
+from training.profiling.breakdown import FORWARD
+from training.profiling.profiler import part
+from training.roles.trainer import Trainer
 
 _AT_ONCE = {"cuda": Limits(micro_tokens=0, micro_batch=32), "cpu": Limits(micro_tokens=512)}
 """How much is scored at once. A CPU gains nothing from more, and pays for the padding of unlike lengths."""

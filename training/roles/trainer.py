@@ -17,26 +17,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training import lora, pulse
-from training.breakdown import DATA
 from training.config import Phase
+from training.data.batching import deal, limits_for
 from training.data.collate import collate
-from training.data.dealing import deal, limits_for
 from training.data.order import Order
-from training.data.store import TokenStore
-from training.distributed import Seat
+from training.data.token_store import TokenStore
+from training.data.vocabulary import check_tokens, rows_in
+from training.data.vocabulary import notes as vocabulary_notes
 from training.errors import Diverged
-from training.evaluate import Exam, Sitting, exam_of
-from training.facts import Facts
-from training.learner import Learner
-from training.measures import Answers
-from training.model import notes_on_weights
-from training.profiling import part
+from training.estimate.model_traits import notes, refuse, rows_of
+from training.evaluation.accuracy import Answers
+from training.evaluation.generated_answers import Exam, Sitting, exam_of
+from training.models import lora
+from training.models.loading import notes_on_weights
+from training.phase_info import Facts
+from training.process import heartbeat
+from training.process.distributed import Seat
+from training.profiling.breakdown import DATA
+from training.profiling.profiler import part
+from training.roles.learner import Learner
 from training.schedule import learning_rate, never_profiled, total_samples, total_steps
 from training.seeding import seed_for
-from training.traits import notes, refuse, rows_of
-from training.vocabulary import check_tokens, rows_in
-from training.vocabulary import notes as vocabulary_notes
 
 _TOLD_ROWS = 5
 
@@ -142,7 +143,7 @@ class Trainer(Learner):
         """
         rows, losses = [], []
         for step in range(done + 1, done + num_steps + 1):
-            pulse.progressed(step)
+            heartbeat.progressed(step)
             row, loss = self._skipped(step) if step in self.skipped else self._step(step)
             rows.append(row)
             losses.append(loss)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.training_fixtures import phase_of
-from training.data.dealing import Limits, deal, limits_for
+from training.data.batching import Limits, deal, limits_for
 
 
 def skewed(n, seed=0):

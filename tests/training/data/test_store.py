@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data.store import ARRAYS, BAD_ROWS, META, StoreWriter, TokenStore, create
+from training.data.token_store import ARRAYS, BAD_ROWS, META, StoreWriter, TokenStore, create
 
 
 def sample(length: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -13,8 +13,8 @@ import pytest
 from tests.raw_server import CUT, ODD_JSON, OK, RawServer, dripping, whole
 from tests.training_fixtures import phase_of
 from training.config import RewardSource
-from training.distributed import Seat
 from training.errors import InputError, ServiceError
+from training.process.distributed import Seat
 
 pytestmark = pytest.mark.cpu
 
@@ -187,7 +187,7 @@ def test_sequences_of_unlike_lengths_are_scored_as_each_alone():
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from training.recipes.reward import score
+    from training.roles.reward import score
 
     torch.manual_seed(1)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -203,7 +203,7 @@ def test_sequences_of_unlike_lengths_are_scored_as_each_alone():
 def test_a_sequence_with_more_tokens_than_the_model_has_positions_is_refused():
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    from training.recipes.reward import score
+    from training.roles.reward import score
 
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=12, num_labels=1, pad_token_id=0)
     lm = GPT2ForSequenceClassification(config).eval()
@@ -334,8 +334,8 @@ def test_a_critic_of_another_tokenizer_is_refused(tiny, other_words):
 
 def test_a_reward_model_of_another_tokenizer_reads_the_text(tiny, other_words, train, tmp_path):
     """Its score is that of the text in its own tokens; the policy's tokens mean other words to it."""
-    from training.evaluator import Judge
-    from training.export import export
+    from training.checkpoint.export import export
+    from training.evaluation.evaluator import Judge
     from training.rl.rewards import opened
     from training.storage import place
 
