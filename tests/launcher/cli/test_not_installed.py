@@ -17,7 +17,7 @@ from launcher.submit.bundle import PACKAGES
 from training import __version__
 
 pytestmark = pytest.mark.cpu
-CODE = Path(__file__).parents[2]
+CODE = Path(__file__).parents[3]
 LISTED = "from importlib.metadata import distributions; print(*(each.metadata['Name'] for each in distributions()))"
 
 

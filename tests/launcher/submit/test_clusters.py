@@ -22,7 +22,7 @@ from launcher.submit import clusters, jobs
 from tests.raw_server import CUT, ODD_JSON, RawServer, whole
 from training.errors import InputError
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "clusters"
+CONFIGS = Path(__file__).parents[3] / "configs" / "clusters"
 
 
 @pytest.fixture(autouse=True)

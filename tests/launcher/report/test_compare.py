@@ -16,7 +16,7 @@ from launcher.report.compare import compare, lines, mcnemar, sign_flips
 from launcher.runfolder.small_files import SmallFiles
 from training.errors import InputError
 
-CONFIG = Path(__file__).parents[2] / "configs" / "llama2-7b-sft.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "llama2-7b-sft.yaml"
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background ignores it
-            os.environ.update(PYTHONPATH=str(Path(__file__).parents[2]), TERM="dumb")
+            os.environ.update(PYTHONPATH=str(Path(__file__).parents[3]), TERM="dumb")
             os.execv(sys.executable, [sys.executable, "-m", "launcher", "generate", *arguments])
         self.left.add(self.pid)
 
@@ -281,7 +281,7 @@ def ray_session(workers):
 session.ray_session = ray_session
 with evaluate.asking("model", evaluate.Loading("auto", 2, False)): pass
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stderr == "as it should be\n"
 

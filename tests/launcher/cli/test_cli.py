@@ -194,7 +194,7 @@ def test_the_entry_point_is_the_app(monkeypatch):
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, more):
     command = [sys.executable, "-m", "launcher", "list", *more]
     with subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, stdout=subprocess.PIPE,
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         process.stdout.close()

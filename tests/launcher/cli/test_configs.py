@@ -6,7 +6,7 @@ import pytest
 
 from launcher.jobfile import job
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("llama2-*-sft.yaml")), ids=lambda file: file.stem)

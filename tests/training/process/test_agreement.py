@@ -9,7 +9,7 @@ import pytest
 
 from tests.fork_group import ForkGroup
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PICKLED = {
     f"{name}_object{end}"
     for name, end in (

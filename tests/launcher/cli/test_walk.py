@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = [pytest.mark.cpu, pytest.mark.long, pytest.mark.timeout(3600)]
 
-PAGE = Path(__file__).parents[2] / "docs" / "walk.md"
+PAGE = Path(__file__).parents[3] / "docs" / "walk.md"
 SUMS = ["phases.sft.max_steps=500", "phases.reward.max_steps=250", "phases.ppo.max_steps=24"]
 FASTER = {
     "run pretrain.yaml": ["phases.pretrain.max_steps=200"],

@@ -180,7 +180,7 @@ for arguments in json.loads(sys.argv[1]):
 
 def run_commands(folder: Path, environment: dict[str, str], *commands: list[str]) -> list[str]:
     """What commands of `muster` print that end well, in a process of its own: the hub's library reads the environment once."""
-    here = {**os.environ, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(Path(__file__).parents[1])}
+    here = {**os.environ, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(Path(__file__).parents[2])}
     call = [sys.executable, "-c", _COMMANDS, json.dumps(commands)]
     done = subprocess.run(
         call, cwd=folder, env={**here, **environment}, capture_output=True, text=True, timeout=300, check=False

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from _pytest.nodeid import coerce_node_id
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 SHARED = {"ray_cluster": "ray", "muster_here": "clusters on this machine", "growing": "clusters on this machine"}
 """Fixtures too expensive for every process, or that take fixed resources of this machine, and the group of their tests."""
 TRAINING = "training"

@@ -20,7 +20,7 @@ from launcher.plan.phase_plan import Asked
 from training.errors import InputError
 from training.estimate import model_traits
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 SFT_7B = CONFIGS / "llama2-7b-sft.yaml"
 
 
