@@ -10,7 +10,7 @@ LOCK ?=
 DEMO := build/demo
 AUDIT := build/audit
 PYTEST := $(BIN)/python -m pytest
-# Most tests wait for processes: more of them side by side than there are cores. tests/grouping.py says which stay together.
+# Most tests wait for processes: more of them side by side than there are cores. tests/support/grouping.py says which stay together.
 PARALLEL ?= 4
 SIDE_BY_SIDE := -n $(PARALLEL) --dist loadgroup --no-loadscope-reorder
 

@@ -18,7 +18,7 @@ from benchmarks import sft, workload
 from benchmarks.options import Options
 from benchmarks.processes import Finished, Line, run
 from benchmarks.record import spread
-from tests.growing_cluster import GrowingCluster
+from tests.support.growing_cluster import GrowingCluster
 
 ROWS = 200
 TARGETS = {"first_line_later_s": 2.0}

@@ -112,7 +112,7 @@ def _processes_apart() -> Iterator[None]:
     """In the block Ray starts each of its processes in a session of its own, and SIGTERM waits for the end of the block: Ray's handlers,
     of which one aborts the process, are replaced by ours there. If the block fails, nothing of Ray stays behind.
 
-    Ray has no settings for that. The private names that this replaces are held by tests/launcher/test_own_ray.py.
+    Ray has no settings for that. The private names that this replaces are held by tests/launcher/workers/test_ray_session.py.
     """
     from ray import _private
 
@@ -269,7 +269,7 @@ def _environment(folder: str) -> Iterator[None]:
         "RAY_AUTH_TOKEN": _token(),
         "RAY_TMPDIR": folder,
         # Where Ray does not expect other hosts it binds every port to loopback. The name speaks of other systems; what it
-        # does on Linux is asserted by tests/launcher/test_workers.py.
+        # does on Linux is asserted by tests/launcher/workers/test_worker_group.py.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     before = {name: os.environ.get(name) for name in own}

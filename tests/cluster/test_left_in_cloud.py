@@ -17,7 +17,7 @@ from cluster import registry as homes
 from cluster.providers.aws import AwsProvider
 from cluster.remote_shell import free_port
 from cluster.spec import Aws
-from tests.launcher.test_orphans import until
+from tests.cluster.test_orphan_watch import until
 
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def ec2(tmp_path_factory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch, out.with_suffix(".log").open("w") as log:
         for name, value in {**address, **credentials}.items():
             patch.setenv(name, value)
-        command = [sys.executable, str(ROOT / "tests/cluster/ec2.py"), "127.0.0.1", str(port), str(out)]
+        command = [sys.executable, str(ROOT / "tests/support/ec2.py"), "127.0.0.1", str(port), str(out)]
         server = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
         try:
             until(out.exists, out.with_suffix(".log").read_text)

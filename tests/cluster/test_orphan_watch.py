@@ -24,7 +24,7 @@ from cluster.providers import azure
 from cluster.ray_node import Node, head_arguments, new_mark
 from cluster.remote_shell import HERE, free_port
 from launcher.submit import clusters
-from tests.launcher.test_clusters import CONFIGS
+from tests.launcher.submit.test_clusters import CONFIGS
 
 _PATIENCE_S = 60
 _HEAD = """

@@ -21,7 +21,7 @@ from cluster.registry import Home
 from cluster.remote_shell import Login, free_port
 from cluster.spec import Local
 from cluster.tunnel import tunnel
-from tests.sshd_server import SSHD, make_key, sshd
+from tests.support.sshd_server import SSHD, make_key, sshd
 
 pytestmark = pytest.mark.skipif(SSHD is None, reason="needs sshd (openssh-server)")
 TOKEN = "token-of-the-cluster"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training_fixtures import Recorder, phase_of
+from tests.support.training_fixtures import Recorder, phase_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
 

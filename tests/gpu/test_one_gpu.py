@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training_fixtures import Recorder, phase_of, sft_phase
+from tests.support.training_fixtures import Recorder, phase_of, sft_phase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
 
@@ -71,7 +71,7 @@ def test_ppo_on_a_gpu_is_that_on_a_cpu(worker, train, tiny, tmp_path, stage, how
     from training.recipes import RECIPES
 
     settings = {
-        "recipe": "ppo", "reward": "tests.some_rewards:nines", "critic": str(tiny / "model"), "rollout_batch": 16, "batch": 8,
+        "recipe": "ppo", "reward": "tests.support.some_rewards:nines", "critic": str(tiny / "model"), "rollout_batch": 16, "batch": 8,
         "response_tokens": 8, "max_steps": 2, "data": {"max_length": 64},
     }  # fmt: skip
     expected = train(1, **settings)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import disturbed
-from tests.cluster import lab as labs
-from tests.cluster.lab import Lab
+from tests.multihost import lab as labs
+from tests.multihost.lab import Lab
+from tests.support import disturbed
 
 DRIVER, WORKING = "a", "bcd"
 

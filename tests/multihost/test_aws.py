@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.lab import Lab, Machine
-from tests.launcher.test_jobs_on_cluster import until
+from tests.launcher.submit.test_jobs_on_cluster import until
+from tests.multihost.lab import Lab, Machine
 
 pytestmark = [
     pytest.mark.cluster,
@@ -52,7 +52,7 @@ class Ec2Lab:
         subprocess.run(["ip", "-n", lab[HERE].space, "addr", "add", "172.31.255.254/16", "dev", "eth0"], check=True)
         root = Path(__file__).parents[2]
         self.api = lab[HERE].run(
-            sys.executable, str(root / "tests/cluster/ec2.py"), api, str(PORT), str(self.state_file),
+            sys.executable, str(root / "tests/support/ec2.py"), api, str(PORT), str(self.state_file),
             log=self.folder / "ec2.log", PYTHONPATH=str(root), **self.credentials,
         )  # fmt: skip
         until(self.state_file.exists, lambda: (self.folder / "ec2.log").read_text())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.cluster.conftest import DRIVER, LabRun
+from tests.multihost.conftest import DRIVER, LabRun
 
 pytestmark = pytest.mark.faults
 

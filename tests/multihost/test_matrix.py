@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
-from tests.cluster.conftest import DRIVER, LabRun
-from tests.cluster.lab import Lab
-from tests.disturbed import STEPS, Result, Run
+from tests.multihost.conftest import DRIVER, LabRun
+from tests.multihost.lab import Lab
+from tests.support.disturbed import STEPS, Result, Run
 
 HANG_AFTER_S = 4
 

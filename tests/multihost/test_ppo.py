@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import some_rewards
-from tests.cluster.conftest import LabRun
-from tests.launcher.test_ppo_recovery import PPORun
+from tests.launcher.driver.test_ppo_recovery import PPORun
+from tests.multihost.conftest import LabRun
+from tests.support import some_rewards
 
 pytestmark = pytest.mark.faults
 THREE = "      - {roles: [critic, reward], workers: 1}\n      - {roles: [rollout], workers: 1}\n"
@@ -23,7 +23,7 @@ class PPOLabRun(LabRun):
     def __init__(self, lab, tiny, folder):
         super().__init__(lab, tiny, folder)
         rewards = Path(some_rewards.__file__)
-        PPORun.write_job(tiny, folder, (THREE, TWO), ("tests.some_rewards:nines", f"{rewards}:nines"))
+        PPORun.write_job(tiny, folder, (THREE, TWO), ("tests.support.some_rewards:nines", f"{rewards}:nines"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.remote_shell import free_port
-from tests.launcher.test_jobs_on_cluster import Commands, until
+from tests.launcher.submit.test_jobs_on_cluster import Commands, until
 
 _PATH = f"/usr/sbin:{os.environ['PATH']}"
 _MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=_PATH) is None]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.lab import Lab
+from tests.multihost.lab import Lab
 
 pytestmark = [
     pytest.mark.cluster,

@@ -1,6 +1,6 @@
 """EC2 as far as its API goes (moto's server), and what gives its instances a body: run on the machine that has the API.
 
-Writes what there is into a file OUT again and again; `tests/cluster/test_aws.py` turns it into machines, and says by a file OUT.off.ID
+Writes what there is into a file OUT again and again; `tests/multihost/test_aws.py` turns it into machines, and says by a file OUT.off.ID
 that the system of one has shut itself down.
 """
 

@@ -15,7 +15,7 @@ from training.group import Worker, arrived
 from training.process.distributed import Seat, join, leave, listen, set_environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.preload"])
+_CONTEXT.set_forkserver_preload(["tests.support.preload"])
 _TIMEOUT_S = 120
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.fork_group import in_a_process
+from tests.support.fork_group import in_a_process
 
 
 def muster(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:

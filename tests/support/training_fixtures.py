@@ -164,7 +164,7 @@ class Recorder:
 @pytest.fixture(scope="session")
 def train(tiny, tmp_path_factory):
     """train(workers, checkpoints=..., stop_after=..., **settings of the phase) -> Recorder."""
-    from tests.fork_group import ForkWorkers
+    from tests.support.fork_group import ForkWorkers
 
     def run(
         workers: int = 1, checkpoints: Path | str | None = None, stop_after: int | None = None, **settings: Any

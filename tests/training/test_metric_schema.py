@@ -25,7 +25,7 @@ def settings(tiny, recipe):
         "cft": {**held_out, "eval": {**questions(tiny), **verdicts}},
         "reward": held_out,
         "ppo": {
-            "reward": "tests.some_rewards:nines", "critic": str(tiny / "model"), "rollout_batch": 16, "response_tokens": 4,
+            "reward": "tests.support.some_rewards:nines", "critic": str(tiny / "model"), "rollout_batch": 16, "response_tokens": 4,
             "data": {"max_length": 64}, "eval": {**questions(tiny), **verdicts},
             "groups": [{"roles": ["policy", "reference", "critic", "reward"], "workers": 1}, {"roles": ["rollout"], "workers": 1}],
             "async": 1,

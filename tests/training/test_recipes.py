@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.training_fixtures import phase_of
+from tests.support.training_fixtures import phase_of
 from training.config import CFT, Reward
 from training.errors import InputError
 from training.recipes import RECIPES

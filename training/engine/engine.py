@@ -1,6 +1,6 @@
 """One DeepSpeed engine: the step over a global batch, and the training state it holds, piece by piece.
 
-The only file that imports DeepSpeed and the only one that reads its internals (pinned by tests/training/test_training.py).
+The only file that imports DeepSpeed and the only one that reads its internals (pinned by tests/training/roles/test_trainer.py).
 Knows nothing of data, files or recipes.
 """
 

@@ -1,6 +1,6 @@
 """Memory of one worker, worked out before there is one: what the engine holds, what a step needs beside it, what a checkpoint takes.
 
-The engine's facts (training/engine/engine.py under DeepSpeed) are those that tests/training/test_sizing.py measures. N parameters, of which
+The engine's facts (training/engine/engine.py under DeepSpeed) are those that tests/training/estimate/test_memory.py measures. N parameters, of which
 T are trained, on W workers; b bytes a number of the computation's type.
 """
 

@@ -12,7 +12,7 @@ from launcher.driver import open_run
 from launcher.driver.progress import PhaseProgress
 from launcher.jobfile import job as jobs
 from launcher.runfolder.small_files import SmallFiles
-from tests.teacher_server import TeacherServer
+from tests.support.teacher_server import TeacherServer
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202e"
 """Sets the window's title, clears the screen, writes from right to left."""

@@ -17,8 +17,8 @@ from launcher.report import compare, status
 from launcher.report import report as reports
 from launcher.runfolder import run_folder
 from launcher.submit import clusters
-from tests.hostile import bounded, few, spoilt, text_of
-from tests.made_runs import QUESTIONS, MadeRun
+from tests.support.hostile import bounded, few, spoilt, text_of
+from tests.support.made_runs import QUESTIONS, MadeRun
 from training.errors import InputError, MusterError
 
 JOB = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.process.exit_status import DONE, FAILED, RESUME_ME
-from tests.launcher.test_run import MUSTER, finish, folder, muster, nothing_left, processes_of, start, wait_for
+from tests.launcher.driver.test_run import MUSTER, finish, folder, muster, nothing_left, processes_of, start, wait_for
 
 __all__ = ["folder", "nothing_left"]
 pytestmark = [pytest.mark.cpu, pytest.mark.faults]

@@ -11,7 +11,7 @@ from launcher.driver import checkpoint_quota as quota
 from launcher.driver import open_run
 from launcher.driver.checkpoint_quota import Stored, surplus
 from launcher.jobfile import job as jobs
-from tests.made_checkpoints import save
+from tests.support.made_checkpoints import save
 from training import storage
 from training.checkpoint.format import Manifest
 from training.checkpoint.repository import Checkpoints, opened, step_of

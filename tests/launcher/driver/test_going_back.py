@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked_command import muster
-from tests.launcher.test_run import events
+from tests.launcher.driver.test_run import events
+from tests.support.forked_command import muster
 from training.checkpoint.repository import opened
 from training.storage import place
 

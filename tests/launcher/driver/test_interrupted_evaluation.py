@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.forked_command import muster
+from tests.support.forked_command import muster
 from training.checkpoint.format import METRICS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.faults]

@@ -11,7 +11,7 @@ import pytest
 from launcher.driver import model_probe
 from launcher.jobfile import job as jobs
 from launcher.workers.supervisor import AT_HAND
-from tests.hub_server import Repository, files_of, hub_server, run_commands
+from tests.support.hub_server import Repository, files_of, hub_server, run_commands
 
 pytestmark = pytest.mark.cpu
 

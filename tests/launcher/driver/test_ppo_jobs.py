@@ -10,8 +10,8 @@ import pytest
 from launcher.driver.driver import with_its_start
 from launcher.jobfile import job as jobs
 from launcher.runfolder.run_folder import RunFolder
-from tests.launcher.test_bad_input import refused
-from tests.raw_server import CUT, RawServer, whole
+from tests.launcher.cli.test_bad_input import refused
+from tests.support.raw_server import CUT, RawServer, whole
 
 JOB = """\
 name: better

@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from tests.disturbed import Result, Run
-from tests.launcher.test_run import nothing_left, processes_of, wait_for
+from tests.launcher.driver.test_run import nothing_left, processes_of, wait_for
+from tests.support.disturbed import Result, Run
 
 __all__ = ["nothing_left"]
 pytestmark = [pytest.mark.cpu, pytest.mark.faults, pytest.mark.usefixtures("nothing_left")]
@@ -23,7 +23,7 @@ storage: {folder}/runs
 phases:
   ppo:
     data: {{train: {tiny}/ppo.train.jsonl, max_length: 64}}
-    reward: tests.some_rewards:nines
+    reward: tests.support.some_rewards:nines
     rollout_batch: 16
     batch: 8
     response_tokens: 8

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.test_bad_input import refused
+from tests.launcher.cli.test_bad_input import refused
 
 pytestmark = pytest.mark.cpu
 LAST = "    checkpoint: {every: 2}\n"

@@ -12,8 +12,8 @@ import time
 import psutil
 import pytest
 
-from tests.disturbed import COMMAND, Run
-from tests.launcher.test_run import nothing_left, processes_of
+from tests.launcher.driver.test_run import nothing_left, processes_of
+from tests.support.disturbed import COMMAND, Run
 from training.storage import place
 
 __all__ = ["nothing_left"]

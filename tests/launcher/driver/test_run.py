@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests import forked_command
-from tests.disturbed import cache_in
+from tests.support import forked_command
+from tests.support.disturbed import cache_in
 
 pytestmark = pytest.mark.cpu
 

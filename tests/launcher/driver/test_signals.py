@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from launcher.process.exit_status import after_signal
-from tests.launcher.test_run import events, finish, folder, nothing_left, processes_of, start, wait_for
+from tests.launcher.driver.test_run import events, finish, folder, nothing_left, processes_of, start, wait_for
 
 __all__ = ["folder", "nothing_left"]
 

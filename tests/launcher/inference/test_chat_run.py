@@ -167,7 +167,7 @@ def test_what_is_generated_ends_where_an_answer_ended_in_training(here, run, mus
 
 def test_a_reward_model_of_another_make_is_asked_alike_by_ppo_and_by_eval(here, run, folder):
     """It has a chat template and no muster.json; the prompts are texts."""
-    from tests.training_fixtures import phase_of
+    from tests.support.training_fixtures import phase_of
     from training.config import RewardSource
     from training.evaluation.evaluator import Judge
     from training.process.distributed import Seat

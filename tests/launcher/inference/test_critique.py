@@ -14,9 +14,9 @@ import pytest
 
 from launcher.cli.main import app
 from launcher.inference import critique, teacher
-from tests.raw_server import CUT as CUT_REPLIES
-from tests.raw_server import ODD_JSON, OK, RawServer, dripping, whole
-from tests.teacher_server import CUT, HANG, NONSENSE, TeacherServer
+from tests.support.raw_server import CUT as CUT_REPLIES
+from tests.support.raw_server import ODD_JSON, OK, RawServer, dripping, whole
+from tests.support.teacher_server import CUT, HANG, NONSENSE, TeacherServer
 
 KEY = "sk-of-nobody-123"
 
@@ -89,7 +89,7 @@ def test_data_that_the_recipe_can_learn_from(capsys, tiny):
     assert [row["verdict"] for row in found].count("wrong") == 4
     assert len(found) == 12
     assert "12 rows (8 right, 4 wrong)" in out
-    from tests.training_fixtures import phase_of
+    from tests.support.training_fixtures import phase_of
     from training.data import files
     from training.data.prepare import check_rows
 

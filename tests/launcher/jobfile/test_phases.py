@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.jobfile import job as jobs
-from tests.launcher.test_bad_input import refused
+from tests.launcher.cli.test_bad_input import refused
 
 PHASES = """\
 name: chain

@@ -8,14 +8,14 @@ import json
 import pytest
 
 from launcher.plan.workload import work_of
-from tests.training_fixtures import phase_of
+from tests.support.training_fixtures import phase_of
 
 
 @pytest.mark.parametrize("recipe", ["sft", "pretrain", "cft", "ppo"])
 def test_tokens_are_near_those_of_the_whole_data(tiny, recipe):
     from training.data.phase_data import open_stores
 
-    settings = {"reward": "tests.some_rewards:length"} if recipe == "ppo" else {}
+    settings = {"reward": "tests.support.some_rewards:length"} if recipe == "ppo" else {}
     phase = phase_of(tiny, recipe, **settings)
     store = open_stores(phase, tiny / "cache").train
     work = work_of(phase)

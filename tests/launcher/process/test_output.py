@@ -19,8 +19,8 @@ from typing import TextIO
 import pytest
 
 from launcher.process import output
-from tests.disturbed import cache_in
-from tests.launcher.test_run import wait_for
+from tests.launcher.driver.test_run import wait_for
+from tests.support.disturbed import cache_in
 
 COMMAND = [sys.executable, "-m", "launcher", "run", "job.yaml", "--inline"]
 

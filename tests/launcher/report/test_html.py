@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.report import html, report
-from tests.made_runs import finetuned, rewarded
+from tests.support.made_runs import finetuned, rewarded
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

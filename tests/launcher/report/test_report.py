@@ -11,7 +11,7 @@ import pytest
 from launcher.report import charts, report
 from launcher.report import html as page
 from launcher.report.timeline import LOADING, RECOVERING, REDONE, TRAINING, WAITING, timeline
-from tests.made_runs import BEGAN, QUESTIONS, MadeRun, finetuned, rewarded
+from tests.support.made_runs import BEGAN, QUESTIONS, MadeRun, finetuned, rewarded
 from training.errors import InputError
 
 

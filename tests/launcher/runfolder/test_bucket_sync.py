@@ -10,8 +10,8 @@ from launcher.driver import open_run
 from launcher.jobfile import job as jobs
 from launcher.runfolder import run_folder
 from launcher.runfolder.small_files import SmallFiles
-from tests.forked_command import muster
-from tests.launcher.test_run import ctrl_c, finish, make_folder, start, wait_for
+from tests.launcher.driver.test_run import ctrl_c, finish, make_folder, start, wait_for
+from tests.support.forked_command import muster
 from training.errors import InputError, StorageError, Superseded
 from training.storage import place as place_at
 

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.jobfile import job as jobs
 from launcher.runfolder.hub_revisions import Named, commit_of, look_up, with_commits
-from tests.hub_server import Hub, Repository, files_of, hub_server, run_commands
+from tests.support.hub_server import Hub, Repository, files_of, hub_server, run_commands
 from training.errors import InputError
 
 OLD, NEW = "a" * 40, "b" * 40

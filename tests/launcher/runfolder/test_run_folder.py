@@ -13,7 +13,7 @@ from launcher.driver import open_run
 from launcher.jobfile import job as jobs
 from launcher.runfolder import run_folder
 from launcher.runfolder.small_files import SmallFiles
-from tests.made_checkpoints import save_in
+from tests.support.made_checkpoints import save_in
 from training.errors import InputError
 
 

@@ -22,7 +22,7 @@ from launcher.driver.open_run import OpenRun
 from launcher.jobfile import job as jobs
 from launcher.runfolder import run_folder, save_request
 from launcher.runfolder.bucket_sync import SAVE
-from tests.disturbed import COMMAND
+from tests.support.disturbed import COMMAND
 from training.checkpoint.format import Manifest
 from training.checkpoint.repository import Checkpoints, step_of
 from training.errors import InputError, TrainingError

@@ -19,7 +19,7 @@ from cluster.ray_node import Node
 from cluster.remote_shell import HERE, all_of, on_all
 from cluster.spec import SPECS
 from launcher.submit import clusters, jobs
-from tests.raw_server import CUT, ODD_JSON, RawServer, whole
+from tests.support.raw_server import CUT, ODD_JSON, RawServer, whole
 from training.errors import InputError
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "clusters"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.growing_cluster import GrowingCluster
-from tests.launcher.test_jobs_on_cluster import Commands, until
+from tests.launcher.submit.test_jobs_on_cluster import Commands, until
+from tests.support.growing_cluster import GrowingCluster
 
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
 

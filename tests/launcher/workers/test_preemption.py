@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from launcher.workers import preemption
-from tests.raw_server import CUT, ODD_JSON, RawServer, whole
+from tests.support.raw_server import CUT, ODD_JSON, RawServer, whole
 
 
 class Metadata(BaseHTTPRequestHandler):

@@ -90,7 +90,7 @@ def test_an_unfit_machine_is_avoided_at_once_and_given_up_on_if_there_is_no_othe
 @pytest.mark.cpu
 def test_workers_report(tmp_path, tiny):
     """Two real ones."""
-    from tests.fork_group import ForkGroup
+    from tests.support.fork_group import ForkGroup
 
     (tmp_path / "checkpoints").mkdir()
     with ForkGroup(2, preflight.TARGET) as group:

@@ -11,8 +11,8 @@ import tempfile
 import psutil
 import pytest
 
-from tests.disturbed import Run
-from tests.launcher.test_run import nothing_left, processes_of
+from tests.launcher.driver.test_run import nothing_left, processes_of
+from tests.support.disturbed import Run
 
 __all__ = ["nothing_left"]
 pytestmark = pytest.mark.cpu

@@ -42,7 +42,7 @@ def host(shared, tmp_path):
 def begin(host: Host, folder: Path) -> int:
     pid = host.begin(str(folder / "rank-0.log"), {"GREETING": "hello"})
     host.ask("join", Seat(rank=0, size=1), b"", None)
-    host.ask("build", "probe", "tests.roles:Probe", ())
+    host.ask("build", "probe", "tests.support.roles:Probe", ())
     return pid
 
 

@@ -27,7 +27,7 @@ def probes(folder, **resources):
     workers = WorkerGroup(Resources(workers=2, **resources), print, print)
     try:
         workers.begin(folder / "logs")
-        yield workers.build("probe", "tests.roles:Probe")
+        yield workers.build("probe", "tests.support.roles:Probe")
     finally:
         workers.close()
 
@@ -136,7 +136,7 @@ def test_the_places_begin_again_at_once(ray_cluster, tmp_path):
             results(group.call("die_while_others_wait", 1), 60)
         assert group.workers.end()
         group.workers.begin(tmp_path / "again")
-        again = group.workers.build("probe", "tests.roles:Probe")
+        again = group.workers.build("probe", "tests.support.roles:Probe")
         assert results(again.call("add_up", 2), 60) == [4, 4]
         assert nurseries(group) == before, "torch was imported anew"
 
@@ -230,7 +230,7 @@ def test_two_groups_do_not_meet(ray_cluster, tmp_path):
     try:
         for name, group in zip("ab", groups, strict=True):
             group.begin(tmp_path / name)
-        roles = [group.build("probe", "tests.roles:Probe") for group in groups]
+        roles = [group.build("probe", "tests.support.roles:Probe") for group in groups]
         assert [results(role.call("add_up", 5), 60) for role in roles] == [[5], [5]]
     finally:
         for group in groups:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tests.training_fixtures import Recorder
+from tests.support.training_fixtures import Recorder
 from training.checkpoint.format import Manifest, Reader, verify
 from training.checkpoint.repository import Checkpoints, step_of
 from training.storage import place
@@ -122,8 +122,8 @@ def test_a_worker_killed_in_the_middle_of_an_upload_leaves_the_checkpoint_before
     import os
     import signal
 
-    from tests.fork_group import ForkGroup
-    from tests.training_fixtures import sft_phase
+    from tests.support.fork_group import ForkGroup
+    from tests.support.training_fixtures import sft_phase
     from training.drivers import supervised
     from training.errors import TrainingError
 

@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from tests.fork_group import ForkGroup
-from tests.recording_trainer import FOLDER
-from tests.training_fixtures import Recorder, sft_phase
+from tests.support.fork_group import ForkGroup
+from tests.support.recording_trainer import FOLDER
+from tests.support.training_fixtures import Recorder, sft_phase
 from training.checkpoint.format import Manifest, Reader
 from training.checkpoint.repository import Checkpoints, step_of
 from training.drivers import supervised
@@ -178,7 +178,9 @@ def test_every_sample_is_trained_once_an_epoch_whatever_happens(tiny, tmp_path, 
         monkeypatch.setenv(FOLDER, str(folder))
         phase = sft_phase(tiny, workers=workers, stage=2, max_steps=STEPS, checkpoint={"every": 5})
         hooks = Recorder(checkpoints, stop_after)
-        with ForkGroup(workers, "tests.recording_trainer:RecordingTrainer", phase, str(tiny / "cache")) as group:
+        with ForkGroup(
+            workers, "tests.support.recording_trainer:RecordingTrainer", phase, str(tiny / "cache")
+        ) as group:
             if kill_after is not None:
                 threading.Thread(target=kill, args=(group, hooks, kill_after), daemon=True).start()
             try:

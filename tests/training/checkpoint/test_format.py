@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from tests.made_checkpoints import SIZE, save_in, values_of
+from tests.support.made_checkpoints import SIZE, save_in, values_of
 from training.checkpoint import format as checkpoint
 from training.checkpoint.format import CheckpointError, Manifest, NewerFormat, Reader, verify, write_shard
 from training.storage import Local

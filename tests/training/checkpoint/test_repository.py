@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.made_checkpoints import save, save_in, staged, values_of
-from tests.training.test_checkpoint import flip_a_bit
+from tests.support.made_checkpoints import save, save_in, staged, values_of
+from tests.training.checkpoint.test_format import flip_a_bit
 from training.checkpoint.format import OPTIMIZER, CheckpointError, Manifest, Reader, verify, write_shard
 from training.checkpoint.repository import Checkpoints, opened, step_of
 from training.errors import StorageError, Superseded

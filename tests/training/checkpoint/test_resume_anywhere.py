@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.fork_group import ForkGroup
-from tests.training.test_exact_resume import state
-from tests.training_fixtures import Recorder, sft_phase
+from tests.support.fork_group import ForkGroup
+from tests.support.training_fixtures import Recorder, sft_phase
+from tests.training.checkpoint.test_exact_resume import state
 from training.checkpoint.format import Manifest
 from training.checkpoint.repository import opened
 from training.drivers import supervised
@@ -121,7 +121,9 @@ def test_no_worker_holds_the_optimizer_of_all_while_restoring(tiny, larger, tmp_
     parameters = sum(int(np.prod(shape)) for shape in Manifest.read(checkpoint).parameters.values())
     assert parameters > 15e6
     for workers in (2, 4):
-        with ForkGroup(workers, "tests.measured_trainer:MeasuredTrainer", phase(workers), str(tiny / "cache")) as group:
+        with ForkGroup(
+            workers, "tests.support.measured_trainer:MeasuredTrainer", phase(workers), str(tiny / "cache")
+        ) as group:
             results(group.call("setup"))
             results(group.call("finish_save"))  # the memory of the snapshot is there
             peaks = results(group.call("restore_measured", str(checkpoint)))

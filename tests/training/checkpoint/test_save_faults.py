@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fork_group import ForkGroup
-from tests.made_checkpoints import save
-from tests.training_fixtures import Recorder, sft_phase
+from tests.support.fork_group import ForkGroup
+from tests.support.made_checkpoints import save
+from tests.support.training_fixtures import Recorder, sft_phase
 from training.checkpoint.format import OPTIMIZER, Manifest, Reader, verify
 from training.checkpoint.repository import Checkpoints, opened, step_of
 from training.drivers import supervised

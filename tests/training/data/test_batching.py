@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.training_fixtures import phase_of
+from tests.support.training_fixtures import phase_of
 from training.data.batching import Limits, deal, limits_for
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.training_fixtures import phase_of
+from tests.support.training_fixtures import phase_of
 from training.data import question_prompts, questions
 from training.data.formats import Chat, Prompt
 from training.data.phase_data import open_stores

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from tests.support.training_fixtures import phase_of
 from tests.training.data.test_serving_tokens import tokenizer_of
-from tests.training_fixtures import phase_of
 from training.data import reward_prompts
 from training.data.phase_data import open_stores
 from training.errors import InputError

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.training_fixtures import VOCABULARY, phase_of
+from tests.support.training_fixtures import VOCABULARY, phase_of
 from training.errors import InputError
 from training.storage import place
 
@@ -177,7 +177,7 @@ def test_policy_reference_and_critic_grow_alike(added, tiny, train):
     prompts.write_text("".join(json.dumps({**row, "prompt": f"<|look|>{row['prompt']}"}) + "\n" for row in rows))
     how = {
         **settings(added, lora=LORA), "data": {"train": str(prompts), "max_length": 64}, "recipe": "ppo",
-        "reward": "tests.some_rewards:nines", "critic": str(added / "model"), "rollout_batch": 8, "batch": 8,
+        "reward": "tests.support.some_rewards:nines", "critic": str(added / "model"), "rollout_batch": 8, "batch": 8,
         "response_tokens": 6, "max_steps": 2, "learning_rate": 1e-3,
     }  # fmt: skip
     one, two = train(1, **how), train(2, stage=3, **how)

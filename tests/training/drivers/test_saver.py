@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.training_fixtures import Recorder
+from tests.support.training_fixtures import Recorder
 from training.checkpoint.async_writer import ShardWriter
 from training.checkpoint.format import OPTIMIZER, File, Manifest, verify, write_shard
 from training.config import SFT

@@ -76,13 +76,13 @@ def test_compiled_layers_give_the_same_curve(train, tiny, workers, settings, mod
 @pytest.mark.timeout(300)
 def test_layers_are_compiled_a_few_times_not_once_for_every_length(tiny):
     """Twelve steps of packed rows, none as long as another, and answers to questions, for which nothing is compiled."""
-    from tests.fork_group import ForkGroup
-    from tests.training_fixtures import phase_of
+    from tests.support.fork_group import ForkGroup
+    from tests.support.training_fixtures import phase_of
 
     questions = {"data": str(tiny / "eval.jsonl"), "limit": 4, "max_new_tokens": 6}
     model = {"path": str(tiny / "model"), "dtype": "fp32", "compile": True}
     phase = phase_of(tiny, "sft", model=model, eval=questions, eval_every=4, max_steps=12)
-    with ForkGroup(1, "tests.measured_trainer:MeasuredTrainer", phase, str(tiny / "cache")) as group:
+    with ForkGroup(1, "tests.support.measured_trainer:MeasuredTrainer", phase, str(tiny / "cache")) as group:
         group.call("setup")[0].result()
         group.call("train", 0, 6)[0].result()
         compiled = group.call("compilations")[0].result()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training_fixtures import sft_phase
+from tests.support.training_fixtures import sft_phase
 
 
 @pytest.mark.parametrize(

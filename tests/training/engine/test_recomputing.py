@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training_fixtures import phase_of
+from tests.support.training_fixtures import phase_of
 from training.config import PPO
 from training.estimate.memory import models_of, recomputes, setting_of, team
 from training.estimate.parameters import shape_of
@@ -48,7 +48,7 @@ def test_a_step_is_left_room_for_what_the_formulas_do_not_know():
 
 
 def test_roles_that_share_a_gpu_decide_together_and_those_that_only_answer_never():
-    ppo = llama("ppo", reward="tests.some_rewards:nines", batch=64, response_tokens=512)
+    ppo = llama("ppo", reward="tests.support.some_rewards:nines", batch=64, response_tokens=512)
     assert isinstance(ppo, PPO)
     one, both = (decided(ppo, 70, roles=roles) for roles in (("policy",), ("policy", "reference", "critic")))
     assert (one, both) == (False, True)
@@ -91,10 +91,10 @@ def test_a_model_of_which_nothing_is_known_recomputes():
 @pytest.mark.cpu
 @pytest.mark.parametrize(("said", "done"), [("auto", False), (False, False), (True, True)])
 def test_what_was_decided_is_a_fact_and_holds_for_the_model(tiny, said, done):
-    from tests.fork_group import ForkGroup
+    from tests.support.fork_group import ForkGroup
 
     model = {"path": str(tiny / "model"), "dtype": "fp32", "gradient_checkpointing": said}
     phase = phase_of(tiny, "sft", model=model)
-    with ForkGroup(1, "tests.measured_trainer:MeasuredTrainer", phase, str(tiny / "cache")) as group:
+    with ForkGroup(1, "tests.support.measured_trainer:MeasuredTrainer", phase, str(tiny / "cache")) as group:
         assert group.call("setup")[0].result().recomputes is done
         assert group.call("layers_that_recompute")[0].result() == [done, done]

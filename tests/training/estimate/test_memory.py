@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from tests.training_fixtures import Recorder, phase_of
+from tests.support.training_fixtures import Recorder, phase_of
 from training.estimate.memory import Models, setting_of, states, team
 from training.estimate.parameters import shape_of
 from training.recipes import RECIPES, resolve
@@ -56,9 +56,9 @@ def folders(tiny, tmp_path_factory):
 
 def measured(folder, phase, tmp_path):
     """(bytes of tensors before a step, bytes allocated at most) of each worker, and the facts of the data."""
-    from tests.fork_group import ForkWorkers
+    from tests.support.fork_group import ForkWorkers
 
-    roles = {"memory": "tests.roles:Memory", **RECIPES[phase.recipe].roles}
+    roles = {"memory": "tests.support.roles:Memory", **RECIPES[phase.recipe].roles}
     with ForkWorkers(phase.resources.workers, roles, phase, str(folder / "cache")) as workers:
         groups = {role: workers[role] for role in RECIPES[phase.recipe].roles}
 
@@ -173,7 +173,7 @@ def test_how_activations_are_kept_or_made(folders, tmp_path, how):
 def test_ppo(folders, tmp_path, stage, lora):
     folder = folders["wide"]
     settings = {
-        "reward": "tests.some_rewards:length", "critic": str(folder / "model"), "rollout_batch": 8,
+        "reward": "tests.support.some_rewards:length", "critic": str(folder / "model"), "rollout_batch": 8,
         "response_tokens": 64, "ppo_epochs": 1, "data": {"max_length": 96},
     }  # fmt: skip
     phase = phase_in(folder, "ppo", stage=stage, dtype="bf16", lora=lora, **settings)

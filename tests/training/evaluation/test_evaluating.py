@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from tests.fork_group import ForkGroup
-from tests.training.test_exact_resume import state
-from tests.training_fixtures import Recorder, sft_phase
+from tests.support.fork_group import ForkGroup
+from tests.support.training_fixtures import Recorder, sft_phase
+from tests.training.checkpoint.test_exact_resume import state
 from training.checkpoint.format import Manifest
 from training.checkpoint.repository import Checkpoints, step_of
 from training.drivers import evaluating, supervised
@@ -82,7 +82,7 @@ def test_a_phase_is_not_finished_before_its_last_evaluation_is(tiny, train, tmp_
 
 def test_an_interrupted_evaluation_of_ppo_is_done_again(tiny, train, tmp_path):
     common = settings(
-        tiny, recipe="ppo", data={"max_length": 64}, reward="tests.some_rewards:length", critic=str(tiny / "model"),
+        tiny, recipe="ppo", data={"max_length": 64}, reward="tests.support.some_rewards:length", critic=str(tiny / "model"),
         rollout_batch=8, batch=8, response_tokens=4, critic_learning_rate=3e-3, eval_every=1, max_steps=2,
     )  # fmt: skip
     whole = train(1, **common)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.fork_group import in_a_process
+from tests.support.fork_group import in_a_process
 
 pytestmark = pytest.mark.cpu
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17, 18], [20, 21], [30, 31, 32], [40, 41, 42, 43]]
@@ -129,8 +129,8 @@ def responses(shares) -> list[tuple]:
 @pytest.mark.parametrize(("workers", "batch", "stage"), [(1, 7, 2), (2, 3, 3), (3, 64, 2)])
 def test_workers_answer_alike_however_many_there_are(tiny, workers, batch, stage):
     """The same questions, seed and weights: the same responses, whatever the batch size, workers and ZeRO stage."""
-    from tests.fork_group import ForkGroup
-    from tests.training_fixtures import phase_of
+    from tests.support.fork_group import ForkGroup
+    from tests.support.training_fixtures import phase_of
     from training.group import results
 
     asked = {

@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 
-from tests.raw_server import CUT, DRIPPING, OK, RawServer, whole
+from tests.support.raw_server import CUT, DRIPPING, OK, RawServer, whole
 from training.io.http_requests import RequestError, StatusError, fetch
 
 

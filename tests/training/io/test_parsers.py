@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from tests.hostile import bounded, spoilt, text_of
-from tests.made_checkpoints import save_in
+from tests.support.hostile import bounded, spoilt, text_of
+from tests.support.made_checkpoints import save_in
 from training import model_folder
 from training.checkpoint.format import MANIFEST, Reader, verify
 from training.checkpoint.repository import Checkpoints

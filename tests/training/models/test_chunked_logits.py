@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests import training_fixtures
-from tests.chunked_trainer import LOGITS_AT_ONCE
-from tests.training_fixtures import Recorder, phase_of
+from tests.support import training_fixtures
+from tests.support.chunked_trainer import LOGITS_AT_ONCE
+from tests.support.training_fixtures import Recorder, phase_of
 
 pytestmark = pytest.mark.cpu
 
@@ -126,13 +126,13 @@ def test_the_logits_never_exist_whole(lm, micro, made, monkeypatch):
 
 @pytest.mark.parametrize(("workers", "stage"), [(2, 3), (2, 2)])
 def test_chunks_over_sharded_weights(tiny, train, tmp_path, workers, stage):
-    from tests.fork_group import ForkGroup
+    from tests.support.fork_group import ForkGroup
     from training.recipes import RECIPES, resolve
 
     settings = {"max_steps": 4, "data": {"eval": str(tiny / "eval.jsonl")}}
     whole = train(1, stage=0, **settings)
     phase, hooks = phase_of(tiny, "sft", workers=workers, stage=stage, **settings), Recorder(tmp_path)
-    with ForkGroup(workers, "tests.chunked_trainer:ChunkedTrainer", phase, str(tiny / "cache")) as group:
+    with ForkGroup(workers, "tests.support.chunked_trainer:ChunkedTrainer", phase, str(tiny / "cache")) as group:
         resolve(RECIPES["sft"].run)(phase, {"trainer": group}, hooks)
     assert hooks.losses == pytest.approx(whole.losses, rel=1e-6)  # as in test_same_curve
     assert hooks.rows[-1]["eval_loss"] == pytest.approx(whole.rows[-1]["eval_loss"], rel=1e-6)

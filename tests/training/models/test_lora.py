@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.training_fixtures import phase_of
+from tests.support.training_fixtures import phase_of
 from training.errors import InputError
 from training.storage import place
 
@@ -133,7 +133,9 @@ def test_a_run_with_adapters_resumes_on_other_workers_at_another_stage(tiny, tra
     train(2, tmp_path, stop_after=4, recipe="reward", stage=2, lora=LORA, checkpoint={"every": 4})
     on = train(3, tmp_path, recipe="reward", stage=3, lora=LORA, checkpoint={"every": 4})
     assert on.first == 4
-    assert on.losses == pytest.approx(whole.losses[4:], rel=2e-5)  # a reward model's: tests/training/test_same_curve.py
+    assert on.losses == pytest.approx(
+        whole.losses[4:], rel=2e-5
+    )  # a reward model's: tests/training/roles/test_same_curve.py
 
 
 def test_the_start_of_adapters_hangs_on_the_seed_and_adds_nothing(tiny, train):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fork_group import ForkGroup
+from tests.support.fork_group import ForkGroup
 from training.group import results
 
 pytestmark = pytest.mark.cpu
@@ -29,9 +29,9 @@ def model_folder(tmp_path_factory):
 
 def test_a_worker_of_four_loads_little_more_than_its_quarter(model_folder, record_property):
     folder, whole = model_folder
-    with ForkGroup(4, "tests.roles:LoadProbe") as group:
+    with ForkGroup(4, "tests.support.roles:LoadProbe") as group:
         sharded = max(results(group.call("load", str(folder), 3)))
-    with ForkGroup(1, "tests.roles:LoadProbe") as group:
+    with ForkGroup(1, "tests.support.roles:LoadProbe") as group:
         unsharded = results(group.call("load", str(folder), 0))[0]
     print(
         f"model {whole / MIB:.0f} MiB; ZeRO-3 on 4 workers {sharded / MIB:.0f} MiB each; unsharded {unsharded / MIB:.0f} MiB"

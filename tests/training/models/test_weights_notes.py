@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.training_fixtures import phase_of
+from tests.support.training_fixtures import phase_of
 
 pytestmark = pytest.mark.cpu
 

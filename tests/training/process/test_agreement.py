@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fork_group import ForkGroup
+from tests.support.fork_group import ForkGroup
 
 ROOT = Path(__file__).parents[3]
 PICKLED = {
@@ -25,7 +25,7 @@ PICKLED = {
 
 @pytest.fixture(scope="module")
 def group():
-    with ForkGroup(3, "tests.roles:Probe") as group:
+    with ForkGroup(3, "tests.support.roles:Probe") as group:
         yield group
 
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import pytest
 
-from tests.fork_group import in_a_process
+from tests.support.fork_group import in_a_process
 from training.errors import TrainingError
 from training.process import distributed, rendezvous_server
 from training.process.authenticated_channel import (

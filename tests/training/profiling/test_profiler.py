@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training_fixtures import Recorder, phase_of
+from tests.support.training_fixtures import Recorder, phase_of
 from training.config import Profile
 from training.drivers.profiled_steps import Profiled
 from training.profiling.breakdown import Span, Work, breakdown, summary, table
@@ -17,7 +17,7 @@ from training.profiling.trace import operators, read, seconds_of
 from training.schedule import never_profiled
 from training.storage import place
 
-NINES = "tests.some_rewards:nines"
+NINES = "tests.support.some_rewards:nines"
 
 
 # ── which steps ──

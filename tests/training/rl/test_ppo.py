@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.training_fixtures import Recorder, phase_of
+from tests.support.training_fixtures import Recorder, phase_of
 from training.checkpoint.format import write_shard
 from training.data.batching import Limits
 from training.drivers import ppo
@@ -16,7 +16,7 @@ from training.rl.experience import Response
 from training.storage import place
 
 pytestmark = [pytest.mark.cpu, pytest.mark.xdist_group("curves")]
-NINES = "tests.some_rewards:nines"
+NINES = "tests.support.some_rewards:nines"
 
 
 def settings(tiny, **more):

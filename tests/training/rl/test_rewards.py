@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
-from tests.raw_server import CUT, ODD_JSON, OK, RawServer, dripping, whole
-from tests.training_fixtures import phase_of
+from tests.support.raw_server import CUT, ODD_JSON, OK, RawServer, dripping, whole
+from tests.support.training_fixtures import phase_of
 from training.config import RewardSource
 from training.errors import InputError, ServiceError
 from training.process.distributed import Seat
@@ -62,16 +62,16 @@ def test_functions_that_are_not_well_are_told_of(judge, function, message):
     from training.rl.rewards import RewardError
 
     with pytest.raises(RewardError, match=message):
-        judge(path=f"tests.some_rewards:{function}", timeout=0.2)([response("a"), response("b")])
+        judge(path=f"tests.support.some_rewards:{function}", timeout=0.2)([response("a"), response("b")])
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("tests.some_rewards:nothing", "cannot be imported: AttributeError"),
+        ("tests.support.some_rewards:nothing", "cannot be imported: AttributeError"),
         ("tests.no_such_module:score", "cannot be imported: ModuleNotFoundError"),
         ("/nowhere/mine.py:score", "there is no file /nowhere/mine.py"),
-        ("tests.some_rewards:NUMBER", "NUMBER is no function"),
+        ("tests.support.some_rewards:NUMBER", "NUMBER is no function"),
     ],
 )
 def test_functions_that_are_not_there_are_told_of(judge, path, message):
@@ -301,7 +301,10 @@ def test_none_is_no_vote_but_somebody_has_to_give_one(tiny, tmp_path):
 def test_several_rewards_are_weighted(tiny):
     from training.rl.roles import Judges
 
-    sources = [{"path": "tests.some_rewards:nines"}, {"path": "tests.some_rewards:length", "weight": -0.5}]
+    sources = [
+        {"path": "tests.support.some_rewards:nines"},
+        {"path": "tests.support.some_rewards:length", "weight": -0.5},
+    ]
     judges = Judges(Seat(rank=0, size=1), phase_of(tiny, "ppo", reward=sources, batch=4), "")
     judges.setup()
     assert judges.scores([response("99ab"), response("")]) == [0.0, 0.0]
@@ -317,7 +320,7 @@ def other_words(tiny, tmp_path_factory):
     """The same model with another tokenizer."""
     import shutil
 
-    from tests.training_fixtures import _tokenizer
+    from tests.support.training_fixtures import _tokenizer
 
     folder = tmp_path_factory.mktemp("other") / "model"
     shutil.copytree(tiny / "model", folder)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from tests.fork_group import in_a_process
-from tests.training_fixtures import Recorder, phase_of
+from tests.support.fork_group import in_a_process
+from tests.support.training_fixtures import Recorder, phase_of
 from training.recipes import RECIPES
 
 pytestmark = pytest.mark.cpu
@@ -158,7 +158,7 @@ def plain(name, tiny) -> Curve:
 @pytest.fixture(scope="module")
 def run(name, tiny, tmp_path_factory):
     """run(workers, stage, **settings) -> Curve, remembered for whoever asks again."""
-    from tests.fork_group import ForkGroup
+    from tests.support.fork_group import ForkGroup
     from training.recipes import resolve
 
     known: dict[str, Curve] = {}

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.fork_group import ForkGroup
-from tests.training_fixtures import sft_phase
+from tests.support.fork_group import ForkGroup
+from tests.support.training_fixtures import sft_phase
 from training.errors import Diverged, TrainingError
 from training.group import results
 
@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_a_number_ends_the_training(train, tmp_path):
 
 def test_an_error_in_the_model_names_the_step_and_the_rows(tiny):
     phase = sft_phase(tiny, micro_batch=4)
-    with ForkGroup(1, "tests.recording_trainer:FailingTrainer", phase, str(tiny / "cache")) as group:
+    with ForkGroup(1, "tests.support.recording_trainer:FailingTrainer", phase, str(tiny / "cache")) as group:
         results(group.call("setup"))
         (rows,) = results(group.call("second_micro_batch"))
         with pytest.raises(TrainingError) as caught:
