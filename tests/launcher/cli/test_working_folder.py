@@ -71,7 +71,7 @@ def test_the_code_that_travels_comes_before_what_is_installed_and_empty_entries_
         [sys.executable, "-P", "-c", "import launcher; print(launcher.__file__)"],
         env=with_own_code(os.environ), cwd="/", text=True, capture_output=True, check=True,
     )  # fmt: skip
-    assert Path(found.stdout.strip()) == Path(jobs.__file__).parent / "__init__.py"
+    assert Path(found.stdout.strip()) == Path(jobs.__file__).parents[1] / "__init__.py"
 
 
 # Reward functions
