@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import typer
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.spec import SPECS
+from launcher.cli.common import GROUPS
 from launcher.cli.main import app
 from launcher.jobfile.job import NEUTRAL, TopLevel
 from launcher.jobfile.phase_builder import SHARED
@@ -57,6 +59,11 @@ ENVIRONMENT = {
 }
 """What Muster reads of its environment. What it sets for itself is not here."""
 
+TRIED = Path(__file__).resolve().parents[1] / ".ci" / "tried.yaml"
+"""The sets of versions that the tests have passed with. It is in the checkout only, where these pages are generated."""
+PACKAGES = ("torch", "transformers", "deepspeed", "ray", "peft", "datasets", "fsspec")
+"""Those whose versions Muster bounds from above."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -70,7 +77,13 @@ class Row:
 
 def pages() -> dict[str, str]:
     """The text of every page, by file name."""
-    made = {"job.md": _job(), "cluster.md": _clusters(), "commands.md": _commands(), "metrics.md": _metrics()}
+    made = {
+        "job.md": _job(),
+        "cluster.md": _clusters(),
+        "commands.md": _commands(),
+        "metrics.md": _metrics(),
+        "versions.md": _versions(yaml.safe_load(TRIED.read_text(encoding="utf-8"))),
+    }
     return {name: "\n".join(lines).rstrip() + "\n" for name, lines in made.items()}
 
 
@@ -245,35 +258,51 @@ def _commands() -> Iterator[str]:
     yield _HEAD
     yield "## Exit statuses\n"
     yield from _table(("status", "meaning"), ((str(status), told) for status, told in EXIT_STATUSES.items()))
-    for name, command in verbs().items():
-        yield f"## `muster {name}`\n"
-        yield f"{command.help}\n"
-        arguments = [each for each in command.params if not each.opts[0].startswith("-")]
-        options = [each for each in command.params if each.opts[0].startswith("-") and each.name != "help"]
-        yield f"    muster {' '.join([name, *map(_shown_argument, arguments), *(['[OPTIONS]'] if options else [])])}\n"
-        if arguments:
-            told = ((f"`{_plain(each)}`", each.help or "") for each in arguments)
-            yield from _table(("argument", "meaning"), told)
-        if options:
-            yield from _table(("option", "takes", "default", "meaning"), map(_option, options))
+    for heading, names in GROUPS.items():
+        yield f"## {heading}\n"
+        for words, command in verbs().items():
+            if words.split()[0] in names:
+                yield from _command(words, command)
+
+
+def _command(words: str, command: Any) -> Iterator[str]:
+    """The section of one command."""
+    yield f"### `muster {words}`\n"
+    yield f"{command.help}\n"
+    arguments = [each for each in command.params if not each.opts[0].startswith("-")]
+    options = [each for each in command.params if each.opts[0].startswith("-") and each.name != "help"]
+    usage = [words, *map(_shown_argument, arguments), *(["[OPTIONS]"] if options else [])]
+    yield _block([f"muster {' '.join(usage)}"])
+    if arguments:
+        yield from _table(("argument", "meaning"), ((f"`{_plain(each)}`", each.help or "") for each in arguments))
+    if options:
+        yield from _table(("option", "takes", "default", "meaning"), map(_option, options))
+    yield "Examples:\n"
+    yield _block(command.epilog.splitlines())
+
+
+def _block(lines: Iterable[str]) -> str:
+    return "".join(f"    {line}\n" for line in lines)
 
 
 def verbs() -> dict[str, Any]:
-    """Every command, by the words that call it."""
+    """Every command, by the words that call it, in the order of the help."""
     found: dict[str, Any] = {}
     top: Any = typer.main.get_command(app)
-    for name, command in top.commands.items():
+    for name in top.list_commands(None):
+        command = top.commands[name]
         for inner, verb in getattr(command, "commands", {"": command}).items():
             found[f"{name} {inner}".strip()] = verb
-    return dict(sorted(found.items()))
+    return found
 
 
 def _plain(argument: Any) -> str:
-    return str(argument.metavar or argument.name.upper()).strip("[].")
+    return str(argument.metavar or argument.name.upper())
 
 
 def _shown_argument(argument: Any) -> str:
-    return str(argument.metavar or argument.name.upper())
+    name = _plain(argument) if argument.required else f"[{_plain(argument)}]"
+    return name if argument.nargs == 1 else f"{name}..."
 
 
 def _option(option: Any) -> tuple[str, str, str, str]:
@@ -329,6 +358,56 @@ def _columns(columns: Columns) -> Iterator[str]:
 def _event(name: str, event: event_schema.Event) -> tuple[str, str, str]:
     facts = " ".join(f"`{fact}`: {text}" for fact, text in event.facts.items())
     return f"`{name}`" + ("" if event.of_phase else " (of the run)"), event.meaning, facts
+
+
+# Versions
+
+_RESUMES = (
+    (
+        "the same set of versions",
+        "At the same number of workers and the same ZeRO stage, the metrics and weights are bit for bit those of a run that "
+        "was never interrupted. Otherwise they are equal to rounding.",
+    ),
+    (
+        "another set of this table",
+        "Weights, moments and the position in the data are restored exactly. Later metrics are equal to rounding as far as "
+        "the packages compute the same; a release that changes a kernel, a model or a tokenizer may change them further.",
+    ),
+    (
+        "versions that are not in this table",
+        "Nothing is promised. pip refuses versions outside the bounds of `pyproject.toml`.",
+    ),
+)
+
+
+def _versions(sets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "# Tested versions\n"
+    yield "Generated from `.ci/tried.yaml` by `make docs`.\n"
+    yield "All tests have passed with each of these sets of versions, oldest first.\n"
+    rows = [_set(each, _age(i, len(sets))) for i, each in enumerate(sets)]
+    yield from _table(("set", "tested since", "platform", "Python", *PACKAGES), rows)
+    yield "`.ci/cpu.lock` pins the newest set with everything that it depends on. `.ci/cuda.lock` pins the same versions"
+    yield "with CUDA's libraries; no test has run with it on a GPU yet. The next minor releases of these packages are"
+    yield "excluded until they are tested.\n"
+    yield "## What a resume across versions promises\n"
+    yield "Checkpoints are in Muster's own format: safetensors and JSON, without pickled objects of torch or DeepSpeed. Muster"
+    yield "0.2 reads the job files, runs, checkpoints, token stores and cluster records of 0.1 (`tests/old_runs/`).\n"
+    across = "yes" if len(sets) > 1 else "no: there is one set so far"
+    resumes = zip(_RESUMES, ("yes", across, "no"), strict=True)
+    yield from _table(("resume with", "promise", "tested"), ((*row, tested) for row, tested in resumes))
+    yield "All workers of a group must have the same versions: the preflight check refuses others. A resume with other versions"
+    yield "than before is not refused. The event `started` in `events.jsonl` records the versions of every attempt, and every"
+    yield "checkpoint's `manifest.json` those that it was written with. To reproduce a curve, resume with the recorded versions."
+
+
+def _age(index: int, count: int) -> str:
+    """Of a set in the list, whose order is oldest first."""
+    names = [name for name, at in (("oldest", 0), ("newest", count - 1)) if at == index]
+    return " and ".join(names)
+
+
+def _set(versions: Mapping[str, Any], age: str) -> tuple[str, ...]:
+    return (age, str(versions["since"]), versions["platform"], versions["python"], *(versions[p] for p in PACKAGES))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,19 @@ def test_the_drivers_of_recipes_load_no_torch():
     assert loaded_after(code, ROOT) & {"torch", "ray", "deepspeed", "transformers"} == set()
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_loads_nothing_heavy_and_writes_no_file(tmp_path, shell):
+    """The shell runs the command at every press of the key."""
+    words = {"COMP_WORDS": "muster res", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "muster res"}
+    asked = {**words, "_TYPER_COMPLETE_FISH_ACTION": "get-args", "_MUSTER_COMPLETE": f"complete_{shell}"}
+    code = (
+        f"import os, sys\nos.environ.update({asked | {'HOME': str(tmp_path)}!r})\nsys.argv = ['muster']\n"
+        "from launcher.__main__ import main\ntry: main()\nexcept SystemExit as end: assert not end.code"
+    )
+    assert loaded_after(code, ROOT) == set()
+    assert list(tmp_path.iterdir()) == []
+
+
 def verb(*arguments: str) -> str:
     return f"from launcher.cli.main import app\ntry: app({arguments!r})\nexcept SystemExit as end: assert not end.code, end.code"
 

@@ -15,9 +15,11 @@ from launcher.process.exit_status import INTERRUPTED
 from launcher.process.terminal import printable
 from training.errors import InputError
 
-JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a job on the cluster.", show_default=False)]
-ClusterFile = Annotated[Path, typer.Argument(metavar="FILE", help="Cluster file.", show_default=False)]
-ClusterName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a cluster that is up.", show_default=False)]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The id of a job on the cluster.", show_default=False)]
+ClusterFile = Annotated[Path, typer.Argument(metavar="FILE", help="The cluster file.", show_default=False)]
+ClusterName = Annotated[
+    str, typer.Argument(metavar="NAME", help="The name of a cluster that is up.", show_default=False)
+]
 
 
 def _write(text: str) -> None:
@@ -35,7 +37,7 @@ def _wanted(on: str | None) -> str:
     return on
 
 
-@verb
+@verb("muster submit sft.yaml --on lab", "muster submit sft.yaml max_hours=8 --on clusters/aws.yaml")
 def submit(
     job: JobFile,
     overrides: Overrides = None,
@@ -44,16 +46,24 @@ def submit(
     no_preflight: NoPreflight = False,
     as_json: Json = False,
 ) -> None:
-    """Hand a job over to a cluster and print its id there. A run of the same job that was interrupted goes on."""
+    """Submit a job to a cluster and print its id there.
+
+    An interrupted run of the same job is resumed.
+    """
     from launcher.submit import submission
 
     words = words_for(no_preflight)
     show(submission.submit(job, overrides or [], _wanted(on), words, force=force), submission.submitted_lines, as_json)
 
 
-def words_for(no_preflight: bool) -> list[str]:
-    """For the driver on the cluster (launcher/cli/cluster_entrypoint.py)."""
-    return ["--no-preflight"] if no_preflight else []
+def words_for(
+    no_preflight: bool, step: int | None = None, phase: str | None = None, accept_changes: bool = False
+) -> list[str]:
+    """The same options for the driver on the cluster (launcher/cli/cluster_entrypoint.py)."""
+    words = ["--step", str(step)] if step is not None else []
+    words += ["--phase", phase] if phase is not None else []
+    words += ["--no-preflight"] if no_preflight else []
+    return words + (["--accept-changes"] if accept_changes else [])
 
 
 def run_on(job: Path, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool) -> int:
@@ -88,15 +98,16 @@ def _follow(name: str, on: str) -> int:
     return 0 if facts["state"] == "succeeded" else facts["exit_status"] or 1
 
 
-@verb
+@verb("muster logs word-problems-1 --on lab", "muster logs -f word-problems-1 --on lab")
 def logs(
     job: JobId,
     on: On = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Until the job is over. Exits with its status.")
+        bool,
+        typer.Option("--follow", "-f", help="Follow the output until the job ends, and exit with the job's status."),
     ] = False,
 ) -> int:
-    """What a job of a cluster has printed."""
+    """Print the output of a job of a cluster."""
     from launcher.submit import clusters
     from launcher.submit import jobs as jobs
 
@@ -106,9 +117,12 @@ def logs(
     return 0
 
 
-@verb
+@verb("muster stop word-problems-1 --on lab")
 def stop(job: JobId, on: On = None, as_json: Json = False) -> None:
-    """Have a job of a cluster save a checkpoint and end. Submitting it again goes on from there."""
+    """Save a checkpoint of a job of a cluster, and stop the job.
+
+    Submitting the job again resumes it from that checkpoint.
+    """
     from launcher.submit import clusters, submission
     from launcher.submit import jobs as jobs
 
@@ -138,15 +152,15 @@ def status_on(job: str, on: str, as_json: bool) -> None:
     show([jobs.status(clusters.target(on).jobs, job)], submission.job_lines, as_json)
 
 
-@cluster_verb
+@cluster_verb("muster cluster render configs/clusters/aws.yaml")
 def render(file: ClusterFile) -> None:
-    """Print what `up` would do."""
+    """Print what `muster cluster up` would do."""
     from launcher.submit import clusters
 
     print(clusters.render(file), end="")
 
 
-@cluster_verb
+@cluster_verb("muster cluster up configs/clusters/aws.yaml")
 def up(file: ClusterFile) -> None:
     """Start a cluster."""
     from launcher.submit import clusters
@@ -155,37 +169,42 @@ def up(file: ClusterFile) -> None:
     print(f"{name} is up; `muster submit JOB --on {name}` hands a job over, `muster cluster down {name}` ends it")
 
 
-@cluster_verb
+@cluster_verb("muster cluster down lab")
 def down(
     name: ClusterName,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="End jobs that run too, without a checkpoint; leave machines that cannot be reached."
+            "--force", help="Shut down even if jobs run (they save no checkpoint) or machines cannot be reached."
         ),
     ] = False,
 ) -> None:
-    """End a cluster."""
+    """Shut down a cluster."""
     from launcher.submit import clusters
 
     clusters.down(name, print, force=force)
     print(f"{name} is down")
 
 
-@cluster_verb
+@cluster_verb("muster cluster status lab")
 def status_(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Default: all.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The name of a cluster. Default: all.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Machines, GPUs and jobs of the clusters that are up."""
+    """Show the machines, GPUs and jobs of clusters that are up."""
     from launcher.submit import clusters
 
     show(clusters.status(name), clusters.status_lines, as_json)
 
 
-@cluster_verb
+@cluster_verb("muster cluster doctor configs/clusters/aws.yaml")
 def doctor(file: ClusterFile, as_json: Json = False) -> int:
-    """What a cluster lacks, before it is started. Exit status 1 if something is not well."""
+    """Check what a cluster needs before it is started.
+
+    Exit status 1 means that a check has failed.
+    """
     from launcher.submit import clusters
 
     findings = clusters.doctor(file)

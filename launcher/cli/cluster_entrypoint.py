@@ -38,7 +38,7 @@ def run(
     )
 
 
-verb(run, of=site)
+verb(of=site)(run)
 
 
 def main() -> None:

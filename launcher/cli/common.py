@@ -1,7 +1,8 @@
-"""What all verbs share: how one is registered and how it ends, the arguments that many take. Nothing heavy is imported here."""
+"""What all verbs share: how one is registered, its help, how it ends, the arguments that many take. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -9,52 +10,99 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from cluster.errors import ClusterError, Refused
 from launcher.driver import signals
 from launcher.process.exit_status import DONE, FAILED, INPUT_WRONG
 from launcher.process.terminal import printable
+from training import __version__
 from training.errors import InputError, MusterError
 
+Arguments = ParamSpec("Arguments")
+
+GROUPS = {
+    "Begin and control runs": ("init", "check", "plan", "run", "resume", "save"),
+    "Look at runs": ("list", "status", "logs", "report", "compare", "checkpoints"),
+    "Use models": ("generate", "eval", "export", "critique"),
+    "Use clusters": ("cluster", "submit", "stop"),
+    "Test recovery": ("chaos",),
+}
+"""The verbs in the order in which the help lists them, under their headings."""
+
+
+class _Verbs(TyperGroup):
+    """All verbs; its help lists them by GROUPS."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for names in GROUPS.values() for name in names]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(map(len, self.commands))
+        for heading, names in GROUPS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(f"{name:<{width}}", self.commands[name].get_short_help_str()) for name in names])
+
+
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Fine-tunes language models on as many machines as you give it.",
+    cls=_Verbs, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Fine-tune language models on one machine or a cluster, with Ray and DeepSpeed.",
+    epilog="`muster COMMAND --help` shows the options of a command, and examples.",
 )  # fmt: skip
 clusters = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Make clusters, look at them, end them.",
+    help="Start, inspect and shut down clusters.",
 )  # fmt: skip
 app.add_typer(clusters, name="cluster")
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file.", show_default=False)]
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"muster {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top_level(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a verb."""
+
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file.", show_default=False)]
 RunName = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="Run folder, its name under ./runs, or its address (s3://...).", show_default=False
+        metavar="RUN", help="A run folder, the name of one in ./runs, or its address (s3://...).", show_default=False
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over the file's.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Settings that override the job file.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Inline = Annotated[bool, typer.Option("--inline", help="One worker, in this process, without Ray.")]
-Force = Annotated[bool, typer.Option("--force", help="Also what by the plan cannot fit into memory.")]
-NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="Do not look at the machines before the first step.")]
+Inline = Annotated[bool, typer.Option("--inline", help="Use a single worker, in this process, without Ray.")]
+Force = Annotated[bool, typer.Option("--force", help="Run even if the plan predicts out-of-memory.")]
+NoPreflight = Annotated[
+    bool, typer.Option("--no-preflight", help="Skip the check of the machines before the first step.")
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run Python code that comes with the model. The job file of a run does not allow it here.",
+        help="Run Python code that comes with the model. The setting in a run's job file has no effect here.",
     ),
 ]
 On = Annotated[
     str | None,
-    typer.Option("--on", metavar="CLUSTER", help="Name of a cluster that is up, cluster file, or http://HOST:PORT."),
+    typer.Option(
+        "--on", metavar="CLUSTER", help="The name of a cluster that is up, a cluster file, or http://HOST:PORT."
+    ),
 ]
 
 
@@ -63,7 +111,16 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__
 
 
 class _Command(TyperCommand):
-    """A verb whose error for an unknown option has the setting of a job that was perhaps meant: those are key=value."""
+    """A verb: its help ends with examples, and its error for an unknown option suggests the setting that may be meant."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        if examples := (self.epilog or "").splitlines():
+            with formatter.section("Examples"):
+                for example in examples:
+                    formatter.write(f"  {example}\n")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -89,25 +146,39 @@ def _as_setting(option: str) -> str:
     return f"Settings of a job are given as key=value: {meant}"
 
 
-def verb(function: Callable, of: typer.Typer = app) -> Callable:
-    """Register a verb; its errors become lines of text, and like signals an exit status (exit_status.py)."""
+def verb(
+    *examples: str, of: typer.Typer = app
+) -> Callable[[Callable[Arguments, int | None]], Callable[Arguments, None]]:
+    """Register a function as a verb; its errors become lines of text, and like signals an exit status (exit_status.py).
 
-    @of.command(function.__name__.rstrip("_"), cls=_Command)
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            with signals.raised():
-                _require_working_folder()
-                status = function(*args, **kwargs)
-        except (InputError, Refused) as error:
-            fail(error, INPUT_WRONG)
-        except (MusterError, ClusterError, OSError) as error:
-            fail(error, FAILED)
-        except KeyboardInterrupt:
-            status = signals.status()
-        raise SystemExit(status or DONE)
+    The first paragraph of its docstring is the summary in the list of verbs; `examples` are commands for the end of its help.
+    """
 
-    return run
+    def register(function: Callable[Arguments, int | None]) -> Callable[Arguments, None]:
+        @of.command(
+            function.__name__.rstrip("_"), cls=_Command, short_help=_summary(function), epilog="\n".join(examples)
+        )
+        @wraps(function)
+        def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+            try:
+                with signals.raised():
+                    _require_working_folder()
+                    status = function(*args, **kwargs)
+            except (InputError, Refused) as error:
+                fail(error, INPUT_WRONG)
+            except (MusterError, ClusterError, OSError) as error:
+                fail(error, FAILED)
+            except KeyboardInterrupt:
+                status = signals.status()
+            raise SystemExit(status or DONE)
+
+        return run
+
+    return register
+
+
+def _summary(function: Callable[..., object]) -> str:
+    return " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
 
 
 cluster_verb = partial(verb, of=clusters)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,49 +27,60 @@ from launcher.cli.common import app as app
 from training.errors import InputError
 
 
-@verb
+@verb("muster init work", "muster init work --seed 5")
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
-    seed: Annotated[int, typer.Option(help="Seed of the sample data and the model.")] = 17,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to create.")],
+    seed: Annotated[int, typer.Option(help="Random seed of the sample data and the model.")] = 17,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
-    """Make a working folder: sample data, a tiny model, a job file for every recipe."""
+    """Create a folder with sample data, a tiny model and job files."""
     from launcher import scaffold
 
     for line in scaffold.write(folder, seed=seed, force=force):
         print(line)
 
 
-@verb
+@verb("muster check sft.yaml", "muster check sft.yaml phases.sft.data.train=other.jsonl")
 def check(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Validate the job file and every row of its data. Starts nothing."""
+    """Validate a job file and every row of its data.
+
+    Nothing is started.
+    """
     from launcher.driver import check as checks
 
     show(checks.check(job, overrides or []), checks.lines, as_json)
 
 
-@verb
+@verb(
+    "muster plan sft.yaml",
+    "muster plan sft.yaml --gpu H100 --gpus 8,16,64",
+    "muster plan sft.yaml --on lab",
+)
 def plan(
     job: JobFile,
     overrides: Overrides = None,
     on: Annotated[
-        str | None, typer.Option("--on", metavar="CLUSTER", help="Cluster file, or name of a cluster that is up.")
+        str | None, typer.Option("--on", metavar="CLUSTER", help="A cluster file, or the name of a cluster that is up.")
     ] = None,
-    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, such as H100. Default: this machine.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The kind of GPU, such as H100. Default: this machine.")] = None,
     gpus: Annotated[str | None, typer.Option(metavar="8,16,64", help="Numbers of GPUs to compare.")] = None,
-    per_machine: Annotated[int | None, typer.Option(min=1, help="GPUs of one machine, with --gpu. Default: 8.")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one machine, an hour.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the data, where it is not here.")] = None,
-    tokens: Annotated[float | None, typer.Option(min=1, help="Tokens of a sample, on average.")] = None,
+    per_machine: Annotated[int | None, typer.Option(min=1, help="GPUs per machine, with --gpu. Default: 8.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one machine per hour.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Number of rows, if the data is not on this machine.")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Average number of tokens per sample.")] = None,
     response_tokens: Annotated[
-        float | None, typer.Option(min=1, help="Tokens of a response of PPO, on average.")
+        float | None, typer.Option(min=1, help="Average number of tokens per PPO response.")
     ] = None,
     parameters: Annotated[
-        float | None, typer.Option(metavar="7e9", help="Size of the model, where nothing else is known of it.")
+        float | None,
+        typer.Option(metavar="7e9", help="Number of parameters, if the model is not on this machine."),
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """What a job needs of memory, time and money. Reads config.json at most; starts nothing. Exit status 1 if it cannot fit."""
+    """Estimate the memory, time and cost of a job.
+
+    Nothing is started, and of the model only config.json is read. Exit status 1 means that the job does not fit into memory.
+    """
     from launcher.cli import plan_request
     from launcher.plan import text
 
@@ -78,17 +90,25 @@ def plan(
     return int(not report["fits"])
 
 
-@verb
+@verb(
+    "muster run sft.yaml",
+    "muster run sft.yaml phases.sft.learning_rate=1e-5 resources.workers=4",
+    "muster run sft.yaml --on lab",
+)
 def run(
     job: JobFile,
     overrides: Overrides = None,
     inline: Inline = False,
-    only: Annotated[str | None, typer.Option(metavar="PHASE", help="Run this phase alone.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="PHASE", help="Run only this phase.")] = None,
     on: On = None,
     force: Force = False,
     no_preflight: NoPreflight = False,
 ) -> int:
-    """Run a job here (or on the Ray cluster at RAY_ADDRESS), or submit it and follow. An interrupted run of the same job goes on."""
+    """Run a job, or resume its interrupted run.
+
+    The job runs on this machine, or on the Ray cluster at RAY_ADDRESS. With --on it is submitted to that cluster and its output
+    is followed.
+    """
     if on is not None:
         if inline or only is not None:
             raise InputError.of("command line", "--on goes with neither --inline nor --only")
@@ -99,36 +119,40 @@ def run(
     return driver.run_job(checked, inline=inline, console=console(), only=only, preflight=not no_preflight)
 
 
-@verb
+@verb(
+    "muster resume word-problems",
+    "muster resume word-problems --step 400",
+    "muster resume s3://my-bucket/runs/word-problems max_hours=12",
+)
 def resume(
     run: RunName,
     overrides: Overrides = None,
     step: Annotated[
-        int | None, typer.Option(min=1, help="Step of the checkpoint to go back to. Default: the newest whole one.")
+        int | None,
+        typer.Option(min=1, help="Go back to the checkpoint of this step. Default: the newest complete checkpoint."),
     ] = None,
     phase: Annotated[
-        str | None, typer.Option(help="Phase of --step. Default: the last one that has a checkpoint.")
+        str | None, typer.Option(help="The phase of --step. Default: the last one that has a checkpoint.")
     ] = None,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Go on though the job or its data are not what they were.")
+        bool, typer.Option("--accept-changes", help="Resume although the job or its data have changed.")
     ] = False,
     inline: Inline = False,
     on: On = None,
     force: Force = False,
     no_preflight: NoPreflight = False,
 ) -> int:
-    """Go on with a run from its last checkpoint, or from an earlier one. With --on: with a job of a cluster, by its id."""
+    """Resume a run from its newest or an earlier checkpoint.
+
+    With --on, RUN is the id of a job on that cluster.
+    """
     if phase is not None and step is None:
         raise InputError.of("--phase", "goes with --step, the checkpoint of the phase to go back to")
     if on is not None:
         if inline:
             raise InputError.of("command line", "--on does not go with --inline")
-        going_back = ["--step", str(step)] if step is not None else []
-        going_back += ["--phase", phase] if phase is not None else []
-        going_back += cluster.words_for(no_preflight)
-        cluster.resume_on(
-            run, overrides or [], on, [*going_back, *(["--accept-changes"] if accept_changes else [])], force=force
-        )
+        words = cluster.words_for(no_preflight, step, phase, accept_changes)
+        cluster.resume_on(run, overrides or [], on, words, force=force)
         return 0
     from launcher.driver import check, driver, open_run
     from launcher.runfolder import run_folder
@@ -141,9 +165,12 @@ def resume(
     return driver.run_job(job, inline=inline, console=console(), go_on=go_on, preflight=not no_preflight)
 
 
-@verb
+@verb("muster save word-problems", "muster save word-problems-1 --on lab")
 def save(run: RunName, on: On = None, as_json: Json = False) -> None:
-    """Have a run save a checkpoint now and go on, and wait until it has. With --on: a job of a cluster, by its id."""
+    """Save a checkpoint of a run now, and continue the run.
+
+    The command waits until the checkpoint is complete. With --on, RUN is the id of a job on that cluster.
+    """
     if on is not None:
         return cluster.save_on(run, on, as_json)
     from launcher.runfolder import run_folder, save_request
@@ -151,20 +178,24 @@ def save(run: RunName, on: On = None, as_json: Json = False) -> None:
     show(save_request.request(run_folder.find(run)), save_request.lines, as_json)
 
 
-@verb
+@verb("muster chaos word-problems --kill rank --every 60")
 def chaos(
     run: RunName,
-    kill: Annotated[str, typer.Option(help="rank, node or driver.")] = "rank",
+    kill: Annotated[
+        str, typer.Option(help="What to kill: rank (a worker), node (a machine) or driver (the run's own process).")
+    ] = "rank",
     every: Annotated[
         float,
         typer.Option(
-            min=1, help="Seconds between two kills, or more: first the run passes the step of its last failure."
+            min=1, help="Seconds between two kills. The run always first passes the step at which it last failed."
         ),
     ] = 60.0,
-    times: Annotated[int | None, typer.Option(min=1, help="How many. Default: until the run ends.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+    times: Annotated[
+        int | None, typer.Option(min=1, help="How many times to kill. Default: until the run ends.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the choice of victims.")] = 0,
 ) -> None:
-    """A drill: kill a random worker, machine or the driver of a running job, again and again."""
+    """Inject faults: kill random workers, machines or the driver."""
     from launcher.driver import chaos as drills
     from launcher.runfolder import run_folder
 
@@ -174,12 +205,12 @@ def chaos(
     print(f"{killed} killed")
 
 
-Storage = Annotated[str, typer.Option(help="Folder of the runs, or address in a bucket.")]
+Storage = Annotated[str, typer.Option(help="The folder of the runs, or its address in a bucket.")]
 
 
-@verb
+@verb("muster list", "muster list --storage s3://my-bucket/runs", "muster list --on lab")
 def list_(storage: Storage = "runs", on: On = None, as_json: Json = False) -> None:
-    """The runs in a storage folder, or the jobs of a cluster."""
+    """List the runs in a folder, or the jobs of a cluster."""
     if on is not None:
         return cluster.list_on(on, as_json)
     from launcher.report import status as tables
@@ -187,9 +218,12 @@ def list_(storage: Storage = "runs", on: On = None, as_json: Json = False) -> No
     show(tables.listing(storage), tables.listing_lines, as_json)
 
 
-@verb
+@verb("muster status word-problems", "muster status word-problems --json", "muster status word-problems-1 --on lab")
 def status(run: RunName, on: On = None, as_json: Json = False) -> None:
-    """Where a run stands, or a job of a cluster."""
+    """Show the progress and the problems of a run.
+
+    With --on, RUN is the id of a job on that cluster.
+    """
     if on is not None:
         return cluster.status_on(run, on, as_json)
     from launcher.report import status as tables
@@ -198,25 +232,33 @@ def status(run: RunName, on: On = None, as_json: Json = False) -> None:
     show(tables.status(run_folder.find(run)), tables.status_lines, as_json)
 
 
-@verb
+@verb("muster compare word-sft word-cft", "muster compare runs/word-sft/sft runs/word-cft/cft")
 def compare(
-    first: Annotated[str, typer.Argument(metavar="RUN", help="Run, or RUN/PHASE.", show_default=False)],
-    second: Annotated[str, typer.Argument(metavar="RUN", help="Another.", show_default=False)],
+    first: Annotated[str, typer.Argument(metavar="RUN", help="A run, or RUN/PHASE.", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="Another run, or RUN/PHASE.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Two runs side by side: evaluations with a paired test, settings that differ, time and cost."""
+    """Compare two runs, with a statistical test of their results.
+
+    Shows evaluations with a paired test, settings that differ, time and cost.
+    """
     from launcher.report import compare as comparing
 
     show(comparing.compare(first, second), comparing.lines, as_json)
 
 
-@verb
+@verb("muster checkpoints word-problems", "muster checkpoints word-problems --verify")
 def checkpoints(
     run: RunName,
     as_json: Json = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte, not file sizes alone.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the checksum of every file, not only its size.")
+    ] = False,
 ) -> int:
-    """The checkpoints of a run. Exit status 1 if one is damaged."""
+    """List the checkpoints of a run and check their files.
+
+    Exit status 1 means that a checkpoint is damaged.
+    """
     from launcher.report import status as tables
     from launcher.runfolder import run_folder
 
@@ -225,21 +267,31 @@ def checkpoints(
     return int(not all(entry["whole"] for entry in found))
 
 
-@verb
+@verb(
+    "muster export word-problems",
+    "muster export word-problems --step 200 --out exported",
+    "muster export word-problems --merge",
+)
 def export(
     run: RunName,
     out: Annotated[
-        str | None, typer.Option("--out", help="Folder to write. Default: model-STEP in the phase's folder.")
+        str | None, typer.Option("--out", help="The folder to write. Default: model-STEP in the phase's folder.")
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest whole one.")] = None,
-    phase: Annotated[str | None, typer.Option(help="Phase. Default: the last one that has a checkpoint.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="The step of the checkpoint. Default: the newest complete one.")
+    ] = None,
+    phase: Annotated[str | None, typer.Option(help="The phase. Default: the last one that has a checkpoint.")] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="LoRA: the whole model with the adapter added, not the adapter.")
+        bool,
+        typer.Option("--merge", help="With LoRA: write the whole model, with the adapter merged into its weights."),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint as a plain Hugging Face folder, or, trained with LoRA, as a PEFT adapter."""
+    """Write a checkpoint as a Hugging Face model folder.
+
+    A model trained with LoRA becomes a PEFT adapter, or with --merge a whole model.
+    """
     from launcher.inference import export as exports
     from launcher.runfolder import run_folder
 
@@ -249,41 +301,55 @@ def export(
     show(done, exports.lines, as_json)
 
 
-@verb
+@verb(
+    "muster generate runs/word-problems",
+    'muster generate runs/word-problems --step 200 -p "Tom has 3 pens."',
+    "muster generate MODEL --file prompts.jsonl --out responses.jsonl --workers 8",
+)
 def generate(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Run, RUN/PHASE, model folder, adapter or checkpoint.", show_default=False
+            metavar="MODEL", help="A run, RUN/PHASE, a model folder, an adapter or a checkpoint.", show_default=False
         ),
     ],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    file: Annotated[Path | None, typer.Option(help="JSONL file with a `prompt` or `messages` in each row.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Rows of the file to take.", min=1)] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt. May be repeated.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A JSONL file with `prompt` or `messages` in each row.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first rows of the file.", min=1)] = None,
     out: Annotated[
-        Path | None, typer.Option(help="JSONL file to write responses to as they come. Goes on where it stopped.")
+        Path | None,
+        typer.Option(help="A JSONL file to append each response to. A second call continues where the first stopped."),
     ] = None,
-    step: Annotated[int | None, typer.Option(min=1, help="Checkpoint of a run. Default: its model.")] = None,
-    phase: Annotated[str | None, typer.Option(help="Phase of the run. Default: the last that has one.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a response.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Use this checkpoint of a run. Default: the run's final model.")
+    ] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="The phase of the run. Default: the last one that has a model or a checkpoint.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of one response.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature. 0 is greedy.", min=0)] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens that together have it.")
+        float,
+        typer.Option(min=0.01, max=1, help="Sample from the most likely tokens that together have this probability."),
     ] = 1.0,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")] = 0,
     chat: Annotated[
         bool | None,
         typer.Option(
-            "--chat/--plain", help="A prompt is a user's turn, or stands as it is. Default: as the model has learnt."
+            "--chat/--plain",
+            help="Format a prompt as a user's turn of a conversation, or use it unchanged. Default: as the model was trained.",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Responses that one worker writes at a time.")] = 64,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the prompts out.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Responses that a worker generates at the same time.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes that share the prompts.")] = 1,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Try a model: a chat in the terminal, lines from a pipe, prompts, or a file of them."""
+    """Generate text: a chat, single prompts, or a file of prompts.
+
+    Without prompts it is a chat in a terminal; from a pipe every line is a prompt.
+    """
     from launcher.inference import generate as generation
 
     plan = generation.Plan(
@@ -294,65 +360,77 @@ def generate(
     show(generation.generate(plan), generation.lines, as_json)
 
 
-@verb
+@verb(
+    "muster eval runs/word-problems --data data/eval.jsonl",
+    "muster eval MODEL --data test.jsonl --samples 4 --temperature 0.7",
+    "muster eval MODEL --data test.jsonl --against OTHER --reward runs/word-rewards",
+)
 def eval_(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run, or model folder.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="File of rows with a question and its answer.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows to take.")] = None,
-    question: Annotated[str | None, typer.Option(help="Column of the question.")] = None,
-    answer: Annotated[str | None, typer.Option(help="Column of the answer.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a response.")] = 512,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to each question; more than 1 gives pass@k.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A run, RUN/PHASE, a model folder or an adapter.", show_default=False),
+    ],
+    data: Annotated[Path, typer.Option(help="A file with a question and its answer in each row.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows of the file.")] = None,
+    question: Annotated[str | None, typer.Option(help="The column of the question.")] = None,
+    answer: Annotated[str | None, typer.Option(help="The column of the answer.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of one response.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, help="Responses per question. More than 1 also measures pass@k.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature. 0 is greedy.")] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens that together have this probability.")
+        float,
+        typer.Option(min=0.01, max=1, help="Sample from the most likely tokens that together have this probability."),
     ] = 1.0,
-    template: Annotated[str, typer.Option(help="auto (as the model has learnt), plain or chat.")] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Responses that one worker writes at a time.")] = 64,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions out.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
-    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model: the win rate over it.")] = None,
-    reward: Annotated[str | None, typer.Option(metavar="MODEL", help="The reward model that judges --against.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSONL file to write every response to.")] = None,
+    template: Annotated[
+        str, typer.Option(help="How to format questions: auto (as the model was trained), plain or chat.")
+    ] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Responses that a worker generates at the same time.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes that share the questions.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")] = 0,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Another model: measure the win rate of MODEL over it.")
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The reward model that decides which response wins.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSONL file to write every response to.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Ask a model questions and compare its answers with the right ones, or two models before a reward model."""
-    from launcher.inference import evaluate
-    from training.config import Questions
+    """Measure a model's accuracy, or its win rate over another one.
 
-    if (against is None) != (reward is None):
-        raise InputError.of("command line", "--against and --reward go together")
-    if samples > 1 and temperature == 0:
-        raise InputError.of("--temperature", "several samples at temperature 0 are the same; choose one, such as 0.7")
-    columns = {name: column for name, column in (("question", question), ("answer", answer)) if column}
-    settings = Questions(
-        data=str(data), columns=columns, limit=limit, max_new_tokens=max_new_tokens, samples=samples,
+    Accuracy is measured on questions with known answers. The win rate over another model (--against) is decided by a reward
+    model (--reward).
+    """
+    from launcher.inference import evaluate
+
+    evaluate.refuse_odd_options(against, reward, samples, temperature)
+    settings = evaluate.settings(
+        data, question=question, answer=answer, limit=limit, max_new_tokens=max_new_tokens, samples=samples,
         temperature=temperature, top_p=top_p, batch=batch,
     )  # fmt: skip
-    how: dict[str, Any] = {
-        "template": template,
-        "workers": workers,
-        "seed": seed,
-        "out": out,
-        "trust_remote_code": trust_remote_code,
-    }
+    measure = partial(evaluate.evaluate, model)
     if against is not None and reward is not None:
-        report = evaluate.compare(model, against, reward, data, settings, **how)
-    else:
-        report = evaluate.evaluate(model, data, settings, **how)
+        measure = partial(evaluate.compare, model, against, reward)
+    report = measure(
+        data, settings, template=template, workers=workers, seed=seed, out=out, trust_remote_code=trust_remote_code
+    )
     show(report, evaluate.lines, as_json)
 
 
-@verb
+@verb("muster report word-problems", "muster report word-sft runs/word-cft/cft --out report.html")
 def report(
     names: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Runs, or RUN/PHASE for one phase alone.", show_default=False)
+        list[str],
+        typer.Argument(metavar="RUN", help="Runs, or RUN/PHASE for a single phase.", show_default=False),
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="HTML file to write. Default: report.html.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML file to write. Default: report.html.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page: what runs were, their curves over each other, what happened when, samples. Opens from disk."""
+    """Write an HTML page about one or more runs.
+
+    It shows results, curves laid over each other, a timeline and samples. It is one file that needs no server and no network.
+    """
     from launcher.report import html, report
 
     if as_json and out is not None:
@@ -364,57 +442,63 @@ def report(
         print(html.write(found, out or Path("report.html")))
 
 
-@verb
+@verb(
+    "muster critique cft.jsonl --data questions.jsonl --sample MODEL \\\n"
+    "    --teacher https://example.org/v1 --teacher-model NAME --key-env KEY",
+    "muster critique cft.jsonl --data solved.jsonl --column answer --teacher MODEL",
+)
 def critique(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL file to write.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="File of rows with a question.")],
-    teacher: Annotated[str, typer.Option(metavar="URL|MODEL", help="OpenAI-compatible endpoint (.../v1), or a model.")],
-    teacher_model: Annotated[str | None, typer.Option(help="Name of the model at the endpoint.")] = None,
-    key_env: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the key.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="Column of the data with answers; may be repeated.")] = None,
-    known: Annotated[str | None, typer.Option(help="Column of the right answer, beside --column.")] = None,
-    sample: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL", help="Model that is asked for answers; may be repeated.")
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The JSONL file to write.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="A file with a question in each row.")],
+    teacher: Annotated[
+        str, typer.Option(metavar="URL|MODEL", help="An OpenAI-compatible endpoint (.../v1), or a model.")
+    ],
+    teacher_model: Annotated[str | None, typer.Option(help="The name of the model at the endpoint.")] = None,
+    key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The environment variable that holds the API key.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers of each model to a question.")] = 4,
-    temperature: Annotated[float, typer.Option(min=0, help="Of these answers.")] = 1.0,
-    parallel: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = 8,
-    per_minute: Annotated[float | None, typer.Option(min=0.1, help="Requests a minute at most.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the teacher may take in all.")] = None,
-    max_cost: Annotated[float | None, typer.Option(min=0, help="What it may cost, with the two prices.")] = None,
-    price_in: Annotated[float, typer.Option(min=0, help="Of a million tokens that it reads.")] = 0.0,
-    price_out: Annotated[float, typer.Option(min=0, help="Of a million tokens that it writes.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, and of a critique.")] = 3200,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 300.0,
+    column: Annotated[
+        list[str] | None, typer.Option(help="A column of the data that holds answers. May be repeated.")
+    ] = None,
+    known: Annotated[str | None, typer.Option(help="The column of the correct answer, for use with --column.")] = None,
+    sample: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="A model to sample answers from. May be repeated.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers per question and model.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature of these answers.")] = 1.0,
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Concurrent requests to the endpoint.")] = 8,
+    per_minute: Annotated[float | None, typer.Option(min=0.1, help="The most requests per minute.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens for all requests together.")] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="The highest cost; needs --price-in and --price-out.")
+    ] = None,
+    price_in: Annotated[float, typer.Option(min=0, help="Price of a million input tokens.")] = 0.0,
+    price_out: Annotated[float, typer.Option(min=0, help="Price of a million output tokens.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer or a critique.")] = 3200,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until one request is given up.")] = 300.0,
     patience: Annotated[float, typer.Option(min=0, help="Seconds for all tries of one request.")] = 600.0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows to take.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that run models.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows of the data.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes that run models.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Build data for critique fine-tuning: answers, critiques of a teacher, verdicts checked. Goes on where it stopped."""
+    """Build data for critique fine-tuning with a teacher model.
+
+    Answers come from models (--sample) or from the data (--column); the teacher criticizes each, and its verdicts are checked
+    against known answers. A second call continues where the first stopped and repeats no request.
+    """
     from launcher.inference import critique as critiques
     from launcher.inference.model_lookup import warn
-    from launcher.inference.teacher import Budget, Endpoint
 
-    if max_cost is not None and not (price_in or price_out):
-        raise InputError.of("--max-cost", "needs --price-in and --price-out, of a million tokens")
-    who: Endpoint | str = teacher
-    if "://" in teacher and not teacher.startswith(("http://", "https://", "s3://", "gs://")):
-        raise InputError.of("--teacher", f"{teacher} is neither http(s)://... nor a model")
-    if teacher.startswith(("http://", "https://")):
-        if teacher_model is None:
-            raise InputError.of("--teacher-model", "say which model at the endpoint is the teacher")
-        who = Endpoint(
-            url=teacher, model=teacher_model, key_env=key_env, max_new_tokens=max_new_tokens, timeout_s=timeout,
-            patience_s=patience,
-        )  # fmt: skip
+    budget = critiques.budget_from(max_tokens, max_cost, price_in, price_out)
+    who = critiques.teacher_from(
+        teacher, teacher_model, key_env, max_new_tokens, timeout_s=timeout, patience_s=patience
+    )
     plan = critiques.Plan(
         out=out, data=data, columns=column or [], known=known, models=sample or [], samples=samples, temperature=temperature,
-        limit=limit, teacher=who, budget=Budget(tokens=max_tokens, cost=max_cost, price_in=price_in, price_out=price_out),
-        parallel=parallel, per_minute=per_minute, max_new_tokens=max_new_tokens, workers=workers, seed=seed,
-        trust_remote_code=trust_remote_code,
+        limit=limit, teacher=who, budget=budget, parallel=parallel, per_minute=per_minute, max_new_tokens=max_new_tokens,
+        workers=workers, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     show(critiques.build(plan, warn), critiques.lines, as_json)
 

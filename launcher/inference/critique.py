@@ -345,6 +345,28 @@ class Plan:
         return evaluate.Loading("auto", self.workers, self.trust_remote_code)
 
 
+def teacher_from(
+    name: str, model: str | None, key_env: str | None, max_new_tokens: int, *, timeout_s: float, patience_s: float
+) -> Endpoint | str:
+    """The teacher that the command line names: an endpoint, or a model. Raises InputError for any other address."""
+    if not name.startswith(("http://", "https://")):
+        if "://" in name and not name.startswith(("s3://", "gs://")):
+            raise InputError.of("--teacher", f"{name} is neither http(s)://... nor a model")
+        return name
+    if model is None:
+        raise InputError.of("--teacher-model", "say which model at the endpoint is the teacher")
+    return Endpoint(
+        url=name, model=model, key_env=key_env, max_new_tokens=max_new_tokens, timeout_s=timeout_s, patience_s=patience_s
+    )  # fmt: skip
+
+
+def budget_from(tokens: int | None, cost: float | None, price_in: float, price_out: float) -> Budget:
+    """The budget that the command line sets. Raises InputError for a limit of the cost without prices."""
+    if cost is not None and not (price_in or price_out):
+        raise InputError.of("--max-cost", "needs --price-in and --price-out, of a million tokens")
+    return Budget(tokens=tokens, cost=cost, price_in=price_in, price_out=price_out)
+
+
 @output.kept_going()
 def build(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     """All of it, going on where it stopped. Raises InputError before anything is asked for if something is wrong with the input."""

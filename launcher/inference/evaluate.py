@@ -37,6 +37,20 @@ class Loading:
     """Whether Python code that comes with the model may run."""
 
 
+def settings(data: Path, *, question: str | None, answer: str | None, **others: Any) -> Questions:
+    """The settings of an evaluation from the options of the command line; columns are only those that were named."""
+    columns = {name: column for name, column in (("question", question), ("answer", answer)) if column}
+    return Questions(data=str(data), columns=columns, **others)
+
+
+def refuse_odd_options(against: str | None, reward: str | None, samples: int, temperature: float) -> None:
+    """Raises InputError for options of the command line that do not go together."""
+    if (against is None) != (reward is None):
+        raise InputError.of("command line", "--against and --reward go together")
+    if samples > 1 and temperature == 0:
+        raise InputError.of("--temperature", "several samples at temperature 0 are the same; choose one, such as 0.7")
+
+
 @output.kept_going()
 def evaluate(
     model: str, data: Path, settings: Questions,

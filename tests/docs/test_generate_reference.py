@@ -41,7 +41,8 @@ def test_every_command_and_option_is_there_with_its_meaning():
     page, verbs = generate_reference.pages()["commands.md"], generate_reference.verbs()
     assert {"init", "run", "plan", "critique", "cluster up"} <= verbs.keys()
     for name, verb in verbs.items():
-        assert f"## `muster {name}`\n\n{verb.help}" in page
+        assert f"### `muster {name}`\n\n{verb.help}" in page
+        assert "".join(f"    {line}\n" for line in verb.epilog.splitlines()) in page
         for each in verb.params:
             assert each.help, f"{name} {each.opts[0]}"
 

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from docs import generate_reference
 from launcher.cli import main
+from launcher.cli.common import GROUPS
+from training import __version__
 from training.errors import InputError, TrainingError
 
-VERBS = (
-    "init",
-    "check",
-    "run",
-    "resume",
-    "list",
-    "status",
-    "checkpoints",
-    "export",
-    "generate",
-    "submit",
-    "logs",
-    "save",
-    "stop",
-)
+VERBS = generate_reference.verbs()
+"""Every command, by the words that call it."""
 
 
 @pytest.fixture
@@ -41,18 +33,52 @@ def run(place):
     return opened
 
 
-def test_help_names_every_verb_with_what_it_does(muster):
-    answer = muster("--help")
-    assert answer.status == 0
-    told = {words[0]: len(words) for line in answer.out.splitlines() if (words := line.split())}
-    assert all(told.get(verb, 0) > 3 for verb in VERBS)
+def test_every_verb_has_a_group_and_an_uncut_summary(muster, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted({words.split()[0] for words in VERBS})
+    lines = muster("--help").out.splitlines() + muster("cluster", "--help").out.splitlines()
+    for words, command in VERBS.items():
+        name, summary = words.split()[-1], command.help.partition("\n\n")[0]
+        assert summary.endswith(".")
+        assert any(line.split(maxsplit=1) == [name, summary] for line in lines), (words, summary)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(muster, verb):
-    answer = muster(verb, "--help")
+def test_without_arguments_the_command_prints_its_help_and_fails(muster):
+    answer, asked_for = muster(), muster("--help")
+    assert (answer.status, answer.out) == (2, ""), "no verb is a wrong command line"
+    assert answer.err.split() == asked_for.out.split()
+    assert [line[:-1] for line in answer.err.splitlines() if line.rstrip(":") in GROUPS] == list(GROUPS)
+
+
+@pytest.mark.parametrize("words", VERBS)
+def test_every_verb_has_help_with_examples_that_parse(muster, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "80")
+    answer = muster(*words.split(), "--help")
     assert answer.status == 0
-    assert "Usage:" in answer.out
+    assert max(map(len, answer.out.splitlines())) <= 80
+    head, _, shown = answer.out.partition("\nExamples:\n")
+    assert f" {words} [OPTIONS]" in head.splitlines()[0]
+    examples = VERBS[words].epilog.replace("\\\n", "").splitlines()
+    assert len(examples) >= 1
+    assert all(line.strip() in shown for line in VERBS[words].epilog.splitlines())
+    for example in examples:
+        program, *arguments = shlex.split(example)
+        assert (program, parsed(arguments)) == ("muster", words)
+
+
+def parsed(arguments: list[str]) -> str:
+    """The words of the verb that the arguments call, after its parser has accepted them. The verb is not run."""
+    name, command, context = "muster", typer.main.get_command(main.app), None
+    while True:
+        context = command.make_context(name, arguments, parent=context)
+        if not hasattr(command, "commands"):
+            return context.command_path.removeprefix("muster ")
+        name, command, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
+
+
+def test_version(muster):
+    answer = muster("--version")
+    assert (answer.status, answer.out) == (0, f"muster {__version__}\n")
 
 
 @pytest.mark.parametrize(
