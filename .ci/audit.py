@@ -13,7 +13,9 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
-    packages = [package for name in ("cpu", "cuda", "dev", "audit") for package in answers(HERE / f"{name}.lock")]
+    packages = [
+        package for name in ("cpu", "cuda", "dev", "audit", "site") for package in answers(HERE / f"{name}.lock")
+    ]
     found, without = vulnerable(packages), unanswered(packages)
     asked = {package["name"] for package in packages}
     for line in found:
