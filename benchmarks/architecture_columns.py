@@ -227,6 +227,7 @@ class Case:
         from rich.console import Console
 
         from launcher.driver import check, driver
+        from launcher.process.exit_status import ExitStatus
         from launcher.runfolder import run_folder
 
         file = self._job(name, settings, recipe, model)
@@ -235,9 +236,9 @@ class Case:
             found = check.check(file)
             checked = check.load(file, [], inline=True)
             status = driver.run_job(checked, inline=True, console=Console(file=said, width=1000), preflight=False)
-        if status == driver.INPUT_WRONG:
+        if status == ExitStatus.INVALID_INPUT:
             raise Refused(f"by the run, though `check` finds nothing: {self._without_paths(said.getvalue())}")
-        if status != driver.DONE:
+        if status != ExitStatus.DONE:
             raise RuntimeError(self._without_paths(said.getvalue()))
         folder = self.folder / "runs" / name / recipe
         notes = [

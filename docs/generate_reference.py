@@ -25,7 +25,7 @@ from launcher.cli.main import app
 from launcher.jobfile.job import NEUTRAL, TopLevel
 from launcher.jobfile.phase_builder import SHARED
 from launcher.jobfile.validation_messages import annotation_of, bare_of, describe, flow, keys_of, settings_classes
-from launcher.process.exit_status import EXIT_STATUSES
+from launcher.process.exit_status import ExitStatus
 from launcher.runfolder import event_schema
 from training.config import Phase
 from training.metric_schema import METRICS, Columns
@@ -257,7 +257,7 @@ def _commands() -> Iterator[str]:
     yield "# Commands\n"
     yield _HEAD
     yield "## Exit statuses\n"
-    yield from _table(("status", "meaning"), ((str(status), told) for status, told in EXIT_STATUSES.items()))
+    yield from _table(("status", "meaning"), ((str(status.value), status.__doc__ or "") for status in ExitStatus))
     for heading, names in GROUPS.items():
         yield f"## {heading}\n"
         for words, command in verbs().items():

@@ -24,6 +24,7 @@ from launcher.cli.common import (
     verb,
 )  # fmt: skip
 from launcher.cli.common import app as app
+from launcher.process.exit_status import ExitStatus
 from training.errors import InputError
 
 
@@ -87,7 +88,7 @@ def plan(
     asked = plan_request.asked(gpus, rows, tokens, response_tokens, parameters)
     report = plan_request.plan(job, overrides or [], asked, on=on, gpu=gpu, per_machine=per_machine, price=price)
     show(report, text.lines, as_json)
-    return int(not report["fits"])
+    return ExitStatus.DONE if report["fits"] else ExitStatus.FAILED
 
 
 @verb(
@@ -153,7 +154,7 @@ def resume(
             raise InputError.of("command line", "--on does not go with --inline")
         words = cluster.words_for(no_preflight, step, phase, accept_changes)
         cluster.resume_on(run, overrides or [], on, words, force=force)
-        return 0
+        return ExitStatus.DONE
     from launcher.driver import check, driver, open_run
     from launcher.runfolder import run_folder
 
@@ -264,7 +265,7 @@ def checkpoints(
 
     found = tables.checkpoints(run_folder.find(run), deep=verify)
     show(found, tables.checkpoint_lines, as_json)
-    return int(not all(entry["whole"] for entry in found))
+    return ExitStatus.DONE if all(entry["whole"] for entry in found) else ExitStatus.FAILED
 
 
 @verb(
