@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from training.config import CFT, PPO, SFT, Phase, Pretrain, Reward
 
+_ANSWERS = ("eval_accuracy", "eval_verdict_accuracy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -26,10 +28,27 @@ class Recipe:
     makes: Literal["model", "classifier"] = "model"
     """What its phases end with: a causal language model, or one with a scalar head."""
 
+    memory: str = "training.estimate.memory:of_trainer"
+    """What a worker holds: a function of (phase, roles, models, setting) that returns `Needs`."""
+    layouts: str = ""
+    """Ways to place the roles on the workers of a phase: a function of the phase that yields a description and the groups. Empty: there is one."""
+    shows_learning: tuple[str, ...] = ("loss", "eval_loss", *_ANSWERS)
+    """Metrics that show whether a model learns, the most important first."""
+
     @property
     def reads_documents(self) -> bool:
         """Whether a text file is a row."""
         return "text" in self.formats
+
+    @property
+    def learns_critiques(self) -> bool:
+        """Whether its models learn to write critiques."""
+        return "critique" in self.formats
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether its phases train a model with a scalar head."""
+        return self.makes == "classifier"
 
 
 _SUPERVISED = "training.drivers.supervised:run"
@@ -58,12 +77,16 @@ RECIPES: dict[str, Recipe] = {
         run=_SUPERVISED,
         roles={"trainer": "training.roles.reward:RewardTrainer"},
         makes="classifier",
+        shows_learning=("loss", "eval_loss", "eval_accuracy"),
     ),
     "ppo": Recipe(
         config=PPO,
         formats=("prompts",),
         exports="policy/",
         run="training.drivers.ppo:run",
+        memory="training.rl.memory:of_roles",
+        layouts="training.rl.layouts:layouts",
+        shows_learning=("reward", *_ANSWERS),
         roles={
             "policy": "training.rl.roles:Policy",
             "reference": "training.rl.roles:Reference",
