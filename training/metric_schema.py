@@ -1,4 +1,4 @@
-"""What stands in metrics.jsonl, by recipe: the one table of names, labels, units and meanings. Free of torch.
+"""What stands in metrics.jsonl: names, labels, units and meanings of the columns that a recipe (training/recipes.py) measures. Free of torch.
 
 The reference page is generated from it, whoever shows a curve labels it from here, and a test fails for a recipe that measures
 what is not in it.
@@ -6,7 +6,6 @@ what is not in it.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 
@@ -91,7 +90,7 @@ def _pairs(prefix: str, of: str) -> Columns:
     }  # fmt: skip
 
 
-_PPO: Columns = {
+_POLICY: Columns = {
     "iteration": Metric("iteration", "", "As `step`: a step of PPO is an iteration of writing, scoring and learning."),
     "samples": Metric("responses", "responses", "How many responses the iteration wrote."),
     "tokens": Metric("tokens written", "tokens", "Tokens of all responses of the iteration; prompts are not counted."),
@@ -119,18 +118,11 @@ _PPO: Columns = {
     "driver_s": Metric("work of the driver", "s", "What the process that drives the run computed itself, waiting left out."),
 }  # fmt: skip
 
-_OF_LANGUAGE = {**ROW, **_LANGUAGE, **STEP, **_SUPERVISED, **_HELD_OUT, **_ANSWERS, **_ANSWERS_SPEED, **_EVALUATION}
-
-METRICS: dict[str, Columns] = {
-    "pretrain": _OF_LANGUAGE,
-    "sft": _OF_LANGUAGE,
-    "cft": _OF_LANGUAGE,
-    "reward": {**ROW, **_pairs("", ""), **STEP, **_SUPERVISED, **_pairs("eval_", ", held out"), **_EVALUATION},
-    "ppo": {**ROW, **STEP, **_PPO, **_ANSWERS, **_ANSWERS_SPEED, **_EVALUATION},
-}
-"""By recipe, in the order in which a person wants to read them."""
-
-
-def metric(recipe: str, name: str) -> Metric | None:
-    """What a column of a recipe is; None if nothing is known of it."""
-    return METRICS.get(recipe, {}).get(re.sub(r"pass@\d+$", "pass@K", name))
+LANGUAGE: Columns = {
+    **ROW, **_LANGUAGE, **STEP, **_SUPERVISED, **_HELD_OUT, **_ANSWERS, **_ANSWERS_SPEED, **_EVALUATION,
+}  # fmt: skip
+"""Of language models that learn from texts, in the order in which a person wants to read them, as in all of these."""
+PAIRS: Columns = {**ROW, **_pairs("", ""), **STEP, **_SUPERVISED, **_pairs("eval_", ", held out"), **_EVALUATION}
+"""Of reward models that learn from pairs."""
+POLICY: Columns = {**ROW, **STEP, **_POLICY, **_ANSWERS, **_ANSWERS_SPEED, **_EVALUATION}
+"""Of a policy, its critic and its rewards."""

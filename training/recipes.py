@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
+from training import metric_schema
 from training.config import CFT, PPO, SFT, Phase, Pretrain, Reward
+from training.metric_schema import Columns, Metric
 
 _ANSWERS = ("eval_accuracy", "eval_verdict_accuracy")
 
@@ -23,6 +26,8 @@ class Recipe:
     """The driver: a function of (phase, group, hooks) that asks groups to do short calls."""
     roles: dict[str, str]
     """Class of each role, by role name; a worker builds it."""
+    metrics: Columns
+    """What its phases measure."""
     exports: str = ""
     """Prefix, in checkpoints of several roles, of the parameters that the phase ends with."""
     makes: Literal["model", "classifier"] = "model"
@@ -58,18 +63,21 @@ RECIPES: dict[str, Recipe] = {
         formats=("text",),
         run=_SUPERVISED,
         roles={"trainer": "training.roles.language:LanguageTrainer"},
+        metrics=metric_schema.LANGUAGE,
     ),
     "sft": Recipe(
         config=SFT,
         formats=("prompt_completion", "alpaca", "sharegpt", "messages"),
         run=_SUPERVISED,
         roles={"trainer": "training.roles.language:LanguageTrainer"},
+        metrics=metric_schema.LANGUAGE,
     ),
     "cft": Recipe(
         config=CFT,
         formats=("critique", "alpaca"),
         run=_SUPERVISED,
         roles={"trainer": "training.roles.language:LanguageTrainer"},
+        metrics=metric_schema.LANGUAGE,
     ),
     "reward": Recipe(
         config=Reward,
@@ -77,6 +85,7 @@ RECIPES: dict[str, Recipe] = {
         run=_SUPERVISED,
         roles={"trainer": "training.roles.reward:RewardTrainer"},
         makes="classifier",
+        metrics=metric_schema.PAIRS,
         shows_learning=("loss", "eval_loss", "eval_accuracy"),
     ),
     "ppo": Recipe(
@@ -86,6 +95,7 @@ RECIPES: dict[str, Recipe] = {
         run="training.drivers.ppo:run",
         memory="training.rl.memory:of_roles",
         layouts="training.rl.layouts:layouts",
+        metrics=metric_schema.POLICY,
         shows_learning=("reward", *_ANSWERS),
         roles={
             "policy": "training.rl.roles:Policy",
@@ -102,3 +112,9 @@ def resolve(target: str) -> Any:
     """The object that an import string such as `training.drivers.supervised:run` names."""
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)
+
+
+def metric(recipe: str, name: str) -> Metric | None:
+    """What a column of a recipe is; None if nothing is known of it."""
+    known = RECIPES[recipe].metrics if recipe in RECIPES else {}
+    return known.get(re.sub(r"pass@\d+$", "pass@K", name))

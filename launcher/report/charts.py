@@ -10,8 +10,8 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
-from training.metric_schema import Metric, metric
-from training.recipes import RECIPES, Recipe
+from training.metric_schema import Metric
+from training.recipes import RECIPES, Recipe, metric
 
 LEARNING, POLICY, MACHINES, REST = _SECTIONS = ("learning", "policy", "machines", "rest")
 """Of a report, in their order."""
