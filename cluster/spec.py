@@ -68,7 +68,8 @@ class Settings(BaseModel):
 
 
 class CustomGpu(Settings):
-    """A kind of GPU that cluster/catalog.yaml does not have, or a part of one (MIG). Without `like`, memory and speeds are needed."""
+    """A kind of GPU that cluster/catalog.yaml does not have, or a part of one (MIG).
+    Without `like`, memory and speeds are needed."""
 
     like: str | None = None
     """One in the catalogue, for all that is not said here."""
@@ -105,13 +106,15 @@ class Cluster(Settings):
     name: Name
     """What it is called on the command line (`--on NAME`)."""
     storage: str | None = None
-    """Where runs are kept whose job does not name a bucket: a bucket, or a folder that every machine of the cluster sees."""
+    """Where runs are kept whose job does not name a bucket: a bucket,
+    or a folder that every machine of the cluster sees."""
     shared: list[str] = []
     """Folders that every machine of the cluster sees: what lies there is not carried along with a job."""
     stop_s: Positive = 300
     """Seconds: longest time that a job may take for its last checkpoint when it is stopped."""
     custom: dict[Label, CustomGpu] = {}
-    """Kinds of GPUs that the catalogue does not have, by the name that pools call them by (`gpu:`). For `muster plan`."""
+    """Kinds of GPUs that the catalogue does not have, by the name that pools call them
+    by (`gpu:`). For `muster plan`."""
 
     @property
     def offers(self) -> Sequence[Offer]:
@@ -156,7 +159,8 @@ class Existing(Cluster):
 
 
 class Head(Settings):
-    """The machine that leads the cluster; drivers of jobs run there. Workers do not, unless it is given places for them."""
+    """The machine that leads the cluster; drivers of jobs run there.
+    Workers do not, unless it is given places for them."""
 
     host: Host = Field(examples=["10.0.0.1"])
     """What ssh connects to."""
@@ -339,7 +343,8 @@ KubernetesName = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?
 
 
 class Kubernetes(Cluster):
-    """A RayCluster of KubeRay (1.5 or newer), reached with kubectl. Pods come when a job wants them and go when they are idle."""
+    """A RayCluster of KubeRay (1.5 or newer), reached with kubectl.
+    Pods come when a job wants them and go when they are idle."""
 
     provider: Literal["kubernetes"]
     name: KubernetesName
@@ -409,8 +414,8 @@ class Cloud(Cluster):
     idle_minutes: Positive = 10
     """Minutes after which a machine that nobody uses is given back."""
     orphan_minutes: Count | None = 15
-    """Minutes without an answer of the head after which a machine for workers shuts itself down. 0 or None: never. Until `down` such a
-    machine costs nothing more on EC2, its disk on Compute Engine and Azure."""
+    """Minutes without an answer of the head after which a machine for workers shuts itself down. 0 or None: never.
+    Until `down` such a machine costs nothing more on EC2, its disk on Compute Engine and Azure."""
     private: bool = False
     """Machines without a public address: reached from inside their network only."""
 

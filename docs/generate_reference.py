@@ -1,4 +1,5 @@
-"""Writes the reference pages: every setting, command, metric, event and environment variable, from the code that has them.
+"""Writes the reference pages: every setting, command, metric, event and environment variable,
+from the code that has them.
 
     python -m docs.generate_reference docs/reference
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,12 +50,18 @@ ENVIRONMENT = {
     "MUSTER_CACHE": "Folder of what can be made again: tokenised data. Default: `~/.cache/muster`.",
     "MUSTER_HOME": "Folder of what is known of clusters that are up, with their keys and tokens. Default: `~/.muster`.",
     "MUSTER_STORAGE_PATIENCE_S": "Seconds for which storage that does not answer is tried again. Default: 300.",
-    "MUSTER_CLOUD": "Which cloud's notices of machines that are taken back are listened for: `aws`, `gcp`, `azure` or `none`. Default: what the firmware says.",
+    "MUSTER_CLOUD": (
+        "Which cloud's notices of machines that are taken back are listened for: `aws`, `gcp`, `azure` or `none`. "
+        "Default: what the firmware says."
+    ),
     "MUSTER_METADATA_URL": "Where these notices are asked for. Default: the cloud's own address.",
     "RAY_ADDRESS": "A Ray cluster to run on, `HOST:PORT`. Without it `muster run` starts a Ray of its own.",
     "RAY_AUTH_TOKEN": "The token of that cluster, or of an `existing` one.",
     "RAY_AUTH_TOKEN_PATH": "A file with that token. Without either `~/.ray/auth_token`, if there is one.",
-    "RAY_USE_TLS": "Ray's own: whether that cluster speaks TLS. Then Muster looks no further than whether something listens there, and Ray waits for it.",
+    "RAY_USE_TLS": (
+        "Ray's own: whether that cluster speaks TLS. Then Muster looks no further than whether something listens "
+        "there, and Ray waits for it."
+    ),
     "CUDA_VISIBLE_DEVICES": "GPUs of this machine that may be used, by number. Default: all.",
     "NO_PROXY": "Hosts that are not reached through a proxy; this machine's own address is added for tunnels.",
 }
@@ -159,6 +167,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     yield ""
 
 
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False) + "\n"
+
+
 def _settings_table(rows: Iterable[Row]) -> Iterator[str]:
     yield from _table(
         ("key", "takes", "default", "meaning"), ((f"`{r.key}`", r.takes, r.default, r.meaning) for r in rows)
@@ -187,8 +199,11 @@ _HEAD = "Generated from the code by `make docs`: what is wrong here is to be men
 def _job() -> Iterator[str]:
     yield "# The job file: every setting\n"
     yield _HEAD
-    yield "`null` is written for nothing. `NAME` stands for a name of your choice, `[]` for each entry of a list. Any value can be overridden on the"
-    yield "command line by its path: `muster run job.yaml phases.NAME.learning_rate=1e-5`.\n"
+    yield _paragraph(
+        "`null` is written for nothing. `NAME` stands for a name of your choice, `[]` for each entry of a list. Any "
+        "value can be overridden on the command line by its path: "
+        "`muster run job.yaml phases.NAME.learning_rate=1e-5`."
+    )
     yield "## At the top\n"
     yield from _settings_table(rows_of(TopLevel, OF_THE_FILE))
     yield f"{_listed(SHARED)} hold for all phases; a phase may repeat them, and its values win key by key.\n"
@@ -203,15 +218,20 @@ def _job() -> Iterator[str]:
         yield f"{' '.join((recipe.config.__doc__ or '').split())}\n"
         yield from _by_section([row for row in own[name] if _is_other(row, known.get(row.key))])
     yield "## What may change while a run goes on\n"
-    yield "A run goes on only with the job that its checkpoints belong to. These settings do not shape the curve and may be others; for any other,"
-    yield "`--accept-changes`.\n"
+    yield _paragraph(
+        "A run goes on only with the job that its checkpoints belong to. These settings do not shape the curve and may "
+        "be others; for any other, `--accept-changes`."
+    )
     yield from (f"- `{key.replace('*', 'NAME')}`" for key in NEUTRAL)
     yield ""
     yield "## Environment variables\n"
     yield from _table(("variable", "meaning"), ((f"`{name}`", meaning) for name, meaning in ENVIRONMENT.items()))
-    yield "Workers on other machines are given those that begin with `HF_`, `NCCL_`, `MUSTER_`, `AWS_`, `GOOGLE_` or `FSSPEC_`, and those that the job names in"
-    yield "`env`. Keys and addresses of Hugging Face, W&B, MLflow and storage are read by their own libraries (`HF_TOKEN`, `WANDB_API_KEY`,"
-    yield "`MLFLOW_TRACKING_URI`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`)."
+    yield _paragraph(
+        "Workers on other machines are given those that begin with `HF_`, `NCCL_`, `MUSTER_`, `AWS_`, `GOOGLE_` or "
+        "`FSSPEC_`, and those that the job names in `env`. Keys and addresses of Hugging Face, W&B, MLflow and storage "
+        "are read by their own libraries (`HF_TOKEN`, `WANDB_API_KEY`, `MLFLOW_TRACKING_URI`, `AWS_PROFILE`, "
+        "`AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`)."
+    )
 
 
 def _is_other(row: Row, common: Row | None) -> bool:
@@ -237,7 +257,10 @@ def _listed(names: Iterable[str]) -> str:
 def _clusters() -> Iterator[str]:
     yield "# The cluster file: every setting\n"
     yield _HEAD
-    yield "`provider` says where the machines come from, and which other keys there are. Files that work as they stand but for names: `configs/clusters/`.\n"
+    yield _paragraph(
+        "`provider` says where the machines come from, and which other keys there are. Files that work as they stand "
+        "but for names: `configs/clusters/`."
+    )
     yield "What is within `custom` is the same everywhere and stands with the first of them.\n"
     for name, spec in SPECS.items():
         yield f"## `provider: {name}`\n"
@@ -332,7 +355,10 @@ def _metrics() -> Iterator[str]:
     yield _HEAD
     yield "How to read them: [metrics.md](../metrics.md).\n"
     yield "## `metrics.jsonl`\n"
-    yield "One object a step, and one an evaluation, in the folder of the phase. A step is in it once, however often the run was interrupted.\n"
+    yield _paragraph(
+        "One object a step, and one an evaluation, in the folder of the phase. A step is in it once, however often the "
+        "run was interrupted."
+    )
     told: dict[int, list[str]] = {}
     for recipe, columns in METRICS.items():
         told.setdefault(id(columns), []).append(recipe)
@@ -365,13 +391,14 @@ def _event(name: str, event: event_schema.Event) -> tuple[str, str, str]:
 _RESUMES = (
     (
         "the same set of versions",
-        "At the same number of workers and the same ZeRO stage, the metrics and weights are bit for bit those of a run that "
-        "was never interrupted. Otherwise they are equal to rounding.",
+        "At the same number of workers and the same ZeRO stage, the metrics and weights are bit for bit those of a "
+        "run that was never interrupted. Otherwise they are equal to rounding.",
     ),
     (
         "another set of this table",
-        "Weights, moments and the position in the data are restored exactly. Later metrics are equal to rounding as far as "
-        "the packages compute the same; a release that changes a kernel, a model or a tokenizer may change them further.",
+        "Weights, moments and the position in the data are restored exactly. Later metrics are equal to rounding as "
+        "far as the packages compute the same; a release that changes a kernel, a model or a tokenizer may change "
+        "them further.",
     ),
     (
         "versions that are not in this table",
@@ -386,18 +413,26 @@ def _versions(sets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "All tests have passed with each of these sets of versions, oldest first.\n"
     rows = [_set(each, _age(i, len(sets))) for i, each in enumerate(sets)]
     yield from _table(("set", "tested since", "platform", "Python", *PACKAGES), rows)
-    yield "`.ci/cpu.lock` pins the newest set with everything that it depends on. `.ci/cuda.lock` pins the same versions"
-    yield "with CUDA's libraries; no test has run with it on a GPU yet. The next minor releases of these packages are"
-    yield "excluded until they are tested.\n"
+    yield _paragraph(
+        "`.ci/cpu.lock` pins the newest set with everything that it depends on. `.ci/cuda.lock` pins the same versions "
+        "with CUDA's libraries; no test has run with it on a GPU yet. The next minor releases of these packages are "
+        "excluded until they are tested."
+    )
     yield "## What a resume across versions promises\n"
-    yield "Checkpoints are in Muster's own format: safetensors and JSON, without pickled objects of torch or DeepSpeed. Muster"
-    yield "0.2 reads the job files, runs, checkpoints, token stores and cluster records of 0.1 (`tests/old_runs/`).\n"
+    yield _paragraph(
+        "Checkpoints are in Muster's own format: safetensors and JSON, without pickled objects of torch or DeepSpeed. "
+        "Muster 0.2 reads the job files, runs, checkpoints, token stores and cluster records of 0.1 "
+        "(`tests/old_runs/`)."
+    )
     across = "yes" if len(sets) > 1 else "no: there is one set so far"
     resumes = zip(_RESUMES, ("yes", across, "no"), strict=True)
     yield from _table(("resume with", "promise", "tested"), ((*row, tested) for row, tested in resumes))
-    yield "All workers of a group must have the same versions: the preflight check refuses others. A resume with other versions"
-    yield "than before is not refused. The event `started` in `events.jsonl` records the versions of every attempt, and every"
-    yield "checkpoint's `manifest.json` those that it was written with. To reproduce a curve, resume with the recorded versions."
+    yield _paragraph(
+        "All workers of a group must have the same versions: the preflight check refuses others. A resume with other "
+        "versions than before is not refused. The event `started` in `events.jsonl` records the versions of every "
+        "attempt, and every checkpoint's `manifest.json` those that it was written with. To reproduce a curve, resume "
+        "with the recorded versions."
+    )
 
 
 def _age(index: int, count: int) -> str:

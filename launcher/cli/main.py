@@ -80,7 +80,8 @@ def plan(
 ) -> int:
     """Estimate the memory, time and cost of a job.
 
-    Nothing is started, and of the model only config.json is read. Exit status 1 means that the job does not fit into memory.
+    Nothing is started, and of the model only config.json is read. Exit status 1 means
+    that the job does not fit into memory.
     """
     from launcher.cli import plan_request
     from launcher.plan import text
@@ -107,8 +108,8 @@ def run(
 ) -> int:
     """Run a job, or resume its interrupted run.
 
-    The job runs on this machine, or on the Ray cluster at RAY_ADDRESS. With --on it is submitted to that cluster and its output
-    is followed.
+    The job runs on this machine, or on the Ray cluster at RAY_ADDRESS. With --on it is submitted to that cluster and
+    its output is followed.
     """
     if on is not None:
         if inline or only is not None:
@@ -340,7 +341,10 @@ def generate(
         bool | None,
         typer.Option(
             "--chat/--plain",
-            help="Format a prompt as a user's turn of a conversation, or use it unchanged. Default: as the model was trained.",
+            help=(
+                "Format a prompt as a user's turn of a conversation, or use it unchanged. Default: as the model was "
+                "trained."
+            ),
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Responses that a worker generates at the same time.")] = 64,
@@ -401,8 +405,8 @@ def eval_(
 ) -> None:
     """Measure a model's accuracy, or its win rate over another one.
 
-    Accuracy is measured on questions with known answers. The win rate over another model (--against) is decided by a reward
-    model (--reward).
+    Accuracy is measured on questions with known answers. The win rate over another model (--against) is decided by a
+    reward model (--reward).
     """
     from launcher.inference import evaluate
 
@@ -431,7 +435,8 @@ def report(
 ) -> None:
     """Write an HTML page about one or more runs.
 
-    It shows results, curves laid over each other, a timeline and samples. It is one file that needs no server and no network.
+    It shows results, curves laid over each other, a timeline and samples.
+    It is one file that needs no server and no network.
     """
     from launcher.report import html, report
 
@@ -487,8 +492,8 @@ def critique(
 ) -> None:
     """Build data for critique fine-tuning with a teacher model.
 
-    Answers come from models (--sample) or from the data (--column); the teacher criticizes each, and its verdicts are checked
-    against known answers. A second call continues where the first stopped and repeats no request.
+    Answers come from models (--sample) or from the data (--column); the teacher criticizes each, and its verdicts are
+    checked against known answers. A second call continues where the first stopped and repeats no request.
     """
     from launcher.inference import critique as critiques
     from launcher.inference.model_lookup import warn
@@ -498,8 +503,10 @@ def critique(
         teacher, teacher_model, key_env, max_new_tokens, timeout_s=timeout, patience_s=patience
     )
     plan = critiques.Plan(
-        out=out, data=data, columns=column or [], known=known, models=sample or [], samples=samples, temperature=temperature,
-        limit=limit, teacher=who, budget=budget, parallel=parallel, per_minute=per_minute, max_new_tokens=max_new_tokens,
+        out=out, data=data, columns=column or [], known=known, models=sample or [], samples=samples,
+        temperature=temperature,
+        limit=limit, teacher=who, budget=budget, parallel=parallel, per_minute=per_minute,
+        max_new_tokens=max_new_tokens,
         workers=workers, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     show(critiques.build(plan, warn), critiques.lines, as_json)

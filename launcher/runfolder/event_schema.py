@@ -45,7 +45,8 @@ EVENTS: dict[str, Event] = {
         "A person takes the run back (`--step`).", {"to": "Step by phase; 0 is its beginning."}, of_phase=False
     ),
     "revisions": Event(
-        "Branches, tags and default branches of the Hugging Face hub were looked up; the run uses these commits from now on.",
+        "Branches, tags and default branches of the Hugging Face hub were looked up; the run uses these commits from "
+        "now on.",
         {"commits": "By what the job names, such as `model owner/name` or `dataset owner/name@v1`."},
         of_phase=False,
     ),
@@ -55,11 +56,13 @@ EVENTS: dict[str, Event] = {
         {"workers": "Of each its rank, the address of its machine, and its process id there."},
     ),
     "retention_failed": Event(
-        "Checkpoints that need not stay could not be deleted, or their optimizer's state; tried again after the next checkpoint.",
+        "Checkpoints that need not stay could not be deleted, or their optimizer's state; tried again after the next "
+        "checkpoint.",
         {"error": "Why."},
     ),
     "quota_exceeded": Event(
-        "The checkpoints that must stay and the next one take more than `checkpoint_quota`; the run goes on saving. Written once.",
+        "The checkpoints that must stay and the next one take more than `checkpoint_quota`; the run goes on saving. "
+        "Written once.",
         {"quota": "The setting.", "bytes": "How many bytes are too many."},
     ),
     "save_requested": Event(
