@@ -32,7 +32,7 @@ EVENTS: dict[str, Event] = {
             "host": "Machine of the driver.",
             "pid": "Process id of the driver.",
             "by_itself": "true if the run restarted automatically after a failure or a move.",
-            "versions": "Versions of Python and of packages that can affect the result; only if a user started the run.",
+            "versions": "Versions of Python and of packages that can affect the result; only if a user began it.",
         },
         of_phase=False,
     ),
@@ -47,8 +47,8 @@ EVENTS: dict[str, Event] = {
         of_phase=False,
     ),
     "revisions": Event(
-        "Branches, tags and default branches of the Hugging Face hub were resolved; the run uses these commits from now "
-        "on.",
+        "Branches, tags and default branches of the Hugging Face hub were resolved. The run uses these commits from "
+        "now on.",
         {"commits": "Commits by the names in the job, such as `model owner/name` or `dataset owner/name@v1`."},
         of_phase=False,
     ),

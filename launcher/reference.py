@@ -48,14 +48,14 @@ ENVIRONMENT = {
     "MUSTER_CACHE": "The cache folder, for example for tokenized data. Default: `~/.cache/muster`.",
     "MUSTER_HOME": "Folder of the records of clusters that are up, with their keys and tokens. Default: `~/.muster`.",
     "MUSTER_STORAGE_PATIENCE_S": "Seconds for which failed access to storage is retried. Default: 300.",
-    "MUSTER_CLOUD": "The cloud whose preemption notices are watched: `aws`, `gcp`, `azure` or `none`. Default: as detected from the "
-    "firmware.",
-    "MUSTER_METADATA_URL": "Address of the metadata service with these notices. Default: the address that the cloud uses.",
+    "MUSTER_CLOUD": "The cloud whose preemption notices are watched: `aws`, `gcp`, `azure` or `none`. "
+    "Default: as detected from the firmware.",
+    "MUSTER_METADATA_URL": "Address of the metadata service with these notices. Default: the cloud's own address.",
     "RAY_ADDRESS": "The Ray cluster to run on, as `HOST:PORT`. Without it, `muster run` starts a private Ray cluster.",
     "RAY_AUTH_TOKEN": "The token of that cluster, or of a cluster with `provider: existing`.",
     "RAY_AUTH_TOKEN_PATH": "A file with that token. Default: `~/.ray/auth_token`, if it exists.",
-    "RAY_USE_TLS": "A setting of Ray: whether that cluster uses TLS. Muster then checks only that the port is open, and Ray waits "
-    "for the cluster.",
+    "RAY_USE_TLS": "A setting of Ray: whether that cluster uses TLS. Muster then checks only that the port "
+    "is open, and Ray waits for the cluster.",
     "CUDA_VISIBLE_DEVICES": "Numbers of the GPUs of this machine that may be used. Default: all.",
     "NO_PROXY": "Hosts that are reached without a proxy. Muster adds the address of this machine, for tunnels.",
 }
@@ -189,8 +189,8 @@ _HEAD = "This page is generated from the code by `make docs`. Corrections belong
 def _job() -> Iterator[str]:
     yield "# The job file: every setting\n"
     yield _HEAD
-    yield "`null` means no value. `NAME` stands for a name of your choice, `[]` for each entry of a list. Any setting can be"
-    yield "overridden on the command line by its path: `muster run job.yaml phases.NAME.learning_rate=1e-5`.\n"
+    yield "`null` means no value. `NAME` stands for a name of your choice, `[]` for each entry of a list. Any setting"
+    yield "can be overridden on the command line by its path: `muster run job.yaml phases.NAME.learning_rate=1e-5`.\n"
     yield "## At the top\n"
     yield from _settings_table(rows_of(TopLevel, OF_THE_FILE))
     yield f"{_listed(SHARED)} apply to all phases. A phase may repeat them; its values take precedence, key by key.\n"
@@ -205,16 +205,16 @@ def _job() -> Iterator[str]:
         yield f"{' '.join((recipe.config.__doc__ or '').split())}\n"
         yield from _by_section([row for row in own[name] if _is_other(row, known.get(row.key))])
     yield "## Settings that may change when a run is resumed\n"
-    yield "A run is resumed only with the job that its checkpoints belong to. The following settings do not affect the loss curve,"
-    yield "so they may differ. A change of any other setting needs `--accept-changes`.\n"
+    yield "A run is resumed only with the job that its checkpoints belong to. The following settings do not"
+    yield "affect the loss curve, so they may differ. A change of any other setting needs `--accept-changes`.\n"
     yield from (f"- `{key.replace('*', 'NAME')}`" for key in NEUTRAL)
     yield ""
     yield "## Environment variables\n"
     yield from _table(("variable", "meaning"), ((f"`{name}`", meaning) for name, meaning in ENVIRONMENT.items()))
-    yield "Workers on other machines receive the variables that begin with `HF_`, `NCCL_`, `MUSTER_`, `AWS_`, `GOOGLE_` or `FSSPEC_`,"
-    yield "and those that the job names in `env`. Keys and addresses of Hugging Face, W&B, MLflow and storage are read by their own"
-    yield "libraries (`HF_TOKEN`, `WANDB_API_KEY`, `MLFLOW_TRACKING_URI`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`,"
-    yield "`GOOGLE_APPLICATION_CREDENTIALS`)."
+    yield "Workers on other machines receive the variables that begin with `HF_`, `NCCL_`, `MUSTER_`, `AWS_`, `GOOGLE_`"
+    yield "or `FSSPEC_`, and those that the job names in `env`. Keys and addresses of Hugging Face, W&B, MLflow and"
+    yield "storage are read by their own libraries (`HF_TOKEN`, `WANDB_API_KEY`, `MLFLOW_TRACKING_URI`, `AWS_PROFILE`,"
+    yield "`AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`)."
 
 
 def _is_other(row: Row, common: Row | None) -> bool:
@@ -240,8 +240,9 @@ def _listed(names: Iterable[str]) -> str:
 def _clusters() -> Iterator[str]:
     yield "# The cluster file: every setting\n"
     yield _HEAD
-    yield "`provider` says where the machines come from, and determines the other keys. `configs/clusters/` has complete examples in which"
-    yield "only names need to be replaced. The keys of `custom` are the same for all providers and are listed with the first.\n"
+    yield "`provider` says where the machines come from, and determines the other keys. `configs/clusters/` has"
+    yield "complete examples in which only names need to be replaced. The keys of `custom` are the same for all"
+    yield "providers and listed with the first.\n"
     for name, spec in SPECS.items():
         yield f"## `provider: {name}`\n"
         yield f"{' '.join((spec.__doc__ or '').split())}\n"
@@ -320,6 +321,8 @@ def _option(option: Any) -> tuple[str, str, str, str]:
 
 def _plain_type(option: Any) -> str:
     kinds: dict[Any, str] = {int: "whole number", float: "number", Path: "path"}
+    if option.type_descriptor.choices:
+        return " or ".join(option.type_descriptor.choices)
     annotation = option.type_descriptor.annotation
     word = next((kinds[kind] for kind in (annotation, *get_args(annotation)) if kind in kinds), "text")
     least = "" if option.min is None else f" >= {option.min}"
@@ -335,7 +338,8 @@ def _metrics() -> Iterator[str]:
     yield _HEAD
     yield "[metrics.md](../metrics.md) explains how to interpret them.\n"
     yield "## `metrics.jsonl`\n"
-    yield "The folder of the phase has one object per step and one per evaluation. Each step occurs once, even if the run was interrupted.\n"
+    yield "The folder of the phase has one object per step and one per evaluation. Each step occurs once, even if the"
+    yield "run was interrupted.\n"
     told: dict[int, list[str]] = {}
     for recipe, columns in METRICS.items():
         told.setdefault(id(columns), []).append(recipe)

@@ -101,9 +101,9 @@ def test_it_draws_every_curve_without_a_complaint_or_a_request(visit, file, tmp_
     assert set(charts) >= {
         "Loss",
         "Held-out loss",
-        "Answers right",
-        "Reward of a response",
-        "Distance from the start",
+        "Answer accuracy",
+        "Reward per response",
+        "KL from the start",
         "Speed (ppo)",
         "Memory",
     }
