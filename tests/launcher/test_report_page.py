@@ -104,8 +104,8 @@ def test_it_draws_every_curve_without_a_complaint_or_a_request(visit, file, tmp_
         "Answer accuracy",
         "Reward per response",
         "KL from the start",
-        "Speed (ppo)",
-        "Memory",
+        "Throughput (ppo)",
+        "Peak memory",
     }
     for curves in charts.values():
         assert curves
