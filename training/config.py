@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -380,7 +380,7 @@ class Phase(Settings):
     """What the workers partition among themselves."""
     resources: Resources = Resources()
     """Number and kind of the workers."""
-    deepspeed: dict = {}
+    deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed settings that override the derived ones. Settings that Muster controls are refused."""
 
     @property
