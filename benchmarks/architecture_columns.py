@@ -227,6 +227,7 @@ class Case:
         from rich.console import Console
 
         from launcher import check, driver, runs
+        from launcher.exit_status import ExitStatus
 
         file = self._job(name, settings, recipe, model)
         said = io.StringIO()
@@ -234,9 +235,9 @@ class Case:
             found = check.check(file)
             checked = check.load(file, [], inline=True)
             status = driver.run_job(checked, inline=True, console=Console(file=said, width=1000), preflight=False)
-        if status == driver.INPUT_WRONG:
+        if status == ExitStatus.INVALID_INPUT:
             raise Refused(f"by the run, though `check` finds nothing: {self._without_paths(said.getvalue())}")
-        if status != driver.DONE:
+        if status != ExitStatus.DONE:
             raise RuntimeError(self._without_paths(said.getvalue()))
         folder = self.folder / "runs" / name / recipe
         notes = [

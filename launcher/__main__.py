@@ -6,7 +6,7 @@ import atexit
 import os
 
 from launcher import interrupts
-from launcher.exit_status import FAILED, INTERRUPTED, RESUME_ME
+from launcher.exit_status import ExitStatus
 
 
 def main() -> None:
@@ -18,10 +18,10 @@ def main() -> None:
     try:
         app()
     except OSError as error:  # from what is printed outside of a verb, such as its help
-        fail(error, FAILED)
+        fail(error, ExitStatus.FAILED)
     except SystemExit as end:
         output.flush()
-        if end.code in (RESUME_ME, INTERRUPTED):
+        if end.code in (ExitStatus.TRY_AGAIN, ExitStatus.INTERRUPTED):
             _leave(end.code)
         raise
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from launcher import cli_cluster
+from launcher.exit_status import ExitStatus
 from launcher.verbs import (
     Force,
     Inline,
@@ -86,7 +87,7 @@ def plan(
     asked = planning.asked(gpus, rows, tokens, response_tokens, parameters)
     report = planning.plan(job, overrides or [], asked, on=on, gpu=gpu, per_machine=per_machine, price=price)
     show(report, plan_lines.lines, as_json)
-    return int(not report["fits"])
+    return ExitStatus.DONE if report["fits"] else ExitStatus.FAILED
 
 
 @verb(
@@ -152,7 +153,7 @@ def resume(
             raise InputError.of("command line", "--on does not go with --inline")
         words = cli_cluster.words_for(no_preflight, step, phase, accept_changes)
         cli_cluster.resume_on(run, overrides or [], on, words, force=force)
-        return 0
+        return ExitStatus.DONE
     from launcher import attempts, check, driver, runs
 
     found = runs.find(run)
@@ -262,7 +263,7 @@ def checkpoints(
 
     found = tables.checkpoints(runs.find(run), deep=verify)
     show(found, tables.checkpoint_lines, as_json)
-    return int(not all(entry["whole"] for entry in found))
+    return ExitStatus.DONE if all(entry["whole"] for entry in found) else ExitStatus.FAILED
 
 
 @verb(

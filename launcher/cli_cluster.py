@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher import interrupts
-from launcher.exit_status import INTERRUPTED
+from launcher.exit_status import ExitStatus
 from launcher.terminal import printable
 from launcher.verbs import Force, JobFile, Json, NoPreflight, On, Overrides, cluster_verb, show, verb
 from training.errors import InputError
@@ -93,8 +93,8 @@ def _follow(name: str, on: str) -> int:
         )
         return interrupts.status()
     if facts["state"] == "stopped":
-        return INTERRUPTED
-    return 0 if facts["state"] == "succeeded" else facts["exit_status"] or 1
+        return ExitStatus.INTERRUPTED
+    return ExitStatus.DONE if facts["state"] == "succeeded" else facts["exit_status"] or ExitStatus.FAILED
 
 
 @verb("muster logs word-problems-1 --on lab", "muster logs -f word-problems-1 --on lab")
@@ -113,7 +113,7 @@ def logs(
     if follow:
         return _follow(job, _wanted(on))
     _write(jobs.logs(clusters.target(_wanted(on)).jobs, job))
-    return 0
+    return ExitStatus.DONE
 
 
 @verb("muster stop word-problems-1 --on lab")
@@ -208,4 +208,4 @@ def doctor(file: ClusterFile, as_json: Json = False) -> int:
     findings = clusters.doctor(file)
     shown: Any = [vars(finding) for finding in findings] if as_json else findings
     show(shown, clusters.doctor_lines, as_json)
-    return int(not all(finding.well for finding in findings))
+    return ExitStatus.DONE if all(finding.well for finding in findings) else ExitStatus.FAILED

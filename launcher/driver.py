@@ -18,7 +18,7 @@ from rich.console import Console
 from launcher import attempts, host, output, probing, revisions
 from launcher.attempts import GoOn, OpenRun
 from launcher.cache import cache_folder
-from launcher.exit_status import DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, after_signal
+from launcher.exit_status import ExitStatus, after_signal
 from launcher.failures import NoMachines, Raised, WorkerDied, in_words
 from launcher.gang import Gang, gang_of
 from launcher.interrupts import Interrupts
@@ -51,7 +51,7 @@ class _How:
 
 def run_job(
     job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn(), only: str | None = None, preflight: bool = True
-) -> int:
+) -> ExitStatus:
     """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone; `preflight`: whether machines
     are looked at before the first step.
 
@@ -132,7 +132,7 @@ def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
     return wait
 
 
-def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console, how: _How) -> int:
+def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console, how: _How) -> ExitStatus:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -142,6 +142,8 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
         if meter.reached:
             raise InputError.of(run.address, f"{meter.reached}; raise the limit to go on")
         wanted = [name for name in _unfinished(run, job) if how.only in (None, name)]
+        if wanted and (finished := [name for name in job.phases if name in run.finished_phases()]):
+            say(f"finished phases: {', '.join(finished)}; to run: {', '.join(wanted)}")
         done = all(_run_phase(run, job, name, interrupts, meter, console, how) for name in wanted)
     except KeyboardInterrupt:
         with suppress(StorageError):
@@ -152,23 +154,33 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
         _record_failure(run, error)
         say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.address}` goes on")
         if isinstance(error, NoMachines):
-            return RESUME_ME
-        return INPUT_WRONG if isinstance(error, InputError) else FAILED
+            return ExitStatus.TRY_AGAIN
+        return ExitStatus.INVALID_INPUT if isinstance(error, InputError) else ExitStatus.FAILED
     except Exception as error:  # a defect: recorded, and shown with its traceback
         _record_failure(run, error)
         raise
     rest = list(_unfinished(run, job))
-    run.event("interrupted" if rest else "done")
+    _record_end(run, job, rest, stopped=not done)
     if not done and meter.reached and not interrupts.requested:
         say(
             f"stopped and saved: {meter.reached}; `muster resume {run.address} max_hours=...` or `max_cost=...` goes on"
         )
-        return LIMIT_REACHED
+        return ExitStatus.LIMIT_REACHED
     if done and rest:
-        say(f"{how.only} is done; `muster resume {run.address}` goes on with {', '.join(rest)}")
+        say(f"{how.only} is finished; `muster resume {run.address}` runs the remaining phases: {', '.join(rest)}")
     elif not done:
         say(f"stopped; `muster resume {run.address}` goes on")
-    return DONE if done else after_signal(interrupts.number)
+    return ExitStatus.DONE if done else after_signal(interrupts.number)
+
+
+def _record_end(run: OpenRun, job: Job, rest: list[str], *, stopped: bool) -> None:
+    """`rest`: the phases that are not finished. Without `stopped` they were left out by --only."""
+    if stopped:
+        run.event("interrupted")
+    elif rest:
+        run.event("partial", finished=[name for name in job.phases if name not in rest], remaining=rest)
+    else:
+        run.event("done")
 
 
 def _record_failure(run: OpenRun, error: Exception) -> None:

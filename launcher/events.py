@@ -172,8 +172,11 @@ EVENTS: dict[str, Event] = {
         },
     ),
     "interrupted": Event(
-        "The run was stopped, or only some of its phases were asked for.",
-        {"orderly": "false: stopped at once, without a checkpoint."},
+        "The run was stopped.", {"orderly": "false: stopped at once, without a checkpoint."}, of_phase=False
+    ),
+    "partial": Event(
+        "The phases that `--only` chose are finished, and others remain. Versions before 0.2 wrote `interrupted`.",
+        {"finished": "Phases that are finished.", "remaining": "Phases that are not."},
         of_phase=False,
     ),
     "failed": Event("The run is given up until a person resumes it.", {"error": "Why."}, of_phase=False),

@@ -1,25 +1,49 @@
-"""Exit statuses of every command, and what each means."""
+"""The exit statuses of all commands."""
 
 from __future__ import annotations
 
 import signal
-
-DONE, FAILED, INPUT_WRONG, LIMIT_REACHED, RESUME_ME, INTERRUPTED = 0, 1, 2, 3, 75, 130
-EXIT_STATUSES = {
-    DONE: "Done.",
-    FAILED: "Failed. Of verbs that look at something: it is not well (a damaged checkpoint, a plan that cannot fit).",
-    INPUT_WRONG: "The input is wrong: the command, the job, the data, or what the run folder holds.",
-    LIMIT_REACHED: "Saved and stopped at `max_hours` or `max_cost`; resume it with a higher one.",
-    RESUME_ME: "Nothing is wrong with the job: a SIGTERM or a closed terminal has stopped it, its machines did not come, or Ray did not "
-    "start again; resume it.",
-    INTERRUPTED: "Interrupted by a person (Ctrl-C, or `muster stop`); resume it.",
-}
-"""RESUME_ME is EX_TEMPFAIL of sysexits.h."""
+from enum import IntEnum
 
 
-def after_signal(number: int) -> int:
+class ExitStatus(IntEnum):
+    """How a command ended. The docstring of each member is what the reference page says of it."""
+
+    DONE = 0, "The command succeeded. With `muster run --only PHASE`, that phase is finished."
+    FAILED = (
+        1,
+        (
+            "The command or its job failed. For commands that inspect something, a check failed: a checkpoint is damaged, "
+            "or a job does not fit into memory."
+        ),
+    )
+    INVALID_INPUT = (
+        2,
+        "The input is invalid: the command line, the job file, the data or the contents of the run folder.",
+    )
+    LIMIT_REACHED = (
+        3,
+        "The run saved a checkpoint and stopped at `max_hours` or `max_cost`. Resume it with a higher limit.",
+    )
+    TRY_AGAIN = (
+        75,
+        (
+            "The job itself is fine: SIGTERM or a closed terminal stopped it, its machines were not available, or Ray did "
+            "not start again. Resume it. (75 is EX_TEMPFAIL of sysexits.h.)"
+        ),
+    )
+    INTERRUPTED = 130, "A user interrupted the command with Ctrl-C or `muster stop`. Resume the run to continue it."
+
+    def __new__(cls, value: int, meaning: str) -> ExitStatus:
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.__doc__ = meaning
+        return member
+
+
+def after_signal(number: int) -> ExitStatus:
     """The exit status of a command that a signal has stopped.
 
     SIGTERM is how schedulers take machines back: the one who sent it may want to start the command again elsewhere.
     """
-    return INTERRUPTED if number == signal.SIGINT else RESUME_ME
+    return ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.TRY_AGAIN

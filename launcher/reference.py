@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from cluster.spec import SPECS
 from launcher import events
 from launcher.cli import app
-from launcher.exit_status import EXIT_STATUSES
+from launcher.exit_status import ExitStatus
 from launcher.explain import annotation_of, bare_of, describe, flow, keys_of, settings_classes
 from launcher.job import NEUTRAL, TopLevel
 from launcher.phases import SHARED
@@ -257,7 +257,7 @@ def _commands() -> Iterator[str]:
     yield "# Commands\n"
     yield _HEAD
     yield "## Exit statuses\n"
-    yield from _table(("status", "meaning"), ((str(status), told) for status, told in EXIT_STATUSES.items()))
+    yield from _table(("status", "meaning"), ((str(status.value), status.__doc__ or "") for status in ExitStatus))
     for heading, names in GROUPS.items():
         yield f"## {heading}\n"
         for words, command in verbs().items():

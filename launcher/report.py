@@ -141,7 +141,7 @@ def _run(
         "problems": problems + _error(events, state),
         "incidents": incidents[-_INCIDENTS:],
         "incident_count": len(incidents) + times.vanished,
-        "recovered": bool(incidents) and not times.vanished and state in ("done", "running", "interrupted"),
+        "recovered": bool(incidents) and not times.vanished and state in ("done", "partial", "running", "interrupted"),
         "lost_s": sum(each.end - each.begin for each in times.stretches if each.kind in (REDONE, RECOVERING)),
         "stretches": [asdict(each) for each in times.stretches],
         "moments": [asdict(each) for each in times.moments],

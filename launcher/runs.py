@@ -32,6 +32,8 @@ PATIENCE_S = 10.0
 RUNS = Path("runs")
 """Where runs are looked for when a name alone is given."""
 JOB, EVENTS, METRICS, LOCK = JOB_FILE, "events.jsonl", "metrics.jsonl", ".lock"
+ENDINGS = ("done", "partial", "failed", "interrupted")
+"""Events that end an attempt, and the states of a run after them."""
 ANSWERS, SAMPLES = "answers", "samples.jsonl"
 _NO_RUN = "not a run folder (there is no job.yaml in it)"
 
@@ -184,15 +186,17 @@ class RunFolder:
         return sum(event["event"] == "started" for event in self.events())
 
     def state(self) -> str:
-        """new | running | lost (its process is gone) | done | failed | interrupted."""
-        endings = {"done": "done", "failed": "failed", "interrupted": "interrupted"}
-        last = next((e["event"] for e in reversed(self.events()) if e["event"] in ("started", *endings)), None)
+        """new | running | lost (its process is gone) | done | partial | failed | interrupted.
+
+        partial: the phases that `--only` chose are finished, and others remain. Versions before 0.2 wrote `interrupted` for it.
+        """
+        last = next((e["event"] for e in reversed(self.events()) if e["event"] in ("started", *ENDINGS)), None)
         if last is None:
             return "new"
         if last == "started":
             at_work = is_alive(self.remote) if self.remote else _is_locked(self.folder / LOCK)
             return "running" if at_work else "lost"
-        return endings[last]
+        return str(last)
 
 
 def refuse_another_folder(overrides: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from launcher.mirror import SAVE
-from launcher.runs import EVENTS, RunFolder
+from launcher.runs import ENDINGS, EVENTS, RunFolder
 from training.errors import InputError, StorageError, TrainingError
 
 _LOOK_S, _LOOK_IN_BUCKET_S = 0.2, 2.0
@@ -22,7 +22,7 @@ _LONGEST_ID = 64
 """Bytes: whoever may write to the folder chooses what is in the file."""
 _NO_STEPS = ("started", "incident", "moved", "phase_started", "phase_finished")
 """Events after which no step is trained until the event `training`."""
-_ENDS = ("done", "failed", "interrupted", "phase_finished")
+_ENDS = (*ENDINGS, "phase_finished")
 
 Event = Mapping[str, Any]
 

@@ -26,6 +26,7 @@ def status(run: RunFolder) -> dict[str, Any]:
         "attempts": run.attempts(),
         "started": events[0]["time"] if events else None,
         "phases": phases,
+        "remaining": [name for name in phases if name not in finished],
         "workers": next((len(event["workers"]) for event in reversed(events) if event["event"] == "workers"), None),
         "problems": [words for event in events if (words := _problem(event))][-3:],
     }
@@ -102,6 +103,8 @@ def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {name}: {_told_plan(phase['plan'])}"
         if phase["model"]:
             yield f"  {name}: model in {phase['model']}"
+    if facts["state"] == "partial":
+        yield f"  `muster resume {facts['folder']}` runs the remaining phases: {', '.join(facts['remaining'])}"
     for problem in facts["problems"]:
         yield f"  {problem}"
 

@@ -111,10 +111,10 @@ class _Teller:
             self.note("failure", at, _told(event))
             self.open(RECOVERING, at)
         elif kind == "interrupted":
-            if self.kind is not None:  # else the phases that were asked for are done
+            if self.kind is not None:  # else --only ended the run in a version before 0.2
                 self.note("stopped", at, "stopped by a person or a scheduler")
             self.close(at) if event.get("orderly", True) else self.lose(at)
-        elif kind in ("phase_finished", "done", "moved", "limit_reached", "failed"):
+        elif kind in ("phase_finished", "done", "partial", "moved", "limit_reached", "failed"):
             self.close(at)
             self._end(str(kind), event, at)
         else:

@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from cluster.errors import ClusterError, Refused
 from launcher import interrupts
-from launcher.exit_status import DONE, FAILED, INPUT_WRONG
+from launcher.exit_status import ExitStatus
 from launcher.terminal import printable
 from training import __version__
 from training.errors import InputError, MusterError
@@ -165,12 +165,12 @@ def verb(
                     _require_working_folder()
                     status = function(*args, **kwargs)
             except (InputError, Refused) as error:
-                fail(error, INPUT_WRONG)
+                fail(error, ExitStatus.INVALID_INPUT)
             except (MusterError, ClusterError, OSError) as error:
-                fail(error, FAILED)
+                fail(error, ExitStatus.FAILED)
             except KeyboardInterrupt:
                 status = interrupts.status()
-            raise SystemExit(status or DONE)
+            raise SystemExit(status or ExitStatus.DONE)
 
         return run
 
@@ -192,7 +192,7 @@ def _require_working_folder() -> None:
         raise InputError.of("working folder", "it has been deleted; change to another folder and try again") from None
 
 
-def fail(error: Exception, status: int) -> NoReturn:
+def fail(error: Exception, status: ExitStatus) -> NoReturn:
     """End the command with a line of text."""
     with suppress(OSError):  # whoever would have read it may be gone
         print(printable(str(error)), file=sys.stderr)

@@ -194,10 +194,14 @@ def test_phases_hand_on_their_models_and_are_not_run_again(chain, muster):
     assert not (chain / "runs").exists()
     answer = muster("run", "chain.yaml", "--inline", "--only", "sft")
     assert answer.status == 0, answer
-    assert "sft is done; `muster resume" in answer.out
-    assert "goes on with reward, more" in answer.out
+    assert "sft is finished; `muster resume" in answer.out
+    assert "runs the remaining phases: reward, more" in answer.out
     assert ended(chain) == ["sft"]
-    assert json.loads(muster("status", "chain", "--json").out)["state"] == "interrupted"
+    told = json.loads(muster("status", "chain", "--json").out)
+    assert (told["state"], told["remaining"]) == ("partial", ["reward", "more"])
+    assert muster("list").out.split()[:2] == ["chain", "partial"]
+    assert "  `muster resume runs/chain` runs the remaining phases: reward, more" in muster("status", "chain").out
+    assert json.loads(muster("report", "chain", "--json").out)["runs"][0]["state"] == "partial"
     answer = muster("run", "chain.yaml", "--inline", "--only", "more")
     assert answer.status == 0, answer
     assert ended(chain) == ["sft", "more"]
@@ -207,6 +211,7 @@ def test_phases_hand_on_their_models_and_are_not_run_again(chain, muster):
     assert answer.errors == ["--only: there is no phase rewrad; did you mean reward?; there are sft, reward, more"]
     answer = muster("resume", "chain", "--inline")
     assert answer.status == 0, answer
+    assert "finished phases: sft, more; to run: reward" in answer.out
     assert ended(chain) == ["sft", "more", "reward"]
     config = json.loads((chain / "runs/chain/reward/model/config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]

@@ -102,11 +102,12 @@ def test_a_driver_that_is_gone_is_a_failure_and_its_steps_count(place):
     assert sum(phase["time"].values()) == pytest.approx(told["seconds"])
 
 
-def test_phases_one_at_a_time_are_not_stopped_by_anybody(place):
+@pytest.mark.parametrize("ending", ["partial", "interrupted"], ids=["partial", "before 0.2"])
+def test_phases_one_at_a_time_are_not_stopped_by_anybody(place, ending):
     run = MadeRun(place, "only", {"sft": {}, "reward": {}})
     run.start("sft")
     run.event("phase_finished", phase="sft", checkpoint="x/step-00000400")
-    run.event("interrupted")
+    run.event(ending)
     assert "stopped" not in [moment.kind for moment in timeline(events_of(run)).moments]
 
 

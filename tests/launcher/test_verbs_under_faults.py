@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.exit_status import DONE, FAILED, RESUME_ME
+from launcher.exit_status import ExitStatus
 from tests.launcher.test_run import MUSTER, finish, folder, muster, nothing_left, processes_of, start, wait_for
 
 __all__ = ["folder", "nothing_left"]
@@ -32,7 +32,7 @@ def work(folder: Path, tiny) -> Path:
 @pytest.fixture
 def trained(work: Path) -> Path:
     status, out = muster(work, "run", "job.yaml", "--inline", "resources.workers=1", "phases.sft.max_steps=2")
-    assert status == DONE, out
+    assert status == ExitStatus.DONE, out
     return work
 
 
@@ -79,7 +79,7 @@ def test_a_sigterm_to_the_group_ends_a_verb_in_order(work, nothing_left, verb, m
     process = started(work, verb)
     os.killpg(process.pid, signal.SIGTERM)
     status, out = finish(process)
-    assert status == RESUME_ME, out
+    assert status == ExitStatus.TRY_AGAIN, out
     assert "Traceback" not in out
 
 
@@ -90,10 +90,10 @@ def test_an_interrupted_file_of_answers_ends_as_one_that_was_not(work, nothing_l
     arguments, _ = INTERRUPTED["generate"]
     before = (work / "o.jsonl").read_bytes()
     assert before
-    assert muster(work, *arguments)[0] == DONE
+    assert muster(work, *arguments)[0] == ExitStatus.DONE
     whole = (work / "o.jsonl").read_bytes()
     assert whole.startswith(before)
-    assert muster(work, *arguments[:-1], "again.jsonl")[0] == DONE
+    assert muster(work, *arguments[:-1], "again.jsonl")[0] == ExitStatus.DONE
     assert (work / "again.jsonl").read_bytes() == whole
 
 
@@ -101,9 +101,11 @@ def test_an_interrupted_export_leaves_no_half_of_a_model(trained, nothing_left):
     process = started(trained, "export")
     os.killpg(process.pid, signal.SIGTERM)
     status, out = finish(process)
-    assert status == RESUME_ME or (status == DONE and (trained / "exported/model.safetensors").exists()), out
+    assert status == ExitStatus.TRY_AGAIN or (
+        status == ExitStatus.DONE and (trained / "exported/model.safetensors").exists()
+    ), out
     assert "Traceback" not in out
-    if status == RESUME_ME:
+    if status == ExitStatus.TRY_AGAIN:
         assert [path.name for path in trained.iterdir() if "exported" in path.name] == []
 
 
@@ -114,7 +116,7 @@ def test_an_export_to_a_full_disk_says_so_and_leaves_nothing(trained, nothing_le
         pytest.skip("this user may not mount a file system")
     try:
         status, out = muster(trained, "export", "runs/job", "--out", "disk/model")
-        assert status == FAILED
+        assert status == ExitStatus.FAILED
         assert "the model cannot be written" in out
         assert "No space left on device" in out
         assert list(disk.iterdir()) == []
@@ -132,6 +134,6 @@ def test_a_result_that_cannot_be_printed_is_a_failure_in_words(work, arguments):
         ended = subprocess.run(
             [*MUSTER, *arguments], cwd=work, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
         )
-    assert ended.returncode == FAILED
+    assert ended.returncode == ExitStatus.FAILED
     assert "No space left on device" in ended.stderr
     assert "Traceback" not in ended.stderr
