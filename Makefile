@@ -11,7 +11,7 @@ DEMO := build/demo
 AUDIT := build/audit
 SITE := build/site-env
 PYTEST := $(BIN)/python -m pytest
-# Most tests wait for processes: more of them side by side than there are cores. tests/grouping.py says which stay together.
+# Most tests wait for processes: more of them side by side than there are cores. tests/support/grouping.py says which stay together.
 PARALLEL ?= 4
 SIDE_BY_SIDE := -n $(PARALLEL) --dist loadgroup --no-loadscope-reorder
 
@@ -73,7 +73,7 @@ format: $(READY)  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 docs: $(READY)  ## docs/reference, from the code
-	$(BIN)/python -m launcher.reference docs/reference
+	$(BIN)/python -m docs.generate_reference docs/reference
 
 site: $(SITE)/.ready  ## build/site: docs/ as a site that can be searched offline; dead links and omitted pages are errors
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict -f docs/site/mkdocs.yml

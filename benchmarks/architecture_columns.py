@@ -185,7 +185,7 @@ class Case:
     def _probe(self) -> None:
         """Has the model examined here: `check` would do it in a process of its own, which would import everything again."""
         from training.config import Model
-        from training.probe import traits_for
+        from training.models.probe import traits_for
 
         traits_for(Model(path=str(self.base)))
 
@@ -226,8 +226,9 @@ class Case:
     def _run(self, name: str, settings: Mapping[str, Any], recipe: str, model: Mapping[str, Any]) -> Finished:
         from rich.console import Console
 
-        from launcher import check, driver, runs
-        from launcher.exit_status import ExitStatus
+        from launcher.driver import check, driver
+        from launcher.process.exit_status import ExitStatus
+        from launcher.runfolder import run_folder
 
         file = self._job(name, settings, recipe, model)
         said = io.StringIO()
@@ -242,13 +243,13 @@ class Case:
         folder = self.folder / "runs" / name / recipe
         notes = [
             *found["phases"][recipe]["notes"],
-            *_notes(runs.json_rows(self.folder / "runs" / name / "events.jsonl")),
+            *_notes(run_folder.json_rows(self.folder / "runs" / name / "events.jsonl")),
         ]
-        return Finished(folder, list(runs.json_rows(folder / "metrics.jsonl")), list(dict.fromkeys(notes)))
+        return Finished(folder, list(run_folder.json_rows(folder / "metrics.jsonl")), list(dict.fromkeys(notes)))
 
     def phase(self, name: str, recipe: str = "sft") -> Any:
         """The settings of a job that was run."""
-        from launcher import check
+        from launcher.driver import check
 
         return check.load(self.folder / f"{name}.json", [], inline=True).phases[recipe]
 
@@ -369,14 +370,17 @@ def merged(case: Case) -> Cell:
     """The adapter merged in by `muster export --merge` and by whoever asks the model, against PEFT's own merging."""
     import torch
 
-    from launcher import exports, runs
-    from training import model as models
+    from launcher.inference import export
+    from launcher.runfolder import run_folder
+    from training.models import loading as models
 
     adapter = case.adapted.model
     expected = _peft(case, adapter).merge_and_unload()
     with case.refusals():
         out = case.folder / "merged"
-        exports.export(runs.find(str(case.folder / "runs" / "lora")), phase=None, step=None, out=str(out), merge=True)
+        export.export(
+            run_folder.find(str(case.folder / "runs" / "lora")), phase=None, step=None, out=str(out), merge=True
+        )
         asked: Any = models.for_inference(str(adapter))
     ids = case.first_ids
     for name, lm in (("exported", case.reference(out)), ("asked", asked)):
@@ -390,7 +394,7 @@ def reward(case: Case) -> Cell:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from training.evaluator import Judge
+    from training.evaluation.evaluator import Judge
 
     settings = {"batch": 2, "learning_rate": UNMOVED, "data": {"eval": "pairs.jsonl", "pack": True}}
     finished = case.run("reward", settings, recipe="reward")
@@ -415,7 +419,7 @@ def reward(case: Case) -> Cell:
 
 def generation(case: Case) -> Cell:
     """Greedy, three prompts of unlike lengths in a batch, against the largest logit of transformers without a cache."""
-    from launcher import generation as generating
+    from launcher.inference import generate as generating
 
     plan = generating.Plan(
         model=str(case.base), phase=None, step=None, prompts=case.prompts, file=None, limit=None, out=None, chat=False,
@@ -623,9 +627,9 @@ def _gradient_reaches(trainer: Any, micro: list[list[int]], changed: int) -> boo
 
 def _trainer_of(phase: Any) -> tuple[Any, list[list[int]]]:
     """A trainer that is set up, and the rows of its first micro-batch."""
-    from launcher.cache import cache_folder
-    from launcher.gang import _inline_groups
-    from training.data.dealing import deal
+    from launcher.runfolder.cache import cache_folder
+    from launcher.workers.worker_set import _inline_groups
+    from training.data.batching import deal
     from training.recipes import RECIPES
 
     (group,) = _inline_groups(phase, RECIPES[phase.recipe].roles, (phase, str(cache_folder()))).values()

@@ -26,8 +26,8 @@ LIMIT_S = 300.0
 """Of one architecture; most take three seconds."""
 LIMIT_BYTES = 6 << 30
 IMPORTS = (
-    "deepspeed", "peft", "transformers.integrations.deepspeed", "training.recipes.language", "training.recipes.reward", "training.probe",
-    "launcher.check", "launcher.driver", "launcher.generation", "launcher.exports", "benchmarks.architecture_columns",
+    "deepspeed", "peft", "transformers.integrations.deepspeed", "training.roles.language", "training.roles.reward", "training.models.probe",
+    "launcher.driver.check", "launcher.driver.driver", "launcher.inference.generate", "launcher.inference.export", "benchmarks.architecture_columns",
     "transformers.models.llama.modeling_llama", "rich.console",
 )  # fmt: skip
 

@@ -156,10 +156,10 @@ def _hand_s(lengths: Sequence[int], batch: int, folder: Path) -> list[float]:
     """What `Trainer` does before its engine begins."""
     import numpy as np
 
+    from training.data.batching import Limits, deal
     from training.data.collate import collate
-    from training.data.dealing import Limits, deal
     from training.data.order import Order
-    from training.data.store import TokenStore, create
+    from training.data.token_store import TokenStore, create
 
     with create(folder, sources=1) as writer:
         for number, length in enumerate(lengths, start=1):

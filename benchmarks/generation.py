@@ -61,7 +61,7 @@ def _rate(generate: Callable[[], int]) -> float:
 
 def _muster(lm: Any, tokenizer: Any, texts: Sequence[str], ends: Sequence[int]) -> int:
     """Tokens generated, those that end a text included."""
-    from training.sampling import Sampling, continue_all
+    from training.generation.sampling import Sampling, continue_all
 
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     settings = Sampling(max_new_tokens=NEW_TOKENS)

@@ -127,8 +127,8 @@ def train(
 
 def flops_a_token(model: Path, case: Case) -> float:
     """What MFU counts."""
-    from launcher.pace import useful_flops
-    from training.shape import shape_of
+    from launcher.plan.step_time import useful_flops
+    from training.estimate.parameters import shape_of
 
     return useful_flops(shape_of(str(model)), 1, case.tokens, adapters=case.lora is not None)
 

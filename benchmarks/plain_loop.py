@@ -91,11 +91,11 @@ class DealtBatches:
     """Muster's layout, attention and loss."""
 
     def __init__(self, args: argparse.Namespace, samples: list[Sample]):
-        from training import attention
         from training.config import SFT
-        from training.data.dealing import SDPA_VARLEN
-        from training.model import TokenLoss
-        from training.trainer import limits_for
+        from training.data.batching import SDPA_VARLEN
+        from training.models import attention
+        from training.models.loading import TokenLoss
+        from training.roles.trainer import limits_for
 
         attention.register()
         lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=SDPA_VARLEN)
@@ -106,8 +106,8 @@ class DealtBatches:
         self.limits = limits_for(phase, max(len(ids) for ids, _ in samples), "cpu", SDPA_VARLEN)
 
     def micro_batches(self, samples: list[Sample]) -> Iterator[dict[str, Any]]:
+        from training.data.batching import deal
         from training.data.collate import collate
-        from training.data.dealing import deal
 
         lengths = [len(ids) for ids, _ in samples]
         for rows in deal(lengths, dist.get_world_size(), self.limits)[dist.get_rank()]:

@@ -1,6 +1,6 @@
 """What a plan says of runs that others have published: `python -m benchmarks.published` prints the table of docs/planning.md.
 
-One set of constants for all rows (launcher/pace.py), no row with one of its own. What a source does not state is assumed here, in words.
+One set of constants for all rows (launcher/plan/step_time.py), no row with one of its own. What a source does not state is assumed here, in words.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster import catalog
-from launcher import pace
-from launcher.pace import Seated, Work
+from launcher.plan import step_time
+from launcher.plan.step_time import Seated, Work
 from training.config import CFT, PPO, SFT, Phase, Sharding
-from training.shape import Shape, shape_of
-from training.sizing import Models, setting_of
+from training.estimate.memory import Models, setting_of
+from training.estimate.parameters import Shape, shape_of
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def ppo() -> Iterator[Row]:
             for role, count in zip(("policy", "critic", "reference", "reward"), workers, strict=True)
         ]
         models = Models(shape, shape.as_classifier, [shape.as_classifier])
-        parts = pace.iteration_s(phase, models, groups, machine, Work(rows=None, tokens=1024, response=1024))
-        parts["generate"] = pace.writing_s(
+        parts = step_time.iteration_s(phase, models, groups, machine, Work(rows=None, tokens=1024, response=1024))
+        parts["generate"] = step_time.writing_s(
             shape, machine, responses=1024, prompt=1024, response=1024, copies=engines, tensor_parallel=tensor_parallel, batch=batch,
             how="engine",
         )  # fmt: skip
@@ -92,10 +92,10 @@ def cft() -> Iterator[Row]:
     )  # fmt: skip
     machine = catalog.default_machine(catalog.gpu("H100"))
     where = _setting(phase, 8, longest=1400)
-    step = pace.step_s(shape, where, machine, 512, 1400)
-    seconds = 98 * step + pace.starting_s(Models(shape), machine)
+    step = step_time.step_s(shape, where, machine, 512, 1400)
+    seconds = 98 * step + step_time.starting_s(Models(shape), machine)
     yield Row("CFT, 7B, 50,000 rows on 8 H100: start and steps alone", "arXiv:2501.17703", 1.0, seconds / 3600, "h")
-    seconds += _CFT_SAVES * _NATIVE_BYTES * shape.parameters / (pace.STORAGE_GB_S * 1e9)
+    seconds += _CFT_SAVES * _NATIVE_BYTES * shape.parameters / (step_time.STORAGE_GB_S * 1e9)
     yield Row("CFT, 7B, 50,000 rows on 8 H100", "arXiv:2501.17703", 1.0, seconds / 3600, "h")
 
 
@@ -120,7 +120,7 @@ def training() -> Iterator[Row]:
             }
         )  # fmt: skip
         machine = catalog.default_machine(catalog.gpu(kind))
-        step = pace.step_s(shape, _setting(phase, gpus), machine, gpus * samples, length)
+        step = step_time.step_s(shape, _setting(phase, gpus), machine, gpus * samples, length)
         yield Row(
             f"{what}, {gpus} {kind}, {length:,} tokens", source, published, samples * length / step, "tokens/s a GPU"
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.options import Options
 from training.config import SFT
-from training.facts import Facts
+from training.phase_info import Facts
 
 SIZES = (1, 8, 64, 256, 1024)
 STEP_S = 10.0
@@ -32,8 +32,8 @@ class FakePlace:
         return getattr(self, f"_{method}")(*args)
 
     def signs(self) -> Any:
-        from launcher.host import Signs
-        from training.pulse import Pulse
+        from launcher.workers.supervisor import Signs
+        from training.process.heartbeat import Pulse
 
         return Signs(Pulse(0.1, 0.1, 1, 1), "R", 0.5, None)
 
@@ -69,7 +69,7 @@ class FakePlace:
         return False
 
     def _finish_save(self) -> Any:
-        from training.checkpoint import File
+        from training.checkpoint.format import File
 
         name = f"trainer-{time.monotonic_ns()}.safetensors"
         (self.staged / name).write_bytes(b"0")
@@ -86,7 +86,7 @@ class _Hooks:
     skipped = frozenset[int]()
 
     def __init__(self, folder: Path):
-        from training.checkpoints import opened
+        from training.checkpoint.repository import opened
         from training.storage import place
 
         self.checkpoints = opened(place(folder), 1)
@@ -149,11 +149,11 @@ def summary(by_size: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
 def _with(size: int, places: list[Any], folder: Path) -> dict[str, float]:
     import ray
 
-    from launcher import machines
-    from launcher.watch import Watch
-    from launcher.workers import RoleGroup, WorkerGroup, seats_for
+    from launcher.workers import placement as machines
+    from launcher.workers.watchdog import Watch
+    from launcher.workers.worker_group import RoleGroup, WorkerGroup, seats_for
     from training.config import Resources
-    from training.recipes import supervised
+    from training.drivers import supervised
 
     began = time.perf_counter()
     placement = machines.gather({"CPU": 1.0}, wanted=size, least=size, wait_s=60, avoid=frozenset(), say=lambda _: None)

@@ -18,7 +18,7 @@ from benchmarks import sft, workload
 from benchmarks.options import Options
 from benchmarks.processes import Finished, Line, run
 from benchmarks.record import spread
-from tests.growing_cluster import GrowingCluster
+from tests.support.growing_cluster import GrowingCluster
 
 ROWS = 200
 TARGETS = {"first_line_later_s": 2.0}
@@ -116,8 +116,8 @@ class _Cluster:
             time.sleep(0.5)
 
     def _bytes(self) -> dict[str, int]:
-        from launcher import bundle
-        from launcher import job as jobs
+        from launcher.jobfile import job as jobs
+        from launcher.submit import bundle
 
         packed = self.folder / "bundle.zip"
         bundle.write(jobs.load(self._file(1)), "s3://bucket/runs", ("/",), packed)

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from training.shrink import VOCABULARY, shrunk, small_model
+from training.models.shrink import VOCABULARY, shrunk, small_model
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ("<pad>", "<bos>", "<eos>")

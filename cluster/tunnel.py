@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.errors import ClusterError, Refused
-from cluster.machine import Login
+from cluster.remote_shell import Login
 
 _UP_S = 30.0
 _LISTENING = "0A"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import atexit
 import os
 
-from launcher import interrupts
-from launcher.exit_status import ExitStatus
+from launcher.driver import signals
+from launcher.process.exit_status import ExitStatus
 
 
 def main() -> None:
-    interrupts.exit_on_signals()
-    from launcher import output
-    from launcher.cli import app
-    from launcher.verbs import fail
+    signals.exit_on_signals()
+    from launcher.cli.common import fail
+    from launcher.cli.main import app
+    from launcher.process import output
 
     try:
         app()

@@ -17,7 +17,7 @@ from packaging.version import Version
 from cluster.providers.aws import AwsProvider
 from cluster.providers.azure import AzureProvider
 from cluster.providers.gcp import GcpProvider
-from launcher.reference import PACKAGES, TRIED
+from docs.generate_reference import PACKAGES, TRIED
 from tests.test_locks import PROJECT, ROOT, pins
 
 OWN = ("launcher", "training", "cluster")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher import job
+from launcher.jobfile import job
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

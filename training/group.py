@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from training.distributed import Seat
+from training.process.distributed import Seat
 
 
 class Future(Protocol):
@@ -63,11 +63,11 @@ class Worker:
 
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Any:
         """What the role answers. `begin_profile` and `end_profile` are the worker's own, whatever roles it hosts."""
-        from training import profiling
+        from training.profiling import profiler
 
         if method in ("begin_profile", "end_profile"):
-            return getattr(profiling, method)(self.seat, *args)
-        with profiling.part(f"{role}.{method}"):
+            return getattr(profiler, method)(self.seat, *args)
+        with profiler.part(f"{role}.{method}"):
             return getattr(self.roles[role], method)(*args, **kwargs)
 
 

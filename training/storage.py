@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 import fsspec
 
 from training.errors import InputError, StorageError
-from training.owned_folders import temporary_folder
-from training.paths import is_below
+from training.io.owned_folders import temporary_folder
+from training.io.paths import is_below
 
 Block = bytes | memoryview
 _T = TypeVar("_T")

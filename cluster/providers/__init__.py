@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
-from cluster.home import Home
-from cluster.machine import on_all
+from cluster.registry import Home
+from cluster.remote_shell import on_all
 from cluster.spec import Cluster
 
 Say = Callable[[str], None]

@@ -21,10 +21,10 @@ import yaml
 from cluster import orphan_watch
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
-from cluster.home import Home
-from cluster.machine import HERE, Login
-from cluster.node import PRICE, head_arguments, of_type, price_label
 from cluster.providers import Finding, Instance, Say, environment, refuse
+from cluster.ray_node import PRICE, head_arguments, of_type, price_label
+from cluster.registry import Home
+from cluster.remote_shell import HERE, Login
 from cluster.spec import Cloud, CloudHead, CloudPool
 from cluster.tunnel import tunnel
 

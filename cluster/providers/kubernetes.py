@@ -16,10 +16,10 @@ import yaml
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
-from cluster.home import Home
-from cluster.machine import HERE
-from cluster.node import of_type, price_label
 from cluster.providers import NO_METRICS_PORTS, Finding, Say, environment
+from cluster.ray_node import of_type, price_label
+from cluster.registry import Home
+from cluster.remote_shell import HERE
 from cluster.spec import Kubernetes, PodPool
 from cluster.tunnel import refuse_strangers_port
 

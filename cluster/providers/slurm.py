@@ -15,10 +15,10 @@ from typing import Any
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
-from cluster.home import Home
-from cluster.machine import HERE, Login, over_ssh
-from cluster.node import Node
 from cluster.providers import NO_METRICS_PORTS, Finding, Say, findings_of
+from cluster.ray_node import Node
+from cluster.registry import Home
+from cluster.remote_shell import HERE, Login, over_ssh
 from cluster.spec import Slurm
 
 _SAVE_S = 7200.0
@@ -149,7 +149,7 @@ class SlurmProvider:
 
     def save(self, name: str, run: str) -> str:
         """Ask the driver of a job to save, by the run's folder, which the login machine sees as the nodes do; what is printed there."""
-        command = shlex.join(["-P", "-m", "launcher.onsite_save", run])
+        command = shlex.join(["-P", "-m", "launcher.cli.cluster_save", run])
         lines = [f"cd {self._of(name)}", *self.spec.setup, f'cd code; PYTHONPATH="$PWD" {self.spec.python} {command}']
         return self._login.run("\n".join(lines), timeout_s=_SAVE_S)
 
@@ -204,7 +204,7 @@ class SlurmProvider:
             f'  step --nodes=$others --ntasks=$others --exclude="$SLURMD_NODENAME" {start} \\',
             '    --address="$address:$port" --temp-dir="$temporary/r" >> ../ray.log 2>&1 &',
             "fi",
-            'RAY_ADDRESS="$address:$port" ' + shlex.join(["python", "-P", "-u", "-m", "launcher.onsite", *words]) + " &",
+            'RAY_ADDRESS="$address:$port" ' + shlex.join(["python", "-P", "-u", "-m", "launcher.cli.cluster_entrypoint", *words]) + " &",
             "job=$!",
             "trap 'kill -TERM $job' TERM",
             "wait $job; status=$?",

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from functools import partial
 
 from cluster.dashboard import Dashboard
-from cluster.home import Home
-from cluster.machine import Login, all_of, on_all, over_ssh
-from cluster.node import Node, head_arguments, places, price_label
 from cluster.providers import Finding, Say, environment, findings_of, refuse
+from cluster.ray_node import Node, head_arguments, places, price_label
+from cluster.registry import Home
+from cluster.remote_shell import Login, all_of, on_all, over_ssh
 from cluster.spec import Machines, Ssh
 from cluster.tunnel import tunnel
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.scaffold import problems, tiny
+from launcher.scaffold import tiny_model, word_problems
 from training.errors import InputError
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 JOBS = ("pretrain.yaml", "sft.yaml", "teacher.yaml", "cft.yaml", "reward.yaml", "ppo.yaml")
-Tables = dict[str, list[problems.Row]]
+Tables = dict[str, list[word_problems.Row]]
 
 
 def write(folder: Path, seed: int = 17, force: bool = False) -> list[str]:
@@ -23,10 +23,10 @@ def write(folder: Path, seed: int = 17, force: bool = False) -> list[str]:
     _refuse_other_contents(folder, force)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tables = {file: problems.rows(seed, file) for file in problems.TABLES}
+        tables = {file: word_problems.rows(seed, file) for file in word_problems.TABLES}
         for file, rows in tables.items():
             _write_rows(folder / "data" / file, rows)
-        parameters = tiny.save_model(folder / "model", _training_text(tables), seed)
+        parameters = tiny_model.save_model(folder / "model", _training_text(tables), seed)
         for name in (*JOBS, "README.md"):
             (folder / name).write_text((TEMPLATES / name).read_text(encoding="utf-8"), encoding="utf-8")
     except OSError as error:
@@ -42,7 +42,7 @@ def _refuse_other_contents(folder: Path, force: bool) -> None:
         raise InputError.of(str(folder), "the folder is not empty; choose another one, or --force to write into it")
 
 
-def _write_rows(path: Path, rows: list[problems.Row]) -> None:
+def _write_rows(path: Path, rows: list[word_problems.Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -50,7 +50,10 @@ def _write_rows(path: Path, rows: list[problems.Row]) -> None:
 def _training_text(tables: Tables) -> Iterator[str]:
     """What the tokenizer learns from: every text of the training split of the word problems, nothing of the held-out ones."""
     for file, rows in tables.items():
-        if problems.TABLES[file].split == "train" and problems.TABLES[file].make is problems.word_problem:
+        if (
+            word_problems.TABLES[file].split == "train"
+            and word_problems.TABLES[file].make is word_problems.word_problem
+        ):
             yield from (text for row in rows for text in row.values())
 
 

@@ -30,7 +30,7 @@ from training.config import Source
 from training.data import saved_datasets
 from training.data.row_errors import RowError, UnreadableFile
 from training.errors import InputError, Problem
-from training.paths import absolute
+from training.io.paths import absolute
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SEPARATED = {".csv": ",", ".tsv": "\t"}

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from training.answers import as_verdict, verdict
 from training.data.files import RowError, describe
+from training.data.final_answers import as_verdict, verdict
 from training.data.unread import unread_columns, unread_keys
 from training.errors import InputError, Problem
 

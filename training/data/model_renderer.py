@@ -8,7 +8,7 @@ from training.config import Model
 from training.data.render import Renderer, load_tokenizer
 from training.data.turn_end import stop_tokens
 from training.errors import InputError
-from training.modelfiles import facts_in, tokenizer_of
+from training.model_folder import facts_in, tokenizer_of
 
 
 def renderer_for(path: str, template: str = "auto", *, trust_remote_code: bool = False) -> Renderer:

@@ -21,11 +21,11 @@ from training.data import files, templates
 from training.data.files import Located, Row, RowError, UnreadableFile
 from training.data.formats import BOS, Chat, Example, Pair, Parser, Prompt, PromptCompletion, Text
 from training.errors import InputError, Problem
-from training.modelfiles import TOKENIZER_FILES
+from training.model_folder import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from training.data.render import Renderer, Sample
-    from training.data.store import Meta, StoreWriter, TokenStore
+    from training.data.token_store import Meta, StoreWriter, TokenStore
 
 VERSION = 3
 """Raise it when the same rows give other tokens than before, so that older stores are not used."""
@@ -151,7 +151,7 @@ def prepare(
     cannot be read or written.
     """
     from training.data.render import Renderer, load_tokenizer
-    from training.data.store import TokenStore
+    from training.data.token_store import TokenStore
 
     parser = Parser(data.format, data.columns, formats)
 
@@ -181,7 +181,7 @@ def _existing(folder: Path, data: Data, verify: bool) -> TokenStore | None:
 
 def _usable(folder: Path, verify: bool) -> TokenStore | None:
     """The store at `folder`. One that is damaged is removed, and a warning says so; one of a version without checksums is removed."""
-    from training.data.store import TokenStore
+    from training.data.token_store import TokenStore
 
     if not folder.exists():
         return None
@@ -293,7 +293,7 @@ def _characters(example: Example) -> int:
 
 def _build(folder: Path, sources: Sequence[Located], data: Data, parser: Parser, renderer: Renderer) -> Path:
     """Writes a store and returns its folder, which is another one for rows that make use of CHANGES."""
-    from training.data.store import create
+    from training.data.token_store import create
 
     findings = _findings(sources, data)
     with create(folder, len(sources)) as writer:

@@ -28,9 +28,9 @@ from training.data.conversations import Conversations, Turns, Written
 from training.data.files import RowError, one_line
 from training.data.formats import EOS, Answer, Chat, Example, Pair, Prompt, PromptCompletion, Text
 from training.data.turn_end import turn_end
+from training.data.vocabulary import rows_for
 from training.errors import InputError
-from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
-from training.vocabulary import rows_for
+from training.model_folder import has_tokenizer, tokenizer_of, tokenizer_revision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from training.data.row_errors import RowError
-from training.foreign import loads
-from training.paths import is_below
+from training.io.foreign_files import loads
+from training.io.paths import is_below
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 

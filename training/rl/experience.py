@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.data.batching import Limits, deal
 from training.data.collate import collate
-from training.data.dealing import Limits, deal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from training.config import PPO
-from training.heads import measured_at
-from training.recipes.reward import scores
+from training.models.chunked_logits import measured_at
 from training.rl.losses import entropies, k3, policy_terms, token_log_probs, value_terms
+from training.roles.reward import scores
 
 
 class _OfTokens(nn.Module):

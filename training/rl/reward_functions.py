@@ -26,12 +26,12 @@ from types import ModuleType
 from typing import Any
 
 from training.config import RewardSource
+from training.data.reward_signature import GIVEN, RESERVED, is_conversation, signature_of
 from training.errors import InputError, ServiceError, TrainingError
-from training.foreign import loads, made_sense_of
-from training.http_requests import RequestError, fetch
-from training.reward_signature import GIVEN, RESERVED, is_conversation, signature_of
+from training.io.foreign_files import loads, made_sense_of
+from training.io.http_requests import RequestError, fetch
+from training.io.time_limit import TimeLimitReached, within
 from training.rl.experience import Response
-from training.time_limit import TimeLimitReached, within
 
 _TRIES = 5
 _PATIENCE_S = 120.0

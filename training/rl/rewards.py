@@ -17,12 +17,12 @@ from training.data.files import RowError
 from training.data.formats import Parser, Prompt
 from training.data.model_renderer import renderer_for
 from training.data.render import Sample
-from training.distributed import Seat
-from training.recipes.reward import score
-from training.reward_signature import prompt_column
-from training.rl.base import of_reward
+from training.data.reward_signature import prompt_column
+from training.process.distributed import Seat
 from training.rl.experience import Response
 from training.rl.reward_functions import RewardEndpoint, RewardError, RewardFunction
+from training.rl.shared_base import of_reward
+from training.roles.reward import score
 
 Judge = Callable[[Sequence[Response]], list[float]]
 

@@ -17,35 +17,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training import lora, reward_signature
-from training import model as models
-from training.breakdown import DATA, GENERATION
 from training.config import PPO, Model
-from training.data.dealing import Limits, limits_for
+from training.data import reward_signature
+from training.data.batching import Limits, limits_for
 from training.data.order import Order
+from training.data.phase_data import Stores, check_window
 from training.data.render import Renderer, load_tokenizer, same_tokens, tokenizer_for
-from training.data.stores import Stores, check_window
 from training.data.turn_end import stop_tokens
-from training.distributed import Seat
-from training.engine import Frozen, computed, device_of
+from training.data.vocabulary import check_tokens, rows_in
+from training.data.vocabulary import notes as vocabulary_notes
+from training.engine.engine import Frozen, computed, device_of
 from training.errors import InputError
-from training.evaluate import Exam, Sitting, exam_of
-from training.facts import Facts
-from training.learner import Learner
-from training.measures import Answers
-from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
-from training.probe import traits_of
-from training.profiling import part
-from training.rl.base import as_it_was, at_once, with_adapters
+from training.estimate.model_traits import notes, refuse, rows_of
+from training.evaluation.accuracy import Answers
+from training.evaluation.generated_answers import Exam, Sitting, exam_of
+from training.generation.sampling import Continued, Sampling, continue_all
+from training.model_folder import has_tokenizer, tokenizer_of, tokenizer_revision
+from training.models import loading as models
+from training.models import lora
+from training.models.probe import traits_of
+from training.phase_info import Facts
+from training.process.distributed import Seat
+from training.profiling.breakdown import DATA, GENERATION
+from training.profiling.profiler import part
 from training.rl.experience import Experience, Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
 from training.rl.rewards import opened, total
-from training.sampling import Continued, Sampling, continue_all
+from training.rl.shared_base import as_it_was, at_once, with_adapters
+from training.roles.learner import Learner
 from training.schedule import never_profiled, total_samples, total_steps
 from training.seeding import seed_for
-from training.traits import notes, refuse, rows_of
-from training.vocabulary import check_tokens, rows_in
-from training.vocabulary import notes as vocabulary_notes
 
 _BUCKET_NUMBERS = 8 << 20
 """Of a piece of the weights on its way to a rollout group."""
@@ -165,9 +166,9 @@ def _generation(phase: PPO, lm: Any) -> Callable[..., list[Continued]]:
     longest = phase.data.max_length + phase.response_tokens
     if phase.generation == "batched" or not traits_of(lm).batches_continuously(lm.config._attn_implementation, longest):
         return partial(continue_all, batch=phase.generation_batch)
-    from training import continuous  # takes seconds to import
+    from training.generation import continuous_batching  # takes seconds to import
 
-    return continuous.continue_all
+    return continuous_batching.continue_all
 
 
 class Policy(_Learning):
