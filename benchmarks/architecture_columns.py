@@ -115,7 +115,7 @@ class Finished(NamedTuple):
         return self.folder / "model"
 
     def metric(self, name: str, step: int = 1) -> float:
-        return next(row[name] for row in self.metrics if row["step"] == step and name in row)
+        return float(next(row[name] for row in self.metrics if row["step"] == step and name in row))
 
 
 class Case:
@@ -633,7 +633,7 @@ def _trainer_of(phase: Any) -> tuple[Any, list[list[int]]]:
     from training.recipes import RECIPES
 
     (group,) = _inline_groups(phase, RECIPES[phase.recipe].roles, (phase, str(cache_folder()))).values()
-    trainer: Any = group.worker.roles[group.role]  # type: ignore[attr-defined]
+    trainer: Any = group.worker.roles[group.role]  # type: ignore[attr-defined]  # an InlineGroup
     trainer.setup()
     lengths = [len(trainer.store[sample][0]) for sample in range(len(trainer.store))]
     return trainer, deal(lengths, 1, trainer.limits)[0][0]

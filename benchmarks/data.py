@@ -112,7 +112,7 @@ class _Peak:
 
 def _mib(process: psutil.Process) -> float:
     with suppress(psutil.Error):
-        return process.memory_full_info().pss / (1 << 20)
+        return float(process.memory_full_info().pss / (1 << 20))
     return 0.0
 
 

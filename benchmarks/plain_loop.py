@@ -84,7 +84,8 @@ class PaddedBatches:
             yield padded(mine[first : first + self.rows])
 
     def loss_sum(self, engine: Any, micro: dict[str, Any]) -> torch.Tensor:
-        return engine(**micro, use_cache=False, num_items_in_batch=torch.tensor(1)).loss
+        loss: torch.Tensor = engine(**micro, use_cache=False, num_items_in_batch=torch.tensor(1)).loss
+        return loss
 
 
 class DealtBatches:
@@ -92,10 +93,9 @@ class DealtBatches:
 
     def __init__(self, args: argparse.Namespace, samples: list[Sample]):
         from training.config import SFT
-        from training.data.batching import SDPA_VARLEN
+        from training.data.batching import SDPA_VARLEN, limits_for
         from training.models import attention
         from training.models.loading import TokenLoss
-        from training.roles.trainer import limits_for
 
         attention.register()
         lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=SDPA_VARLEN)
@@ -114,7 +114,8 @@ class DealtBatches:
             yield collate([[samples[i] for i in row] for row in rows])
 
     def loss_sum(self, engine: Any, micro: dict[str, Any]) -> torch.Tensor:
-        return engine(**micro)[0]
+        loss: torch.Tensor = engine(**micro)[0]
+        return loss
 
 
 def start_engine(module: torch.nn.Module, args: argparse.Namespace) -> Any:

@@ -114,7 +114,7 @@ def _report(command: Sequence[str], what: str, lines: Sequence[Line]) -> str:
     return "\n".join([f"{' '.join(command)} {what}; its last lines:", *(line.text for line in lines[-_TAIL:])])
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[str]) -> None:
     """End the command and all that it started; a command that is through has only its process group left to end."""
     family = _descendants(process.pid)
     if process.poll() is None:
@@ -131,6 +131,7 @@ def _end(process: subprocess.Popen) -> None:
 
 def _descendants(pid: int) -> list[psutil.Process]:
     try:
-        return psutil.Process(pid).children(recursive=True)
+        children: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+        return children
     except psutil.NoSuchProcess:
         return []

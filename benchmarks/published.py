@@ -12,7 +12,7 @@ from cluster import catalog
 from launcher.plan import step_time
 from launcher.plan.step_time import Seated, Work
 from training.config import CFT, PPO, SFT, Phase, Sharding
-from training.estimate.memory import Models, setting_of
+from training.estimate.memory import Models, Setting, setting_of
 from training.estimate.parameters import Shape, shape_of
 
 
@@ -126,7 +126,7 @@ def training() -> Iterator[Row]:
         )
 
 
-def _setting(phase: Phase, workers: int, longest: int | None = None):
+def _setting(phase: Phase, workers: int, longest: int | None = None) -> Setting:
     where = setting_of(phase, dtype="bf16", on_gpu=True, longest=longest)
     return type(where)(**{**vars(where), "workers": workers, "sharding": Sharding(**phase.sharding.model_dump())})
 

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class _Cluster:
             "grown_by_ray_s": spread(provider, 2),
         }
 
-    def _muster(self, *words: str, on_line=lambda line: None) -> Finished:
+    def _muster(self, *words: str, on_line: Callable[[Line], None] = lambda line: None) -> Finished:
         command = [sys.executable, "-u", "-m", "launcher", *words]
         return run(command, folder=self.folder, env=self.environment, timeout_s=self.options.timeout_s, on_line=on_line)
 

@@ -57,7 +57,8 @@ class Machine:
 
 @cache
 def _table() -> dict[str, Any]:
-    return yaml.safe_load((Path(__file__).parent / "catalog.yaml").read_text(encoding="utf-8"))
+    table: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "catalog.yaml").read_text(encoding="utf-8"))
+    return table
 
 
 def gpu(name: str, custom: Mapping[str, Any] | None = None) -> Gpu:

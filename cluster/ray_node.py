@@ -13,6 +13,7 @@ import secrets
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.remote_shell import Machine
@@ -87,13 +88,14 @@ class Node:
     """With Muster's dependencies; may begin with ~/."""
     mark: str = ""
 
-    def look(self) -> dict:
+    def look(self) -> dict[str, Any]:
         """Versions, clock, cores, address. Raises ClusterError if the machine does not answer or has no such Python."""
         said = self.machine.run(f"{_path(self.python)} - <<'END'\n{_LOOK}\nEND", timeout_s=_LOOK_S)
         try:
-            return json.loads(said.splitlines()[-1])
+            facts: dict[str, Any] = json.loads(said.splitlines()[-1])
         except (ValueError, IndexError):
             raise ClusterError(f"{self.machine.name}: {self.python} answers {said.strip()[:200]!r}") from None
+        return facts
 
     def start(self, script: str, token: str) -> None:
         """Run a `script`: Ray is up when it has ended. The token goes through standard input into a file of mode 600."""

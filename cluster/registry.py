@@ -44,7 +44,8 @@ class Home:
 
     def record(self) -> dict[str, Any]:
         """What `up` has written down: the cluster file's settings as `spec`, and what the provider needs to find it again."""
-        return json.loads((self.folder / _RECORD).read_text())
+        record: dict[str, Any] = json.loads((self.folder / _RECORD).read_text())
+        return record
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Replace the record, at once and whole."""

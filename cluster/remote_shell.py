@@ -80,7 +80,7 @@ def free_port(address: str = "127.0.0.1") -> int:
     """A port that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind((address, 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def on_all(calls: Mapping[str, Callable[[], Answer]]) -> dict[str, Answer | ClusterError]:

@@ -81,7 +81,7 @@ def _private_folder() -> str:
     return tempfile.mkdtemp(prefix="muster-", dir="/tmp")
 
 
-def _await(path: str, process: subprocess.Popen, host: str) -> None:
+def _await(path: str, process: subprocess.Popen[str], host: str) -> None:
     deadline = time.monotonic() + _UP_S
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -368,7 +368,7 @@ class Phase(Settings):
     """What the workers share out among themselves."""
     resources: Resources = Resources()
     """How many workers, and what they wait for."""
-    deepspeed: dict = {}
+    deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed settings, laid over what is derived. A clash with what Muster owns is an error."""
 
     @property

@@ -240,7 +240,8 @@ class Remote(Place):
         return Remote(f"{self.address}/{name}", self.filesystem, self.patience_s)
 
     def read(self) -> bytes:
-        return self._patiently(lambda: self.filesystem.cat_file(self._path))
+        content: bytes = self._patiently(lambda: self.filesystem.cat_file(self._path))
+        return content
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         names, starts, stops = zip(*ranges, strict=True) if ranges else ((), (), ())

@@ -73,7 +73,8 @@ class Provider(Protocol):
 
 def provider_of(spec: Cluster) -> Provider:
     module = import_module(f"cluster.providers.{spec.provider}")
-    return module.PROVIDER(spec)
+    provider: Provider = module.PROVIDER(spec)
+    return provider
 
 
 # What several providers have in common

@@ -49,7 +49,8 @@ class AzureProvider(CloudProvider[Azure]):
         return {"azure_arm_parameters": parameters | ({"priority": "Spot"} if spot else {})}
 
     def stopped(self, nodes: Any) -> list[str]:
-        return nodes.stopped_nodes({})
+        ids: list[str] = nodes.stopped_nodes({})
+        return ids
 
     def end_command(self) -> list[str]:
         """A machine that only shuts down is paid for: Azure has to be told, as the identity that Ray gives its machines."""

@@ -279,7 +279,7 @@ def _host_keys_kept(home: Home) -> Iterator[None]:
     module: Any = command_runner
     own: Any = module.SSHOptions
 
-    class Pinned(own):
+    class Pinned(own):  # type: ignore[misc]  # Ray has no types here
         def __init__(self, ssh_key: Any, control_path: Any = None, **options: Any):
             super().__init__(ssh_key, control_path, **_known_hosts(home), **options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -202,7 +202,8 @@ def chaos(
 
     if kill not in ("rank", "node", "driver"):
         raise InputError.of("--kill", f"{kill} is none of rank, node, driver")
-    killed = drills.drill(run_folder.find(run), kill, every_s=every, times=times, seed=seed, say=print)  # type: ignore[arg-type]
+    victim = cast(drills.Victim, kill)
+    killed = drills.drill(run_folder.find(run), victim, every_s=every, times=times, seed=seed, say=print)
     print(f"{killed} killed")
 
 

@@ -278,7 +278,7 @@ def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang,
         try:
             if preflight and (figures := gang.check(str(hooks.checkpoints.staging), _room_for_two(phase))) is not None:
                 run.event("preflight", phase=name, **figures)
-            last = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
+            last: Place | None = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
             if last is not None:
                 _export(next(iter(groups.values())), last, run.model(name))
             return last

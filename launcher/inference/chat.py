@@ -8,8 +8,8 @@ from contextlib import suppress
 
 from launcher.inference.model_lookup import warn
 from launcher.process.terminal import Typewriter
-from training.data.files import RowError
 from training.data.formats import Chat, Message
+from training.data.row_errors import RowError
 from training.evaluation.evaluator import Speaker
 from training.evaluation.streaming import key_of, respond
 from training.generation.sampling import Sampling

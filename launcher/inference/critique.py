@@ -29,10 +29,10 @@ from launcher.runfolder.small_files import SmallFiles
 from training import model_folder
 from training.config import Questions
 from training.data import files, questions
-from training.data.files import RowError
 from training.data.final_answers import expected_answer, final_answer, same, verdict
 from training.data.formats import critique_request
 from training.data.questions import Question
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem, TrainingError
 
 Answering = Callable[[Sequence[Question]], Sequence[Mapping[str, Any]]]

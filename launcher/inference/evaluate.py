@@ -14,8 +14,8 @@ from launcher.inference import model_lookup
 from launcher.process import output, terminal
 from training.config import Questions, Resources
 from training.data import questions
-from training.data.files import RowError
 from training.data.questions import Question
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem
 from training.evaluation.accuracy import Row, in_order, interval, measured
 from training.group import Group, results

@@ -16,7 +16,7 @@ from launcher.process import output
 from launcher.process.terminal import Typewriter, printable
 from launcher.runfolder import run_folder
 from launcher.runfolder.small_files import SmallFiles
-from training.data.files import RowError
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem
 
 _ANSWER_S = 24 * 3600.0

@@ -118,8 +118,8 @@ def _slowness(row: Mapping[str, Any]) -> float:
 def _speed_of_one(row: Mapping[str, Any]) -> float:
     """By the hours of the whole job, where they are known."""
     if row["total"] is not None:
-        return 1 / (row["total"]["hours"][1] * row["gpus"])
-    return row["tokens_per_s"] / row["gpus"]
+        return float(1 / (row["total"]["hours"][1] * row["gpus"]))
+    return float(row["tokens_per_s"] / row["gpus"])
 
 
 def _money(time: Mapping[str, Any]) -> str:

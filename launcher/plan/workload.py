@@ -10,8 +10,9 @@ from typing import Any
 from launcher.plan.step_time import Work
 from training.config import PPO, Phase
 from training.data import files
-from training.data.files import DataFile, HubSplit, Part, RowError
+from training.data.files import DataFile, HubSplit, Part
 from training.data.formats import critique_request
+from training.data.row_errors import RowError
 from training.errors import InputError
 from training.model_folder import tokenizer_of
 from training.recipes import RECIPES
@@ -154,7 +155,7 @@ def _rows(part: DataFile, read: int) -> int:
     if part.path.endswith(".parquet"):
         import pyarrow.parquet
 
-        return pyarrow.parquet.ParquetFile(part.path).metadata.num_rows
+        return int(pyarrow.parquet.ParquetFile(part.path).metadata.num_rows)
     if part.path.endswith((".jsonl", ".ndjson")):
         size = os.path.getsize(part.path)
         lines = seen = 0

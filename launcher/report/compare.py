@@ -143,7 +143,7 @@ def mcnemar(better: int, worse: int) -> float:
     count, fewer = better + worse, min(better, worse)
     if better == worse:
         return 1.0
-    return min(1.0, 2 * sum(math.comb(count, k) for k in range(fewer + 1)) / 2**count)
+    return float(min(1.0, 2 * sum(math.comb(count, k) for k in range(fewer + 1)) / 2**count))
 
 
 def sign_flips(differences: Sequence[float], seed: int = 0) -> float:

@@ -83,7 +83,7 @@ def against_plan(planned: Mapping[str, Any], steps: Sequence[Mapping[str, Any]],
 
 def _median_step_s(steps: Sequence[Mapping[str, Any]]) -> float:
     recent = sorted(row["step_s"] for row in steps[-50:])
-    return recent[len(recent) // 2]
+    return float(recent[len(recent) // 2])
 
 
 def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:

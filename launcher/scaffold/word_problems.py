@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from zlib import crc32
 
 from training.seeding import seed_for
@@ -244,8 +244,8 @@ def _goes_wrong_at(index: int, lines: list[Line], right: list[Line]) -> bool:
     return bool(lines) and lines[-1].result != right[-1].result and lines[index : index + 1] != [right[index]]
 
 
-def _change(steps: Steps, index: int, **changes: object) -> Steps:
-    return (*steps[:index], replace(steps[index], **changes), *steps[index + 1 :])  # type: ignore[arg-type]
+def _change(steps: Steps, index: int, **changes: Any) -> Steps:
+    return (*steps[:index], replace(steps[index], **changes), *steps[index + 1 :])
 
 
 def _miscalculate(problem: Problem, index: int, rng: Random) -> Steps:

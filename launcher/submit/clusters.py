@@ -47,7 +47,7 @@ class Target:
         if self.spec.provider == "slurm":
             from launcher.submit.slurm_jobs import SlurmSession
 
-            return nullcontext(SlurmSession(self.provider))  # type: ignore[arg-type]
+            return nullcontext(SlurmSession(self.provider))  # type: ignore[arg-type]  # the spec says which
         from launcher.submit.ray_jobs import opened
 
         return opened(self.door, self.spec.stop_s)

@@ -217,8 +217,8 @@ class Incident:
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Incident:
         """From such an entry, which may have more."""
-        rest = {name: facts.get(name) for name in ("message", "step", "checkpoint", "rank", "node")}
-        return cls(kind=Kind(facts["class"]), **rest)  # type: ignore[arg-type]
+        rest: dict[str, Any] = {name: facts.get(name) for name in ("message", "step", "checkpoint", "rank", "node")}
+        return cls(kind=Kind(facts["class"]), **rest)
 
     @property
     def signature(self) -> tuple[Kind, str, int]:

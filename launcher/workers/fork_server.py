@@ -200,17 +200,17 @@ class Life:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a file always
         faulthandler.enable(all_threads=True)
         faulthandler.register(STACKS, all_threads=True)
-        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]  # the disk of the log may be full
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # the disk of the log may be full
         return os.getpid()
 
     def listen(self, host: str) -> int:
         from training.process.distributed import listen
 
         self.listener = listen(host)
-        return self.listener.getsockname()[1]
+        return int(self.listener.getsockname()[1])
 
     def join(self, seat: Any, key: bytes, visible_gpus: str | None) -> None:
         from training.group import Worker
@@ -222,10 +222,10 @@ class Life:
         join(seat, key, getattr(self, "listener", None))
         self.worker = Worker(seat)
 
-    def build(self, role: str, target: str, args: tuple) -> None:
+    def build(self, role: str, target: str, args: tuple[Any, ...]) -> None:
         self.worker.build(role, target, *args)
 
-    def call(self, role: str, method: str, args: tuple, kwargs: dict) -> Any:
+    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.worker.call(role, method, *args, **kwargs)
 
 

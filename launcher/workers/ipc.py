@@ -95,7 +95,7 @@ class _Shared:
         os.close(self.descriptor)
 
 
-def _mapped(descriptor: int, sizes: array) -> list[memoryview]:
+def _mapped(descriptor: int, sizes: array[int]) -> list[memoryview]:
     """The buffers of shared memory that the other end has written."""
     memory = memoryview(mmap.mmap(descriptor, sum(sizes), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
     os.close(descriptor)

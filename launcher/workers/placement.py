@@ -158,7 +158,9 @@ class _Search:
         free = min(count, fitting(self.needs, self.avoid)) if self.on_demand else count
         selectors = [selector] * free + [{**selector, _MARKET: "on-demand"}] * (count - free)
         wanted = selectors if any(selectors) else None
-        return placement_group([dict(self.needs)] * count, strategy="PACK", bundle_label_selector=wanted)
+        needs = [dict(self.needs)] * count
+        request: PlacementGroup = placement_group(needs, strategy="PACK", bundle_label_selector=wanted)
+        return request
 
     def _elsewhere(self, outlook: autoscaler.Outlook) -> bool:
         """Whether to ask in another market from now on.
@@ -221,7 +223,7 @@ def _comes(group: PlacementGroup, within_s: float) -> bool:
 
 def _has_places(group: PlacementGroup) -> bool:
     ray_session.check()
-    return placement_group_table(group).get("state") == "CREATED"
+    return bool(placement_group_table(group).get("state") == "CREATED")
 
 
 def _shortage(needs: Mapping[str, float], count: int) -> str:
@@ -246,7 +248,7 @@ def kill_on(address: str, pid: int | None) -> None:
         found["NodeID"] for found in ray.nodes() if found["NodeManagerAddress"] == address and found["Alive"]
     )
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill)  # type: ignore[call-overload]
+    task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill)  # type: ignore[call-overload]  # not annotated
     with suppress(RayError):  # it may be its own end
         ray.get(task.remote(pid), timeout=30)
 

@@ -119,9 +119,9 @@ def _processes_apart() -> Iterator[None]:
     services: Any = _private.services
     utils: Any = _private.utils
     popen, take_sigterm = services.ConsolePopen, utils.set_sigterm_handler
-    started: list[subprocess.Popen] = []
+    started: list[subprocess.Popen[bytes]] = []
 
-    def start(*args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> subprocess.Popen:
+    def start(*args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> subprocess.Popen[bytes]:
         def in_child() -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             preexec_fn()
@@ -158,7 +158,7 @@ class _OwnRay:
     def __init__(self, num_workers: int):
         self.num_workers = num_workers
         self._running = ExitStack()
-        self._processes: dict[str, subprocess.Popen] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         with ExitStack() as stack:
@@ -246,7 +246,7 @@ def restart() -> None:
             raise NoMachines(f"Ray has ended and does not start again: {error}") from error
 
 
-def _processes_of_ray() -> dict[str, subprocess.Popen]:
+def _processes_of_ray() -> dict[str, subprocess.Popen[bytes]]:
     """The processes that `ray.init` has started and Ray cannot do without, by Ray's names."""
     from ray._private import worker
 

@@ -70,7 +70,7 @@ class Host:
             self.nursery.close()
             self.nursery = _Nursery(self.device)
         self.worker = self.nursery.fork()
-        return self.worker.ask("begin", log, environment)
+        return int(self.worker.ask("begin", log, environment))
 
     def ask(self, name: str, *args: Any) -> Any:
         """Have the worker do something (a function of nursery.Life). Raises Raised, WorkerDied, or a MusterError that it raised."""
@@ -120,7 +120,7 @@ class _Worker:
     def ask(self, name: str, *args: Any) -> Any:
         try:
             self.pipe.send((name, args))
-            wait([self.pipe, self._end])  # type: ignore[list-item]
+            wait([self.pipe, self._end])  # type: ignore[list-item]  # a descriptor may be waited for, too
             if not self.pipe.poll():
                 raise EOFError
             ok, value = self.pipe.recv()
@@ -151,7 +151,7 @@ class _Nursery:
     """The process that forks workers, and the thread that hears from it: the one at hand on this machine, else one of our own."""
 
     def __init__(self, device: str):
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         control = _at_hand(device)
         if control is None:
             control, theirs = socket.socketpair()
@@ -302,7 +302,7 @@ def _at_hand(device: str) -> socket.socket | None:
     return control
 
 
-def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen:
+def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen[bytes]:
     """Start the process; `parent` is its end of the connection and closed here."""
     descriptors = [parent.fileno(), *(listener.fileno() for listener in listeners)]
     command = module_command("launcher.workers.fork_server", str(descriptors[0]), device, *map(str, descriptors[1:]))

@@ -41,7 +41,7 @@ class Watch:
         self.every_s = max(1.0, group.size / 80)
         """Seconds between two looks; a look is one short call a worker."""
         self.signs: dict[int, Signs] = {}
-        self._asked: dict[int, ray.ObjectRef] = {}
+        self._asked: dict[int, ray.ObjectRef[Any]] = {}
         self._answered: dict[int, float] = {}
         self._last = 0.0
         self._nodes: list[dict[str, Any]] = []

@@ -35,15 +35,15 @@ _GRACE_S = 2.0
 class _Call:
     """One method called on every worker. It fails as a whole: an error of one worker is an error of all of them."""
 
-    def __init__(self, refs: Sequence[ray.ObjectRef], group: WorkerGroup, method: str):
+    def __init__(self, refs: Sequence[ray.ObjectRef[Any]], group: WorkerGroup, method: str):
         self.refs = list(refs)
         self.group = group
         self.method = method
         self.began = time.monotonic()
         self.waiting = list(refs)
-        self.answers: dict[ray.ObjectRef, Any] = {}
+        self.answers: dict[ray.ObjectRef[Any], Any] = {}
 
-    def wait(self, ref: ray.ObjectRef, timeout_s: float | None) -> Any:
+    def wait(self, ref: ray.ObjectRef[Any], timeout_s: float | None) -> Any:
         """The answer of one worker, within `timeout_s` of the call. Raises the first cause as soon as any worker fails."""
         while ref not in self.answers:
             left = None if timeout_s is None else max(0.0, self.began + timeout_s - time.monotonic())
@@ -69,13 +69,13 @@ class _Call:
                 self._check(ref)
             raise
 
-    def _check(self, ref: ray.ObjectRef) -> None:
+    def _check(self, ref: ray.ObjectRef[Any]) -> None:
         try:
             ray.get(ref)
         except RayError as error:
             raise self._explained(ref, error) from None
 
-    def _explained(self, ref: ray.ObjectRef, error: RayError) -> Exception:
+    def _explained(self, ref: ray.ObjectRef[Any], error: RayError) -> Exception:
         """The first cause among the errors that come in within the grace period."""
         failures = [self._failure(ref, error)]
         others = [other for other in self.refs if other is not ref]
@@ -87,7 +87,7 @@ class _Call:
                 failures.append(self._failure(other, late))
         return first_cause(failures)
 
-    def _failure(self, ref: ray.ObjectRef, error: RayError) -> MusterError:
+    def _failure(self, ref: ray.ObjectRef[Any], error: RayError) -> MusterError:
         """Also what befell other workers whose answer this call was given."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         group, rank = self.group.whose(cause) or (self.group, self.refs.index(ref))
@@ -109,7 +109,7 @@ class _Call:
 
 
 class _RayFuture:
-    def __init__(self, call: _Call, ref: ray.ObjectRef):
+    def __init__(self, call: _Call, ref: ray.ObjectRef[Any]):
         self._call = call
         self.ref = ref
 
@@ -164,7 +164,7 @@ class WorkerGroup:
         # Ranks of one node are neighbours: a ring then crosses between nodes as seldom as it can.
         nodes = placement_group_table(self.placement)["bundles_to_node_id"]
         bundles = sorted(range(self.size), key=lambda bundle: (nodes[bundle], bundle))
-        actor: Any = ray.remote(concurrency_groups={"control": 2})(WorkerActor)  # type: ignore[call-overload]
+        actor: Any = ray.remote(concurrency_groups={"control": 2})(WorkerActor)  # type: ignore[call-overload]  # not annotated
         self.places: list[dict[str, Any]] = []
         self.actors = [
             actor.options(
@@ -226,11 +226,11 @@ class WorkerGroup:
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self._each(method, [args] * self.size)
 
-    def _each(self, method: str, args: Sequence[tuple]) -> list[Any]:
+    def _each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
         refs = [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, args, strict=True)]
         return self._results(refs, str(args[0][0]) if method == "ask" else method)
 
-    def _results(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
+    def _results(self, refs: list[ray.ObjectRef[Any]], method: str) -> list[Any]:
         call = _Call(refs, self, method)
         return [call.wait(ref, START_S) for ref in refs]
 
@@ -239,7 +239,8 @@ class WorkerGroup:
         if rank in self.watch.lost:
             return b""
         try:
-            return ray.get(self.actors[rank].read_log.remote(offset), timeout=2)
+            text: bytes = ray.get(self.actors[rank].read_log.remote(offset), timeout=2)
+            return text
         except (RayError, GetTimeoutError, IndexError):
             return b""
 
@@ -297,7 +298,7 @@ class RoleGroup:
             raise ValueError(f"{len(shards)} shards for a group of {self.size} workers")
         return self._futures(method, [(shard, *args) for shard in shards], {})
 
-    def _futures(self, method: str, args: Sequence[tuple], kwargs: dict) -> list[Future]:
+    def _futures(self, method: str, args: Sequence[tuple[Any, ...]], kwargs: dict[str, Any]) -> list[Future]:
         refs = [
             actor.call.remote(self.role, method, kwargs, *map(_passed, own))
             for actor, own in zip(self.workers.actors, args, strict=True)
@@ -317,7 +318,7 @@ def _passed_on() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) or name in asked}
 
 
-def seats_for(places: Sequence[dict], resources: Resources, device: Any, host: str, port: int) -> list[Seat]:
+def seats_for(places: Sequence[dict[str, Any]], resources: Resources, device: Any, host: str, port: int) -> list[Seat]:
     """The seat of every worker from where it sits: rank as given, local rank by node, threads shared on a node."""
     by_node: dict[str, list[int]] = {}
     for rank, place in enumerate(places):
@@ -342,6 +343,6 @@ def seats_for(places: Sequence[dict], resources: Resources, device: Any, host: s
     return seats
 
 
-def _visible_gpus(places: Sequence[dict], node: str) -> str:
+def _visible_gpus(places: Sequence[dict[str, Any]], node: str) -> str:
     """All GPUs of the job's workers on a node, in order of rank: NCCL's fast paths need to see the neighbours."""
     return ",".join(gpu for place in places if place["node"] == node for gpu in place["gpus"])

@@ -283,7 +283,7 @@ class _InlineGang:
         return None
 
 
-def _inline_groups(phase: Phase, roles: Mapping[str, str], arguments: tuple) -> dict[str, Group]:
+def _inline_groups(phase: Phase, roles: Mapping[str, str], arguments: tuple[Any, ...]) -> dict[str, Group]:
     """The roles in this process. Its process group of one is made once and kept: DeepSpeed remembers groups for good."""
     import torch.distributed as dist
 

@@ -244,7 +244,7 @@ def _classifier_of(config: Any) -> str:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    return kind.__name__
+    return str(kind.__name__)
 
 
 def give_pad_token(tokenizer: Any, *, chats: bool, rows: int | None) -> None:

@@ -330,7 +330,7 @@ class Reader:
         headers = _read(folder, [(file.name, 0, file.header) for file in files])
         for file, header in zip(files, headers, strict=True):
             why = f"{folder / file.name}: its header does not make sense"
-            with made_sense_of(lambda odd, why=why: CheckpointError(f"{why} ({odd})")):  # type: ignore[misc]
+            with made_sense_of(lambda odd, why=why: CheckpointError(f"{why} ({odd})")):  # type: ignore[misc]  # not inferred with a default
                 self._index(_Shard(folder, file, header))
 
     def _index(self, shard: _Shard) -> None:

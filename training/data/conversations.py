@@ -13,8 +13,9 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
-from training.data.files import RowError, one_line
+from training.data.files import one_line
 from training.data.formats import Arguments, Chat, Message
+from training.data.row_errors import RowError
 
 Span = tuple[int, int]  # characters [start, end) of a rendered text
 Turns = Literal["auto", "last", "all"]

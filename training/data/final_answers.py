@@ -32,7 +32,7 @@ def final_answer(text: str) -> str | None:
     if (boxed := _last_boxed(text)) is not None:
         return boxed
     if marked := _MARKED.findall(text):
-        return marked[-1]
+        return str(marked[-1])
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
@@ -102,7 +102,8 @@ def _value(text: str) -> float | None:
 def _parsed(text: str) -> list[Any]:
     from math_verify import parse
 
-    return parse(f"\\boxed{{{text}}}", parsing_timeout=_COMPARE_S)
+    values: list[Any] = parse(f"\\boxed{{{text}}}", parsing_timeout=_COMPARE_S)
+    return values
 
 
 class _quiet:

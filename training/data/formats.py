@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from training.data.files import RowError, describe
+from training.data.files import describe
 from training.data.final_answers import as_verdict, verdict
+from training.data.row_errors import RowError
 from training.data.unread import unread_columns, unread_keys
 from training.errors import InputError, Problem
 
@@ -868,7 +869,7 @@ def _joined(prompt: list[Message], answer: list[Message]) -> _Whole:
 
 
 def _same(one: Message, other: Message) -> bool:
-    return one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
+    return bool(one["role"] == other["role"] and one["content"].strip() == other["content"].strip())
 
 
 def _after_prompt(prompt: str, text: str) -> str | None:

@@ -41,4 +41,4 @@ def _learnt_questions(facts: dict[str, Any], tokenizer: Any) -> str:
 
 def _learnt_bos(facts: dict[str, Any]) -> str:
     """Models of versions without `data.bos` have learnt plain texts without BOS."""
-    return facts.get("bos", "none" if facts else "auto")
+    return str(facts.get("bos", "none" if facts else "auto"))

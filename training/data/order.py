@@ -70,7 +70,7 @@ class Order:
 def _shares(total: int, weights: NDArray[np.float64]) -> Indices:
     """`total` cut into whole numbers in the ratio of the weights (largest remainders)."""
     exact = total * weights / weights.sum()
-    shares = np.floor(exact).astype(np.int64)
+    shares: Indices = np.floor(exact).astype(np.int64)
     by_remainder = np.argsort(shares - exact, kind="stable")
     shares[by_remainder[: total - int(shares.sum())]] += 1
     return shares

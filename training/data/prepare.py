@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from training.config import BadRows, Data
 from training.data import files, templates
-from training.data.files import Located, Row, RowError, UnreadableFile
+from training.data.files import Located, Row
 from training.data.formats import BOS, Chat, Example, Pair, Parser, Prompt, PromptCompletion, Text
+from training.data.row_errors import RowError, UnreadableFile
 from training.errors import InputError, Problem
 from training.model_folder import TOKENIZER_FILES
 

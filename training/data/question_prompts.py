@@ -8,9 +8,9 @@ from typing import Any
 
 from training.config import Phase
 from training.data import files, questions
-from training.data.files import RowError
 from training.data.questions import Question
 from training.data.render import Renderer, Sample, tokenizer_for
+from training.data.row_errors import RowError
 from training.data.token_store import TokenStore
 from training.errors import InputError, Problem
 from training.io.disk_cache import load_or_compute

@@ -10,9 +10,10 @@ from typing import Any
 
 from training.config import Phase
 from training.data import files
-from training.data.files import Located, Row, RowError, describe
+from training.data.files import Located, Row, describe
 from training.data.final_answers import as_verdict, expected_answer
 from training.data.formats import Chat, Parser, Prompt, critique_request
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem
 
 QUESTION = ("question", "problem", "prompt", "instruction")

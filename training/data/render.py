@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from training.config import Model
 from training.data import templates
 from training.data.conversations import Conversations, Turns, Written
-from training.data.files import RowError, one_line
+from training.data.files import one_line
 from training.data.formats import EOS, Answer, Chat, Example, Pair, Prompt, PromptCompletion, Text
+from training.data.row_errors import RowError
 from training.data.turn_end import turn_end
 from training.data.vocabulary import rows_for
 from training.errors import InputError

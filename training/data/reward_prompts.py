@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from training.config import PPO, Model
-from training.data.files import RowError
 from training.data.formats import Parser, Prompt
 from training.data.prepare import tokenizer_content
 from training.data.render import Sample, load_tokenizer, same_tokens, tokenizer_for
+from training.data.row_errors import RowError
 from training.data.token_store import TokenStore
 from training.errors import InputError, Problem
 from training.io.disk_cache import load_or_compute

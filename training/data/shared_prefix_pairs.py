@@ -7,13 +7,14 @@ number changes: what stands before a token is the same, and so is its position. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Pair = tuple[NDArray, NDArray]
+Pair = tuple[NDArray[Any], NDArray[Any]]
 """Token ids of the chosen and of the rejected sequence."""
 
 _BRANCHES = 3
@@ -58,7 +59,7 @@ def mask_of(branches: Tensor) -> Tensor:
     return (same_pair & ((key % _BRANCHES == 0) | (key == query))).tril()[:, None]
 
 
-def _parts(chosen: NDArray, rejected: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+def _parts(chosen: NDArray[Any], rejected: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """What both begin with, and the rest of each, which is not empty."""
     most = min(len(chosen), len(rejected)) - 1
     differ = np.flatnonzero(chosen[:most] != rejected[:most])
@@ -66,5 +67,5 @@ def _parts(chosen: NDArray, rejected: NDArray) -> tuple[NDArray, NDArray, NDArra
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _flat(row: Sequence[tuple[NDArray, NDArray, NDArray]]) -> list[NDArray]:
+def _flat(row: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]) -> list[NDArray[Any]]:
     return [part for pair in row for part in pair]

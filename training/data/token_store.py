@@ -191,7 +191,8 @@ class TokenStore:
         if not self.meta.tokens or -1 < self.meta.largest_id < first:
             return []
         tokens = self._arrays["tokens"]
-        return np.unique(tokens[tokens >= first]).tolist()
+        ids: list[int] = np.unique(tokens[tokens >= first]).tolist()
+        return ids
 
     @property
     def source_sizes(self) -> list[int]:
@@ -213,7 +214,8 @@ class TokenStore:
         """The row of a prompt, as it was read."""
         ends = self._arrays["row_ends"]
         here = slice(ends[index - 1] if index else 0, ends[index])
-        return json.loads(self._arrays["rows"][here].tobytes())
+        row: dict[str, Any] = json.loads(self._arrays["rows"][here].tobytes())
+        return row
 
 
 class _File:

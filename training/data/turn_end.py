@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from training.data.conversations import Conversations
-from training.data.files import RowError
 from training.data.formats import Chat, Message
+from training.data.row_errors import RowError
 
 if TYPE_CHECKING:
     from training.data.render import Renderer, Sample

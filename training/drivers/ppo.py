@@ -303,7 +303,7 @@ def _together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _mean(passes: Sequence[dict[str, Any]], name: str) -> float:
     values = [means[name] for each in passes for means in each["means"]]
-    return sum(values) / len(values)
+    return float(sum(values) / len(values))
 
 
 def _check_finite(row: Mapping[str, Any], step: int) -> None:

@@ -59,4 +59,5 @@ def eagerly() -> AbstractContextManager[None]:
     """For the length of a block nothing is compiled: writing token by token asks layers for other things at every call."""
     import torch
 
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -175,7 +175,8 @@ class Engine:
 
     def _sums(self, micro: Mapping[str, Tensor | None]) -> Tensor:
         with self.autocast:
-            return self.ds(**to_device(micro, self.device))
+            sums: Tensor = self.ds(**to_device(micro, self.device))
+            return sums
 
     def _norm_of_unsharded(self) -> Tensor:
         """Clip and measure the gradients of ZeRO-0: DeepSpeed clips those too, but does not tell their norm."""
@@ -231,7 +232,8 @@ class Engine:
             setattr(whole.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
             heartbeat.progressed()
         whole.tie_weights()
-        return whole.eval()
+        lm: nn.Module = whole.eval()
+        return lm
 
     @torch.no_grad()
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -304,7 +306,9 @@ class Engine:
     def _weight_partitions(self) -> list[list[Tensor]]:
         """Of each group the weights to compute with, cut as the workers' partitions are; views, under ZeRO-1 and 2."""
         zero = self.ds.optimizer
-        return zero.bf16_partitioned_groups if hasattr(zero, "bf16_groups") else zero.parallel_partitioned_bit16_groups
+        name = "bf16_partitioned_groups" if hasattr(zero, "bf16_groups") else "parallel_partitioned_bit16_groups"
+        partitions: list[list[Tensor]] = getattr(zero, name)
+        return partitions
 
     def _of_sharded_weights(self) -> Iterator[Fragment]:
         zero = self.ds.optimizer
@@ -329,7 +333,8 @@ class Engine:
 
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:
-        return self.ds.optimizer if self.stage == 0 else self.ds.optimizer.optimizer
+        inner: torch.optim.Optimizer = self.ds.optimizer if self.stage == 0 else self.ds.optimizer.optimizer
+        return inner
 
     def begin_restore(self, optimizer_step: int) -> None:
         """Make room for the moments, so that `fragments` shows views to restore into. Then fill them and `publish`."""
@@ -415,13 +420,14 @@ def device_of(seat: Seat) -> torch.device:
     return torch.device(seat.device, seat.local_rank) if seat.device == "cuda" else torch.device("cpu")
 
 
-def whole(parameter: Any) -> AbstractContextManager:
+def whole(parameter: Any) -> AbstractContextManager[Any]:
     """For the length of a block the whole of a parameter that ZeRO-3 may have sharded; what worker 0 makes of it stays."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    return gathered
 
 
 class Stopwatch:
@@ -449,9 +455,9 @@ class Stopwatch:
         marks, self._marks = self._marks, []
         pairs = zip(marks[::2], marks[1::2], strict=True)
         if not self._on_gpu:
-            return sum(end - start for start, end in pairs)
+            return float(sum(end - start for start, end in pairs))
         torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in pairs) / 1000
+        return float(sum(start.elapsed_time(end) for start, end in pairs) / 1000)
 
 
 def _views(

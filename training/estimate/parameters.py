@@ -315,12 +315,14 @@ def _looked_up(name: str, revision: str | None) -> dict[str, Any]:
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(cached, str):
-            return foreign_files.loads(Path(cached).read_text(encoding="utf-8"))
+            config: dict[str, Any] = foreign_files.loads(Path(cached).read_text(encoding="utf-8"))
+            return config
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         # Not by the library's download, which tries for half a minute where there is no network.
         request = urllib.request.Request(hf_hub_url(name, "config.json", revision=revision), headers=build_hf_headers())
-        return foreign_files.loads(hub.fetch(request, _PATIENCE_S))
+        config = foreign_files.loads(hub.fetch(request, _PATIENCE_S))
+        return config
     except (RequestError, OSError, ValueError) as error:
         raise InputError.of(
             name,

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from training.config import Questions
-from training.data.files import RowError
 from training.data.formats import Chat, Prompt
 from training.data.model_renderer import renderer_for, stop_tokens_of
 from training.data.question_prompts import unseen_notes
 from training.data.questions import Question
 from training.data.render import Sample
+from training.data.row_errors import RowError
 from training.data.vocabulary import beyond, embedding_rows
 from training.errors import InputError, TrainingError
 from training.evaluation.accuracy import Row
@@ -89,7 +89,8 @@ class Texts:
         (sample,) = self.renderer.render([prompt])
         if isinstance(sample, RowError):
             raise sample
-        return sample.ids.tolist()
+        tokens: list[int] = sample.ids.tolist()
+        return tokens
 
     def text(self, tokens: Sequence[int]) -> str:
         """What tokens say, without special ones."""

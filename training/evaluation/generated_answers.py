@@ -14,10 +14,10 @@ from typing import Any
 
 from training.config import Phase, Questions
 from training.data import questions
-from training.data.files import RowError
 from training.data.final_answers import final_answer, same, verdict
 from training.data.questions import Question
 from training.data.render import Renderer, Sample, tokenizer_for
+from training.data.row_errors import RowError
 from training.data.turn_end import stop_tokens
 from training.errors import InputError, Problem
 from training.evaluation.accuracy import Answers, Row

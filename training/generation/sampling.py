@@ -185,7 +185,8 @@ class _Batch:
     def _logits(self) -> Tensor:
         """Of the next token of every row. [B, V]"""
         if not self.caches:
-            return self.lm(input_ids=self.next_ids, use_cache=False).logits[:, -1]
+            out = self.lm(input_ids=self.next_ids, use_cache=False)
+            return torch.as_tensor(out.logits[:, -1])
         out = self.lm(
             input_ids=self.next_ids,
             attention_mask=self.mask if self.padded else None,
@@ -197,7 +198,7 @@ class _Batch:
         if self.cache is None:
             self.cache = out.past_key_values
             give_room(self.cache)
-        return out.logits[:, -1]
+        return torch.as_tensor(out.logits[:, -1])
 
     def _advance(self, tokens: Tensor) -> None:
         self.next_ids = tokens[:, None] if self.caches else torch.cat([self.next_ids, tokens[:, None]], dim=1)

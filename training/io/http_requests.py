@@ -84,5 +84,5 @@ def _body(answer: Any, deadline: float) -> bytes:
 def _beginning(error: urllib.error.HTTPError) -> str:
     body = b""
     with suppress(*_ODD):
-        body = error.fp.read1(_SHOWN_BYTES)  # type: ignore[attr-defined]
+        body = error.fp.read1(_SHOWN_BYTES)  # type: ignore[attr-defined]  # a response of http.client
     return " ".join(body.decode(errors="replace").split()) or str(error.reason)

@@ -72,7 +72,7 @@ def _attention(
 
     sdpa: Any = sdpa_attention_forward
     if attention_mask is None or attention_mask.dim() > 1:
-        return sdpa(module, query, key, value, attention_mask, **settings)
+        return sdpa(module, query, key, value, attention_mask, **settings)[0], None
     lengths = attention_mask.tolist()
     samples = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
     return torch.cat([sdpa(module, *sample, None, **settings)[0] for sample in samples], dim=1), None

@@ -47,7 +47,8 @@ def measured_at(
     if num_chunks <= 1:
         return measure(head(hidden_NH), *known)
     with _measuring(head, measure, known, num_chunks):
-        return head(hidden_NH)
+        logits_NV: Tensor = head(hidden_NH)
+        return logits_NV
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def resolve_dtype(setting: str, device: str) -> torch.dtype:
 
 def _multiplies_bf16(device: str) -> bool:
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return cpu_multiplies_bf16()
 
 
@@ -79,7 +79,8 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
         set_head(lm, phase, adapter, fresh=fresh_head)
     _keep_routers_still(lm)
     lm.train()
-    return lm
+    loaded: nn.Module = lm
+    return loaded
 
 
 def _refuse_quantized(model: Model) -> None:
@@ -94,7 +95,7 @@ def _keep_routers_still(lm: nn.Module) -> None:
     """Have routers send tokens to experts as in evaluation, always: some disturb or draw at random in training."""
     for module in lm.modules():
         if _ROUTES.search(type(module).__name__):
-            module.train = partial(_evaluates, module)  # type: ignore[method-assign]
+            module.train = partial(_evaluates, module)  # type: ignore[method-assign]  # of this module alone
 
 
 def _evaluates(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -122,7 +123,8 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0, trust_re
         if classifier and brings_head:
             weight: Any = head_of(lm).weight
             weight.data.copy_(lora.head_in(adapter, HEAD))
-    return lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
+    placed: nn.Module = lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
+    return placed
 
 
 def _bring_rows(lm: Any, adapter: Adapter) -> None:
@@ -153,7 +155,8 @@ def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:
     for module in lm.modules():  # parameters are nowhere; buffers are computed, so they are here
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
-    return lm
+    bare: nn.Module = lm
+    return bare
 
 
 def pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifier: bool) -> tuple[Any, bool]:

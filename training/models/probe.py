@@ -373,7 +373,8 @@ class _Probe:
         written = ids
         for _ in range(_NEW_TOKENS):
             written = np.append(written, int(_logits(self.lm, [[written]])[0][0][-1].argmax()))
-        return written[len(ids) :].tolist()
+        tokens: list[int] = written[len(ids) :].tolist()
+        return tokens
 
 
 def _up_to(tokens: list[int], ends: set[int]) -> list[int]:
@@ -402,7 +403,8 @@ def _computed(lm: Any, rows: Sequence[Sequence[Ids]]) -> Tensor:
     samples: list[list[Sample]] = [[(ids, np.arange(len(ids)) > 0) for ids in row] for row in rows]
     batch = collate(samples)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if batch[name] is not None}
-    return lm(**inputs, use_cache=False).logits.float()
+    logits_RLV: Tensor = lm(**inputs, use_cache=False).logits.float()
+    return logits_RLV
 
 
 def _split(logits_RLV: Tensor, rows: Sequence[Sequence[Ids]]) -> list[list[Tensor]]:

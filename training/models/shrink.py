@@ -212,7 +212,7 @@ def _head_dim(name: str, value: int, plain: Sizes, hidden: int | None) -> int | 
     if name == "head_dim" and "qk_rope_head_dim" in plain:
         return _HEAD_DIM if value == plain["qk_rope_head_dim"] else _WIDE_HEAD_DIM
     if name == "attention_head_dim" and hidden and inner:
-        return round(_HIDDEN * inner / hidden) // _HEADS
+        return int(round(_HIDDEN * inner / hidden) // _HEADS)
     if name == "head_dim" and heads and hidden and heads * value != hidden and "state_size" not in plain:
         return _WIDE_HEAD_DIM
     return _HEAD_DIM if _HEAD_DIMS.fullmatch(name) else None

@@ -72,7 +72,7 @@ def _interface_of(address: str) -> str | None:
     """Name of the network interface with this address. Else gloo asks for the host's name, which Debian maps to 127.0.1.1."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in addresses):
-            return name
+            return str(name)
     return None
 
 

@@ -100,7 +100,7 @@ class RendezvousServer:
                 self._close_unproven()
         finally:  # clients of a server that has failed must not wait
             for selected in list(self._selector.get_map().values()):
-                selected.fileobj.close()  # type: ignore[union-attr]
+                selected.fileobj.close()  # type: ignore[union-attr]  # sockets all of them
 
     def _accept(self) -> None:
         try:

@@ -114,7 +114,7 @@ def imported(path: str, folder: str | None = None) -> Callable[..., Any]:
     try:
         with _last_on_the_path(folder):
             module = _module_of_file(where, path) if where.endswith(".py") else import_module(where)
-        function = getattr(module, name)
+        function: Callable[..., Any] = getattr(module, name)
     except InputError:
         raise
     except Exception as error:  # whatever a module does when it is imported

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from training.config import PPO, RewardSource
-from training.data.files import RowError
 from training.data.formats import Parser, Prompt
 from training.data.model_renderer import renderer_for
 from training.data.render import Sample
 from training.data.reward_signature import prompt_column
+from training.data.row_errors import RowError
 from training.process.distributed import Seat
 from training.rl.experience import Response
 from training.rl.reward_functions import RewardEndpoint, RewardError, RewardFunction
@@ -91,7 +91,8 @@ def total(scores: Sequence[tuple[float, list[float]]], responses: Sequence[Respo
             f"no reward gave a number for the response {response.text[:200]!r} to {json.dumps(response.row, default=str)[:200]}; "
             "None means that a reward does not apply, and one of them has to"
         )
-    return np.nansum(weighted_SN, axis=0)
+    total_N: NDArray[np.float64] = np.nansum(weighted_SN, axis=0)
+    return total_N
 
 
 class _RewardModel:

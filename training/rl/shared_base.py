@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from training.config import PPO, Lora
-from training.model_folder import adapter_in, base_of
+from training.model_folder import SCORE, adapter_in, base_of
 from training.models import loading as models
 from training.models import lora
 from training.process.distributed import Seat
@@ -77,7 +77,7 @@ def of_reward(path: str, phase: PPO, seat: Seat) -> tuple[nn.Module, nn.Module |
         or adapter.whole
         or not _shares_base(phase)
         or adapter.base != base_of(phase.model.path)
-        or models.HEAD not in adapter.heads
+        or SCORE not in adapter.heads
     ):
         trust = phase.model.trust_remote_code
         lm = models.for_inference(path, classifier=True, gpu=seat.local_rank, trust_remote_code=trust)
@@ -87,7 +87,7 @@ def of_reward(path: str, phase: PPO, seat: Seat) -> tuple[nn.Module, nn.Module |
     name = f"reward{len(_heads)}"
     settings = phase.model.model_copy(update={"path": path, "lora": Lora(rank=adapter.rank, alpha=adapter.alpha)})
     lora.add(lm, phase.model_copy(update={"model": settings}), adapter, name)
-    weight = lora.head_in(adapter, models.HEAD)
+    weight = lora.head_in(adapter, SCORE)
     parameter = next(lm.parameters())
     head = nn.Linear(weight.shape[1], 1, bias=False, dtype=parameter.dtype, device=parameter.device)
     head.weight.data.copy_(weight)

@@ -88,7 +88,8 @@ def scores(
         body, input_ids, last_index.unique(), known=traits_of(lm).last_mlp
     ):  # two sequences may share a last token
         hidden_RLH = body(input_ids=input_ids, use_cache=False, **asked).last_hidden_state
-    return (head or models.head_of(lm))(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
+    scores_N: Tensor = (head or models.head_of(lm))(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
+    return scores_N
 
 
 @torch.inference_mode()

@@ -123,10 +123,11 @@ class Trainer(Learner):
         self.limits = limits_for(self.phase, self.longest, self.seat.device, self.attention, **asdict(rows))
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
-        module: Any = self.build(dtype)
-        self.left_out = [*lora.left_out(module.lm, self.phase.model.lora), *notes_on_weights(module.lm)]
-        check_tokens(self.phase, [self.store, self.eval_store], rows_in(module.lm))
-        self.positions: int | None = getattr(module.lm.config, "max_position_embeddings", None)
+        module = self.build(dtype)
+        lm: Any = module.lm
+        self.left_out = [*lora.left_out(lm, self.phase.model.lora), *notes_on_weights(lm)]
+        check_tokens(self.phase, [self.store, self.eval_store], rows_in(lm))
+        self.positions: int | None = getattr(lm.config, "max_position_embeddings", None)
         return module
 
     def get_ready(self, skipped: frozenset[int] = frozenset()) -> None:
