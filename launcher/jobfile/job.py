@@ -177,41 +177,46 @@ def _bytes_of(text: str) -> int:
 
 
 class TopLevel(Settings):
-    """The top level of a job file. What is inside the sections is checked where they are used."""
+    """The top level of a job file. The contents of the sections are validated where they are used."""
 
     name: str | None = None
-    """The run's folder below `storage`: letters, digits and . _ -, at most 100. None: the file's own name."""
+    """Name of the run's folder in `storage`: letters, digits and . _ -, at most 100 characters. None: the name of the
+    job file."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Root of every random choice."""
+    """Root seed of all random choices."""
     storage: str = "runs"
-    """Where runs are kept: a folder that all machines share, or a bucket (`s3://BUCKET/FOLDER`, `gs://...`)."""
+    """Where runs are stored: a folder that all machines share, or a bucket (`s3://BUCKET/FOLDER`, `gs://...`)."""
     track: Tracker | list[Tracker] = Field(default=["tensorboard"])
-    """Where metrics go beside metrics.jsonl, one or a list. An empty list: nowhere."""
+    """Trackers that metrics are sent to in addition to metrics.jsonl: one, or a list. An empty list: none."""
     env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field(default=[], examples=["[HF_TOKEN]"])
-    """Names of environment variables, such as keys, that workers and clusters are given; their values are in no file."""
+    """Names of environment variables, such as API keys, that are passed to workers and clusters. Their values are never
+    written to a file."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours with workers, over all attempts, after which the run saves and stops (exit status 3). None: no limit."""
+    """Hours with workers, over all attempts, after which the run saves a checkpoint and stops (exit status 3). None: no
+    limit."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
-    """The same for the price of the machines; needs prices in the cluster file, and is in their currency."""
+    """The same limit for the price of the machines, in the currency of the prices in the cluster file, which it
+    requires. None: no limit."""
     checkpoint_quota: str | None = None
-    """What the checkpoints of all phases may take together, such as 200GB (MB, GB, TB, MiB, GiB, TiB), also while another one is written: before that
-    the oldest are deleted, whatever `checkpoint.keep` says, but never the newest that the run can be resumed from, the best, or the one that a
-    phase has ended with. None: no limit."""
+    """Maximum size of the checkpoints of all phases together, such as 200GB (MB, GB, TB, MiB, GiB, TiB), including one
+    that is being written. Before a checkpoint is written, the oldest are deleted as needed, even if `checkpoint.keep`
+    would keep them; never deleted are the newest from which the run can be resumed, the best, and the final one of a
+    phase. None: no limit."""
     model: Section = Field(default={})
-    """For all phases; see below."""
+    """Settings for all phases; see below."""
     resources: Section = Field(default={})
-    """For all phases; see below."""
+    """Settings for all phases; see below."""
     sharding: Section = Field(default={})
-    """For all phases; see below."""
+    """Settings for all phases; see below."""
     deepspeed: str | Section = Field(default={})
-    """For all phases: raw DeepSpeed settings, a mapping or a JSON file. What Muster owns is refused."""
+    """Raw DeepSpeed settings for all phases: a mapping or a JSON file. Settings that Muster controls are refused."""
     resolved: dict[str, list[str]] | None = None
-    """Written by Muster into a run's job.yaml, where every phase is complete: by phase, the settings that your file gave inside it.
-    What is given at the top, there or on the command line, replaces all others."""
+    """Written by Muster into a run's job.yaml, where every phase is complete: for each phase, the settings that your
+    file gave inside it. Values at the top level, in this file or on the command line, replace all other values."""
     phases: Annotated[dict[str, Section], Field(min_length=1)] = Field(
         examples=["{sft: {data: {train: data/train.jsonl}}}"]
     )
-    """What is done, in order, by names of your choice: letters, digits, _ and -."""
+    """The phases, in order, under names of your choice: letters, digits, _ and -."""
 
     @field_validator("checkpoint_quota", mode="before")
     @classmethod
