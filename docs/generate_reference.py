@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,6 +160,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     for row in rows:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
     yield ""
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False) + "\n"
 
 
 def _settings_table(rows: Iterable[Row]) -> Iterator[str]:
@@ -370,13 +375,14 @@ def _event(name: str, event: event_schema.Event) -> tuple[str, str, str]:
 _RESUMES = (
     (
         "the same set of versions",
-        "At the same number of workers and the same ZeRO stage, the metrics and weights are bit for bit those of a run that "
-        "was never interrupted. Otherwise they are equal to rounding.",
+        "At the same number of workers and the same ZeRO stage, the metrics and weights are bit for bit those of a "
+        "run that was never interrupted. Otherwise they are equal to rounding.",
     ),
     (
         "another set of this table",
-        "Weights, moments and the position in the data are restored exactly. Later metrics are equal to rounding as far as "
-        "the packages compute the same; a release that changes a kernel, a model or a tokenizer may change them further.",
+        "Weights, moments and the position in the data are restored exactly. Later metrics are equal to rounding as "
+        "far as the packages compute the same; a release that changes a kernel, a model or a tokenizer may change "
+        "them further.",
     ),
     (
         "versions that are not in this table",
@@ -391,18 +397,26 @@ def _versions(sets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "All tests have passed with each of these sets of versions, oldest first.\n"
     rows = [_set(each, _age(i, len(sets))) for i, each in enumerate(sets)]
     yield from _table(("set", "tested since", "platform", "Python", *PACKAGES), rows)
-    yield "`.ci/cpu.lock` pins the newest set with everything that it depends on. `.ci/cuda.lock` pins the same versions"
-    yield "with CUDA's libraries; no test has run with it on a GPU yet. The next minor releases of these packages are"
-    yield "excluded until they are tested.\n"
+    yield _paragraph(
+        "`.ci/cpu.lock` pins the newest set with everything that it depends on. `.ci/cuda.lock` pins the same versions "
+        "with CUDA's libraries; no test has run with it on a GPU yet. The next minor releases of these packages are "
+        "excluded until they are tested."
+    )
     yield "## What a resume across versions promises\n"
-    yield "Checkpoints are in Muster's own format: safetensors and JSON, without pickled objects of torch or DeepSpeed. Muster"
-    yield "0.2 reads the job files, runs, checkpoints, token stores and cluster records of 0.1 (`tests/old_runs/`).\n"
+    yield _paragraph(
+        "Checkpoints are in Muster's own format: safetensors and JSON, without pickled objects of torch or DeepSpeed. "
+        "Muster 0.2 reads the job files, runs, checkpoints, token stores and cluster records of 0.1 "
+        "(`tests/old_runs/`)."
+    )
     across = "yes" if len(sets) > 1 else "no: there is one set so far"
     resumes = zip(_RESUMES, ("yes", across, "no"), strict=True)
     yield from _table(("resume with", "promise", "tested"), ((*row, tested) for row, tested in resumes))
-    yield "All workers of a group must have the same versions: the preflight check refuses others. A resume with other versions"
-    yield "than before is not refused. The event `started` in `events.jsonl` records the versions of every attempt, and every"
-    yield "checkpoint's `manifest.json` those that it was written with. To reproduce a curve, resume with the recorded versions."
+    yield _paragraph(
+        "All workers of a group must have the same versions: the preflight check refuses others. A resume with other "
+        "versions than before is not refused. The event `started` in `events.jsonl` records the versions of every "
+        "attempt, and every checkpoint's `manifest.json` those that it was written with. To reproduce a curve, resume "
+        "with the recorded versions."
+    )
 
 
 def _age(index: int, count: int) -> str:

@@ -5,12 +5,12 @@
     seed, deepspeed
     phases                              run in order; the key of a phase is its recipe unless it says `recipe:`
 
-A phase after the first starts from the one before, or from the earlier one that it names with `from:`; its weights come from
-there, so only a phase without a predecessor needs `model.path`.
+A phase after the first starts from the one before, or from the earlier one that it names with `from:`; its weights come
+from there, so only a phase without a predecessor needs `model.path`.
 
-A relative path in a job file is relative to the folder of that file (data, model and tokenizer folders, template, storage,
-DeepSpeed's JSON). On the command line it is relative to the current folder, where the shell completes it. A model, tokenizer
-or data set name that is no such path is a name on the Hugging Face hub.
+A relative path in a job file is relative to the folder of that file (data, model and tokenizer folders, template,
+storage, DeepSpeed's JSON). On the command line it is relative to the current folder, where the shell completes it. A
+model, tokenizer or data set name that is no such path is a name on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ ADDED: dict[str, Any] = {
     "phases.*.data.turns": "auto",
     "phases.*.model.resize_embedding": "never",
 }
-"""Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
-they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""
+"""Settings that came after the first runs, with the value at which a job means what it meant before there was such a
+setting: there they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""
 
 ENV_NAMES = "MUSTER_ENV"
 """The environment variable with the names, separated by spaces, of those that a job's `env` asks for."""
@@ -129,7 +129,8 @@ class Job:
     document: Document = field(compare=False, repr=False)
     """Where every setting was written."""
     own_settings: OwnSettings = field(default_factory=dict, repr=False)
-    """By phase: the settings of `model`, `resources`, `sharding`, `seed` and `deepspeed` that the user's file gives inside the phase."""
+    """By phase: the settings of `model`, `resources`, `sharding`, `seed` and `deepspeed`
+    that the user's file gives inside the phase."""
 
     @property
     def quota_bytes(self) -> int | None:
@@ -227,8 +228,8 @@ class TopLevel(Settings):
 
 
 def load(file: Path, overrides: Sequence[str] = (), elsewhere: Sequence[str] = ()) -> Job:
-    """The job in a file, with `key=value` overrides, checked against this machine: the data and model files that it names,
-    except below the folders `elsewhere`, and the environment variables.
+    """The job in a file, with `key=value` overrides, checked against this machine: the data and model files that it
+    names, except below the folders `elsewhere`, and the environment variables.
 
     Raises InputError with every problem. Data rows are not read; hub names are not looked up.
     """
@@ -253,7 +254,8 @@ def dump(job: Job) -> str:
 
 
 def differences(old: Job, new: Job) -> list[str]:
-    """What makes `new` another job than `old`: `phases.sft.learning_rate: 1e-05 -> 2e-05`. Empty if they are the same."""
+    """What makes `new` another job than `old`: `phases.sft.learning_rate: 1e-05 -> 2e-05`.
+    Empty if they are the same."""
     before, after = _meaning(old), _meaning(new)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     shared_phases = {f"phases.{name}" for name in old.phases.keys() & new.phases.keys()}
@@ -310,7 +312,8 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     job = Job(
         name=name, file=file, storage=storage, seed=top.seed, track=track, env=top.env, max_hours=top.max_hours,
-        max_cost=top.max_cost, checkpoint_quota=top.checkpoint_quota, phases=phases, document=document, own_settings=own,
+        max_cost=top.max_cost, checkpoint_quota=top.checkpoint_quota, phases=phases, document=document,
+        own_settings=own,
     )  # fmt: skip
     return job, report, document
 

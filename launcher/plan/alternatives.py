@@ -1,4 +1,5 @@
-"""What else a phase could be on the same site: changes that make it fit, other ZeRO stages, other seats for the roles of PPO."""
+"""What else a phase could be on the same site: changes that make it fit, other ZeRO stages,
+other seats for the roles of PPO."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ _Change = tuple[str, dict[str, Any]]
 
 
 def changes(planned: Planned) -> list[str]:
-    """Single changes that make it fit, as they are written on the command line, what disturbs least first and those that are
-    tight last; pairs if there are none."""
+    """Single changes that make it fit, as they are written on the command line, what disturbs least first and those
+    that are tight last; pairs if there are none."""
     single = list(_possible(planned))
     found = [(planned.changed(**settings).verdict, words) for words, settings in single]
     if all(verdict == TOO_LARGE for verdict, _ in found):
@@ -153,7 +154,8 @@ def _layouts(phase: PPO) -> Iterator[tuple[str, list[Placement] | None]]:
         yield (
             f"policy, reference on {quarter}; critic, reward on {rest}; rollout on {half}",
             [
-                Placement(roles=["policy", "reference"], workers=quarter), Placement(roles=["critic", "reward"], workers=rest),
+                Placement(roles=["policy", "reference"], workers=quarter),
+                Placement(roles=["critic", "reward"], workers=rest),
                 Placement(roles=["rollout"], workers=half),
             ],
         )  # fmt: skip
@@ -162,7 +164,8 @@ def _layouts(phase: PPO) -> Iterator[tuple[str, list[Placement] | None]]:
         yield (
             f"policy, critic on {half}; reference, reward on {2 * eighth}; rollout on {count - half - 2 * eighth}",
             [
-                Placement(roles=["policy", "critic"], workers=half), Placement(roles=["reference", "reward"], workers=2 * eighth),
+                Placement(roles=["policy", "critic"], workers=half),
+                Placement(roles=["reference", "reward"], workers=2 * eighth),
                 Placement(roles=["rollout"], workers=count - half - 2 * eighth),
             ],
         )  # fmt: skip

@@ -1,4 +1,5 @@
-"""How much data a phase has, at a glance: rows counted, the lengths of a few hundred of them. What cannot be seen is assumed, and told."""
+"""How much data a phase has, at a glance: rows counted, the lengths of a few hundred of them.
+What cannot be seen is assumed, and told."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def work_of(
         answer = min(float(response if response is not None else phase.response_tokens), phase.response_tokens)
         if response is None:
             notes.append(
-                f"responses taken as long as they may be, {phase.response_tokens} tokens (--response-tokens says better)"
+                f"responses taken as long as they may be, {phase.response_tokens} tokens (--response-tokens says "
+                "better)"
             )
     return Work(rows=rows if rows is not None else seen_rows, tokens=tokens, response=answer, note="; ".join(notes))
 
