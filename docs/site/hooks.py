@@ -14,7 +14,7 @@ from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 from pymdownx.superfences import fence_code_format
 
-_LINK = re.compile(r"\[([^\]\n]*)\]\((\.\./[^)\s]*)\)")
+_LINK = re.compile(r"\[([^\]]*)\]\((\.\./[^)\s]*)\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
