@@ -101,7 +101,9 @@ def run(
     job: JobFile,
     overrides: Overrides = None,
     inline: Inline = False,
-    only: Annotated[str | None, typer.Option(metavar="PHASE", help="Run only this phase.")] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="PHASE", help="Run only this phase; `muster resume` runs the others.")
+    ] = None,
     on: On = None,
     force: Force = False,
     no_preflight: NoPreflight = False,
@@ -146,7 +148,7 @@ def resume(
 ) -> int:
     """Resume a run from its newest or an earlier checkpoint.
 
-    With --on, RUN is the id of a job on that cluster.
+    Finished phases are not repeated; all others are run. With --on, RUN is the id of a job on that cluster.
     """
     if phase is not None and step is None:
         raise InputError.of("--phase", "goes with --step, the checkpoint of the phase to go back to")
