@@ -405,7 +405,8 @@ class Phase(Settings):
 
     @property
     def teams(self) -> list[tuple[tuple[str, ...], Phase]]:
-        """Which roles share workers, by groups of workers, and the phase as each group sees it. No roles: all there are."""
+        """Which roles share workers, by groups of workers, and the phase as each group sees it.
+        No roles: all there are."""
         return [((), self)]
 
     @property
@@ -458,8 +459,8 @@ class Phase(Settings):
         if self.checkpoint.best is not None and self.checkpoint.every_s is not None and self.eval_every is None:
             yield (
                 "checkpoint.best",
-                "with a time in checkpoint.every, the steps to choose the best from must be given: set eval_every, a checkpoint is "
-                "saved at each of these evaluations",
+                "with a time in checkpoint.every, the steps to choose the best from must be given: set eval_every, a "
+                "checkpoint is saved at each of these evaluations",
             )
         if self.eval_every is not None and not measured:
             yield "eval_every", "eval_every needs data.eval or eval to measure on"
@@ -494,7 +495,8 @@ class Phase(Settings):
             )
 
     def settings_without_effect(self) -> Iterator[tuple[str, str]]:
-        """(key, why) of settings that are not used with the others as they are. A recipe with more of them adds its own."""
+        """(key, why) of settings that are not used with the others as they are.
+        A recipe with more of them adds its own."""
         if self.schedule.name == "constant":
             yield "schedule.floor", "the schedule constant does not decay; choose schedule.name cosine or linear"
         if self.eval is not None and self.eval.temperature == 0:
@@ -714,7 +716,8 @@ class PPO(Phase):
         return self.response_tokens
 
     def rounds(self, writers: int) -> int:
-        """In how many rounds so many workers write the responses of an iteration; the others score one while the next is written."""
+        """In how many rounds so many workers write the responses of an iteration;
+        the others score one while the next is written."""
         if self.generation == "continuous":
             return 1
         longest_share = math.ceil(self.rollout_batch * self.samples_per_prompt / writers)
@@ -732,8 +735,8 @@ class PPO(Phase):
 
     @property
     def shares_base(self) -> bool:
-        """Whether roles of a worker that begin with the same weights hold them once: that is what adapters are for. Under
-        ZeRO-3, where two engines cannot share parameters, every role has its own."""
+        """Whether roles of a worker that begin with the same weights hold them once: that is what adapters are for.
+        Under ZeRO-3, where two engines cannot share parameters, every role has its own."""
         if self.model.resize_embedding == "auto":  # then each role trains an embedding of its own
             return False
         return self.model.lora is not None and self.sharding.stage < 3
@@ -754,8 +757,8 @@ class PPO(Phase):
         if (responses := self.rollout_batch * self.samples_per_prompt) < self.batch:
             yield (
                 "batch",
-                f"an iteration has {responses} responses (rollout_batch x samples_per_prompt), fewer than the {self.batch} of "
-                f"one update; choose batch <= {responses}",
+                f"an iteration has {responses} responses (rollout_batch x samples_per_prompt), fewer than the "
+                f"{self.batch} of one update; choose batch <= {responses}",
             )
         if self.groups is not None:
             named: list[str] = [role for group in self.groups for role in group.roles]
@@ -772,13 +775,14 @@ class PPO(Phase):
             if most > min(self.batch, responses):
                 yield (
                     "groups",
-                    f"{self.batch} responses of an update cannot be dealt to {most} workers; choose fewer or a larger batch",
+                    f"{self.batch} responses of an update cannot be dealt to {most} workers; choose fewer or a larger "
+                    "batch",
                 )
         if self.async_ and not any(group.roles == ["rollout"] for group in self.groups or ()):
             yield (
                 "async",
-                "who writes ahead must not wait for the others: async: 1 needs a group of its own for rollout in `groups`, "
-                "such as {roles: [rollout], workers: 1}",
+                "who writes ahead must not wait for the others: async: 1 needs a group of its own for rollout in "
+                "`groups`, such as {roles: [rollout], workers: 1}",
             )
         if self.model.compile:
             yield "model.compile", "PPO does not compile its layers yet; leave it out"

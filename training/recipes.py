@@ -1,4 +1,5 @@
-"""The table of recipes. Import strings instead of imports, so that reading the table loads neither torch nor DeepSpeed."""
+"""The table of recipes. Import strings instead of imports, so
+that reading the table loads neither torch nor DeepSpeed."""
 
 from __future__ import annotations
 
