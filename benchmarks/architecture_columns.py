@@ -1,7 +1,8 @@
-"""What Muster makes of one tiny model, by its own commands in this process, against transformers and PEFT alone, row by row.
+"""What Muster makes of one tiny model, by its own commands in this process,
+against transformers and PEFT alone, row by row.
 
-Each column of the table is a function. It runs `check` and `run --inline` on a job of its own and compares what comes of it with
-a reference in fp32 with eager attention.
+Each column of the table is a function. It runs `check` and `run --inline` on a job of its own and compares what comes
+of it with a reference in fp32 with eager attention.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ WEIGHT_TOLERANCE = 5e-5
 LOGIT_TOLERANCE = 1e-4
 """Absolute, of logits of a size of 1 to 10."""
 LEARNING_RATE, EPS = 0.1, 1.0
-"""With a large eps a step of AdamW is nearly proportional to the gradient, so that weights show whether gradients are right."""
+"""With a large eps a step of AdamW is nearly proportional to the gradient,
+so that weights show whether gradients are right."""
 UNMOVED = 1e-30
 """A learning rate that changes no weight."""
 NEW_TOKENS = 12
 KERNELS = ("eager", "sdpa")
 """Attention of transformers: what is compared with, and another one that shows how well a model is conditioned."""
 _ILL_CONDITIONED = 10.0
-"""What depends on gradients may differ by so many times as much as it does between these: of deep random models that is more than a tolerance."""
+"""What depends on gradients may differ by so many times as much as it does between these: of deep random models
+that is more than a tolerance."""
 
 YES, ANOTHER_WAY, REFUSED, WRONG, CRASH = "yes", "another way", "refused", "WRONG", "crash"
 FAULTS = (WRONG, CRASH)
@@ -151,7 +154,8 @@ class Case:
         return self.ids(self.rows[0].prompt + self.rows[0].completion)
 
     def nll(self, lm: Any) -> Any:
-        """Of all rows the mean over the completions' tokens and ends of -log p, from the logits of each row alone. []"""
+        """Of all rows the mean over the completions' tokens and ends of -log p,
+        from the logits of each row alone. []"""
         import torch
 
         sums, targets = [], 0
@@ -183,7 +187,8 @@ class Case:
         return self.reference()
 
     def _probe(self) -> None:
-        """Has the model examined here: `check` would do it in a process of its own, which would import everything again."""
+        """Has the model examined here: `check` would do it in a process of its own,
+        which would import everything again."""
         from training.config import Model
         from training.models.probe import traits_for
 
@@ -212,7 +217,8 @@ class Case:
         return self.run("lora", settings, lora={"rank": 4, "alpha": 8})
 
     def run(self, name: str, settings: Mapping[str, Any], *, recipe: str = "sft", **model: Any) -> Finished:
-        """`muster check` and `muster run --inline`, once a name. Raises Refused with what was said, or whatever comes out."""
+        """`muster check` and `muster run --inline`, once a name. Raises Refused
+        with what was said, or whatever comes out."""
         if name not in self._outcomes:
             try:
                 self._outcomes[name] = self._run(name, settings, recipe, model)
@@ -328,7 +334,7 @@ def _trained(case: Case, lm: Any, steps: int) -> tuple[Any, list[float]]:
     return lm, losses
 
 
-# -- columns ------------------------------------------------------------------------------------------------------------
+# -- columns -----------------------------------------------------------------------------------------------------------
 
 
 def alone(case: Case) -> Cell:
@@ -436,8 +442,9 @@ def generation(case: Case) -> Cell:
 
 
 def exported(case: Case) -> Cell:
-    """The model that the run of `alone` has written, loaded by transformers: the weights of the trained reference, and the logits that the
-    configuration of the base makes of them (those of the reference itself may differ: rounding grows in deep random models).
+    """The model that the run of `alone` has written, loaded by transformers: the weights of the trained reference, and
+    the logits that the configuration of the base makes of them (those of the reference itself may differ: rounding
+    grows in deep random models).
 
     The reference goes through a file, too: some classes set a row of their embedding to zero whenever they are loaded.
     """
@@ -507,7 +514,8 @@ def _told(finished: Finished) -> Cell:
 
 
 def _same(what: str, got: float, expected: float, again: float | None = None) -> None:
-    """Raises Wrong unless they are equal to a relative LOSS_TOLERANCE, of numbers below 1 to an absolute one. `again`: as of `_close`."""
+    """Raises Wrong unless they are equal to a relative LOSS_TOLERANCE, of numbers below 1 to an absolute one.
+    `again`: as of `_close`."""
     tolerance = LOSS_TOLERANCE * max(1.0, abs(expected))
     if not abs(got - expected) <= max(
         tolerance, _ILL_CONDITIONED * abs(expected - again) if again is not None else 0.0
@@ -516,7 +524,8 @@ def _same(what: str, got: float, expected: float, again: float | None = None) ->
 
 
 def _close(what: str, got: Any, expected: Any, tolerance: float = LOGIT_TOLERANCE, again: Any = None) -> None:
-    """Raises Wrong unless they are equal to the tolerance. `again`: the same by another kernel of transformers, where gradients come in."""
+    """Raises Wrong unless they are equal to the tolerance. `again`: the same by another kernel of transformers,
+    where gradients come in."""
     if got.shape != expected.shape:
         raise Wrong(f"{what} has the shape {tuple(got.shape)}, not {tuple(expected.shape)}")
     difference = _difference(got, expected)
@@ -583,8 +592,8 @@ def _experts(lm: Any) -> str:
 def _seen_by_others(phase: Any) -> str:
     """Which samples change their logits when another one in their micro-batch is changed; nothing if none does.
 
-    Bit for bit, but for mixtures of experts: how many tokens an expert gets shows in the rounding, so there no gradient may reach the
-    other sample.
+    Bit for bit, but for mixtures of experts: how many tokens an expert gets shows in the rounding, so there no gradient
+    may reach the other sample.
     """
     import torch
 
@@ -640,7 +649,8 @@ def _trainer_of(phase: Any) -> tuple[Any, list[list[int]]]:
 
 
 def _logits(trainer: Any, micro: list[list[int]], changed: int | None = None) -> dict[int, Any]:
-    """What the head says at the targets of each sample of a micro-batch [N, V]; one of them may have another first token."""
+    """What the head says at the targets of each sample of a micro-batch [N, V];
+    one of them may have another first token."""
     import torch
 
     store = [trainer.store[sample] for sample in range(len(trainer.store))]

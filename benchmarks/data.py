@@ -1,4 +1,5 @@
-"""Rows to tokens against `datasets.map` in two processes: rows a second, memory; and how long a step waits for its data."""
+"""Rows to tokens against `datasets.map` in two processes: rows a second, memory;
+and how long a step waits for its data."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def _waiting(work: workload.Workload, options: Options, folder: Path) -> dict[st
 
 
 def _hands(folder: Path) -> dict[str, Any]:
-    """Milliseconds in which one of eight workers has its part of a batch in hand, and what share of a short step that is."""
+    """Milliseconds in which one of eight workers has its part of a batch in hand,
+    and what share of a short step that is."""
     chance = random.Random(17)
     of_rows = (workload.GSM8K.prompt, workload.GSM8K.completion)
     gsm8k = [sum(length.draw(chance.gauss(0, 1)) for length in of_rows) for _ in range(1 << 14)]

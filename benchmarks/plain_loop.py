@@ -5,8 +5,8 @@
 It reads and tokenizes the rows by itself, in the file's order. A batch is laid out in one of two ways:
     padded   as such a loop is written by hand: every other sample, padded to the longest, logits for every place
     dealt    exactly as Muster lays it out (its dealing, its collation, its loss), so that only the machinery differs
-Rank 0 prints one JSON object a step. The loss is that of the whole global batch. With --checkpoints FOLDER it loads what lies
-there, saves every --save-every steps with DeepSpeed's own calls, and prints how long all ranks took for each.
+Rank 0 prints one JSON object a step. The loss is that of the whole global batch. With --checkpoints FOLDER it loads
+what lies there, saves every --save-every steps with DeepSpeed's own calls, and prints how long all ranks took for each.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def timed(what: str, call: Callable[[], object]) -> None:
 
 def main() -> None:
     args = arguments()
-    # DeepSpeed would compile an op that only its inference needs: minutes at the first use. Muster leaves it out as well.
+    # DeepSpeed would compile an op that only its inference needs: minutes at the first use.
+    # Muster leaves it out as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     samples = read_samples(args.rows, AutoTokenizer.from_pretrained(args.model), args.max_length)

@@ -1,7 +1,8 @@
-"""The launcher with 1 to 1,024 workers that answer at once: what gathering, a call, a look at all of them and a checkpoint cost the driver.
+"""The launcher with 1 to 1,024 workers that answer at once: what gathering, a call,
+a look at all of them and a checkpoint cost the driver.
 
-Real: Ray, its calls and its placement groups, the driver of the recipe, the watch, the commit of checkpoints. Not real: the workers, of
-whom many share a few processes, so that a machine of any size can play 128 machines of 8.
+Real: Ray, its calls and its placement groups, the driver of the recipe, the watch, the commit of checkpoints. Not real:
+the workers, of whom many share a few processes, so that a machine of any size can play 128 machines of 8.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class FakePlace:
 
     def _setup(self) -> Facts:
         return Facts(
-            total_steps=_STEPS, total_samples=_STEPS * 1024, num_samples=10**6, num_eval_samples=0, num_parameters=7 * 10**9,
+            total_steps=_STEPS, total_samples=_STEPS * 1024, num_samples=10**6, num_eval_samples=0,
+            num_parameters=7 * 10**9,
             dtype="bfloat16", attention="sdpa", device="cpu", data_hash="0" * 16, chats=False, notes=[],
         )  # fmt: skip
 
@@ -51,7 +53,8 @@ class FakePlace:
 
     def _train(self, done: int, steps: int) -> dict[str, Any]:
         row = {
-            "loss": 1.0, "learning_rate": 1e-5, "grad_norm": 1.0, "tokens": 10**6, "target_tokens": 10**6, "samples": 1024,
+            "loss": 1.0, "learning_rate": 1e-5, "grad_norm": 1.0, "tokens": 10**6, "target_tokens": 10**6,
+            "samples": 1024,
             "step_s": STEP_S, "tokens_per_s": 1e5,
         }  # fmt: skip
         return {
@@ -196,8 +199,10 @@ def _with(size: int, places: list[Any], folder: Path) -> dict[str, float]:
     look = min(_look(group) for _ in range(4))
     looks = STEP_S / group.watch.every_s
     return {
-        "gather_s": round(gather, 4), "settle_s": round(settle, 4), "call_s": round(call, 5), "call_of_the_driver_s": round(own, 5), "look_s": round(look, 5),
-        "steps_a_call": steps, "looks_a_step": round(looks, 2), "checkpoint_s": hooks.seconds["checkpoint_s"], "call_share": round(call / steps / STEP_S, 5),
+        "gather_s": round(gather, 4), "settle_s": round(settle, 4), "call_s": round(call, 5),
+        "call_of_the_driver_s": round(own, 5), "look_s": round(look, 5),
+        "steps_a_call": steps, "looks_a_step": round(looks, 2), "checkpoint_s": hooks.seconds["checkpoint_s"],
+        "call_share": round(call / steps / STEP_S, 5),
         "look_share": round(looks * look / STEP_S, 5),
     }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Handing a job to a cluster: seconds to its first line, bytes sent, following again after a lost connection, growing for it."""
+"""Handing a job to a cluster: seconds to its first line, bytes sent,
+following again after a lost connection, growing for it."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ class _Cluster:
             "batch": 2,
         }
         job = {
-            "name": f"job-{self.count}", "storage": str(self.folder / "runs"), "model": {"path": str(self.work.model), "dtype": "fp32"},
+            "name": f"job-{self.count}", "storage": str(self.folder / "runs"),
+            "model": {"path": str(self.work.model), "dtype": "fp32"},
             "resources": {"workers": 2}, "phases": {"sft": phase},
         }  # fmt: skip
         file = self.folder / f"job-{self.count}.yaml"

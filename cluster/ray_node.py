@@ -1,9 +1,9 @@
 """Ray on one machine, as bash: look at what is there, start it, end it and everything that came of it.
 
-All processes of a cluster on a machine, also the jobs' own, carry a mark in their environment: that is how they are found again,
-whatever became of their parents, and how nothing else is touched. The token, the log and Ray's own files are in one folder in
-TMPDIR or /tmp, for the sake of Unix sockets, whose names must be short; Ray opens its own part of it to everyone, so that lies inside a
-folder that is its owner's alone.
+All processes of a cluster on a machine, also the jobs' own, carry a mark in their environment: that is how they are
+found again, whatever became of their parents, and how nothing else is touched. The token, the log and Ray's own files
+are in one folder in TMPDIR or /tmp, for the sake of Unix sockets, whose names must be short; Ray opens its own part of
+it to everyone, so that lies inside a folder that is its owner's alone.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class Node:
         return facts
 
     def start(self, script: str, token: str) -> None:
-        """Run a `script`: Ray is up when it has ended. The token goes through standard input into a file of mode 600."""
+        """Run a `script`: Ray is up when it has ended. The token goes through standard input into
+        a file of mode 600."""
         self.machine.run(script, given=token, timeout_s=_START_S)
 
     def script(
@@ -145,7 +146,10 @@ class Node:
 
     @property
     def _folder(self) -> str:
-        return f'folder="${{TMPDIR:-/tmp}}/muster-{self.mark}"; [ ${{#folder}} -le {_LONGEST} ] || folder=/tmp/muster-{self.mark}'
+        return (
+            f'folder="${{TMPDIR:-/tmp}}/muster-{self.mark}"; [ ${{#folder}} -le {_LONGEST} ] || '
+            f"folder=/tmp/muster-{self.mark}"
+        )
 
 
 def _path(path: str) -> str:

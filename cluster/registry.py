@@ -1,4 +1,5 @@
-"""What this machine knows of clusters: ~/.muster/clusters/NAME with cluster.json and token, both for their owner alone."""
+"""What this machine knows of clusters: ~/.muster/clusters/NAME with cluster.json and token,
+both for their owner alone."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Home:
         return self.token_file.read_text().strip()
 
     def record(self) -> dict[str, Any]:
-        """What `up` has written down: the cluster file's settings as `spec`, and what the provider needs to find it again."""
+        """What `up` has written down: the cluster file's settings as `spec`,
+        and what the provider needs to find it again."""
         record: dict[str, Any] = json.loads((self.folder / _RECORD).read_text())
         return record
 
@@ -65,7 +67,8 @@ def claim(name: str, record: Mapping[str, Any]) -> Home:
         home.folder.mkdir(mode=0o700)
     except FileExistsError:
         raise Refused(
-            f"there is a cluster {name} already; `muster cluster down {name}` ends it, another `name` makes a second one"
+            f"there is a cluster {name} already; `muster cluster down {name}` ends it, another `name` makes a second "
+            "one"
         ) from None
     home.write(record)
     descriptor = os.open(home.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,4 +1,5 @@
-"""Running commands on a machine: this one, or one that is reached by SSH. Scripts are bash; secrets go through standard input."""
+"""Running commands on a machine: this one, or one that is reached by SSH. Scripts are bash;
+secrets go through standard input."""
 
 from __future__ import annotations
 

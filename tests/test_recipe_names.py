@@ -1,4 +1,4 @@
-"""Only the table of recipes knows a recipe by name: another recipe is a row of it, settings and modules of its own, and no change elsewhere."""
+"""Only the table of recipes knows a recipe by name, so a new recipe changes no other module."""
 
 from __future__ import annotations
 
@@ -102,7 +102,13 @@ def test_each_way_to_know_one_is_found(code):
 
 @pytest.mark.parametrize(
     "code",
-    ["RECIPES[phase.recipe].run", "RECIPES.get(phase.recipe)", '{"policy": 1, "reward": 2}', 'key == "reward"', "phase.reward_keys"],
-)  # fmt: skip
+    [
+        "RECIPES[phase.recipe].run",
+        "RECIPES.get(phase.recipe)",
+        '{"policy": 1, "reward": 2}',
+        'key == "reward"',
+        "phase.reward_keys",
+    ],
+)
 def test_the_table_and_settings_of_the_same_name_are_not(code):
     assert not list(violations(code))

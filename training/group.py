@@ -56,7 +56,8 @@ class Worker:
         self.roles: dict[str, Any] = {}
 
     def build(self, role: str, target: str, *args: Any) -> None:
-        """Make role `role`, an instance of the class that the import string names, with the seat as its first argument."""
+        """Make role `role`, an instance of the class that the import string names,
+        with the seat as its first argument."""
         from training.recipes import resolve
 
         self.roles[role] = resolve(target)(self.seat, *args)

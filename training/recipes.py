@@ -1,4 +1,5 @@
-"""The table of recipes. Import strings instead of imports, so that reading the table loads neither torch nor DeepSpeed."""
+"""The table of recipes. Import strings instead of imports, so
+that reading the table loads neither torch nor DeepSpeed."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class Recipe:
     memory: str = "training.estimate.memory:of_trainer"
     """What a worker holds: a function of (phase, roles, models, setting) that returns `Needs`."""
     layouts: str = ""
-    """Ways to place the roles on the workers of a phase: a function of the phase that yields a description and the groups. Empty: there is one."""
+    """Ways to place the roles on the workers: a function of the phase that yields pairs of a description and the groups.
+    Empty: there is one way."""
     shows_learning: tuple[str, ...] = ("loss", "eval_loss", *_ANSWERS)
     """Metrics that show whether a model learns, the most important first."""
 

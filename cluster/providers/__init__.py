@@ -55,7 +55,8 @@ class Provider(Protocol):
         ...
 
     def up(self, home: Home, say: Say) -> None:
-        """Start it and write down what `down` needs, before it is needed. Raises ClusterError; what was started is ended then."""
+        """Start it and write down what `down` needs, before it is needed. Raises ClusterError;
+        what was started is ended then."""
         ...
 
     def down(self, home: Home, say: Say) -> None:
@@ -90,7 +91,8 @@ NO_METRICS_PORTS = {
     "DASHBOARD_METRIC_PORT": "-1",  # a port that there is not: Ray says so in its log and goes on
     "AUTOSCALER_METRIC_PORT": "-1",
 }
-"""Ray's figures for Prometheus would be served to everybody who reaches the machine: these ports listen everywhere and know no token."""
+"""Ray's figures for Prometheus would be served to everybody who reaches the machine: these ports
+listen everywhere and know no token."""
 
 
 def findings_of(looks: Mapping[str, Callable[[], dict[str, Any]]]) -> list[Finding]:

@@ -25,7 +25,8 @@ class SshProvider:
         return "\n\n".join(f"# {host}\n{script}" for host, script in self._scripts("MARK").items()) + "\n"
 
     def _scripts(self, mark: str, head: str = "") -> dict[str, str]:
-        """What is done on every machine, the head first. `head`: its address for the others, if it is known better than from here."""
+        """What is done on every machine, the head first. `head`: its address for the others,
+        if it is known better than from here."""
         address = head or self.spec.head.address or self.spec.head.host
         arguments = {self.spec.head.host: self._head_arguments(address)}
         arguments |= {host: self._worker_arguments(address, pool) for host, pool in self.pool_of.items()}

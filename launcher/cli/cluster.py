@@ -90,7 +90,8 @@ def _follow(name: str, on: str) -> int:
         facts = submit.follow(clusters.target(on).jobs, name, _write, _note)
     except KeyboardInterrupt:
         _note(
-            f"the job goes on; `muster logs -f {name} --on {on}` follows it again, `muster stop {name} --on {on}` ends it"
+            f"the job goes on; `muster logs -f {name} --on {on}` follows it again, `muster stop {name} --on {on}` ends "
+            "it"
         )
         return signals.status()
     if facts["state"] == "stopped":

@@ -1,4 +1,5 @@
-"""The verb `plan`, from the command line to launcher/plan/plan.py: which job, which machines, what is known beside it."""
+"""The verb `plan`, from the command line to launcher/plan/plan.py: which job, which machines,
+what is known beside it."""
 
 from __future__ import annotations
 

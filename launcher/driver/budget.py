@@ -37,7 +37,8 @@ class Meter:
         self._written_at = clock()
 
     def begin(self, price: float | None) -> None:
-        """Workers are held from now on. `price`: of their machines, an hour. Raises InputError if it is needed and not known."""
+        """Workers are held from now on. `price`: of their machines, an hour.
+        Raises InputError if it is needed and not known."""
         if price is None and self.max_cost is not None:
             raise InputError.of(
                 "max_cost",

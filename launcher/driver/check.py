@@ -1,4 +1,5 @@
-"""`muster check`: the job file, then every row of its data. Starts nothing; loads torch only to read rows with a tokenizer."""
+"""`muster check`: the job file, then every row of its data. Starts nothing;
+loads torch only to read rows with a tokenizer."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def load(file: Path, overrides: Sequence[str], *, inline: bool = False, force: b
 
 
 def machine(job: Job, *, inline: bool, force: bool = False) -> None:
-    """Raises InputError if this machine lacks a package or the room that the job needs. `force`: room is not looked at."""
+    """Raises InputError if this machine lacks a package or the room that the job needs.
+    `force`: room is not looked at."""
     trackers.check(job.track, where=str(job.file))
     local_capacity.check(job, inline=inline, force=force)
     if not force:
@@ -144,7 +146,8 @@ def _counts(phase: Phase, known: Traits | None) -> dict[str, Any]:
 def _forms(
     sources: Sequence[Located], by_source: Sequence[Mapping[str, int]], total: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """What was read of each source: its name, kinds of files, and rows by format; {} where these were not counted apart."""
+    """What was read of each source: its name, kinds of files, and rows by format;
+    {} where these were not counted apart."""
     if len(by_source) != len(sources):  # a store that was made before they were
         by_source = [total if len(sources) == 1 else {} for _ in sources]
     return [
@@ -164,10 +167,14 @@ def _form_line(form: Mapping[str, Any]) -> str:
 
 
 def _of_model(phase: Phase, known: Traits | None, longest: int) -> list[str]:
-    """What goes another way than usual, with samples of at most `longest` tokens (0: not known). Raises InputError for what the model cannot do."""
+    """What goes another way than usual, with samples of at most `longest` tokens (0: not known).
+    Raises InputError for what the model cannot do."""
     if known is None:
         return [
-            f"{phase.model.path} is no folder here, so it is a model of the hub or of a bucket; what its code can do is examined when the job runs"
+            (
+                f"{phase.model.path} is no folder here, so it is a model of the hub or of a bucket; what its code can "
+                "do is examined when the job runs"
+            )
         ]
     device = "cuda" if local_capacity.num_gpus() and phase.resources.gpus_per_worker != 0 else "cpu"
     attention = model_traits.attention_of(phase.model, known, device)
@@ -186,8 +193,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
             if part in phase:
                 counts = phase[part]
                 yield (
-                    f"{name}: {part}: {counts['samples']:,} samples of {counts['rows']:,} rows, {counts['tokens']:,} tokens, "
-                    f"{counts['target_tokens']:,} of them targets; the longest has {counts['longest']:,}"
+                    f"{name}: {part}: {counts['samples']:,} samples of {counts['rows']:,} rows, {counts['tokens']:,} "
+                    f"tokens, {counts['target_tokens']:,} of them targets; the longest has {counts['longest']:,}"
                 )
         if "rows" in phase:
             yield f"{name}: {phase['rows']:,} rows"

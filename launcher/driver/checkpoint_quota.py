@@ -27,7 +27,8 @@ class Stored:
 
 
 def surplus(stored: Sequence[Stored], quota: int, room: int) -> tuple[list[Stored], int]:
-    """Which to delete, of checkpoints with the oldest first, so that `room` more bytes fit; and how many bytes are too many all the same."""
+    """Which to delete, of checkpoints with the oldest first, so that `room` more bytes fit;
+    and how many bytes are too many all the same."""
     excess = sum(each.bytes for each in stored) + room - quota
     gone = []
     for each in stored:
@@ -38,11 +39,11 @@ def surplus(stored: Sequence[Stored], quota: int, room: int) -> tuple[list[Store
 
 
 def make_room(run: RunFolder, job: Job, phase: str, best: Place | None) -> int:
-    """Delete the oldest checkpoints of a run that may be deleted, until the next one of `phase` fits into the quota; returns how many
-    bytes are too many all the same.
+    """Delete the oldest checkpoints of a run that may be deleted, until the next one of `phase` fits into the quota;
+    returns how many bytes are too many all the same.
 
-    The newest checkpoint that the phase can be resumed from stays, so do its `best` and the one that each other phase has ended with. While
-    the newest is not whole, nothing is deleted. Checkpoints that were set aside do not count.
+    The newest checkpoint that the phase can be resumed from stays, so do its `best` and the one that each other phase
+    has ended with. While the newest is not whole, nothing is deleted. Checkpoints that were set aside do not count.
     """
     assert job.quota_bytes is not None
     checkpoints = Checkpoints(run.checkpoints(phase))
@@ -81,7 +82,8 @@ def _planned_bytes(job: Job, phase: str) -> int:
 
 
 def check(job: Job) -> None:
-    """Raises InputError if two checkpoints of a phase do not fit: one stays while the next is written. So does the last of every phase before."""
+    """Raises InputError if two checkpoints of a phase do not fit: one stays while the next is written.
+    So does the last of every phase before."""
     if job.quota_bytes is None:
         return
     before, needs = 0, dict[str, int]()
@@ -93,7 +95,8 @@ def check(job: Job) -> None:
     if needs[name] > job.quota_bytes:
         earlier = " beside the last of every phase before" if name != next(iter(needs)) else ""
         message = (
-            f"{job.checkpoint_quota} has no room for two checkpoints of {name}{earlier}: one stays while the next is written, together "
-            f"{needs[name] / _GB:,.2f} GB; raise it (--force runs all the same, and says when the quota cannot be kept)"
+            f"{job.checkpoint_quota} has no room for two checkpoints of {name}{earlier}: one stays while the next is "
+            f"written, together {needs[name] / _GB:,.2f} GB; raise it (--force runs all the same, and says when the "
+            "quota cannot be kept)"
         )
         raise InputError.of(job.document.where(("checkpoint_quota",)), message, "checkpoint_quota")

@@ -55,8 +55,8 @@ class _How:
 def run_job(
     job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn(), only: str | None = None, preflight: bool = True
 ) -> ExitStatus:
-    """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone; `preflight`: whether machines
-    are looked at before the first step.
+    """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone; `preflight`: whether
+    machines are looked at before the first step.
 
     Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
     """
@@ -113,7 +113,8 @@ def _list_bad_rows(run: OpenRun, stores: Mapping[str, Path]) -> None:
 
 
 def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
-    """Begin a call in a thread that ends with the process; returns what waits for it and gives its result or raises its error."""
+    """Begin a call in a thread that ends with the process; returns what waits for it
+    and gives its result or raises its error."""
     results: list[Result] = []
     errors: list[BaseException] = []
 
@@ -192,10 +193,11 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
 
 
 def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Path]:
-    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase; and examine its models.
-    Raises InputError with all that is wrong with any of them.
+    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase; and examine its
+    models. Raises InputError with all that is wrong with any of them.
 
-    `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
+    `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another
+    that has imported what it takes; which is seconds, and 0.3 GiB.
     """
     from training.data import questions
     from training.data.phase_data import prepare_phase as prepare_data
@@ -297,8 +299,8 @@ def _room_for_two(phase: Phase) -> int:
 
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:
-    """The phase with the model of the phase that it starts from, the tokenizer that its data was checked with, and the commits of
-    the Hugging Face hub that the run uses."""
+    """The phase with the model of the phase that it starts from, the tokenizer that its data was checked with, and the
+    commits of the Hugging Face hub that the run uses."""
     phase = hub_revisions.with_commits(phase, run.commits())
     if phase.starts_from_phase:
         assert phase.from_ is not None

@@ -1,4 +1,5 @@
-"""Has the models of a phase examined before anybody computes with them: on this machine's CPU, in a process that may crash, once."""
+"""Has the models of a phase examined before anybody computes with them: on this machine's CPU,
+in a process that may crash, once."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ _LIMIT_S = 300
 
 
 def examined(phase: Phase, *, apart: bool = True) -> Traits | None:
-    """What is known of the model that a phase trains; of all its models afterwards. None: it is on the hub or in a bucket, not at hand, and examined
-    where the job runs.
+    """What is known of the model that a phase trains; of all its models afterwards. None: it is on the hub or in a
+    bucket, not at hand, and examined where the job runs.
 
     `apart`: in another process where nothing is known yet. Raises InputError for a model that cannot be loaded.
     """

@@ -103,7 +103,8 @@ class GoOn:
 
 
 def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, int]:
-    """What it takes to go on from a checkpoint: its phase (None: the last that has any) there, later ones at their beginning.
+    """What it takes to go on from a checkpoint: its phase (None: the last that has any) there,
+    later ones at their beginning.
 
     Raises InputError if there is no such phase or checkpoint, or the checkpoint has no optimizer state any more.
     """
@@ -117,8 +118,8 @@ def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, 
         steps = ", ".join(str(step_of(each)) for each in resumable) or "none"
         raise InputError.of(
             str(folder),
-            "has its weights alone (checkpoint.keep_weights), to generate, evaluate and export from; a run cannot be resumed from it. "
-            f"{name} can be resumed at: {steps}",
+            "has its weights alone (checkpoint.keep_weights), to generate, evaluate and export from; a run cannot be "
+            f"resumed from it. {name} can be resumed at: {steps}",
         )
     names = list(run.job().phases)
     return {name: step, **dict.fromkeys(names[names.index(name) + 1 :], 0)}
@@ -228,7 +229,8 @@ def _refuse_others(held: RunFolder, job: Job, go_on: GoOn) -> None:
         if strangers := sorted(name for name in held.root.children() if name not in (LOCK, f".{JOB}", CLAIMS)):
             raise InputError.of(
                 held.address,
-                f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or storage",
+                f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or "
+                "storage",
             )
         return
     finished = held.finished_phases() - go_on.rewind.keys()
@@ -238,7 +240,8 @@ def _refuse_others(held: RunFolder, job: Job, go_on: GoOn) -> None:
     if not go_on.accept_changes and (changes := _changes(held, job)):
         raise InputError.of(
             held.address,
-            "this run folder holds another job; choose another `name:`, remove the folder, or go on with it all the same: "
+            "this run folder holds another job; choose another `name:`, remove the folder, or go on with it all the "
+            "same: "
             "`muster resume RUN --accept-changes key=value ...`. What differs:\n  " + "\n  ".join(changes),
         )
     if is_over:
@@ -250,7 +253,8 @@ def _refuse_others(held: RunFolder, job: Job, go_on: GoOn) -> None:
 
 
 def _refuse_overrides_of(finished: set[str], held: RunFolder, job: Job) -> None:
-    """Raises InputError for settings from the command line that change nothing but phases which will not be run again."""
+    """Raises InputError for settings from the command line that change nothing but phases
+    which will not be run again."""
     before = {name: phase.model_dump(by_alias=True) for name, phase in held.job().phases.items()}
     after = {name: phase.model_dump(by_alias=True) for name, phase in job.phases.items()}
     problems = []

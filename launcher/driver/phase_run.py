@@ -32,7 +32,8 @@ class PhaseRun:
     """What a recipe's driver is offered while it runs one phase (the `Hooks` of training/recipes)."""
 
     def __init__(
-        self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Meter, progress: PhaseProgress, gang: Gang,
+        self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Meter, progress: PhaseProgress,
+        gang: Gang,
         skipped: frozenset[int],
     ):  # fmt: skip
         self.run, self.name, self.interrupts, self.meter, self.progress, self.gang = (
@@ -88,8 +89,8 @@ class PhaseRun:
                 self.told_full.add(rank)
                 machine = self.gang.members()[rank]["machine"]
                 self.warn(
-                    f"worker {rank} on {machine} has taken {fraction:.0%} of its GPU's memory; a longer batch may not fit: "
-                    "smaller micro_tokens, gradient_checkpointing or a higher sharding.stage give room"
+                    f"worker {rank} on {machine} has taken {fraction:.0%} of its GPU's memory; a longer batch may not "
+                    "fit: smaller micro_tokens, gradient_checkpointing or a higher sharding.stage give room"
                 )
 
     def warn(self, what: str) -> None:
@@ -111,7 +112,8 @@ class PhaseRun:
             self.gang.saved()
         elif kind == "profiled":
             self.progress.say(
-                f"{self.name}: profile {{steps: {facts['steps']}}} of {facts['worker']}: {facts['summary']}; {facts['table']}"
+                f"{self.name}: profile {{steps: {facts['steps']}}} of {facts['worker']}: {facts['summary']}; "
+                f"{facts['table']}"
             )
         elif kind == "profile_failed":
             self.progress.say(f"{self.name}: there is no profile {{steps: {facts['steps']}}}: {facts['error']}")
@@ -130,12 +132,13 @@ class PhaseRun:
         more = ", Liger's kernels" if facts.kernels == "liger" else ""
         more += ", activations recomputed" if facts.recomputes else ""
         self.progress.say(
-            f"{self.name}: {facts.num_parameters:,} parameters, {facts.dtype} on {facts.device}, {facts.attention} attention{more}; "
-            f"{facts.num_samples:,} samples, {facts.total_steps:,} steps"
+            f"{self.name}: {facts.num_parameters:,} parameters, {facts.dtype} on {facts.device}, {facts.attention} "
+            f"attention{more}; {facts.num_samples:,} samples, {facts.total_steps:,} steps"
         )
         redone_s = self._forget_after(step, evaluates=evaluates)
         self.event(
-            "training", step=step, redone_s=redone_s, total_steps=facts.total_steps, parameters=facts.num_parameters, samples=facts.num_samples,
+            "training", step=step, redone_s=redone_s, total_steps=facts.total_steps, parameters=facts.num_parameters,
+            samples=facts.num_samples,
             dtype=facts.dtype, device=facts.device, attention=facts.attention, kernels=facts.kernels,
             recomputes=facts.recomputes,
             notes=facts.notes,
@@ -160,7 +163,8 @@ class PhaseRun:
         self.event("planned", **expected)
 
     def _forget_after(self, step: int, *, evaluates: bool) -> float:
-        """Drop what was written of steps that will be done again: the file is the curve, each step in it once. Returns their seconds."""
+        """Drop what was written of steps that will be done again: the file is the curve,
+        each step in it once. Returns their seconds."""
         forgotten_s = 0.0
         self.run.files.flush()
         for path in (self.folder / run_folder.METRICS, self.folder / run_folder.SAMPLES):
@@ -183,8 +187,8 @@ class PhaseRun:
             return
         self.event("quota_exceeded", quota=self.job.checkpoint_quota, bytes=excess)
         self.progress.say(
-            f"{self.name}: checkpoint_quota {self.job.checkpoint_quota} cannot be kept: the checkpoints that must stay and the next one take "
-            f"{excess / 1e9:,.2f} GB more"
+            f"{self.name}: checkpoint_quota {self.job.checkpoint_quota} cannot be kept: the checkpoints that must stay "
+            f"and the next one take {excess / 1e9:,.2f} GB more"
         )
 
     def save_requested(self, step: int) -> bool:

@@ -93,7 +93,8 @@ class Conversation:
             self.turns = [*turns, {"role": "assistant", "content": typed.text}]
 
     def _fitting(self, turns: list[Message]) -> list[Message]:
-        """The turns without the oldest, if otherwise the response would not fit into the model's positions. Raises RowError."""
+        """The turns without the oldest, if otherwise the response would not fit into the model's
+        positions. Raises RowError."""
         window = self.model.window
         if window is None or not self.model.chat:
             return turns

@@ -56,7 +56,8 @@ def evaluate(
     model: str, data: Path, settings: Questions,
     *, template: str, workers: int, seed: int, out: Path | None, trust_remote_code: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The accuracy of a model on the questions of a file, and how it was come by. Raises InputError before anything is loaded."""
+    """The accuracy of a model on the questions of a file, and how it was come by.
+    Raises InputError before anything is loaded."""
     _refuse_template(template)
     refuse_unused_top_p(settings.temperature, settings.top_p)
     asked = questions.read(str(data), settings.columns, settings.limit)
@@ -121,7 +122,8 @@ def compare(
 
 
 def _check_reward_model(reward_model: str, asked: Sequence[Question], trust_remote_code: bool) -> None:
-    """Raises InputError with the questions that the reward model's template refuses; prints notes on parts of the others that it does not see."""
+    """Raises InputError with the questions that the reward model's template refuses;
+    prints notes on parts of the others that it does not see."""
     from training.data.model_renderer import renderer_for
     from training.data.reward_prompts import RESPONSE, conversation_notes
 
@@ -167,7 +169,8 @@ def _answers(
 
 
 def _check_questions(folder: str, asked: Sequence[Question], loading: Loading, max_new_tokens: int) -> None:
-    """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints notes on parts of the others that it does not see."""
+    """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints notes on parts
+    of the others that it does not see."""
     from training.data.question_prompts import room_note
     from training.evaluation.evaluator import Texts
 
@@ -228,9 +231,9 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     """The report for a terminal."""
     if "win_rate" in report:
         yield (
-            f"{report['model']} is rewarded more than {report['against']} in {report['win_rate']:.1%} of {report['questions']:,} "
-            f"questions (95 %: {report['win_rate_low']:.1%} to {report['win_rate_high']:.1%}); mean reward "
-            f"{report['reward']:.3f} against {report['reward_against']:.3f}"
+            f"{report['model']} is rewarded more than {report['against']} in {report['win_rate']:.1%} of "
+            f"{report['questions']:,} questions (95 %: {report['win_rate_low']:.1%} to {report['win_rate_high']:.1%}); "
+            f"mean reward {report['reward']:.3f} against {report['reward_against']:.3f}"
         )
         return
     for row in report["shown"]:
@@ -239,7 +242,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"{row['row']}: {mark}: expected {row['expected']}, got {row['answer']}: {response[:200]}"
     passed = "".join(f", {name} {report[name]:.1%}" for name in report if name.startswith("pass@"))
     yield (
-        f"accuracy {report['accuracy']:.1%} (95 %: {report['accuracy_low']:.1%} to {report['accuracy_high']:.1%}){passed} of "
-        f"{report['questions']:,} questions; {report['ended']:.0%} of the responses ended by themselves, "
-        f"{report['response_tokens']:.0f} tokens long; {report['tokens_per_s']:,.0f} tokens/s"
+        f"accuracy {report['accuracy']:.1%} (95 %: {report['accuracy_low']:.1%} to "
+        f"{report['accuracy_high']:.1%}){passed} of {report['questions']:,} questions; {report['ended']:.0%} of the "
+        f"responses ended by themselves, {report['response_tokens']:.0f} tokens long; {report['tokens_per_s']:,.0f} "
+        "tokens/s"
     )

@@ -1,4 +1,5 @@
-"""`muster export`: a checkpoint of a run as a plain Hugging Face folder, without workers; also in the cache, to be tried."""
+"""`muster export`: a checkpoint of a run as a plain Hugging Face folder, without workers;
+also in the cache, to be tried."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ def export(
     merge: bool,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Raises InputError for a phase or step that is not there, and for Python code of the model without `trust_remote_code`;
-    CheckpointError if no checkpoint is whole."""
+    """Raises InputError for a phase or step that is not there, and for Python code of the model without
+    `trust_remote_code`; CheckpointError if no checkpoint is whole."""
     job = run.job()
     name = phase_with_checkpoints(run, phase)
     if merge and job.phases[name].model.lora is None:
@@ -46,7 +47,8 @@ def export(
 
 
 def chosen(run: RunFolder, phase: str, step: int | None) -> Place:
-    """The whole checkpoint of a step, or the newest. What was written into the cache was whole. Raises as `export` does."""
+    """The whole checkpoint of a step, or the newest. What was written into the cache was whole.
+    Raises as `export` does."""
     checkpoints = Checkpoints(run.checkpoints(phase))
     at_once = _found(checkpoints, step) if step is not None else checkpoints.folders()[-1]
     return at_once if (kept := _kept(at_once)) is not None and kept.exists() else _checkpoint(checkpoints, step)
@@ -106,14 +108,18 @@ def _write(
 
 
 def _as_trusted(model: Model, run: str, trust_remote_code: bool) -> Model:
-    """The model of a run for somebody who need not have written its job: its own Python code runs only with their consent.
+    """The model of a run for somebody who need not have written its job: its own Python code runs
+    only with their consent.
 
     Raises InputError if it has some and there is none.
     """
     if not code_in(model):
         return model.model_copy(update={"trust_remote_code": False})
     if not trust_remote_code:
-        message = f"{model.path} brings Python code of its own (`auto_map`), which would run here; if you trust it, give --trust-remote-code"
+        message = (
+            f"{model.path} brings Python code of its own (`auto_map`), which would run here; if you trust it, give "
+            "--trust-remote-code"
+        )
         raise InputError.of(run, message)
     return model
 

@@ -67,7 +67,8 @@ class Plan:
 
 
 def generate(plan: Plan) -> Iterable[Row] | Row:
-    """The responses as they come, or where they were written to. Those that were said while they were drawn are not among them."""
+    """The responses as they come, or where they were written to. Those
+    that were said while they were drawn are not among them."""
     _refuse(plan)
     if not plan.prompts and plan.file is None:
         return _from_stdin(plan)
@@ -95,7 +96,7 @@ def _refuse(plan: Plan) -> None:
         raise InputError.of(str(plan.out), f"there is no folder {plan.out.parent}; make it, or name another --out")
 
 
-# -- one by one ---------------------------------------------------------------------------------------------------------
+# -- one by one --------------------------------------------------------------------------------------------------------
 
 
 def _from_stdin(plan: Plan) -> Iterable[Row] | Row:
@@ -165,7 +166,7 @@ def _settings(plan: Plan) -> Any:
     return Sampling(**plan.sampling)
 
 
-# -- all of them --------------------------------------------------------------------------------------------------------
+# -- all of them -------------------------------------------------------------------------------------------------------
 
 
 class _Asked(NamedTuple):
@@ -221,7 +222,8 @@ def _asked(texts: Any, given: Sequence[Given], samples: int) -> list[_Asked]:
 
 
 def _responses(plan: Plan, folder: str, texts: Any, given: Sequence[Given], asked: Sequence[_Asked]) -> Iterator[Row]:
-    """In the order of the prompts. What a prompt is answered depends on its number alone, not on who does it or on what it goes with."""
+    """In the order of the prompts. What a prompt is answered depends on its number alone,
+    not on who does it or on what it goes with."""
     if not asked:
         return
     from training.evaluation.streaming import key_of
@@ -250,7 +252,8 @@ def _responses(plan: Plan, folder: str, texts: Any, given: Sequence[Given], aske
 
 
 def _done(out: Path, given: Sequence[Given], by: Mapping[str, Any]) -> set[tuple[int, int]]:
-    """Number and sample of the responses that the file holds. Raises InputError if they are others than those that are asked for."""
+    """Number and sample of the responses that the file holds. Raises InputError
+    if they are others than those that are asked for."""
     done: set[tuple[int, int]] = set()
     if not out.exists():
         return done

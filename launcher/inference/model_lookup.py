@@ -1,4 +1,5 @@
-"""Finds the model that a person means: a folder, what came of a run, or a checkpoint, which is written as a folder first."""
+"""Finds the model that a person means: a folder, what came of a run, or a checkpoint,
+which is written as a folder first."""
 
 from __future__ import annotations
 
@@ -56,11 +57,13 @@ def found(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = warn,
 ) -> Found:
-    """The model that is meant: a folder, the newest of a run or of one of its phases (RUN/PHASE), a checkpoint (its folder, or `step`).
+    """The model that is meant: a folder, the newest of a run or of one of its phases (RUN/PHASE),
+    a checkpoint (its folder, or `step`).
 
     Of a run that has no model yet its newest whole checkpoint. `rewards`: a reward model will do.
 
-    Raises InputError if there is none, or of the wrong kind, or one with Python code of its own without `trust_remote_code`.
+    Raises InputError if there is none, or of the wrong kind, or one
+    with Python code of its own without `trust_remote_code`.
     """
     text = os.path.expanduser(text)  # `--against ~/model` is expanded by the shell, `--against=~/model` is not
     folder = _folder(text)

@@ -106,7 +106,8 @@ class _Drafting:
         return {"from": start, "model": {"path": "", **draft.get("model", {})}}
 
     def outside(self, given: str, key: KeyPath = ("from",)) -> str | None:
-        """The model folder that `from` means if it means a folder, or a run, or RUN/PHASE. None: there is no such thing."""
+        """The model folder that `from` means if it means a folder, or a run, or RUN/PHASE.
+        None: there is no such thing."""
         if is_remote(given):
             return given.rstrip("/")
         folder = absolute(given, self.base(key))
@@ -288,13 +289,16 @@ class _Drafting:
     def check_start(self, phase: Phase, start: Phase) -> None:
         """Problems of starting from what another phase ends with."""
         if RECIPES[start.recipe].is_classifier and not RECIPES[phase.recipe].is_classifier:
-            message = f"`{phase.from_}` ends with a reward model, {phase.recipe} needs a language model; start from another phase"
+            message = (
+                f"`{phase.from_}` ends with a reward model, {phase.recipe} needs a language model; start from another "
+                "phase"
+            )
             self.add(("from",), message)
         before, here = start.model.lora, phase.model.lora
         if before is not None and here is not None and (before.rank, before.alpha) != (here.rank, here.alpha):
             message = (
-                f"`{phase.from_}` ends with an adapter of rank {before.rank} and alpha {before.alpha:g}, which is trained on here; "
-                "say the same"
+                f"`{phase.from_}` ends with an adapter of rank {before.rank} and alpha {before.alpha:g}, which is "
+                "trained on here; say the same"
             )
             self.add(("model", "lora"), message)
 

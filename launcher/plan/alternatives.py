@@ -1,4 +1,5 @@
-"""What else a phase could be on the same site: changes that make it fit, other ZeRO stages, other seats for the roles of PPO."""
+"""What else a phase could be on the same site: changes that make it fit, other ZeRO stages,
+other seats for the roles of PPO."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ _Change = tuple[str, dict[str, Any]]
 
 
 def changes(planned: Planned) -> list[str]:
-    """Single changes that make it fit, as they are written on the command line, what disturbs least first and those that are
-    tight last; pairs if there are none."""
+    """Single changes that make it fit, as they are written on the command line, what disturbs least first and those
+    that are tight last; pairs if there are none."""
     single = list(_possible(planned))
     found = [(planned.changed(**settings).verdict, words) for words, settings in single]
     if all(verdict == TOO_LARGE for verdict, _ in found):

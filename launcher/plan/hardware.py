@@ -60,14 +60,16 @@ class Site:
             return self.machine
         gpu, share = self.machine.gpu, max(1, count)
         own = replace(
-            gpu, tflops=gpu.tflops / share, matmul_tflops=gpu.matmul_tflops / share, memory_gb_s=gpu.memory_gb_s / share,
+            gpu, tflops=gpu.tflops / share, matmul_tflops=gpu.matmul_tflops / share,
+            memory_gb_s=gpu.memory_gb_s / share,
             watts=gpu.watts / share,
         )  # fmt: skip
         return replace(self.machine, gpu=own, gpus=share)
 
 
 def of_gpu(name: str, gpus: int | None = None) -> Site:
-    """Machines with this kind of GPU, at the price of the cheapest that a cloud has. Raises UnknownSite if there is none of that name."""
+    """Machines with this kind of GPU, at the price of the cheapest that a cloud has.
+    Raises UnknownSite if there is none of that name."""
     try:
         kind = catalog.gpu(name)
     except Refused as error:
@@ -81,7 +83,8 @@ def of_gpu(name: str, gpus: int | None = None) -> Site:
 
 
 def of_cluster(spec: Cluster, accelerator: str | None = None) -> Site:
-    """The machines for workers of a cluster: those of the GPUs that a job asks for, else of its first pool that has any.
+    """The machines for workers of a cluster: those of the GPUs that a job asks for,
+    else of its first pool that has any.
 
     Raises UnknownSite if it has none, or a kind that is not known.
     """
@@ -169,7 +172,8 @@ def here(*, gpus: bool = True) -> Site:
         return Site(machine=machine, on_gpu=True, most_gpus=machine.gpus)
     speed, bandwidth = _processor_speed()
     cpu = Gpu(
-        name="CPU", memory_gib=memory, tflops=speed, matmul_tflops=speed, memory_gb_s=bandwidth, link_gb_s=_LOOPBACK_GB_S,
+        name="CPU", memory_gib=memory, tflops=speed, matmul_tflops=speed, memory_gb_s=bandwidth,
+        link_gb_s=_LOOPBACK_GB_S,
         watts=_CPU_WATTS * (os.cpu_count() or 1),
     )  # fmt: skip
     machine = Machine(name="this machine", gpu=cpu, gpus=1, memory_gib=memory, network_gbit_s=10)
@@ -177,7 +181,8 @@ def here(*, gpus: bool = True) -> Site:
 
 
 def of_device(name: str, gpus: int) -> Site:
-    """Machines of which a worker has told its device (cpu, or a GPU's name) and how many workers are on one. Raises UnknownSite."""
+    """Machines of which a worker has told its device (cpu, or a GPU's name) and how many workers are
+    on one. Raises UnknownSite."""
     return here(gpus=False) if name == "cpu" else of_gpu(name, gpus)
 
 

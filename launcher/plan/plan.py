@@ -1,4 +1,5 @@
-"""`muster plan`: what a job needs of memory, time and money, before anybody pays. Whether it fits, and if not the smallest change that does."""
+"""`muster plan`: what a job needs of memory, time and money, before anybody pays.
+Whether it fits, and if not the smallest change that does."""
 
 from __future__ import annotations
 
@@ -83,14 +84,17 @@ def _told(planned: Planned) -> dict[str, Any]:
     groups = [
         {
             "roles": list(group.roles), "workers": group.where.workers, "stage": group.where.stage,
-            "offload": group.where.sharding.offload, "recomputes": group.where.checkpointing, "device": dict(needs.device), "host": dict(needs.host),
+            "offload": group.where.sharding.offload, "recomputes": group.where.checkpointing,
+            "device": dict(needs.device), "host": dict(needs.host),
             "verdict": planned.verdict_of(group, needs),
         }
         for group, needs in zip(planned.groups, planned.needs, strict=True)
     ]  # fmt: skip
     return {
-        "recipe": planned.phase.recipe, "workers": planned.phase.num_workers, "dtype": planned.dtype, "verdict": verdict, "groups": groups,
-        "why": list(planned.why()), "changes": changes(planned) if verdict == TOO_LARGE else [], "alternatives": stages(planned),
+        "recipe": planned.phase.recipe, "workers": planned.phase.num_workers, "dtype": planned.dtype,
+        "verdict": verdict, "groups": groups,
+        "why": list(planned.why()), "changes": changes(planned) if verdict == TOO_LARGE else [],
+        "alternatives": stages(planned),
         "layouts": layouts(planned), "time": planned.time(), "checkpoint": planned.checkpoint(),
         "work": {"rows": work.rows, "tokens": work.tokens, "response": work.response},
     }  # fmt: skip
@@ -99,8 +103,10 @@ def _told(planned: Planned) -> dict[str, Any]:
 def _machine(site: Site) -> dict[str, Any]:
     gpu = site.machine.gpu
     return {
-        "name": site.machine.name, "gpu": gpu.name if site.on_gpu else None, "gpus": site.machine.gpus if site.on_gpu else 0,
-        "memory_gib": gpu.memory_gib if site.on_gpu else site.machine.memory_gib, "host_gib": site.machine.memory_gib, "price": site.price,
+        "name": site.machine.name, "gpu": gpu.name if site.on_gpu else None,
+        "gpus": site.machine.gpus if site.on_gpu else 0,
+        "memory_gib": gpu.memory_gib if site.on_gpu else site.machine.memory_gib, "host_gib": site.machine.memory_gib,
+        "price": site.price,
         "spot": site.at_spot_price, "prices_of": site.machine.dated, "host_assumed": site.machine.memory_assumed,
     }  # fmt: skip
 
@@ -136,9 +142,14 @@ def _at(job: Job, phases: Mapping[str, Planned], count: int) -> dict[str, Any]:
     first = next(iter(told.values()))["time"]
     gpus = max(each.phase.num_workers for each in planned.values())
     return {
-        "gpus": gpus, "step_s": first["step_s"], "tokens_per_s": first["tokens_per_s"], "total": _summed(told),
-        "verdict": worst(each.verdict for each in planned.values()) if all(dealt) else "batch is smaller than the workers",
-    }  # fmt: skip
+        "gpus": gpus,
+        "step_s": first["step_s"],
+        "tokens_per_s": first["tokens_per_s"],
+        "total": _summed(told),
+        "verdict": worst(each.verdict for each in planned.values())
+        if all(dealt)
+        else "batch is smaller than the workers",
+    }
 
 
 def expected(job: Job, name: str, facts: Facts, workers: int, site: Site, price: float | None) -> dict[str, Any]:
@@ -154,6 +165,7 @@ def expected(job: Job, name: str, facts: Facts, workers: int, site: Site, price:
     needs = max(planned.needs, key=lambda each: sum(each.device.values()) or sum(each.host.values()))
     step = planned.step_s
     return {
-        "workers": workers, "step_s": step, "range": [step * step_time.LOW, step * step_time.HIGH], "hours": facts.total_steps * step / 3600,
+        "workers": workers, "step_s": step, "range": [step * step_time.LOW, step * step_time.HIGH],
+        "hours": facts.total_steps * step / 3600,
         "memory_gib": gib(sum(needs.device.values()) or sum(needs.host.values())), "price": price,
     }  # fmt: skip

@@ -1,4 +1,5 @@
-"""How much data a phase has, at a glance: rows counted, the lengths of a few hundred of them. What cannot be seen is assumed, and told."""
+"""How much data a phase has, at a glance: rows counted, the lengths of a few hundred of them.
+What cannot be seen is assumed, and told."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The small files of a run in a bucket: written to a folder of this machine, and copied to the bucket as they change.
 
-job.yaml, events, metrics, TensorBoard, logs. Checkpoints and models never pass through here: workers write them to the bucket.
+job.yaml, events, metrics, TensorBoard, logs. Checkpoints and models never pass through here:
+workers write them to the bucket.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def is_alive(remote: Place) -> bool:
 
 
 class Mirror:
-    """Copies what changes in a folder to a bucket, every few seconds, until the run is closed or a later attempt claims it."""
+    """Copies what changes in a folder to a bucket, every few seconds, until the run is closed
+    or a later attempt claims it."""
 
     def __init__(self, folder: Path, remote: Place, claim: Claim):
         self.folder, self.remote, self.claim = folder, remote, claim

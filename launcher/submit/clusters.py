@@ -79,7 +79,8 @@ def load(file: Path) -> Cluster:
 
 
 def _from_anywhere(spec: Cluster, folder: Path) -> Cluster:
-    """The settings with paths of this machine absolute: they are used from other folders later on. Relative ones begin at the file."""
+    """The settings with paths of this machine absolute: they are used from other folders later on.
+    Relative ones begin at the file."""
     changes: dict[str, Any] = {}
     for name in ("key", "token_file"):
         if (path := getattr(spec, name, None)) is not None:
@@ -155,7 +156,8 @@ def down(name: str, say: Say, *, force: bool = False) -> None:
     running = [] if force else _running(found)
     if running:
         raise Refused(
-            f"jobs run on {name}: {', '.join(running)}; `muster stop ID --on {name}` saves and stops one, --force ends them"
+            f"jobs run on {name}: {', '.join(running)}; `muster stop ID --on {name}` saves and stops one, --force ends "
+            "them"
         )
     _end(found.home, found.provider, say, force=force)
 

@@ -34,7 +34,8 @@ class Session(Protocol):
         environment: Mapping[str, str],
         words: Sequence[str],
     ) -> None:
-        """Hand over a bundle. `facts`: job, run. `environment`: secrets, not to be written down in the clear. `words`: onsite's."""
+        """Hand over a bundle. `facts`: job, run. `environment`: secrets,
+        not to be written down in the clear. `words`: onsite's."""
         ...
 
     def jobs(self) -> list[dict[str, Any]]:
@@ -134,7 +135,8 @@ def logs(connect: Open, name: str) -> str:
 
 
 def save(connect: Open, name: str) -> dict[str, Any]:
-    """Have a job save now and go on, and wait until it has; returns the checkpoint. Raises Refused if it cannot, ClusterError."""
+    """Have a job save now and go on, and wait until it has; returns the checkpoint.
+    Raises Refused if it cannot, ClusterError."""
     with connect() as there:
         facts = _status(there, name)
         if facts["state"] != "running":

@@ -1,6 +1,7 @@
 """Jobs through Ray Jobs, for every cluster that is Ray's own.
 
-What Ray keeps of a job everyone on the cluster can read: its metadata hold no secret, and its environment holds them sealed.
+What Ray keeps of a job everyone on the cluster can read: its metadata hold no secret,
+and its environment holds them sealed.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class RaySession:
         self.client, self.dashboard, self.stop_s = client, dashboard, stop_s
 
     def submit(
-        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str], words: Sequence[str]
+        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str],
+        words: Sequence[str]
     ) -> None:  # fmt: skip
         self._check_version()
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(self.stop_s), **self._sealed(environment)}
@@ -76,7 +78,8 @@ class RaySession:
             return {}
         if self.dashboard.token is None:
             raise Refused(
-                f"{self.dashboard.shown} has no token to seal `env` with: give it one, or set the variables on its machines"
+                f"{self.dashboard.shown} has no token to seal `env` with: give it one, or set the variables on its "
+                "machines"
             )
         return {sealed_env.VARIABLE: sealed_env.seal(environment, self.dashboard.token)}
 

@@ -1,7 +1,8 @@
-"""Values of environment variables on their way to a cluster: sealed with its token, which both sides have and nobody else.
+"""Values of environment variables on their way to a cluster: sealed with its token,
+which both sides have and nobody else.
 
-What a job is submitted with can be read by whoever may look at the cluster, so a secret must not stand there in the clear. The key is
-derived from the token (HKDF, RFC 5869); sealing is Fernet (AES-128-CBC with HMAC-SHA256).
+What a job is submitted with can be read by whoever may look at the cluster, so a secret must not stand there in the
+clear. The key is derived from the token (HKDF, RFC 5869); sealing is Fernet (AES-128-CBC with HMAC-SHA256).
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ class SlurmSession:
         self.provider = provider
 
     def submit(
-        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str], words: Sequence[str]
+        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str],
+        words: Sequence[str]
     ) -> None:  # fmt: skip
         self.provider.submit(name, packed.read_bytes(), facts, workers=workers, environment=environment, words=words)
 

@@ -1,6 +1,7 @@
 """A job file goes to a cluster: checked here, packed with what it needs, submitted.
 
-What was submitted is noted in ~/.muster/jobs/ID.json (the file and the settings laid over it, no secret), so that `resume` finds it.
+What was submitted is noted in ~/.muster/jobs/ID.json (the file and the settings laid over it, no secret),
+so that `resume` finds it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def submit(
 def resume(
     name: str, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool = False
 ) -> dict[str, Any]:
-    """Submit a job once more, with further settings. Raises Refused while it runs, InputError if it is not known here."""
+    """Submit a job once more, with further settings. Raises Refused while it runs,
+    InputError if it is not known here."""
     refuse_another_folder(overrides)
     facts = jobs_there.status(clusters.target(on).jobs, name)
     if not jobs_there.is_over(facts):
@@ -101,7 +103,8 @@ def _check_room(phase: Phase, spec: Cluster) -> None:
 
 
 def _with_gpus(phase: Phase, spec: Cluster) -> Phase:
-    """The phase with or without a GPU for each worker, as the cluster file has it: none may be up yet when the job looks."""
+    """The phase with or without a GPU for each worker, as the cluster file has it: none may be up
+    yet when the job looks."""
     known = [offer.gpus for offer in spec.offers if offer.gpus is not None]
     undecided = len(known) < len(spec.offers) and not any(known)
     if phase.resources.gpus_per_worker != "auto" or not spec.offers or undecided:

@@ -71,7 +71,8 @@ def _own_id() -> str | None:
 
 @contextmanager
 def _signed() -> Iterator[None]:
-    """Evidence says whose it is, as Ray's own errors do: a call of other workers that is given this answer fails with it."""
+    """Evidence says whose it is, as Ray's own errors do: a call of other workers
+    that is given this answer fails with it."""
     try:
         yield
     except (Raised, WorkerDied) as evidence:

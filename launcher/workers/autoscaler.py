@@ -1,4 +1,5 @@
-"""What the autoscaler of a cluster says of a gang that waits: what is coming, what did not come, whether it ever can."""
+"""What the autoscaler of a cluster says of a gang that waits: what is coming,
+what did not come, whether it ever can."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""What went wrong -> what to do about it. Pure: evidence in, decision out; knows neither Ray nor processes nor the clock.
+"""What went wrong -> what to do about it. Pure: evidence in, decision out;
+knows neither Ray nor processes nor the clock.
 
-Evidence arrives as exceptions, one a worker. `first_cause` finds the one that the others follow from, `decide` judges it in the
-light of what has happened before. What is charged to a budget is forgotten once a new checkpoint shows that the run gets on.
+Evidence arrives as exceptions, one a worker. `first_cause` finds the one that the others follow from, `decide` judges
+it in the light of what has happened before. What is charged to a budget is forgotten once a new checkpoint shows that
+the run gets on.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ class WorkerError(TrainingError):
     """A failure of one worker: which one and where, what kind, what there is to read."""
 
     def __init__(
-        self, rank: int, kind: Kind, message: str, log: Path, *, node: str = "", trace: str = "", collateral: Sequence[int] = ()
+        self, rank: int, kind: Kind, message: str, log: Path, *, node: str = "", trace: str = "",
+        collateral: Sequence[int] = ()
     ):  # fmt: skip
         super().__init__(message)
         self.rank, self.kind, self.log, self.node, self.trace = rank, kind, log, node, trace
@@ -113,7 +116,8 @@ class NoMachines(TrainingError):
 
 
 class RayLost(TrainingError):
-    """Processes of a Ray of our own have ended, which the workers need. They are lost with it; another Ray can be started."""
+    """Processes of a Ray of our own have ended, which the workers need. They are lost with it;
+    another Ray can be started."""
 
 
 def _worker_error(rank: int, kind: Kind, message: str, log: Path, rest: dict[str, Any]) -> WorkerError:
@@ -302,7 +306,9 @@ def _nodes_to_avoid(incidents: Sequence[Incident]) -> frozenset[str]:
 
 
 _ADVICE = {
-    Kind.MEMORY: "set a smaller micro_tokens (it does not change the curve), a higher sharding.stage, or take more workers",
+    Kind.MEMORY: (
+        "set a smaller micro_tokens (it does not change the curve) or a higher sharding.stage, or take more workers"
+    ),
     Kind.CRASH: "the log has where it was; a library or a driver is likely at fault",
     Kind.UNFIT: "the check before the first step found it (`--no-preflight` leaves it out)",
     Kind.KILLED: "somebody or something outside of Muster killed it",

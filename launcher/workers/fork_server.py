@@ -1,9 +1,10 @@
-"""A process that has imported what workers need and forks one in a moment: `python -m launcher.workers.fork_server FD DEVICE [FD]`.
+"""A process that has imported what workers need and forks one in a moment:
+`python -m launcher.workers.fork_server FD DEVICE [FD]`.
 
-The first FD is a Unix socket to the parent, the second one that listens: who connects to it is a parent, too. A parent sends a byte
-with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the nursery answers with JSON lines:
-{"ready"}, {"born": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the nursery ends the workers of a parent that is
-gone, and itself with the first; the kernel ends them with the nursery.
+The first FD is a Unix socket to the parent, the second one that listens: who connects to it is a parent, too. A parent
+sends a byte with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the nursery
+answers with JSON lines: {"ready"}, {"born": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the nursery
+ends the workers of a parent that is gone, and itself with the first; the kernel ends them with the nursery.
 """
 
 from __future__ import annotations
@@ -177,7 +178,8 @@ class Life:
     """What a worker can be asked."""
 
     def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> str:
-        """Tokenise the data of a phase; returns the folder of the training samples. Raises what prepare_phase raises."""
+        """Tokenise the data of a phase; returns the folder of the training samples.
+        Raises what prepare_phase raises."""
         os.environ.update(environment)
         from training.data.phase_data import prepare_phase
 
@@ -185,7 +187,8 @@ class Life:
         return str(stores.train.folder)
 
     def examine(self, model: Any, environment: dict[str, str], limit_s: int) -> None:
-        """Find out what a model's code can do (training/models/probe.py). Raises InputError for one that cannot be loaded."""
+        """Find out what a model's code can do (training/models/probe.py).
+        Raises InputError for one that cannot be loaded."""
         os.environ.update(environment)
         signal.alarm(limit_s)
         from training.models.probe import traits_for

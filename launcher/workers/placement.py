@@ -102,8 +102,9 @@ def gather(
 ) -> PlacementGroup:
     """Places for `wanted` workers, or after `wait_s` for as many as there is room for, if those are `least` or more.
 
-    Where there are enough machines and others use them, it waits its turn, however long that takes. `avoid`: ids of machines that are
-    not to be used. Raises NoMachines, RayLost, and InputError for what an autoscaler says can never come.
+    Where there are enough machines and others use them, it waits its turn, however long that takes. `avoid`: ids of
+    machines that are not to be used. Raises NoMachines, RayLost, and InputError for what an autoscaler says can never
+    come.
     """
     return _Search(needs, least, wait_s, avoid, say).find(wanted)
 
@@ -117,7 +118,8 @@ class _Search:
         self.needs, self.least, self.wait_s, self.avoid, self.say = needs, least, wait_s, avoid, say
         self.began, self.began_at = time.monotonic(), time.time()
         self.on_demand: bool | None = None
-        """Whether machines are asked for on demand because the spot ones did not come. False: there are none. None: not yet."""
+        """Whether machines are asked for on demand because the spot ones did not come.
+        False: there are none. None: not yet."""
 
     def find(self, wanted: int) -> PlacementGroup:
         said_at, told, patience = self.began - _NEXT_WORD_S, None, _FIRST_WORD_S
@@ -165,7 +167,8 @@ class _Search:
     def _elsewhere(self, outlook: autoscaler.Outlook) -> bool:
         """Whether to ask in another market from now on.
 
-        Ray's autoscaler asks for the kind of machine with the highest priority again and again, also where the cloud has none.
+        Ray's autoscaler asks for the kind of machine with the highest priority again and again,
+        also where the cloud has none.
         """
         if self.on_demand is None and outlook.refused:
             self.on_demand = True
@@ -248,7 +251,8 @@ def kill_on(address: str, pid: int | None) -> None:
         found["NodeID"] for found in ray.nodes() if found["NodeManagerAddress"] == address and found["Alive"]
     )
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill)  # type: ignore[call-overload]  # not annotated
+    remote: Any = ray.remote
+    task = remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill)
     with suppress(RayError):  # it may be its own end
         ray.get(task.remote(pid), timeout=30)
 

@@ -1,7 +1,7 @@
 """A connection to Ray: to the cluster at RAY_ADDRESS, or to one of our own on this machine that ends with us.
 
-The processes of a Ray of our own hear no signal that is meant for the job: they have sessions of their own. If one of them ends all
-the same, `lost` says so at once, without asking Ray, and `restart` starts another Ray.
+The processes of a Ray of our own hear no signal that is meant for the job: they have sessions of their own. If one of
+them ends all the same, `lost` says so at once, without asking Ray, and `restart` starts another Ray.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ _LONGEST_FOLDER = 38
 _KEEP_IDLE_MS = 600_000
 """Ray begins processes for actors when it starts, and by itself ends them after a second in which nobody needs them."""
 _WITHOUT_GCS_S = 3600
-"""How long the rest of our own Ray lives on without its GCS (Ray's default: a minute): as long as saving a large model may take."""
+"""How long the rest of our own Ray lives on without its GCS (Ray's default: a minute): as long
+as saving a large model may take."""
 _GCS, _RAYLET = "gcs_server", "raylet"
 """Ray's own names of the two processes that it cannot do without."""
 
 
 @contextmanager
 def own_nursery() -> Iterator[None]:
-    """A nursery for the length of the block, where Ray will be our own. Its imports take as long as Ray's start: begin it before."""
+    """A nursery for the length of the block, where Ray will be our own.
+    Its imports take as long as Ray's start: begin it before."""
     if os.environ.get("RAY_ADDRESS"):
         yield
         return
@@ -99,7 +101,8 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
 def _job_config() -> Any:
     """Where Ray's workers find Muster's code. Ray itself would have them import from the working folder first.
 
-    `_client_job` is Ray's own switch against that (its client has it); a submitted job has a folder of its own, which Ray takes instead.
+    `_client_job` is Ray's own switch against that (its client has it);
+    a submitted job has a folder of its own, which Ray takes instead.
     """
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
     from ray.job_config import JobConfig
@@ -109,10 +112,12 @@ def _job_config() -> Any:
 
 @contextmanager
 def _processes_apart() -> Iterator[None]:
-    """In the block Ray starts each of its processes in a session of its own, and SIGTERM waits for the end of the block: Ray's handlers,
-    of which one aborts the process, are replaced by ours there. If the block fails, nothing of Ray stays behind.
+    """In the block Ray starts each of its processes in a session of its own, and SIGTERM waits for the end of the
+    block: Ray's handlers, of which one aborts the process, are replaced by ours there. If the block fails, nothing of
+    Ray stays behind.
 
-    Ray has no settings for that. The private names that this replaces are held by tests/launcher/workers/test_ray_session.py.
+    Ray has no settings for that. The private names that this replaces are held by
+    tests/launcher/workers/test_ray_session.py.
     """
     from ray import _private
 
@@ -153,7 +158,8 @@ class Lost:
 
 
 class _OwnRay:
-    """A Ray of this process alone: bound to loopback, opened by a token nobody else has, its files in a folder of its own."""
+    """A Ray of this process alone: bound to loopback, opened by a token nobody else has,
+    its files in a folder of its own."""
 
     def __init__(self, num_workers: int):
         self.num_workers = num_workers
@@ -223,7 +229,8 @@ def is_own() -> bool:
 
 
 def lost() -> Lost | None:
-    """What has ended of a Ray of our own, None while all of it lives, and of the Ray of others. Asks the kernel, not Ray."""
+    """What has ended of a Ray of our own, None while all of it lives, and of the Ray of others.
+    Asks the kernel, not Ray."""
     return None if _own is None else _own.lost()
 
 
@@ -268,8 +275,8 @@ def _environment(folder: str) -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": _token(),
         "RAY_TMPDIR": folder,
-        # Where Ray does not expect other hosts it binds every port to loopback. The name speaks of other systems; what it
-        # does on Linux is asserted by tests/launcher/workers/test_worker_group.py.
+        # Where Ray does not expect other hosts it binds every port to loopback. The name speaks of other systems; what
+        # it does on Linux is asserted by tests/launcher/workers/test_worker_group.py.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     before = {name: os.environ.get(name) for name in own}

@@ -1,7 +1,9 @@
-"""One worker's place on a node: keeps its process, watches it from outside, and begins a new one in a moment when it is gone.
+"""One worker's place on a node: keeps its process, watches it from outside,
+and begins a new one in a moment when it is gone.
 
-Lives in a Ray actor (actor.py) and knows nothing of Ray. The process is a fork of a fork server that has imported everything, so
-that a worker that was killed costs the time of a fork, not of the imports; the actor beside it answers whatever the worker does.
+Lives in a Ray actor (actor.py) and knows nothing of Ray. The process is a fork of a fork server that has imported
+everything, so that a worker that was killed costs the time of a fork, not of the imports; the actor beside it answers
+whatever the worker does.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Host:
         self.worker: _Worker | None = None
 
     def begin(self, log: str, environment: dict[str, str]) -> int:
-        """Start a process, after ending the one there is. Answers with its pid. A nursery that has ended is replaced."""
+        """Start a process, after ending the one there is. Answers with its pid.
+        A nursery that has ended is replaced."""
         self.end()
         if self.nursery.gone.is_set():
             self.nursery.close()
@@ -73,7 +76,8 @@ class Host:
         return int(self.worker.ask("begin", log, environment))
 
     def ask(self, name: str, *args: Any) -> Any:
-        """Have the worker do something (a function of nursery.Life). Raises Raised, WorkerDied, or a MusterError that it raised."""
+        """Have the worker do something (a function of nursery.Life).
+        Raises Raised, WorkerDied, or a MusterError that it raised."""
         if self.worker is None:
             raise WorkerDied(0, "it was not started")
         return self.worker.ask(name, *args)
@@ -148,7 +152,8 @@ class _Worker:
 
 
 class _Nursery:
-    """The process that forks workers, and the thread that hears from it: the one at hand on this machine, else one of our own."""
+    """The process that forks workers, and the thread that hears from it: the one at hand
+    on this machine, else one of our own."""
 
     def __init__(self, device: str):
         self.process: subprocess.Popen[bytes] | None = None
@@ -229,10 +234,11 @@ class _Nursery:
 
 
 def apart(name: str, *args: Any) -> Any:
-    """Have a fork of the nursery at hand do something (a function of nursery.Life), and end. Raises what `Host.ask` raises.
+    """Have a fork of the nursery at hand do something (a function of nursery.Life), and end.
+    Raises what `Host.ask` raises.
 
-    What somebody has killed, the nursery or its fork, is tried once more, if need be with a nursery of its own; not if it was ended with the
-    block of `nursery_at_hand`.
+    What somebody has killed, the nursery or its fork, is tried once more, if need be with a nursery of its own; not if
+    it was ended with the block of `nursery_at_hand`.
     """
     try:
         return _in_a_fork(name, *args)
@@ -263,8 +269,8 @@ def _device_at_hand() -> str:
 def nursery_at_hand(device: str) -> Iterator[None]:
     """For the length of the block a nursery for all workers on this machine, which begins to import at once.
 
-    Whoever starts them knows it by the environment. Their memory is one process's, and nobody has to wait for the imports after
-    Ray has started.
+    Whoever starts them knows it by the environment. Their memory is one process's, and nobody has to wait for the
+    imports after Ray has started.
     """
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))

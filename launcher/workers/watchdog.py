@@ -1,7 +1,8 @@
 """Looks at the workers of a group while a call waits for them: machines that fall silent, and calls that get nowhere.
 
-Nobody is given up on one sign alone. A machine is lost when its worker's place does not answer and the machine cannot be reached or
-Ray has given it up; a hang is a call that outlasts `hang_after` in which no worker has done anything for as long.
+Nobody is given up on one sign alone. A machine is lost when its worker's place does not answer and the machine cannot
+be reached or Ray has given it up; a hang is a call that outlasts `hang_after` in which no worker has done anything for
+as long.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Watch:
         self._answered = dict.fromkeys(range(self.group.size), time.monotonic())
 
     def look(self, method: str = "", since_s: float = 0.0) -> None:
-        """A glance at all workers, while `method`, if one is, is under way since `since_s`. Raises WorkerError for what is lost or hangs,
-        RayLost if that is Ray itself."""
+        """A glance at all workers, while `method`, if one is, is under way since `since_s`. Raises WorkerError for what
+        is lost or hangs, RayLost if that is Ray itself."""
         self._look_at_ray()
         now = time.monotonic()
         if not self._nodes or now - self._last < self.every_s:
@@ -169,7 +170,10 @@ class Watch:
     def overdue(self, method: str, timeout_s: float, ranks: Sequence[int]) -> WorkerError:
         """A call that some workers have not answered in time."""
         who = ", ".join(map(str, ranks))
-        message = f"has not answered `{method}` within {timeout_s:.0f} s (workers {who}); the stacks of all workers: {self._save_stacks()}"
+        message = (
+            f"has not answered `{method}` within {timeout_s:.0f} s (workers {who}); the stacks of all workers: "
+            f"{self._save_stacks()}"
+        )
         return self._error(ranks[0], Kind.HANG, message)
 
     def died(self, rank: int, error: RayActorError) -> WorkerError:

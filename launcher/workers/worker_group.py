@@ -44,7 +44,8 @@ class _Call:
         self.answers: dict[ray.ObjectRef[Any], Any] = {}
 
     def wait(self, ref: ray.ObjectRef[Any], timeout_s: float | None) -> Any:
-        """The answer of one worker, within `timeout_s` of the call. Raises the first cause as soon as any worker fails."""
+        """The answer of one worker, within `timeout_s` of the call.
+        Raises the first cause as soon as any worker fails."""
         while ref not in self.answers:
             left = None if timeout_s is None else max(0.0, self.began + timeout_s - time.monotonic())
             patience = self.group.watch.every_s if left is None else min(self.group.watch.every_s, left)
@@ -120,9 +121,9 @@ class _RayFuture:
 class WorkerGroup:
     """N workers on a Ray cluster, placed together or not at all. Between `begin` and `end` their processes live.
 
-    `avoid`: addresses of machines that are used only if there are no others; `never`: ids of some that are not used at all.
-    `say` receives a line when gathering takes time, `warn` one when a machine is in a bad way. Raises NoMachines if they
-    do not come.
+    `avoid`: addresses of machines that are used only if there are no others; `never`: ids of some that are not used at
+    all. `say` receives a line when gathering takes time, `warn` one when a machine is in a bad way. Raises NoMachines
+    if they do not come.
     """
 
     def __init__(
@@ -164,7 +165,8 @@ class WorkerGroup:
         # Ranks of one node are neighbours: a ring then crosses between nodes as seldom as it can.
         nodes = placement_group_table(self.placement)["bundles_to_node_id"]
         bundles = sorted(range(self.size), key=lambda bundle: (nodes[bundle], bundle))
-        actor: Any = ray.remote(concurrency_groups={"control": 2})(WorkerActor)  # type: ignore[call-overload]  # not annotated
+        remote: Any = ray.remote
+        actor = remote(concurrency_groups={"control": 2})(WorkerActor)
         self.places: list[dict[str, Any]] = []
         self.actors = [
             actor.options(
@@ -235,7 +237,8 @@ class WorkerGroup:
         return [call.wait(ref, START_S) for ref in refs]
 
     def read_log(self, rank: int, offset: int) -> bytes:
-        """What worker `rank` has written to its log since byte `offset`; works while it is busy. Empty if it is gone."""
+        """What worker `rank` has written to its log since byte `offset`;
+        works while it is busy. Empty if it is gone."""
         if rank in self.watch.lost:
             return b""
         try:
@@ -270,7 +273,8 @@ class WorkerGroup:
         return True
 
     def close(self) -> None:
-        """End all there is of the workers and give the machines back. Where Ray is lost they end with what is left of it."""
+        """End all there is of the workers and give the machines back.
+        Where Ray is lost they end with what is left of it."""
         if ray_session.lost() is None:
             for actor in self.actors:
                 ray.kill(actor)
@@ -313,7 +317,8 @@ def _passed(argument: Any) -> Any:
 
 
 def _passed_on() -> dict[str, str]:
-    """What workers on other machines need of this process's environment; an argument, since Ray shows runtime environments."""
+    """What workers on other machines need of this process's environment;
+    an argument, since Ray shows runtime environments."""
     asked = os.environ.get(ENV_NAMES, "").split()
     return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) or name in asked}
 

@@ -1,7 +1,8 @@
-"""The workers of one phase over all its attempts: gathered on Ray or one in this process, kept where they still serve, given back.
+"""The workers of one phase over all its attempts: gathered on Ray or one in this process,
+kept where they still serve, given back.
 
-After a failure only the processes are ended. Their places, with everything imported, begin the next attempt, unless a place is
-gone or its machine is to be avoided: then new machines are gathered.
+After a failure only the processes are ended. Their places, with everything imported, begin the next attempt, unless a
+place is gone or its machine is to be avoided: then new machines are gathered.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Gang(Protocol):
         ...
 
     def attempt(self, logs: Path) -> Any:
-        """For the length of a `with` block: the groups by role, with the roles built. Their output goes to files in `logs`."""
+        """For the length of a `with` block: the groups by role, with the roles built.
+        Their output goes to files in `logs`."""
         ...
 
     def members(self) -> list[dict[str, Any]]:
@@ -46,8 +48,8 @@ class Gang(Protocol):
         ...
 
     def check(self, storage: str, room: int) -> dict[str, Any] | None:
-        """Look at machines that were not looked at before. `room`: bytes that checkpoints need. Returns figures, None if there are
-        no new machines. Raises what launcher/workers/preflight.py raises."""
+        """Look at machines that were not looked at before. `room`: bytes that checkpoints need. Returns figures, None
+        if there are no new machines. Raises what launcher/workers/preflight.py raises."""
         ...
 
     def price(self) -> float | None:
@@ -160,7 +162,8 @@ class _Team:
     """One group of workers, over all attempts, and the roles that it hosts."""
 
     def __init__(
-        self, phase: Phase, roles: Mapping[str, str], name: str, cache: Path, say: Callable[[str], None], warn: Callable[[str], None]
+        self, phase: Phase, roles: Mapping[str, str], name: str, cache: Path, say: Callable[[str], None],
+        warn: Callable[[str], None]
     ):  # fmt: skip
         self.phase, self.roles, self.name, self.cache, self.say, self.warn = phase, roles, name, cache, say, warn
         self.workers: WorkerGroup | None = None
@@ -284,7 +287,8 @@ class _InlineGang:
 
 
 def _inline_groups(phase: Phase, roles: Mapping[str, str], arguments: tuple[Any, ...]) -> dict[str, Group]:
-    """The roles in this process. Its process group of one is made once and kept: DeepSpeed remembers groups for good."""
+    """The roles in this process. Its process group of one is made once
+    and kept: DeepSpeed remembers groups for good."""
     import torch.distributed as dist
 
     from training.group import InlineGroup, Worker

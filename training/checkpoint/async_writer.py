@@ -1,7 +1,7 @@
 """A worker's shards, written beside the training: copied to host memory at once, then to the storage by a thread.
 
-Training waits for the copy alone. The memory of the copy is taken before the training begins, so that a machine that has too
-little of it shows at the start, and is kept from one save to the next.
+Training waits for the copy alone. The memory of the copy is taken before the training begins, so that a machine that
+has too little of it shows at the start, and is kept from one save to the next.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _LOWEST_PRIORITY = 19
 
 
 class ShardWriter:
-    """Writes the shards of one checkpoint at a time. `pinned`: for copies from a GPU, in memory that it can write to directly."""
+    """Writes the shards of one checkpoint at a time. `pinned`: for copies from a GPU,
+    in memory that it can write to directly."""
 
     def __init__(self, *, pinned: bool = False) -> None:
         self._pinned = pinned
@@ -83,7 +84,8 @@ class ShardWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> list[File]:
-        """Wait for the shards; what was written, nothing if nothing was begun. Raises SaveError if they could not be written."""
+        """Wait for the shards; what was written, nothing if nothing was begun.
+        Raises SaveError if they could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,6 +1,8 @@
-"""A checkpoint -> a plain Hugging Face folder. Reads parameters one by one, so a 70B model needs the memory of one shard.
+"""A checkpoint -> a plain Hugging Face folder. Reads parameters one by one,
+so a 70B model needs the memory of one shard.
 
-Trained weights come from the checkpoint; frozen ones, configuration and tokenizer from the model that the phase started from.
+Trained weights come from the checkpoint; frozen ones, configuration and tokenizer from the model
+that the phase started from.
 """
 
 from __future__ import annotations
@@ -111,7 +113,8 @@ def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]
 
 
 def _merged(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
-    """The base's weights with the adapters added, tensor by tensor, and what was trained whole; by the names of the loaded model."""
+    """The base's weights with the adapters added, tensor by tensor, and what was trained whole;
+    by the names of the loaded model."""
     base, lora = Path(folder_of(base_of(phase.model.path), phase.model.revision)), phase.model.lora
     assert lora is not None, "a phase that has trained adapters"
     if (method := quantization(base)) is not None:
@@ -138,8 +141,8 @@ def _merged(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) 
 
 
 def _of_base(base: Path, phase: Phase, body: str, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the base by their names in the loaded model: read one by one where the files have these names, but perhaps for the
-    prefix of the body, which GPT-2 as published lacks; else from the loaded model."""
+    """The weights of the base by their names in the loaded model: read one by one where the files have these names, but
+    perhaps for the prefix of the body, which GPT-2 as published lacks; else from the loaded model."""
     stored = tensor_shapes(base)
     lacks_prefix = not any(name.startswith(body) for name in stored)
     names = {
@@ -250,8 +253,8 @@ def _classifier_of(config: Any) -> str:
 def give_pad_token(tokenizer: Any, *, chats: bool, rows: int | None) -> None:
     """See that the tokenizer of a reward model pads with a token that no sequence ends with.
 
-    transformers reads the score at the last token that is not the padding. `rows`: of the embedding, where they are known. Without such a
-    token the padding is left out: transformers then reads the last token, and refuses batches.
+    transformers reads the score at the last token that is not the padding. `rows`: of the embedding, where they are
+    known. Without such a token the padding is left out: transformers then reads the last token, and refuses batches.
     """
     ends = _last_tokens(tokenizer, chats)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
@@ -259,8 +262,9 @@ def give_pad_token(tokenizer: Any, *, chats: bool, rows: int | None) -> None:
     vocabulary = tokenizer.get_vocab()
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     by_name = sorted(special, key=lambda token: "pad" not in token.lower())
-    # No byte of text in UTF-8 is 0xFF, so the token of this byte (as tokenizers of bytes write it) stands for nothing. Only the letter
-    # that it is written as reads as padding from then on: a price that tokenizers with any other special token do not pay.
+    # No byte of text in UTF-8 is 0xFF, so the token of this byte (as tokenizers of bytes write it) stands for nothing.
+    # Only the letter that it is written as reads as padding from then on: a price that tokenizers with any other
+    # special token do not pay.
     candidates = [tokenizer.unk_token, tokenizer.bos_token, *by_name, "<0xFF>", "\u00ff"]
     tokenizer.pad_token = next(
         (
@@ -302,7 +306,8 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
 
 
 def _renderer(phase: Phase, learnt_chats: bool) -> Renderer:
-    """The renderer of the phase. Its tokenizer has the chat template that the model has learnt, if it has learnt one."""
+    """The renderer of the phase. Its tokenizer has the chat template
+    that the model has learnt, if it has learnt one."""
     tokenizer: Any = tokenizer_for(phase.model)
     renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos)
     if learnt_chats:

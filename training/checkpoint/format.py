@@ -1,11 +1,12 @@
 """One checkpoint: a folder of shards and a manifest written last. No manifest, no checkpoint.
 
-A worker writes two shards, one of weights and one of the optimizer's state. A shard is a safetensors file of stretches of parameters in
-fp32, `fp32/NAME@START`, or of their moments, `exp_avg/NAME@START`, [count] each. It does not say which worker or ZeRO stage wrote it, so any number of workers at any stage can read what
-they need: a reader asks for elements a..b of a parameter and gets them from wherever they are.
+A worker writes two shards, one of weights and one of the optimizer's state. A shard is a safetensors file of stretches
+of parameters in fp32, `fp32/NAME@START`, or of their moments, `exp_avg/NAME@START`, [count] each. It does not say which
+worker or ZeRO stage wrote it, so any number of workers at any stage can read what they need: a reader asks for elements
+a..b of a parameter and gets them from wherever they are.
 
-Every byte is under a checksum: the manifest has that of a shard's header, the header has those of the shard's blocks. So a
-stretch can be checked without reading the rest of the file.
+Every byte is under a checksum: the manifest has that of a shard's header, the header has those of the shard's blocks.
+So a stretch can be checked without reading the rest of the file.
 
 Knows files and tensors, never DeepSpeed.
 """
@@ -33,7 +34,8 @@ METRICS = "metrics.json"
 WEIGHTS = "fp32"
 """Kind of the tensors that are weights; the others are the optimizer's."""
 OPTIMIZER = ".optimizer.safetensors"
-"""End of the names of shards that hold the optimizer's state alone. Older versions wrote it beside the weights, into the same shard."""
+"""End of the names of shards that hold the optimizer's state alone.
+Older versions wrote it beside the weights, into the same shard."""
 FORMAT = 3
 BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 8
@@ -81,17 +83,20 @@ class Manifest:
     chats: bool
     """Whether the training data are conversations."""
     bos: str = "none"
-    """The setting `data.bos`; manifests of versions without it were written by runs that learnt plain texts without BOS."""
+    """The setting `data.bos`; manifests of versions without it were written by runs
+    that learnt plain texts without BOS."""
     stop_tokens: list[int] | None = None
     """Of PPO: the tokens that end a response. None in manifests of versions that did not note them."""
     job_hash: str
     data_hash: str
     metrics: dict[str, float] = field(default_factory=dict)
-    """Evaluation at this step, if there was one. In the file only of older versions: it is in metrics.json beside it."""
+    """Evaluation at this step, if there was one. In the file only of older versions: it is
+    in metrics.json beside it."""
     parameters: dict[str, list[int]]
     """Shape of every trained parameter."""
     weights_only: bool = False
-    """Whether the optimizer's state was deleted later (`checkpoint.keep_weights`): a run cannot be resumed from here."""
+    """Whether the optimizer's state was deleted later (`checkpoint.keep_weights`): a run cannot
+    be resumed from here."""
     state: dict[str, Any] = field(default_factory=dict)
     """What the driver of the phase goes on from beside weights and moments."""
     files: list[File]
@@ -162,7 +167,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def write_shard(path: Place, layout: Sequence[tuple[str, int]], data: np.ndarray) -> File:
@@ -185,7 +190,7 @@ def _header(layout: Sequence[tuple[str, int]], checksums: Sequence[str]) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def verify(folder: Place, *, deep: bool = True) -> list[str]:
@@ -308,7 +313,8 @@ class _Piece:
 
 
 class Reader:
-    """Reads any stretch of any parameter of a checkpoint, whoever wrote it. Reads headers once, then only what is asked.
+    """Reads any stretch of any parameter of a checkpoint, whoever wrote it.
+    Reads headers once, then only what is asked.
 
     `prefix`: of the role whose parameters are meant; names are given without it.
     """
@@ -330,7 +336,7 @@ class Reader:
         headers = _read(folder, [(file.name, 0, file.header) for file in files])
         for file, header in zip(files, headers, strict=True):
             why = f"{folder / file.name}: its header does not make sense"
-            with made_sense_of(lambda odd, why=why: CheckpointError(f"{why} ({odd})")):  # type: ignore[misc]  # not inferred with a default
+            with made_sense_of(lambda odd, why=why: CheckpointError(f"{why} ({odd})")):  # type: ignore[misc]  # has a default
                 self._index(_Shard(folder, file, header))
 
     def _index(self, shard: _Shard) -> None:

@@ -1,11 +1,12 @@
-"""The checkpoints of one phase of a run: staged, committed, found, kept, deleted. One process commits; workers write shards.
+"""The checkpoints of one phase of a run: staged, committed, found, kept, deleted.
+One process commits; workers write shards.
 
-In a folder an attempt stages inside a folder of its own, `.attempt-2`, and a commit is the renaming of what is staged. A later
-attempt takes that folder away before it looks for checkpoints: from then on nothing of the older one can be committed, and
-what it has committed is seen.
+In a folder an attempt stages inside a folder of its own, `.attempt-2`, and a commit is the renaming of what is staged.
+A later attempt takes that folder away before it looks for checkpoints: from then on nothing of the older one can be
+committed, and what it has committed is seen.
 
-In a bucket nothing can be renamed: the shards of attempt 2 are under `step-.../attempt-2/`, and the manifest, written last,
-makes a checkpoint of them. Whoever finds a later attempt's claim does not write it.
+In a bucket nothing can be renamed: the shards of attempt 2 are under `step-.../attempt-2/`, and the manifest, written
+last, makes a checkpoint of them. Whoever finds a later attempt's claim does not write it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Checkpoints:
         self.root = root
 
     def folders(self) -> list[Place]:
-        """Committed checkpoints, oldest first. In a bucket shards without a manifest are those of an unfinished save."""
+        """Committed checkpoints, oldest first. In a bucket shards without a manifest are those of
+        an unfinished save."""
         folders = [self.root / name for name in sorted(self._steps())]
         return folders if isinstance(self.root, Local) else [f for f in folders if MANIFEST in f.children()]
 
@@ -59,7 +61,8 @@ class Checkpoints:
         return folders[step]
 
     def resumable(self) -> list[Place]:
-        """Those with the optimizer's state, oldest first. One that cannot be read is among them: whoever resumes from it is told why."""
+        """Those with the optimizer's state, oldest first. One that cannot be read is among them:
+        whoever resumes from it is told why."""
         return [folder for folder in self.folders() if not _is_weights_only(folder)]
 
     def newest_whole(self) -> tuple[Place | None, list[str]]:
@@ -98,14 +101,15 @@ class OpenCheckpoints(Checkpoints, ABC):
 
     @abstractmethod
     def stage(self, step: int) -> Place:
-        """An empty folder to write the shards of a step into; not a checkpoint until it is committed. Raises Superseded."""
+        """An empty folder to write the shards of a step into;
+        not a checkpoint until it is committed. Raises Superseded."""
 
     @abstractmethod
     def commit(self, staged: Place, manifest: Manifest) -> Place:
         """Make a checkpoint of a staged folder, in one atomic step. Replaces an older one of the same step.
 
-        The names of `manifest.files` are relative to the staged folder. Raises Superseded, and CheckpointError if a shard
-        is not there: written by a machine that does not share this folder.
+        The names of `manifest.files` are relative to the staged folder. Raises Superseded, and CheckpointError if a
+        shard is not there: written by a machine that does not share this folder.
         """
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -126,10 +130,11 @@ class OpenCheckpoints(Checkpoints, ABC):
     ) -> list[Place]:
         """Delete all but the newest, the newest `keep` of those that count, and the best; returns what was deleted.
 
-        `keep_weights` more of those that count keep their weights alone; if it is not 0, so does the best when it is older.
+        `keep_weights` more of those that count keep their weights alone;
+        if it is not 0, so does the best when it is older.
 
-        `counts(step)` is false for a checkpoint that was made because of an interruption alone: what remains must not depend
-        on those. As long as the newest is not whole nothing is deleted.
+        `counts(step)` is false for a checkpoint that was made because of an interruption alone: what remains must not
+        depend on those. As long as the newest is not whole nothing is deleted.
         """
         folders = self.folders()
         if not folders or verify(folders[-1], deep=False):
@@ -146,7 +151,8 @@ class OpenCheckpoints(Checkpoints, ABC):
         return gone
 
     def drop_optimizer(self, folder: Place) -> None:
-        """Keep the weights of a checkpoint alone. Cut short, it is as it was, or has its weights alone. Raises Superseded.
+        """Keep the weights of a checkpoint alone. Cut short, it is as it was,
+        or has its weights alone. Raises Superseded.
 
         Does nothing to one of an older version, whose shards hold both, or that cannot be read.
         """
@@ -164,8 +170,8 @@ class OpenCheckpoints(Checkpoints, ABC):
 
 
 def delete(folder: Place) -> None:
-    """Delete a checkpoint, of this phase or another. Cut short, it leaves none with holes: in a folder it loses its name first, in a bucket
-    its manifest."""
+    """Delete a checkpoint, of this phase or another. Cut short, it leaves none with holes: in a folder it loses its
+    name first, in a bucket its manifest."""
     if not isinstance(folder, Local):
         (folder / MANIFEST).remove()
         return folder.remove()
@@ -237,7 +243,8 @@ class _InFolder(OpenCheckpoints):
 
     @contextmanager
     def _ours(self) -> Iterator[None]:
-        """In the block a folder that is not there means that a later attempt has taken it away, unless the storage itself is away."""
+        """In the block a folder that is not there means that a later attempt has taken it away,
+        unless the storage itself is away."""
         self._refuse_if_superseded()
         try:
             yield

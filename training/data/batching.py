@@ -14,9 +14,11 @@ from training.config import Phase
 
 _MICRO_TOKENS = 4096
 _MICRO_TOKENS_CPU = 1024
-"""A CPU gains from large micro-batches only that gradients are sent less often, and its memory is slow where it is not used again soon."""
+"""A CPU gains from large micro-batches only that gradients are sent less often,
+and its memory is slow where it is not used again soon."""
 _MICRO_TOKENS_CPU_SMALL = 512
-"""For adapters, whose gradients are quickly sent, and for pairs, of which two that differ in length cost each other more than the sending."""
+"""For adapters, whose gradients are quickly sent, and for pairs, of which two that differ
+in length cost each other more than the sending."""
 _ROW_TOKENS_WITHOUT_VARLEN = 320
 """Without a kernel for packed rows, attention pays for the whole row: longer packs cost more than they save."""
 _ROW_TOKENS_CPU = 512
@@ -42,7 +44,8 @@ class Limits:
     one_row: bool = False
     """A micro-batch is one row: kernels that tell packed samples apart by position take no more."""
     same_length_above: int | None = None
-    """Rows that are longer than this share a micro-batch only with rows of the same length: models to which padding matters."""
+    """Rows that are longer than this share a micro-batch only with rows of the same length: models
+    to which padding matters."""
 
 
 def limits_for(
@@ -156,7 +159,8 @@ def _fits(rows: list[Row], lengths: Sequence[int], limits: Limits) -> bool:
 
 
 def _stretch(turns: list[list[Row]], num_turns: int) -> list[list[Row]]:
-    """The same rows in `num_turns` micro-batches: the fullest are halved, and empty ones are added where none is left."""
+    """The same rows in `num_turns` micro-batches: the fullest are halved,
+    and empty ones are added where none is left."""
     turns = list(turns)
     while len(turns) < num_turns:
         fullest = max(range(len(turns)), key=lambda i: len(turns[i]), default=None)

@@ -25,7 +25,8 @@ def collate(rows: Sequence[Sequence[Sample]]) -> dict[str, Tensor | None]:
     """The micro-batch as the model reads it.
 
     input_ids [R, L]; position_ids [R, L], or None if every row holds one sample; target_index [N], the places (in the
-    flattened rows) whose *next* token is a target; target_ids [N], those tokens. Without rows: one row that teaches nothing.
+    flattened rows) whose *next* token is a target; target_ids [N], those tokens.
+    Without rows: one row that teaches nothing.
     """
     if not rows:
         return {

@@ -1,7 +1,7 @@
 """Final answers: found in a text, compared as mathematics. Knows no model.
 
-A final answer is, in this order: what the last `\\boxed{}` holds, what follows the last `####`, or `A:` at the start of a line, the last
-number of the text.
+A final answer is, in this order: what the last `\\boxed{}` holds, what follows the last `####`, or `A:` at the start of
+a line, the last number of the text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def final_answer(text: str) -> str | None:
 
 
 def expected_answer(text: str) -> str:
-    """The answer that a data set gives: the final one of a worked solution, or the text itself if that is all there is."""
+    """The answer that a data set gives: the final one of a worked solution,
+    or the text itself if that is all there is."""
     if (boxed := _last_boxed(text)) is not None:
         return boxed
     marked = _MARKED.findall(text)

@@ -23,8 +23,8 @@ class Order:
     """The training order over one or several sources whose samples are numbered one after the other.
 
     `sizes[i]` is the number of samples of source i. Without `weights` every sample comes once an epoch. With them an
-    epoch still has sum(sizes) samples, shared out in the ratio of the weights; a source that is used up before the epoch
-    ends starts again in a new order, and one that is not goes on where it stopped in the next epoch.
+    epoch still has sum(sizes) samples, shared out in the ratio of the weights; a source that is used up before the
+    epoch ends starts again in a new order, and one that is not goes on where it stopped in the next epoch.
 
     Raises ValueError when there is no sample.
     """

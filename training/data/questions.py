@@ -109,7 +109,8 @@ def _row_value(read: Row) -> Mapping[str, Any]:
 
 
 def question_text(row: Mapping[str, Any], names: tuple[str, ...] = QUESTION) -> str:
-    """The question of a row that has it as text: of an instruction with its input, as rows to learn from have it. Raises RowError."""
+    """The question of a row that has it as text: of an instruction with its input,
+    as rows to learn from have it. Raises RowError."""
     text = column(row, "question", names)
     is_instruction = next(name for name in names if row.get(name) is not None) == "instruction"
     extra = row.get("input") if is_instruction else None

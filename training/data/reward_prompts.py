@@ -1,4 +1,5 @@
-"""Checks, before anything runs, that the prompts of PPO can be put to its reward models, and that the critic reads the policy's tokens. Results are cached."""
+"""Checks, before anything runs, that the prompts of PPO can be put to its reward models, and that the critic reads the
+policy's tokens. Results are cached."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ RESPONSE = "Yes"
 def check(phase: Phase, prompts: TokenStore, cache: Path) -> list[str]:
     """Notes on how reward models are given the prompts.
 
-    Raises InputError with prompts that their templates refuse, with those that are too long for them, and for a critic that would start from a
-    model of another tokenizer. Models that are not in a folder here are not looked at.
+    Raises InputError with prompts that their templates refuse, with those that are too long for them, and for a critic
+    that would start from a model of another tokenizer. Models that are not in a folder here are not looked at.
     """
     notes: list[str] = []
     problems = _critic_problems(phase, cache)
@@ -71,8 +72,8 @@ def _critic_problems(phase: Phase, cache: Path) -> list[Problem]:
         return []
     what = start if phase.named_critic else f"the reward model {start}"
     message = (
-        f"the critic starts from {what}, whose tokenizer is not the policy's: it would read the policy's tokens as others; set "
-        "critic to a model that has the policy's tokenizer"
+        f"the critic starts from {what}, whose tokenizer is not the policy's: it would read the policy's tokens as "
+        "others; set critic to a model that has the policy's tokenizer"
     )
     return [Problem("", "critic", message)]
 

@@ -20,7 +20,8 @@ class Hooks(Protocol):
     resume_at: int | None
     """Step of the checkpoint to go on from, 0 for the beginning; None for the newest whole one."""
     accepted_before: int
-    """Checkpoints of attempts before this one may be of another job or other data: the user wants to go on with them."""
+    """Checkpoints of attempts before this one may be of another job
+    or other data: the user wants to go on with them."""
 
     profiles: Place
     """Folder of what profiled steps leave."""
@@ -57,15 +58,18 @@ class Hooks(Protocol):
         ...
 
     def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None:
-        """Training begins, `step` steps are done already. `evaluates`: the evaluation of the last of them is done (again) now."""
+        """Training begins, `step` steps are done already. `evaluates`: the evaluation of the last
+        of them is done (again) now."""
         ...
 
     def make_room(self, best: Place | None) -> None:
-        """Delete older checkpoints of the run, but not `best`, until its quota has room for another. Raises StorageError or OSError."""
+        """Delete older checkpoints of the run, but not `best`, until its quota has room for another.
+        Raises StorageError or OSError."""
         ...
 
     def save_requested(self, step: int) -> bool:
-        """Whether somebody has asked for a checkpoint now; asked once, and answered that the state after `step` will be saved."""
+        """Whether somebody has asked for a checkpoint now; asked once,
+        and answered that the state after `step` will be saved."""
         ...
 
     def clock(self) -> float:

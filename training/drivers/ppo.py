@@ -1,4 +1,5 @@
-"""The driver of PPO: generate, score, estimate advantages, improve; again for every iteration. It asks the roles, who compute.
+"""The driver of PPO: generate, score, estimate advantages, improve; again for every iteration.
+It asks the roles, who compute.
 
 Roles in different groups work at the same time: whatever does not depend on an answer is asked before it is waited for.
 """
@@ -133,7 +134,8 @@ class _Loop:
         return row, experience
 
     def sync(self, rollout: Group) -> None:
-        """Send the policy's weights to those who write, piece by piece: a piece is gathered while the one before is loaded."""
+        """Send the policy's weights to those who write, piece by piece: a piece is gathered while
+        the one before is loaded."""
         pieces = results(self.policy.call("num_buckets"), PART_S)[0]
         loading: list[Future] = []
         for number in range(pieces):
@@ -153,7 +155,8 @@ class _Loop:
             yield experience
 
     def _begin_to_write(self, step: int) -> list[list[Future]]:
-        """Ask for all rounds: by a rollout group, who get the policy's weights before, or by the policy's own workers."""
+        """Ask for all rounds: by a rollout group, who get the policy's weights before,
+        or by the policy's own workers."""
         writers = self.policy
         if self.rollout is not None:
             writers = self.rollout
@@ -190,7 +193,8 @@ class _Loop:
         return Experience.together(parts)
 
     def remembered(self) -> dict[str, Any]:
-        """What an iteration leaves to the next, for a checkpoint. Waits for what is being written: its policy cannot be had again."""
+        """What an iteration leaves to the next, for a checkpoint. Waits
+        for what is being written: its policy cannot be had again."""
         if self._being_written and not self.state.reached:
             self.ahead = self._taken()
         return asdict(replace(self.state, ahead=self.ahead.dumped() if self.ahead else ""))
@@ -206,7 +210,8 @@ class _Loop:
         return [*asked, ("score", list(chain(*places)), self.reward.map("scores", parts))]
 
     def improve(self, experience: Experience, step: int) -> dict[str, Any]:
-        """Passes over the responses in minibatches, policy and critic at the same time. Returns the means of the losses."""
+        """Passes over the responses in minibatches, policy and critic at the same time.
+        Returns the means of the losses."""
         phase, total = self.phase, self.facts.total_steps
         rate, of_critic = (
             learning_rate(peak, phase.schedule, step, total)

@@ -1,4 +1,5 @@
-"""The steps that a phase wants profiled: asks the workers to begin before the first of them and to end after the last."""
+"""The steps that a phase wants profiled: asks the workers to begin before the first of them
+and to end after the last."""
 
 from __future__ import annotations
 

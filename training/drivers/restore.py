@@ -19,10 +19,11 @@ SETUP_S = 3600.0
 
 
 def resume(learners: Mapping[str, Group], hooks: Hooks, facts: Facts) -> Manifest | None:
-    """Restore the checkpoint that the run asks for, or the newest whole one; returns its manifest, None if there is none.
+    """Restore the checkpoint that the run asks for, or the newest whole one;
+    returns its manifest, None if there is none.
 
-    Raises InputError if a worker cannot write checkpoints, or the one to go on from was trained on another job or other data;
-    CheckpointError if there are checkpoints and none is whole.
+    Raises InputError if a worker cannot write checkpoints, or the one to go on from was trained on another job or other
+    data; CheckpointError if there are checkpoints and none is whole.
     """
     _refuse_unwritable(learners, hooks)
     candidates = _candidates(hooks)
@@ -43,7 +44,8 @@ def _nothing_to_resume(hooks: Hooks) -> str:
     checkpoints = hooks.checkpoints
     left = [str(step_of(folder)) for folder in checkpoints.folders() if folder not in checkpoints.resumable()]
     light = (
-        f"; those with weights alone ({', '.join(left)}; checkpoint.keep_weights) cannot be resumed, `muster export` writes their models"
+        f"; those with weights alone ({', '.join(left)}; checkpoint.keep_weights) cannot be resumed, `muster export` "
+        "writes their models"
         if left
         else ""
     )
@@ -64,7 +66,8 @@ def _complaints(learners: Mapping[str, Group], method: str, address: str) -> lis
 
 
 def _candidates(hooks: Hooks) -> list[Place]:
-    """What may be gone on from, the likeliest first. Raises CheckpointError if the one that is asked for is not there."""
+    """What may be gone on from, the likeliest first. Raises CheckpointError if the one
+    that is asked for is not there."""
     if hooks.resume_at is None:
         return hooks.checkpoints.resumable()[::-1]
     return [hooks.checkpoints.at(hooks.resume_at)] if hooks.resume_at else []
@@ -109,15 +112,18 @@ def _refuse_change(folder: Place, manifest: Manifest, hooks: Hooks, facts: Facts
     stops = facts.stop_tokens_before if manifest.stop_tokens is None else tuple(manifest.stop_tokens)
     if set(stops) != set(facts.stop_tokens):
         changes.append(
-            f"its responses ended at the tokens {_listed(stops)}, now they end at {_listed(facts.stop_tokens)}: the end of a turn that the "
-            "chat template writes is one of these, also where it is not the tokenizer's EOS"
+            f"its responses ended at the tokens {_listed(stops)}, now they end at {_listed(facts.stop_tokens)}: the "
+            "end of a turn that the chat template writes is one of these, also where it is not the tokenizer's EOS"
         )
     if manifest.dtype != facts.dtype:
         changes.append(
             f"it was computed in {manifest.dtype}, these workers would go on in {facts.dtype}; set model.dtype"
         )
     if changes:
-        advice = "bring back what it was, begin a run under another name, or go on all the same: muster resume RUN --accept-changes"
+        advice = (
+            "bring back what it was, begin a run under another name, or go on all the same: muster resume RUN "
+            "--accept-changes"
+        )
         raise InputError.of(str(folder), "\n  ".join([*changes, advice]))
 
 
@@ -129,8 +135,8 @@ def _what_changed(names: tuple[str, ...]) -> str:
     """Why rows have other tokens than in an earlier version, and how they get the old ones, if there is a way."""
     if names == (BOS,):
         return (
-            "the tokenizer puts BOS before plain texts, which is now learnt; data.bos: none goes on with the old tokens: "
-            "muster resume RUN phases.PHASE.data.bos=none"
+            "the tokenizer puts BOS before plain texts, which is now learnt; data.bos: none goes on with the old "
+            "tokens: muster resume RUN phases.PHASE.data.bos=none"
         )
     read = "; ".join(CHANGES[name] for name in names)
     return f"it was trained by a version of Muster that read these rows differently; now {read}"

@@ -1,7 +1,8 @@
-"""Saves checkpoints of all roles that learn beside their training: workers write, this process commits when all have written.
+"""Saves checkpoints of all roles that learn beside their training: workers write,
+this process commits when all have written.
 
-One save at a time; the next waits for it. A save that fails is told and tried again; a second failure in a row ends the run,
-since from then on everything that is trained could be lost.
+One save at a time; the next waits for it. A save that fails is told and tried again; a second failure in a row ends the
+run, since from then on everything that is trained could be lost.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Saver:
         self._committed = newest
         """Step of the newest checkpoint that is committed."""
         self._evaluations: dict[int, Mapping[str, float]] = {}
-        """By step, until they are written beside their checkpoints: a save may take longer than it is to the next evaluation."""
+        """By step, until they are written beside their checkpoints: a save may take longer than it is
+        to the next evaluation."""
 
     def is_due(self, step: int) -> bool:
         """Whether to save the state after `step`."""
@@ -97,7 +99,8 @@ class Saver:
                 self._retain()
 
     def _note(self) -> bool:
-        """Write evaluations beside their checkpoints, once these are committed. A failure is told; it is tried again later."""
+        """Write evaluations beside their checkpoints, once these are committed. A failure is told;
+        it is tried again later."""
         due = [step for step in self._evaluations if step <= self._committed]
         if not due:
             return False
@@ -128,7 +131,8 @@ class Saver:
         return self._pending is not None
 
     def attend(self, step: int, state: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """While the state after `step` is evaluated: as `poll`, and save it when somebody asks for it or the clock says so."""
+        """While the state after `step` is evaluated: as `poll`, and save it when somebody asks
+        for it or the clock says so."""
         self.poll()
         if self.hooks.save_requested(step) or self._is_time(step):
             self.save(step, state())
@@ -209,7 +213,8 @@ class Saver:
         return self.hooks.checkpoints.best(best.metric, smaller_is_better=best.smaller_is_better, counts=self.counts)
 
     def counts(self, step: int) -> bool:
-        """Whether the job asks for a checkpoint of this very step: not one made by the clock, or because of an interruption."""
+        """Whether the job asks for a checkpoint of this very step: not one made by the clock,
+        or because of an interruption."""
         period = self.phase.save_period
         return step == self.last_step or (period is not None and step % period == 0)
 

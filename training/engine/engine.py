@@ -1,7 +1,7 @@
 """One DeepSpeed engine: the step over a global batch, and the training state it holds, piece by piece.
 
-The only file that imports DeepSpeed and the only one that reads its internals (pinned by tests/training/roles/test_trainer.py).
-Knows nothing of data, files or recipes.
+The only file that imports DeepSpeed and the only one that reads its internals (pinned by
+tests/training/roles/test_trainer.py). Knows nothing of data, files or recipes.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _WRAPPER_PREFIX = "lm."
 class Fragment:
     """A stretch of one parameter that this worker holds, in fp32.
 
-    `tensors` are 1-D views into the engine's own state, [count] each: `fp32` (master weights) and, once the optimizer has
-    stepped, its moments. Writing into a view changes the state; `Engine.publish` then carries it into the model's weights.
+    `tensors` are 1-D views into the engine's own state, [count] each: `fp32` (master weights) and, once the optimizer
+    has stepped, its moments. Writing into a view changes the state; `Engine.publish` then carries it into the model's
+    weights.
     """
 
     name: str
@@ -103,8 +104,8 @@ class Engine:
     """A module under DeepSpeed.
 
     `build` makes the module (its language model under the attribute `lm`); it is called once, inside ZeRO-3's
-    partitioned initialisation where that applies, so that no worker ever holds the whole model. What the phase leaves open
-    (`model.gradient_checkpointing: auto`) is off.
+    partitioned initialisation where that applies, so that no worker ever holds the whole model. What the phase leaves
+    open (`model.gradient_checkpointing: auto`) is off.
     """
 
     def __init__(self, build: Callable[[torch.dtype], nn.Module], phase: Phase, seat: Seat, dtype: torch.dtype):
@@ -147,7 +148,8 @@ class Engine:
     def step(
         self, micro_batches: Sequence[Mapping[str, Tensor | None]], *, weight: int, learning_rate: float
     ) -> tuple[Tensor, Tensor]:
-        """One optimizer step over this worker's share of a global batch; the module returns sums, that of the loss first.
+        """One optimizer step over this worker's share of a global batch;
+        the module returns sums, that of the loss first.
 
         Returns this worker's sums [measures], and the gradient norm of the whole batch []. The gradient is that of
         (sum of the loss over all workers) / weight.
@@ -207,7 +209,8 @@ class Engine:
     def whole_model(self, skeleton: Callable[[torch.dtype], nn.Module]) -> Iterator[nn.Module]:
         """For the length of a block the language model with all its weights, as they are now, to generate with.
 
-        Under ZeRO-3 that is a copy, gathered once, of the memory of the whole model; `skeleton` makes it without weights.
+        Under ZeRO-3 that is a copy, gathered once, of the memory of the whole model;
+        `skeleton` makes it without weights.
         """
         if self.stage < 3:
             self.ds.eval()
@@ -237,7 +240,8 @@ class Engine:
 
     @torch.no_grad()
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Whole parameters of the language model, as it computes with them now and until it learns. Every worker must ask for the same."""
+        """Whole parameters of the language model, as it computes with them now and until it learns.
+        Every worker must ask for the same."""
         import deepspeed
 
         parameters = dict(self.ds.module.lm.named_parameters())
@@ -367,7 +371,8 @@ class Engine:
                         p._hp_mapping.set_optim_state_fragment(flat, zero.optimizer.state[flat])
             for parts, (_, flat) in zip(self._weight_partitions(), self._partitions(), strict=True):
                 parts[self.rank].copy_(flat.data)
-                # Into place: gloo's all-gather, which DeepSpeed's own function uses, takes three times as long and a copy.
+                # Into place: gloo's all-gather, which DeepSpeed's own function uses,
+                # takes three times as long and a copy.
                 for rank, part in enumerate(parts):
                     dist.broadcast(part, rank)
         else:
@@ -421,7 +426,8 @@ def device_of(seat: Seat) -> torch.device:
 
 
 def whole(parameter: Any) -> AbstractContextManager[Any]:
-    """For the length of a block the whole of a parameter that ZeRO-3 may have sharded; what worker 0 makes of it stays."""
+    """For the length of a block the whole of a parameter that ZeRO-3 may have sharded;
+    what worker 0 makes of it stays."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -472,9 +478,9 @@ def _start_deepspeed(seat: Seat) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of what DeepSpeed calls
-    # DeepSpeed compiles a CPU op at first use, minutes of silence, and waits for ever on the lock of a killed compilation.
-    # Only its inference collectives need the op. Its table of usable ops is the switch; given empty, it is not probed for
-    # either, which would run the compiler.
+    # DeepSpeed compiles a CPU op at first use, minutes of silence, and waits for ever on the lock of a killed
+    # compilation. Only its inference collectives need the op. Its table of usable ops is the switch; given empty, it is
+    # not probed for either, which would run the compiler.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(
         dist_backend="nccl" if seat.device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False

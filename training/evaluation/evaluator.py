@@ -48,7 +48,8 @@ class Evaluator:
 
 
 class Texts:
-    """What a model reads and writes, between texts and tokens. Without its weights, so that prompts are checked before these load.
+    """What a model reads and writes, between texts and tokens. Without its weights,
+    so that prompts are checked before these load.
 
     Raises InputError for a template that the model does not have.
     """
@@ -63,7 +64,8 @@ class Texts:
         self.rows = embedding_rows(path)
 
     def ids(self, content: str | Chat | Prompt) -> list[int]:
-        """The tokens of a prompt that leave room for a response. Raises RowError for one that cannot be put to the model."""
+        """The tokens of a prompt that leave room for a response. Raises RowError for one
+        that cannot be put to the model."""
         ids = self.tokens(content)
         if not ids:
             raise RowError("the prompt comes to no tokens; give it some text")
@@ -71,12 +73,14 @@ class Texts:
             raise RowError(wrong)
         if self.window is not None and len(ids) >= self.window:
             raise RowError(
-                f"the prompt has {len(ids):,} tokens, the model has {self.window:,} positions for it and the response; shorten it"
+                f"the prompt has {len(ids):,} tokens, the model has {self.window:,} positions for it and the response; "
+                "shorten it"
             )
         return ids
 
     def tokens(self, content: str | Chat | Prompt) -> list[int]:
-        """The tokens of a conversation, or of a text, which is a user's turn if the model is to chat. Raises RowError."""
+        """The tokens of a conversation, or of a text, which is a user's turn if the model is
+        to chat. Raises RowError."""
         prompt = content if isinstance(content, Prompt) else Prompt(content)
         content = prompt.content
         if isinstance(content, Chat) and not self.renderer.tokenizer.chat_template:
@@ -149,7 +153,8 @@ class Judge:
     def rewards(
         self, prompts: Sequence[str | Prompt], responses: Sequence[str], ended: Sequence[bool] | None = None
     ) -> list[float]:
-        """One number for each response to its prompt. `ended`: whether a response was ended, not cut off; None: all were."""
+        """One number for each response to its prompt. `ended`: whether a response was ended,
+        not cut off; None: all were."""
         asked = [Prompt(each) if isinstance(each, str) else each for each in prompts]
         rendered = self.renderer.judged(asked, responses, ended or [True] * len(responses))
         if refused := [each for each in rendered if isinstance(each, RowError)]:

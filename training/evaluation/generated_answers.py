@@ -1,6 +1,7 @@
 """Evaluation by generated answers: a model answers questions, the answers are compared with the right ones.
 
-Workers share the questions out; each writes and judges its own. What a question is answered does not depend on who does it.
+Workers share the questions out; each writes and judges its own. What a question is answered does
+not depend on who does it.
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ class Sitting:
 
 
 def exam_of(phase: Phase, *, chats: bool) -> Exam:
-    """The exam of a phase that has learnt conversations, or texts as they stand. Raises InputError for rows that cannot be asked."""
+    """The exam of a phase that has learnt conversations, or texts as they stand.
+    Raises InputError for rows that cannot be asked."""
     settings = phase.eval
     assert settings is not None, "there is nothing to ask"
     tokenizer = tokenizer_for(phase.model)

@@ -48,7 +48,8 @@ class Streamed:
 def respond(
     model: Speaker, content: str | Chat | Prompt, key: int, settings: Sampling, say: Callable[[str], None]
 ) -> Continued:
-    """The response to one prompt, said piece by piece while it is drawn. Raises RowError for a prompt that cannot be put."""
+    """The response to one prompt, said piece by piece while it is drawn.
+    Raises RowError for a prompt that cannot be put."""
     streamed = Streamed(model.text)
 
     def heard(_: int, token: int) -> None:

@@ -1,4 +1,5 @@
-"""Continues token sequences by transformers' continuous batching: where a row ends, the next prompt takes its place at once.
+"""Continues token sequences by transformers' continuous batching: where a row ends,
+the next prompt takes its place at once.
 
 The tokens are those of training/generation/sampling.py, drawn by the same numbers, whatever shares a pass with them.
 """

@@ -42,7 +42,8 @@ class StatusError(RequestError):
 def fetch(
     request: urllib.request.Request, timeout_s: float, opener: urllib.request.OpenerDirector | None = None
 ) -> bytes:
-    """The body of the answer, whose first byte and last byte come within `timeout_s`. Raises RequestError, StatusError."""
+    """The body of the answer, whose first byte and last byte come within `timeout_s`.
+    Raises RequestError, StatusError."""
     open_ = urllib.request.urlopen if opener is None else opener.open
     try:
         return within(timeout_s, lambda: _fetch(open_, request, timeout_s))

@@ -1,8 +1,8 @@
 """What a language model says of tokens, measured a chunk of places at a time, so that their logits never exist whole.
 
-At 4,096 places and a vocabulary of 128,000 the logits of a micro-batch and their gradient are 5 GB, more than all else that a LoRA
-step keeps. Above LOGITS_AT_ONCE a chunk's logits are computed, measured and forgotten, and computed again in the backward pass:
-one more forward pass of the head alone.
+At 4,096 places and a vocabulary of 128,000 the logits of a micro-batch and their gradient are 5 GB, more than all else
+that a LoRA step keeps. Above LOGITS_AT_ONCE a chunk's logits are computed, measured and forgotten, and computed again
+in the backward pass: one more forward pass of the head alone.
 
 Shapes: R rows, L places in a row, N places that are measured, V vocabulary, K measures.
 """
@@ -28,7 +28,8 @@ Measure = Callable[..., Tensor]
 def measured_at(
     lm: Any, input_ids: Tensor, position_ids: Tensor | None, index: Tensor, measure: Measure, *known: Tensor
 ) -> Tensor:
-    """Measures of what a causal language model says of the tokens after N places of the flattened rows. [R, L], [N] -> [N, K]
+    """Measures of what a causal language model says of the tokens after N places of the flattened
+    rows. [R, L], [N] -> [N, K]
 
     `known` [N, ...] is handed to `measure` beside the logits.
     """
@@ -55,8 +56,8 @@ def measured_at(
 def _measuring(head: nn.Module, measure: Measure, known: tuple[Tensor, ...], num_chunks: int) -> Iterator[None]:
     """Within the block the head answers with measures of its logits.
 
-    It is still called once: ZeRO-3 gathers its weights for a call, forward and backward, and all workers must ask for them
-    equally often, however many places each has.
+    It is still called once: ZeRO-3 gathers its weights for a call, forward and backward, and all workers must ask for
+    them equally often, however many places each has.
     """
     plain = head.forward
 

@@ -1,4 +1,5 @@
-"""Loads the model that a phase trains, and states what is learnt from tokens: the sum of the loss over those that are targets."""
+"""Loads the model that a phase trains, and states what is learnt from tokens: the sum of the loss
+over those that are targets."""
 
 from __future__ import annotations
 
@@ -57,10 +58,11 @@ def _multiplies_bf16(device: str) -> bool:
 
 
 def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = False) -> nn.Module:
-    """The model that a phase trains, with its weights in `dtype`, dropout off; with LoRA only its adapters are trainable.
+    """The model that a phase trains, with its weights in `dtype`, dropout off;
+    with LoRA only its adapters are trainable.
 
-    `classifier`: with a scalar head instead of the one for tokens. A phase that starts from an adapter trains that one on, or
-    without `model.lora` all weights with it merged in. Raises InputError if it cannot be loaded.
+    `classifier`: with a scalar head instead of the one for tokens. A phase that starts from an adapter trains that one
+    on, or without `model.lora` all weights with it merged in. Raises InputError if it cannot be loaded.
     """
     adapter = adapter_in(phase.model.path)
     settings = phase.model.model_copy(update={"path": base_of(phase.model.path)})
@@ -239,7 +241,8 @@ def head_of(lm: nn.Module) -> nn.Module:
 
 
 def set_head(lm: nn.Module, phase: Phase, adapter: Adapter | None, *, fresh: bool) -> None:
-    """The head of a new reward model: normal with standard deviation 1/sqrt(d+1) (arXiv:2009.01325), by the seed alone."""
+    """The head of a new reward model: normal with standard deviation 1/sqrt(d+1)
+    (arXiv:2009.01325), by the seed alone."""
     if not hasattr(lm, HEAD):  # a language model that is to be both
         config: Any = lm.config
         parameter = next(lm.parameters())
@@ -275,7 +278,8 @@ def resolve_kernels(model: Model, device: str) -> kernels.Kernels:
 
 
 def load_config(model: Model) -> Any:
-    """The model's configuration with all that is random in training set to 0. Raises InputError if there is none to be read."""
+    """The model's configuration with all that is random in training set to 0.
+    Raises InputError if there is none to be read."""
     from transformers import AutoConfig
 
     try:
@@ -290,7 +294,8 @@ def load_config(model: Model) -> Any:
 
 
 def _without_noise(config: Any) -> None:
-    """Set what is random in training to 0, also in the settings of a part of the model: else the loss would depend on it."""
+    """Set what is random in training to 0, also in the settings of a part of the model: else the
+    loss would depend on it."""
     for key, value in config.to_dict().items():
         if isinstance(value, dict) and hasattr(part := getattr(config, key, None), "to_dict"):
             _without_noise(part)
@@ -325,7 +330,8 @@ def _tell_traits(lm: Any, model: Model) -> None:
 
 
 def _forget_lengths(rotary: Any, _: Any) -> None:
-    """Dynamic rotary factors stay those of the longest sample so far, in transformers; here they are those of each micro-batch."""
+    """Dynamic rotary factors stay those of the longest sample so far, in transformers;
+    here they are those of each micro-batch."""
     if rotary.max_seq_len_cached != rotary.original_max_seq_len:
         rotary.max_seq_len_cached = rotary.original_max_seq_len
         rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device)

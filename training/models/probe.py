@@ -1,7 +1,9 @@
-"""Finds out what a model's code can do, with a small copy of it on the CPU: `python -m training.models.probe SETTINGS` (JSON of path and trust_remote_code).
+"""Finds out what a model's code can do, with a small copy of it on the CPU: `python -m training.models.probe SETTINGS`
+(JSON of path and trust_remote_code).
 
-Equality is to a relative 1e-5 of the largest logit, in fp32. That a sample does not see another is stricter: with the other one changed its
-logits stay the same bit for bit; or, in a mixture of experts, where the number of tokens of an expert shows in the rounding, the gradient is zero.
+Equality is to a relative 1e-5 of the largest logit, in fp32. That a sample does not see another is stricter: with the
+other one changed its logits stay the same bit for bit; or, in a mixture of experts, where the number of tokens of an
+expert shows in the rounding, the gradient is zero.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ TOLERANCE = 1e-5
 _ROUNDING = 1e-6
 """Of a mixture of experts."""
 _CACHE_TOLERANCE = 1e-4
-"""A state-space model computes one token by another sum than a sequence; caches that are wrong differ by a hundredth."""
+"""A state-space model computes one token by another sum than a sequence;
+caches that are wrong differ by a hundredth."""
 _LENGTHS = (5, 17, 11)
 """Of the samples: shorter and longer than the windows of a small copy."""
 _NEW_TOKENS = 6
@@ -99,7 +102,8 @@ def _in_one_line(error: Exception) -> str:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """For the length of a block: no warnings, random numbers that nobody else sees, and none of what the caller has switched on or off."""
+    """For the length of a block: no warnings, random numbers that nobody else sees,
+    and none of what the caller has switched on or off."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -131,7 +135,8 @@ class _Probe:
     def __init__(self, config: Any, small: Any, lm: Any, trust_remote_code: bool):
         self.config, self.small, self.lm, self.trust_remote_code = config, small, lm, trust_remote_code
         self.picks = any(getattr(small, name, None) is not None for name in ("index_topk", "keep_window_size"))
-        """Attention is to the tokens of the highest scores: which these are can depend on what else is in the row, and on its length."""
+        """Attention is to the tokens of the highest scores: which these are can depend on what else is
+        in the row, and on its length."""
         generator = np.random.default_rng(0)
         self.samples = [self._drawn(generator, length) for length in _LENGTHS]
         self.others = [self._drawn(generator, length) for length in _LENGTHS]
@@ -163,7 +168,7 @@ class _Probe:
             generation=self.generation(),
         )
 
-    # -- attention ------------------------------------------------------------------------------------------------------
+    # -- attention -----------------------------------------------------------------------------------------------------
 
     def kernel(self, name: str) -> Kernel:
         lm = self.with_kernel(name)
@@ -210,7 +215,8 @@ class _Probe:
         return self.computes(rows, _logits(lm, rows))
 
     def keeps_apart(self, lm: Any, *, varlen: bool) -> bool:
-        """Whether samples that share a row do not see each other, be they earlier or later, and padding behind them is no sample either."""
+        """Whether samples that share a row do not see each other, be they earlier or later,
+        and padding behind them is no sample either."""
         short, long, middle = self.samples
         layouts = [[[long, short, middle]], [[short, middle, long]]]
         if not varlen:  # whose micro-batches are one row
@@ -260,7 +266,7 @@ class _Probe:
         together = _logits(lm, [[short], [long]])[0][0]
         return None if _equal(alone, together) else _original_length(self.config)
 
-    # -- heads ----------------------------------------------------------------------------------------------------------
+    # -- heads ---------------------------------------------------------------------------------------------------------
 
     def has_body(self) -> bool:
         with torch.no_grad():
@@ -315,7 +321,7 @@ class _Probe:
             alone = [scores(lm, _tensor(ids), None, torch.tensor([len(ids) - 1])) for pair in pairs for ids in pair]
         return _equal(together, torch.cat(alone))
 
-    # -- generation -----------------------------------------------------------------------------------------------------
+    # -- generation ----------------------------------------------------------------------------------------------------
 
     def generation(self) -> Generation:
         from training.generation.sampling import Sampling, continue_all
@@ -342,7 +348,8 @@ class _Probe:
             del self.lm.traits
 
     def has_cache(self) -> bool:
-        """Whether tokens that are read one by one behind others, with a cache, have the logits that the whole sequence has.
+        """Whether tokens that are read one by one behind others, with a cache,
+        have the logits that the whole sequence has.
 
         The likeliest tokens alone would not show it: a cache that is a little wrong changes few of them.
         """
@@ -359,7 +366,8 @@ class _Probe:
         return True
 
     def pads_left(self) -> bool:
-        """Whether the last logits of samples that are padded on the left, as for generation, are those that they have alone."""
+        """Whether the last logits of samples that are padded on the left, as for generation,
+        are those that they have alone."""
         length = max(map(len, self.samples))
         ids = torch.tensor(np.stack([np.pad(each, (length - len(each), 0)) for each in self.samples]))
         mask = torch.tensor(np.stack([np.arange(length) >= length - len(each) for each in self.samples])).long()

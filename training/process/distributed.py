@@ -59,8 +59,9 @@ def set_environment(seat: Seat) -> None:
     # DeepSpeed imports torch's inductor, 1.4 s, for an optimizer that is not used here.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if seat.device == "cpu":
-        # In bf16 oneDNN makes a primitive for every shape, of which packed rows have many. It and torch before it each keep 1,024:
-        # a model of 2 M parameters grew by 1.6 GiB in 160 micro-batches, with 64 by 0.2, at the same speed. (0 crashes torch.)
+        # In bf16 oneDNN makes a primitive for every shape, of which packed rows have many. It and torch before it each
+        # keep 1,024: a model of 2 M parameters grew by 1.6 GiB in 160 micro-batches, with 64 by 0.2, at the same speed.
+        # (0 crashes torch.)
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, "64")
     if (interface := _interface_of(seat.address)) is not None:
@@ -69,7 +70,8 @@ def set_environment(seat: Seat) -> None:
 
 
 def _interface_of(address: str) -> str | None:
-    """Name of the network interface with this address. Else gloo asks for the host's name, which Debian maps to 127.0.1.1."""
+    """Name of the network interface with this address. Else gloo asks for the host's name,
+    which Debian maps to 127.0.1.1."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in addresses):
             return str(name)
@@ -79,8 +81,9 @@ def _interface_of(address: str) -> str | None:
 def join(seat: Seat, key: bytes = b"", listener: socket.socket | None = None) -> None:
     """Make the default process group: NCCL on GPUs, gloo on CPUs. Worker 0 brings the socket it listens on.
 
-    `key`: at least 32 secret bytes, the same for all workers of the group and for nobody else; a group of one needs none.
-    Raises torch's DistNetworkError if worker 0 cannot be reached, is gone, or has another key; DistStoreError if workers do not come.
+    `key`: at least 32 secret bytes, the same for all workers of the group and for nobody else; a group of one needs
+    none. Raises torch's DistNetworkError if worker 0 cannot be reached, is gone, or has another key; DistStoreError if
+    workers do not come.
     """
     import torch
     import torch.distributed as dist
@@ -110,7 +113,8 @@ def _shared_store(seat: Seat, key: bytes, listener: socket.socket | None) -> Any
 
 
 def limit_waits(timeout_s: float) -> None:
-    """Give every process group that exists the time limit: DeepSpeed makes groups that wait 30 minutes whatever it is told."""
+    """Give every process group that exists the time limit: DeepSpeed makes groups
+    that wait 30 minutes whatever it is told."""
     from torch.distributed import distributed_c10d as c10d
 
     for group in list(c10d._world.pg_map):

@@ -105,7 +105,10 @@ class _Profile:
         where = "cuda" if on_gpu else f"cpu with {torch.get_num_threads()} thread(s)"
         blind = on_gpu and not tells_of_gpu(events)
         return [
-            f"{head}: {total / num_steps:.3f} s a step under the profiler, on {where}; at most {most / _GIB:.2f} GiB of memory so far",
+            (
+                f"{head}: {total / num_steps:.3f} s a step under the profiler, on {where}; at most {most / _GIB:.2f} "
+                "GiB of memory so far"
+            ),
             *(["the GPU did not tell its times: these are the main thread's, which runs ahead of it"] if blind else []),
             "",
             *table(seconds, num_steps),

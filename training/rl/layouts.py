@@ -8,7 +8,7 @@ from training.config import PPO, Placement
 
 
 def layouts(phase: PPO) -> Iterator[tuple[str, list[Placement] | None]]:
-    """Ways to seat the roles on as many workers as the phase has."""
+    """Ways to place the roles on as many workers as the phase has."""
     count = phase.num_workers
     half, quarter = count // 2, count // 4
     judged = any(source.is_model for source in phase.rewards)
@@ -26,16 +26,18 @@ def layouts(phase: PPO) -> Iterator[tuple[str, list[Placement] | None]]:
         yield (
             f"policy, reference on {quarter}; critic, reward on {rest}; rollout on {half}",
             [
-                Placement(roles=["policy", "reference"], workers=quarter), Placement(roles=["critic", "reward"], workers=rest),
+                Placement(roles=["policy", "reference"], workers=quarter),
+                Placement(roles=["critic", "reward"], workers=rest),
                 Placement(roles=["rollout"], workers=half),
             ],
-        )  # fmt: skip
+        )
     if judged and count >= 8:
         eighth = count // 8
         yield (
             f"policy, critic on {half}; reference, reward on {2 * eighth}; rollout on {count - half - 2 * eighth}",
             [
-                Placement(roles=["policy", "critic"], workers=half), Placement(roles=["reference", "reward"], workers=2 * eighth),
+                Placement(roles=["policy", "critic"], workers=half),
+                Placement(roles=["reference", "reward"], workers=2 * eighth),
                 Placement(roles=["rollout"], workers=count - half - 2 * eighth),
             ],
-        )  # fmt: skip
+        )

@@ -1,4 +1,4 @@
-"""Memory of one worker of PPO, worked out before there is one: the roles that it hosts, and the model that several of them share.
+"""Memory of one worker of PPO, by formula: the roles that it hosts, and the base model that several of them share.
 
 The arithmetic of one role is that of training/estimate/memory.py.
 """

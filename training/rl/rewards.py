@@ -48,7 +48,8 @@ def _checked(judge: Judge, source: RewardSource) -> Judge:
 
 
 def _as_list(scores: Any) -> Any:
-    """Arrays and tensors of one dimension as lists, [n, 1], as models give, too; and what else gives one score after the other."""
+    """Arrays and tensors of one dimension as lists, [n, 1], as models give, too;
+    and what else gives one score after the other."""
     if isinstance(scores, np.ndarray | torch.Tensor):
         flat = scores.reshape(-1) if scores.ndim == 2 and scores.shape[1] == 1 else scores
         return flat.tolist() if flat.ndim == 1 else scores
@@ -67,7 +68,8 @@ def _score(given: Any, source: RewardSource, response: Response) -> float:
         if isinstance(number, int | float) and math.isfinite(number):
             return float(number)
     raise RewardError(
-        f"the reward {source.path} gave {_shown(given)} for the response {response.text[:200]!r}; expected a finite number"
+        f"the reward {source.path} gave {_shown(given)} for the response {response.text[:200]!r}; expected a finite "
+        "number"
     )
 
 
@@ -88,15 +90,17 @@ def total(scores: Sequence[tuple[float, list[float]]], responses: Sequence[Respo
     if unscored.any():
         response = responses[int(np.flatnonzero(unscored)[0])]
         raise RewardError(
-            f"no reward gave a number for the response {response.text[:200]!r} to {json.dumps(response.row, default=str)[:200]}; "
-            "None means that a reward does not apply, and one of them has to"
+            f"no reward gave a number for the response {response.text[:200]!r} to "
+            f"{json.dumps(response.row, default=str)[:200]}; None means that a reward does not apply, and one of them "
+            "has to"
         )
     total_N: NDArray[np.float64] = np.nansum(weighted_SN, axis=0)
     return total_N
 
 
 class _RewardModel:
-    """A sequence classifier with one label. It reads what the policy wrote as text, in its own tokens, as in its training."""
+    """A sequence classifier with one label. It reads what the policy wrote as text,
+    in its own tokens, as in its training."""
 
     def __init__(self, path: str, phase: PPO, seat: Seat):
         self.lm, self.head, self.ready = of_reward(path, phase, seat)

@@ -1,6 +1,8 @@
-"""The roles of PPO: policy and critic, which learn; the reference, which stays what the policy was; the judges, who score.
+"""The roles of PPO: policy and critic, which learn; the reference,
+which stays what the policy was; the judges, who score.
 
-All of them compute on the shares that they are dealt (training/rl/experience.py), each with the model that its settings name.
+All of them compute on the shares that they are dealt (training/rl/experience.py),
+each with the model that its settings name.
 """
 
 from __future__ import annotations
@@ -119,12 +121,14 @@ class _Prompts:
         self.renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos, in_turns=self.store.meta.chats)
 
     def stops(self, lm: Any, *, by_turn: bool = True) -> list[int]:
-        """The tokens that end a response. `by_turn`: the end of a turn is one of them, if the prompts are conversations."""
+        """The tokens that end a response. `by_turn`: the end of a turn is one of them,
+        if the prompts are conversations."""
         chats = by_turn and self.store.meta.chats
         return stop_tokens(self.renderer, getattr(lm, "generation_config", None), chats=chats)
 
     def responses(self, lm: Any, iteration: int, nth: int, share: tuple[int, int]) -> list[Response]:
-        """Of the responses to the prompts of an iteration, counted from 1, those of a round, counted from 0: of this share (rank, size).
+        """Of the responses to the prompts of an iteration, counted from 1, those of a round,
+        counted from 0: of this share (rank, size).
 
         A share is a stretch of them all, so the responses to one prompt have one writer, who reads it once; a round has
         those to prompts of like length.
@@ -327,7 +331,10 @@ def _refuse_other_tokens(phase: PPO, critic: str) -> None:
         return  # nothing is known of it
     trust = phase.model.trust_remote_code
     if not same_tokens(load_tokenizer(own, trust), tokenizer_for(phase.model)):
-        message = "the critic would read the policy's tokens as others: its tokenizer is another one; start it from a model that shares the policy's"
+        message = (
+            "the critic would read the policy's tokens as others: its tokenizer is another one; start it from a model "
+            "that shares the policy's"
+        )
         raise InputError.of(critic, message, "critic")
 
 

@@ -1,4 +1,5 @@
-"""One frozen base under several roles of a process, each with adapters of its own in it: PPO in the memory of one model.
+"""One frozen base under several roles of a process, each with adapters of its own in it: PPO
+in the memory of one model.
 
 That is what LoRA is for; under ZeRO-3, where two engines cannot share parameters, every role has a base of its own.
 """
@@ -48,7 +49,8 @@ def with_adapters(
 
 
 def as_it_was(phase: PPO, dtype: torch.dtype, seat: Seat) -> tuple[nn.Module, Ready]:
-    """The model that a phase starts from, to compare with: where bases are shared with its adapters switched off, or as they were."""
+    """The model that a phase starts from, to compare with: where bases are shared
+    with its adapters switched off, or as they were."""
     if not _shares_base(phase):
         whole = phase.model_copy(update={"model": phase.model.model_copy(update={"lora": None})})
         return models.load(whole, dtype, seat.device), at_once

@@ -63,9 +63,10 @@ class Learner:
         """Of the model's code; of a role that opens data, and the same on all workers."""
 
     def open_data(self) -> Stores:
-        """The data of the phase; its model then is on this machine, too. Raises TrainingError unless all workers see the
-        same data and compute alike: else their deals would differ."""
-        # The first worker of a node prepares what its node does not have yet, and verifies the rest; the others then find it there.
+        """The data of the phase; its model then is on this machine, too. Raises TrainingError unless all workers see
+        the same data and compute alike: else their deals would differ."""
+        # The first worker of a node prepares what its node does not have yet, and verifies the rest;
+        # the others then find it there.
         if self.seat.local_rank == 0:
             with _tokenizer_on_all_cores():
                 open_stores(self.phase, self.cache)
@@ -101,7 +102,8 @@ class Learner:
         self.engine = Engine(build, self.phase, self.seat, self.dtype)
 
     def _recomputes(self) -> bool:
-        """Whether activations are recomputed. The smallest GPU decides for all workers: under ZeRO-3 they gather weights together."""
+        """Whether activations are recomputed. The smallest GPU decides
+        for all workers: under ZeRO-3 they gather weights together."""
         asked = self.whole_phase.model.gradient_checkpointing
         if asked != "auto" or self.seat.device == "cpu":
             return asked is True
@@ -135,7 +137,7 @@ class Learner:
             return torch.cuda.max_memory_allocated() / GIB
         return peak_bytes() / GIB
 
-    # -- checkpoints ----------------------------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     @property
     def _shard(self) -> str:
@@ -150,8 +152,8 @@ class Learner:
         return why_not_writable(place(address), self._shard)
 
     def begin_save(self, staged: str) -> dict[str, Any]:
-        """Copy this worker's share of the state and begin to write it into a staged checkpoint: the weights apart, so that they may stay
-        without the optimizer's state.
+        """Copy this worker's share of the state and begin to write it into a staged checkpoint: the weights apart, so
+        that they may stay without the optimizer's state.
 
         Answers with what the manifest needs to know of the state.
         """
@@ -219,7 +221,8 @@ class Learner:
 def recomputes_on(
     phase: Phase, role: str, workers: int, dtype: torch.dtype, gpu_bytes: float, known: Traits | None = None
 ) -> bool:
-    """Whether so many workers with GPUs of this memory recompute the activations of a role and those that it shares them with.
+    """Whether so many workers with GPUs of this memory recompute the activations of a role
+    and those that it shares them with.
 
     By the job and the GPUs alone, as `muster plan` tells it. They do where nothing is known of a model.
     """

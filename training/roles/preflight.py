@@ -1,4 +1,5 @@
-"""The role `preflight`: what a worker finds out about its machine, its device, the storage and its neighbours before any training."""
+"""The role `preflight`: what a worker finds out about its machine, its device,
+the storage and its neighbours before any training."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class Preflight:
         return found | {"storage_problem": problem, "storage_s": seconds, "storage_mb_s": _WRITTEN / seconds / 1e6}
 
     def _product(self) -> dict[str, Any]:
-        """Whether a product of matrices of small whole numbers, which every precision holds, is right; and how fast it comes."""
+        """Whether a product of matrices of small whole numbers, which every precision holds,
+        is right; and how fast it comes."""
         size = _PRODUCT[self.seat.device]
         dtype = torch.bfloat16 if self.seat.device == "cuda" else torch.float32
         generator = torch.Generator().manual_seed(7)
@@ -96,7 +98,8 @@ class Preflight:
             torch.cuda.synchronize(self.device)
 
     def links(self) -> dict[str, Any]:
-        """Megabytes a second to the next worker, all sending at once as in a ring; and the clock, at the same moment everywhere."""
+        """Megabytes a second to the next worker, all sending at once as in a ring;
+        and the clock, at the same moment everywhere."""
         dist.barrier()
         now = time.time()
         if self.seat.size == 1:

@@ -1,8 +1,8 @@
 """reward: a scalar head on the language model, trained on pairs of which one answer is preferred.
 
-The score of a sequence is what the head makes of its last token. Both sequences of a pair lie in one row, so they are always in the
-same micro-batch: as a tree (training/data/shared_prefix_pairs.py) where the model can be told so, else one after the other, kept apart by position ids
-that start again.
+The score of a sequence is what the head makes of its last token. Both sequences of a pair lie in one row, so they are
+always in the same micro-batch: as a tree (training/data/shared_prefix_pairs.py) where the model can be told so, else
+one after the other, kept apart by position ids that start again.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def scores(
 
 @torch.inference_mode()
 def score(lm: Any, sequences: Sequence[np.ndarray], *, head: nn.Module | None = None) -> list[float]:
-    """The scores of token sequences, those of like length together. One in a row: whatever model a judge is, this it can read.
+    """The scores of token sequences, those of like length together.
+    One in a row: whatever model a judge is, this it can read.
 
     Raises InputError for tokens and for positions that the model's embeddings have no row for.
     """
@@ -173,7 +174,8 @@ class RewardTrainer(Trainer):
 
 
 def _one_after_the_other(rows: Sequence[Sequence[Pair]], *, packs: bool = True) -> dict[str, Tensor | None]:
-    """As `trees`, with nothing shared. `packs`: whether the model keeps sequences that share a row apart; else each has a row of its own."""
+    """As `trees`, with nothing shared. `packs`: whether the model keeps sequences that share a row apart;
+    else each has a row of its own."""
     sides = [[_judged(side) for pair in row for side in pair] for row in rows]
     batch = collate(sides if packs else [[side] for row in sides for side in row])
     index = batch["target_index"]

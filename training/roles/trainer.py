@@ -1,4 +1,5 @@
-"""The role `trainer`: one worker's part in training on global batches. Single-role recipes differ in the loss they give it.
+"""The role `trainer`: one worker's part in training on global batches.
+Single-role recipes differ in the loss they give it.
 
 Calls are short and answer the same on every worker, so that whoever drives the group can do anything between two of
 them: evaluate, save, stop. No state but the model's and the optimizer's is kept from one step to the next.
@@ -43,7 +44,8 @@ _TOLD_ROWS = 5
 
 
 class Trainer(Learner):
-    """Data, model and optimizer of one worker. `phase.data` must have been prepared into `cache` or be readable here."""
+    """Data, model and optimizer of one worker. `phase.data` must have been prepared into `cache`
+    or be readable here."""
 
     def __init__(self, seat: Seat, phase: Phase, cache: str):
         super().__init__(seat, phase, cache)
@@ -54,7 +56,8 @@ class Trainer(Learner):
     """What the module returns the sums of, the loss first."""
 
     def build(self, dtype: torch.dtype) -> nn.Module:
-        """The module to train: holds the model as `lm`, returns the sums of `measures` over a micro-batch, [measures]."""
+        """The module to train: holds the model as `lm`, returns the sums of `measures` over a
+        micro-batch, [measures]."""
         raise NotImplementedError
 
     def weight_of(self, store: TokenStore, samples: np.ndarray) -> int:
@@ -69,7 +72,7 @@ class Trainer(Learner):
         """Metrics from the means of `measures`."""
         return means
 
-    # -- set-up ---------------------------------------------------------------------------------------------------------
+    # -- set-up --------------------------------------------------------------------------------------------------------
 
     def setup(self) -> Facts:
         """Open the data, load the model, start the engine."""
@@ -106,7 +109,10 @@ class Trainer(Learner):
         if positions is None or longest <= positions:
             return []
         return [
-            f"the longest sample has {longest:,} tokens, the model was made for {positions:,} positions: set data.max_length to {positions}"
+            (
+                f"the longest sample has {longest:,} tokens, the model was made for {positions:,} positions: set "
+                f"data.max_length to {positions}"
+            )
         ]
 
     def _open_data(self) -> None:
@@ -135,10 +141,11 @@ class Trainer(Learner):
         self.skipped = skipped
         super().get_ready()
 
-    # -- training -------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def train(self, done: int, num_steps: int) -> dict[str, Any]:
-        """Steps done+1 .. done+num_steps. Worker 0 answers with their metrics; every worker with its peak memory and pace.
+        """Steps done+1 .. done+num_steps. Worker 0 answers with their metrics;
+        every worker with its peak memory and pace.
 
         Raises TrainingError when a loss is not a finite number; the weights are then not to be trusted.
         """
