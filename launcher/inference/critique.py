@@ -470,7 +470,7 @@ def _ask(plan: Plan, tasks: Sequence[Task], journal: Journal, say: Callable[[str
 
 def _learnt_critiques(folder: str) -> bool:
     """Whether the model in a folder was trained to write critiques, by what its phase noted."""
-    recipe = RECIPES.get(str(model_folder.facts_in(folder).get("recipe")))
+    recipe = RECIPES.get(str(model_folder.recorded_info(folder).get("recipe")))
     return recipe is not None and recipe.learns_critiques
 
 

@@ -75,7 +75,7 @@ def of_roles(phase: PPO, roles: Sequence[str], models: Models, where: Setting) -
 
 
 def _has_rollout(phase: PPO) -> bool:
-    return any("rollout" in roles for roles, _ in phase.teams)
+    return any("rollout" in roles for roles, _ in phase.placements)
 
 
 def _named(role: str, needs: Needs) -> Needs:
