@@ -101,7 +101,9 @@ def run(
     job: JobFile,
     overrides: Overrides = None,
     inline: Inline = False,
-    only: Annotated[str | None, typer.Option(metavar="PHASE", help="Run only this phase.")] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="PHASE", help="Run only this phase; `muster resume` runs the others.")
+    ] = None,
     on: On = None,
     force: Force = False,
     no_preflight: NoPreflight = False,
@@ -146,7 +148,7 @@ def resume(
 ) -> int:
     """Resume a run from its newest or an earlier checkpoint.
 
-    With --on, RUN is the id of a job on that cluster.
+    Finished phases are not repeated; all others are run. With --on, RUN is the id of a job on that cluster.
     """
     if phase is not None and step is None:
         raise InputError.of("--phase", "goes with --step, the checkpoint of the phase to go back to")
@@ -163,8 +165,10 @@ def resume(
     job = found.job_here(overrides or [])
     check.machine(job, inline=inline, force=force)
     rewind = open_run.rewinding(found, step, phase) if step is not None else {}
-    go_on = open_run.GoOn(rewind=rewind, accept_changes=accept_changes)
-    return driver.run_job(job, inline=inline, console=console(), go_on=go_on, preflight=not no_preflight)
+    resume_options = open_run.ResumeOptions(rewind=rewind, accept_changes=accept_changes)
+    return driver.run_job(
+        job, inline=inline, console=console(), resume_options=resume_options, preflight=not no_preflight
+    )
 
 
 @verb("muster save word-problems", "muster save word-problems-1 --on lab")
