@@ -37,8 +37,8 @@ class Recipe:
     memory: str = "training.estimate.memory:of_trainer"
     """What a worker holds: a function of (phase, roles, models, setting) that returns `Needs`."""
     layouts: str = ""
-    """Ways to place the roles on the workers: a function of the phase that yields pairs of a description and the groups.
-    Empty: there is one way."""
+    """Ways to place the roles on the workers: a function of the phase that yields pairs of a description and the
+    groups. Empty: there is one way."""
     shows_learning: tuple[str, ...] = ("loss", "eval_loss", *_ANSWERS)
     """Metrics that show whether a model learns, the most important first."""
 
