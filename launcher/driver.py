@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from rich.console import Console
 
@@ -63,13 +63,14 @@ def run_job(
     with ExitStack() as stack:
         outputs = stack.enter_context(output.kept_going())
         interrupts = stack.enter_context(Interrupts())
-        stores = _get_ready(job, recorded | looked_up, stack, inline=inline)
+        prepared = _get_ready(job, recorded | looked_up, stack, inline=inline)
         run = attempts.begin(job, go_on)
         stack.callback(run.close)
         outputs.report_to(partial(_note_output, run))
         if looked_up:
             run.event("revisions", commits=looked_up)
-        _list_bad_rows(run, stores)
+        _list_bad_rows(run, prepared)
+        _note_damage(run, prepared)
         status = _run_phases(run, job, interrupts, console, _How(inline, only, preflight))
         interrupts.end()
         return status
@@ -80,7 +81,16 @@ def _note_output(run: OpenRun, stream: str, error: str) -> None:
         run.event("output_failed", stream=stream, error=error)
 
 
-def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Path]:
+class Prepared(NamedTuple):
+    """The data of a phase."""
+
+    folder: Path
+    """Of the tokenized training samples."""
+    damage: list[str]
+    """What was wrong with tokenized data that were made anew."""
+
+
+def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Prepared]:
     """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile. Returns what `prepare` does."""
     if inline:
         return prepare(job, commits)
@@ -101,12 +111,18 @@ def _sweep_stores() -> None:
     sweep_unfinished(cache_folder())
 
 
-def _list_bad_rows(run: OpenRun, stores: Mapping[str, Path]) -> None:
+def _list_bad_rows(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
     """Rows that were dropped, in the folder of their phase."""
-    for phase, folder in stores.items():
+    for phase, (folder, _) in prepared.items():
         if (folder / BAD_ROWS).exists():
             run.phase(phase).mkdir(exist_ok=True)
             shutil.copyfile(folder / BAD_ROWS, run.phase(phase) / BAD_ROWS)
+
+
+def _note_damage(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
+    for phase, (_, damage) in prepared.items():
+        for finding in damage:
+            run.event("data_damaged", phase=phase, finding=finding, rank=None)
 
 
 def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
@@ -176,8 +192,8 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
         run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
 
 
-def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Path]:
-    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase; and examine its models.
+def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Prepared]:
+    """Check and tokenise the data of every phase, once; returns them by phase. Also examine its models.
     Raises InputError with all that is wrong with any of them.
 
     `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
@@ -185,15 +201,16 @@ def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool =
     from training import questions
     from training.data.stores import prepare_phase as prepare_data
 
-    def prepare_phase(phase: Phase) -> Path:
+    def prepare_phase(phase: Phase) -> Prepared:
         phase = revisions.with_commits(phase, commits or {})
         questions.check(phase)
         probing.examined(phase, apart=apart)
         if not (apart and host.has_nursery()):
             stores, _ = prepare_data(phase, cache_folder())
-            return stores.train.folder
+            return Prepared(stores.train.folder, stores.damage)
         try:
-            return Path(host.apart("prepare", phase, str(cache_folder()), dict(os.environ)))
+            folder, damage = host.apart("prepare", phase, str(cache_folder()), dict(os.environ))
+            return Prepared(Path(folder), damage)
         except (Raised, WorkerDied) as error:
             trace = f"\n{error.trace}" if isinstance(error, Raised) else ""
             raise TrainingError(f"the process that prepares the data {in_words(error)}{trace}") from error

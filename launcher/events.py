@@ -50,6 +50,13 @@ EVENTS: dict[str, Event] = {
         of_phase=False,
     ),
     "phase_started": Event("A phase is taken up, from its beginning or its newest checkpoint."),
+    "data_damaged": Event(
+        "Tokenized data in a machine's cache were not as they were written and were made anew.",
+        {
+            "finding": "Which file, and what is wrong with it.",
+            "rank": "The worker that found it; null: it was found when the run was prepared.",
+        },
+    ),
     "workers": Event(
         "The workers of an attempt are there.",
         {"workers": "Of each its rank, the address of its machine, and its process id there."},

@@ -58,6 +58,8 @@ class Learner:
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
         self.writer = ShardWriter(pinned=seat.device == "cuda")
+        self.data_damage: tuple[str, ...] = ()
+        """What was wrong with tokenized data that this worker has made anew."""
         self.known: Traits | None = None
         """Of the model's code; of a role that opens data, and the same on all workers."""
 
@@ -67,7 +69,7 @@ class Learner:
         # The first worker of a node prepares what its node does not have yet, and verifies the rest; the others then find it there.
         if self.seat.local_rank == 0:
             with _tokenizer_on_all_cores():
-                open_stores(self.phase, self.cache)
+                self.data_damage = tuple(open_stores(self.phase, self.cache).damage)
             at_hand(self.phase, self.cache)
         dist.barrier()
         self.phase = self.whole_phase = at_hand(self.phase, self.cache)

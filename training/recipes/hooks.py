@@ -75,3 +75,10 @@ class Hooks(Protocol):
     def stop_requested(self) -> bool:
         """Whether to save and return at the next opportunity."""
         ...
+
+
+def note_damage(found: Sequence[Facts], hooks: Hooks) -> None:
+    """An event for everything that workers have found damaged. `found`: of all workers, in rank order."""
+    for rank, facts in enumerate(found):
+        for finding in facts.data_damage:
+            hooks.event("data_damaged", finding=finding, rank=rank)

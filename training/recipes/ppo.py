@@ -21,7 +21,7 @@ from training.errors import Diverged
 from training.facts import Facts
 from training.group import Future, Group, results, results_of
 from training.recipes.evaluating import Interrupted, answered, is_evaluated_at
-from training.recipes.hooks import Hooks
+from training.recipes.hooks import Hooks, note_damage
 from training.recipes.profiled import Profiled
 from training.recipes.resuming import SETUP_S, resume
 from training.recipes.saving import Saver
@@ -44,7 +44,9 @@ _Asked = tuple[str, list[int], list[Future]]
 
 def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     """Train the phase to its end; returns the checkpoint that it ends with, or None if it was asked to stop before."""
-    facts: Facts = results_of(groups, "setup", timeout_s=SETUP_S)["policy"][0]
+    all_facts: list[Facts] = results_of(groups, "setup", timeout_s=SETUP_S)["policy"]
+    note_damage(all_facts, hooks)
+    facts = all_facts[0]
     learners = {role: groups[role] for role in LEARNERS}
     found = resume(learners, hooks, facts)
     results_of(learners, "get_ready", timeout_s=SETUP_S)

@@ -14,7 +14,7 @@ from training.config import Phase
 from training.facts import Facts
 from training.group import Group, results
 from training.recipes.evaluating import Interrupted, answered, is_evaluated_at, measured_on_data
-from training.recipes.hooks import Hooks
+from training.recipes.hooks import Hooks, note_damage
 from training.recipes.profiled import Profiled
 from training.recipes.resuming import SETUP_S, resume
 from training.recipes.saving import Saver
@@ -33,7 +33,9 @@ _SAVING_CALL_S = 0.25
 def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     """Train the phase to its end; returns the checkpoint that it ends with, or None if it was asked to stop before."""
     trainer = groups["trainer"]
-    facts: Facts = results(trainer.call("setup"), SETUP_S)[0]
+    all_facts: list[Facts] = results(trainer.call("setup"), SETUP_S)
+    note_damage(all_facts, hooks)
+    facts = all_facts[0]
     learners = {"trainer": trainer}
     found = resume(learners, hooks, facts)
     step = found.step if found is not None else 0
