@@ -281,8 +281,10 @@ def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang,
             if preflight and (figures := gang.check(str(hooks.checkpoints.staging), _room_for_two(phase))) is not None:
                 run.event("preflight", phase=name, **figures)
             last = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
-            if last is not None:
-                _export(next(iter(groups.values())), last, run.model(name))
+            hooks.interrupts.training = False  # all is saved: a request to stop need not wait for the export
+            if last is None or hooks.interrupts.requested:
+                return None
+            _export(next(iter(groups.values())), last, run.model(name))
             return last
         finally:
             hooks.meter.end()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -35,8 +36,14 @@ def kill(temporary: str, what: str) -> None:
     """
     ours = [psutil.Process(pid) for pid in processes_of(temporary)]
     family = [*ours, *(child for process in ours for child in process.children())]
-    alive = [process for process in family if process.status() != psutil.STATUS_ZOMBIE]
-    next(process for process in alive if what in " ".join(process.cmdline())).kill()
+    next(process for process in family if what in command_of(process)).kill()
+
+
+def command_of(process: psutil.Process) -> str:
+    """Empty if it has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 @pytest.mark.faults
@@ -107,6 +114,8 @@ def go_on(run: Run, attempt: int) -> None:
     failed = max((incident["step"] for incident in run.events("incident")), default=0)
 
     def has_done_some() -> bool:
+        if not run.steps:  # what is done again is taken out of the curve
+            return False
         last = run.steps[-1]
         return last["attempt"] == attempt and last["step"] > failed and last["step"] % 20 > 5
 

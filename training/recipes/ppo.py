@@ -51,7 +51,7 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     found = resume(learners, hooks, facts)
     results_of(learners, "get_ready", timeout_s=SETUP_S)
     step, state = (found.step, State(**found.state)) if found is not None else (0, State(phase.kl.beta))
-    loop = _Loop(phase, groups, facts, state)
+    loop = _Loop(phase, groups, facts, state, hooks.stop_requested)
     saver = Saver(phase, learners, hooks, facts, newest=step)
     profiled = Profiled(phase, groups, hooks)
     is_last = step == facts.total_steps or bool(state.reached)
@@ -63,8 +63,13 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
     while step < facts.total_steps and not state.reached and not hooks.stop_requested():
         step += 1
         profiled.before(step)
-        with saver.kept_on_failure():
-            row, experience = loop.iterate(step)
+        try:
+            with saver.kept_on_failure():
+                row, experience = loop.iterate(step)
+        except Interrupted:
+            profiled.end(step)
+            step -= 1
+            break
         profiled.after(step)
         hooks.log({"step": step, "iteration": step, **row, "workers": groups["policy"].size})
         hooks.samples(step, experience.table(_SAMPLES))
@@ -97,8 +102,15 @@ def reached(stop: Stop, row: Mapping[str, Any]) -> str:
 class _Loop:
     """The iterations."""
 
-    def __init__(self, phase: PPO, groups: Mapping[str, Group], facts: Facts, state: State):
-        self.phase, self.facts, self.state = phase, facts, state
+    def __init__(
+        self,
+        phase: PPO,
+        groups: Mapping[str, Group],
+        facts: Facts,
+        state: State,
+        stop_requested: Callable[[], bool],
+    ):
+        self.phase, self.facts, self.state, self.stop_requested = phase, facts, state, stop_requested
         self.policy, self.critic, self.reward = groups["policy"], groups["critic"], groups["reward"]
         self.rollout = groups.get("rollout")
         self.computing = {role: groups[role] for role in _SAYS}
@@ -113,7 +125,10 @@ class _Loop:
         self.seconds: dict[str, float] = {}
 
     def iterate(self, step: int) -> tuple[dict[str, Any], Experience]:
-        """One iteration. Returns its metrics and what it was learnt from. Raises Diverged."""
+        """One iteration. Returns its metrics and what it was learnt from.
+
+        Raises Diverged, and Interrupted if the run is to stop and nothing is learnt yet: all is as before the iteration.
+        """
         began, worked = time.perf_counter(), time.thread_time()
         self.seconds = {}
         asked = [(written, self.ask(written)) for written in self.written(step)]
@@ -121,6 +136,10 @@ class _Loop:
             for written, answers in asked:
                 _take(written, answers)
         experience = Experience.together([written for written, _ in asked])
+        if self.stop_requested():
+            if self.phase.async_:  # the policy that wrote this cannot be had again
+                self.ahead, self._being_written = experience, []
+            raise Interrupted
         measures = estimate(experience, self.phase, self.state)
         if self.phase.async_:
             measures |= weigh(experience)
@@ -145,13 +164,15 @@ class _Loop:
         results(loading, PART_S)
 
     def written(self, step: int) -> Iterator[Experience]:
-        """Responses to the prompts of an iteration, those of a round as soon as they are there."""
+        """Responses to the prompts of an iteration, those of a round as soon as they are there. Raises Interrupted."""
         if self.phase.async_:
             yield self._written_ahead(step)
             return
         for futures in self._begin_to_write(step):
             with self._timed("generate"):
                 experience = _experience_of(futures)
+            if self.stop_requested():
+                raise Interrupted
             yield experience
 
     def _begin_to_write(self, step: int) -> list[list[Future]]:
