@@ -133,14 +133,14 @@ def _moments(
         "loading the model": Moment(job(work), lambda seen, _: bool(seen.events("workers"))),
         "training": Moment(job(work), lambda seen, _: len(seen.metrics()) >= 4, _step_and_save),
         "PPO": Moment(
-            trl_ppo.job(roles, options.stage, _STEPS), lambda seen, nth: _into_iteration(seen, nth / options.rounds), _part_and_save
+            trl_ppo.job(roles, options.stage, _STEPS), lambda seen, nth: is_into_iteration(seen, nth / options.rounds), _part_and_save
         ),
         "evaluating": Moment(job(work, **questions), _evaluates, lambda seen: batch_s),
         "exporting": Moment(exporting, lambda seen, _: bool(seen.events("checkpoint"))),
     }  # fmt: skip
 
 
-def _into_iteration(seen: Seen, share: float) -> bool:
+def is_into_iteration(seen: Seen, share: float) -> bool:
     """Whether that share of the third iteration has gone by, if it is as long as the second."""
     rows = seen.metrics()
     return len(rows) >= 2 and time.time() - _written_at(seen) >= share * rows[1]["step_s"]
