@@ -9,13 +9,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK ?=
 DEMO := build/demo
 AUDIT := build/audit
+SITE := build/site-env
 PYTEST := $(BIN)/python -m pytest
-# Most tests wait for processes: more of them side by side than there are cores. tests/grouping.py says which stay together.
+# Most tests wait for processes: more of them side by side than there are cores. tests/support/grouping.py says which stay together.
 PARALLEL ?= 4
 SIDE_BY_SIDE := -n $(PARALLEL) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-long test-gpu check audit format docs bench wheel clean
+.PHONY: help setup demo test test-faults test-long test-gpu check audit format docs site bench wheel clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -52,7 +53,7 @@ test-long: $(READY)  ## soaks, learning runs, Slurm, AWS, whole tables (hours, b
 test-gpu: $(READY)  ## the tests that need a GPU
 	$(PYTEST) -m gpu
 
-check: $(READY) audit  ## format, lint, types, import contracts, unit tests, known vulnerabilities
+check: $(READY) audit site  ## format, lint, types, import contracts, unit tests, known vulnerabilities, the site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -72,7 +73,15 @@ format: $(READY)  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 docs: $(READY)  ## docs/reference, from the code
-	$(BIN)/python -m launcher.reference docs/reference
+	$(BIN)/python -m docs.generate_reference docs/reference
+
+site: $(SITE)/.ready  ## build/site: docs/ as a site that can be searched offline; dead links and omitted pages are errors
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict -f docs/site/mkdocs.yml
+
+$(SITE)/.ready: .ci/site.lock
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/site.lock
+	touch $@
 
 bench: $(READY)  ## all benchmarks (long; on a quiet machine)
 	$(BIN)/python -m benchmarks

@@ -2,10 +2,11 @@
 
     .venv/bin/python .ci/lock.py [--upgrade]
 
-`cpu.lock` and `cuda.lock` are what Muster needs to run, the second with CUDA's libraries, as torch of the index asks for them on
-Linux; `cpu` is for the file of torch that this machine's pip takes. `dev.lock` is what tests and checks need besides. `audit.lock`
-is an environment of its own: one of its packages makes `import jsonschema`, and with it Ray, seconds slower. Versions stay as they are unless they are to be upgraded. pip resolves; the hashes come from the index's own listing (PEP 691), which
-mirrors have, too.
+`cpu.lock` and `cuda.lock` are what Muster needs to run, the second with CUDA's libraries, as torch of the index asks
+for them on Linux; `cpu` is for the file of torch that this machine's pip takes. `dev.lock` is what tests and checks
+need besides. `audit.lock` is an environment of its own: one of its packages makes `import jsonschema`, and with it Ray,
+seconds slower. `site.lock` is that of the documentation site. Versions stay as they are unless they are to be upgraded.
+pip resolves; the hashes come from the index's own listing (PEP 691), which mirrors have, too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from packaging.version import Version
 HERE = Path(__file__).parent
 RUNTIME, DEVELOPMENT = ".[s3]", ".[s3,dev]"
 AUDIT = ("pip-audit", "cyclonedx-bom")
+SITE = ("mkdocs<2", "mkdocs-material", "mermaidx")
+"""mermaidx contains Mermaid's own file for browsers, byte for byte, so that diagrams need no CDN."""
 BUILD = "setuptools"
 """Needed before anything is built from source; torch asks for it, too."""
 _JSON = "application/vnd.pypi.simple.v1+json"
@@ -38,10 +41,10 @@ Pins = dict[str, tuple[str, str]]
 
 def main() -> None:
     known = None if "--upgrade" in sys.argv[1:] else _versions_in_force()
-    cpu, everything, audit = (resolved(what, known) for what in ([RUNTIME], [DEVELOPMENT], AUDIT))
+    cpu, everything, audit, site = (resolved(what, known) for what in ([RUNTIME], [DEVELOPMENT], AUDIT, SITE))
     cuda = resolved([RUNTIME], known, index_alone=True)
     development = {name: pin for name, pin in everything.items() if name not in cpu or name == BUILD}
-    for name, pins in (("cpu", cpu), ("cuda", cuda), ("dev", development), ("audit", audit)):
+    for name, pins in (("cpu", cpu), ("cuda", cuda), ("dev", development), ("audit", audit), ("site", site)):
         (HERE / f"{name}.lock").write_text(written(name, pins))
 
 

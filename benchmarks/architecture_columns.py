@@ -1,7 +1,8 @@
-"""What Muster makes of one tiny model, by its own commands in this process, against transformers and PEFT alone, row by row.
+"""What Muster makes of one tiny model, by its own commands in this process,
+against transformers and PEFT alone, row by row.
 
-Each column of the table is a function. It runs `check` and `run --inline` on a job of its own and compares what comes of it with
-a reference in fp32 with eager attention.
+Each column of the table is a function. It runs `check` and `run --inline` on a job of its own and compares what comes
+of it with a reference in fp32 with eager attention.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ WEIGHT_TOLERANCE = 5e-5
 LOGIT_TOLERANCE = 1e-4
 """Absolute, of logits of a size of 1 to 10."""
 LEARNING_RATE, EPS = 0.1, 1.0
-"""With a large eps a step of AdamW is nearly proportional to the gradient, so that weights show whether gradients are right."""
+"""With a large eps a step of AdamW is nearly proportional to the gradient,
+so that weights show whether gradients are right."""
 UNMOVED = 1e-30
 """A learning rate that changes no weight."""
 NEW_TOKENS = 12
 KERNELS = ("eager", "sdpa")
 """Attention of transformers: what is compared with, and another one that shows how well a model is conditioned."""
 _ILL_CONDITIONED = 10.0
-"""What depends on gradients may differ by so many times as much as it does between these: of deep random models that is more than a tolerance."""
+"""What depends on gradients may differ by so many times as much as it does between these: of deep random models
+that is more than a tolerance."""
 
 YES, ANOTHER_WAY, REFUSED, WRONG, CRASH = "yes", "another way", "refused", "WRONG", "crash"
 FAULTS = (WRONG, CRASH)
@@ -115,7 +118,7 @@ class Finished(NamedTuple):
         return self.folder / "model"
 
     def metric(self, name: str, step: int = 1) -> float:
-        return next(row[name] for row in self.metrics if row["step"] == step and name in row)
+        return float(next(row[name] for row in self.metrics if row["step"] == step and name in row))
 
 
 class Case:
@@ -151,7 +154,8 @@ class Case:
         return self.ids(self.rows[0].prompt + self.rows[0].completion)
 
     def nll(self, lm: Any) -> Any:
-        """Of all rows the mean over the completions' tokens and ends of -log p, from the logits of each row alone. []"""
+        """Of all rows the mean over the completions' tokens and ends of -log p,
+        from the logits of each row alone. []"""
         import torch
 
         sums, targets = [], 0
@@ -183,9 +187,10 @@ class Case:
         return self.reference()
 
     def _probe(self) -> None:
-        """Has the model examined here: `check` would do it in a process of its own, which would import everything again."""
+        """Has the model examined here: `check` would do it in a process of its own,
+        which would import everything again."""
         from training.config import Model
-        from training.probe import traits_for
+        from training.models.probe import traits_for
 
         traits_for(Model(path=str(self.base)))
 
@@ -212,7 +217,8 @@ class Case:
         return self.run("lora", settings, lora={"rank": 4, "alpha": 8})
 
     def run(self, name: str, settings: Mapping[str, Any], *, recipe: str = "sft", **model: Any) -> Finished:
-        """`muster check` and `muster run --inline`, once a name. Raises Refused with what was said, or whatever comes out."""
+        """`muster check` and `muster run --inline`, once a name. Raises Refused
+        with what was said, or whatever comes out."""
         if name not in self._outcomes:
             try:
                 self._outcomes[name] = self._run(name, settings, recipe, model)
@@ -226,7 +232,9 @@ class Case:
     def _run(self, name: str, settings: Mapping[str, Any], recipe: str, model: Mapping[str, Any]) -> Finished:
         from rich.console import Console
 
-        from launcher import check, driver, runs
+        from launcher.driver import check, driver
+        from launcher.process.exit_status import ExitStatus
+        from launcher.runfolder import run_folder
 
         file = self._job(name, settings, recipe, model)
         said = io.StringIO()
@@ -234,20 +242,20 @@ class Case:
             found = check.check(file)
             checked = check.load(file, [], inline=True)
             status = driver.run_job(checked, inline=True, console=Console(file=said, width=1000), preflight=False)
-        if status == driver.INPUT_WRONG:
+        if status == ExitStatus.INVALID_INPUT:
             raise Refused(f"by the run, though `check` finds nothing: {self._without_paths(said.getvalue())}")
-        if status != driver.DONE:
+        if status != ExitStatus.DONE:
             raise RuntimeError(self._without_paths(said.getvalue()))
         folder = self.folder / "runs" / name / recipe
         notes = [
             *found["phases"][recipe]["notes"],
-            *_notes(runs.json_rows(self.folder / "runs" / name / "events.jsonl")),
+            *_notes(run_folder.json_rows(self.folder / "runs" / name / "events.jsonl")),
         ]
-        return Finished(folder, list(runs.json_rows(folder / "metrics.jsonl")), list(dict.fromkeys(notes)))
+        return Finished(folder, list(run_folder.json_rows(folder / "metrics.jsonl")), list(dict.fromkeys(notes)))
 
     def phase(self, name: str, recipe: str = "sft") -> Any:
         """The settings of a job that was run."""
-        from launcher import check
+        from launcher.driver import check
 
         return check.load(self.folder / f"{name}.json", [], inline=True).phases[recipe]
 
@@ -326,7 +334,7 @@ def _trained(case: Case, lm: Any, steps: int) -> tuple[Any, list[float]]:
     return lm, losses
 
 
-# -- columns ------------------------------------------------------------------------------------------------------------
+# -- columns -----------------------------------------------------------------------------------------------------------
 
 
 def alone(case: Case) -> Cell:
@@ -368,14 +376,17 @@ def merged(case: Case) -> Cell:
     """The adapter merged in by `muster export --merge` and by whoever asks the model, against PEFT's own merging."""
     import torch
 
-    from launcher import exports, runs
-    from training import model as models
+    from launcher.inference import export
+    from launcher.runfolder import run_folder
+    from training.models import loading as models
 
     adapter = case.adapted.model
     expected = _peft(case, adapter).merge_and_unload()
     with case.refusals():
         out = case.folder / "merged"
-        exports.export(runs.find(str(case.folder / "runs" / "lora")), phase=None, step=None, out=str(out), merge=True)
+        export.export(
+            run_folder.find(str(case.folder / "runs" / "lora")), phase=None, step=None, out=str(out), merge=True
+        )
         asked: Any = models.for_inference(str(adapter))
     ids = case.first_ids
     for name, lm in (("exported", case.reference(out)), ("asked", asked)):
@@ -389,7 +400,7 @@ def reward(case: Case) -> Cell:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from training.evaluator import Judge
+    from training.evaluation.evaluator import Judge
 
     settings = {"batch": 2, "learning_rate": UNMOVED, "data": {"eval": "pairs.jsonl", "pack": True}}
     finished = case.run("reward", settings, recipe="reward")
@@ -414,7 +425,7 @@ def reward(case: Case) -> Cell:
 
 def generation(case: Case) -> Cell:
     """Greedy, three prompts of unlike lengths in a batch, against the largest logit of transformers without a cache."""
-    from launcher import generation as generating
+    from launcher.inference import generate as generating
 
     plan = generating.Plan(
         model=str(case.base), phase=None, step=None, prompts=case.prompts, file=None, limit=None, out=None, chat=False,
@@ -431,8 +442,9 @@ def generation(case: Case) -> Cell:
 
 
 def exported(case: Case) -> Cell:
-    """The model that the run of `alone` has written, loaded by transformers: the weights of the trained reference, and the logits that the
-    configuration of the base makes of them (those of the reference itself may differ: rounding grows in deep random models).
+    """The model that the run of `alone` has written, loaded by transformers: the weights of the trained reference, and
+    the logits that the configuration of the base makes of them (those of the reference itself may differ: rounding
+    grows in deep random models).
 
     The reference goes through a file, too: some classes set a row of their embedding to zero whenever they are loaded.
     """
@@ -502,7 +514,8 @@ def _told(finished: Finished) -> Cell:
 
 
 def _same(what: str, got: float, expected: float, again: float | None = None) -> None:
-    """Raises Wrong unless they are equal to a relative LOSS_TOLERANCE, of numbers below 1 to an absolute one. `again`: as of `_close`."""
+    """Raises Wrong unless they are equal to a relative LOSS_TOLERANCE, of numbers below 1 to an absolute one.
+    `again`: as of `_close`."""
     tolerance = LOSS_TOLERANCE * max(1.0, abs(expected))
     if not abs(got - expected) <= max(
         tolerance, _ILL_CONDITIONED * abs(expected - again) if again is not None else 0.0
@@ -511,7 +524,8 @@ def _same(what: str, got: float, expected: float, again: float | None = None) ->
 
 
 def _close(what: str, got: Any, expected: Any, tolerance: float = LOGIT_TOLERANCE, again: Any = None) -> None:
-    """Raises Wrong unless they are equal to the tolerance. `again`: the same by another kernel of transformers, where gradients come in."""
+    """Raises Wrong unless they are equal to the tolerance. `again`: the same by another kernel of transformers,
+    where gradients come in."""
     if got.shape != expected.shape:
         raise Wrong(f"{what} has the shape {tuple(got.shape)}, not {tuple(expected.shape)}")
     difference = _difference(got, expected)
@@ -578,8 +592,8 @@ def _experts(lm: Any) -> str:
 def _seen_by_others(phase: Any) -> str:
     """Which samples change their logits when another one in their micro-batch is changed; nothing if none does.
 
-    Bit for bit, but for mixtures of experts: how many tokens an expert gets shows in the rounding, so there no gradient may reach the
-    other sample.
+    Bit for bit, but for mixtures of experts: how many tokens an expert gets shows in the rounding, so there no gradient
+    may reach the other sample.
     """
     import torch
 
@@ -622,20 +636,21 @@ def _gradient_reaches(trainer: Any, micro: list[list[int]], changed: int) -> boo
 
 def _trainer_of(phase: Any) -> tuple[Any, list[list[int]]]:
     """A trainer that is set up, and the rows of its first micro-batch."""
-    from launcher.cache import cache_folder
-    from launcher.gang import _inline_groups
-    from training.data.dealing import deal
+    from launcher.runfolder.cache import cache_folder
+    from launcher.workers.worker_set import _inline_groups
+    from training.data.batching import deal
     from training.recipes import RECIPES
 
     (group,) = _inline_groups(phase, RECIPES[phase.recipe].roles, (phase, str(cache_folder()))).values()
-    trainer: Any = group.worker.roles[group.role]  # type: ignore[attr-defined]
+    trainer: Any = group.worker.roles[group.role]  # type: ignore[attr-defined]  # an InlineGroup
     trainer.setup()
     lengths = [len(trainer.store[sample][0]) for sample in range(len(trainer.store))]
     return trainer, deal(lengths, 1, trainer.limits)[0][0]
 
 
 def _logits(trainer: Any, micro: list[list[int]], changed: int | None = None) -> dict[int, Any]:
-    """What the head says at the targets of each sample of a micro-batch [N, V]; one of them may have another first token."""
+    """What the head says at the targets of each sample of a micro-batch [N, V];
+    one of them may have another first token."""
     import torch
 
     store = [trainer.store[sample] for sample in range(len(trainer.store))]

@@ -1,4 +1,5 @@
-"""Rows to tokens against `datasets.map` in two processes: rows a second, memory; and how long a step waits for its data."""
+"""Rows to tokens against `datasets.map` in two processes: rows a second, memory;
+and how long a step waits for its data."""
 
 from __future__ import annotations
 
@@ -112,7 +113,7 @@ class _Peak:
 
 def _mib(process: psutil.Process) -> float:
     with suppress(psutil.Error):
-        return process.memory_full_info().pss / (1 << 20)
+        return float(process.memory_full_info().pss / (1 << 20))
     return 0.0
 
 
@@ -138,7 +139,8 @@ def _waiting(work: workload.Workload, options: Options, folder: Path) -> dict[st
 
 
 def _hands(folder: Path) -> dict[str, Any]:
-    """Milliseconds in which one of eight workers has its part of a batch in hand, and what share of a short step that is."""
+    """Milliseconds in which one of eight workers has its part of a batch in hand,
+    and what share of a short step that is."""
     chance = random.Random(17)
     of_rows = (workload.GSM8K.prompt, workload.GSM8K.completion)
     gsm8k = [sum(length.draw(chance.gauss(0, 1)) for length in of_rows) for _ in range(1 << 14)]
@@ -156,10 +158,10 @@ def _hand_s(lengths: Sequence[int], batch: int, folder: Path) -> list[float]:
     """What `Trainer` does before its engine begins."""
     import numpy as np
 
+    from training.data.batching import Limits, deal
     from training.data.collate import collate
-    from training.data.dealing import Limits, deal
     from training.data.order import Order
-    from training.data.store import TokenStore, create
+    from training.data.token_store import TokenStore, create
 
     with create(folder, sources=1) as writer:
         for number, length in enumerate(lengths, start=1):

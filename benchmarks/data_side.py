@@ -1,4 +1,5 @@
-"""One side of the benchmark `data`, in a process of its own: rows of prompt and completion to tokens, by Muster or by datasets.map.
+"""One side of the benchmark `data`, in a process of its own: rows of prompt and completion to tokens,
+by Muster or by datasets.map.
 
 Prints one JSON line when the data are open a second time: {"rows", "cold_s", "warm_s"}. Both sides tokenise the prompt
 and the whole apart, which is how the prompt's own tokens are known, and mask the prompt.
@@ -64,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.side == "datasets":
         import datasets  # noqa: F401  (imports are on no side's clock)
     else:
-        import training.data.render
-        import training.data.store  # noqa: F401
+        pass
+
     times = []
     for _ in range(2):
         began = time.perf_counter()

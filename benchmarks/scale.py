@@ -1,7 +1,8 @@
-"""The launcher with 1 to 1,024 workers that answer at once: what gathering, a call, a look at all of them and a checkpoint cost the driver.
+"""The launcher with 1 to 1,024 workers that answer at once: what gathering, a call,
+a look at all of them and a checkpoint cost the driver.
 
-Real: Ray, its calls and its placement groups, the driver of the recipe, the watch, the commit of checkpoints. Not real: the workers, of
-whom many share a few processes, so that a machine of any size can play 128 machines of 8.
+Real: Ray, its calls and its placement groups, the driver of the recipe, the watch, the commit of checkpoints. Not real:
+the workers, of whom many share a few processes, so that a machine of any size can play 128 machines of 8.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from benchmarks.options import Options
 from training.config import SFT
-from training.facts import Facts
+from training.phase_info import Facts
 
 SIZES = (1, 8, 64, 256, 1024)
 STEP_S = 10.0
@@ -32,14 +33,15 @@ class FakePlace:
         return getattr(self, f"_{method}")(*args)
 
     def signs(self) -> Any:
-        from launcher.host import Signs
-        from training.pulse import Pulse
+        from launcher.workers.supervisor import Signs
+        from training.process.heartbeat import Pulse
 
         return Signs(Pulse(0.1, 0.1, 1, 1), "R", 0.5, None)
 
     def _setup(self) -> Facts:
         return Facts(
-            total_steps=_STEPS, total_samples=_STEPS * 1024, num_samples=10**6, num_eval_samples=0, num_parameters=7 * 10**9,
+            total_steps=_STEPS, total_samples=_STEPS * 1024, num_samples=10**6, num_eval_samples=0,
+            num_parameters=7 * 10**9,
             dtype="bfloat16", attention="sdpa", device="cpu", data_hash="0" * 16, chats=False, notes=[],
         )  # fmt: skip
 
@@ -51,7 +53,8 @@ class FakePlace:
 
     def _train(self, done: int, steps: int) -> dict[str, Any]:
         row = {
-            "loss": 1.0, "learning_rate": 1e-5, "grad_norm": 1.0, "tokens": 10**6, "target_tokens": 10**6, "samples": 1024,
+            "loss": 1.0, "learning_rate": 1e-5, "grad_norm": 1.0, "tokens": 10**6, "target_tokens": 10**6,
+            "samples": 1024,
             "step_s": STEP_S, "tokens_per_s": 1e5,
         }  # fmt: skip
         return {
@@ -69,7 +72,7 @@ class FakePlace:
         return False
 
     def _finish_save(self) -> Any:
-        from training.checkpoint import File
+        from training.checkpoint.format import File
 
         name = f"trainer-{time.monotonic_ns()}.safetensors"
         (self.staged / name).write_bytes(b"0")
@@ -86,7 +89,7 @@ class _Hooks:
     skipped = frozenset[int]()
 
     def __init__(self, folder: Path):
-        from training.checkpoints import opened
+        from training.checkpoint.repository import opened
         from training.storage import place
 
         self.checkpoints = opened(place(folder), 1)
@@ -149,11 +152,11 @@ def summary(by_size: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
 def _with(size: int, places: list[Any], folder: Path) -> dict[str, float]:
     import ray
 
-    from launcher import machines
-    from launcher.watch import Watch
-    from launcher.workers import RoleGroup, WorkerGroup, seats_for
+    from launcher.workers import placement as machines
+    from launcher.workers.watchdog import Watch
+    from launcher.workers.worker_group import RoleGroup, WorkerGroup, seats_for
     from training.config import Resources
-    from training.recipes import supervised
+    from training.drivers import supervised
 
     began = time.perf_counter()
     placement = machines.gather({"CPU": 1.0}, wanted=size, least=size, wait_s=60, avoid=frozenset(), say=lambda _: None)
@@ -196,8 +199,10 @@ def _with(size: int, places: list[Any], folder: Path) -> dict[str, float]:
     look = min(_look(group) for _ in range(4))
     looks = STEP_S / group.watch.every_s
     return {
-        "gather_s": round(gather, 4), "settle_s": round(settle, 4), "call_s": round(call, 5), "call_of_the_driver_s": round(own, 5), "look_s": round(look, 5),
-        "steps_a_call": steps, "looks_a_step": round(looks, 2), "checkpoint_s": hooks.seconds["checkpoint_s"], "call_share": round(call / steps / STEP_S, 5),
+        "gather_s": round(gather, 4), "settle_s": round(settle, 4), "call_s": round(call, 5),
+        "call_of_the_driver_s": round(own, 5), "look_s": round(look, 5),
+        "steps_a_call": steps, "looks_a_step": round(looks, 2), "checkpoint_s": hooks.seconds["checkpoint_s"],
+        "call_share": round(call / steps / STEP_S, 5),
         "look_share": round(looks * look / STEP_S, 5),
     }  # fmt: skip
 

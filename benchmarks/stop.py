@@ -1,4 +1,4 @@
-"""From SIGTERM to the exit, by what the run is doing; and what saving before an evaluation, checksums and tags cost beside a step."""
+"""From SIGTERM to the exit, by the activity of the run; the cost of saving before an evaluation, of checksums, and of HMAC."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from benchmarks.record import spread
 
 TARGET_S = 5.0
 """Seconds beyond the work in hand that is finished first."""
-_FEW_ROWS, _MANY_ROWS = 400, 60_000
+_FEW_ROWS, _MANY_ROWS = 400, 30_000
 """Many take longer to prepare than Ray takes to start."""
 _STEPS = 200
 _EVALUATION = {"max_new_tokens": 64, "batch": 8}
@@ -33,8 +34,8 @@ _LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What can be seen of a run from outside."""
+class ObservedRun:
+    """A run, as seen from outside."""
 
     pid: int
     """Of the command."""
@@ -68,35 +69,33 @@ class Stopped:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What a run is doing when it is asked to stop."""
+class Activity:
+    """What a run does when it is asked to stop."""
 
     job: dict[str, Any]
-    is_reached: Callable[[Seen, int], bool]
-    """Whether it is time, in which round."""
-    work_s: Callable[[Seen], float] = lambda seen: 0.0
+    is_reached: Callable[[ObservedRun, int], bool]
+    """Whether the run has come to it, in the round of this number."""
+    work_s: Callable[[ObservedRun], float] = lambda run: 0.0
     keeps_cache: bool = True
     """Whether all rounds have the same data cache."""
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """Rounds of a run for every moment."""
+    """Rounds of a run for every activity."""
     work = workload.make(folder / "sft", _FEW_ROWS)
-    many = workload.make(folder / "many", _MANY_ROWS)
-    large = workload.make(folder / "large", _FEW_ROWS, shape=workload.LARGE)
-    roles = trl_ppo.make(folder / "ppo")
     costs = _costs(work, folder / "costs", folder / "cache", options)
-    moments = _moments(work, many, large, roles, options, costs.pop("generated_batch_s"))
-    stopped: dict[str, list[Stopped]] = {name: [] for name in moments}
+    activities = _activities(work, folder, options, costs.pop("generated_batch_s"))
+    stopped: dict[str, list[Stopped]] = {name: [] for name in activities}
     for number in range(options.rounds):
-        for name, moment in moments.items():
+        for name, activity in activities.items():
             own = folder / f"{name.replace(' ', '-')}-{number}"
-            cache = folder / "cache" if moment.keeps_cache else own / "cache"
-            stopped[name].append(_stop(moment, number, own, cache, options.timeout_s))
+            cache = folder / "cache" if activity.keeps_cache else own / "cache"
+            stopped[name].append(_stop(activity, number, own, cache, options.timeout_s))
+            print(f"{name}: {stopped[name][-1]}", file=sys.stderr, flush=True)
     return {
         "stage": options.stage,
         "target_over_s": TARGET_S,
-        "moments": {name: summary(of_moment) for name, of_moment in stopped.items()},
+        "activities": {name: summary(times) for name, times in stopped.items()},
         **costs,
     }
 
@@ -111,14 +110,12 @@ def summary(stopped: Sequence[Stopped]) -> dict[str, Any]:
     }
 
 
-def _moments(
-    work: workload.Workload,
-    many: workload.Workload,
-    large: workload.Workload,
-    roles: trl_ppo.Roles,
-    options: Options,
-    batch_s: float,
-) -> dict[str, Moment]:
+def _activities(work: workload.Workload, folder: Path, options: Options, batch_s: float) -> dict[str, Activity]:
+    """`batch_s`: seconds of one batch of generated answers."""
+    many = workload.make(folder / "many", _MANY_ROWS)
+    large = workload.make(folder / "large", _FEW_ROWS, shape=workload.LARGE)
+    roles = trl_ppo.make(folder / "ppo")
+
     def job(of: workload.Workload, steps: int = _STEPS, batch: int = 16, **settings: Any) -> dict[str, Any]:
         made = sft.job(of, sft.Training(steps=steps, batch=batch, stage=options.stage))
         made["phases"]["sft"] |= settings
@@ -127,52 +124,55 @@ def _moments(
     questions: dict[str, Any] = {"eval": {"data": str(_questions(work)), **_EVALUATION}, "eval_on_start": True}
     exporting = job(large, steps=1, batch=2)
     return {
-        "starting Ray": Moment(job(work), lambda seen, _: seen.has_process("gcs_server")),
-        "preparing data": Moment(job(many), lambda seen, _: seen.has_process("raylet/raylet"), keeps_cache=False),
-        "starting workers": Moment(job(work), lambda seen, _: bool(seen.events("phase_started"))),
-        "loading the model": Moment(job(work), lambda seen, _: bool(seen.events("workers"))),
-        "training": Moment(job(work), lambda seen, _: len(seen.metrics()) >= 4, _step_and_save),
-        "PPO": Moment(
-            trl_ppo.job(roles, options.stage, _STEPS), lambda seen, nth: is_into_iteration(seen, nth / options.rounds), _part_and_save
+        "starting Ray": Activity(job(work), lambda run, _: run.has_process("gcs_server")),
+        "preparing data": Activity(job(many), lambda run, _: run.has_process("raylet/raylet"), keeps_cache=False),
+        "starting workers": Activity(job(work), lambda run, _: bool(run.events("phase_started"))),
+        "loading the model": Activity(job(work), lambda run, _: bool(run.events("workers"))),
+        "training": Activity(job(work), lambda run, _: len(run.metrics()) >= 4, _step_and_save),
+        "PPO": Activity(
+            trl_ppo.job(roles, options.stage, _STEPS), lambda run, nth: is_into_iteration(run, nth / options.rounds), _part_and_save
         ),
-        "evaluating": Moment(job(work, **questions), _evaluates, lambda seen: batch_s),
-        "exporting": Moment(exporting, lambda seen, _: bool(seen.events("checkpoint"))),
+        "evaluating": Activity(job(work, **questions), _evaluates, lambda run: batch_s),
+        "exporting": Activity(exporting, lambda run, _: bool(run.events("checkpoint"))),
     }  # fmt: skip
 
 
-def is_into_iteration(seen: Seen, share: float) -> bool:
+def is_into_iteration(run: ObservedRun, share: float) -> bool:
     """Whether that share of the third iteration has gone by, if it is as long as the second."""
-    rows = seen.metrics()
-    return len(rows) >= 2 and time.time() - _written_at(seen) >= share * rows[1]["step_s"]
+    rows = run.metrics()
+    return len(rows) >= 2 and time.time() - _written_at(run) >= share * rows[1]["step_s"]
 
 
-def _written_at(seen: Seen) -> float:
+def _written_at(run: ObservedRun) -> float:
     """When the last row of metrics was written."""
-    return max(path.stat().st_mtime for path in seen.folder.glob("*/metrics.jsonl"))
+    return max(path.stat().st_mtime for path in run.folder.glob("*/metrics.jsonl"))
 
 
-def _evaluates(seen: Seen, _: int) -> bool:
-    began = [datetime.fromisoformat(event["time"]).timestamp() for event in seen.events("training")]
+def _evaluates(run: ObservedRun, _: int) -> bool:
+    began = [datetime.fromisoformat(event["time"]).timestamp() for event in run.events("training")]
     return bool(began) and time.time() - began[0] > _INTO_EVALUATION_S
 
 
-def _step_and_save(seen: Seen) -> float:
-    return max(row["step_s"] for row in seen.metrics()[1:]) + _save_s(seen)
+def _step_and_save(run: ObservedRun) -> float:
+    longest: float = max(row["step_s"] for row in run.metrics()[1:])
+    return longest + _save_s(run)
 
 
-def _part_and_save(seen: Seen) -> float:
+def _part_and_save(run: ObservedRun) -> float:
     """Of PPO: the longest part of an iteration, which is one call or a few."""
-    return max(row[part] for row in seen.metrics()[1:] for part in trl_ppo.PARTS) + _save_s(seen)
+    longest: float = max(row[part] for row in run.metrics() for part in trl_ppo.PARTS)
+    return longest + _save_s(run)
 
 
-def _save_s(seen: Seen) -> float:
-    return seen.events("checkpoint")[-1]["seconds"]
+def _save_s(run: ObservedRun) -> float:
+    saves = run.events("checkpoint")
+    return float(saves[-1]["seconds"]) if saves else 0.0
 
 
-def _stop(moment: Moment, number: int, folder: Path, cache: Path, timeout_s: float) -> Stopped:
-    """Start the job, ask it to stop when the moment has come, wait for its end. Raises CommandFailed."""
+def _stop(activity: Activity, number: int, folder: Path, cache: Path, timeout_s: float) -> Stopped:
+    """Start the job, ask it to stop when it has come to the activity, wait for its end. Raises CommandFailed."""
     folder.mkdir()
-    (folder / "job.yaml").write_text(json.dumps(moment.job))
+    (folder / "job.yaml").write_text(json.dumps(activity.job))
     out = folder / "out.txt"
     with out.open("w") as stream:
         process = subprocess.Popen(
@@ -181,18 +181,19 @@ def _stop(moment: Moment, number: int, folder: Path, cache: Path, timeout_s: flo
             env={**os.environ, **sft.environment(cache)},
             stdout=stream,
             stderr=subprocess.STDOUT,
+            text=True,
             start_new_session=True,
         )
-    seen, deadline = Seen(process.pid, folder / "runs/bench"), time.monotonic() + timeout_s
+    run, deadline = ObservedRun(process.pid, folder / "runs/bench"), time.monotonic() + timeout_s
     try:
-        while not moment.is_reached(seen, number):
+        while not activity.is_reached(run, number):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise processes.CommandFailed(f"{folder.name}: the moment did not come:\n{out.read_text()[-2000:]}")
+                raise processes.CommandFailed(f"{folder.name}: the activity did not come:\n{out.read_text()[-2000:]}")
             time.sleep(_LOOK_S)
         asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
         status = process.wait(timeout_s)
-        return Stopped(time.monotonic() - asked, moment.work_s(seen), status)
+        return Stopped(time.monotonic() - asked, activity.work_s(run), status)
     except subprocess.TimeoutExpired:
         raise processes.CommandFailed(f"{folder.name}: did not end:\n{out.read_text()[-2000:]}") from None
     finally:
@@ -212,21 +213,21 @@ def _costs(work: workload.Workload, folder: Path, cache: Path, options: Options)
     (folder / "job.yaml").write_text(json.dumps(job))
     command = ["muster", "run", "job.yaml"]
     processes.run(command, folder=folder, env=sft.environment(cache), timeout_s=options.timeout_s)
-    seen = Seen(0, folder / "runs/bench")
-    rows = seen.metrics()
+    run = ObservedRun(0, folder / "runs/bench")
+    rows = run.metrics()
     return {
         "generated_batch_s": median(row["evaluation_s"] for row in rows if "evaluation_s" in row),
         "step_ms": spread([1e3 * row["step_s"] for row in rows if "step_s" in row][1:], 1),
         "evaluation_ms": spread([1e3 * row["evaluation_s"] for row in rows if "evaluation_s" in row], 1),
-        "save_before_evaluation_ms": spread([1e3 * event["stall_s"] for event in seen.events("checkpoint")], 1),
-        "metrics_beside_checkpoint_ms": _note_ms(seen.folder / "sft/checkpoints"),
-        **_checksums(seen.folder / "sft/checkpoints", cache / "muster"),
+        "save_before_evaluation_ms": spread([1e3 * event["stall_s"] for event in run.events("checkpoint")], 1),
+        "metrics_beside_checkpoint_ms": _note_ms(run.folder / "sft/checkpoints"),
+        **_checksums(run.folder / "sft/checkpoints", cache / "muster"),
         "hmac_us": _hmac_us(),
     }
 
 
 def _note_ms(checkpoints: Path) -> dict[str, float]:
-    from training.checkpoints import opened, step_of
+    from training.checkpoint.repository import opened, step_of
     from training.storage import place
 
     with_fence = opened(place(str(checkpoints)), 2)
@@ -240,7 +241,7 @@ def _checksums(checkpoints: Path, cache: Path) -> dict[str, Any]:
     """Of the tokenized data, which are verified once a start; and of a checkpoint, whose writers compute them on the way."""
     import xxhash
 
-    from training.data.store import TokenStore
+    from training.data.token_store import TokenStore
 
     stores = [TokenStore.open(path.parent) for path in sorted(cache.glob("*/meta.json"))]
 
@@ -259,7 +260,7 @@ def _checksums(checkpoints: Path, cache: Path) -> dict[str, Any]:
 
 def _hmac_us() -> dict[str, float]:
     """Of a message of 64 bytes from one worker's store to another's: made and checked."""
-    from training.authenticated_channel import KEY_BYTES, Frames
+    from training.process.authenticated_channel import KEY_BYTES, Frames
 
     sender, receiver = Frames(bytes(KEY_BYTES)), Frames(bytes(KEY_BYTES))
     payload = bytes(64)

@@ -1,4 +1,5 @@
-"""Tiny random models of every causal architecture of transformers, with a tokenizer of characters and rows to train on."""
+"""Tiny random models of every causal architecture of transformers,
+with a tokenizer of characters and rows to train on."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from training.shrink import VOCABULARY, shrunk, small_model
+from training.models.shrink import VOCABULARY, shrunk, small_model
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ("<pad>", "<bos>", "<eos>")

@@ -5,29 +5,30 @@ from __future__ import annotations
 import atexit
 import os
 
-from launcher import interrupts
-from launcher.exit_status import FAILED, INTERRUPTED, RESUME_ME
+from launcher.driver import signals
+from launcher.process.exit_status import ExitStatus
 
 
 def main() -> None:
-    interrupts.exit_on_signals()
-    from launcher import output
-    from launcher.cli import app
-    from launcher.verbs import fail
+    signals.exit_on_signals()
+    from launcher.cli.common import fail
+    from launcher.cli.main import app
+    from launcher.process import output
 
     try:
         app()
     except OSError as error:  # from what is printed outside of a verb, such as its help
-        fail(error, FAILED)
+        fail(error, ExitStatus.FAILED)
     except SystemExit as end:
         output.flush()
-        if end.code in (RESUME_ME, INTERRUPTED):
+        if end.code in (ExitStatus.TRY_AGAIN, ExitStatus.INTERRUPTED):
             _leave(end.code)
         raise
 
 
 def _leave(status: int) -> None:
-    """End the process although threads are at work: Python's own end would stop them in the middle of C++ code, which aborts the process."""
+    """End the process although threads are at work: Python's own end would stop them in the middle of C++ code,
+    which aborts the process."""
     atexit._run_exitfuncs()
     os._exit(status)
 

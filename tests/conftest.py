@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import grouping
+from tests.support import grouping
 
 _HOME = tempfile.mkdtemp(prefix="muster-tests-")
 os.environ.update(  # before Ray or a Hugging Face library is imported
@@ -29,18 +29,23 @@ os.environ.update(  # before Ray or a Hugging Face library is imported
 for _variable in ("RAY_ADDRESS", "HF_HOME", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
     os.environ.pop(_variable, None)
 
-pytest_plugins = ["tests.training_fixtures", "tests.s3_server", "tests.disturbed", "tests.skips"]
+pytest_plugins = [
+    "tests.support.training_fixtures",
+    "tests.support.s3_server",
+    "tests.support.disturbed",
+    "tests.support.skips",
+]
 
-MARKED_FOLDERS = ("cluster", "gpu")
-"""Tests in a folder of this name have the mark of this name."""
+MARKED_FOLDERS = {"multihost": "cluster", "gpu": "gpu"}
+"""The mark of the tests in a folder."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        for name in MARKED_FOLDERS:
-            if Path(__file__).parent / name in item.path.parents:
-                item.add_marker(name)
+        for folder, mark in MARKED_FOLDERS.items():
+            if Path(__file__).parent / folder in item.path.parents:
+                item.add_marker(mark)
     if config.getoption("loadgroup", False):  # of a process beside others
         grouping.arrange(items)
 
@@ -67,10 +72,10 @@ def muster() -> Callable[..., Answer]:
     """muster("check", "job.yaml") runs the verb in this process."""
     from typer.testing import CliRunner
 
-    from launcher import cli
+    from launcher.cli import main
 
     def run(*arguments: str) -> Answer:
-        result = CliRunner().invoke(cli.app, arguments)
+        result = CliRunner().invoke(main.app, arguments)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return Answer(result.exit_code, result.stdout, result.stderr)
@@ -161,7 +166,7 @@ def _write_tokenizer(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray of the tests' own, with four places for workers."""
-    from launcher.session import own_nursery, ray_session
+    from launcher.workers.ray_session import own_nursery, ray_session
 
     with own_nursery(), ray_session(4):
         yield

@@ -34,8 +34,8 @@ def test_without_a_tool():
 """
 CONFTEST = """
 from pathlib import Path
-from tests import grouping
-pytest_plugins = ["tests.skips"]
+from tests.support import grouping
+pytest_plugins = ["tests.support.skips"]
 grouping.TESTS = Path(__file__).parent
 
 def pytest_collection_modifyitems(config, items):

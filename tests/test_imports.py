@@ -18,7 +18,13 @@ FORBIDDEN = {
     "cluster": {"launcher", "training", "torch"},
     "launcher": set(),
 }
-RAY = ("actor", "session", "machines", "autoscaler", "workers", "watch", "rayjobs")
+RAY = {
+    f"launcher/{name}.py"
+    for name in (
+        "workers/actor", "workers/ray_session", "workers/placement", "workers/autoscaler", "workers/worker_group", "workers/watchdog",
+        "submit/ray_jobs",
+    )
+}  # fmt: skip
 """Modules of launcher that know Ray."""
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "datasets", "tensorboard", "pyarrow")
 
@@ -43,14 +49,14 @@ def test_imports_run_downwards(package):
 
 
 def test_the_scan_sees_imports_inside_functions():
-    assert {"rich", "typer", "training"} <= set(imported(ROOT / "launcher" / "verbs.py"))
+    assert {"rich", "typer", "training"} <= set(imported(ROOT / "launcher" / "cli" / "common.py"))
 
 
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        ("deepspeed", {"training/engine.py"}),
-        ("ray", {f"launcher/{name}.py" for name in RAY} | {"cluster/providers/cloud.py"}),
+        ("deepspeed", {"training/engine/engine.py"}),
+        ("ray", RAY | {"cluster/providers/cloud.py"}),
     ],
 )
 def test_a_library_is_known_in_few_files(library, files):
@@ -71,7 +77,7 @@ def test_few_files_speak_to_actors():
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "remote"
     ]
-    assert set(callers) == {f"launcher/{name}.py" for name in ("machines", "workers", "watch")}
+    assert set(callers) == {f"launcher/workers/{name}.py" for name in ("placement", "worker_group", "watchdog")}
 
 
 def test_every_file_says_what_it_is():
@@ -96,7 +102,14 @@ def loaded_after(code: str, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["launcher.cli", "launcher.check", "launcher.runs", "launcher.show", "training.config"]
+    "module",
+    [
+        "launcher.cli.main",
+        "launcher.driver.check",
+        "launcher.runfolder.run_folder",
+        "launcher.report.status",
+        "training.config",
+    ],
 )
 def test_looking_at_jobs_and_runs_loads_nothing_heavy(module):
     assert loaded_after(f"import {module}", ROOT) == set()
@@ -111,8 +124,21 @@ def test_the_drivers_of_recipes_load_no_torch():
     assert loaded_after(code, ROOT) & {"torch", "ray", "deepspeed", "transformers"} == set()
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_loads_nothing_heavy_and_writes_no_file(tmp_path, shell):
+    """The shell runs the command at every press of the key."""
+    words = {"COMP_WORDS": "muster res", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "muster res"}
+    asked = {**words, "_TYPER_COMPLETE_FISH_ACTION": "get-args", "_MUSTER_COMPLETE": f"complete_{shell}"}
+    code = (
+        f"import os, sys\nos.environ.update({asked | {'HOME': str(tmp_path)}!r})\nsys.argv = ['muster']\n"
+        "from launcher.__main__ import main\ntry: main()\nexcept SystemExit as end: assert not end.code"
+    )
+    assert loaded_after(code, ROOT) == set()
+    assert list(tmp_path.iterdir()) == []
+
+
 def verb(*arguments: str) -> str:
-    return f"from launcher import cli\ntry: cli.app({arguments!r})\nexcept SystemExit as end: assert not end.code, end.code"
+    return f"from launcher.cli.main import app\ntry: app({arguments!r})\nexcept SystemExit as end: assert not end.code, end.code"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-LOCKS = ("cpu", "cuda", "dev", "audit")
+LOCKS = ("cpu", "cuda", "dev", "audit", "site")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

@@ -1,3 +1,3 @@
 """What runs inside a worker: recipes, engines, data, checkpoints."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

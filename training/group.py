@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from training.distributed import Seat
+from training.process.distributed import Seat
 
 
 class Future(Protocol):
@@ -56,18 +56,19 @@ class Worker:
         self.roles: dict[str, Any] = {}
 
     def build(self, role: str, target: str, *args: Any) -> None:
-        """Make role `role`, an instance of the class that the import string names, with the seat as its first argument."""
+        """Make role `role`, an instance of the class that the import string names,
+        with the seat as its first argument."""
         from training.recipes import resolve
 
         self.roles[role] = resolve(target)(self.seat, *args)
 
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Any:
         """What the role answers. `begin_profile` and `end_profile` are the worker's own, whatever roles it hosts."""
-        from training import profiling
+        from training.profiling import profiler
 
         if method in ("begin_profile", "end_profile"):
-            return getattr(profiling, method)(self.seat, *args)
-        with profiling.part(f"{role}.{method}"):
+            return getattr(profiler, method)(self.seat, *args)
+        with profiler.part(f"{role}.{method}"):
             return getattr(self.roles[role], method)(*args, **kwargs)
 
 

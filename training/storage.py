@@ -1,7 +1,7 @@
 """Where a run's files are: a folder, or a prefix of a bucket (`s3://`, `gs://`), behind the same few operations.
 
-An operation on a bucket is tried again, with growing pauses, until it has failed for `patience_s`: a minute without network
-must not cost a run. What cannot get better by waiting (no permission, no such bucket) is raised at once.
+An operation on a bucket is tried again, with growing pauses, until it has failed for `patience_s`: a minute without
+network must not cost a run. What cannot get better by waiting (no permission, no such bucket) is raised at once.
 
 Knows nothing of checkpoints or runs.
 """
@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 import fsspec
 
 from training.errors import InputError, StorageError
-from training.owned_folders import temporary_folder
-from training.paths import is_below
+from training.io.owned_folders import temporary_folder
+from training.io.paths import is_below
 
 Block = bytes | memoryview
 _T = TypeVar("_T")
@@ -63,8 +63,8 @@ def is_remote(address: str) -> bool:
 def place(address: str | Path, *, patience_s: float | None = None) -> Place:
     """The place at a local path or a bucket's address.
 
-    `patience_s`: how long to try an operation on a bucket; None: MUSTER_STORAGE_PATIENCE_S, or 5 minutes. Raises InputError
-    for a kind of storage that is not installed.
+    `patience_s`: how long to try an operation on a bucket; None: MUSTER_STORAGE_PATIENCE_S, or 5 minutes. Raises
+    InputError for a kind of storage that is not installed.
     """
     if not is_remote(str(address)):
         return Local(Path(address))
@@ -240,7 +240,8 @@ class Remote(Place):
         return Remote(f"{self.address}/{name}", self.filesystem, self.patience_s)
 
     def read(self) -> bytes:
-        return self._patiently(lambda: self.filesystem.cat_file(self._path))
+        content: bytes = self._patiently(lambda: self.filesystem.cat_file(self._path))
+        return content
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         names, starts, stops = zip(*ranges, strict=True) if ranges else ((), (), ())
@@ -277,7 +278,8 @@ class Remote(Place):
             entries = self._patiently(lambda: self.filesystem.ls(self._path, detail=True, refresh=True))
         except FileNotFoundError:
             return {}
-        # The folder itself may be listed, also as the empty object by which some tools mark one: a file whose name ends with a slash.
+        # The folder itself may be listed, also as the empty object by which some tools mark one:
+        # a file whose name ends with a slash.
         inside = [
             e for e in entries if e["name"] != self._path and (e["name"], e["type"]) != (f"{self._path}/", "file")
         ]
@@ -285,7 +287,8 @@ class Remote(Place):
         return {name: entry["size"] if entry["type"] == "file" else None for name, entry in named.items()}
 
     def _child(self, entry: dict[str, Any]) -> str:
-        """Raises StorageError for a name that would lead out of a folder: whoever can write to a bucket chooses its names."""
+        """Raises StorageError for a name that would lead out of a folder: whoever can write
+        to a bucket chooses its names."""
         name = entry["name"].removeprefix(f"{self._path}/")
         if not is_below(name):
             raise StorageError(f"{self.address}: holds {name!r}, which cannot be the name of a file; remove it")

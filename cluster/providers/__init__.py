@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
-from cluster.home import Home
-from cluster.machine import on_all
+from cluster.registry import Home
+from cluster.remote_shell import on_all
 from cluster.spec import Cluster
 
 Say = Callable[[str], None]
@@ -55,7 +55,8 @@ class Provider(Protocol):
         ...
 
     def up(self, home: Home, say: Say) -> None:
-        """Start it and write down what `down` needs, before it is needed. Raises ClusterError; what was started is ended then."""
+        """Start it and write down what `down` needs, before it is needed. Raises ClusterError;
+        what was started is ended then."""
         ...
 
     def down(self, home: Home, say: Say) -> None:
@@ -73,7 +74,8 @@ class Provider(Protocol):
 
 def provider_of(spec: Cluster) -> Provider:
     module = import_module(f"cluster.providers.{spec.provider}")
-    return module.PROVIDER(spec)
+    provider: Provider = module.PROVIDER(spec)
+    return provider
 
 
 # What several providers have in common
@@ -89,7 +91,8 @@ NO_METRICS_PORTS = {
     "DASHBOARD_METRIC_PORT": "-1",  # a port that there is not: Ray says so in its log and goes on
     "AUTOSCALER_METRIC_PORT": "-1",
 }
-"""Ray's figures for Prometheus would be served to everybody who reaches the machine: these ports listen everywhere and know no token."""
+"""Ray's figures for Prometheus would be served to everybody who reaches the machine: these ports
+listen everywhere and know no token."""
 
 
 def findings_of(looks: Mapping[str, Callable[[], dict[str, Any]]]) -> list[Finding]:

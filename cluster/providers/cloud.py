@@ -1,7 +1,8 @@
-"""What the clouds have in common: Ray's cluster launcher starts a head, whose autoscaler starts and ends the machines for workers.
+"""What the clouds have in common: Ray's cluster launcher starts a head,
+whose autoscaler starts and ends the machines for workers.
 
-Ray's own defaults open the dashboard to everybody, use one key for all clusters and know no token. Here every cluster has a key and a
-token of its own, copied to its machines over SSH, and its dashboard listens on the head's loopback.
+Ray's own defaults open the dashboard to everybody, use one key for all clusters and know no token. Here every cluster
+has a key and a token of its own, copied to its machines over SSH, and its dashboard listens on the head's loopback.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import yaml
 from cluster import orphan_watch
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
-from cluster.home import Home
-from cluster.machine import HERE, Login
-from cluster.node import PRICE, head_arguments, of_type, price_label
 from cluster.providers import Finding, Instance, Say, environment, refuse
+from cluster.ray_node import PRICE, head_arguments, of_type, price_label
+from cluster.registry import Home
+from cluster.remote_shell import HERE, Login
 from cluster.spec import Cloud, CloudHead, CloudPool
 from cluster.tunnel import tunnel
 
@@ -114,7 +115,8 @@ class CloudProvider(ABC, Generic[Spec]):
             time.sleep(_EVERY_S)
 
     def instances(self, home: Home) -> list[Instance]:
-        """The cluster's machines by what the cloud says, without its head. Raises ClusterError if the cloud does not say it."""
+        """The cluster's machines by what the cloud says, without its head.
+        Raises ClusterError if the cloud does not say it."""
         if not (home.folder / "key.pub").exists():
             return []
         config = self._recorded(home)
@@ -249,7 +251,8 @@ def _instance(nodes: Any, node: str, config: dict[str, Any], stopped: bool) -> I
     kind = tags.get("ray-user-node-type", "")
     price = config["available_node_types"].get(kind, {}).get("labels", {}).get(PRICE)
     return Instance(
-        id=node, head=tags.get("ray-node-type") == _HEAD, kind=kind, address="" if stopped else nodes.internal_ip(node) or "",
+        id=node, head=tags.get("ray-node-type") == _HEAD, kind=kind,
+        address="" if stopped else nodes.internal_ip(node) or "",
         price=None if price is None else float(price), stopped=stopped,
     )  # fmt: skip
 
@@ -279,7 +282,7 @@ def _host_keys_kept(home: Home) -> Iterator[None]:
     module: Any = command_runner
     own: Any = module.SSHOptions
 
-    class Pinned(own):
+    class Pinned(own):  # type: ignore[misc]  # Ray has no types here
         def __init__(self, ssh_key: Any, control_path: Any = None, **options: Any):
             super().__init__(ssh_key, control_path, **_known_hosts(home), **options)
 

@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
-from cluster.home import Home
-from cluster.machine import Login
 from cluster.providers import Finding, Say
+from cluster.registry import Home
+from cluster.remote_shell import Login
 from cluster.spec import Existing
 from cluster.tunnel import tunnel
 

@@ -1,4 +1,5 @@
-"""A RayCluster of KubeRay, through kubectl: rendered, applied, reached by a port-forward that each command opens itself."""
+"""A RayCluster of KubeRay, through kubectl: rendered, applied, reached by a port-forward
+that each command opens itself."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ import yaml
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
-from cluster.home import Home
-from cluster.machine import HERE
-from cluster.node import of_type, price_label
 from cluster.providers import NO_METRICS_PORTS, Finding, Say, environment
+from cluster.ray_node import of_type, price_label
+from cluster.registry import Home
+from cluster.remote_shell import HERE
 from cluster.spec import Kubernetes, PodPool
 from cluster.tunnel import refuse_strangers_port
 
@@ -66,10 +67,19 @@ class KubernetesProvider:
         checks = {
             "the Kubernetes API": (("version", "-o", "json"), "check the context and the credentials of kubectl"),
             "KubeRay": (("get", "crd", "rayclusters.ray.io"), "install the KubeRay operator, 1.5 or newer"),
-            "the right to make RayClusters": (("auth", "can-i", "create", "rayclusters.ray.io"), "ask for that right in this namespace"),
-            "the right to make secrets": (("auth", "can-i", "create", "secrets"), "ask for that right: the token is kept in one"),
-            "the right to forward ports": (("auth", "can-i", "create", "pods/portforward"), "ask for that right: jobs go through one"),
-        }  # fmt: skip
+            "the right to make RayClusters": (
+                ("auth", "can-i", "create", "rayclusters.ray.io"),
+                "ask for that right in this namespace",
+            ),
+            "the right to make secrets": (
+                ("auth", "can-i", "create", "secrets"),
+                "ask for that right: the token is kept in one",
+            ),
+            "the right to forward ports": (
+                ("auth", "can-i", "create", "pods/portforward"),
+                "ask for that right: jobs go through one",
+            ),
+        }
         findings: list[Finding] = []
         for what, (words, advice) in checks.items():
             findings.append(self._finding(what, words, advice))
@@ -101,7 +111,8 @@ class KubernetesProvider:
     def _forward(self, port: int) -> Iterator[int]:
         command = self._command("port-forward", f"service/{self.spec.name}-head-svc", f":{port}")
         process = subprocess.Popen(
-            ["bash", "-c", f"exec {command}"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ["bash", "-c", f"exec {command}"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True
         )  # fmt: skip
         assert process.stdout is not None
         overdue = threading.Timer(_FORWARD_S, process.kill)
@@ -128,7 +139,11 @@ class KubernetesProvider:
         return {
             "apiVersion": "ray.io/v1",
             "kind": "RayCluster",
-            "metadata": {"name": spec.name, "namespace": spec.namespace, "labels": {"app.kubernetes.io/managed-by": "muster"}},
+            "metadata": {
+                "name": spec.name,
+                "namespace": spec.namespace,
+                "labels": {"app.kubernetes.io/managed-by": "muster"},
+            },
             "spec": {
                 "rayVersion": version("ray"),
                 "authOptions": {"mode": "token", "secretName": self._secret},
@@ -146,7 +161,7 @@ class KubernetesProvider:
                 },
                 "workerGroupSpecs": [self._group(name, pool) for name, pool in spec.pools.items()],
             },
-        }  # fmt: skip
+        }
 
     def _group(self, name: str, pool: PodPool) -> dict[str, Any]:
         resources = {"cpu": str(pool.cpus), "memory": f"{pool.memory_gib}Gi"}
@@ -169,7 +184,8 @@ class KubernetesProvider:
         }
 
     def _pod(
-        self, name: str, image: str, resources: dict[str, str], selector: dict[str, str], tolerations: list[dict[str, Any]], shm: int
+        self, name: str, image: str, resources: dict[str, str], selector: dict[str, str],
+        tolerations: list[dict[str, Any]], shm: int
     ) -> dict[str, Any]:  # fmt: skip
         variables = {"RAY_USAGE_STATS_ENABLED": "0", **environment(self.spec)}
         pod: dict[str, Any] = {

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cluster.dashboard import Dashboard
-from cluster.home import Home
-from cluster.machine import HERE, free_port
-from cluster.node import Node, head_arguments, places
 from cluster.providers import Finding, Say, environment, findings_of
+from cluster.ray_node import Node, head_arguments, places
+from cluster.registry import Home
+from cluster.remote_shell import HERE, free_port
 from cluster.spec import Local
 from cluster.tunnel import refuse_strangers_port
 

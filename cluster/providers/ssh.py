@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from functools import partial
 
 from cluster.dashboard import Dashboard
-from cluster.home import Home
-from cluster.machine import Login, all_of, on_all, over_ssh
-from cluster.node import Node, head_arguments, places, price_label
 from cluster.providers import Finding, Say, environment, findings_of, refuse
+from cluster.ray_node import Node, head_arguments, places, price_label
+from cluster.registry import Home
+from cluster.remote_shell import Login, all_of, on_all, over_ssh
 from cluster.spec import Machines, Ssh
 from cluster.tunnel import tunnel
 
@@ -25,7 +25,8 @@ class SshProvider:
         return "\n\n".join(f"# {host}\n{script}" for host, script in self._scripts("MARK").items()) + "\n"
 
     def _scripts(self, mark: str, head: str = "") -> dict[str, str]:
-        """What is done on every machine, the head first. `head`: its address for the others, if it is known better than from here."""
+        """What is done on every machine, the head first. `head`: its address for the others,
+        if it is known better than from here."""
         address = head or self.spec.head.address or self.spec.head.host
         arguments = {self.spec.head.host: self._head_arguments(address)}
         arguments |= {host: self._worker_arguments(address, pool) for host, pool in self.pool_of.items()}

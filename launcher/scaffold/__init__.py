@@ -1,4 +1,5 @@
-"""`muster init`: a folder with sample data, a tiny model and a job file, so that a laptop can try everything at once."""
+"""`muster init`: a folder with sample data, a tiny model and a job file,
+so that a laptop can try everything at once."""
 
 from __future__ import annotations
 
@@ -6,27 +7,27 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.scaffold import problems, tiny
+from launcher.scaffold import tiny_model, word_problems
 from training.errors import InputError
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 JOBS = ("pretrain.yaml", "sft.yaml", "teacher.yaml", "cft.yaml", "reward.yaml", "ppo.yaml")
-Tables = dict[str, list[problems.Row]]
+Tables = dict[str, list[word_problems.Row]]
 
 
 def write(folder: Path, seed: int = 17, force: bool = False) -> list[str]:
     """Fill `folder` and return lines for the terminal: what is there and what to type next.
 
-    Equal seeds give equal bytes. Raises InputError if `folder` cannot be written or has something in it; with `force` files
-    of the same names are written anew and the others stay.
+    Equal seeds give equal bytes. Raises InputError if `folder` cannot be written or has something in it; with `force`
+    files of the same names are written anew and the others stay.
     """
     _refuse_other_contents(folder, force)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tables = {file: problems.rows(seed, file) for file in problems.TABLES}
+        tables = {file: word_problems.rows(seed, file) for file in word_problems.TABLES}
         for file, rows in tables.items():
             _write_rows(folder / "data" / file, rows)
-        parameters = tiny.save_model(folder / "model", _training_text(tables), seed)
+        parameters = tiny_model.save_model(folder / "model", _training_text(tables), seed)
         for name in (*JOBS, "README.md"):
             (folder / name).write_text((TEMPLATES / name).read_text(encoding="utf-8"), encoding="utf-8")
     except OSError as error:
@@ -42,15 +43,19 @@ def _refuse_other_contents(folder: Path, force: bool) -> None:
         raise InputError.of(str(folder), "the folder is not empty; choose another one, or --force to write into it")
 
 
-def _write_rows(path: Path, rows: list[problems.Row]) -> None:
+def _write_rows(path: Path, rows: list[word_problems.Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _training_text(tables: Tables) -> Iterator[str]:
-    """What the tokenizer learns from: every text of the training split of the word problems, nothing of the held-out ones."""
+    """What the tokenizer learns from: every text of the training split of the word problems,
+    nothing of the held-out ones."""
     for file, rows in tables.items():
-        if problems.TABLES[file].split == "train" and problems.TABLES[file].make is problems.word_problem:
+        if (
+            word_problems.TABLES[file].split == "train"
+            and word_problems.TABLES[file].make is word_problems.word_problem
+        ):
             yield from (text for row in rows for text in row.values())
 
 

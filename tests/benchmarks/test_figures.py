@@ -58,16 +58,16 @@ def test_what_is_finished_first_does_not_count_as_waiting():
     assert figures["statuses"] == [75, 75, 0]
 
 
-def test_a_moment_of_an_iteration_is_told_from_what_the_run_has_written(tmp_path):
+def test_the_share_of_an_iteration_is_known_from_the_metrics(tmp_path):
     (tmp_path / "ppo").mkdir()
-    metrics, seen = tmp_path / "ppo/metrics.jsonl", stop.Seen(0, tmp_path)
+    metrics, run = tmp_path / "ppo/metrics.jsonl", stop.ObservedRun(0, tmp_path)
     metrics.write_text('{"step": 1, "step_s": 9.0}\n')
-    assert not stop.is_into_iteration(seen, 0.0)
+    assert not stop.is_into_iteration(run, 0.0)
     with metrics.open("a") as rows:
         rows.write('{"step": 2, "step_s": 60.0}\n{"step": 3')
-    assert [stop.is_into_iteration(seen, share) for share in (0.0, 0.5)] == [True, False]
+    assert [stop.is_into_iteration(run, share) for share in (0.0, 0.5)] == [True, False]
     os.utime(metrics, (time.time() - 31,) * 2)
-    assert [stop.is_into_iteration(seen, share) for share in (0.5, 0.6)] == [True, False]
+    assert [stop.is_into_iteration(run, share) for share in (0.5, 0.6)] == [True, False]
 
 
 def test_rows_are_equal_for_equal_seeds_and_long_as_those_of_gsm8k():

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import gpu, workload
 from benchmarks.options import Options, Skipped
-from launcher import job as jobs
+from launcher.jobfile import job as jobs
 
 TINY = gpu.Case(workload.Shape(16, 32, 2, 2, 5000), 64, {"rank": 4, "alpha": 8})
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training_fixtures import Recorder, phase_of
+from tests.support.training_fixtures import Recorder, phase_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
 
@@ -20,16 +20,16 @@ FP32, BF16 = 1e-4, 2 * 2**-8
 
 
 def _run(tiny: Path, folder: Path, settings: dict) -> tuple[list[float], str]:
-    from training.distributed import Seat, join, set_environment
+    from training.drivers import supervised
     from training.group import InlineGroup, Worker
-    from training.recipes import supervised
+    from training.process.distributed import Seat, join, set_environment
 
     seat = Seat(rank=0, size=1, device="cuda")
     set_environment(seat)
     join(seat)
     worker = Worker(seat)
     phase = phase_of(tiny, "sft", **settings)
-    worker.build("trainer", "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache"))
+    worker.build("trainer", "training.roles.language:LanguageTrainer", phase, str(tiny / "cache"))
     hooks = Recorder(folder)
     supervised.run(phase, {"trainer": InlineGroup(worker, "trainer")}, hooks)
     return hooks.losses, hooks.facts.kernels

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training_fixtures import Recorder, phase_of, sft_phase
+from tests.support.training_fixtures import Recorder, phase_of, sft_phase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
 
@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(scope="module")
 def worker():
     """The one worker of this process; its process group lasts for the module."""
-    from training.distributed import Seat, join, leave, set_environment
     from training.group import Worker
+    from training.process.distributed import Seat, join, leave, set_environment
 
     seat = Seat(rank=0, size=1, device="cuda")
     set_environment(seat)
@@ -31,12 +31,12 @@ def worker():
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_curve_on_a_gpu_is_that_on_a_cpu(worker, train, tiny, tmp_path, stage, dtype):
+    from training.drivers import supervised
     from training.group import InlineGroup
-    from training.recipes import supervised
 
     expected = np.array(train(1).losses)
     phase = sft_phase(tiny, stage=stage, dtype=dtype)
-    worker.build("trainer", "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache"))
+    worker.build("trainer", "training.roles.language:LanguageTrainer", phase, str(tiny / "cache"))
     hooks = Recorder(tmp_path)
     supervised.run(phase, {"trainer": InlineGroup(worker, "trainer")}, hooks)
     difference = np.abs(np.array(hooks.losses) / expected - 1).max()
@@ -47,13 +47,13 @@ def test_the_curve_on_a_gpu_is_that_on_a_cpu(worker, train, tiny, tmp_path, stag
 @pytest.mark.parametrize("stage", [2, 3])
 def test_answers_on_a_gpu_are_those_on_a_cpu(worker, train, tiny, tmp_path, stage):
     """Under ZeRO-3 from a gathered copy, whose parameters are nowhere until it is filled."""
+    from training.drivers import supervised
     from training.group import InlineGroup
-    from training.recipes import supervised
 
     questions = {"data": str(tiny / "eval.jsonl"), "limit": 12, "max_new_tokens": 12}
     expected = train(1, eval=questions, eval_every=4)
     phase = sft_phase(tiny, stage=stage, eval=questions, eval_every=4)
-    worker.build("trainer", "training.recipes.language:LanguageTrainer", phase, str(tiny / "cache"))
+    worker.build("trainer", "training.roles.language:LanguageTrainer", phase, str(tiny / "cache"))
     hooks = Recorder(tmp_path)
     supervised.run(phase, {"trainer": InlineGroup(worker, "trainer")}, hooks)
     responses = [
@@ -66,11 +66,12 @@ def test_answers_on_a_gpu_are_those_on_a_cpu(worker, train, tiny, tmp_path, stag
 def test_ppo_on_a_gpu_is_that_on_a_cpu(worker, train, tiny, tmp_path, stage, how):
     """In fp32: the same responses, so the same rewards; what is computed of them is equal to rounding."""
     from training.config import PPO_ROLES
+    from training.drivers import ppo
     from training.group import InlineGroup
-    from training.recipes import RECIPES, ppo
+    from training.recipes import RECIPES
 
     settings = {
-        "recipe": "ppo", "reward": "tests.some_rewards:nines", "critic": str(tiny / "model"), "rollout_batch": 16, "batch": 8,
+        "recipe": "ppo", "reward": "tests.support.some_rewards:nines", "critic": str(tiny / "model"), "rollout_batch": 16, "batch": 8,
         "response_tokens": 8, "max_steps": 2, "data": {"max_length": 64},
     }  # fmt: skip
     expected = train(1, **settings)
@@ -89,10 +90,10 @@ def test_the_memory_that_a_plan_tells(worker, tiny, tmp_path, stage, lora):
     """Against what CUDA had allocated at most, which neither knows CUDA's context nor what lies between blocks. 110 M parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from training.drivers import supervised
+    from training.estimate.memory import Models, setting_of, team
+    from training.estimate.parameters import shape_of
     from training.group import InlineGroup
-    from training.recipes import supervised
-    from training.shape import shape_of
-    from training.sizing import Models, setting_of, team
 
     shutil.copytree(tiny, tmp_path / "work")
     folder = tmp_path / "work"
@@ -109,7 +110,7 @@ def test_the_memory_that_a_plan_tells(worker, tiny, tmp_path, stage, lora):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    worker.build("trainer", "training.recipes.language:LanguageTrainer", phase, str(folder / "cache"))
+    worker.build("trainer", "training.roles.language:LanguageTrainer", phase, str(folder / "cache"))
     supervised.run(phase, {"trainer": InlineGroup(worker, "trainer")}, Recorder(tmp_path / "checkpoints"))
     found = torch.cuda.max_memory_allocated() - before
     needs = team(

@@ -85,7 +85,7 @@ def muster(*words: str) -> str:
     environment = {**os.environ, "MUSTER_CACHE": f"{ROOT}/cache", "MUSTER_HOME": f"{ROOT}/home", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.getcwd()
     done = subprocess.run(
-        [sys.executable, "-m", "launcher.cli", *words],
+        [sys.executable, "-m", "launcher.cli.main", *words],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -171,7 +171,7 @@ def write_model(folder: Path, *, bos: bool = False) -> None:
 
 def note_hashes() -> None:
     """By job file what its hash is: of the jobs here, of their resolved forms, and of every configuration that came with the commit."""
-    from launcher import job
+    from launcher.jobfile import job
 
     files = [*sorted(ROOT.glob("*.yaml")), *sorted(ROOT.glob("runs/*/job.yaml")), *sorted(ROOT.glob("configs/*.yaml"))]
     hashes = {str(file.relative_to(ROOT)): job.job_hash(job.read(file)) for file in files}
@@ -180,8 +180,8 @@ def note_hashes() -> None:
 
 def make_clusters() -> None:
     """The record of a cluster on this machine, which is ended again, and those of clusters elsewhere before machines are asked for."""
-    from cluster import home as homes
-    from launcher import clusters
+    from cluster import registry as homes
+    from launcher.submit import clusters
 
     (ROOT / "here.yaml").write_text("provider: local\nname: here\ncpus: 2\n")
     muster("cluster", "up", "here.yaml")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster import home as homes
-from launcher import clusters, job
-from launcher.runs import RunFolder
+from cluster import registry as homes
+from launcher.jobfile import job
+from launcher.runfolder.run_folder import RunFolder
+from launcher.submit import clusters
 
 pytestmark = [pytest.mark.cpu, pytest.mark.xdist_group("old_runs")]
 ROUNDING = 1e-5
@@ -60,7 +61,7 @@ def test_a_job_of_then_has_the_hash_that_it_had(old):
 
 @pytest.mark.parametrize("name", ["plain", "chats"])
 def test_a_token_store_of_then_is_found_again(old, name):
-    from training.data.stores import open_stores
+    from training.data.phase_data import open_stores
 
     before = stores_in(old)
     for phase, settings in run_of(name).job().phases.items():

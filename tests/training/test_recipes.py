@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.training_fixtures import phase_of
+from tests.support.training_fixtures import phase_of
 from training.config import CFT, Reward
 from training.errors import InputError
 from training.recipes import RECIPES
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpu
 
 
 def exported(tiny, hooks, out, recipe, **settings):
-    from training.export import export
+    from training.checkpoint.export import export
 
     export(hooks.last, place(out), phase_of(tiny, recipe, **settings))
     return out
@@ -52,8 +52,8 @@ def test_the_exported_model_scores_as_it_did(tiny, reward_model):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from training.data.phase_data import open_stores
     from training.data.render import sides_of
-    from training.data.stores import open_stores
 
     hooks, folder = reward_model
     lm = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
@@ -78,7 +78,7 @@ def test_the_exported_model_scores_as_it_did(tiny, reward_model):
 
 
 def test_the_judge_scores_as_the_model_does(tiny, reward_model):
-    from training.evaluator import Judge
+    from training.evaluation.evaluator import Judge
 
     hooks, folder = reward_model
     rows = [json.loads(line) for line in (tiny / "reward.eval.jsonl").open()]
@@ -95,7 +95,7 @@ def test_the_judge_scores_as_the_model_does(tiny, reward_model):
 
 def test_pairs_of_conversations_are_judged_as_conversations(tiny, train, tmp_path):
     """Their columns are those of plain pairs; that they are conversations shows in what the columns hold."""
-    from training.evaluator import Judge
+    from training.evaluation.evaluator import Judge
 
     rows = [json.loads(line) for line in (tiny / "reward.train.jsonl").open()]
     chats = [
@@ -118,7 +118,7 @@ def test_a_reward_model_may_be_trained_on(tiny, train, reward_model):
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_head_of_a_new_reward_model_hangs_on_the_seed(tiny, train, stage):
-    from training.checkpoint import Reader
+    from training.checkpoint.format import Reader
 
     first = train(2, recipe="reward", stage=stage, max_steps=1, learning_rate=1e-30)
     head = Reader(first.last).whole("score.weight")
@@ -178,8 +178,8 @@ def test_the_defaults_are_the_papers():
 
 
 def test_the_loss_is_on_the_critique_alone(tiny):
+    from training.data.phase_data import open_stores
     from training.data.render import Renderer, load_tokenizer
-    from training.data.stores import open_stores
 
     phase = phase_of(tiny, "cft")
     store = open_stores(phase, tiny / "cache").train
@@ -200,7 +200,7 @@ def questions(tiny):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_answers_are_measured_while_training_and_the_best_is_what_it_ends_with(tiny, train, questions, stage):
-    from training.checkpoint import Manifest
+    from training.checkpoint.format import Manifest
 
     verdicts = {"verdicts": str(tiny / "cft.eval.jsonl")}
     hooks = train(
@@ -239,9 +239,9 @@ def test_a_reward_models_padding_is_no_token_that_sequences_end_with(tiny, train
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from training.checkpoint.export import export
+    from training.data.phase_data import open_stores
     from training.data.render import sides_of
-    from training.data.stores import open_stores
-    from training.export import export
 
     folder = tmp_path / "model"
     shutil.copytree(tiny / "model", folder)

@@ -1,6 +1,8 @@
-"""What an iteration of PPO knows: responses, and what the roles say of each of their tokens. Arrays small enough to send.
+"""What an iteration of PPO knows: responses, and what the roles say of each of their tokens.
+Arrays small enough to send.
 
-Roles get responses as a deal: by worker, micro-batch and row. Their answers come back one array a response, in that order.
+Roles get responses as a deal: by worker, micro-batch and row. Their answers come back one array a
+response, in that order.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.data.batching import Limits, deal
 from training.data.collate import collate
-from training.data.dealing import Limits, deal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,8 @@ Share = list[list[list[Item]]]
 
 
 class Experience:
-    """Responses of an iteration. `facts[name][i]` is known of response i: of its tokens, [T_i], or of the whole, [1]."""
+    """Responses of an iteration. `facts[name][i]` is known of response i: of its tokens,
+    [T_i], or of the whole, [1]."""
 
     def __init__(self, responses: Sequence[Response]):
         self.responses = list(responses)
@@ -85,7 +88,8 @@ class Experience:
     def dealt(
         self, size: int, limits: Limits, names: Sequence[str] = (), places: Sequence[int] | None = None
     ) -> tuple[list[Share], list[int]]:
-        """Shares for `size` workers of the responses at `places` (None: all), with these facts; and the order of the answers."""
+        """Shares for `size` workers of the responses at `places` (None: all), with these facts;
+        and the order of the answers."""
         chosen = range(len(self)) if places is None else places
         by_worker = deal([len(self.responses[i]) for i in chosen], size, limits)
         turns = [
@@ -168,7 +172,8 @@ class Experience:
 
 
 def collated(rows: Sequence[Sequence[Item]], names: Sequence[str]) -> dict[str, Tensor | None]:
-    """A micro-batch: tensors of `collate` with the N response tokens as targets, `counts` [N] (0: does not count), and the facts [N]."""
+    """A micro-batch: tensors of `collate` with the N response tokens as targets,
+    `counts` [N] (0: does not count), and the facts [N]."""
     samples = [[(item.ids, np.arange(len(item.ids)) >= item.start) for item in row] for row in rows]
     batch = collate(samples)
     index = batch["target_index"]

@@ -1,6 +1,8 @@
-"""The roles of PPO: policy and critic, which learn; the reference, which stays what the policy was; the judges, who score.
+"""The roles of PPO: policy and critic, which learn; the reference,
+which stays what the policy was; the judges, who score.
 
-All of them compute on the shares that they are dealt (training/rl/experience.py), each with the model that its settings name.
+All of them compute on the shares that they are dealt (training/rl/experience.py),
+each with the model that its settings name.
 """
 
 from __future__ import annotations
@@ -17,35 +19,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training import lora, reward_signature
-from training import model as models
-from training.breakdown import DATA, GENERATION
 from training.config import PPO, Model
-from training.data.dealing import Limits, limits_for
+from training.data import reward_signature
+from training.data.batching import Limits, limits_for
 from training.data.order import Order
+from training.data.phase_data import Stores, check_window
 from training.data.render import Renderer, load_tokenizer, same_tokens, tokenizer_for
-from training.data.stores import Stores, check_window
 from training.data.turn_end import stop_tokens
-from training.distributed import Seat
-from training.engine import Frozen, computed, device_of
+from training.data.vocabulary import check_tokens, rows_in
+from training.data.vocabulary import notes as vocabulary_notes
+from training.engine.engine import Frozen, computed, device_of
 from training.errors import InputError
-from training.evaluate import Exam, Sitting, exam_of
-from training.facts import Facts
-from training.learner import Learner
-from training.measures import Answers
-from training.modelfiles import has_tokenizer, tokenizer_of, tokenizer_revision
-from training.probe import traits_of
-from training.profiling import part
-from training.rl.base import as_it_was, at_once, with_adapters
+from training.estimate.model_traits import notes, refuse, rows_of
+from training.evaluation.accuracy import Answers
+from training.evaluation.generated_answers import Exam, Sitting, exam_of
+from training.generation.sampling import Continued, Sampling, continue_all
+from training.model_folder import has_tokenizer, tokenizer_of, tokenizer_revision
+from training.models import loading as models
+from training.models import lora
+from training.models.probe import traits_of
+from training.phase_info import Facts
+from training.process.distributed import Seat
+from training.profiling.breakdown import DATA, GENERATION
+from training.profiling.profiler import part
 from training.rl.experience import Experience, Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
 from training.rl.rewards import opened, total
-from training.sampling import Continued, Sampling, continue_all
+from training.rl.shared_base import as_it_was, at_once, with_adapters
+from training.roles.learner import Learner
 from training.schedule import never_profiled, total_samples, total_steps
 from training.seeding import seed_for
-from training.traits import notes, refuse, rows_of
-from training.vocabulary import check_tokens, rows_in
-from training.vocabulary import notes as vocabulary_notes
 
 _BUCKET_NUMBERS = 8 << 20
 """Of a piece of the weights on its way to a rollout group."""
@@ -118,12 +121,14 @@ class _Prompts:
         self.renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos, in_turns=self.store.meta.chats)
 
     def stops(self, lm: Any, *, by_turn: bool = True) -> list[int]:
-        """The tokens that end a response. `by_turn`: the end of a turn is one of them, if the prompts are conversations."""
+        """The tokens that end a response. `by_turn`: the end of a turn is one of them,
+        if the prompts are conversations."""
         chats = by_turn and self.store.meta.chats
         return stop_tokens(self.renderer, getattr(lm, "generation_config", None), chats=chats)
 
     def responses(self, lm: Any, iteration: int, nth: int, share: tuple[int, int]) -> list[Response]:
-        """Of the responses to the prompts of an iteration, counted from 1, those of a round, counted from 0: of this share (rank, size).
+        """Of the responses to the prompts of an iteration, counted from 1, those of a round,
+        counted from 0: of this share (rank, size).
 
         A share is a stretch of them all, so the responses to one prompt have one writer, who reads it once; a round has
         those to prompts of like length.
@@ -165,9 +170,9 @@ def _generation(phase: PPO, lm: Any) -> Callable[..., list[Continued]]:
     longest = phase.data.max_length + phase.response_tokens
     if phase.generation == "batched" or not traits_of(lm).batches_continuously(lm.config._attn_implementation, longest):
         return partial(continue_all, batch=phase.generation_batch)
-    from training import continuous  # takes seconds to import
+    from training.generation import continuous_batching  # takes seconds to import
 
-    return continuous.continue_all
+    return continuous_batching.continue_all
 
 
 class Policy(_Learning):
@@ -327,7 +332,10 @@ def _refuse_other_tokens(phase: PPO, critic: str) -> None:
         return  # nothing is known of it
     trust = phase.model.trust_remote_code
     if not same_tokens(load_tokenizer(own, trust), tokenizer_for(phase.model)):
-        message = "the critic would read the policy's tokens as others: its tokenizer is another one; start it from a model that shares the policy's"
+        message = (
+            "the critic would read the policy's tokens as others: its tokenizer is another one; start it from a model "
+            "that shares the policy's"
+        )
         raise InputError.of(critic, message, "critic")
 
 

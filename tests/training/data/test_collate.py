@@ -47,7 +47,7 @@ def test_an_empty_turn_teaches_nothing():
 def test_samples_that_share_a_row_do_not_see_each_other(tiny_llama, attention):
     import torch
 
-    from training.model import TokenLoss
+    from training.models.loading import TokenLoss
 
     model = TokenLoss(tiny_llama(attention))
     samples = [sample(length, 2, seed) for seed, length in enumerate([9, 4, 7, 3, 12])]

@@ -13,7 +13,7 @@ from training.data import prepare as prepare_module
 from training.data.files import expand
 from training.data.prepare import check_rows, prepare
 from training.data.render import Renderer
-from training.data.store import TokenStore
+from training.data.token_store import TokenStore
 from training.errors import InputError
 
 SFT = ("prompt_completion", "alpaca", "sharegpt", "messages")

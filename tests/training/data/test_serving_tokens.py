@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from tests.training.data.documented_templates import DOCUMENTED
+from training.checkpoint.export import _write_generation_config
 from training.config import SFT
 from training.data.formats import Chat, Prompt, PromptCompletion
 from training.data.render import Renderer, Sample
 from training.data.templates import TEMPLATES
 from training.data.turn_end import stop_tokens
-from training.export import _write_generation_config
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 SMOLLM2 = (

@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.training_fixtures import Recorder, phase_of
-from training.checkpoint import write_shard
-from training.data.dealing import Limits
+from tests.support.training_fixtures import Recorder, phase_of
+from training.checkpoint.format import write_shard
+from training.data.batching import Limits
+from training.drivers import ppo
 from training.errors import Diverged
-from training.facts import Facts
 from training.group import Done
-from training.recipes import ppo
+from training.phase_info import Facts
 from training.rl.experience import Response
 from training.storage import place
 
 pytestmark = [pytest.mark.cpu, pytest.mark.xdist_group("curves")]
-NINES = "tests.some_rewards:nines"
+NINES = "tests.support.some_rewards:nines"
 
 
 def settings(tiny, **more):
@@ -133,7 +133,7 @@ def test_it_goes_on_bit_for_bit(tiny, train, tmp_path, workers, stage, kind):
 
 
 def contents(checkpoint):
-    from training.checkpoint import Reader
+    from training.checkpoint.format import Reader
 
     reader = Reader(checkpoint)
     manifest = reader.manifest
@@ -146,8 +146,8 @@ def test_what_it_ends_with_is_the_policy(tiny, plain, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from training.checkpoint import Reader
-    from training.export import export
+    from training.checkpoint.export import export
+    from training.checkpoint.format import Reader
 
     export(plain.last, place(tmp_path / "model"), phase_of(tiny, **settings(tiny)))
     lm, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, output_loading_info=True)
@@ -437,7 +437,7 @@ def adapters(tiny, train):
 
 
 def test_adapters_are_improved_alone(adapters):
-    from training.checkpoint import Reader
+    from training.checkpoint.format import Reader
 
     names = Reader(adapters.last).manifest.parameters
     assert all(".default." in name or name == "critic/score.weight" for name in names)
@@ -462,7 +462,7 @@ def test_adapters_go_on_bit_for_bit(tiny, train, tmp_path):
 
 def test_a_policy_that_starts_from_an_adapter_is_compared_with_it(tiny, train, tmp_path):
     """The reference is base and adapter as they were: a copy of the adapter in the shared base, or merged in a base of its own."""
-    from training.export import export
+    from training.checkpoint.export import export
 
     sft = train(1, lora=LORA, max_steps=4)
     export(sft.last, place(tmp_path / "adapter"), phase_of(tiny, "sft", lora=LORA))
@@ -476,7 +476,7 @@ def test_a_policy_that_starts_from_an_adapter_is_compared_with_it(tiny, train, t
 
 
 def test_a_reward_model_that_is_an_adapter_is_asked_in_the_shared_base(tiny, train, tmp_path):
-    from training.export import export
+    from training.checkpoint.export import export
 
     learnt = train(1, recipe="reward", lora=LORA, max_steps=4)
     export(learnt.last, place(tmp_path / "reward"), phase_of(tiny, "reward", lora=LORA))

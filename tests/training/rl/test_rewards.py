@@ -10,11 +10,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
-from tests.raw_server import CUT, ODD_JSON, OK, RawServer, dripping, whole
-from tests.training_fixtures import phase_of
+from tests.support.raw_server import CUT, ODD_JSON, OK, RawServer, dripping, whole
+from tests.support.training_fixtures import phase_of
 from training.config import RewardSource
-from training.distributed import Seat
 from training.errors import InputError, ServiceError
+from training.process.distributed import Seat
 
 pytestmark = pytest.mark.cpu
 
@@ -62,16 +62,16 @@ def test_functions_that_are_not_well_are_told_of(judge, function, message):
     from training.rl.rewards import RewardError
 
     with pytest.raises(RewardError, match=message):
-        judge(path=f"tests.some_rewards:{function}", timeout=0.2)([response("a"), response("b")])
+        judge(path=f"tests.support.some_rewards:{function}", timeout=0.2)([response("a"), response("b")])
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("tests.some_rewards:nothing", "cannot be imported: AttributeError"),
+        ("tests.support.some_rewards:nothing", "cannot be imported: AttributeError"),
         ("tests.no_such_module:score", "cannot be imported: ModuleNotFoundError"),
         ("/nowhere/mine.py:score", "there is no file /nowhere/mine.py"),
-        ("tests.some_rewards:NUMBER", "NUMBER is no function"),
+        ("tests.support.some_rewards:NUMBER", "NUMBER is no function"),
     ],
 )
 def test_functions_that_are_not_there_are_told_of(judge, path, message):
@@ -187,7 +187,7 @@ def test_sequences_of_unlike_lengths_are_scored_as_each_alone():
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from training.recipes.reward import score
+    from training.roles.reward import score
 
     torch.manual_seed(1)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -203,7 +203,7 @@ def test_sequences_of_unlike_lengths_are_scored_as_each_alone():
 def test_a_sequence_with_more_tokens_than_the_model_has_positions_is_refused():
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    from training.recipes.reward import score
+    from training.roles.reward import score
 
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=12, num_labels=1, pad_token_id=0)
     lm = GPT2ForSequenceClassification(config).eval()
@@ -301,7 +301,10 @@ def test_none_is_no_vote_but_somebody_has_to_give_one(tiny, tmp_path):
 def test_several_rewards_are_weighted(tiny):
     from training.rl.roles import Judges
 
-    sources = [{"path": "tests.some_rewards:nines"}, {"path": "tests.some_rewards:length", "weight": -0.5}]
+    sources = [
+        {"path": "tests.support.some_rewards:nines"},
+        {"path": "tests.support.some_rewards:length", "weight": -0.5},
+    ]
     judges = Judges(Seat(rank=0, size=1), phase_of(tiny, "ppo", reward=sources, batch=4), "")
     judges.setup()
     assert judges.scores([response("99ab"), response("")]) == [0.0, 0.0]
@@ -317,7 +320,7 @@ def other_words(tiny, tmp_path_factory):
     """The same model with another tokenizer."""
     import shutil
 
-    from tests.training_fixtures import _tokenizer
+    from tests.support.training_fixtures import _tokenizer
 
     folder = tmp_path_factory.mktemp("other") / "model"
     shutil.copytree(tiny / "model", folder)
@@ -334,8 +337,8 @@ def test_a_critic_of_another_tokenizer_is_refused(tiny, other_words):
 
 def test_a_reward_model_of_another_tokenizer_reads_the_text(tiny, other_words, train, tmp_path):
     """Its score is that of the text in its own tokens; the policy's tokens mean other words to it."""
-    from training.evaluator import Judge
-    from training.export import export
+    from training.checkpoint.export import export
+    from training.evaluation.evaluator import Judge
     from training.rl.rewards import opened
     from training.storage import place
 

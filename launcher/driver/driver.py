@@ -1,0 +1,348 @@
+"""Runs a job: its phases in order, each on its workers. The only place that decides what happens after a failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from rich.console import Console
+
+from launcher.driver import model_probe, open_run
+from launcher.driver.budget import Meter
+from launcher.driver.open_run import GoOn, OpenRun
+from launcher.driver.phase_run import PhaseRun
+from launcher.driver.progress import PhaseProgress
+from launcher.driver.recovery import Recovery
+from launcher.driver.signals import Interrupts
+from launcher.jobfile.job import ENV_NAMES, Job
+from launcher.process import output
+from launcher.process.exit_status import ExitStatus, after_signal
+from launcher.runfolder import hub_revisions
+from launcher.runfolder.cache import cache_folder
+from launcher.runfolder.run_folder import RunFolder
+from launcher.workers import supervisor
+from launcher.workers.failures import NoMachines, Raised, WorkerDied, in_words
+from launcher.workers.worker_set import Gang, gang_of
+from training.config import PPO, Phase
+from training.data.token_store import BAD_ROWS
+from training.errors import InputError, MusterError, StorageError, TrainingError
+from training.group import Group, results
+from training.model_folder import tokenizer_of, tokenizer_revision
+from training.recipes import RECIPES, resolve
+from training.storage import Place
+
+_EXPORT_S = 3600.0
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _How:
+    """What the command line says of a run beside the job."""
+
+    inline: bool
+    only: str | None
+    preflight: bool
+
+
+def run_job(
+    job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn(), only: str | None = None, preflight: bool = True
+) -> ExitStatus:
+    """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone; `preflight`: whether
+    machines are looked at before the first step.
+
+    Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
+    """
+    open_run.check(job, go_on, only)
+    recorded = open_run.recorded_commits(job)
+    looked_up = hub_revisions.look_up(job, recorded)
+    with ExitStack() as stack:
+        outputs = stack.enter_context(output.kept_going())
+        interrupts = stack.enter_context(Interrupts())
+        prepared = _get_ready(job, recorded | looked_up, stack, inline=inline)
+        run = open_run.begin(job, go_on)
+        stack.callback(run.close)
+        outputs.report_to(partial(_note_output, run))
+        if looked_up:
+            run.event("revisions", commits=looked_up)
+        _list_bad_rows(run, prepared)
+        _note_damage(run, prepared)
+        status = _run_phases(run, job, interrupts, console, _How(inline, only, preflight))
+        interrupts.end()
+        return status
+
+
+def _note_output(run: OpenRun, stream: str, error: str) -> None:
+    with suppress(StorageError):  # raised again by whoever writes next
+        run.event("output_failed", stream=stream, error=error)
+
+
+class Prepared(NamedTuple):
+    """The data of a phase."""
+
+    folder: Path
+    """Of the tokenized training samples."""
+    damage: list[str]
+    """What was wrong with tokenized data that were made anew."""
+
+
+def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Prepared]:
+    """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile. Returns what `prepare` does."""
+    if inline:
+        return prepare(job, commits)
+    from launcher.workers.ray_session import own_nursery, ray_session
+
+    os.environ[ENV_NAMES] = " ".join(job.env)
+    stack.callback(_sweep_stores)
+    stack.enter_context(own_nursery())
+    wait_for_data = _in_background(lambda: prepare(job, commits, apart=True))
+    stack.enter_context(ray_session(max(phase.num_workers for phase in job.phases.values())))
+    return wait_for_data()
+
+
+def _sweep_stores() -> None:
+    """What was begun of a store by a process that had to end before."""
+    from training.data.token_store import sweep_unfinished
+
+    sweep_unfinished(cache_folder())
+
+
+def _list_bad_rows(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
+    """Rows that were dropped, in the folder of their phase."""
+    for phase, (folder, _) in prepared.items():
+        if (folder / BAD_ROWS).exists():
+            run.phase(phase).mkdir(exist_ok=True)
+            shutil.copyfile(folder / BAD_ROWS, run.phase(phase) / BAD_ROWS)
+
+
+def _note_damage(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
+    for phase, (_, damage) in prepared.items():
+        for finding in damage:
+            run.event("data_damaged", phase=phase, finding=finding, rank=None)
+
+
+def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin a call in a thread that ends with the process; returns what waits for it
+    and gives its result or raises its error."""
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def attempt() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # which is for the main thread, when it can be heard
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    def wait() -> Result:
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    thread = threading.Thread(target=attempt, daemon=True)  # Ctrl-C need not wait for it
+    thread.start()
+    return wait
+
+
+def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console, how: _How) -> ExitStatus:
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"run {run.address}, attempt {run.attempt}")
+    meter = Meter(run.folder, job.max_hours, job.max_cost, files=run.files)
+    try:
+        if meter.reached:
+            raise InputError.of(run.address, f"{meter.reached}; raise the limit to go on")
+        wanted = [name for name in _unfinished(run, job) if how.only in (None, name)]
+        if wanted and (finished := [name for name in job.phases if name in run.finished_phases()]):
+            say(f"finished phases: {', '.join(finished)}; to run: {', '.join(wanted)}")
+        done = all(_run_phase(run, job, name, interrupts, meter, console, how) for name in wanted)
+    except KeyboardInterrupt:
+        with suppress(StorageError):
+            run.event("interrupted", orderly=False)
+        say(f"stopped at once; `muster resume {run.address}` goes on from the last checkpoint")
+        return after_signal(interrupts.number)
+    except (MusterError, OSError) as error:
+        _record_failure(run, error)
+        say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.address}` goes on")
+        if isinstance(error, NoMachines):
+            return ExitStatus.TRY_AGAIN
+        return ExitStatus.INVALID_INPUT if isinstance(error, InputError) else ExitStatus.FAILED
+    except Exception as error:  # a defect: recorded, and shown with its traceback
+        _record_failure(run, error)
+        raise
+    rest = list(_unfinished(run, job))
+    _record_end(run, job, rest, stopped=not done)
+    if not done and meter.reached and not interrupts.requested:
+        say(
+            f"stopped and saved: {meter.reached}; `muster resume {run.address} max_hours=...` or `max_cost=...` goes on"
+        )
+        return ExitStatus.LIMIT_REACHED
+    if done and rest:
+        say(f"{how.only} is finished; `muster resume {run.address}` runs the remaining phases: {', '.join(rest)}")
+    elif not done:
+        say(f"stopped; `muster resume {run.address}` goes on")
+    return ExitStatus.DONE if done else after_signal(interrupts.number)
+
+
+def _record_end(run: OpenRun, job: Job, rest: list[str], *, stopped: bool) -> None:
+    """`rest`: the phases that are not finished. Without `stopped` they were left out by --only."""
+    if stopped:
+        run.event("interrupted")
+    elif rest:
+        run.event("partial", finished=[name for name in job.phases if name not in rest], remaining=rest)
+    else:
+        run.event("done")
+
+
+def _record_failure(run: OpenRun, error: Exception) -> None:
+    with suppress(StorageError):  # it may be what has failed
+        run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
+
+
+def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Prepared]:
+    """Check and tokenise the data of every phase, once; returns them by phase. Also examine its models.
+    Raises InputError with all that is wrong with any of them.
+
+    `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another
+    that has imported what it takes; which is seconds, and 0.3 GiB.
+    """
+    from training.data import questions
+    from training.data.phase_data import prepare_phase as prepare_data
+
+    def prepare_phase(phase: Phase) -> Prepared:
+        phase = hub_revisions.with_commits(phase, commits or {})
+        questions.check(phase)
+        model_probe.examined(phase, apart=apart)
+        if not (apart and supervisor.has_nursery()):
+            stores, _ = prepare_data(phase, cache_folder())
+            return Prepared(stores.train.folder, stores.damage)
+        try:
+            folder, damage = supervisor.apart("prepare", phase, str(cache_folder()), dict(os.environ))
+            return Prepared(Path(folder), damage)
+        except (Raised, WorkerDied) as error:
+            trace = f"\n{error.trace}" if isinstance(error, Raised) else ""
+            raise TrainingError(f"the process that prepares the data {in_words(error)}{trace}") from error
+
+    return job.look_at_phases(prepare_phase)
+
+
+def _unfinished(run: OpenRun, job: Job) -> Iterator[str]:
+    finished = run.finished_phases()
+    return (name for name in job.phases if name not in finished)
+
+
+def _run_phase(
+    run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Meter, console: Console, how: _How
+) -> bool:
+    """Whether the phase came to its end; False when it was asked to stop, or has used up what it may."""
+    if interrupts.requested or meter.reached:
+        return False
+    phase = with_its_start(job.phases[name], run)
+    progress = PhaseProgress(name, console, phase.log_every)
+    run.files.patiently(lambda: run.phase(name).mkdir(exist_ok=True))
+    run.event("phase_started", phase=name)
+
+    def warn(what: str) -> None:
+        run.event("warning", phase=name, what=what)
+        progress.say(f"{name}: {what}")
+
+    if not how.inline:
+        model_probe.examined(phase)
+        model_probe.pass_on(phase)
+    recovery = Recovery(run, name, phase, progress.say)
+    with gang_of(phase, name, cache_folder(), progress.say, warn, inline=how.inline) as gang:
+        while True:
+            run.files.flush()  # while the storage is away, an attempt would begin anew in its place
+            hooks = PhaseRun(run, job, name, interrupts, meter, progress, gang, recovery.skipped())
+            try:
+                with closing(hooks):
+                    last = _attempt(run, phase, name, hooks, gang, preflight=how.preflight)
+            except MusterError as error:
+                if how.inline:
+                    raise
+                decision = recovery.after(error, step=hooks.step_in_hand(), checkpoint=hooks.saved_step)
+                if interrupts.requested:
+                    return False
+                gang.avoid(decision.avoid)
+            else:
+                if last is not None:
+                    break
+                if interrupts.requested:
+                    return False
+                if meter.reached:
+                    run.event("limit_reached", phase=name, what=meter.reached)
+                    return False
+                run.event("moved", phase=name, why=gang.why_moved)
+                progress.say(f"{name}: saved; {gang.why_moved}, so the workers are gathered anew")
+            run.go_on()
+    run.event("phase_finished", phase=name, checkpoint=str(last), model=str(run.model(name)))
+    progress.say(f"{name}: done; the model is in {run.model(name)}")
+    return True
+
+
+def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang, *, preflight: bool) -> Place | None:
+    """One attempt at a phase, from its newest checkpoint: its last checkpoint, None if it was stopped before."""
+    with gang.attempt(run.phase(name) / "logs" / f"attempt-{run.attempt}") as groups:
+        run.event("workers", phase=name, workers=gang.members())
+        hooks.meter.begin(gang.price())
+        try:
+            if preflight and (figures := gang.check(str(hooks.checkpoints.staging), _room_for_two(phase))) is not None:
+                run.event("preflight", phase=name, **figures)
+            last: Place | None = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
+            hooks.interrupts.training = False  # all is saved: a request to stop does not wait for the export
+            if last is None or hooks.interrupts.requested:
+                return None
+            _export(next(iter(groups.values())), last, run.model(name))
+            return last
+        finally:
+            hooks.meter.end()
+
+
+def _room_for_two(phase: Phase) -> int:
+    """Bytes of two checkpoints, the one that is kept until the next is whole; 0 if the model is not known yet."""
+    from launcher.plan import plan
+
+    try:
+        return 2 * plan.checkpoint_bytes_of(phase)
+    except InputError:
+        return 0
+
+
+def with_its_start(phase: Phase, run: RunFolder) -> Phase:
+    """The phase with the model of the phase that it starts from, the tokenizer that its data was checked with, and the
+    commits of the Hugging Face hub that the run uses."""
+    phase = hub_revisions.with_commits(phase, run.commits())
+    if phase.starts_from_phase:
+        assert phase.from_ is not None
+        changes: dict[str, str | None] = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}
+        changes["tokenizer_revision"] = tokenizer_revision(phase.model)
+        phase = phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
+    return _with_its_rewards(phase, run) if isinstance(phase, PPO) else phase
+
+
+def _with_its_rewards(phase: PPO, run: RunFolder) -> PPO:
+    """The models of earlier phases in place of their names; the critic starts from a reward model, if there is one."""
+
+    def folder(path: str) -> str:
+        return path if "/" in path else str(run.model(path))
+
+    rewards = [
+        source.model_copy(update={"path": folder(source.path)}) if source.is_model else source
+        for source in phase.rewards
+    ]
+    starts = [phase.critic] if phase.critic else [source.path for source in rewards if source.is_model]
+    critic = folder(starts[0]) if starts else phase.model.path
+    return phase.model_copy(update={"reward": rewards, "critic": critic})
+
+
+def _export(group: Group, checkpoint: Place, out: Place) -> None:
+    results(group.call("export", str(checkpoint), str(out)), _EXPORT_S)

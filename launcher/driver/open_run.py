@@ -1,0 +1,307 @@
+"""Beginning to work on a run: alone, in a folder that holds this job and nothing else.
+
+One process works on a run at a time: in a folder a lock says which, in a bucket the claim of the latest attempt.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+from launcher.jobfile import job as jobs
+from launcher.jobfile import yaml_with_lines
+from launcher.jobfile.job import Job
+from launcher.jobfile.phase_builder import SHARED
+from launcher.jobfile.shared_settings import value_at
+from launcher.jobfile.validation_messages import did_you_mean
+from launcher.jobfile.yaml_with_lines import COMMAND_LINE, KeyPath, dotted
+from launcher.runfolder import bucket_sync
+from launcher.runfolder.bucket_sync import Mirror
+from launcher.runfolder.run_folder import (
+    EVENTS,
+    JOB,
+    LOCK,
+    PATIENCE_S,
+    RunFolder,
+    now,
+    phase_with_checkpoints,
+    told_as_input,
+)
+from launcher.runfolder.small_files import SmallFiles
+from training.checkpoint.format import CheckpointError
+from training.checkpoint.repository import CLAIMS, Checkpoints, Claim, newest_claim, step_of
+from training.errors import InputError, Problem
+from training.io.versions import MUSTER, versions_of
+from training.storage import Place, is_remote, place
+
+_LOCK_S = 2.0
+"""How long a lock is tried to be taken."""
+
+
+class OpenRun(RunFolder):
+    """A run that this process works on: what happens is written down."""
+
+    def __init__(self, folder: Path, attempt: int, lock: IO[str], remote: Place | None = None):
+        super().__init__(folder, remote)
+        self.attempt = attempt
+        self.files = SmallFiles()
+        self._events = super().events()
+        self._lock = lock
+        self._mirror = None if remote is None else Mirror(folder, remote, Claim(remote / CLAIMS, attempt))
+
+    def go_on(self) -> None:
+        """Begin the next attempt in this process, after one that has failed or was to move. Raises Superseded."""
+        if self.remote is not None and self._mirror is not None:
+            self._mirror.claim = Claim(self.remote / CLAIMS, self.attempt + 1)
+        self.attempt += 1
+        self.event("started", host=socket.gethostname(), pid=os.getpid(), by_itself=True)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        row = {"time": now(), "attempt": self.attempt, "event": kind, **facts}
+        self._events.append(json.loads(json.dumps(row)))
+        self.files.append(self.folder / EVENTS, row)
+        if self._mirror is not None:
+            self._mirror.wake()
+
+    def events(self) -> list[dict[str, Any]]:
+        """Also those that cannot be written at the moment."""
+        return list(self._events)
+
+    def flush(self) -> None:
+        """Make sure that what was written is where the run is kept. Raises StorageError, OSError, Superseded."""
+        self.files.flush()
+        if self._mirror is not None:
+            self._mirror.flush()
+
+    def close(self) -> None:
+        """Raises as `flush` does, if the rest could not be copied to where the run is kept."""
+        try:
+            self.files.flush()
+            if self._mirror is not None:
+                self._mirror.close()
+        finally:
+            self._lock.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoOn:
+    """How to go on with a run, beyond going on where it stopped."""
+
+    rewind: Mapping[str, int] = field(default_factory=dict)
+    """Steps to take phases back to; 0 is the beginning."""
+    accept_changes: bool = False
+    """Go on though the job or its data are no longer what the checkpoints were trained on."""
+
+
+def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, int]:
+    """What it takes to go on from a checkpoint: its phase (None: the last that has any) there,
+    later ones at their beginning.
+
+    Raises InputError if there is no such phase or checkpoint, or the checkpoint has no optimizer state any more.
+    """
+    name = phase_with_checkpoints(run, phase)
+    checkpoints = Checkpoints(run.checkpoints(name))
+    try:
+        folder = checkpoints.at(step)
+    except CheckpointError as error:
+        raise InputError.of("", str(error)) from error
+    if folder not in (resumable := checkpoints.resumable()):
+        steps = ", ".join(str(step_of(each)) for each in resumable) or "none"
+        raise InputError.of(
+            str(folder),
+            "has its weights alone (checkpoint.keep_weights), to generate, evaluate and export from; a run cannot be "
+            f"resumed from it. {name} can be resumed at: {steps}",
+        )
+    names = list(run.job().phases)
+    return {name: step, **dict.fromkeys(names[names.index(name) + 1 :], 0)}
+
+
+def begin(job: Job, go_on: GoOn = GoOn()) -> OpenRun:
+    """Make the run folder of a job, or go on in the one it has.
+
+    Raises InputError as `check` does, and if the folder cannot be written or is being worked on.
+    """
+    check(job, go_on)
+    remote = place(_address(job)) if is_remote(job.storage) else None
+    folder = Path(job.storage) / job.name if remote is None else bucket_sync.working_folder(remote)
+    with told_as_input(_address(job)):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(folder / LOCK)
+        try:
+            if remote is not None:
+                bucket_sync.fetch(remote, folder)
+            return _begin(RunFolder(folder, remote), job, lock, go_on)
+        except BaseException:
+            lock.close()
+            raise
+
+
+def _begin(held: RunFolder, job: Job, lock: IO[str], go_on: GoOn) -> OpenRun:
+    _refuse_others(held, job, go_on)  # once more: another process may have come before the lock
+    changes = _changes(held, job) if (held.folder / JOB).exists() else []
+    _replace(held.folder / JOB, jobs.dump(job))
+    claimed = newest_claim(held.remote / CLAIMS) if held.remote else 0
+    run = OpenRun(held.folder, max(held.attempts(), claimed) + 1, lock, held.remote)
+    run.event("started", host=socket.gethostname(), pid=os.getpid(), versions=_versions())
+    if go_on.accept_changes:
+        run.event("changes_accepted", changes=changes)
+    if go_on.rewind:
+        run.event("rewound", to=dict(go_on.rewind))
+    run.flush()
+    return run
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that the result may hang on, here; preflight sees to it that all workers have the same."""
+    packages = (MUSTER, "torch", "deepspeed", "transformers", "peft", "ray")
+    return {"python": platform.python_version(), **versions_of(packages)}
+
+
+def _changes(held: RunFolder, job: Job) -> list[str]:
+    return jobs.differences(replace(held.job(), name=job.name), job)
+
+
+def check(job: Job, go_on: GoOn = GoOn(), only: str | None = None) -> None:
+    """Raises InputError if the run folder of a job holds something else, another job or a finished run. Writes nothing.
+
+    So it does if `only` that phase is to be run and it is none, is finished, or starts from one that is not.
+    """
+    address = _address(job)
+    finished: set[str] = set()
+    with told_as_input(address):
+        if not is_remote(address):
+            if Path(address).is_dir():
+                _refuse_others(RunFolder(Path(address)), job, go_on)
+                finished = RunFolder(Path(address)).finished_phases()
+        else:
+            remote = place(address, patience_s=PATIENCE_S)
+            run = RunFolder(bucket_sync.view(remote), remote)
+            _refuse_others(run, job, go_on)
+            finished = run.finished_phases()
+    if only is not None:
+        _refuse_phase(job, only, finished)
+
+
+def recorded_commits(job: Job) -> dict[str, str]:
+    """What `RunFolder.commits` says of the run of a job; empty if it has not begun."""
+    address = _address(job)
+    with told_as_input(address):
+        if not is_remote(address):
+            return RunFolder(Path(address)).commits()
+        remote = place(address, patience_s=PATIENCE_S)
+        return RunFolder(bucket_sync.view(remote), remote).commits()
+
+
+def _refuse_phase(job: Job, only: str, finished: set[str]) -> None:
+    if only not in job.phases:
+        raise InputError.of(
+            "--only", f"there is no phase {only}{did_you_mean(only, job.phases)}; there are {', '.join(job.phases)}"
+        )
+    if only in finished:
+        raise InputError.of("--only", f"{only} is finished; go back with `muster resume RUN --step N --phase {only}`")
+    phase = job.phases[only]
+    if phase.starts_from_phase and phase.from_ not in finished:
+        raise InputError.of("--only", f"{only} starts from {phase.from_}, which is not finished; run that first")
+
+
+def _address(job: Job) -> str:
+    return f"{job.storage.rstrip('/')}/{job.name}"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file such that a full disk or a crash leaves the old one."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _refuse_others(held: RunFolder, job: Job, go_on: GoOn) -> None:
+    if not (held.folder / JOB).exists():
+        if strangers := sorted(name for name in held.root.children() if name not in (LOCK, f".{JOB}", CLAIMS)):
+            raise InputError.of(
+                held.address,
+                f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or "
+                "storage",
+            )
+        return
+    finished = held.finished_phases() - go_on.rewind.keys()
+    is_over = not go_on.rewind and finished >= set(job.phases)
+    if not is_over:
+        _refuse_overrides_of(finished, held, job)
+    if not go_on.accept_changes and (changes := _changes(held, job)):
+        raise InputError.of(
+            held.address,
+            "this run folder holds another job; choose another `name:`, remove the folder, or go on with it all the "
+            "same: "
+            "`muster resume RUN --accept-changes key=value ...`. What differs:\n  " + "\n  ".join(changes),
+        )
+    if is_over:
+        raise InputError.of(
+            held.address,
+            "this run is finished; choose another `name:`, remove the folder to run it again, or go back with "
+            "`muster resume RUN --step N`",
+        )
+
+
+def _refuse_overrides_of(finished: set[str], held: RunFolder, job: Job) -> None:
+    """Raises InputError for settings from the command line that change nothing but phases
+    which will not be run again."""
+    before = {name: phase.model_dump(by_alias=True) for name, phase in held.job().phases.items()}
+    after = {name: phase.model_dump(by_alias=True) for name, phase in job.phases.items()}
+    problems = []
+    for path in _from_command_line(job):
+        names = [str(path[1])] if path[0] == "phases" else list(after)
+        inside = path[2:] if path[0] == "phases" else path
+        changed = {name for name in names if value_at(before.get(name), inside) != value_at(after[name], inside)}
+        if changed and changed <= finished:
+            name = min(changed, key=list(after).index)
+            told = f"the phase {name} is finished; `muster resume RUN --step N --phase {name}` goes back into it"
+            problems.append(Problem("command line", dotted(path), f"has no effect: {told}"))
+    if problems:
+        raise InputError(problems)
+
+
+def _from_command_line(job: Job) -> Iterator[KeyPath]:
+    """The settings of phases, and those for all phases, that were given there."""
+    for path, value in yaml_with_lines.paths(job.document.data):
+        of_phases = path[0] in SHARED or (path[0] == "phases" and len(path) > 2)
+        if of_phases and not isinstance(value, dict | list) and job.document.lines.get(path) == COMMAND_LINE:
+            yield path
+
+
+def _take_lock(path: Path) -> IO[str]:
+    """For its owner alone: whoever may read a file may lock it."""
+    lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+    with suppress(PermissionError):  # somebody else's, who lets us write it
+        os.fchmod(lock.fileno(), 0o600)
+    if not _locked(lock):
+        holder = lock.read().strip()
+        lock.close()
+        raise InputError.of(str(path.parent), f"this run is being worked on by {holder}")
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Whether it could be taken, within a time: `muster status` holds it for a moment."""
+    deadline = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)

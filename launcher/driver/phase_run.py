@@ -1,0 +1,217 @@
+"""One phase of a run while it is driven: where its metrics and events go, when it should stop."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launcher.driver import checkpoint_quota, trackers
+from launcher.driver.budget import Meter
+from launcher.driver.open_run import OpenRun
+from launcher.driver.progress import PhaseProgress
+from launcher.driver.signals import Interrupts
+from launcher.jobfile.job import Job, job_hash
+from launcher.plan import hardware, plan
+from launcher.runfolder import run_folder, save_request
+from launcher.workers.stragglers import Stragglers
+from launcher.workers.worker_set import Gang
+from training.checkpoint.repository import opened
+from training.errors import InputError
+from training.phase_info import Facts
+from training.storage import Place
+
+_NEARLY_FULL = 0.95
+"""Of a GPU's memory: above it a warning is due."""
+_NOT_FOR_TRACKERS = ("step", "attempt", "workers")
+
+
+class PhaseRun:
+    """What a recipe's driver is offered while it runs one phase (the `Hooks` of training/recipes)."""
+
+    def __init__(
+        self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Meter, progress: PhaseProgress,
+        gang: Gang,
+        skipped: frozenset[int],
+    ):  # fmt: skip
+        self.run, self.name, self.interrupts, self.meter, self.progress, self.gang = (
+            run,
+            name,
+            interrupts,
+            meter,
+            progress,
+            gang,
+        )
+        self.job = job
+        self.skipped = skipped
+        self.step = self.saved_step = 0
+        self.training = False
+        self.stragglers = Stragglers()
+        self.told_full: set[int] = set()
+        self.folder = run.phase(name)
+        self.job_hash = job_hash(job)
+        self.job_hash_before = job_hash(job, as_written=True)
+        self.resume_at = run.rewound_to().get(name)
+        self.accepted_before = run.accepted_before()
+        self.checkpoints = opened(run.checkpoints(name), run.attempt)
+        self.profiles = run.profiles(name)
+        self.trackers = trackers.open_all(
+            job.track, job.name, name, self.folder, job.phases[name].model_dump(), progress.say
+        )
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self.run.files.append(self.folder / run_folder.METRICS, {**row, "attempt": self.run.attempt})
+        self.step = row["step"]
+        self.progress.row(row)
+        numbers = {name: value for name, value in row.items() if name not in _NOT_FOR_TRACKERS}
+        for tracker in self.trackers:
+            tracker.log(row["step"], numbers)
+
+    def answers(self, step: int, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        path = self.folder / run_folder.ANSWERS / f"{kind.replace('_', '-')}step-{step:08d}.jsonl"
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.run.files.replace(path, text, new_folder=True)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            self.run.files.append(self.folder / run_folder.SAMPLES, {"step": step, **row})
+
+    def paces(self, seconds_a_token: Sequence[float]) -> None:
+        for rank, times in self.stragglers.look(seconds_a_token).items():
+            machine = self.gang.members()[rank]["machine"]
+            self.warn(f"worker {rank} on {machine} takes {times:.1f} times as long as the others, who wait for it")
+
+    def gpus_full(self, fractions: Sequence[float]) -> None:
+        for rank, fraction in enumerate(fractions):
+            if fraction >= _NEARLY_FULL and rank not in self.told_full:
+                self.told_full.add(rank)
+                machine = self.gang.members()[rank]["machine"]
+                self.warn(
+                    f"worker {rank} on {machine} has taken {fraction:.0%} of its GPU's memory; a longer batch may not "
+                    "fit: smaller micro_tokens, gradient_checkpointing or a higher sharding.stage give room"
+                )
+
+    def warn(self, what: str) -> None:
+        self.event("warning", what=what)
+        self.progress.say(f"{self.name}: {what}")
+
+    def event(self, kind: str, **facts: Any) -> None:
+        self.run.event(kind, phase=self.name, **facts)
+        if kind == "checkpoint_damaged":
+            self.progress.say(f"{facts['finding']}; looking at the one before")
+        elif kind == "checkpoint_set_aside":
+            self.progress.say(f"{self.name}: the checkpoint of step {facts['step']} is set aside")
+        elif kind == "save_failed":
+            self.progress.say(
+                f"the checkpoint of step {facts['step']} was not saved ({facts['error']}); trying once more"
+            )
+        elif kind == "checkpoint":
+            self.saved_step = facts["step"]
+            self.gang.saved()
+        elif kind == "profiled":
+            self.progress.say(
+                f"{self.name}: profile {{steps: {facts['steps']}}} of {facts['worker']}: {facts['summary']}; "
+                f"{facts['table']}"
+            )
+        elif kind == "profile_failed":
+            self.progress.say(f"{self.name}: there is no profile {{steps: {facts['steps']}}}: {facts['error']}")
+        elif kind == "reached":
+            self.progress.say(f"{self.name}: ends after step {facts['step']}: {facts['what']}")
+        elif kind == "restored":
+            self.step = self.saved_step = facts["step"]
+            self.progress.say(f"{self.name}: goes on after step {facts['step']}")
+
+    def flush(self) -> None:
+        self.run.flush()
+
+    def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None:
+        for note in facts.notes:
+            self.progress.say(f"{self.name}: {note}")
+        more = ", Liger's kernels" if facts.kernels == "liger" else ""
+        more += ", activations recomputed" if facts.recomputes else ""
+        self.progress.say(
+            f"{self.name}: {facts.num_parameters:,} parameters, {facts.dtype} on {facts.device}, {facts.attention} "
+            f"attention{more}; {facts.num_samples:,} samples, {facts.total_steps:,} steps"
+        )
+        redone_s = self._forget_after(step, evaluates=evaluates)
+        self.event(
+            "training", step=step, redone_s=redone_s, total_steps=facts.total_steps, parameters=facts.num_parameters,
+            samples=facts.num_samples,
+            dtype=facts.dtype, device=facts.device, attention=facts.attention, kernels=facts.kernels,
+            recomputes=facts.recomputes,
+            notes=facts.notes,
+        )  # fmt: skip
+        self._note_plan(facts)
+        self.step, self.training = step, True
+        self.interrupts.training = True
+        self.progress.start(facts.total_steps, step)
+
+    def _note_plan(self, facts: Facts) -> None:
+        """For `muster status`. Machines or models that nobody knows have no plan."""
+        members = self.gang.members()
+        fullest = max(Counter(member["machine"] for member in members).values())
+        try:
+            where = hardware.of_device(facts.device, fullest)
+            expected = plan.expected(self.job, self.name, facts, len(members), where, self.gang.price())
+        except InputError:
+            return
+        except Exception as error:  # a defect of the plan is no reason to stop the training
+            self.warn(f"no plan can be made of this phase ({error!r})")
+            return
+        self.event("planned", **expected)
+
+    def _forget_after(self, step: int, *, evaluates: bool) -> float:
+        """Drop what was written of steps that will be done again: the file is the curve,
+        each step in it once. Returns their seconds."""
+        forgotten_s = 0.0
+        self.run.files.flush()
+        for path in (self.folder / run_folder.METRICS, self.folder / run_folder.SAMPLES):
+            rows = list(run_folder.json_rows(path))
+            kept = [row for row in rows if row["step"] <= step and step > 0]
+            if evaluates:
+                kept = [row for row in kept if row["step"] < step or "evaluation_s" not in row]
+            if len(kept) < len(rows):
+                forgotten_s += sum(row.get("step_s", 0.0) for row in rows if row["step"] > step)
+                self.run.files.replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+        return round(forgotten_s, 3)
+
+    def make_room(self, best: Place | None) -> None:
+        if self.job.quota_bytes is None or not (
+            excess := checkpoint_quota.make_room(self.run, self.job, self.name, best)
+        ):
+            return
+        facts = {"phase": self.name, "quota": self.job.checkpoint_quota}
+        if any(event["event"] == "quota_exceeded" and facts.items() <= event.items() for event in self.run.events()):
+            return
+        self.event("quota_exceeded", quota=self.job.checkpoint_quota, bytes=excess)
+        self.progress.say(
+            f"{self.name}: checkpoint_quota {self.job.checkpoint_quota} cannot be kept: the checkpoints that must stay "
+            f"and the next one take {excess / 1e9:,.2f} GB more"
+        )
+
+    def save_requested(self, step: int) -> bool:
+        if (identity := save_request.take(self.run)) is None:
+            return False
+        self.event("save_requested", step=step, id=identity)
+        self.progress.say(f"{self.name}: saves step {step}, as `muster save` asks")
+        return True
+
+    def clock(self) -> float:
+        return time.monotonic()
+
+    def stop_requested(self) -> bool:
+        self.meter.count()
+        return self.interrupts.requested or self.meter.reached is not None or self.gang.reason_to_move() is not None
+
+    def step_in_hand(self) -> int:
+        """The step that was under way at last; the one that is done if none was."""
+        return max(self.step + 1, self.gang.step_in_hand()) if self.training else self.step
+
+    def close(self) -> None:
+        self.interrupts.training = False
+        self.progress.close()
+        self.checkpoints.close()
+        for tracker in self.trackers:
+            tracker.close()

@@ -1,0 +1,1 @@
+"""Models that came of runs: exported, asked, evaluated."""

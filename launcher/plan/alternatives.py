@@ -1,0 +1,171 @@
+"""What else a phase could be on the same site: changes that make it fit, other ZeRO stages,
+other seats for the roles of PPO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from launcher.plan.phase_plan import BY_DEGREE, FITS, TIGHT, TOO_LARGE, Planned, gib
+from training.config import PPO, Lora, Placement, Sharding
+
+_MOST_WORKERS = 1024
+_Change = tuple[str, dict[str, Any]]
+"""As it is written on the command line; the settings of the phase that it replaces."""
+
+
+def changes(planned: Planned) -> list[str]:
+    """Single changes that make it fit, as they are written on the command line, what disturbs least first and those
+    that are tight last; pairs if there are none."""
+    single = list(_possible(planned))
+    found = [(planned.changed(**settings).verdict, words) for words, settings in single]
+    if all(verdict == TOO_LARGE for verdict, _ in found):
+        pairs = ((a, b) for index, a in enumerate(single) for b in single[index + 1 :])
+        apart = ((a, b) for a, b in pairs if not a[1].keys() & b[1].keys())
+        found = [(planned.changed(**a[1], **b[1]).verdict, f"{a[0]} {b[0]}") for a, b in apart]
+    fitting = [words for verdict, words in found if verdict == FITS]
+    return fitting + [f"{words} (tight)" for verdict, words in found if verdict == TIGHT][: 3 if fitting else 6]
+
+
+def _possible(planned: Planned) -> Iterator[_Change]:
+    """Changes of a phase, what disturbs least first."""
+    phase, model, on_gpu = planned.phase, planned.phase.model, planned.site.on_gpu
+    own = "" if planned.alone else f"phases.{planned.name}."  # before settings that a job may have at its top
+    if model.gradient_checkpointing is False:
+        yield (
+            f"{own}model.gradient_checkpointing=true",
+            {"model": model.model_copy(update={"gradient_checkpointing": True})},
+        )
+    yield from _smaller(planned, "micro_batch", phase.micro_batch)
+    longest = phase.data.max_length + phase.new_tokens
+    if phase.micro_batch is None and planned.groups[0].where.micro_tokens > longest:
+        yield f"phases.{planned.name}.micro_tokens={longest}", {"micro_tokens": longest}
+    if isinstance(phase, PPO) and phase.generation == "batched":
+        yield from _smaller(planned, "generation_batch", phase.generation_batch)
+    if not (isinstance(phase, PPO) and phase.groups is not None):
+        for stage in range(phase.sharding.stage + 1, 3 if model.compile else 4):
+            yield f"{own}sharding.stage={stage}", {"sharding": phase.sharding.model_copy(update={"stage": stage})}
+        yield from _more_workers(planned, own)
+    if phase.sharding.offload == "none" and on_gpu:
+        stage = phase.sharding.stage or 2
+        yield (
+            f"'{own}sharding={{stage: {stage}, offload: cpu}}'",
+            {"sharding": Sharding(stage=stage, offload="cpu")},
+        )
+    if model.lora is None:
+        yield f"'{own}model.lora={{rank: 16}}'", {"model": model.model_copy(update={"lora": Lora()})}
+        if on_gpu and not model.compile:
+            stage = min(2, phase.sharding.stage)
+            staged = "" if stage == phase.sharding.stage else f" {own}sharding.stage={stage}"
+            yield (
+                f"'{own}model.lora={{rank: 16, bits: 4}}'{staged}",
+                {
+                    "model": model.model_copy(update={"lora": Lora(bits=4)}),
+                    "sharding": phase.sharding.model_copy(update={"stage": stage}),
+                },
+            )
+
+
+def _smaller(planned: Planned, name: str, count: int | None) -> Iterator[_Change]:
+    """A count halved until it fits."""
+    while count is not None and count > 1:
+        count //= 2
+        if planned.changed(**{name: count}).verdict == FITS or count == 1:
+            yield f"phases.{planned.name}.{name}={count}", {name: count}
+            return
+
+
+def _more_workers(planned: Planned, own: str) -> Iterator[_Change]:
+    """The fewest workers that fit, in whole machines, if there are as many."""
+    phase, site = planned.phase, planned.site
+    resources, step = phase.resources, planned.machine.gpus if site.on_gpu else 1
+    most = min(_MOST_WORKERS, phase.batch, site.most_gpus or _MOST_WORKERS)
+    for count in range((resources.workers // step + 1) * step, most + 1, step):
+        settings = {"resources": resources.model_copy(update={"workers": count})}
+        verdict = planned.changed(**settings).verdict
+        if verdict == FITS or (count == most and verdict == TIGHT):
+            yield f"{own}resources.workers={count}", settings
+            return
+
+
+def stages(planned: Planned) -> list[dict[str, Any]]:
+    """The stages with and without offload, side by side."""
+    lora = planned.phase.model.lora
+    rows = []
+    numbers: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+    for stage in numbers:
+        for offload in ("none", "cpu") if stage and planned.site.on_gpu else ("none",):
+            if stage == 3 and lora is not None and lora.bits:
+                continue
+            sharding = Sharding(stage=stage, offload=offload)
+            other = planned.changed(sharding=sharding, **_regrouped(planned, sharding))
+            device, host = (
+                max(sum(getattr(needs, kind).values()) for needs in other.needs) for kind in ("device", "host")
+            )
+            rows.append(
+                {
+                    "stage": stage, "offload": offload, "device_gib": gib(device), "host_gib": gib(host),
+                    "verdict": other.verdict,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _regrouped(planned: Planned, sharding: Sharding) -> dict[str, Any]:
+    groups = getattr(planned.phase, "groups", None)
+    return {} if groups is None else {"groups": [group.model_copy(update={"sharding": sharding}) for group in groups]}
+
+
+def layouts(planned: Planned) -> list[dict[str, Any]]:
+    """Of PPO: who could sit where on the same GPUs, the fastest that fits first."""
+    phase = planned.phase
+    if not isinstance(phase, PPO):
+        return []
+    found = []
+    for words, groups in _layouts(phase):
+        for stage in sorted({2, 3, phase.sharding.stage}):
+            other = planned.changed(groups=groups, sharding=Sharding(stage=stage, offload=phase.sharding.offload))
+            worst = max(sum(needs.device.values()) or sum(needs.host.values()) for needs in other.needs)
+            found.append(
+                {
+                    "layout": words, "stage": stage, "iteration_s": sum(other.iteration().values()), "gib": gib(worst),
+                    "verdict": other.verdict,
+                }
+            )  # fmt: skip
+    return sorted(found, key=lambda each: (BY_DEGREE.index(each["verdict"]), each["iteration_s"]))
+
+
+def _layouts(phase: PPO) -> Iterator[tuple[str, list[Placement] | None]]:
+    """Ways to seat the roles on as many workers as the phase has."""
+    count = phase.num_workers
+    half, quarter = count // 2, count // 4
+    judged = any(source.is_model for source in phase.rewards)
+    yield f"all roles on {count}", None
+    if half:
+        yield (
+            f"policy, reference on {count - half}; critic, reward on {half}",
+            [
+                Placement(roles=["policy", "reference"], workers=count - half),
+                Placement(roles=["critic", "reward"], workers=half),
+            ],
+        )
+    if quarter:
+        rest = count - half - quarter
+        yield (
+            f"policy, reference on {quarter}; critic, reward on {rest}; rollout on {half}",
+            [
+                Placement(roles=["policy", "reference"], workers=quarter),
+                Placement(roles=["critic", "reward"], workers=rest),
+                Placement(roles=["rollout"], workers=half),
+            ],
+        )  # fmt: skip
+    if judged and count >= 8:
+        eighth = count // 8
+        yield (
+            f"policy, critic on {half}; reference, reward on {2 * eighth}; rollout on {count - half - 2 * eighth}",
+            [
+                Placement(roles=["policy", "critic"], workers=half),
+                Placement(roles=["reference", "reward"], workers=2 * eighth),
+                Placement(roles=["rollout"], workers=count - half - 2 * eighth),
+            ],
+        )  # fmt: skip

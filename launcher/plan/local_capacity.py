@@ -1,0 +1,148 @@
+"""Whether this machine has room for a job's workers, before anything is started.
+A cluster that we join decides for itself."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+from launcher.jobfile.job import Job
+from launcher.jobfile.shared_settings import advised_path
+from launcher.process import ray_address
+from training.config import Phase
+from training.engine import compiling
+from training.errors import InputError, Problem
+from training.estimate.memory import PROCESS_BYTES
+from training.model_folder import inspect
+from training.models import kernels
+
+_FP32, _BF16 = 4, 2
+
+
+def num_gpus() -> int:
+    """GPUs that this process may use, without loading a CUDA library."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def check(job: Job, *, inline: bool, force: bool = False) -> None:
+    """Raises InputError for phases that ask for more workers than this machine can hold,
+    or a cluster that is not there.
+
+    `force`: memory is not looked at.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address and not inline:
+        ray_address.check(address)
+        return
+    problems = []
+    for name, phase in job.phases.items():
+        wrong = (inline and _one_inline(job, name)) or _too_few_gpus(phase) or (not force and _too_little_memory(phase))
+        if wrong:
+            problems.append(Problem(str(job.file), f"phases.{name}.resources.workers", wrong))
+        if wrong := _cannot_quantize(phase):
+            problems.append(Problem(str(job.file), f"phases.{name}.model.lora.bits", wrong))
+        if wrong := _cannot_fuse(phase):
+            problems.append(Problem(str(job.file), f"phases.{name}.model.kernels", wrong))
+        if wrong := _cannot_compile(phase):
+            problems.append(Problem(str(job.file), f"phases.{name}.model.compile", wrong))
+    if problems:
+        raise InputError(problems)
+
+
+def _one_inline(job: Job, name: str) -> str | None:
+    phase = job.phases[name]
+    if len(phase.teams) > 1:
+        return f"--inline has one worker, which holds all roles; leave `groups` out (phases.{name}.groups=null)"
+    if phase.num_workers == 1:
+        return None
+    setting = advised_path(job.document, job.own_settings, name, "resources.workers")
+    return f"--inline has one worker, the job asks for {phase.num_workers}; say {setting}=1"
+
+
+def _too_few_gpus(phase: Phase) -> str | None:
+    gpus, resources = num_gpus(), phase.resources
+    if not gpus and resources.gpus_per_worker == 1:
+        return "gpus_per_worker is 1, this machine has no GPU; leave it at auto to train on CPUs"
+    if gpus and resources.gpus_per_worker != 0 and phase.num_workers > gpus:
+        return f"{phase.num_workers} workers need a GPU each, this machine has {gpus}"
+    return None
+
+
+def _cannot_quantize(phase: Phase) -> str | None:
+    lora = phase.model.lora
+    if lora is None or lora.bits is None:
+        return None
+    if phase.resources.gpus_per_worker == 0 or not num_gpus():
+        return (
+            "4-bit weights need a GPU, and there is none for the workers; leave `bits` out to train adapters on whole "
+            "weights"
+        )
+    if find_spec("bitsandbytes") is None:
+        return "4-bit weights need the package bitsandbytes; pip install bitsandbytes"
+    return None
+
+
+def _device(phase: Phase) -> str:
+    return "cuda" if phase.resources.gpus_per_worker != 0 and num_gpus() else "cpu"
+
+
+def _cannot_fuse(phase: Phase) -> str:
+    return kernels.lacks(_device(phase)) if phase.model.kernels == "liger" else ""
+
+
+def _cannot_compile(phase: Phase) -> str | None:
+    missing = compiling.lacks(_device(phase)) if phase.model.compile else ""
+    return f"this machine {missing}; {compiling.ADVICE}" if missing else None
+
+
+def _too_little_memory(phase: Phase) -> str | None:
+    on_gpus = phase.resources.gpus_per_worker != 0 and num_gpus() > 0
+    needs = host_bytes(phase, _num_parameters(phase.model.path), on_gpus=on_gpus)
+    available = psutil.virtual_memory().available
+    if sum(needs.values()) <= available:
+        return None
+    parts = ", ".join(f"{what} {_gib(need)}" for what, need in needs.items())
+    return (
+        f"needs at least {_gib(sum(needs.values()))} GiB of memory ({parts}), this machine has {_gib(available)} GiB "
+        "free; take fewer workers, a smaller model or a higher sharding.stage, set RAY_ADDRESS to train on more "
+        "machines, or try it with --force"
+    )
+
+
+def host_bytes(phase: Phase, num_parameters: int, *, on_gpus: bool) -> dict[str, int]:
+    """Memory of the machine that a phase with all its workers there is certain to take, by what for.
+
+    Gradients, activations and buffers come on top; so do adapters, which are small beside the frozen weights.
+    """
+    workers, stage = phase.resources.workers, phase.sharding.stage
+    optimizer_here = not on_gpus or phase.sharding.offload == "cpu"
+    weights_here = not on_gpus or (optimizer_here and stage == 3)
+    full_precision = phase.model.dtype == "fp32"
+    trained = num_parameters if phase.model.lora is None else 0
+    needs = {"workers": workers * PROCESS_BYTES}
+    if trained:
+        needs["copy for saving"] = 3 * _FP32 * trained
+    if weights_here:
+        needs["weights"] = (_FP32 if full_precision else _BF16) * num_parameters * (1 if stage == 3 else workers)
+    if optimizer_here and trained:
+        # Two moments, and master weights beside weights of another type.
+        needs["optimizer"] = (2 if full_precision else 3) * _FP32 * trained * (workers if stage == 0 else 1)
+    return needs
+
+
+def _num_parameters(model: str) -> int:
+    """0 for a model that is not here to be looked at."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return 0
+    return inspect(folder, tokenizer_elsewhere=True, check_code=False).num_parameters
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f}"

@@ -1,0 +1,168 @@
+"""How much data a phase has, at a glance: rows counted, the lengths of a few hundred of them.
+What cannot be seen is assumed, and told."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+from launcher.plan.step_time import Work
+from training.config import PPO, Phase
+from training.data import files
+from training.data.files import DataFile, HubSplit, Part
+from training.data.formats import critique_request
+from training.data.row_errors import RowError
+from training.errors import InputError
+from training.model_folder import tokenizer_of
+from training.recipes import RECIPES
+
+_LOOKED_AT = 200
+"""Rows of a file."""
+_BYTES_A_TOKEN = 3.6
+"""Of English text and mathematics, about."""
+_COUNTED_BYTES = 2 << 30
+"""Of larger files the lines are estimated."""
+
+
+def work_of(
+    phase: Phase, *, rows: int | None = None, tokens: float | None = None, response: float | None = None
+) -> Work:
+    """What there is to do. What is given is taken as it is."""
+    seen_rows, seen_tokens, notes = (None, None, []) if rows is not None and tokens is not None else _seen(phase)
+    sides = 2 if phase.recipe == "reward" else 1
+    longest = sides * phase.data.max_length
+    if tokens is not None and tokens > longest:
+        notes.append(f"{tokens:g} tokens are more than data.max_length lets through; taken as {longest}")
+        tokens = longest
+    if tokens is None:
+        tokens = min(seen_tokens, longest) if seen_tokens is not None else longest / 2
+        if seen_tokens is None:
+            notes.append(
+                f"a sample taken as {tokens:g} tokens, half of what data.max_length lets through (--tokens says better)"
+            )
+    answer = 0.0
+    if isinstance(phase, PPO):
+        answer = min(float(response if response is not None else phase.response_tokens), phase.response_tokens)
+        if response is None:
+            notes.append(
+                f"responses taken as long as they may be, {phase.response_tokens} tokens (--response-tokens says "
+                "better)"
+            )
+    return Work(rows=rows if rows is not None else seen_rows, tokens=tokens, response=answer, note="; ".join(notes))
+
+
+def _seen(phase: Phase) -> tuple[int | None, float | None, list[str]]:
+    """Rows, tokens of one on average, and what of it could not be seen."""
+    try:
+        located = files.expand(phase.data.train, Path.cwd(), documents=RECIPES[phase.recipe].reads_documents)
+    except InputError as error:
+        told = "; ".join(problem.message for problem in error.problems)
+        return None, None, [f"data.train cannot be looked at ({told})"]
+    parts = [part for source in located for part in source.parts]
+    away = [part.shown for part in parts if isinstance(part, HubSplit) or "://" in part.path]
+    if away:
+        return None, None, [f"{', '.join(away)}: not here, so its rows are not counted (--rows says how many)"]
+    encode = _encoder(phase)
+    # What is put around the columns of critique data.
+    frame = encode(critique_request("", "")) if phase.recipe == "cft" else 0
+    count, tokens, looked_at = 0, 0.0, 0
+    for part in parts:
+        rows, own_tokens, own_rows = _of_file(part, encode, phase)
+        count, tokens, looked_at = count + rows, tokens + own_tokens, looked_at + own_rows
+    return count, frame + tokens / max(1, looked_at), []
+
+
+def rows_in(path: str) -> int | None:
+    """Of a file or folder; None if it is not here."""
+    try:
+        (source,) = files.expand(path, Path.cwd())
+    except InputError:
+        return None
+    here = [part for part in source.parts if isinstance(part, DataFile) and "://" not in part.path]
+    if len(here) < len(source.parts):
+        return None
+    return sum(_rows(part, len(list(itertools.islice(files.rows(part), _LOOKED_AT)))) for part in here)
+
+
+def _encoder(phase: Phase) -> Any:
+    """Tokens in a text: by the model's tokenizer if it lies here as tokenizer.json, else by a rule of thumb."""
+    file = Path(tokenizer_of(phase.model)) / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(file))
+        return lambda text: len(tokenizer.encode(text).ids)
+    return lambda text: len(text.encode()) / _BYTES_A_TOKEN
+
+
+def _of_file(part: Part, encode: Any, phase: Phase) -> tuple[int, float, int]:
+    """Rows of a file, tokens of those that were looked at, and their number."""
+    assert isinstance(part, DataFile), "hub splits are not opened"
+    looked_at, read, tokens = 0, 0, 0.0
+    reader = files.rows(part)
+    for row in itertools.islice(reader, _LOOKED_AT):
+        read += 1
+        if isinstance(row.value, RowError):
+            continue
+        looked_at += 1
+        told = _learnt(row.value, phase)
+        tokens += sum(encode(text) for text in _texts(told))
+        if phase.recipe == "reward":  # what was asked stands before both answers
+            tokens += sum(encode(text) for text in _texts([told.get("prompt"), told.get("conversations")]))
+    return _rows(part, read), tokens, looked_at
+
+
+_COLUMNS = frozenset(
+    [
+        "text",
+        "prompt",
+        "completion",
+        "question",
+        "answer",
+        "critique",
+        "instruction",
+        "input",
+        "output",
+        "system",
+        "messages",
+        "conversations",
+        "chosen",
+        "rejected",
+    ]
+)
+"""Of all formats: others are not learnt."""
+
+
+def _learnt(row: dict[str, Any], phase: Phase) -> dict[str, Any]:
+    """The columns that make the sample; all of them if none has a known name. Of a prompt the answer is not read."""
+    named = set(phase.data.columns.values())
+    wanted = (_COLUMNS - {"answer", "completion"} if isinstance(phase, PPO) else _COLUMNS) | named
+    chosen = {name: value for name, value in row.items() if name in wanted}
+    return chosen or row
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for each in inner for text in _texts(each)]
+
+
+def _rows(part: DataFile, read: int) -> int:
+    """All rows of a file of which the first were read."""
+    if read < _LOOKED_AT:
+        return read
+    if part.path.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return int(pyarrow.parquet.ParquetFile(part.path).metadata.num_rows)
+    if part.path.endswith((".jsonl", ".ndjson")):
+        size = os.path.getsize(part.path)
+        lines = seen = 0
+        with open(part.path, "rb") as stream:
+            while seen < _COUNTED_BYTES and (block := stream.read(1 << 24)):
+                lines, seen = lines + block.count(b"\n"), seen + len(block)
+        return round(lines * size / seen)
+    return sum(1 for _ in files.rows(part))

@@ -1,0 +1,1 @@
+"""What runs were: status, comparison, report."""

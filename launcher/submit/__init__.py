@@ -1,0 +1,1 @@
+"""Jobs on a cluster: packed, submitted, followed, stopped."""

@@ -1,0 +1,286 @@
+"""Clusters as a person names them: a cluster file, the name of one that is up, or the address of somebody else's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster import registry as homes
+from cluster.dashboard import Dashboard
+from cluster.errors import ClusterError, Refused
+from cluster.providers import Finding, Provider, provider_of
+from cluster.ray_node import PRICE, new_mark
+from cluster.registry import Home
+from cluster.spec import SPECS, Cluster, Existing
+from launcher.jobfile import yaml_with_lines
+from launcher.jobfile.problem_collector import Report
+from launcher.jobfile.validation_messages import did_you_mean, listed, validated
+from launcher.process import output
+from launcher.submit import jobs as submit
+from launcher.submit.jobs import Session
+from training.errors import InputError
+from training.io.paths import absolute
+from training.storage import is_remote
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A cluster that can be used now."""
+
+    spec: Cluster
+    provider: Provider
+    home: Home | None
+    """None: somebody else's."""
+
+    def door(self) -> AbstractContextManager[Dashboard]:
+        return self.provider.door(self.home)
+
+    def jobs(self) -> AbstractContextManager[Session]:
+        """A connection to whoever takes jobs there."""
+        if self.spec.provider == "slurm":
+            from launcher.submit.slurm_jobs import SlurmSession
+
+            return nullcontext(SlurmSession(self.provider))  # type: ignore[arg-type]  # the spec says which
+        from launcher.submit.ray_jobs import opened
+
+        return opened(self.door, self.spec.stop_s)
+
+
+def load(file: Path) -> Cluster:
+    """The settings in a cluster file. Raises InputError with every problem."""
+    document = yaml_with_lines.load(file)
+    report = Report(document)
+    data = {"name": file.stem, **document.data}
+    given = data.get("provider")
+    if not isinstance(given, str) or given not in SPECS:
+        meant = did_you_mean(given, SPECS) if isinstance(given, str) else ""
+        report.add(("provider",), f"name where the machines come from: {listed(SPECS)}{meant}")
+        report.raise_any()
+    spec = validated(SPECS[str(given)], data, report.add)
+    if (
+        spec is not None
+        and spec.storage is not None
+        and not os.path.isabs(spec.storage)
+        and not is_remote(spec.storage)
+    ):
+        report.add(
+            ("storage",), f"{spec.storage}: name a bucket, or a folder that every machine sees by its absolute path"
+        )
+    report.raise_any()
+    assert spec is not None, "its problems were raised"
+    return _from_anywhere(spec, file.absolute().parent)
+
+
+def _from_anywhere(spec: Cluster, folder: Path) -> Cluster:
+    """The settings with paths of this machine absolute: they are used from other folders later on.
+    Relative ones begin at the file."""
+    changes: dict[str, Any] = {}
+    for name in ("key", "token_file"):
+        if (path := getattr(spec, name, None)) is not None:
+            changes[name] = absolute(path, folder)
+    if files := getattr(spec, "files", None):
+        changes["files"] = {there: absolute(here, folder) for there, here in files.items()}
+    return spec.model_copy(update=changes)
+
+
+def target(text: str) -> Target:
+    """The cluster that `--on` means. Raises InputError if there is none, or it is not up."""
+    if text.startswith(("http://", "https://")):
+        return _somebody_elses(Existing(provider="existing", name="address", address=text.rstrip("/")))
+    if text.endswith((".yaml", ".yml")) or os.path.isfile(text):
+        spec = load(Path(text))
+        return _up(spec.name) if spec.made_by_muster else _somebody_elses(spec)
+    return _up(text)
+
+
+def _somebody_elses(spec: Cluster) -> Target:
+    return Target(spec, provider_of(spec), None)
+
+
+def _up(name: str) -> Target:
+    home = homes.find(name)
+    if home is None:
+        up = [known.name for known in homes.known()]
+        meant = did_you_mean(name, up) or f"; clusters that are up: {', '.join(up) or 'none'}"
+        raise InputError.of("--on", f"no cluster {name} is up{meant}; `muster cluster up FILE` starts one", name)
+    spec = _recorded(home)
+    return Target(spec, provider_of(spec), home)
+
+
+def _recorded(home: Home) -> Cluster:
+    settings = home.record()["spec"]
+    return SPECS[settings["provider"]].model_validate(settings)
+
+
+def render(file: Path) -> str:
+    return provider_of(load(file)).render()
+
+
+@output.kept_going()  # machines that nobody takes back would cost money
+def up(file: Path, say: Say) -> str:
+    """Start a cluster; returns its name. Whatever goes wrong, and Ctrl-C: what was started is ended again, or told."""
+    spec = load(file)
+    provider = provider_of(spec)
+    if not spec.made_by_muster:
+        raise Refused(f"{spec.name} is somebody else's cluster (provider: {spec.provider}): use it with --on {file}")
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    home = homes.claim(
+        spec.name, {"spec": spec.model_dump(exclude_defaults=True), "mark": new_mark(), "started": started}
+    )
+    try:
+        provider.up(home, say)
+    except Refused:
+        home.remove()
+        raise
+    except BaseException as error:
+        say("that did not work; ending what was started")
+        try:
+            _end(home, provider, say)
+        except ClusterError as left:
+            raise ClusterError("\n".join(filter(None, (str(error), str(left))))) from None
+        raise
+    return spec.name
+
+
+def down(name: str, say: Say, *, force: bool = False) -> None:
+    """End a cluster. Raises Refused while jobs run on it and ClusterError if something is left, unless `force`."""
+    found = _up(name)
+    assert found.home is not None, "it is ours"
+    running = [] if force else _running(found)
+    if running:
+        raise Refused(
+            f"jobs run on {name}: {', '.join(running)}; `muster stop ID --on {name}` saves and stops one, --force ends "
+            "them"
+        )
+    _end(found.home, found.provider, say, force=force)
+
+
+def _end(home: Home, provider: Provider, say: Say, *, force: bool = False) -> None:
+    """`force`: forget the cluster also if something of it cannot be reached."""
+    try:
+        provider.down(home, say)
+    except ClusterError as error:
+        if force:
+            say(f"{error}\nleft as it is")
+            home.remove()
+            return
+        raise ClusterError(
+            f"{error}\nnot all of {home.name} was ended; `muster cluster down {home.name}` tries again"
+        ) from None
+    home.remove()
+
+
+def _running(found: Target) -> list[str]:
+    try:
+        return [job["id"] for job in submit.listing(found.jobs) if not submit.is_over(job)]
+    except ClusterError:
+        return []  # it does not answer: nothing of it can be saved
+
+
+def status(name: str | None) -> list[dict[str, Any]]:
+    """Machines, GPUs and jobs of a cluster, or of all that this machine knows."""
+    found = [_up(name)] if name else [_up(home.name) for home in homes.known()]
+    return [_status(one) for one in found]
+
+
+def _status(found: Target) -> dict[str, Any]:
+    assert found.home is not None, "it is ours"
+    facts: dict[str, Any] = {
+        "name": found.spec.name,
+        "provider": found.spec.provider,
+        "started": found.home.record()["started"],
+    }
+    try:
+        with found.door() as door:
+            nodes = door.nodes()
+    except ClusterError as error:
+        return {**facts, "state": "silent", "problem": str(error), "nodes": [], "jobs": [], **_without_head(found)}
+    prices = [float(node["labels"][PRICE]) for node in nodes if PRICE in node["labels"]]
+    price = sum(prices) if prices else None
+    return {
+        **facts,
+        "state": "up",
+        "nodes": nodes,
+        "price_per_hour": price,
+        "unpriced": len(nodes) - len(prices),
+        "jobs": _running(found),
+    }
+
+
+def _without_head(found: Target) -> dict[str, Any]:
+    """What the cloud says of a cluster whose head does not answer. Empty: there is no cloud to ask."""
+    from cluster.providers.cloud import CloudProvider
+
+    if not isinstance(found.provider, CloudProvider) or found.home is None:
+        return {}
+    try:
+        instances = found.provider.instances(found.home)
+    except ClusterError as error:
+        return {"cloud_problem": str(error)}
+    running = [one for one in instances if not one.stopped]
+    prices = [one.price for one in running if one.price is not None]
+    return {
+        "instances": [vars(one) for one in instances],
+        "price_per_hour": sum(prices) if prices else None,
+        "unpriced": len(running) - len(prices),
+    }
+
+
+def status_lines(clusters: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if not clusters:
+        yield "no clusters; `muster cluster up FILE` starts one"
+    for facts in clusters:
+        nodes = facts["nodes"]
+        gpus = sum(node["gpus"] for node in nodes)
+        price = _price(facts) if nodes else ""
+        yield (
+            f"{facts['name']}: {facts['state']}, {facts['provider']}, since {facts['started']}, {len(nodes)} machines, "
+            f"{gpus:g} GPUs{price}, jobs: {', '.join(facts['jobs']) or 'none'}"
+        )
+        if "problem" in facts:
+            yield f"  {facts['problem']}"
+        for node in nodes:
+            role = "head" if node["head"] else "worker"
+            yield f"  {node['address']:<16} {role:<7} {node['cpus']:g} CPUs, {node['gpus']:g} GPUs"
+        yield from _left_lines(facts)
+
+
+def _left_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What is left of a cluster in a cloud whose head does not answer."""
+    if "cloud_problem" in facts:
+        yield f"  {facts['cloud_problem']}"
+    if (instances := facts.get("instances")) is None:
+        return
+    down = f"`muster cluster down {facts['name']}`"
+    if not instances:
+        yield f"  the cloud has no machine of it any more; {down} removes the rest"
+        return
+    yield f"  the cloud still has {len(instances)} of its machines{_price(facts)}; {down} ends them:"
+    for one in instances:
+        role = "stopped, its disk is left" if one["stopped"] else "head" if one["head"] else f"worker of {one['kind']}"
+        yield f"  {one['id']:<20} {one['address']:<16} {role}"
+
+
+def _price(facts: Mapping[str, Any]) -> str:
+    if facts.get("price_per_hour") is None:
+        return ""
+    rest = f" and {facts['unpriced']} machines without a price" if facts["unpriced"] else ""
+    return f", {facts['price_per_hour']:.2f} an hour{rest}"
+
+
+def doctor(file: Path) -> list[Finding]:
+    return provider_of(load(file)).doctor()
+
+
+def doctor_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    for finding in findings:
+        yield f"{'ok' if finding.well else 'NOT WELL':<9} {finding.what}: {finding.found}"
+        if finding.advice:
+            yield f"          {finding.advice}"

@@ -1,0 +1,170 @@
+"""Jobs on a cluster, whoever takes them there: hand one over, look at them, follow one, stop one."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.errors import ClusterError, Refused
+from launcher.jobfile.job import Job
+from launcher.jobfile.validation_messages import did_you_mean
+from launcher.submit import bundle
+
+_OVER = ("succeeded", "failed", "stopped")
+_LOOK_S = 0.5
+_AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Pauses before the connection is tried again; the last one counts from then on."""
+
+
+class Session(Protocol):
+    """A connection to whoever takes jobs. Raises ClusterError if it breaks, Refused for what cannot be."""
+
+    def submit(
+        self,
+        name: str,
+        packed: Path,
+        facts: Mapping[str, str],
+        workers: int,
+        environment: Mapping[str, str],
+        words: Sequence[str],
+    ) -> None:
+        """Hand over a bundle. `facts`: job, run. `environment`: secrets,
+        not to be written down in the clear. `words`: onsite's."""
+        ...
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Muster's jobs, the oldest first: id, job, run, state, message, submitted, ended, exit_status."""
+        ...
+
+    def stream(self, name: str, seen: int) -> Iterator[str]:
+        """What a job prints beyond the first `seen` characters, as it comes, until there is no more for now."""
+        ...
+
+    def rest(self, name: str, seen: int) -> str:
+        """All that a job has printed beyond the first `seen` characters."""
+        ...
+
+    def save(self, name: str, run: str) -> str:
+        """Have launcher/cli/cluster_save.py ask the job's run for a checkpoint; returns what that prints."""
+        ...
+
+    def stop(self, name: str) -> None:
+        """Ask a job to save and end."""
+        ...
+
+
+Open = Callable[[], AbstractContextManager[Session]]
+"""Connects, and again if the last connection has broken."""
+
+
+def submit(
+    job: Job,
+    connect: Open,
+    *,
+    storage: str,
+    shared: Sequence[str],
+    environment: Mapping[str, str],
+    words: Sequence[str],
+) -> str:
+    """Hand a job over; returns its id there. Raises InputError for what cannot go along, Refused, ClusterError."""
+    name = f"{job.name}-{secrets.token_hex(3)}"
+    workers = max(phase.num_workers for phase in job.phases.values())
+    with tempfile.TemporaryDirectory() as folder, connect() as there:
+        packed = Path(folder) / "bundle.zip"
+        bundle.write(job, storage, shared, packed)
+        there.submit(name, packed, {"job": job.name, "run": f"{storage}/{job.name}"}, workers, environment, words)
+    return name
+
+
+def listing(connect: Open) -> list[dict[str, Any]]:
+    """The jobs there that came from Muster, the oldest first."""
+    with connect() as there:
+        return there.jobs()
+
+
+def status(connect: Open, name: str) -> dict[str, Any]:
+    """Raises Refused for a job that is not known there."""
+    with connect() as there:
+        return _status(there, name)
+
+
+def _status(there: Session, name: str) -> dict[str, Any]:
+    known = {facts["id"]: facts for facts in there.jobs()}
+    if name not in known:
+        meant = did_you_mean(name, known) or f"; there are {', '.join(known) or 'none'}"
+        raise Refused(f"no job {name} on this cluster{meant}")
+    return known[name]
+
+
+def follow(connect: Open, name: str, write: Callable[[str], None], say: Callable[[str], None]) -> dict[str, Any]:
+    """Pass on what a job prints until it is over, through any number of lost connections; returns how it ended."""
+    seen, failures, was_there = 0, 0, False
+    while True:
+        try:
+            with connect() as there:
+                _status(there, name)
+                failures, was_there = 0, True
+                for text in there.stream(name, seen):
+                    seen += len(text)
+                    write(text)
+                facts = _status(there, name)
+                if is_over(facts):
+                    write(there.rest(name, seen))
+                    return facts
+                time.sleep(_LOOK_S)  # the stream has ended and the job has not: a new one
+        except ClusterError as error:
+            if not was_there or isinstance(error, Refused):
+                raise
+            if failures == 0:
+                say(f"the connection is lost ({error}); the job goes on without it; trying again")
+            time.sleep(_AGAIN_S[min(failures, len(_AGAIN_S) - 1)])
+            failures += 1
+
+
+def logs(connect: Open, name: str) -> str:
+    """All that a job has printed so far."""
+    with connect() as there:
+        _status(there, name)
+        return there.rest(name, 0)
+
+
+def save(connect: Open, name: str) -> dict[str, Any]:
+    """Have a job save now and go on, and wait until it has; returns the checkpoint.
+    Raises Refused if it cannot, ClusterError."""
+    with connect() as there:
+        facts = _status(there, name)
+        if facts["state"] != "running":
+            raise Refused(f"{name} is not running (it is {facts['state']}); there is nothing to save")
+        said = there.save(name, facts["run"])
+    try:
+        answer: dict[str, Any] = json.loads(said.strip().rpartition("\n")[2])
+    except ValueError:
+        raise ClusterError(f"{name}: the request to save was not understood there: {said.strip()}") from None
+    if "error" in answer:
+        raise Refused(answer["error"])
+    return answer
+
+
+def stop(connect: Open, name: str, within_s: float) -> dict[str, Any]:
+    """Ask a job to save and end, and wait until it has; returns how it ended. Raises ClusterError if it has not."""
+    with connect() as there:
+        facts = _status(there, name)
+        if is_over(facts):
+            raise Refused(f"{name} is over: {facts['state']}, since {facts['ended']}")
+        there.stop(name)
+        deadline = time.monotonic() + within_s
+        while not is_over(facts := _status(there, name)):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{name} was asked to stop and is {facts['state']} after {within_s:.0f} s")
+            time.sleep(_LOOK_S)
+        return facts
+
+
+def is_over(facts: Mapping[str, Any]) -> bool:
+    return facts["state"] in _OVER

@@ -1,0 +1,152 @@
+"""Jobs through Ray Jobs, for every cluster that is Ray's own.
+
+What Ray keeps of a job everyone on the cluster can read: its metadata hold no secret,
+and its environment holds them sealed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import ray
+import requests
+from ray.dashboard.modules import dashboard_sdk
+from ray.dashboard.modules.job import sdk
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from cluster.dashboard import Dashboard
+from cluster.errors import ClusterError, Refused
+from launcher.submit import sealed_env
+
+for _module in (dashboard_sdk, sdk):
+    _module.logger.setLevel(logging.ERROR)  # uploads and closed connections are ours to tell
+
+Door = Callable[[], AbstractContextManager[Dashboard]]
+_ENTRYPOINT = (
+    "exec",
+    "python",
+    "-P",
+    "-u",
+    "-m",
+    "launcher.cli.cluster_entrypoint",
+)  # Ray puts the bundle into PYTHONPATH
+_SAVE = (*_ENTRYPOINT[:-1], "launcher.cli.cluster_save")
+_LOOK_S = 0.5
+_RUN, _JOB = "muster_run", "muster_job"
+"""Metadata by which our jobs are known."""
+
+
+class RaySession:
+    """A connection to a cluster. Its methods raise ClusterError if it breaks."""
+
+    def __init__(self, client: JobSubmissionClient, dashboard: Dashboard, stop_s: int):
+        self.client, self.dashboard, self.stop_s = client, dashboard, stop_s
+
+    def submit(
+        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str],
+        words: Sequence[str]
+    ) -> None:  # fmt: skip
+        self._check_version()
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(self.stop_s), **self._sealed(environment)}
+        self.client.submit_job(
+            entrypoint=shlex.join([*_ENTRYPOINT, *words]),
+            submission_id=name,
+            runtime_env={"working_dir": str(packed), "env_vars": variables},
+            metadata={_JOB: facts["job"], _RUN: facts["run"]},
+        )
+
+    def _check_version(self) -> None:
+        """Jobs and workers speak to the cluster with the Ray that is there; they were tested with ours."""
+        there, ours = self.dashboard.version(), ray.__version__
+        if there != ours:
+            raise Refused(
+                f"{self.dashboard.shown} runs Ray {there}, here is {ours}; install ray=={there} here, or {ours} there"
+            )
+
+    def _sealed(self, environment: Mapping[str, str]) -> dict[str, str]:
+        if not environment:
+            return {}
+        if self.dashboard.token is None:
+            raise Refused(
+                f"{self.dashboard.shown} has no token to seal `env` with: give it one, or set the variables on its "
+                "machines"
+            )
+        return {sealed_env.VARIABLE: sealed_env.seal(environment, self.dashboard.token)}
+
+    def jobs(self) -> list[dict[str, Any]]:
+        jobs = [_facts(details) for details in self.client.list_jobs() if _JOB in (details.metadata or {})]
+        return sorted(jobs, key=lambda facts: facts["submitted"] or "")
+
+    def stream(self, name: str, seen: int) -> Iterator[str]:
+        loop = asyncio.new_event_loop()
+        texts: Any = self.client.tail_job_logs(name)
+        try:
+            while True:
+                try:
+                    text = loop.run_until_complete(anext(texts))
+                except StopAsyncIteration:
+                    return
+                fresh = text[seen:]
+                seen = max(0, seen - len(text))
+                if fresh:
+                    yield fresh
+        finally:
+            loop.run_until_complete(texts.aclose())
+            loop.close()
+
+    def rest(self, name: str, seen: int) -> str:
+        return self.client.get_job_logs(name)[seen:]
+
+    def save(self, name: str, run: str) -> str:
+        """By a small job beside it, with its code and its environment: that runs where its driver does."""
+        environment = self.client.get_job_info(name).runtime_env
+        helper = self.client.submit_job(entrypoint=shlex.join([*_SAVE, run]), runtime_env=environment)
+        try:
+            while not self.client.get_job_status(helper).is_terminal():
+                time.sleep(_LOOK_S)
+            return self.client.get_job_logs(helper)
+        finally:
+            self.client.stop_job(helper)
+
+    def stop(self, name: str) -> None:
+        self.client.stop_job(name)
+
+
+@contextmanager
+def opened(door: Door, stop_s: int) -> Iterator[RaySession]:
+    """Raises Refused for a wrong token, ClusterError for a cluster that does not answer or understand."""
+    with door() as dashboard:
+        dashboard.version()  # tells a wrong token in plain words
+        try:
+            yield RaySession(JobSubmissionClient(dashboard.url, headers=dict(dashboard.headers)), dashboard, stop_s)
+        except AuthenticationError as error:
+            raise Refused(f"{dashboard.shown}: {error}") from None
+        except (requests.RequestException, aiohttp.ClientError, ConnectionError, RuntimeError) as error:
+            raise ClusterError(f"{dashboard.shown}: {error}") from None
+
+
+def _facts(details: Any) -> dict[str, Any]:
+    return {
+        "id": details.submission_id,
+        "job": details.metadata[_JOB],
+        "run": details.metadata[_RUN],
+        "state": details.status.value.lower(),
+        "message": details.message,
+        "submitted": _time(details.start_time),
+        "ended": _time(details.end_time),
+        "exit_status": details.driver_exit_code,
+    }
+
+
+def _time(milliseconds: int | None) -> str | None:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds") if milliseconds else None

@@ -1,0 +1,1 @@
+"""The workers of a phase on Ray: placed, started, watched, called and ended."""

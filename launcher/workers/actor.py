@@ -1,0 +1,80 @@
+"""The Ray actor of a worker. Its process imports what stands here and little more: every worker waits for that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from launcher.workers import unpack_inputs
+from launcher.workers.failures import Raised, WorkerDied
+from launcher.workers.supervisor import Host, Signs
+
+
+class WorkerActor:
+    """A worker's host, and what Ray knows of where it is. Its control methods answer while the worker is busy."""
+
+    def __init__(self, device: str, environment: dict[str, str]):
+        os.environ.update(environment)
+        self.environment = environment
+        """For the worker too: the nursery may be older than what stands in it."""
+        unpack_inputs.land()
+        self.host = Host(device)
+        self.log = Path()
+
+    def place(self) -> dict[str, Any]:
+        return {
+            "actor": _own_id(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "address": ray.util.get_node_ip_address(),
+            "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
+            "cores": len(os.sched_getaffinity(0)),
+        }
+
+    def begin(self, log: str) -> int:
+        self.log = Path(log)
+        return self.host.begin(log, self.environment)
+
+    def ask(self, name: str, *args: Any) -> Any:
+        with _signed():
+            return self.host.ask(name, *args)
+
+    def call(self, role: str, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
+        return self.ask("call", role, method, args, kwargs)
+
+    @ray.method(concurrency_group="control")
+    def end(self) -> None:
+        self.host.end()
+
+    @ray.method(concurrency_group="control")
+    def signs(self) -> Signs:
+        return self.host.signs()
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        return self.host.stacks(self.log)
+
+    @ray.method(concurrency_group="control")
+    def read_log(self, offset: int) -> bytes:
+        with self.log.open("rb") as file:
+            file.seek(offset)
+            return file.read(1 << 16)
+
+
+def _own_id() -> str | None:
+    return ray.get_runtime_context().get_actor_id()
+
+
+@contextmanager
+def _signed() -> Iterator[None]:
+    """Evidence says whose it is, as Ray's own errors do: a call of other workers
+    that is given this answer fails with it."""
+    try:
+        yield
+    except (Raised, WorkerDied) as evidence:
+        evidence.actor_id = _own_id()
+        raise

@@ -1,0 +1,357 @@
+"""One worker's place on a node: keeps its process, watches it from outside,
+and begins a new one in a moment when it is gone.
+
+Lives in a Ray actor (actor.py) and knows nothing of Ray. The process is a fork of a fork server that has imported
+everything, so that a worker that was killed costs the time of a fork, not of the imports; the actor beside it answers
+whatever the worker does.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from launcher.process.short_tempdir import SOCKET_PATH, short_tempdir
+from launcher.process.subprocesses import module_command, with_own_code
+from launcher.workers.failures import WorkerDied
+from launcher.workers.fork_server import STACKS
+from launcher.workers.ipc import Pipe
+from launcher.workers.preemption import Listener
+from training.process import heartbeat as pulse
+from training.process.memory import TUNABLES
+
+_BIRTH_S = 300.0
+"""Longest time for the imports of a nursery, on a machine that is busy with many."""
+_STACKS_S = 2.0
+AT_HAND = "MUSTER_NURSERY"
+"""Environment variable: device and socket of a nursery on this machine."""
+_MOST_PARENTS = 128
+_SOCKET = "nursery"
+"""Name of its socket."""
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What is seen of a worker from outside."""
+
+    pulse: pulse.Pulse | None
+    """None: it does not live."""
+    state: str
+    """The kernel's letter: R runs, S sleeps, D waits for a disk, T is stopped, Z is dead."""
+    memory: float
+    """Fraction of the machine's memory that is in use."""
+    notice: str | None
+    """What its cloud says of the machine's end, if it says something."""
+
+
+class Host:
+    """The place of one worker. `begin` starts its process; everything else is asked of that. `device`: cpu or cuda."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.nursery = _Nursery(device)
+        self.notices = Listener()
+        self.worker: _Worker | None = None
+
+    def begin(self, log: str, environment: dict[str, str]) -> int:
+        """Start a process, after ending the one there is. Answers with its pid.
+        A nursery that has ended is replaced."""
+        self.end()
+        if self.nursery.gone.is_set():
+            self.nursery.close()
+            self.nursery = _Nursery(self.device)
+        self.worker = self.nursery.fork()
+        return int(self.worker.ask("begin", log, environment))
+
+    def ask(self, name: str, *args: Any) -> Any:
+        """Have the worker do something (a function of nursery.Life).
+        Raises Raised, WorkerDied, or a MusterError that it raised."""
+        if self.worker is None:
+            raise WorkerDied(0, "it was not started")
+        return self.worker.ask(name, *args)
+
+    def end(self) -> None:
+        """Kill the worker, if there is one, whatever it does. Returns when it is gone."""
+        if self.worker is not None:
+            self.worker.kill()
+            self.worker = None
+
+    def signs(self) -> Signs:
+        """Answers while the worker is busy."""
+        import psutil
+
+        memory = psutil.virtual_memory().percent / 100
+        if (worker := self.worker) is None or worker.gone.is_set():
+            return Signs(None, "Z", memory, self.notices.said)
+        return Signs(pulse.read(worker.memory), _state(worker.pid), memory, self.notices.said)
+
+    def stacks(self, log: Path) -> str:
+        """The Python stacks of the worker's threads, as it writes them to its log. Empty if it does not answer."""
+        if (worker := self.worker) is None or worker.gone.is_set():
+            return ""
+        before = log.stat().st_size
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, STACKS)
+        return _what_is_added(log, before)
+
+    def close(self) -> None:
+        self.end()
+        self.nursery.close()
+
+
+class _Worker:
+    """A forked process: its pipe, its pulse, and how it ended."""
+
+    def __init__(self, pid: int, pipe: Pipe, memory: mmap.mmap):
+        self.pid, self.pipe, self.memory = pid, pipe, memory
+        self.gone = threading.Event()
+        self.status = 0
+        self._end, self._ended = os.pipe()
+        self._oom_kills = _oom_kills()
+
+    def ask(self, name: str, *args: Any) -> Any:
+        try:
+            self.pipe.send((name, args))
+            wait([self.pipe, self._end])  # type: ignore[list-item]  # a descriptor may be waited for, too
+            if not self.pipe.poll():
+                raise EOFError
+            ok, value = self.pipe.recv()
+        except (EOFError, ConnectionError, OSError):
+            raise self._death() from None
+        if ok:
+            return value
+        raise value
+
+    def _death(self) -> WorkerDied:
+        self.gone.wait(5)
+        return WorkerDied(self.status, short_of_memory=_oom_kills() > self._oom_kills)
+
+    def ended(self, status: int) -> None:
+        """The nursery says so."""
+        self.status = status
+        self.gone.set()
+        os.close(self._ended)
+
+    def kill(self) -> None:
+        if not self.gone.is_set():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.gone.wait(10)
+
+
+class _Nursery:
+    """The process that forks workers, and the thread that hears from it: the one at hand
+    on this machine, else one of our own."""
+
+    def __init__(self, device: str):
+        self.process: subprocess.Popen[bytes] | None = None
+        control = _at_hand(device)
+        if control is None:
+            control, theirs = socket.socketpair()
+            self.process = _begin_nursery(theirs, device)
+        self.control = control
+        self.ready = threading.Event()
+        self.born = threading.Event()
+        self.gone = threading.Event()
+        self.pid = 0
+        self.workers: dict[int, _Worker] = {}
+        self._gone_early: dict[int, int] = {}
+        """How workers ended that died before they were known here."""
+        self._lock = threading.Lock()
+        threading.Thread(target=self._listen, name="nursery", daemon=True).start()
+
+    def fork(self) -> _Worker:
+        """A new worker. Raises WorkerDied if the nursery is gone."""
+        if not self.ready.wait(_BIRTH_S) or self.gone.is_set():
+            raise WorkerDied(self._status(), "its imports failed or took too long")
+        ours, theirs = socket.socketpair()
+        descriptor = os.memfd_create("pulse")
+        os.ftruncate(descriptor, pulse.SIZE)
+        memory = mmap.mmap(descriptor, pulse.SIZE)
+        self.born.clear()
+        socket.send_fds(self.control, [b"f"], [theirs.fileno(), descriptor])
+        theirs.close()
+        os.close(descriptor)
+        if not self.born.wait(60) or self.gone.is_set():
+            raise WorkerDied(self._status(), "no process could be forked")
+        worker = _Worker(self.pid, Pipe(ours), memory)
+        with self._lock:
+            self.workers[worker.pid] = worker
+            status = self._gone_early.pop(worker.pid, None)
+        if status is not None:
+            worker.ended(status)
+        return worker
+
+    def _status(self) -> int:
+        """Of the process, where that is known."""
+        return (self.process.poll() if self.process is not None else 0) or 0
+
+    def _listen(self) -> None:
+        with self.control.makefile("r") as lines, suppress(OSError):
+            for line in lines:
+                self._told(json.loads(line))
+        if self.process is not None:
+            self.process.wait()
+        self.gone.set()
+        self.ready.set()
+        self.born.set()
+        for worker in list(self.workers.values()):  # the kernel kills them with their parent
+            worker.ended(-signal.SIGKILL)
+
+    def _told(self, facts: dict[str, Any]) -> None:
+        if "ready" in facts:
+            self.ready.set()
+        elif "born" in facts:
+            self.pid = facts["born"]
+            self.born.set()
+        else:
+            with self._lock:
+                worker = self.workers.pop(facts["gone"], None)
+                if worker is None:
+                    self._gone_early[facts["gone"]] = facts["status"]
+            if worker is not None:
+                worker.ended(facts["status"])
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)
+        if self.process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+            self.process.kill()
+
+
+def apart(name: str, *args: Any) -> Any:
+    """Have a fork of the nursery at hand do something (a function of nursery.Life), and end.
+    Raises what `Host.ask` raises.
+
+    What somebody has killed, the nursery or its fork, is tried once more, if need be with a nursery of its own; not if
+    it was ended with the block of `nursery_at_hand`.
+    """
+    try:
+        return _in_a_fork(name, *args)
+    except WorkerDied as death:
+        if not has_nursery() or death.status not in (0, -signal.SIGKILL) or death.short_of_memory:
+            raise
+        return _in_a_fork(name, *args)
+
+
+def _in_a_fork(name: str, *args: Any) -> Any:
+    nursery = _Nursery(_device_at_hand())
+    try:
+        return nursery.fork().ask(name, *args)
+    finally:
+        nursery.close()
+
+
+def has_nursery() -> bool:
+    """Whether there is one at hand."""
+    return bool(_device_at_hand())
+
+
+def _device_at_hand() -> str:
+    return os.environ.get(AT_HAND, "").partition(":")[0]
+
+
+@contextmanager
+def nursery_at_hand(device: str) -> Iterator[None]:
+    """For the length of the block a nursery for all workers on this machine, which begins to import at once.
+
+    Whoever starts them knows it by the environment. Their memory is one process's, and nobody has to wait for the
+    imports after Ray has started.
+    """
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        folder = stack.enter_context(short_tempdir(SOCKET_PATH - len(_SOCKET) - 1))
+        path = f"{folder}/{_SOCKET}"
+        listener.bind(path)  # in a folder that is open to us alone
+        listener.listen(_MOST_PARENTS)
+        ours, theirs = socket.socketpair()
+        process = _begin_nursery(theirs, device, listener)
+        listener.close()  # or who connects after its end would wait for an answer
+        before = os.environ.get(AT_HAND, "")
+        os.environ[AT_HAND] = f"{device}:{path}"
+        try:
+            yield
+        finally:
+            os.environ[AT_HAND] = before
+            ours.close()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            process.kill()
+            process.wait()
+
+
+def _at_hand(device: str) -> socket.socket | None:
+    """A connection to the machine's nursery for a device, if there is one."""
+    its_device, _, path = os.environ.get(AT_HAND, "").partition(":")
+    if its_device != device:
+        return None
+    control = socket.socket(socket.AF_UNIX)
+    try:
+        control.connect(path)
+    except OSError:
+        control.close()
+        return None
+    return control
+
+
+def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen[bytes]:
+    """Start the process; `parent` is its end of the connection and closed here."""
+    descriptors = [parent.fileno(), *(listener.fileno() for listener in listeners)]
+    command = module_command("launcher.workers.fork_server", str(descriptors[0]), device, *map(str, descriptors[1:]))
+    # In a session of its own a Ctrl-C on a terminal is not for it.
+    process = subprocess.Popen(
+        command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=_environment(device), start_new_session=True
+    )
+    parent.close()
+    return process
+
+
+def _environment(device: str) -> dict[str, str]:
+    # One thread while importing; a worker sets what it computes with when it knows its seat.
+    own = with_own_code({**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device})
+    if device == "cpu":
+        own.setdefault("GLIBC_TUNABLES", TUNABLES)
+    return own
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since the machine started, in any control group."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def _what_is_added(log: Path, before: int) -> str:
+    """What a process appends to a file within a moment, until it has nothing more to say."""
+    deadline, size, still = time.monotonic() + _STACKS_S, before, 0
+    while time.monotonic() < deadline and still < 3:
+        time.sleep(0.05)
+        now = log.stat().st_size
+        still = still + 1 if now == size > before else 0
+        size = now
+    with log.open("rb") as file:
+        file.seek(before)
+        return file.read().decode(errors="replace")

@@ -1,0 +1,342 @@
+"""The workers of one phase over all its attempts: gathered on Ray or one in this process,
+kept where they still serve, given back.
+
+After a failure only the processes are ended. Their places, with everything imported, begin the next attempt, unless a
+place is gone or its machine is to be avoided: then new machines are gathered.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from launcher.workers import ray_session
+from training.config import Phase
+from training.group import Group
+from training.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from launcher.workers.worker_group import WorkerGroup
+
+_GROW_S = 30.0
+"""How long to wait for machines that were seen free."""
+_FOLLOWED = 8
+"""Of more workers than this only the first one's output is shown; every log file has its own."""
+
+
+class Gang(Protocol):
+    """The workers of a phase."""
+
+    @property
+    def why_moved(self) -> str | None:
+        """Why the last attempt was to go on elsewhere."""
+        ...
+
+    def attempt(self, logs: Path) -> Any:
+        """For the length of a `with` block: the groups by role, with the roles built.
+        Their output goes to files in `logs`."""
+        ...
+
+    def members(self) -> list[dict[str, Any]]:
+        """Rank, address of the machine and process id there, of every worker."""
+        ...
+
+    def check(self, storage: str, room: int) -> dict[str, Any] | None:
+        """Look at machines that were not looked at before. `room`: bytes that checkpoints need. Returns figures, None
+        if there are no new machines. Raises what launcher/workers/preflight.py raises."""
+        ...
+
+    def price(self) -> float | None:
+        """What the machines cost in an hour; None if that is not known."""
+        ...
+
+    def avoid(self, nodes: frozenset[str]) -> None:
+        """Do not use these machines any more."""
+        ...
+
+    def step_in_hand(self) -> int:
+        """The latest step that a worker was seen at, 0 if none was."""
+        ...
+
+    def saved(self) -> None:
+        """A checkpoint was committed: a good moment to go on with other machines."""
+        ...
+
+    def reason_to_move(self) -> str | None:
+        """Why the phase should be saved and go on elsewhere, if it should."""
+        ...
+
+
+@contextmanager
+def gang_of(
+    phase: Phase, name: str, cache: Path, say: Callable[[str], None], warn: Callable[[str], None], *, inline: bool
+) -> Iterator[Gang]:
+    """The workers for a phase. `say` receives lines for the terminal, `warn` what is also worth remembering."""
+    if inline:
+        yield _InlineGang(phase, cache)
+        return
+    _warn_of_few_cores(phase, say)
+    targets = RECIPES[phase.recipe].roles
+    teams = [
+        _Team(seated, {role: targets[role] for role in roles or targets}, name, cache, say, warn)
+        for roles, seated in phase.teams
+    ]
+    try:
+        yield _RayGang(teams)
+    finally:
+        for team in teams:
+            team.close()
+
+
+class _RayGang:
+    """One or several groups of workers on Ray. They are gathered, fail, move and end together."""
+
+    def __init__(self, teams: Sequence[_Team]):
+        self.teams = teams
+
+    @property
+    def why_moved(self) -> str | None:
+        return next((team.why_moved for team in self.teams if team.why_moved), None)
+
+    @contextmanager
+    def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
+        if ray_session.lost() is not None:
+            for team in self.teams:
+                team.close()
+            ray_session.restart()
+        groups: dict[str, Group] = {}
+        with ExitStack() as stack:
+            for team in self.teams:
+                own_logs = logs if len(self.teams) == 1 else logs / "-".join(team.roles)
+                groups |= stack.enter_context(team.attempt(own_logs))
+            with self._together():
+                yield groups
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """In the block whoever waits for one group looks at all of them, and knows whose answer it waits for."""
+        together = [team.workers for team in self.teams if team.workers is not None]
+        for workers in together:
+            workers.others = [other for other in together if other is not workers]
+        try:
+            yield
+        finally:
+            for workers in together:  # those that stay must not look at those that are given up
+                workers.others = []
+
+    def members(self) -> list[dict[str, Any]]:
+        members = [member for team in self.teams for member in team.members()]
+        return [{**member, "rank": rank} for rank, member in enumerate(members)]
+
+    def check(self, storage: str, room: int) -> dict[str, Any] | None:
+        found = [figures for team in self.teams if (figures := team.check(storage, room)) is not None]
+        return {"groups": found} if len(found) > 1 else next(iter(found), None)
+
+    def price(self) -> float | None:
+        from launcher.workers import placement
+
+        return placement.price({place["node"] for team in self.teams for place in team.places()})
+
+    def avoid(self, nodes: frozenset[str]) -> None:
+        for team in self.teams:
+            team.avoid(nodes)
+
+    def step_in_hand(self) -> int:
+        return max(team.step_in_hand() for team in self.teams)
+
+    def saved(self) -> None:
+        for team in self.teams:
+            team.saved()
+
+    def reason_to_move(self) -> str | None:
+        return next(filter(None, (team.reason_to_move() for team in self.teams)), None)
+
+
+class _Team:
+    """One group of workers, over all attempts, and the roles that it hosts."""
+
+    def __init__(
+        self, phase: Phase, roles: Mapping[str, str], name: str, cache: Path, say: Callable[[str], None],
+        warn: Callable[[str], None]
+    ):  # fmt: skip
+        self.phase, self.roles, self.name, self.cache, self.say, self.warn = phase, roles, name, cache, say, warn
+        self.workers: WorkerGroup | None = None
+        self._avoided: frozenset[str] = frozenset()
+        self._leaving: frozenset[str] = frozenset()
+        """Ids of machines that are about to go."""
+        self._checked: frozenset[str] = frozenset()
+        """Ids of machines that were found well."""
+        self._grow, self._size, self._no_growth_before = False, 0, 0.0
+        self.why_moved: str | None = None
+
+    @contextmanager
+    def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
+        from launcher.workers.worker_group import WorkerGroup
+
+        if self.workers is None:
+            wait_s = _GROW_S if self._grow else None
+            self.workers = WorkerGroup(
+                self.phase.resources, self.say, self.warn, avoid=self._avoided, never=self._leaving, wait_s=wait_s
+            )
+            if self._grow and self.workers.size <= self._size:  # free, but not in the right places
+                self._no_growth_before = time.monotonic() + self.phase.resources.wait_for_machines
+        workers = self.workers
+        self._grow, self._size = False, workers.size
+        try:
+            workers.begin(logs)
+            with _following(workers, f"{self.name}/{next(iter(self.roles))}", self.say):
+                yield {
+                    role: workers.build(role, target, self.phase, str(self.cache))
+                    for role, target in self.roles.items()
+                }
+        finally:
+            self.why_moved = self.reason_to_move()
+            if (node := workers.watch.leaving_node) is not None:
+                self._leaving |= {node}
+            if self.why_moved is not None or not workers.end():
+                self.close()
+
+    def check(self, storage: str, room: int) -> dict[str, Any] | None:
+        from launcher.workers import preflight
+
+        here = frozenset(place["node"] for place in self.places())
+        if here <= self._checked:
+            return None
+        assert self.workers is not None
+        figures = preflight.check(self.workers, storage, room, self.warn)
+        self._checked |= here
+        return figures
+
+    def places(self) -> Sequence[Mapping[str, Any]]:
+        assert self.workers is not None
+        return self.workers.places
+
+    def members(self) -> list[dict[str, Any]]:
+        assert self.workers is not None
+        places = zip(self.workers.places, self.workers.pids, strict=True)
+        return [{"rank": rank, "machine": place["address"], "pid": pid} for rank, (place, pid) in enumerate(places)]
+
+    def avoid(self, nodes: frozenset[str]) -> None:
+        self._avoided = nodes
+        if self.workers is not None and self.workers.can_avoid(nodes):
+            self.close()
+
+    def step_in_hand(self) -> int:
+        return max(self.workers.watch.steps().values(), default=0) if self.workers is not None else 0
+
+    def saved(self) -> None:
+        if self.workers is not None and time.monotonic() >= self._no_growth_before:
+            self._grow = self.workers.could_grow()
+
+    def reason_to_move(self) -> str | None:
+        if self.workers is None:
+            return None
+        leaving = self.workers.watch.leaving
+        return leaving or ("there are machines for more workers" if self._grow else None)
+
+    def close(self) -> None:
+        if self.workers is not None:
+            self.workers.close()
+            self.workers = None
+
+
+def _warn_of_few_cores(phase: Phase, say: Callable[[str], None]) -> None:
+    cores = os.cpu_count() or 1
+    if "RAY_ADDRESS" not in os.environ and phase.num_workers > cores and phase.resources.gpus_per_worker != 1:
+        say(f"{phase.num_workers} workers share {cores} cores: they take turns")
+
+
+class _InlineGang:
+    """One worker in this process. Nobody watches over it: what fails, fails."""
+
+    why_moved: str | None = None
+
+    def __init__(self, phase: Phase, cache: Path):
+        self.phase, self.cache = phase, cache
+
+    @contextmanager
+    def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
+        yield _inline_groups(self.phase, RECIPES[self.phase.recipe].roles, (self.phase, str(self.cache)))
+
+    def members(self) -> list[dict[str, Any]]:
+        return [{"rank": 0, "machine": "127.0.0.1", "pid": os.getpid()}]
+
+    def check(self, storage: str, room: int) -> dict[str, Any] | None:
+        return None
+
+    def price(self) -> float | None:
+        return None
+
+    def avoid(self, nodes: frozenset[str]) -> None:
+        """There is one machine."""
+
+    def step_in_hand(self) -> int:
+        return 0
+
+    def saved(self) -> None:
+        """Nothing will change."""
+
+    def reason_to_move(self) -> str | None:
+        return None
+
+
+def _inline_groups(phase: Phase, roles: Mapping[str, str], arguments: tuple[Any, ...]) -> dict[str, Group]:
+    """The roles in this process. Its process group of one is made once
+    and kept: DeepSpeed remembers groups for good."""
+    import torch.distributed as dist
+
+    from training.group import InlineGroup, Worker
+    from training.process.distributed import Seat, join, leave, set_environment
+
+    threads = phase.resources.threads if phase.resources.threads != "auto" else os.cpu_count() or 1
+    seat = Seat(rank=0, size=1, threads=threads, device=_inline_device(phase))
+    if not dist.is_initialized():
+        set_environment(seat)
+        join(seat)
+        atexit.register(leave)
+    worker = Worker(seat)
+    for role, target in roles.items():
+        worker.build(role, target, *arguments)
+    return {role: InlineGroup(worker, role) for role in roles}
+
+
+def _inline_device(phase: Phase) -> Any:
+    import torch
+
+    return "cuda" if phase.resources.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _following(workers: WorkerGroup, label: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Show what workers print, with their names, while the block runs."""
+    ended = threading.Event()
+    followed = range(workers.size if workers.size <= _FOLLOWED else 1)
+    offsets = dict.fromkeys(followed, 0)
+
+    def show() -> None:
+        for rank in followed:
+            text = workers.read_log(rank, offsets[rank])
+            whole = text[: text.rfind(b"\n") + 1]
+            offsets[rank] += len(whole)
+            for line in whole.decode(errors="replace").splitlines():
+                if line.strip():
+                    say(f"{label}-{rank} | {line}")
+
+    def follow() -> None:
+        while not ended.wait(1.0):
+            show()
+
+    thread = threading.Thread(target=follow, name="log-follower", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(10)
+        show()

@@ -1,0 +1,1 @@
+"""What tests share: servers, runs, roles and processes."""

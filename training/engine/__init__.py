@@ -1,0 +1,1 @@
+"""The engine that trains: one step over a global batch."""

@@ -1,0 +1,1 @@
+"""Parameters, memory and traits of a model, without the model. Free of torch."""

@@ -1,0 +1,1 @@
+"""Token sequences continued by a model."""

@@ -1,0 +1,1 @@
+"""Files, requests and folders that may fail. Free of torch."""

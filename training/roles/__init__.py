@@ -1,0 +1,1 @@
+"""What runs in workers: the roles of single-role recipes."""
