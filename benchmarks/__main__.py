@@ -44,7 +44,7 @@ BENCHMARKS = {
     ),
     "stop": Benchmark(
         "benchmarks.stop",
-        "from SIGTERM to the exit, by activity (target: 5 s beyond the work in progress); cost of saves, checksums, and HMAC",
+        "from SIGTERM to the exit, by activity (target: 5 s beyond the work in progress); cost of checksums and HMAC",
     ),
     "lora": Benchmark("benchmarks.lora", "step time and memory of a worker with LoRA against all weights"),
     "generation": Benchmark(

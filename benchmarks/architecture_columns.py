@@ -400,7 +400,7 @@ def reward(case: Case) -> Cell:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from training.evaluation.evaluator import Judge
+    from training.evaluation.evaluator import RewardScorer
 
     settings = {"batch": 2, "learning_rate": UNMOVED, "data": {"eval": "pairs.jsonl", "pack": True}}
     finished = case.run("reward", settings, recipe="reward")
@@ -415,7 +415,7 @@ def reward(case: Case) -> Cell:
     _same("the loss", finished.metric("loss"), loss)
     _same("the loss in evaluation", finished.metric("eval_loss"), loss)
     with case.refusals():
-        judge = Judge(str(finished.model))
+        judge = RewardScorer(str(finished.model))
     questions = [pair.prompt for pair in case.pairs for _ in range(2)]
     got = judge.rewards(questions, [answer for pair in case.pairs for answer in (pair.chosen, pair.rejected)])
     for one, other in zip(got, expected, strict=True):
@@ -638,14 +638,14 @@ def _trainer_of(phase: Any) -> tuple[Any, list[list[int]]]:
     """A trainer that is set up, and the rows of its first micro-batch."""
     from launcher.runfolder.cache import cache_folder
     from launcher.workers.worker_set import _inline_groups
-    from training.data.batching import deal
+    from training.data.batching import partition_batch
     from training.recipes import RECIPES
 
     (group,) = _inline_groups(phase, RECIPES[phase.recipe].roles, (phase, str(cache_folder()))).values()
     trainer: Any = group.worker.roles[group.role]  # type: ignore[attr-defined]  # an InlineGroup
     trainer.setup()
     lengths = [len(trainer.store[sample][0]) for sample in range(len(trainer.store))]
-    return trainer, deal(lengths, 1, trainer.limits)[0][0]
+    return trainer, partition_batch(lengths, 1, trainer.limits)[0][0]
 
 
 def _logits(trainer: Any, micro: list[list[int]], changed: int | None = None) -> dict[int, Any]:

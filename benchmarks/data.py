@@ -158,7 +158,7 @@ def _hand_s(lengths: Sequence[int], batch: int, folder: Path) -> list[float]:
     """What `Trainer` does before its engine begins."""
     import numpy as np
 
-    from training.data.batching import Limits, deal
+    from training.data.batching import BatchLimits, partition_batch
     from training.data.collate import collate
     from training.data.order import Order
     from training.data.token_store import TokenStore, create
@@ -168,11 +168,11 @@ def _hand_s(lengths: Sequence[int], batch: int, folder: Path) -> list[float]:
             places = np.arange(length)
             writer.add(places, places > length // 3, source=0, part="rows", number=number)
     store, times = TokenStore.open(folder), []
-    order, limits = Order(store.source_sizes, seed=17), Limits(micro_tokens=4096, row_tokens=4096, one_row=True)
+    order, limits = Order(store.source_sizes, seed=17), BatchLimits(micro_tokens=4096, row_tokens=4096, one_row=True)
     for step in range(_HAND_STEPS):
         began = perf_counter()
         samples = order.samples(step * batch, (step + 1) * batch)
-        mine = deal(store.lengths_of(samples).tolist(), 8, limits)[0]
+        mine = partition_batch(store.lengths_of(samples).tolist(), 8, limits)[0]
         for rows in mine:
             collate([[store[int(samples[place])] for place in row] for row in rows])
         times.append(perf_counter() - began)

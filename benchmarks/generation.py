@@ -63,11 +63,11 @@ def _rate(generate: Callable[[], int]) -> float:
 
 def _muster(lm: Any, tokenizer: Any, texts: Sequence[str], ends: Sequence[int]) -> int:
     """Tokens generated, those that end a text included."""
-    from training.generation.sampling import Sampling, continue_all
+    from training.generation.sampling import Sampling, generate_all
 
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     settings = Sampling(max_new_tokens=NEW_TOKENS)
-    out = continue_all(lm, prompts, range(len(prompts)), ends, settings, batch=BATCH)
+    out = generate_all(lm, prompts, range(len(prompts)), ends, settings, batch=BATCH)
     return sum(len(one.tokens) + one.ended for one in out)
 
 

@@ -106,11 +106,11 @@ class DealtBatches:
         self.limits = limits_for(phase, max(len(ids) for ids, _ in samples), "cpu", SDPA_VARLEN)
 
     def micro_batches(self, samples: list[Sample]) -> Iterator[dict[str, Any]]:
-        from training.data.batching import deal
+        from training.data.batching import partition_batch
         from training.data.collate import collate
 
         lengths = [len(ids) for ids, _ in samples]
-        for rows in deal(lengths, dist.get_world_size(), self.limits)[dist.get_rank()]:
+        for rows in partition_batch(lengths, dist.get_world_size(), self.limits)[dist.get_rank()]:
             yield collate([[samples[i] for i in row] for row in rows])
 
     def loss_sum(self, engine: Any, micro: dict[str, Any]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""From SIGTERM to the exit, by the activity of the run; the cost of saving before an evaluation, of checksums, and of HMAC."""
+"""From SIGTERM to the exit, by activity; the cost of saving before an evaluation, of checksums, and of HMAC."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ def _activities(work: workload.Workload, folder: Path, options: Options, batch_s
         "loading the model": Activity(job(work), lambda run, _: bool(run.events("workers"))),
         "training": Activity(job(work), lambda run, _: len(run.metrics()) >= 4, _step_and_save),
         "PPO": Activity(
-            trl_ppo.job(roles, options.stage, _STEPS), lambda run, nth: is_into_iteration(run, nth / options.rounds), _part_and_save
+            trl_ppo.job(roles, options.stage, _STEPS),
+            lambda run, nth: is_into_iteration(run, nth / options.rounds),
+            _part_and_save,
         ),
         "evaluating": Activity(job(work, **questions), _evaluates, lambda run: batch_s),
         "exporting": Activity(exporting, lambda run, _: bool(run.events("checkpoint"))),
@@ -228,9 +230,9 @@ def _costs(work: workload.Workload, folder: Path, cache: Path, options: Options)
 
 def _note_ms(checkpoints: Path) -> dict[str, float]:
     from training.checkpoint.repository import opened, step_of
-    from training.storage import place
+    from training.storage import open_storage
 
-    with_fence = opened(place(str(checkpoints)), 2)
+    with_fence = opened(open_storage(str(checkpoints)), 2)
     step = step_of(with_fence.folders()[-1])
     noted = [_ms(lambda: with_fence.note(step, {"eval_accuracy": 0.5, "eval_loss": 1.0})) for _ in range(_TRIES)]
     with_fence.close()
@@ -238,7 +240,7 @@ def _note_ms(checkpoints: Path) -> dict[str, float]:
 
 
 def _checksums(checkpoints: Path, cache: Path) -> dict[str, Any]:
-    """Of the tokenized data, which are verified once a start; and of a checkpoint, whose writers compute them on the way."""
+    """Of the tokenized data, which are verified once per start, and of a checkpoint, computed while it is written."""
     import xxhash
 
     from training.data.token_store import TokenStore

@@ -27,7 +27,7 @@ def clusters_folder() -> Path:
 
 
 @dataclass(frozen=True)
-class Home:
+class ClusterRecord:
     """The folder of one cluster."""
 
     folder: Path
@@ -59,9 +59,9 @@ class Home:
         shutil.rmtree(self.folder)
 
 
-def claim(name: str, record: Mapping[str, Any]) -> Home:
+def claim(name: str, record: Mapping[str, Any]) -> ClusterRecord:
     """A folder for a new cluster, with a token of its own. Raises Refused if there is a cluster of this name."""
-    home = Home(clusters_folder() / name)
+    home = ClusterRecord(clusters_folder() / name)
     home.folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         home.folder.mkdir(mode=0o700)
@@ -77,12 +77,12 @@ def claim(name: str, record: Mapping[str, Any]) -> Home:
     return home
 
 
-def find(name: str) -> Home | None:
-    home = Home(clusters_folder() / name)
+def find(name: str) -> ClusterRecord | None:
+    home = ClusterRecord(clusters_folder() / name)
     return home if (home.folder / _RECORD).exists() else None
 
 
-def known() -> list[Home]:
+def known() -> list[ClusterRecord]:
     """All clusters that this machine knows, by name."""
     folders = sorted(clusters_folder().glob(f"*/{_RECORD}"))
-    return [Home(path.parent) for path in folders]
+    return [ClusterRecord(path.parent) for path in folders]

@@ -29,7 +29,7 @@ Labels = dict[Label, Label]
 """Of Ray's nodes: seen in `ray list nodes`, and what Ray code can select machines by."""
 Price = Annotated[float, Field(ge=0)]
 """In the currency in which the one who asks pays."""
-Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
+WorkerSupervisor = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
 """A name or an address: never an option of ssh."""
 
 
@@ -147,9 +147,9 @@ class Existing(Cluster):
     token_file: str | None = None
     """File with the token of the cluster. None: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token if it
     exists."""
-    ssh: Host | None = None
+    ssh: WorkerSupervisor | None = None
     """A machine from which the address can be reached; Muster opens an SSH tunnel through it."""
-    user: Host | None = None
+    user: WorkerSupervisor | None = None
     """User name on that machine. None: as configured for ssh."""
     ssh_port: Port | None = None
     """Port of sshd. None: as configured for ssh."""
@@ -162,9 +162,9 @@ class Existing(Cluster):
 class Head(Settings):
     """The machine that runs Ray's head and the drivers of jobs. Workers run there only if it has `cpus` or `gpus`."""
 
-    host: Host = Field(examples=["10.0.0.1"])
+    host: WorkerSupervisor = Field(examples=["10.0.0.1"])
     """Name or address for ssh."""
-    address: Host | None = None
+    address: WorkerSupervisor | None = None
     """Address at which the other machines reach it, if that is not `host`: an address of the private network."""
     cpus: Count = 0
     """Number of workers without a GPU that may run there."""
@@ -177,7 +177,7 @@ class Head(Settings):
 class Machines(Settings):
     """Machines of one kind."""
 
-    hosts: Annotated[list[Host], Field(min_length=1)] = Field(examples=["[10.0.0.2, 10.0.0.3]"])
+    hosts: Annotated[list[WorkerSupervisor], Field(min_length=1)] = Field(examples=["[10.0.0.2, 10.0.0.3]"])
     """Names or addresses for ssh, at which the head reaches them, too."""
     cpus: Positive | None = None
     """Number of workers without a GPU per machine. None: the number of cores."""
@@ -199,7 +199,7 @@ class Ssh(Cluster):
     """The machine that runs Ray's head and the drivers of jobs."""
     pools: Annotated[dict[str, Machines], Field(min_length=1)]
     """Machines for workers, under names of your choice."""
-    user: Host | None = None
+    user: WorkerSupervisor | None = None
     """User name on all machines. None: as configured for ssh."""
     ssh_port: Port | None = None
     """Port of sshd. None: as configured for ssh."""
@@ -263,9 +263,9 @@ class Slurm(Cluster):
     """The job is told to save this many seconds before the time limit."""
     options: list[Annotated[str, Field(pattern="^--")]] = []
     """Further options of sbatch, such as --constraint=a100."""
-    login: Host | None = None
+    login: WorkerSupervisor | None = None
     """The machine with sbatch, reached by SSH. None: this machine."""
-    user: Host | None = None
+    user: WorkerSupervisor | None = None
     """User name on that machine. None: as configured for ssh."""
     ssh_port: Port | None = None
     """Port of sshd. None: as configured for ssh."""
@@ -404,7 +404,7 @@ class Cloud(Cluster):
     """The machine that runs Ray's head and the drivers of jobs."""
     pools: Annotated[dict[Name, CloudPool], Field(min_length=1)]
     """Machines for workers, under names of your choice."""
-    user: Host = "ubuntu"
+    user: WorkerSupervisor = "ubuntu"
     """User name for SSH in the image."""
     files: dict[str, str] = {}
     """Files and folders to copy to every machine: {path there: path here}; relative paths start at the cluster file."""

@@ -366,8 +366,8 @@ def _columns(columns: Columns) -> Iterator[str]:
 
 
 def _event(name: str, event: event_schema.Event) -> tuple[str, str, str]:
-    facts = " ".join(f"`{fact}`: {text}" for fact, text in event.facts.items())
-    return f"`{name}`" + ("" if event.of_phase else " (of the run)"), event.meaning, facts
+    fields = " ".join(f"`{fact}`: {text}" for fact, text in event.fields.items())
+    return f"`{name}`" + ("" if event.of_phase else " (of the run)"), event.meaning, fields
 
 
 # Versions

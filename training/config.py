@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Impossible(ValueError):
+class IncompatibleSettings(ValueError):
     """Settings that are right one by one and cannot go together, as (key such as `data.eval`, message)."""
 
     def __init__(self, problems: Sequence[tuple[str, str]]):
@@ -404,7 +404,7 @@ class Phase(Settings):
         return 0
 
     @property
-    def teams(self) -> list[tuple[tuple[str, ...], Phase]]:
+    def placements(self) -> list[tuple[tuple[str, ...], Phase]]:
         """Which roles share workers, by groups of workers, and the phase as each group sees it.
         No roles: all there are."""
         return [((), self)]
@@ -412,7 +412,7 @@ class Phase(Settings):
     @property
     def num_workers(self) -> int:
         """Of all groups together."""
-        return sum(phase.resources.workers for _, phase in self.teams)
+        return sum(phase.resources.workers for _, phase in self.placements)
 
     @property
     def starts_from_phase(self) -> bool:
@@ -422,7 +422,7 @@ class Phase(Settings):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if problems := list(self.combinations()):
-            raise Impossible(problems)
+            raise IncompatibleSettings(problems)
         return self
 
     def eval_metrics(self) -> tuple[str, ...]:
@@ -472,7 +472,7 @@ class Phase(Settings):
             yield "model.lora.bits", "4-bit weights are not sharded: choose sharding.stage 0, 1 or 2, or leave bits out"
         if self.model.compile and lora is not None and lora.bits is not None:
             yield "model.compile", "4-bit weights are not compiled; leave one of the two out"
-        if self.model.compile and any(seated.sharding.stage == 3 for _, seated in self.teams):
+        if self.model.compile and any(seated.sharding.stage == 3 for _, seated in self.placements):
             yield (
                 "model.compile",
                 "at ZeRO stage 3 weights are gathered before every module, and compiled code breaks off at each; "
@@ -724,7 +724,7 @@ class PPO(Phase):
         return math.ceil(longest_share / self.generation_batch)
 
     @property
-    def teams(self) -> list[tuple[tuple[str, ...], Phase]]:
+    def placements(self) -> list[tuple[tuple[str, ...], Phase]]:
         if self.groups is None:
             return [(PPO_ROLES, self)]
         return [(tuple(group.roles), self._seated(group)) for group in self.groups]

@@ -18,11 +18,11 @@ from training.config import Model, Phase
 from training.errors import InputError, Problem
 from training.io import foreign_files, hub
 from training.io.paths import absolute, is_below
-from training.storage import is_remote, local_copy, place
+from training.storage import is_remote, local_copy, open_storage
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
-FACTS = "muster.json"
+MODEL_INFO = "muster.json"
 """What Muster writes beside a model: recipe, step, how questions are put to it, and the rewards of a reward model."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -105,13 +105,13 @@ class Adapter:
         return next((shape[0] for name, shape in self.whole.items() if EMBEDDING.search(name)), None)
 
 
-def facts_in(folder: str) -> dict[str, Any]:
+def recorded_info(folder: str) -> dict[str, Any]:
     """What Muster wrote beside a model; empty for a model of another make."""
     try:
-        facts = foreign_files.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+        info = foreign_files.loads((Path(folder) / MODEL_INFO).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return info if isinstance(info, dict) else {}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -476,7 +476,7 @@ def _inspected(folder: Path, tokenizer_elsewhere: bool, code_allowed: bool, clas
         )
     if check.problems:
         raise InputError(check.problems)
-    return _facts(config, files, tensors)
+    return _info(config, files, tensors)
 
 
 def _below(
@@ -495,7 +495,7 @@ def _below(
             "base_model_name_or_path"
         )
         raise InputError.of(str(adapter.folder / ADAPTER_CONFIG), message)
-    facts = inspect(
+    info = inspect(
         base,
         tokenizer_elsewhere=tokenizer_elsewhere or has_tokenizer(adapter.folder),
         trust_remote_code=trust_remote_code,
@@ -505,7 +505,7 @@ def _below(
     problem = _misfit(adapter, base, trust_remote_code) or _unlike_halves_of_a_tie(adapter, base)
     if problem:
         raise InputError.of(str(adapter.folder), problem)
-    return facts
+    return info
 
 
 def _misfit(adapter: Adapter, base: Path, trust_remote_code: bool) -> str:
@@ -604,7 +604,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
-def _facts(config: dict[str, Any], files: Sequence[Path], tensors: dict[str, _Tensor]) -> ModelFacts:
+def _info(config: dict[str, Any], files: Sequence[Path], tensors: dict[str, _Tensor]) -> ModelFacts:
     numbers_by_dtype: Counter[str] = Counter()
     for tensor in tensors.values():
         numbers_by_dtype[tensor.dtype] += math.prod(tensor.shape)
@@ -893,5 +893,5 @@ def at_hand(phase: Phase, cache: Path) -> Phase:
     """The phase with its model as a local folder, copied into `cache` if it lies in a bucket."""
     if not is_remote(phase.model.path):
         return phase
-    folder = local_copy(place(phase.model.path), cache)
+    folder = local_copy(open_storage(phase.model.path), cache)
     return phase.model_copy(update={"model": phase.model.model_copy(update={"path": str(folder)})})

@@ -69,7 +69,7 @@ RECIPES: dict[str, Recipe] = {
             "policy": "training.rl.roles:Policy",
             "reference": "training.rl.roles:Reference",
             "critic": "training.rl.roles:Critic",
-            "reward": "training.rl.roles:Judges",
+            "reward": "training.rl.roles:RewardRole",
             "rollout": "training.rl.roles:Rollout",
         },
     ),

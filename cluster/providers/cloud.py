@@ -24,7 +24,7 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
 from cluster.providers import Finding, Instance, Say, environment, refuse
 from cluster.ray_node import PRICE, head_arguments, of_type, price_label
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import HERE, Login
 from cluster.spec import Cloud, CloudHead, CloudPool
 from cluster.tunnel import tunnel
@@ -79,7 +79,7 @@ class CloudProvider(ABC, Generic[Spec]):
         )
         return f"# for Ray's cluster launcher; MARK and PUBLIC KEY are made anew for every cluster\n{text}"
 
-    def up(self, home: Home, say: Say) -> None:
+    def up(self, home: ClusterRecord, say: Say) -> None:
         refuse(self.doctor())
         key = home.folder / "key"
         HERE.run(
@@ -94,7 +94,7 @@ class CloudProvider(ABC, Generic[Spec]):
             address = sdk.get_head_node_ip(config)
         home.write({**home.record(), "head": address})
 
-    def down(self, home: Home, say: Say) -> None:
+    def down(self, home: ClusterRecord, say: Say) -> None:
         say("ending all machines; Ray's cluster launcher says:")
         from ray.autoscaler import sdk
 
@@ -114,7 +114,7 @@ class CloudProvider(ABC, Generic[Spec]):
             nodes.terminate_nodes(stopped)
             time.sleep(_EVERY_S)
 
-    def instances(self, home: Home) -> list[Instance]:
+    def instances(self, home: ClusterRecord) -> list[Instance]:
         """The cluster's machines by what the cloud says, without its head.
         Raises ClusterError if the cloud does not say it."""
         if not (home.folder / "key.pub").exists():
@@ -126,7 +126,7 @@ class CloudProvider(ABC, Generic[Spec]):
             return [_instance(nodes, each, config, each not in running) for each in dict.fromkeys([*running, *stopped])]
 
     @contextmanager
-    def door(self, home: Home | None) -> Iterator[Dashboard]:
+    def connection(self, home: ClusterRecord | None) -> Iterator[Dashboard]:
         assert home is not None, "a cluster that Muster made has a record"
         if (head := home.record().get("head")) is None:
             raise ClusterError(
@@ -152,13 +152,13 @@ class CloudProvider(ABC, Generic[Spec]):
 
     # The file for Ray's launcher
 
-    def _recorded(self, home: Home) -> dict[str, Any]:
+    def _recorded(self, home: ClusterRecord) -> dict[str, Any]:
         return self._config(home.record()["mark"], home.folder, (home.folder / "key.pub").read_text().strip())
 
-    def _config(self, mark: str, folder: Path, public_key: str) -> dict[str, Any]:
+    def _config(self, cluster_id: str, folder: Path, public_key: str) -> dict[str, Any]:
         spec = self.spec
         return {
-            "cluster_name": f"muster-{spec.name}-{mark}",
+            "cluster_name": f"muster-{spec.name}-{cluster_id}",
             "provider": {"type": spec.provider, **self.where()},
             "auth": {"ssh_user": spec.user, **self.keys(folder)},
             "max_workers": sum(pool.max for pool in spec.pools.values()),
@@ -269,13 +269,13 @@ def _launcher(failed: str) -> Iterator[None]:
         raise ClusterError(f"{failed}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _known_hosts(home: Home) -> dict[str, str]:
+def _known_hosts(home: ClusterRecord) -> dict[str, str]:
     """For ssh: the head's key is that of the first connection, or it is not the head."""
     return {"StrictHostKeyChecking": "accept-new", "UserKnownHostsFile": str(home.folder / "known_hosts")}
 
 
 @contextmanager
-def _host_keys_kept(home: Home) -> Iterator[None]:
+def _host_keys_kept(home: ClusterRecord) -> Iterator[None]:
     """Have Ray's launcher look at host keys, which it switches off: it copies the token."""
     from ray.autoscaler._private import command_runner
 

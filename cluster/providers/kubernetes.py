@@ -19,7 +19,7 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
 from cluster.providers import NO_METRICS_PORTS, Finding, Say, environment
 from cluster.ray_node import of_type, price_label
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import HERE
 from cluster.spec import Kubernetes, PodPool
 from cluster.tunnel import refuse_strangers_port
@@ -40,7 +40,7 @@ class KubernetesProvider:
     def render(self) -> str:
         return yaml.dump(self._cluster(), Dumper=_Plain, sort_keys=False)
 
-    def up(self, home: Home, say: Say) -> None:
+    def up(self, home: ClusterRecord, say: Say) -> None:
         say(f"applying the RayCluster {self.spec.name} in {self.spec.namespace}")
         self._kubectl("create", "secret", "generic", self._secret, f"--from-file=auth_token={home.token_file}")
         self._kubectl("apply", "-f", "-", given=self.render())
@@ -52,13 +52,13 @@ class KubernetesProvider:
         ready = ("--for=condition=Ready", "pod", "-l", pods, f"--timeout={_UP_S:.0f}s")
         self._kubectl("wait", *ready, timeout_s=_UP_S + 10)
 
-    def down(self, home: Home, say: Say) -> None:
+    def down(self, home: ClusterRecord, say: Say) -> None:
         say(f"deleting the RayCluster {self.spec.name} in {self.spec.namespace}")
         for kind, name in (("raycluster", self.spec.name), ("secret", self._secret)):
             self._kubectl("delete", kind, name, "--ignore-not-found", timeout_s=_DOWN_S)
 
     @contextmanager
-    def door(self, home: Home | None) -> Iterator[Dashboard]:
+    def connection(self, home: ClusterRecord | None) -> Iterator[Dashboard]:
         assert home is not None, "a cluster that Muster made has a record"
         with self._forward(8265) as port:
             yield Dashboard(f"http://127.0.0.1:{port}", home.token(), f"the cluster {home.name}")

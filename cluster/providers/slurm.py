@@ -18,7 +18,7 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.providers import NO_METRICS_PORTS, Finding, Say, findings_of
 from cluster.ray_node import Node
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import HERE, Login, over_ssh
 from cluster.spec import Slurm
 
@@ -53,17 +53,17 @@ class SlurmProvider:
     def render(self) -> str:
         return self.batch_script("JOB", workers=2 * self.spec.workers_per_node, names=())
 
-    def up(self, home: Home, say: Say) -> None:
+    def up(self, home: ClusterRecord, say: Say) -> None:
         raise Refused(
             f"{self.spec.name} is Slurm's: there is nothing to start; `muster submit JOB --on FILE` asks for an "
             "allocation"
         )
 
-    def down(self, home: Home, say: Say) -> None:
+    def down(self, home: ClusterRecord, say: Say) -> None:
         raise Refused(f"{self.spec.name} is Slurm's: there is nothing to end; `muster stop ID --on FILE` ends a job")
 
     @contextmanager
-    def door(self, home: Home | None) -> Iterator[Dashboard]:
+    def connection(self, home: ClusterRecord | None) -> Iterator[Dashboard]:
         raise Refused("a job in a Slurm allocation has no dashboard")
         yield
 
@@ -99,7 +99,7 @@ class SlurmProvider:
         return f"{self._folder}/{shlex.quote(name)}"
 
     def submit(
-        self, name: str, bundle: bytes, facts: Mapping[str, Any], *, workers: int, environment: Mapping[str, str],
+        self, name: str, bundle: bytes, info: Mapping[str, Any], *, workers: int, environment: Mapping[str, str],
         words: Sequence[str] = (),
     ) -> str:  # fmt: skip
         """Ask for an allocation; returns the Slurm job's number. Raises Refused with what sbatch says."""
@@ -112,7 +112,7 @@ class SlurmProvider:
             *(f'read -r value; export {variable}="$(echo "$value" | base64 -d)"' for variable in environment),
             "base64 -d > bundle.zip",
             f"printf %s {shlex.quote(script)} > batch.sh",
-            f"printf %s {shlex.quote(json.dumps(facts))} > job.json",
+            f"printf %s {shlex.quote(json.dumps(info))} > job.json",
             'sbatch --parsable batch.sh > number || { rm -rf "$PWD"; exit 1; }',
             "cat number",
         ]
@@ -127,11 +127,11 @@ class SlurmProvider:
         """All jobs in the folder, the oldest first."""
         rows = [line.split("|") for line in self._login.run(_LIST.format(folder=self._folder)).splitlines()]
         return sorted(
-            (self._facts(dict(zip(_FIELDS, row, strict=False))) for row in rows), key=lambda facts: facts["submitted"]
+            (self._info(dict(zip(_FIELDS, row, strict=False))) for row in rows), key=lambda info: info["submitted"]
         )
 
-    def _facts(self, row: dict[str, str]) -> dict[str, Any]:
-        facts = json.loads(base64.b64decode(row["job"]))
+    def _info(self, row: dict[str, str]) -> dict[str, Any]:
+        info = json.loads(base64.b64decode(row["job"]))
         status, in_queue, asked_to_stop = row["status"], row.get("state") or "", row["asked_to_stop"]
         told = ""
         if in_queue and not status:
@@ -145,7 +145,7 @@ class SlurmProvider:
             state, told = "failed", "is gone from Slurm's queue"
         return {
             "id": row["id"],
-            **facts,
+            **info,
             "state": state,
             "message": told,
             "submitted": row["submitted"],

@@ -165,8 +165,10 @@ def resume(
     job = found.job_here(overrides or [])
     check.machine(job, inline=inline, force=force)
     rewind = open_run.rewinding(found, step, phase) if step is not None else {}
-    go_on = open_run.GoOn(rewind=rewind, accept_changes=accept_changes)
-    return driver.run_job(job, inline=inline, console=console(), go_on=go_on, preflight=not no_preflight)
+    resume_options = open_run.ResumeOptions(rewind=rewind, accept_changes=accept_changes)
+    return driver.run_job(
+        job, inline=inline, console=console(), resume_options=resume_options, preflight=not no_preflight
+    )
 
 
 @verb("muster save word-problems", "muster save word-problems-1 --on lab")

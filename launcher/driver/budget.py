@@ -16,7 +16,7 @@ _EVERY_S = 15.0
 _HOUR_S = 3600.0
 
 
-class Meter:
+class Budget:
     """Counts while workers are held. What was counted is kept in the run's folder."""
 
     def __init__(

@@ -14,7 +14,7 @@ from launcher.driver import checkpoint_quota, model_probe, trackers
 from launcher.jobfile import job as jobs
 from launcher.jobfile.job import Job
 from launcher.plan import hardware, local_capacity, plan
-from launcher.plan.hardware import Site, UnknownSite
+from launcher.plan.hardware import HardwareProfile, UnknownHardware
 from launcher.runfolder.cache import cache_folder
 from training.config import PPO, Phase
 from training.data import questions, reward_signature, vocabulary
@@ -48,10 +48,10 @@ def machine(job: Job, *, inline: bool, force: bool = False) -> None:
         fits_gpus(job, lambda: [hardware.here()])
 
 
-def fits_gpus(job: Job, where: Callable[[], Sequence[Site]]) -> None:
+def fits_gpus(job: Job, where: Callable[[], Sequence[HardwareProfile]]) -> None:
     """Raises InputError if a phase cannot fit on the GPUs of any of some sites, where those are known."""
     refusals = []
-    with suppress(UnknownSite):
+    with suppress(UnknownHardware):
         for found in where():
             try:
                 if found.on_gpu:

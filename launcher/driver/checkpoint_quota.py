@@ -11,7 +11,7 @@ from launcher.runfolder.run_folder import RunFolder
 from training.checkpoint.format import CheckpointError, Manifest, verify
 from training.checkpoint.repository import Checkpoints, delete, step_of
 from training.errors import InputError
-from training.storage import Place
+from training.storage import StoragePath
 
 _GB = 1e9
 
@@ -20,7 +20,7 @@ _GB = 1e9
 class Stored:
     """A checkpoint as the quota sees it."""
 
-    folder: Place
+    folder: StoragePath
     bytes: int
     is_protected: bool
     """It must not be deleted."""
@@ -38,7 +38,7 @@ def surplus(stored: Sequence[Stored], quota: int, room: int) -> tuple[list[Store
     return gone, max(0, excess)
 
 
-def make_room(run: RunFolder, job: Job, phase: str, best: Place | None) -> int:
+def make_room(run: RunFolder, job: Job, phase: str, best: StoragePath | None) -> int:
     """Delete the oldest checkpoints of a run that may be deleted, until the next one of `phase` fits into the quota;
     returns how many bytes are too many all the same.
 
@@ -57,7 +57,7 @@ def make_room(run: RunFolder, job: Job, phase: str, best: Place | None) -> int:
     return excess
 
 
-def _stored(run: RunFolder, job: Job, phase: str, kept: set[Place | None]) -> Iterator[Stored]:
+def _stored(run: RunFolder, job: Job, phase: str, kept: set[StoragePath | None]) -> Iterator[Stored]:
     """All checkpoints of a run, in the order of its phases and steps."""
     for name in job.phases:
         folders = Checkpoints(run.checkpoints(name)).folders()
@@ -66,7 +66,7 @@ def _stored(run: RunFolder, job: Job, phase: str, kept: set[Place | None]) -> It
             yield Stored(folder, _bytes(folder), folder in kept or step_of(folder) == last)
 
 
-def _bytes(folder: Place) -> int:
+def _bytes(folder: StoragePath) -> int:
     try:
         return sum(file.size for file in Manifest.read(folder).files)
     except CheckpointError:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from launcher.process.subprocesses import module_command, with_own_code
 from launcher.workers import supervisor
-from launcher.workers.failures import Raised, WorkerDied, in_words
+from launcher.workers.failures import Raised, WorkerDied, describe
 from training.config import PPO, Model, Phase
 from training.errors import InputError, Problem
 from training.estimate import model_traits
@@ -57,7 +57,7 @@ def _examine(model: Model) -> None:
     key = model_traits.key_for(model)
     if key is None or model_traits.known(key) is not None:
         return
-    why = _by_the_nursery(model) if supervisor.has_nursery() else _by_a_process(model)
+    why = _by_the_fork_server(model) if supervisor.has_fork_server() else _by_a_process(model)
     folder = configured_in(model.path, model.revision)
     if why and folder is not None:  # what nobody could find out is not tried again
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -66,12 +66,12 @@ def _examine(model: Model) -> None:
         )
 
 
-def _by_the_nursery(model: Model) -> str:
+def _by_the_fork_server(model: Model) -> str:
     """Why it could not be found out, if it could not."""
     try:
         supervisor.apart("examine", model, dict(os.environ), _LIMIT_S)
     except (Raised, WorkerDied) as error:
-        return f"the process that examined it {in_words(error)}"
+        return f"the process that examined it {describe(error)}"
     return ""
 
 

@@ -35,7 +35,7 @@ class Recovery:
         decision = decide(incident, self.past, skip_diverged=self.phase.on_divergence == "skip")
         self.past.append(incident)
         self.run.event(
-            "incident", phase=self.name, **incident.facts(), retry=decision.retry, why=decision.why, skip=decision.skip
+            "incident", phase=self.name, **incident.fields(), retry=decision.retry, why=decision.why, skip=decision.skip
         )
         words = told(error, incident, decision)
         if not decision.retry:

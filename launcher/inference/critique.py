@@ -461,7 +461,7 @@ def _ask(plan: Plan, tasks: Sequence[Task], journal: Journal, say: Callable[[str
         return ask_endpoint(tasks, teacher, journal, plan.parallel, say)
     settings = Questions(data=str(plan.data), temperature=0.3, top_p=0.95, max_new_tokens=plan.max_new_tokens)
     folder = models.model_folder(plan.teacher, trust_remote_code=plan.trust_remote_code)
-    learnt = model_folder.facts_in(folder).get("recipe") == "cft"
+    learnt = model_folder.recorded_info(folder).get("recipe") == "cft"
     with evaluate.asking(folder, plan.loading) as group:
         ask_model(tasks, plan.teacher, journal, _answering(group, settings, plan.seed), say, learnt=learnt)
     return None

@@ -91,13 +91,13 @@ def compare(
     trusted = {"trust_remote_code": trust_remote_code}
     folders = [model_lookup.model_folder(name, **trusted) for name in (model, other)]
     reward_model = model_lookup.model_folder(judge, rewards=True, **trusted)
-    from training.evaluation.evaluator import Judge, require_reward_model
+    from training.evaluation.evaluator import RewardScorer, require_reward_model
 
     require_reward_model(reward_model, **trusted)  # before any question is answered
     _check_reward_model(reward_model, asked, trust_remote_code)
     loading = Loading(template, workers, trust_remote_code)
     both = [_answers(folder, asked, settings, loading, seed)[0] for folder in folders]
-    court = Judge(reward_model, **trusted)
+    court = RewardScorer(reward_model, **trusted)
     for rows in both:
         prompts = [asked[row["number"]].prompt for row in rows]
         for row, reward in zip(rows, court.rewards(prompts, *_columns(rows, "response", "ended")), strict=True):
@@ -172,9 +172,9 @@ def _check_questions(folder: str, asked: Sequence[Question], loading: Loading, m
     """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints notes on parts
     of the others that it does not see."""
     from training.data.question_prompts import room_note
-    from training.evaluation.evaluator import Texts
+    from training.evaluation.evaluator import PromptCodec
 
-    texts = Texts(folder, loading.template, trust_remote_code=loading.trust_remote_code)
+    texts = PromptCodec(folder, loading.template, trust_remote_code=loading.trust_remote_code)
     problems, longest = [], 0
     for question in asked:
         try:
@@ -197,15 +197,15 @@ def asking(folder: str, loading: Loading) -> Iterator[Group]:
     template, workers, trust_remote_code = loading.template, loading.workers, loading.trust_remote_code
     if workers == 1:
         from training.group import InlineGroup, Worker
-        from training.process.distributed import Seat
+        from training.process.distributed import RankInfo
 
-        worker = Worker(Seat(rank=0, size=1))
-        worker.roles["evaluator"] = Evaluator(worker.seat, folder, template, trust_remote_code)
+        worker = Worker(RankInfo(rank=0, size=1))
+        worker.roles["evaluator"] = Evaluator(worker.rank_info, folder, template, trust_remote_code)
         yield InlineGroup(worker, "evaluator")
         return
-    from launcher.workers.ray_session import own_nursery, ray_session
+    from launcher.workers.ray_session import own_fork_server, ray_session
 
-    with own_nursery(), ray_session(workers), temporary_folder("muster-eval-") as logs:
+    with own_fork_server(), ray_session(workers), temporary_folder("muster-eval-") as logs:
         from launcher.workers.worker_group import (
             WorkerGroup,  # which imports Ray: it takes its token from the session's environment
         )

@@ -18,7 +18,7 @@ from training.config import Model
 from training.errors import InputError
 from training.io.owned_folders import temporary_folder
 from training.model_folder import at_hand, code_in
-from training.storage import Local, Place, place
+from training.storage import Local, StoragePath, open_storage
 
 
 @output.kept_going()
@@ -39,14 +39,18 @@ def export(
         raise InputError.of("--merge", f"{name} trained all weights; there is no adapter to merge")
     folder = _checkpoint(Checkpoints(run.checkpoints(name)), step)
     if out is not None:
-        _refuse_to_overwrite(place(out, patience_s=PATIENCE_S))
-    target = place(out) if out is not None else run.root / name / f"model-{step_of(folder)}{'-merged' if merge else ''}"
+        _refuse_to_overwrite(open_storage(out, patience_s=PATIENCE_S))
+    target = (
+        open_storage(out)
+        if out is not None
+        else run.root / name / f"model-{step_of(folder)}{'-merged' if merge else ''}"
+    )
     advice = "make room, or choose another --out"
     _write(run, name, folder, target, advice, merge=merge, trust_remote_code=trust_remote_code)
     return {"phase": name, "step": step_of(folder), "model": str(target)}
 
 
-def chosen(run: RunFolder, phase: str, step: int | None) -> Place:
+def chosen(run: RunFolder, phase: str, step: int | None) -> StoragePath:
     """The whole checkpoint of a step, or the newest. What was written into the cache was whole.
     Raises as `export` does."""
     checkpoints = Checkpoints(run.checkpoints(phase))
@@ -55,7 +59,7 @@ def chosen(run: RunFolder, phase: str, step: int | None) -> Place:
 
 
 def in_cache(
-    run: RunFolder, phase: str, checkpoint: Place, say: Callable[[str], None], *, trust_remote_code: bool = False
+    run: RunFolder, phase: str, checkpoint: StoragePath, say: Callable[[str], None], *, trust_remote_code: bool = False
 ) -> Path:
     """The model of a whole checkpoint as a folder in the cache, written there once. Raises as `export` does."""
     kept = _kept(checkpoint)
@@ -76,7 +80,7 @@ def in_cache(
     return kept
 
 
-def _kept(checkpoint: Place) -> Path | None:
+def _kept(checkpoint: StoragePath) -> Path | None:
     """Where the model of a checkpoint is kept, by what is in it; None if it has no manifest."""
     try:
         content = (checkpoint / MANIFEST).read()
@@ -90,8 +94,8 @@ def _kept(checkpoint: Place) -> Path | None:
 def _write(
     run: RunFolder,
     phase: str,
-    checkpoint: Place,
-    target: Place,
+    checkpoint: StoragePath,
+    target: StoragePath,
     advice: str,
     *,
     merge: bool = False,
@@ -124,21 +128,21 @@ def _as_trusted(model: Model, run: str, trust_remote_code: bool) -> Model:
     return model
 
 
-def _refuse_to_overwrite(out: Place) -> None:
+def _refuse_to_overwrite(out: StoragePath) -> None:
     if isinstance(out, Local) and out.path.is_file():
         raise InputError.of(str(out), "is a file; choose another --out")
     if out.children():
         raise InputError.of(str(out), "the folder is not empty; choose another --out, or remove it first")
 
 
-def _found(checkpoints: Checkpoints, step: int) -> Place:
+def _found(checkpoints: Checkpoints, step: int) -> StoragePath:
     try:
         return checkpoints.at(step)
     except CheckpointError as error:
         raise InputError.of("", str(error)) from error
 
 
-def _checkpoint(checkpoints: Checkpoints, step: int | None) -> Place:
+def _checkpoint(checkpoints: Checkpoints, step: int | None) -> StoragePath:
     if step is not None:
         folder = _found(checkpoints, step)
         if wrong := verify(folder):

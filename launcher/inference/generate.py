@@ -155,9 +155,9 @@ def _say(plan: Plan, speaker: Any, given: Given, number: int) -> None:
 
 
 def _speaker(plan: Plan, folder: str) -> Any:
-    from training.evaluation.evaluator import Speaker
+    from training.evaluation.evaluator import TextGenerator
 
-    return Speaker(folder, plan.template, trust_remote_code=plan.trust_remote_code)
+    return TextGenerator(folder, plan.template, trust_remote_code=plan.trust_remote_code)
 
 
 def _settings(plan: Plan) -> Any:
@@ -178,9 +178,9 @@ class _Asked(NamedTuple):
 
 
 def _in_batches(plan: Plan, model: model_lookup.Found, given: Sequence[Given]) -> Iterable[Row] | Row:
-    from training.evaluation.evaluator import Texts
+    from training.evaluation.evaluator import PromptCodec
 
-    texts = Texts(model.folder, plan.template, trust_remote_code=plan.trust_remote_code)
+    texts = PromptCodec(model.folder, plan.template, trust_remote_code=plan.trust_remote_code)
     asked = _asked(texts, given, plan.samples)
     if plan.out is None:
         rows = _responses(plan, model.folder, texts, given, asked)

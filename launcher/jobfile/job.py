@@ -31,7 +31,7 @@ from launcher.jobfile import shared_settings, yaml_with_lines
 from launcher.jobfile.other_tools import name_here
 from launcher.jobfile.overrides import overlaid
 from launcher.jobfile.phase_builder import SHARED, base_folder, origin, phases_of
-from launcher.jobfile.problem_collector import Report
+from launcher.jobfile.problem_collector import ProblemCollector
 from launcher.jobfile.resolved import RESOLVED
 from launcher.jobfile.shared_settings import OwnSettings
 from launcher.jobfile.validation_messages import (
@@ -52,7 +52,7 @@ from training.errors import InputError, Problem
 from training.estimate.parameters import holes
 from training.io.paths import absolute
 from training.recipes import RECIPES
-from training.storage import is_remote, place
+from training.storage import is_remote, open_storage
 
 NEUTRAL = (
     "storage",
@@ -280,12 +280,12 @@ def job_hash(job: Job, *, as_written: bool = False) -> str:
 # From a document to a Job
 
 
-def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
+def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, ProblemCollector, Document]:
     written = yaml_with_lines.load(file)
     document, overridden, override_problems = overlaid(written, overrides)
     own = shared_settings.own_settings(written)
     shared_settings.inherit_from_top(document, overridden, own)
-    report = Report(document)
+    report = ProblemCollector(document)
     for problem in override_problems:
         report.add_command_line(problem)
     for path, message in shared_settings.unknown_phases(document):
@@ -326,7 +326,7 @@ def _storage_problem(storage: str, base: Path) -> str | None:
     if not storage.partition("://")[2].strip("/"):
         return f"{storage} names no bucket; write s3://BUCKET/FOLDER"
     try:
-        place(storage)
+        open_storage(storage)
     except InputError as error:
         return str(error)
     return None
@@ -354,7 +354,7 @@ def settings_named(key: str) -> list[str]:
     return sorted({*top, *(dotted(path if path[0] in SHARED else ("phases", "NAME", *path)) for path in inside)})
 
 
-def _name(document: Document, file: Path, report: Report) -> str:
+def _name(document: Document, file: Path, report: ProblemCollector) -> str:
     given = document.data.get("name")
     name = given if isinstance(given, str) else file.stem
     if not _SAFE_NAME.fullmatch(name):
@@ -364,7 +364,7 @@ def _name(document: Document, file: Path, report: Report) -> str:
     return name
 
 
-def _check_shared(data: dict[str, Any], report: Report) -> None:
+def _check_shared(data: dict[str, Any], report: ProblemCollector) -> None:
     """Problems inside the top-level sections, also where no phase comes to use them. Phases may add what is missing."""
     sections: dict[str, type[Settings]] = {"model": Model, "resources": Resources, "sharding": Sharding}
     for key, model in sections.items():

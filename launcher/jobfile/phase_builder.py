@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.jobfile import raw_deepspeed as rawdeepspeed
 from launcher.jobfile import yaml_with_lines
-from launcher.jobfile.problem_collector import Report
+from launcher.jobfile.problem_collector import ProblemCollector
 from launcher.jobfile.resolved import is_resolved
 from launcher.jobfile.validation_messages import UNKNOWN_KEY, did_you_mean, validated
 from launcher.jobfile.yaml_with_lines import COMMAND_LINE, Document, KeyPath, dotted
@@ -29,7 +29,7 @@ _PHASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")  # no dot: it separa
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def phases_of(document: Document, file: Path, report: Report) -> dict[str, Phase]:
+def phases_of(document: Document, file: Path, report: ProblemCollector) -> dict[str, Phase]:
     """The phases that are valid; what is wrong with the others is in the report."""
     phases: dict[str, Phase] = {}
     names: list[str] = []
@@ -48,7 +48,7 @@ class _Drafting:
 
     document: Document
     file: Path
-    report: Report
+    report: ProblemCollector
     name: str
     own: dict[str, Any]
     earlier: list[str]

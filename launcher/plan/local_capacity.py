@@ -57,7 +57,7 @@ def check(job: Job, *, inline: bool, force: bool = False) -> None:
 
 def _one_inline(job: Job, name: str) -> str | None:
     phase = job.phases[name]
-    if len(phase.teams) > 1:
+    if len(phase.placements) > 1:
         return f"--inline has one worker, which holds all roles; leave `groups` out (phases.{name}.groups=null)"
     if phase.num_workers == 1:
         return None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from launcher.jobfile.job import Job
 from launcher.plan import step_time
-from launcher.plan.hardware import Site
+from launcher.plan.hardware import HardwareProfile
 from launcher.plan.step_time import Seated, Work
 from launcher.plan.workload import rows_in, work_of
 from training.config import PPO, PPO_ROLES, Phase
@@ -36,7 +36,7 @@ BY_DEGREE: list[Verdict] = [FITS, TIGHT, TOO_LARGE]
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanInputs:
     """What the command line adds to what is known."""
 
     rows: int | None = None
@@ -72,7 +72,7 @@ class Shapes:
         return [shape.note for shape in ([self.given] if self.given else self.known.values()) if shape is not None]
 
 
-class Planned:
+class PhasePlan:
     """One phase on a site."""
 
     def __init__(
@@ -80,8 +80,8 @@ class Planned:
         name: str,
         phase: Phase,
         models: Models,
-        site: Site,
-        asked: Asked,
+        site: HardwareProfile,
+        asked: PlanInputs,
         work: Work | None = None,
         *,
         alone: bool,
@@ -94,7 +94,7 @@ class Planned:
         self.dtype: Any = phase.model.dtype
         if self.dtype == "auto":
             self.dtype = "bf16" if site.on_gpu or cpu_multiplies_bf16() else "fp32"
-        self.groups = [Seated(roles, self._where(roles, seated)) for roles, seated in phase.teams]
+        self.groups = [Seated(roles, self._where(roles, seated)) for roles, seated in phase.placements]
         self.needs = [team(phase, group.roles or (), models, group.where) for group in self._named()]
 
     def _where(self, roles: Sequence[str], seated: Phase) -> Setting:
@@ -107,9 +107,9 @@ class Planned:
         roles = PPO_ROLES if isinstance(self.phase, PPO) else ("trainer",)
         return [group if group.roles else replace(group, roles=roles) for group in self.groups]
 
-    def changed(self, **changes: Any) -> Planned:
+    def changed(self, **changes: Any) -> PhasePlan:
         """The same phase with other settings. Its data is not looked at again."""
-        return Planned(
+        return PhasePlan(
             self.name,
             self.phase.model_copy(update=changes),
             self.models,

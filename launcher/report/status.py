@@ -11,7 +11,7 @@ from launcher.runfolder.run_folder import RUNS, RunFolder, runs_in
 from training.checkpoint.format import CheckpointError, Manifest, verify
 from training.checkpoint.repository import Checkpoints, step_of
 from training.errors import InputError
-from training.storage import Place, is_remote
+from training.storage import StoragePath, is_remote
 
 
 def status(run: RunFolder) -> dict[str, Any]:
@@ -89,10 +89,10 @@ def _median_step_s(steps: Sequence[Mapping[str, Any]]) -> float:
     return float(recent[len(recent) // 2])
 
 
-def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:
-    workers = f", {facts['workers']} workers" if facts["workers"] else ""
-    yield f"{facts['name']}: {facts['state']}, attempt {facts['attempts']}{workers}, began {facts['started']}"
-    for name, phase in facts["phases"].items():
+def status_lines(info: Mapping[str, Any]) -> Iterator[str]:
+    workers = f", {info['workers']} workers" if info["workers"] else ""
+    yield f"{info['name']}: {info['state']}, attempt {info['attempts']}{workers}, began {info['started']}"
+    for name, phase in info["phases"].items():
         if not phase["step"]:
             yield f"  {name}: not begun"
             continue
@@ -106,9 +106,9 @@ def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {name}: {_told_plan(phase['plan'])}"
         if phase["model"]:
             yield f"  {name}: model in {phase['model']}"
-    if facts["state"] == "partial":
-        yield f"  `muster resume {facts['folder']}` runs the remaining phases: {', '.join(facts['remaining'])}"
-    for problem in facts["problems"]:
+    if info["state"] == "partial":
+        yield f"  `muster resume {info['folder']}` runs the remaining phases: {', '.join(info['remaining'])}"
+    for problem in info["problems"]:
         yield f"  {problem}"
 
 
@@ -165,7 +165,7 @@ def checkpoints(run: RunFolder, *, deep: bool) -> list[dict[str, Any]]:
     return found
 
 
-def _contents(folder: Place, deep: bool) -> dict[str, Any]:
+def _contents(folder: StoragePath, deep: bool) -> dict[str, Any]:
     try:
         manifest = Manifest.read(folder)
     except CheckpointError as error:

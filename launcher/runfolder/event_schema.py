@@ -13,7 +13,7 @@ class Event:
     """One kind of event."""
 
     meaning: str
-    facts: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
     """What it says beside COMMON and, of a phase, OF_A_PHASE."""
     of_phase: bool = True
 

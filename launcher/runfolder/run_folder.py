@@ -28,7 +28,7 @@ from launcher.runfolder.bucket_sync import is_alive
 from training.checkpoint.repository import Checkpoints
 from training.errors import InputError, StorageError
 from training.io.paths import absolute
-from training.storage import Local, Place, is_remote, place
+from training.storage import Local, StoragePath, is_remote, open_storage
 
 PATIENCE_S = 10.0
 """How long a person is kept waiting for a bucket that does not answer."""
@@ -84,7 +84,7 @@ class RunFolder:
     """A run. `folder` has its small files; checkpoints and models are below `root`,
     which is the same unless it is a bucket."""
 
-    def __init__(self, folder: Path, remote: Place | None = None):
+    def __init__(self, folder: Path, remote: StoragePath | None = None):
         self.folder = folder
         self.remote = remote
 
@@ -93,7 +93,7 @@ class RunFolder:
         return self.folder.name
 
     @property
-    def root(self) -> Place:
+    def root(self) -> StoragePath:
         return self.remote or Local(self.folder)
 
     @property
@@ -118,13 +118,13 @@ class RunFolder:
     def phase(self, name: str) -> Path:
         return self.folder / name
 
-    def checkpoints(self, phase: str) -> Place:
+    def checkpoints(self, phase: str) -> StoragePath:
         return self.root / phase / "checkpoints"
 
-    def model(self, phase: str) -> Place:
+    def model(self, phase: str) -> StoragePath:
         return self.root / phase / "model"
 
-    def profiles(self, phase: str) -> Place:
+    def profiles(self, phase: str) -> StoragePath:
         return self.root / phase / "profile"
 
     def phase_names(self) -> list[str]:
@@ -222,7 +222,7 @@ def find(text: str, storage: Path = RUNS) -> RunFolder:
     Raises InputError that lists those that exist.
     """
     if is_remote(text):
-        remote = place(text, patience_s=PATIENCE_S)
+        remote = open_storage(text, patience_s=PATIENCE_S)
         with told_as_input(text):
             run = RunFolder(bucket_sync.view(remote), remote)
         if not (run.folder / JOB).exists():
@@ -276,7 +276,7 @@ def runs_in(storage: str) -> list[RunFolder]:
     if not is_remote(storage):
         jobs_found = sorted(Path(storage).glob(f"*/{JOB}"), key=lambda path: path.stat().st_mtime)
         return [RunFolder(path.parent) for path in jobs_found]
-    root = place(storage, patience_s=PATIENCE_S)
+    root = open_storage(storage, patience_s=PATIENCE_S)
     with told_as_input(storage):
         remotes = [root / name for name, size in sorted(root.children().items()) if size is None]
         return [RunFolder(bucket_sync.view(remote), remote) for remote in remotes if JOB in remote.children()]

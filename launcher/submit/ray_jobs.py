@@ -53,7 +53,7 @@ class RaySession:
         self.client, self.dashboard, self.stop_s = client, dashboard, stop_s
 
     def submit(
-        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str],
+        self, name: str, packed: Path, info: Mapping[str, str], workers: int, environment: Mapping[str, str],
         words: Sequence[str]
     ) -> None:  # fmt: skip
         self._check_version()
@@ -62,7 +62,7 @@ class RaySession:
             entrypoint=shlex.join([*_ENTRYPOINT, *words]),
             submission_id=name,
             runtime_env={"working_dir": str(packed), "env_vars": variables},
-            metadata={_JOB: facts["job"], _RUN: facts["run"]},
+            metadata={_JOB: info["job"], _RUN: info["run"]},
         )
 
     def _check_version(self) -> None:
@@ -84,8 +84,8 @@ class RaySession:
         return {sealed_env.VARIABLE: sealed_env.seal(environment, self.dashboard.token)}
 
     def jobs(self) -> list[dict[str, Any]]:
-        jobs = [_facts(details) for details in self.client.list_jobs() if _JOB in (details.metadata or {})]
-        return sorted(jobs, key=lambda facts: facts["submitted"] or "")
+        jobs = [_info(details) for details in self.client.list_jobs() if _JOB in (details.metadata or {})]
+        return sorted(jobs, key=lambda info: info["submitted"] or "")
 
     def stream(self, name: str, seen: int) -> Iterator[str]:
         loop = asyncio.new_event_loop()
@@ -123,9 +123,9 @@ class RaySession:
 
 
 @contextmanager
-def opened(door: Door, stop_s: int) -> Iterator[RaySession]:
+def opened(connection: Door, stop_s: int) -> Iterator[RaySession]:
     """Raises Refused for a wrong token, ClusterError for a cluster that does not answer or understand."""
-    with door() as dashboard:
+    with connection() as dashboard:
         dashboard.version()  # tells a wrong token in plain words
         try:
             yield RaySession(JobSubmissionClient(dashboard.url, headers=dict(dashboard.headers)), dashboard, stop_s)
@@ -135,7 +135,7 @@ def opened(door: Door, stop_s: int) -> Iterator[RaySession]:
             raise ClusterError(f"{dashboard.shown}: {error}") from None
 
 
-def _facts(details: Any) -> dict[str, Any]:
+def _info(details: Any) -> dict[str, Any]:
     return {
         "id": details.submission_id,
         "job": details.metadata[_JOB],

@@ -128,10 +128,10 @@ def worker_error(rank: int, evidence: Raised | WorkerDied, log: Path, node: str)
     """What a worker's evidence says, as a failure of that worker."""
     kind = evidence.kind if isinstance(evidence, Raised) else _kind_of_death(evidence)
     trace = evidence.trace if isinstance(evidence, Raised) else ""
-    return WorkerError(rank, kind, in_words(evidence), log, node=node, trace=trace)
+    return WorkerError(rank, kind, describe(evidence), log, node=node, trace=trace)
 
 
-def in_words(evidence: Raised | WorkerDied) -> str:
+def describe(evidence: Raised | WorkerDied) -> str:
     """What a process did, behind its name."""
     return f"raised: {evidence.name}: {evidence.message}" if isinstance(evidence, Raised) else _told_death(evidence)
 
@@ -213,16 +213,16 @@ class Incident:
     rank: int | None = None
     node: str | None = None
 
-    def facts(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """As an entry of events.jsonl has it."""
-        facts = asdict(self)
-        return {"class": facts.pop("kind"), **facts}
+        fields = asdict(self)
+        return {"class": fields.pop("kind"), **fields}
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Incident:
+    def of(cls, fields: Mapping[str, Any]) -> Incident:
         """From such an entry, which may have more."""
-        rest: dict[str, Any] = {name: facts.get(name) for name in ("message", "step", "checkpoint", "rank", "node")}
-        return cls(kind=Kind(facts["class"]), **rest)
+        rest: dict[str, Any] = {name: fields.get(name) for name in ("message", "step", "checkpoint", "rank", "node")}
+        return cls(kind=Kind(fields["class"]), **rest)
 
     @property
     def signature(self) -> tuple[Kind, str, int]:

@@ -2,9 +2,9 @@
 `python -m launcher.workers.fork_server FD DEVICE [FD]`.
 
 The first FD is a Unix socket to the parent, the second one that listens: who connects to it is a parent, too. A parent
-sends a byte with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the nursery
-answers with JSON lines: {"ready"}, {"born": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the nursery
-ends the workers of a parent that is gone, and itself with the first; the kernel ends them with the nursery.
+sends a byte with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the fork server
+answers with JSON lines: {"ready"}, {"started": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the fork
+server ends the workers of a parent that is gone, and itself with the first; the kernel ends them with the fork server.
 """
 
 from __future__ import annotations
@@ -50,26 +50,28 @@ def main() -> None:
     woken.setblocking(False)
     signal.set_wakeup_fd(wakeup.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    nursery = _Nursery(first, listener, (wakeup, woken))
-    while first in nursery.parents:
-        ready, _, _ = select.select([woken, *nursery.parents, *([listener] if listener is not None else [])], [], [])
+    fork_server = _ForkServer(first, listener, (wakeup, woken))
+    while first in fork_server.parents:
+        ready, _, _ = select.select(
+            [woken, *fork_server.parents, *([listener] if listener is not None else [])], [], []
+        )
         if woken in ready:
             with suppress(BlockingIOError):
                 woken.recv(4096)
-            nursery.bury()
+            fork_server.reap()
         if listener in ready and listener is not None:
-            nursery.adopt(listener.accept()[0])
-        for parent in nursery.parents & set(ready):
-            nursery.answer(parent)
-    nursery.end()
+            fork_server.accept(listener.accept()[0])
+        for parent in fork_server.parents & set(ready):
+            fork_server.answer(parent)
+    fork_server.end()
 
 
-def _tell(parent: socket.socket, **facts: Any) -> None:
+def _tell(parent: socket.socket, **fields: Any) -> None:
     with suppress(OSError):
-        parent.sendall(json.dumps(facts).encode() + b"\n")
+        parent.sendall(json.dumps(fields).encode() + b"\n")
 
 
-class _Nursery:
+class _ForkServer:
     """Who asks for workers, and whose they are."""
 
     def __init__(self, first: socket.socket, listener: socket.socket | None, own: tuple[socket.socket, ...]):
@@ -79,7 +81,7 @@ class _Nursery:
         self.parent_of: dict[int, socket.socket] = {}
         """Of each worker that lives."""
 
-    def adopt(self, parent: socket.socket) -> None:
+    def accept(self, parent: socket.socket) -> None:
         """Somebody else who may ask."""
         self.parents.add(parent)
         _tell(parent, ready=True)
@@ -99,7 +101,7 @@ class _Nursery:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def bury(self) -> None:
+    def reap(self) -> None:
         """Tell the parents of workers that have ended."""
         while self.parent_of:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -117,25 +119,25 @@ class _Nursery:
                 os.waitpid(pid, 0)
 
     def _fork(self, parent: socket.socket, descriptors: list[int]) -> None:
-        nursery = os.getpid()
+        fork_server = os.getpid()
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for end in (*self.parents, *self.own):
                 end.close()
-            _end_with(nursery)
+            _end_with(fork_server)
             _live(*descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         self.parent_of[pid] = parent
-        _tell(parent, born=pid)
+        _tell(parent, started=pid)
 
 
-def _end_with(nursery: int) -> None:
-    """Have the kernel kill this process when the nursery is gone."""
+def _end_with(fork_server: int) -> None:
+    """Have the kernel kill this process when the fork server is gone."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != nursery:
+    if os.getppid() != fork_server:
         os._exit(1)
 
 
@@ -152,19 +154,19 @@ def _live(connection: int, memory: int) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # the nursery's exit handlers are not ours
+        os._exit(status)  # the fork server's exit handlers are not ours
 
 
 def _serve(connection: Pipe) -> None:
-    """Do what is asked until nobody is there to ask. Each request is (function name of `Life`, arguments)."""
-    life = Life()
+    """Do what is asked until nobody is there to ask. Each request is (function name of `WorkerCommands`, arguments)."""
+    commands = WorkerCommands()
     while True:
         try:
             name, args = connection.recv()
         except EOFError:
             return
         try:
-            answer = (True, getattr(life, name)(*args))
+            answer = (True, getattr(commands, name)(*args))
         except Exception as error:
             answer = (False, evidence_of(error, traceback.format_exc()))
         try:
@@ -174,7 +176,7 @@ def _serve(connection: Pipe) -> None:
             connection.send((False, unsent))
 
 
-class Life:
+class WorkerCommands:
     """What a worker can be asked."""
 
     def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> tuple[str, list[str]]:
@@ -216,15 +218,15 @@ class Life:
         self.listener = listen(host)
         return int(self.listener.getsockname()[1])
 
-    def join(self, seat: Any, key: bytes, visible_gpus: str | None) -> None:
+    def join(self, rank_info: Any, key: bytes, visible_gpus: str | None) -> None:
         from training.group import Worker
         from training.process.distributed import join, set_environment
 
         if visible_gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
-        set_environment(seat)
-        join(seat, key, getattr(self, "listener", None))
-        self.worker = Worker(seat)
+        set_environment(rank_info)
+        join(rank_info, key, getattr(self, "listener", None))
+        self.worker = Worker(rank_info)
 
     def build(self, role: str, target: str, args: tuple[Any, ...]) -> None:
         self.worker.build(role, target, *args)

@@ -22,8 +22,8 @@ from launcher.plan.local_capacity import num_gpus
 from launcher.process import ray_address
 from launcher.process.short_tempdir import short_tempdir
 from launcher.process.subprocesses import code_folders
-from launcher.workers.failures import NoMachines, RayLost, WorkerDied, in_words
-from launcher.workers.supervisor import nursery_at_hand
+from launcher.workers.failures import NoMachines, RayLost, WorkerDied, describe
+from launcher.workers.supervisor import fork_server_here
 from training.errors import MusterError, TrainingError
 
 _OBJECT_STORE_BYTES = 128 << 20
@@ -40,13 +40,13 @@ _GCS, _RAYLET = "gcs_server", "raylet"
 
 
 @contextmanager
-def own_nursery() -> Iterator[None]:
-    """A nursery for the length of the block, where Ray will be our own.
+def own_fork_server() -> Iterator[None]:
+    """A fork server for the length of the block, where Ray will be our own.
     Its imports take as long as Ray's start: begin it before."""
     if os.environ.get("RAY_ADDRESS"):
         yield
         return
-    with nursery_at_hand("cuda" if num_gpus() else "cpu"):
+    with fork_server_here("cuda" if num_gpus() else "cpu"):
         yield
 
 
@@ -195,7 +195,7 @@ class _OwnRay:
         ended = {name: status for name, process in self._processes.items() if (status := process.poll()) is not None}
         if not ended:
             return None
-        words = " and ".join(f"Ray's {name} {in_words(WorkerDied(status))}" for name, status in ended.items())
+        words = " and ".join(f"Ray's {name} {describe(WorkerDied(status))}" for name, status in ended.items())
         return Lost(words, workers_answer=_RAYLET not in ended)
 
     def end(self) -> None:

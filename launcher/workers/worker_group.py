@@ -23,7 +23,7 @@ from training.config import Resources
 from training.errors import MusterError
 from training.group import Future
 from training.process.authenticated_channel import KEY_BYTES
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 
 START_S = 300.0
 """Longest time for starting the processes and making the process group."""
@@ -179,24 +179,24 @@ class WorkerGroup:
         ]
         self.watch = Watch(self, self.warn)
         self.places = self._all("place")
-        self.watch.met()
+        self.watch.arrived()
 
     def begin(self, logs: Path) -> None:
         """Start a process for every worker and make the process group. Their output goes to files in `logs`."""
         self.logs = logs
-        self.watch.signs.clear()
+        self.watch.health.clear()
         self.pids = self._each("begin", [(str(self.log_of(rank)),) for rank in range(self.size)])
         host = self.places[0]["address"]
         (port,) = self._results([self.actors[0].ask.remote("listen", host)], "listen")
-        seats = seats_for(self.places, self.resources, "cuda" if self.gpus else "cpu", host, port)
+        rank_infos = rank_infos_for(self.places, self.resources, "cuda" if self.gpus else "cpu", host, port)
         key = secrets.token_bytes(
             KEY_BYTES
         )  # of this process group alone; travels as an argument, through Ray's own connections
         self._each(
             "ask",
             [
-                ("join", seat, key, _visible_gpus(self.places, place["node"]) if self.gpus else None)
-                for seat, place in zip(seats, self.places, strict=True)
+                ("join", rank_info, key, _visible_gpus(self.places, place["node"]) if self.gpus else None)
+                for rank_info, place in zip(rank_infos, self.places, strict=True)
             ],
         )
 
@@ -323,17 +323,19 @@ def _passed_on() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) or name in asked}
 
 
-def seats_for(places: Sequence[dict[str, Any]], resources: Resources, device: Any, host: str, port: int) -> list[Seat]:
+def rank_infos_for(
+    places: Sequence[dict[str, Any]], resources: Resources, device: Any, host: str, port: int
+) -> list[RankInfo]:
     """The seat of every worker from where it sits: rank as given, local rank by node, threads shared on a node."""
     by_node: dict[str, list[int]] = {}
     for rank, place in enumerate(places):
         by_node.setdefault(place["node"], []).append(rank)
-    seats = []
+    rank_infos = []
     for rank, place in enumerate(places):
         mates = by_node[place["node"]]
         threads = max(1, place["cores"] // len(mates)) if resources.threads == "auto" else resources.threads
-        seats.append(
-            Seat(
+        rank_infos.append(
+            RankInfo(
                 rank=rank,
                 size=len(places),
                 local_rank=mates.index(rank),
@@ -345,7 +347,7 @@ def seats_for(places: Sequence[dict[str, Any]], resources: Resources, device: An
                 address=place["address"],
             )
         )
-    return seats
+    return rank_infos
 
 
 def _visible_gpus(places: Sequence[dict[str, Any]], node: str) -> str:

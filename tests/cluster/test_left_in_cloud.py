@@ -1,4 +1,5 @@
-"""What is left in a cloud of a cluster whose head is gone: found by its tags, priced, ended. moto answers as EC2 would."""
+"""What is left in a cloud of a cluster whose head is gone: found by its tags, priced, ended.
+moto answers as EC2 would."""
 
 from __future__ import annotations
 
@@ -22,10 +23,24 @@ from tests.cluster.test_orphan_watch import until
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 SPEC = {
-    "provider": "aws", "name": "cloud", "region": "us-west-2", "image": "ami-03cf127a", "user": "root", "instance_profile": "trainer",
+    "provider": "aws",
+    "name": "cloud",
+    "region": "us-west-2",
+    "image": "ami-03cf127a",
+    "user": "root",
+    "instance_profile": "trainer",
     "head": {"instance": "m5.2xlarge", "price": 0.5},
-    "pools": {"big": {"instance": "p4d.24xlarge", "max": 2, "cpus": 1, "market": "spot-first", "spot_price": 11.5, "price": 22}},
-}  # fmt: skip
+    "pools": {
+        "big": {
+            "instance": "p4d.24xlarge",
+            "max": 2,
+            "cpus": 1,
+            "market": "spot-first",
+            "spot_price": 11.5,
+            "price": 22,
+        }
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +86,8 @@ def config(ec2, tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def cloud(config) -> Iterator[Any]:
-    """A cluster of a head and two spot machines, started as Ray's launcher and its autoscaler start them; `cloud("head")`: ids."""
+    """A cluster of a head and two spot machines, started as Ray's launcher
+    and its autoscaler start them; `cloud("head")`: ids."""
     from ray.autoscaler._private.providers import _get_node_provider
 
     nodes = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
@@ -109,8 +125,8 @@ def test_what_is_left_without_its_head_is_found_by_tags_priced_and_ended(ec2, cl
     assert lines[0].startswith("cloud: silent, aws, since now, 0 machines")
     assert "  the cloud still has 2 of its machines, 23.00 an hour; `muster cluster down cloud` ends them:" in lines
     assert {line.split()[0] for line in lines if "worker of big-spot" in line} == set(workers)
-    (facts,) = json.loads(muster("cluster", "status", "--json").out)
-    assert (facts["price_per_hour"], facts["unpriced"], len(facts["instances"])) == (23.0, 0, 2)
+    (info,) = json.loads(muster("cluster", "status", "--json").out)
+    assert (info["price_per_hour"], info["unpriced"], len(info["instances"])) == (23.0, 0, 2)
 
     ec2.stop_instances(InstanceIds=workers[:1])  # as one that was shut down, where that does not terminate
     said = muster("cluster", "status", "cloud").out

@@ -1,4 +1,5 @@
-"""Through SSH on a machine with other users: a tunnel nobody else can take over, and host keys that are looked at. With a real sshd."""
+"""Through SSH on a machine with other users: a tunnel nobody else can take over,
+and host keys that are looked at. With a real sshd."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.providers.cloud import _host_keys_kept
 from cluster.providers.local import LocalProvider
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import Login, free_port
 from cluster.spec import Local
 from cluster.tunnel import tunnel
@@ -61,7 +62,8 @@ def dashboard():
 
 def as_a_stranger(code: str) -> str:
     """What Python code prints that another user runs. Raises CalledProcessError if it fails."""
-    drop = f"import contextlib, glob, os, socket; os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER})\n"  # Python may lie in our home
+    # Python may lie in our home
+    drop = f"import contextlib, glob, os, socket; os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER})\n"
     return subprocess.run(
         [sys.executable, "-c", drop + code], capture_output=True, text=True, check=True, timeout=60
     ).stdout
@@ -91,14 +93,11 @@ def test_another_user_who_reads_the_list_of_processes_gets_nowhere(login, dashbo
                 "for file in glob.glob('/proc/[0-9]*/cmdline'):\n"
                 "    with contextlib.suppress(OSError):\n"
                 "        words += open(file).read().split(chr(0))\n"
-                f"(path,) = [word.rpartition(':127.0.0.1:')[0] for word in words if word.endswith(':127.0.0.1:{far}')]\n"
-                "def tried(family, at, do):\n"
-                "    try:\n"
-                "        getattr(socket.socket(family), do)(at)\n"
-                "    except OSError as error:\n"
-                "        return type(error).__name__, error.errno\n"
-                "print(tried(socket.AF_UNIX, path, 'connect'), tried(socket.AF_UNIX, path, 'bind'))\n"
-                f"print(tried(socket.AF_INET, ('127.0.0.1', {here}), 'bind'))\n"
+                "(path,) = [word.rpartition(':127.0.0.1:')[0] for word in words if "
+                f"word.endswith(':127.0.0.1:{far}')]\ndef tried(family, at, do):\n    try:\n        "
+                "getattr(socket.socket(family), do)(at)\n    except OSError as error:\n        return "
+                "type(error).__name__, error.errno\nprint(tried(socket.AF_UNIX, path, 'connect'), "
+                f"tried(socket.AF_UNIX, path, 'bind'))\nprint(tried(socket.AF_INET, ('127.0.0.1', {here}), 'bind'))\n"
             )
             == "('PermissionError', 13) ('PermissionError', 13)\n('OSError', 98)\n"
         )
@@ -122,7 +121,7 @@ def test_without_a_way_there_the_tunnel_says_why(login):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as a second user")
 def test_another_user_who_listens_in_place_of_a_cluster_on_this_machine_gets_no_token(tmp_path):
-    home = Home(tmp_path / "here")
+    home = ClusterRecord(tmp_path / "here")
     home.folder.mkdir(mode=0o700)
     home.token_file.write_text(TOKEN)
     code = (
@@ -135,7 +134,7 @@ def test_another_user_who_listens_in_place_of_a_cluster_on_this_machine_gets_no_
         assert stranger.stdout is not None
         home.write({"dashboard_port": int(stranger.stdout.readline())})
         provider = LocalProvider(Local(provider="local", name="here"))
-        with pytest.raises(Refused, match=f"another user .uid {STRANGER}. listens on port"), provider.door(home):
+        with pytest.raises(Refused, match=f"another user .uid {STRANGER}. listens on port"), provider.connection(home):
             pass
         stranger.kill()
         assert stranger.stdout.read() == ""
@@ -144,7 +143,7 @@ def test_another_user_who_listens_in_place_of_a_cluster_on_this_machine_gets_no_
 # Ray's launcher on clouds
 
 
-def over_rays_launcher(home: Home, port: int, client: Path) -> subprocess.CompletedProcess:
+def over_rays_launcher(home: ClusterRecord, port: int, client: Path) -> subprocess.CompletedProcess:
     """A command on the head with the options that Ray's launcher has for ssh while Muster uses it."""
     from ray.autoscaler._private import command_runner
 
@@ -164,7 +163,7 @@ def over_rays_launcher(home: Home, port: int, client: Path) -> subprocess.Comple
 
 
 def test_a_head_with_another_key_than_at_first_gets_nothing_from_rays_launcher(tmp_path):
-    home, port, client = Home(tmp_path / "home"), free_port(), make_key(tmp_path / "client")
+    home, port, client = ClusterRecord(tmp_path / "home"), free_port(), make_key(tmp_path / "client")
     home.folder.mkdir(mode=0o700)
     with sshd(tmp_path, port, make_key(tmp_path / "host"), client):
         assert over_rays_launcher(home, port, client).stdout == "in\n"

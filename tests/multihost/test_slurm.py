@@ -68,7 +68,8 @@ class Slurm:
         munge = folder / "munge"
         self.started = [
             self._start(
-                "munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/sock", f"--pid-file={munge}/pid",
+                "munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/sock",
+                f"--pid-file={munge}/pid",
                 f"--log-file={munge}/log", f"--seed-file={munge}/seed",
             )
         ]  # fmt: skip
@@ -107,7 +108,8 @@ def muster(slurm, place) -> Commands:
     commands = Commands(slurm.folder)
     commands.environment |= {"PATH": _PATH, "SLURM_CONF": str(slurm.folder / "slurm.conf")}
     spec = {
-        "provider": "slurm", "folder": str(slurm.folder / "jobs"), "workers_per_node": 1, "storage": str(place / "runs"),
+        "provider": "slurm", "folder": str(slurm.folder / "jobs"), "workers_per_node": 1,
+        "storage": str(place / "runs"),
         "python": shutil.which("python"), "shared": [str(place)], "stop_s": 60,
         "setup": [
             f"export MUSTER_CACHE={slurm.folder}/cache OMP_NUM_THREADS=1 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0",
@@ -122,7 +124,7 @@ ON = ("--on", "slurm.yaml")
 FOREVER = ("phases.sft.max_steps=1000000", "phases.sft.checkpoint.every=500000")
 
 
-def facts_of(muster: Commands, name: str) -> dict:
+def info_of(muster: Commands, name: str) -> dict:
     return json.loads(muster("status", name, *ON, "--json"))[0]
 
 
@@ -144,8 +146,8 @@ def test_a_job_gets_an_allocation_trains_and_is_followed_to_its_end(muster, slur
     said = muster("run", "job.yaml", *ON, MY_SECRET="hush-hush-9")
     assert "sft: done; the model is in" in said
     assert (place / "runs/sums/sft/model/model.safetensors").exists()
-    (facts,) = json.loads(muster("list", *ON, "--json"))
-    assert (facts["state"], facts["exit_status"], facts["run"]) == ("succeeded", 0, str(place / "runs/sums"))
+    (info,) = json.loads(muster("list", *ON, "--json"))
+    assert (info["state"], info["exit_status"], info["run"]) == ("succeeded", 0, str(place / "runs/sums"))
     found = subprocess.run(
         ["grep", "-rlaF", "hush-hush-9", str(slurm.folder / "jobs"), str(place)],
         capture_output=True,
@@ -174,18 +176,18 @@ def test_a_job_that_is_taken_back_saves_is_queued_again_and_goes_on(muster, slur
     events = [json.loads(line) for line in (place / "runs/taken/events.jsonl").open()]
     assert [event["attempt"] for event in events if event["event"] == "started"] == [1, 2]
     assert "checkpoint" in [event["event"] for event in events]
-    assert facts_of(muster, name)["state"] == "running"
+    assert info_of(muster, name)["state"] == "running"
     waiting = submitted(muster, "name=waiting", "resources.workers=1", *FOREVER)
     second = submitted(muster, "name=second", *FOREVER)  # two cores: one of the two has to wait
     until(
-        lambda: {"running", "pending"} == {facts_of(muster, one)["state"] for one in (waiting, second)},
+        lambda: {"running", "pending"} == {info_of(muster, one)["state"] for one in (waiting, second)},
         lambda: slurm("squeue"),
     )
-    (pending,) = [one for one in (waiting, second) if facts_of(muster, one)["state"] == "pending"]
-    assert facts_of(muster, pending)["message"] == "waits: Resources"
+    (pending,) = [one for one in (waiting, second) if info_of(muster, one)["state"] == "pending"]
+    assert info_of(muster, pending)["message"] == "waits: Resources"
     for one in (pending, name, *({waiting, second} - {pending})):
         assert "stopped" in muster("stop", one, *ON)
-    assert facts_of(muster, name)["state"] == "stopped"
+    assert info_of(muster, name)["state"] == "stopped"
     assert not slurm("squeue", "--noheader").strip() or "CG" in slurm("squeue", "--noheader")
 
 

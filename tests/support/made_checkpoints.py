@@ -9,7 +9,7 @@ import numpy as np
 
 from training.checkpoint.format import OPTIMIZER, Manifest, write_shard
 from training.checkpoint.repository import OpenCheckpoints, opened
-from training.storage import Place, place
+from training.storage import StoragePath, open_storage
 
 SIZE = 20
 
@@ -21,7 +21,7 @@ def values_of(step: int) -> np.ndarray:
 
 def staged(
     checkpoints: OpenCheckpoints, step: int, *, world_size: int = 2, metrics: dict | None = None
-) -> tuple[Place, Manifest]:
+) -> tuple[StoragePath, Manifest]:
     """The shards of a checkpoint, written by `world_size` workers, and the manifest that they would get."""
     values = values_of(step)
     folder = checkpoints.stage(step)
@@ -31,21 +31,22 @@ def staged(
         for kind, end, sign in (("fp32", ".safetensors", 1), ("exp_avg", OPTIMIZER, -1))
     ]
     manifest = Manifest(
-        phase="sft", step=step, samples=step * 8, optimizer_steps={"trainer": step}, attempt=checkpoints.attempt, world_size=world_size,
+        phase="sft", step=step, samples=step * 8, optimizer_steps={"trainer": step}, attempt=checkpoints.attempt,
+        world_size=world_size,
         zero_stage=2, dtype="float32", chats=False, job_hash="j", data_hash="d", metrics=metrics or {},
         parameters={"w": [4, 5]}, files=files, versions={}, created="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
     return folder, manifest
 
 
-def save(checkpoints: OpenCheckpoints, step: int, **settings) -> Place:
+def save(checkpoints: OpenCheckpoints, step: int, **settings) -> StoragePath:
     """A committed checkpoint."""
     return checkpoints.commit(*staged(checkpoints, step, **settings))
 
 
-def save_in(folder: Place | Path | str, step: int, *, attempt: int = 1, **settings) -> Place:
+def save_in(folder: StoragePath | Path | str, step: int, *, attempt: int = 1, **settings) -> StoragePath:
     """A committed checkpoint of an attempt that then ends."""
-    checkpoints = opened(place(str(folder)), attempt)
+    checkpoints = opened(open_storage(str(folder)), attempt)
     try:
         return save(checkpoints, step, **settings)
     finally:

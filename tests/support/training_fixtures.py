@@ -1,4 +1,5 @@
-"""A tiny model, its tokenizer and rows to train it on, made once; and a way to run a recipe's driver on test workers."""
+"""A tiny model, its tokenizer and rows to train it on, made once;
+and a way to run a recipe's driver on test workers."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import pytest
 from training.checkpoint.repository import opened
 from training.config import Phase
 from training.recipes import RECIPES, resolve
-from training.storage import place
+from training.storage import open_storage
 
 VOCABULARY = 300
 _attempts = itertools.count(1)
@@ -22,7 +23,8 @@ _attempts = itertools.count(1)
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A folder with model/ (0.1 M parameters, every weight random and large enough to matter) and rows for every recipe.
+    """A folder with model/ (0.1 M parameters, every weight random and large enough to matter)
+    and rows for every recipe.
 
     train.jsonl and eval.jsonl are for SFT; those of another recipe begin with its name: reward.train.jsonl.
     """
@@ -41,7 +43,8 @@ def tiny(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, eos_token_id=0, initializer_range=0.1, tie_word_embeddings=False, max_position_embeddings=256,
+        num_key_value_heads=2, eos_token_id=0, initializer_range=0.1, tie_word_embeddings=False,
+        max_position_embeddings=256,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     return folder
@@ -111,8 +114,8 @@ class Recorder:
     skipped: frozenset[int] = frozenset()
 
     def __init__(self, folder: Path | str, stop_after: int | None = None):
-        self.checkpoints = opened(place(folder), next(_attempts))
-        self.profiles = place(folder) / "profile"
+        self.checkpoints = opened(open_storage(folder), next(_attempts))
+        self.profiles = open_storage(folder) / "profile"
         self.stop_after = stop_after
         self.rows: list[dict] = []
         self.events: list[tuple[str, dict]] = []
@@ -135,11 +138,11 @@ class Recorder:
     def log(self, row) -> None:
         self.rows.append(dict(row))
 
-    def event(self, kind: str, **facts: Any) -> None:
-        self.events.append((kind, facts))
+    def event(self, kind: str, **info: Any) -> None:
+        self.events.append((kind, info))
 
-    def started(self, facts: Any, step: int, *, evaluates: bool = False) -> None:
-        self.facts, self.first = facts, step
+    def started(self, info: Any, step: int, *, evaluates: bool = False) -> None:
+        self.info, self.first = info, step
 
     def make_room(self, best) -> None:
         """There is no quota."""
@@ -181,7 +184,7 @@ def train(tiny, tmp_path_factory):
         targets = RECIPES[phase.recipe].roles
         groups = {}
         with ExitStack() as stack:
-            for roles, seated in phase.teams:
+            for roles, seated in phase.placements:
                 own = {role: targets[role] for role in roles or targets}
                 size = seated.resources.workers
                 team = stack.enter_context(ForkWorkers(size, own, seated, str(tiny / "cache")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from training.config import SFT, Impossible, Phase, Settings
+from training.config import SFT, IncompatibleSettings, Phase, Settings
 
 DRAFT = {"recipe": "sft", "model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 
@@ -18,7 +18,7 @@ def impossible(**settings) -> list[tuple[str, str]]:
     with pytest.raises(ValidationError) as caught:
         phase(**settings)
     cause = caught.value.errors()[0]["ctx"]["error"]
-    assert isinstance(cause, Impossible)
+    assert isinstance(cause, IncompatibleSettings)
     return cause.problems
 
 
@@ -56,7 +56,8 @@ def test_all_impossible_combinations_are_told_at_once():
     [
         {"batch": "8"}, {"batch": 8.0}, {"batch": True}, {"batch": 0}, {"learning_rate": float("nan")},
         {"learning_rate": 0.0}, {"clip": -1.0}, {"seed": -1}, {"seed": 2**63}, {"sharding": {"stage": 4}},
-        {"model": {"path": "m", "dtype": "fp16"}}, {"optimizer": {"betas": [0.9]}}, {"optimizer": {"betas": [0.9, 1.0]}},
+        {"model": {"path": "m", "dtype": "fp16"}}, {"optimizer": {"betas": [0.9]}},
+        {"optimizer": {"betas": [0.9, 1.0]}},
         {"checkpoint": {"every": 0}}, {"checkpoint": {"every": True}}, {"checkpoint": {"every": "0s"}},
         {"checkpoint": {"every": "200"}}, {"checkpoint": {"every": "10 m"}}, {"checkpoint": {"every": "1d"}},
         {"data": {"train": []}}, {"data": {"train": "d", "max_length": 1}}, {"schedule": {"floor": 1.5}}, {"bach": 3},

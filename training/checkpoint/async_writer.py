@@ -17,7 +17,7 @@ from torch import Tensor
 
 from training.checkpoint.format import File, write_shard
 from training.errors import SaveError
-from training.storage import Place
+from training.storage import StoragePath
 
 _LOWEST_PRIORITY = 19
 
@@ -29,7 +29,7 @@ class ShardWriter:
     def __init__(self, *, pinned: bool = False) -> None:
         self._pinned = pinned
         self._buffer = torch.empty(0)
-        self._folder: Place | None = None
+        self._folder: StoragePath | None = None
         self._thread: threading.Thread | None = None
         self._files: list[File] = []
         self._error: Exception | None = None
@@ -41,7 +41,7 @@ class ShardWriter:
     def _take(self, count: int) -> None:
         self._buffer = torch.empty(count, pin_memory=self._pinned).fill_(0)  # untouched memory is only a promise
 
-    def begin(self, folder: Place, shards: Mapping[str, Sequence[tuple[str, Tensor]]]) -> None:
+    def begin(self, folder: StoragePath, shards: Mapping[str, Sequence[tuple[str, Tensor]]]) -> None:
         """Copy named 1-D fp32 tensors, by the shard that they belong to, and begin to write the shards to a folder.
 
         Waits for those before, if there are any.
@@ -71,7 +71,7 @@ class ShardWriter:
         except Exception as error:  # it belongs to the thread that asks for the result
             self._error = error
 
-    def _write(self, folder: Place, layouts: Mapping[str, Sequence[tuple[str, int]]]) -> None:
+    def _write(self, folder: StoragePath, layouts: Mapping[str, Sequence[tuple[str, int]]]) -> None:
         offset = 0
         for shard, layout in layouts.items():
             total = sum(count for _, count in layout)

@@ -29,7 +29,7 @@ from training.errors import TrainingError
 from training.io.owned_folders import temporary_folder
 from training.model_folder import (
     EMBEDDING,
-    FACTS,
+    MODEL_INFO,
     SCORE,
     TOKEN_HEADS,
     base_of,
@@ -42,13 +42,15 @@ from training.model_folder import (
 from training.models.layout import buffers
 from training.models.lora import NAME, base_name, delta, transposed_in, write_folder
 from training.recipes import RECIPES
-from training.storage import Local, Place, upload
+from training.storage import Local, StoragePath, upload
 
 SHARD_BYTES = 4 << 30
 _HEADS = ("lm_head", "embed_out", SCORE)
 
 
-def export(checkpoint: Place, out: Place, phase: Phase, *, merge: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+def export(
+    checkpoint: StoragePath, out: StoragePath, phase: Phase, *, merge: bool = False, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write the model of a checkpoint to folder `out` (replaced if it exists) in the type that it was trained in.
 
     Of a phase with LoRA that is a PEFT adapter, or with `merge` the model with the adapter added to its weights.
@@ -64,7 +66,7 @@ def export(checkpoint: Place, out: Place, phase: Phase, *, merge: bool = False, 
         upload(local, out)
 
 
-def _export(checkpoint: Place, out: Path, phase: Phase, merge: bool, shard_bytes: int) -> None:
+def _export(checkpoint: StoragePath, out: Path, phase: Phase, merge: bool, shard_bytes: int) -> None:
     staged = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -84,7 +86,7 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     base, lora = base_of(phase.model.path), phase.model.lora
     renderer = _renderer(phase, learnt_chats=reader.manifest.chats)
     tokenizer = renderer.tokenizer
-    facts = _facts(reader, phase, classifier)
+    info = _info(reader, phase, classifier)
     if classifier:
         give_pad_token(tokenizer, chats=reader.manifest.chats, rows=embedding_rows(phase.model.path))
     if lora is not None and not merge:
@@ -95,9 +97,9 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
         _write_weights(staged, weights, shard_bytes)
         _write_config(staged, phase, base, dtype, tokenizer, classifier, _rows_of_embedding(reader))
     if not classifier:
-        facts["stop_tokens"] = _write_generation_config(staged, phase, base, renderer, chats=reader.manifest.chats)
+        info["stop_tokens"] = _write_generation_config(staged, phase, base, renderer, chats=reader.manifest.chats)
     tokenizer.save_pretrained(staged)
-    (staged / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    (staged / MODEL_INFO).write_text(json.dumps(info, indent=1) + "\n")
 
 
 def _whole(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
@@ -289,9 +291,9 @@ def _last_tokens(tokenizer: Any, chats: bool) -> set[int]:
     return ends
 
 
-def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
+def _info(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
     manifest = reader.manifest
-    facts: dict[str, Any] = {
+    info: dict[str, Any] = {
         "recipe": phase.recipe,
         "step": manifest.step,
         "questions": "chat" if manifest.chats else "plain",
@@ -299,10 +301,10 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
     }
     if classifier:  # mean and standard deviation on the evaluation data, for whoever wants to normalise
         names = ("mean", "std")
-        facts["reward"] = {
+        info["reward"] = {
             n: manifest.metrics[f"eval_reward_{n}"] for n in names if f"eval_reward_{n}" in manifest.metrics
         }
-    return facts
+    return info
 
 
 def _renderer(phase: Phase, learnt_chats: bool) -> Renderer:

@@ -26,7 +26,7 @@ import xxhash
 from training.errors import MusterError
 from training.io.foreign_files import loads, made_sense_of
 from training.io.paths import is_below
-from training.storage import Place
+from training.storage import StoragePath
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
@@ -105,7 +105,7 @@ class Manifest:
     format: int = FORMAT
 
     @classmethod
-    def read(cls, folder: Place) -> Manifest:
+    def read(cls, folder: StoragePath) -> Manifest:
         """Raises CheckpointError when it is missing or cut, NewerFormat when it is of a later Muster."""
         path = folder / MANIFEST
         try:
@@ -118,7 +118,7 @@ class Manifest:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
     @classmethod
-    def _parse(cls, path: Place) -> Manifest:
+    def _parse(cls, path: StoragePath) -> Manifest:
         raw = loads(path.read())
         if raw["format"] != FORMAT:
             age, error = ("a newer", NewerFormat) if raw["format"] > FORMAT else ("an older", CheckpointError)
@@ -154,7 +154,7 @@ class Manifest:
         return replace(self, files=[replace(file, name=f"{prefix}/{file.name}") for file in self.files])
 
 
-def _evaluation(folder: Place) -> dict[str, float]:
+def _evaluation(folder: StoragePath) -> dict[str, float]:
     """What is noted beside a manifest; nothing if that was cut short or spoilt."""
     try:
         with made_sense_of(ValueError):
@@ -170,7 +170,7 @@ def _is_count(value: object) -> bool:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write_shard(path: Place, layout: Sequence[tuple[str, int]], data: np.ndarray) -> File:
+def write_shard(path: StoragePath, layout: Sequence[tuple[str, int]], data: np.ndarray) -> File:
     """Write fp32 `data` [n] as one safetensors file; `layout` says what it is, as (name, count) one after the other."""
     raw = data.view(np.uint8).data
     blocks = [raw[start : start + BLOCK_BYTES] for start in range(0, len(raw), BLOCK_BYTES)]
@@ -193,7 +193,7 @@ def _header(layout: Sequence[tuple[str, int]], checksums: Sequence[str]) -> byte
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def verify(folder: Place, *, deep: bool = True) -> list[str]:
+def verify(folder: StoragePath, *, deep: bool = True) -> list[str]:
     """What is wrong with a checkpoint, one finding each; empty if every byte is as it was written.
 
     Not `deep`: files and sizes alone, without reading the content. Raises NewerFormat.
@@ -208,7 +208,7 @@ def verify(folder: Place, *, deep: bool = True) -> list[str]:
     return findings if findings or not deep else _wrong_content(folder, manifest)
 
 
-def missing(folder: Place, manifest: Manifest) -> list[str]:
+def missing(folder: StoragePath, manifest: Manifest) -> list[str]:
     """Shards that are not there with their whole size, one finding each."""
     sizes: dict[str, int | None] = {}
     for prefix in {file.name.rpartition("/")[0] for file in manifest.files}:
@@ -222,7 +222,7 @@ def _size_problem(file: File, size: int | None) -> str:
     return "missing" if size is None else f"{size:,} bytes, {file.size:,} were written"
 
 
-def _wrong_content(folder: Place, manifest: Manifest) -> list[str]:
+def _wrong_content(folder: StoragePath, manifest: Manifest) -> list[str]:
     findings = []
     for file in manifest.files:
         try:
@@ -232,7 +232,7 @@ def _wrong_content(folder: Place, manifest: Manifest) -> list[str]:
     return findings
 
 
-def _read(folder: Place, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+def _read(folder: StoragePath, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     try:
         return folder.read_ranges(ranges)
     except FileNotFoundError:
@@ -244,7 +244,7 @@ def _read(folder: Place, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
 class _Shard:
     """One shard, read in blocks; no byte of it is given out before its block was checked."""
 
-    def __init__(self, folder: Place, file: File, header: bytes):
+    def __init__(self, folder: StoragePath, file: File, header: bytes):
         """Raises CheckpointError if the header is not as it was written."""
         if xxhash.xxh3_128_hexdigest(header) != file.xxh128:
             raise CheckpointError(f"{folder / file.name}: the header has changed since it was written (checksum)")
@@ -266,7 +266,7 @@ class _Shard:
             raise ValueError("not a checksum for each block")
 
     @classmethod
-    def open(cls, folder: Place, file: File) -> _Shard:
+    def open(cls, folder: StoragePath, file: File) -> _Shard:
         return cls(folder, file, *_read(folder, [(file.name, 0, file.header)]))
 
     def check(self) -> None:
@@ -319,7 +319,7 @@ class Reader:
     `prefix`: of the role whose parameters are meant; names are given without it.
     """
 
-    def __init__(self, folder: Place, prefix: str = ""):
+    def __init__(self, folder: StoragePath, prefix: str = ""):
         """Raises CheckpointError if the manifest or a header is damaged, or a shard is not there in its whole size."""
         self.manifest = Manifest.read(folder)
         self.prefix = prefix

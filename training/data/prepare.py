@@ -176,7 +176,8 @@ def prepare(
 
 
 def _existing(folder: Path, data: Data, verify: bool, damage: list[str]) -> TokenStore | None:
-    """The store at `folder`, or at its place for rows that make use of CHANGES. What is wrong with one is added to `damage`."""
+    """The store at `folder`, or at its place for rows that make use of CHANGES. What is wrong with one is added to
+    `damage`."""
     for with_bos, changed in product((True, False) if data.bos == "auto" else (False,), (True, False)):
         store = _usable(_changed(folder, changed=changed, with_bos=with_bos), verify, damage)
         if store is not None and (with_bos or data.bos == "none" or store.meta.same_without_bos):

@@ -16,7 +16,7 @@ from training.data.row_errors import RowError
 from training.data.token_store import TokenStore
 from training.errors import InputError, Problem
 from training.io.disk_cache import load_or_compute
-from training.model_folder import facts_in, has_tokenizer, tokenizer_of, window_of
+from training.model_folder import has_tokenizer, recorded_info, tokenizer_of, window_of
 
 _SHOWN = 5
 """Prompts that are refused, of each reward model."""
@@ -95,7 +95,12 @@ def _same_tokens(path: str, phase: PPO, cache: Path) -> bool:
 
 def _findings(path: str, phase: PPO, prompts: TokenStore, cache: Path) -> dict[str, Any]:
     """`notes`, `refused` prompts with the reasons, and the tokens of the `longest`."""
-    key = [prompts.folder.name, phase.data.columns, tokenizer_content(tokenizer_of(Model(path=path))), facts_in(path)]
+    key = [
+        prompts.folder.name,
+        phase.data.columns,
+        tokenizer_content(tokenizer_of(Model(path=path))),
+        recorded_info(path),
+    ]
     result: dict[str, Any] = load_or_compute(cache, "reward_prompts", key, lambda: _inspect(path, phase, prompts))
     return result
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from training.checkpoint.repository import OpenCheckpoints
-from training.phase_info import Facts
-from training.storage import Place
+from training.phase_info import PhaseInfo
+from training.storage import StoragePath
 
 
 class Hooks(Protocol):
@@ -23,7 +23,7 @@ class Hooks(Protocol):
     """Checkpoints of attempts before this one may be of another job
     or other data: the user wants to go on with them."""
 
-    profiles: Place
+    profiles: StoragePath
     """Folder of what profiled steps leave."""
 
     skipped: frozenset[int]
@@ -49,7 +49,7 @@ class Hooks(Protocol):
         """How much of the memory of its GPU each worker has taken at most, in rank order; 0 without a GPU."""
         ...
 
-    def event(self, kind: str, **facts: Any) -> None:
+    def event(self, kind: str, **info: Any) -> None:
         """Something that happened, for the record and the terminal."""
         ...
 
@@ -57,12 +57,12 @@ class Hooks(Protocol):
         """Make sure that what was logged is kept where the checkpoints are. Raises StorageError or OSError."""
         ...
 
-    def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None:
+    def started(self, info: PhaseInfo, step: int, *, evaluates: bool = False) -> None:
         """Training begins, `step` steps are done already. `evaluates`: the evaluation of the last
         of them is done (again) now."""
         ...
 
-    def make_room(self, best: Place | None) -> None:
+    def make_room(self, best: StoragePath | None) -> None:
         """Delete older checkpoints of the run, but not `best`, until its quota has room for another.
         Raises StorageError or OSError."""
         ...
@@ -81,8 +81,8 @@ class Hooks(Protocol):
         ...
 
 
-def note_damage(found: Sequence[Facts], hooks: Hooks) -> None:
-    """An event for everything that workers have found damaged. `found`: of all workers, in rank order."""
-    for rank, facts in enumerate(found):
-        for finding in facts.data_damage:
+def note_damage(infos: Sequence[PhaseInfo], hooks: Hooks) -> None:
+    """An event for everything that workers have found damaged. `infos`: of all workers, in rank order."""
+    for rank, info in enumerate(infos):
+        for finding in info.data_damage:
             hooks.event("data_damaged", finding=finding, rank=rank)

@@ -25,12 +25,12 @@ from training.drivers.restore import SETUP_S, resume
 from training.drivers.saver import Saver
 from training.errors import Diverged
 from training.group import Future, Group, results, results_of
-from training.phase_info import Facts
+from training.phase_info import PhaseInfo
 from training.rl.estimation import State, estimate, weigh
 from training.rl.experience import Experience, Response
 from training.schedule import learning_rate
 from training.seeding import seed_for
-from training.storage import Place
+from training.storage import StoragePath
 
 PART_S = 7200.0
 """Longest time for one part of an iteration."""
@@ -43,25 +43,25 @@ _Asked = tuple[str, list[int], list[Future]]
 """What is asked about responses: the fact, the order of the answers, those who answer."""
 
 
-def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
+def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> StoragePath | None:
     """Train the phase to its end; returns the checkpoint that it ends with, or None if it was asked to stop before."""
-    all_facts: list[Facts] = results_of(groups, "setup", timeout_s=SETUP_S)["policy"]
-    note_damage(all_facts, hooks)
-    facts = all_facts[0]
+    infos: list[PhaseInfo] = results_of(groups, "setup", timeout_s=SETUP_S)["policy"]
+    note_damage(infos, hooks)
+    info = infos[0]
     learners = {role: groups[role] for role in LEARNERS}
-    found = resume(learners, hooks, facts)
+    found = resume(learners, hooks, info)
     results_of(learners, "get_ready", timeout_s=SETUP_S)
     step, state = (found.step, State(**found.state)) if found is not None else (0, State(phase.kl.beta))
-    loop = _Loop(phase, groups, facts, state, hooks.stop_requested)
-    saver = Saver(phase, learners, hooks, facts, newest=step)
+    loop = _Loop(phase, groups, info, state, hooks.stop_requested)
+    saver = Saver(phase, learners, hooks, info, newest=step)
     profiled = Profiled(phase, groups, hooks)
-    is_last = step == facts.total_steps or bool(state.reached)
+    is_last = step == info.total_steps or bool(state.reached)
     is_due = found is not None and not found.metrics and _evaluates(phase, step, is_last=is_last)
-    hooks.started(facts, step, evaluates=is_due)
+    hooks.started(info, step, evaluates=is_due)
     is_evaluated = True
     if is_due or (phase.eval_on_start and step == 0):
         is_evaluated = _evaluate(groups["policy"], hooks, partial(saver.attend, step, loop.remembered), saver, step)
-    while step < facts.total_steps and not state.reached and not hooks.stop_requested():
+    while step < info.total_steps and not state.reached and not hooks.stop_requested():
         step += 1
         profiled.before(step)
         try:
@@ -75,7 +75,7 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
         hooks.log({"step": step, "iteration": step, **row, "workers": groups["policy"].size})
         hooks.samples(step, experience.table(_SAMPLES))
         state.reached = reached(phase.stop, row)
-        is_last = step == facts.total_steps or bool(state.reached)
+        is_last = step == info.total_steps or bool(state.reached)
         saver.poll()
         if is_last:
             saver.last_step = step
@@ -107,11 +107,11 @@ class _Loop:
         self,
         phase: PPO,
         groups: Mapping[str, Group],
-        facts: Facts,
+        info: PhaseInfo,
         state: State,
         stop_requested: Callable[[], bool],
     ):
-        self.phase, self.facts, self.state, self.stop_requested = phase, facts, state, stop_requested
+        self.phase, self.info, self.state, self.stop_requested = phase, info, state, stop_requested
         self.policy, self.critic, self.reward = groups["policy"], groups["critic"], groups["reward"]
         self.rollout = groups.get("rollout")
         self.computing = {role: groups[role] for role in _SAYS}
@@ -128,7 +128,7 @@ class _Loop:
     def iterate(self, step: int) -> tuple[dict[str, Any], Experience]:
         """One iteration. Returns its metrics and what it was learnt from.
 
-        Raises Diverged, and Interrupted if the run is to stop and nothing is learnt yet: all is as before the iteration.
+        Raises Diverged, and Interrupted if the run is to stop before anything is learned: all is as it was before.
         """
         began, worked = time.perf_counter(), time.thread_time()
         self.seconds = {}
@@ -194,7 +194,7 @@ class _Loop:
             self._begin_to_write_ahead(step)
         with self._timed("generate"):
             experience = self._taken()
-        if step < self.facts.total_steps:
+        if step < self.info.total_steps:
             self._begin_to_write_ahead(step + 1)
         return experience
 
@@ -202,7 +202,7 @@ class _Loop:
         assert self.rollout is not None
         self._being_written = self._begin_to_write(step)
         # Asked now, or it would be computed while others wait.
-        self._being_told = [self.rollout.map("says_of", futures) for futures in self._being_written]
+        self._being_told = [self.rollout.map("log_probs", futures) for futures in self._being_written]
 
     def _taken(self) -> Experience:
         """What has been begun; with what the policy that wrote it says of it, since another one will learn from it."""
@@ -211,7 +211,7 @@ class _Loop:
             return experience
         parts = [_experience_of(futures) for futures in self._being_written]
         for part, told in zip(parts, self._being_told, strict=True):
-            part.facts["written"] = [values for of_worker in results(told, PART_S) for values in of_worker]
+            part.fields["written"] = [values for of_worker in results(told, PART_S) for values in of_worker]
         self._being_written = []
         return Experience.together(parts)
 
@@ -226,7 +226,7 @@ class _Loop:
         """Ask all roles at once what they say of responses, and what these are worth."""
         asked = []
         for role, group in self.computing.items():
-            shares, order = experience.dealt(group.size, self.limits[role])
+            shares, order = experience.shard(group.size, self.limits[role])
             asked.append((_SAYS[role], order, group.map("computed", shares)))
         places = [list(range(len(experience)))[rank :: self.reward.size] for rank in range(self.reward.size)]
         parts = [[experience.responses[i] for i in share] for share in places]
@@ -235,7 +235,7 @@ class _Loop:
     def improve(self, experience: Experience, step: int) -> dict[str, Any]:
         """Passes over the responses in minibatches, policy and critic at the same time.
         Returns the means of the losses."""
-        phase, total = self.phase, self.facts.total_steps
+        phase, total = self.phase, self.info.total_steps
         rate, of_critic = (
             learning_rate(peak, phase.schedule, step, total)
             for peak in (phase.learning_rate, phase.critic_learning_rate)
@@ -297,9 +297,9 @@ class _Loop:
         names: Sequence[str],
         numbers: Mapping[str, float],
     ) -> list[Future]:
-        dealt = [experience.dealt(group.size, self.limits[role], names, places)[0] for places in minibatches]
+        shard = [experience.shard(group.size, self.limits[role], names, places)[0] for places in minibatches]
         weights = [sum(len(experience.responses[i].tokens) for i in places) for places in minibatches]
-        shards = [[shares[rank] for shares in dealt] for rank in range(group.size)]
+        shards = [[shares[rank] for shares in shard] for rank in range(group.size)]
         return group.map("improve", shards, weights, rate, names, numbers)
 
     @contextmanager
@@ -316,7 +316,7 @@ def _experience_of(futures: Sequence[Future]) -> Experience:
 
 def _take(experience: Experience, asked: Sequence[_Asked]) -> None:
     for name, order, futures in asked:
-        experience.learn(name, order, results(futures, PART_S))
+        experience.set(name, order, results(futures, PART_S))
 
 
 def _minibatches(count: int, size: int, seed: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ from training.data.collate import to_device
 from training.engine import compiling
 from training.estimate.memory import bucket_numbers, overlaps
 from training.process import heartbeat
-from training.process.distributed import Seat, limit_waits
+from training.process.distributed import RankInfo, limit_waits
 from training.process.memory import freed_memory_given_back
 from training.profiling.breakdown import BACKWARD, FORWARD, OPTIMIZER
 from training.profiling.profiler import part
@@ -51,14 +51,14 @@ class Fragment:
     tensors: Mapping[str, Tensor]
 
 
-def derive_config(phase: Phase, seat: Seat, dtype: torch.dtype) -> dict[str, Any]:
+def derive_config(phase: Phase, rank_info: RankInfo, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's settings for a phase, with the phase's raw `deepspeed:` laid over them."""
     zero: dict[str, Any] = {"stage": phase.sharding.stage}
     if phase.sharding.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": seat.device == "cuda"}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": rank_info.device == "cuda"}
         if phase.sharding.stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": seat.device == "cuda"}
-    if overlaps(phase.sharding, seat.device, seat.size):
+            zero["offload_param"] = {"device": "cpu", "pin_memory": rank_info.device == "cuda"}
+    if overlaps(phase.sharding, rank_info.device, rank_info.size):
         zero["overlap_comm"] = True
     config = {
         # The micro-batches of a step differ in size and number; Muster scales the loss and marks the last one itself.
@@ -108,14 +108,16 @@ class Engine:
     open (`model.gradient_checkpointing: auto`) is off.
     """
 
-    def __init__(self, build: Callable[[torch.dtype], nn.Module], phase: Phase, seat: Seat, dtype: torch.dtype):
+    def __init__(
+        self, build: Callable[[torch.dtype], nn.Module], phase: Phase, rank_info: RankInfo, dtype: torch.dtype
+    ):
         self.stage = phase.sharding.stage
         self.clip = phase.clip
-        self.size = seat.size
-        self.rank = seat.rank
-        self.device = device_of(seat)
-        config = derive_config(phase, seat, dtype)
-        _start_deepspeed(seat)
+        self.size = rank_info.size
+        self.rank = rank_info.rank
+        self.device = device_of(rank_info)
+        config = derive_config(phase, rank_info, dtype)
+        _start_deepspeed(rank_info)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=self.stage == 0 and dtype is not torch.float32)
         if self.stage == 3:
             module = _built_sharded(build, dtype, config)
@@ -131,13 +133,13 @@ class Engine:
         }
         """Of the parameters that are trained."""
         config["zero_optimization"].setdefault(
-            "reduce_bucket_size", bucket_numbers(sum(map(math.prod, self.shapes.values())), seat.device)
+            "reduce_bucket_size", bucket_numbers(sum(map(math.prod, self.shapes.values())), rank_info.device)
         )
         self.ds = _initialize(module, config, phase.optimizer)
-        limit_waits(seat.timeout_s)
+        limit_waits(rank_info.timeout_s)
         self.compiles = phase.model.compile
         if self.compiles:
-            compiling.compile_layers(self.ds.module.lm, seat.device)
+            compiling.compile_layers(self.ds.module.lm, rank_info.device)
         self.micro_in_hand = 0
         """Number of the micro-batch that `step` has begun last, from 1."""
         self.stopwatch = Stopwatch(self.device)
@@ -386,16 +388,18 @@ class Engine:
 class Frozen:
     """A module that is never trained, sharded under ZeRO-3, computing as `Engine` does."""
 
-    def __init__(self, build: Callable[[torch.dtype], nn.Module], phase: Phase, seat: Seat, dtype: torch.dtype):
+    def __init__(
+        self, build: Callable[[torch.dtype], nn.Module], phase: Phase, rank_info: RankInfo, dtype: torch.dtype
+    ):
         stage = phase.sharding.stage
-        self.device = device_of(seat)
+        self.device = device_of(rank_info)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=stage == 0 and dtype is not torch.float32)
-        _start_deepspeed(seat)
+        _start_deepspeed(rank_info)
         self.module: Any
         if stage == 3:
             import deepspeed
 
-            config = derive_config(phase, seat, dtype)
+            config = derive_config(phase, rank_info, dtype)
             module = _built_sharded(build, dtype, config)
             self.module, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
         else:
@@ -421,8 +425,8 @@ def computed(
     return answers
 
 
-def device_of(seat: Seat) -> torch.device:
-    return torch.device(seat.device, seat.local_rank) if seat.device == "cuda" else torch.device("cpu")
+def device_of(rank_info: RankInfo) -> torch.device:
+    return torch.device(rank_info.device, rank_info.local_rank) if rank_info.device == "cuda" else torch.device("cpu")
 
 
 def whole(parameter: Any) -> AbstractContextManager[Any]:
@@ -473,7 +477,7 @@ def _views(
     return {kind: t.narrow(0, offset, t.numel() if count is None else count) for kind, t in tensors.items()}
 
 
-def _start_deepspeed(seat: Seat) -> None:
+def _start_deepspeed(rank_info: RankInfo) -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -483,7 +487,7 @@ def _start_deepspeed(seat: Seat) -> None:
     # not probed for either, which would run the compiler.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(
-        dist_backend="nccl" if seat.device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        dist_backend="nccl" if rank_info.device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )
 
 

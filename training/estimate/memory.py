@@ -408,7 +408,7 @@ def _of_ppo(phase: PPO, roles: Sequence[str], models: Models, where: Setting) ->
 
 
 def _has_rollout(phase: PPO) -> bool:
-    return any("rollout" in roles for roles, _ in phase.teams)
+    return any("rollout" in roles for roles, _ in phase.placements)
 
 
 def _named(role: str, needs: Needs) -> Needs:

@@ -16,11 +16,11 @@ from training.data.row_errors import RowError
 from training.data.vocabulary import beyond, embedding_rows
 from training.errors import InputError, TrainingError
 from training.evaluation.accuracy import Row
-from training.evaluation.generated_answers import Asking, by_answer
-from training.generation.sampling import Continued, Heard, Sampling, continue_all
+from training.evaluation.generated_answers import GenerationEval, by_answer
+from training.generation.sampling import Continued, Heard, Sampling, generate_all
 from training.model_folder import CLASSIFIER_SUFFIX, adapter_in, inspect, window_of
 from training.models import loading as models
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 from training.roles.reward import score
 
 
@@ -32,22 +32,22 @@ class Evaluator:
     Raises InputError if the model cannot be loaded, or has no chat template to chat with.
     """
 
-    def __init__(self, seat: Seat, path: str, template: str = "auto", trust_remote_code: bool = False):
-        self.seat = seat
-        self.model = Speaker(path, template, gpu=seat.local_rank, trust_remote_code=trust_remote_code)
+    def __init__(self, rank_info: RankInfo, path: str, template: str = "auto", trust_remote_code: bool = False):
+        self.rank_info = rank_info
+        self.model = TextGenerator(path, template, gpu=rank_info.local_rank, trust_remote_code=trust_remote_code)
 
     def answer(self, asked: Sequence[Question], settings: Questions, seed: int) -> list[Row]:
         """This worker's share of the responses, judged."""
         model = self.model
-        asking = Asking(renderer=model.renderer, seed=seed, settings=settings, stops=model.stops)
-        return asking.answered(model.lm, asked, by_answer, (self.seat.rank, self.seat.size))
+        asking = GenerationEval(renderer=model.renderer, seed=seed, settings=settings, stops=model.stops)
+        return asking.answered(model.lm, asked, by_answer, (self.rank_info.rank, self.rank_info.size))
 
     def continued(self, prompts: Sequence[tuple[list[int], int]], settings: Sampling, batch: int) -> list[Continued]:
         """The continuations of prompts, each with its key."""
         return self.model.continued(prompts, settings, batch=batch)
 
 
-class Texts:
+class PromptCodec:
     """What a model reads and writes, between texts and tokens. Without its weights,
     so that prompts are checked before these load.
 
@@ -106,7 +106,7 @@ class Texts:
         return unseen_notes(self.renderer.notes)
 
 
-class Speaker(Texts):
+class TextGenerator(PromptCodec):
     """A language model ready to be asked."""
 
     def __init__(self, path: str, template: str = "auto", *, gpu: int = 0, trust_remote_code: bool = False):
@@ -125,19 +125,19 @@ class Speaker(Texts):
     ) -> list[Continued]:
         """The continuations of prompts, each with its key, in as many positions as the model has."""
         ids, keys = [ids for ids, _ in prompts], [key for _, key in prompts]
-        return continue_all(self.lm, ids, keys, self.stops, settings, batch=batch, window=self.window, heard=heard)
+        return generate_all(self.lm, ids, keys, self.stops, settings, batch=batch, window=self.window, heard=heard)
 
 
 def require_reward_model(path: str, *, trust_remote_code: bool = False) -> None:
     """Raises InputError if the folder holds another kind of model. Reads no weights."""
     adapter = adapter_in(path)
-    facts = inspect(Path(path), classifier=True, trust_remote_code=trust_remote_code)
-    if not facts.architecture.endswith(CLASSIFIER_SUFFIX) and not (adapter and adapter.heads):
+    info = inspect(Path(path), classifier=True, trust_remote_code=trust_remote_code)
+    if not info.architecture.endswith(CLASSIFIER_SUFFIX) and not (adapter and adapter.heads):
         message = "is no reward model (a sequence classifier with one label); the recipe `reward` trains one"
         raise InputError.of(path, message)
 
 
-class Judge:
+class RewardScorer:
     """A reward model. Raises InputError if the folder holds another kind of model."""
 
     def __init__(self, path: str, *, trust_remote_code: bool = False):

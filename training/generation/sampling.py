@@ -58,7 +58,7 @@ class Continued:
         return self.end is not None
 
 
-def continue_all(
+def generate_all(
     lm: Any,
     prompts: Sequence[Sequence[int]],
     keys: Sequence[int],
@@ -94,7 +94,7 @@ def in_batches(
     window: int | None = None,
     heard: Heard | None = None,
 ) -> Iterator[dict[int, Continued]]:
-    """What `continue_all` returns, batch by batch: the continuations
+    """What `generate_all` returns, batch by batch: the continuations
     by the numbers of their prompts. Raises as it does."""
     if wrong := beyond((max(prompt, default=-1) for prompt in prompts), rows_in(lm)):
         raise InputError.of("the prompts", wrong)
@@ -223,10 +223,10 @@ class _Batch:
 
 def draw(logits_BV: Tensor, keys: NDArray[np.uint64], position: int, settings: Sampling) -> Tensor:
     """The next token of each row. [B]"""
-    return picked(logits_BV, torch.from_numpy(uniform(keys, position)).to(logits_BV.device), settings)
+    return sample_token(logits_BV, torch.from_numpy(uniform(keys, position)).to(logits_BV.device), settings)
 
 
-def picked(logits_BV: Tensor, drawn_B: Tensor, settings: Sampling) -> Tensor:
+def sample_token(logits_BV: Tensor, drawn_B: Tensor, settings: Sampling) -> Tensor:
     """The token of each row that a number drawn from [0, 1) picks. [B]"""
     if settings.temperature == 0:
         return logits_BV.argmax(-1)

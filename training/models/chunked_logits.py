@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from training.estimate.memory import LOGITS_AT_ONCE
 from training.models.probe import traits_of
-from training.models.sparse_last_mlp import looked_at
+from training.models.sparse_last_mlp import last_mlp_at
 
 Measure = Callable[..., Tensor]
 """From the logits of n places [n, V], and what else is known of each, K numbers of each. [n, K]"""
 
 
-def measured_at(
+def apply_head_chunked(
     lm: Any, input_ids: Tensor, position_ids: Tensor | None, index: Tensor, measure: Measure, *known: Tensor
 ) -> Tensor:
     """Measures of what a causal language model says of the tokens after N places of the flattened
@@ -40,7 +40,7 @@ def measured_at(
         return measure(logits_RLV.flatten(0, 1)[index], *known)
     # Only these places go through the head: prompts cost no logits.
     body = lm.get_decoder()
-    with looked_at(body, input_ids, index, known=known_of_lm.last_mlp):
+    with last_mlp_at(body, input_ids, index, known=known_of_lm.last_mlp):
         hidden_RLH = body(**inputs, use_cache=False).last_hidden_state
     hidden_NH = hidden_RLH.flatten(0, 1)[index]
     head = lm.get_output_embeddings()

@@ -31,7 +31,7 @@ from training.model_folder import (
     described_quantization,
 )
 from training.models import attention, kernels, lora
-from training.models.chunked_logits import measured_at
+from training.models.chunked_logits import apply_head_chunked
 from training.models.probe import traits_for
 from training.process.cpu_features import cpu_multiplies_bf16
 from training.seeding import seed_for
@@ -351,7 +351,7 @@ class TokenLoss(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor
     ) -> Tensor:
         """Sum over the N targets of -log p(target). [1]  Shapes as in training/data/collate.py."""
-        losses_N1 = measured_at(self.lm, input_ids, position_ids, target_index, _surprise, target_ids)
+        losses_N1 = apply_head_chunked(self.lm, input_ids, position_ids, target_index, _surprise, target_ids)
         return losses_N1.sum().view(1)
 
 

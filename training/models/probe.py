@@ -274,15 +274,15 @@ class _Probe:
             return _equal(self.lm.get_output_embeddings()(hidden)[0], self.alone[1])
 
     def has_last_mlp(self) -> bool:
-        from training.models.sparse_last_mlp import looked_at
+        from training.models.sparse_last_mlp import last_mlp_at
 
         ids, places = _tensor(self.samples[1]), torch.tensor([2, 7, 16])
         body = self.lm.get_decoder()
         with torch.no_grad():
             whole = body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            with looked_at(body, ids, places, known=True):
-                picked = body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        return _equal(picked[places], whole[places])
+            with last_mlp_at(body, ids, places, known=True):
+                sample_token = body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        return _equal(sample_token[places], whole[places])
 
     def classifier(self, attention: str) -> Any:
         from transformers import AutoModelForSequenceClassification
@@ -324,7 +324,7 @@ class _Probe:
     # -- generation ----------------------------------------------------------------------------------------------------
 
     def generation(self) -> Generation:
-        from training.generation.sampling import Sampling, continue_all
+        from training.generation.sampling import Sampling, generate_all
 
         wanted = [self.greedily(ids) for ids in self.samples]
         prompts = [ids.tolist() for ids in self.samples]
@@ -332,7 +332,7 @@ class _Probe:
         ends = {wanted[0][2]}  # so that one ends before the others
 
         def right(batch: int) -> bool:
-            written = continue_all(
+            written = generate_all(
                 self.lm, [*prompts, prompts[1]], range(len(prompts) + 1), ends, settings, batch=batch
             )
             return [each.tokens for each in written] == [_up_to(tokens, ends) for tokens in [*wanted, wanted[1]]]

@@ -20,7 +20,7 @@ _WORTH_IT = 7 / 8
 
 
 @contextmanager
-def looked_at(body: Any, input_ids: Tensor, index: Tensor, *, known: bool) -> Iterator[None]:
+def last_mlp_at(body: Any, input_ids: Tensor, index: Tensor, *, known: bool) -> Iterator[None]:
     """Within the block a decoder computes its last MLP at these places of the flattened rows alone;
     others keep what they had.
 

@@ -17,11 +17,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from training.io.owned_folders import temporary_folder
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 from training.process.memory import peak_bytes
 from training.profiling.breakdown import Key, summary, table
 from training.profiling.trace import WINDOW, Event, Operator, operators, read, seconds_of, tells_of_gpu
-from training.storage import Local, Place, place, upload_file
+from training.storage import Local, StoragePath, open_storage, upload_file
 
 _NUM_OPERATORS = 20
 _NOTHING = nullcontext()
@@ -34,28 +34,28 @@ def part(name: str) -> AbstractContextManager[Any]:
     return _NOTHING if _running is None else record_function(name)
 
 
-def begin_profile(seat: Seat) -> dict[str, str] | None:
+def begin_profile(rank_info: RankInfo) -> dict[str, str] | None:
     """Worker 0 begins to write down all that it does. Answers with the `error` if it cannot."""
     global _running
-    if seat.rank == 0 and _running is None:
+    if rank_info.rank == 0 and _running is None:
         try:
-            _running = _Profile(seat)
+            _running = _Profile(rank_info)
         except RuntimeError as error:
             return {"error": str(error)}
     return None
 
 
-def end_profile(seat: Seat, folder: str, role: str, steps: str, num_steps: int) -> dict[str, str] | None:
+def end_profile(rank_info: RankInfo, folder: str, role: str, steps: str, num_steps: int) -> dict[str, str] | None:
     """Worker 0 writes trace and table of `steps`, which name the files, into a folder.
 
     Answers with their addresses and a summary, or with the `error` that kept it from that: no reason to stop training.
     """
     global _running
-    if seat.rank != 0 or _running is None:
+    if rank_info.rank != 0 or _running is None:
         return None
     running, _running = _running, None
     try:
-        return running.written(place(folder), f"{role}-{seat.rank}", steps, num_steps)
+        return running.written(open_storage(folder), f"{role}-{rank_info.rank}", steps, num_steps)
     except Exception as error:
         return {"error": str(error) or repr(error)}
 
@@ -63,10 +63,10 @@ def end_profile(seat: Seat, folder: str, role: str, steps: str, num_steps: int) 
 class _Profile:
     """From its making to `written`."""
 
-    def __init__(self, seat: Seat):
-        self.device = seat.device
+    def __init__(self, rank_info: RankInfo):
+        self.device = rank_info.device
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it writes a line for everything that it does
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if seat.device == "cuda" else [])]
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if rank_info.device == "cuda" else [])]
         self.profiler = profile(activities=activities)
         self._finish_on_device()
         self.profiler.start()
@@ -77,7 +77,7 @@ class _Profile:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def written(self, folder: Place, worker: str, steps: str, num_steps: int) -> dict[str, str]:
+    def written(self, folder: StoragePath, worker: str, steps: str, num_steps: int) -> dict[str, str]:
         self._finish_on_device()
         self.window.__exit__(None, None, None)
         self.profiler.stop()

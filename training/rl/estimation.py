@@ -37,7 +37,7 @@ def estimate(experience: Experience, phase: PPO, state: State) -> dict[str, floa
 
     Of the facts `old`, `reference`, `values` and `score`. Returns what is measured on the way.
     """
-    scores_B = torch.from_numpy(np.concatenate(experience.facts["score"]))
+    scores_B = torch.from_numpy(np.concatenate(experience.fields["score"]))
     mask_BT = experience.mask
     old_BT, reference_BT, values_BT = (experience.padded(name) for name in ("old", "reference", "values"))
     kl_BT = k1(old_BT, reference_BT)

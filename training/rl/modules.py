@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import PPO
-from training.models.chunked_logits import measured_at
+from training.models.chunked_logits import apply_head_chunked
 from training.rl.losses import entropies, k3, policy_terms, token_log_probs, value_terms
 from training.roles.reward import scores
 
@@ -51,8 +51,8 @@ class PolicyLoss(_OfTokens):
         places = (self.lm, input_ids, position_ids, target_index)
         tokens_N = target_ids.clamp(min=0)
         if old is None or advantages is None:
-            return measured_at(*places, self._log_probs, tokens_N)[:, 0]
-        log_probs_N, entropies_N = measured_at(*places, self._log_probs_and_entropies, tokens_N).unbind(-1)
+            return apply_head_chunked(*places, self._log_probs, tokens_N)[:, 0]
+        log_probs_N, entropies_N = apply_head_chunked(*places, self._log_probs_and_entropies, tokens_N).unbind(-1)
         terms_N, clipped_N = policy_terms(log_probs_N, old, advantages, phase.clip_range)
         if importance is not None:
             terms_N = terms_N * importance

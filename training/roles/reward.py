@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.data.batching import Limits, deal
+from training.data.batching import BatchLimits, partition_batch
 from training.data.collate import collate, to_device
 from training.data.render import sides_of
 from training.data.shared_prefix_pairs import Pair, mask_of, trees
@@ -27,12 +27,12 @@ from training.errors import InputError
 from training.estimate.model_traits import rows_of
 from training.models import loading as models
 from training.models.probe import traits_of
-from training.models.sparse_last_mlp import looked_at
+from training.models.sparse_last_mlp import last_mlp_at
 from training.profiling.breakdown import FORWARD
 from training.profiling.profiler import part
 from training.roles.trainer import Trainer
 
-_AT_ONCE = {"cuda": Limits(micro_tokens=0, micro_batch=32), "cpu": Limits(micro_tokens=512)}
+_AT_ONCE = {"cuda": BatchLimits(micro_tokens=0, micro_batch=32), "cpu": BatchLimits(micro_tokens=512)}
 """How much is scored at once. A CPU gains nothing from more, and pays for the padding of unlike lengths."""
 
 
@@ -84,7 +84,7 @@ def scores(
     body = getattr(lm, lm.base_model_prefix)
     given = {"position_ids": position_ids, "attention_mask": mask}
     asked = {name: tensor for name, tensor in given.items() if tensor is not None}
-    with looked_at(
+    with last_mlp_at(
         body, input_ids, last_index.unique(), known=traits_of(lm).last_mlp
     ):  # two sequences may share a last token
         hidden_RLH = body(input_ids=input_ids, use_cache=False, **asked).last_hidden_state
@@ -109,7 +109,7 @@ def score(lm: Any, sequences: Sequence[np.ndarray], *, head: nn.Module | None = 
         message = f"a prompt with its response has {longest:,} tokens, the model has {positions:,} positions"
         raise InputError.of("the reward model", f"{message}; shorten the prompts or the responses")
     above = rows_of(traits_of(lm), lm.config._attn_implementation, max(lengths, default=0)).same_length_above
-    for rows in deal(lengths, 1, replace(_AT_ONCE[device.type], same_length_above=above))[0]:
+    for rows in partition_batch(lengths, 1, replace(_AT_ONCE[device.type], same_length_above=above))[0]:
         places = [place for row in rows for place in row]
         with part(FORWARD):
             micro = to_device(collate([[_judged(sequences[i].astype(np.int64))] for i in places]), device)
@@ -136,7 +136,7 @@ class RewardTrainer(Trainer):
     """Sums over the pairs: right orders, differences, both rewards, their squares."""
 
     def build(self, dtype: torch.dtype) -> nn.Module:
-        lm: Any = models.load(self.phase, dtype, self.seat.device, classifier=True)
+        lm: Any = models.load(self.phase, dtype, self.rank_info.device, classifier=True)
         self.makes_trees = self.traits.kernel(self.attention).trees
         self.packs = rows_of(self.traits, self.attention, self.longest).packs
         return PairLoss(lm)

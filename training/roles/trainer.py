@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import Phase
-from training.data.batching import deal, limits_for
+from training.data.batching import limits_for, partition_batch
 from training.data.collate import collate
 from training.data.order import Order
 from training.data.token_store import TokenStore
@@ -28,12 +28,12 @@ from training.data.vocabulary import notes as vocabulary_notes
 from training.errors import Diverged
 from training.estimate.model_traits import notes, refuse, rows_of
 from training.evaluation.accuracy import Answers
-from training.evaluation.generated_answers import Exam, Sitting, exam_of
+from training.evaluation.generated_answers import EvalSuite, Sitting, exam_of
 from training.models import lora
 from training.models.loading import notes_on_weights
-from training.phase_info import Facts
+from training.phase_info import PhaseInfo
 from training.process import heartbeat
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 from training.profiling.breakdown import DATA
 from training.profiling.profiler import part
 from training.roles.learner import Learner
@@ -47,8 +47,8 @@ class Trainer(Learner):
     """Data, model and optimizer of one worker. `phase.data` must have been prepared into `cache`
     or be readable here."""
 
-    def __init__(self, seat: Seat, phase: Phase, cache: str):
-        super().__init__(seat, phase, cache)
+    def __init__(self, rank_info: RankInfo, phase: Phase, cache: str):
+        super().__init__(rank_info, phase, cache)
         self.skipped: frozenset[int] = frozenset()
         self.own_tokens = 0
 
@@ -74,11 +74,11 @@ class Trainer(Learner):
 
     # -- set-up --------------------------------------------------------------------------------------------------------
 
-    def setup(self) -> Facts:
+    def setup(self) -> PhaseInfo:
         """Open the data, load the model, start the engine."""
         self._open_data()
         self.start(self._build)
-        return Facts(
+        return PhaseInfo(
             total_steps=self.total_steps,
             total_samples=self.total_samples,
             num_samples=self.order.epoch_size,
@@ -127,7 +127,7 @@ class Trainer(Learner):
         self.longest = min(self.store.meta.longest, self.phase.data.max_length)
         refuse(self.phase, self.traits, self.attention, self.longest)
         rows = rows_of(self.traits, self.attention, self.longest)
-        self.limits = limits_for(self.phase, self.longest, self.seat.device, self.attention, **asdict(rows))
+        self.limits = limits_for(self.phase, self.longest, self.rank_info.device, self.attention, **asdict(rows))
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
         module = self.build(dtype)
@@ -164,7 +164,7 @@ class Trainer(Learner):
             row["grad_norm"] = float(row["grad_norm"])
             self._check_finite(row)
         return {
-            "rows": rows if self.seat.rank == 0 else [],
+            "rows": rows if self.rank_info.rank == 0 else [],
             "memory_gib": self.memory_gib(),
             "gpu_full": self.gpu_full(),
             "pace": self._pace(),
@@ -184,7 +184,7 @@ class Trainer(Learner):
 
     def _step(self, step: int) -> tuple[dict[str, Any], Tensor]:
         began = time.perf_counter()
-        torch.manual_seed(seed_for(self.phase.seed, "step", step, self.seat.rank))
+        torch.manual_seed(seed_for(self.phase.seed, "step", step, self.rank_info.rank))
         rate = learning_rate(self.phase.learning_rate, self.phase.schedule, step, self.total_steps)
         with part(DATA):
             samples = self.samples_of(step)
@@ -229,7 +229,9 @@ class Trainer(Learner):
 
     def _deal(self, store: TokenStore, samples: np.ndarray) -> list[list[list[int]]]:
         """This worker's micro-batches: rows of sample numbers."""
-        mine = deal(store.lengths_of(samples).tolist(), self.seat.size, self.limits)[self.seat.rank]
+        mine = partition_batch(store.lengths_of(samples).tolist(), self.rank_info.size, self.limits)[
+            self.rank_info.rank
+        ]
         return [[[int(samples[i]) for i in row] for row in rows] for rows in mine]
 
     def _told(self, samples: Sequence[int]) -> str:
@@ -258,11 +260,11 @@ class Trainer(Learner):
     def answer(self, limit_s: float, *, begin: bool) -> Answers:
         """More of this worker's share of the responses to the questions of `phase.eval`, for about as long."""
         if begin:
-            self._sitting = Sitting(self._exam, self.whole_model, (self.seat.rank, self.seat.size))
-        return self._sitting.go_on(limit_s)
+            self._sitting = Sitting(self._exam, self.whole_model, (self.rank_info.rank, self.rank_info.size))
+        return self._sitting.advance(limit_s)
 
     @cached_property
-    def _exam(self) -> Exam:
+    def _exam(self) -> EvalSuite:
         return exam_of(self.phase, chats=self.store.meta.chats)
 
     def _pace(self) -> float:

@@ -1,4 +1,5 @@
-"""A run that goes on by itself: real faults at real workers, by the real command, and the result of a run that nobody disturbed."""
+"""A run that goes on by itself: real faults at real workers, by the real command,
+and the result of a run that nobody disturbed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests.launcher.driver.test_run import nothing_left, processes_of
 from tests.support.disturbed import COMMAND, Run
-from training.storage import place
+from training.storage import open_storage
 
 __all__ = ["nothing_left"]
 pytestmark = [pytest.mark.cpu, pytest.mark.faults, pytest.mark.usefixtures("nothing_left")]
@@ -144,7 +145,7 @@ class RunInBucket(Run):
 
     def read(self, file: str) -> bytes:
         try:
-            return place(f"{self.storage}/job/{file}").read()
+            return open_storage(f"{self.storage}/job/{file}").read()
         except FileNotFoundError:
             return b""
 

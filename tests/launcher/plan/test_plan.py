@@ -16,7 +16,7 @@ from launcher.cli.main import app
 from launcher.jobfile import job as jobs
 from launcher.plan import hardware, plan, step_time
 from launcher.plan import text as plan_lines
-from launcher.plan.phase_plan import Asked
+from launcher.plan.phase_plan import PlanInputs
 from training.errors import InputError
 from training.estimate import model_traits
 
@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 SFT_7B = CONFIGS / "llama2-7b-sft.yaml"
 
 
-def planned(file=SFT_7B, *overrides: str, gpu="H100", asked=Asked(rows=10_000, tokens=500)):
+def planned(file=SFT_7B, *overrides: str, gpu="H100", asked=PlanInputs(rows=10_000, tokens=500)):
     return plan.plan(jobs.read(file, overrides), hardware.of_gpu(gpu), asked)
 
 
@@ -130,7 +130,7 @@ def test_published_runs_are_met():
 
 
 def test_more_gpus_are_faster_and_each_of_them_slower():
-    rows = planned(asked=Asked(rows=10_000, tokens=500, gpus=(8, 16, 64)))["scaling"]
+    rows = planned(asked=PlanInputs(rows=10_000, tokens=500, gpus=(8, 16, 64)))["scaling"]
     speed = [row["tokens_per_s"] for row in rows]
     each = [row["tokens_per_s"] / row["gpus"] for row in rows]
     assert speed == sorted(speed)
@@ -159,7 +159,8 @@ def test_flops_of_a_step_are_those_of_the_literature():
 
 
 def test_what_is_known_of_a_model_s_code_counts_for_memory(place, monkeypatch):
-    """A model whose packed samples see each other has rows of one sample; eager attention keeps its weights for every pair of tokens."""
+    """A model whose packed samples see each other has rows of one sample;
+    eager attention keeps its weights for every pair of tokens."""
     from training.estimate.memory import setting_of
 
     (phase,) = jobs.read(SFT_7B, ["phases.sft.data.max_length=1000", "phases.sft.micro_tokens=4096"]).phases.values()
@@ -180,15 +181,15 @@ def test_what_is_known_of_a_model_s_code_counts_for_memory(place, monkeypatch):
     monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
     monkeypatch.setattr(model_traits, "_known", {})
     job = jobs.load(Path("job.yaml"))
-    before = plan.plan(job, hardware.of_gpu("H100", 8), Asked())["phases"]["sft"]["groups"]
+    before = plan.plan(job, hardware.of_gpu("H100", 8), PlanInputs())["phases"]["sft"]["groups"]
     model_traits.remember(model_traits.key_for(job.phases["sft"].model), eager)
-    assert plan.plan(job, hardware.of_gpu("H100", 8), Asked())["phases"]["sft"]["groups"] != before
+    assert plan.plan(job, hardware.of_gpu("H100", 8), PlanInputs())["phases"]["sft"]["groups"] != before
 
 
 def test_a_checkpoint_against_the_notice():
     aws = CONFIGS / "clusters" / "aws.yaml"
     for file, fits in ((SFT_7B, True), (CONFIGS / "llama2-70b-sft.yaml", False)):
-        report = plan.plan(jobs.read(file, []), hardware.of_cluster(plan_request.spec_of(str(aws))), Asked())
+        report = plan.plan(jobs.read(file, []), hardware.of_cluster(plan_request.spec_of(str(aws))), PlanInputs())
         (phase,) = report["phases"].values()
         assert phase["checkpoint"]["notice_s"] == 120
         assert phase["checkpoint"]["within_notice"] is fits
@@ -202,7 +203,7 @@ def test_a_checkpoint_against_the_notice():
 
 def test_weights_that_are_kept_are_in_the_plan():
     def checkpoint(*overrides: str) -> dict:
-        report = plan.plan(jobs.read(SFT_7B, overrides), hardware.of_gpu("H100", 8), Asked())
+        report = plan.plan(jobs.read(SFT_7B, overrides), hardware.of_gpu("H100", 8), PlanInputs())
         return report["phases"]["sft"]["checkpoint"]
 
     more = checkpoint("phases.sft.checkpoint.keep_weights=3")
@@ -339,7 +340,8 @@ def test_more_workers_than_there_are_gpus():
 def test_workers_may_sit_in_several_pools(tmp_path):
     file = tmp_path / "two.yaml"
     file.write_text(
-        "provider: ssh\nhead: {host: a}\npools: {p: {hosts: [b, c], gpus: 8, gpu: H100}, q: {hosts: [d, e], gpus: 8, gpu: H100}}\n"
+        "provider: ssh\nhead: {host: a}\npools: {p: {hosts: [b, c], gpus: 8, gpu: H100}, q: {hosts: [d, e], gpus: 8, "
+        "gpu: H100}}\n"
     )
     found = hardware.of_cluster(plan_request.spec_of(str(file)))
     (phase,) = plan.plan(jobs.read(SFT_7B, ["resources.workers=32"]), found)["phases"].values()
@@ -379,8 +381,10 @@ def test_experts_count_for_memory_and_not_for_time(tmp_path):
     folder = tmp_path / "moe"
     folder.mkdir()
     config = {
-        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 1000,
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 1000,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     from training.estimate.parameters import shape_of
@@ -432,7 +436,8 @@ def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, cap
 
     file = tmp_path / "cluster.yaml"
     file.write_text(
-        "provider: ssh\nname: small\nhead: {host: a}\npools: {p: {hosts: [b], gpus: 1, gpu: L4}}\nstorage: s3://bucket\n"
+        "provider: ssh\nname: small\nhead: {host: a}\npools: {p: {hosts: [b], gpus: 1, gpu: L4}}\nstorage: "
+        "s3://bucket\n"
     )
     spec = clusters.load(file)
     monkeypatch.setattr(clusters, "target", lambda on: clusters.Target(spec, None, None))
@@ -462,7 +467,8 @@ def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, cap
 
 
 def test_status_holds_the_plan_against_what_came(tmp_path):
-    """A run notes what it expects; whoever asks for its status sees both, and what the rest will cost by the real pace."""
+    """A run notes what it expects; whoever asks for its status sees both,
+    and what the rest will cost by the real pace."""
     from launcher.report.status import status, status_lines
     from launcher.runfolder.run_folder import RunFolder
     from launcher.runfolder.small_files import SmallFiles
@@ -472,23 +478,33 @@ def test_status_holds_the_plan_against_what_came(tmp_path):
     job = jobs.read(SFT_7B, [f"storage={tmp_path / 'runs'}", "name=planned"])
     (folder / "job.yaml").write_text(jobs.dump(job))
     for event in (
-        {"event": "started"}, {"event": "workers", "workers": [1, 2]}, {"event": "training", "phase": "sft", "total_steps": 100},
-        {"event": "planned", "phase": "sft", "step_s": 10.0, "range": [7.5, 14.0], "hours": 0.3, "memory_gib": 40.0, "price": 36.0},
-    ):  # fmt: skip
+        {"event": "started"},
+        {"event": "workers", "workers": [1, 2]},
+        {"event": "training", "phase": "sft", "total_steps": 100},
+        {
+            "event": "planned",
+            "phase": "sft",
+            "step_s": 10.0,
+            "range": [7.5, 14.0],
+            "hours": 0.3,
+            "memory_gib": 40.0,
+            "price": 36.0,
+        },
+    ):
         SmallFiles().append(folder / "events.jsonl", {"time": "2026-11-22T00:00:00", "attempt": 1, **event})
     for step in range(1, 11):
         SmallFiles().append(
             folder / "sft" / "metrics.jsonl",
             {"step": step, "loss": 1.0, "step_s": 20.0, "tokens_per_s": 5.0, "memory_gib": 42.0},
         )
-    facts = status(RunFolder(folder))
-    plan_of_it = facts["phases"]["sft"]["plan"]
+    info = status(RunFolder(folder))
+    plan_of_it = info["phases"]["sft"]["plan"]
     assert plan_of_it["times"] == 2.0
     assert plan_of_it["left_cost"] == pytest.approx(90 * 20 / 3600 * 36)
-    (line,) = [line for line in status_lines(facts) if "planned" in line and "a step" in line]
+    (line,) = [line for line in status_lines(info) if "planned" in line and "a step" in line]
     assert (
-        "a step takes 20 s, planned were 10 (7.5 to 14): 2.00 times the plan; 42.00 GiB, planned 40.00; 18.00 more by this pace"
-        in line
+        "a step takes 20 s, planned were 10 (7.5 to 14): 2.00 times the plan; 42.00 GiB, planned 40.00; 18.00 more by "
+        "this pace" in line
     )
 
 

@@ -30,9 +30,9 @@ def test_no_process_of_ray_is_in_our_process_group():
 
 
 def kill(temporary: str, what: str) -> None:
-    """`kill -9` of a process that was started with this folder for temporary files, or of a child of one, by a part of its command.
+    """`kill -9` of a process that was started with this TMPDIR, or of a child of one, by a part of its command.
 
-    The raylet's agents are found as its children: the titles that they give themselves overwrite their environment.
+    The agents of the raylet are found as its children: the titles that they give themselves overwrite their environment.
     """
     ours = [psutil.Process(pid) for pid in processes_of(temporary)]
     family = [*ours, *(child for process in ours for child in process.children())]
@@ -48,7 +48,8 @@ def command_of(process: psutil.Process) -> str:
 
 @pytest.mark.faults
 def test_what_ends_beside_the_workers_costs_the_steps_since_the_checkpoint_at_most(run: Run, undisturbed, nothing_left):
-    """The GCS: nothing. The raylet, and the process that workers are forked from: as a lost machine. A signal to the group: nothing."""
+    """The GCS: nothing. The raylet, and the process that workers are forked from: as a lost machine.
+    A signal to the group: nothing."""
     run.start()
     run.reach(10)
     kill(str(nothing_left), "gcs_server")
@@ -71,7 +72,8 @@ def test_what_ends_beside_the_workers_costs_the_steps_since_the_checkpoint_at_mo
 
 @pytest.mark.faults
 def test_an_agent_of_the_raylet_costs_what_the_raylet_costs(run: Run, undisturbed, nothing_left):
-    """The raylet ends as soon as one of its two agents does, and another Ray is started at once. Ray's other processes cost nothing."""
+    """The raylet ends as soon as one of its two agents does, and another Ray is started. Ray's other processes cost
+    nothing."""
     run.start()
     run.reach(10)
     for helper in ("dashboard/dashboard.py", "autoscaler/_private/monitor.py", "log_monitor.py"):
@@ -109,7 +111,7 @@ def test_where_no_ray_starts_again_the_run_is_saved_and_can_be_resumed(run: Run,
 
 
 def go_on(run: Run, attempt: int) -> None:
-    """Until an attempt has done some steps, more than any before it: the same failure at the same step twice would end the run."""
+    """Until an attempt has done more steps than any before it: the same failure at the same step twice ends the run."""
     run.wait_for(lambda: len(run.events("training")) == attempt, f"attempt {attempt}")
     failed = max((incident["step"] for incident in run.events("incident")), default=0)
 

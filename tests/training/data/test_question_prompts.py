@@ -1,4 +1,5 @@
-"""Questions of an evaluation: in which forms rows may hold them, and that those which cannot be put to the model are found before anything runs."""
+"""Questions of an evaluation: in which forms rows may hold them, and that those which cannot be put
+to the model are found before anything runs."""
 
 from __future__ import annotations
 
@@ -29,11 +30,23 @@ def read(tmp_path, *rows, **options):
         ({"question": "2 + 2?", "answer": 4, "system": "Be brief."}, "2 + 2?", Prompt("2 + 2?", "Be brief.")),
         ({"instruction": "Add 2.", "input": "2", "output": "4"}, "Add 2.\n2", Prompt("Add 2.\n2")),
         ({"prompt": [SYSTEM, USER], "answer": "4"}, "2 + 2?", Prompt(Chat([SYSTEM, USER], ()))),
-        ({"prompt": [{**USER, "content": [{"type": "text", "text": "2 + 2?"}]}], "answer": "4"}, "2 + 2?", Prompt(Chat([USER], ()))),
-        ({"messages": [USER, ANSWER], "answer": "4", "system": "Be brief."}, "2 + 2?", Prompt(Chat([SYSTEM, USER], ()))),
-        ({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}, "2 + 2?", Prompt(Chat([USER], ()))),
+        (
+            {"prompt": [{**USER, "content": [{"type": "text", "text": "2 + 2?"}]}], "answer": "4"},
+            "2 + 2?",
+            Prompt(Chat([USER], ())),
+        ),
+        (
+            {"messages": [USER, ANSWER], "answer": "4", "system": "Be brief."},
+            "2 + 2?",
+            Prompt(Chat([SYSTEM, USER], ())),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+            "2 + 2?",
+            Prompt(Chat([USER], ())),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_question_is_asked_as_rows_to_learn_from_have_it(tmp_path, row, text, prompt):
     (question,) = read(tmp_path, row)
     assert (question.text, question.expected, question.prompt) == (text, "4", prompt)
@@ -93,12 +106,12 @@ def test_an_evaluation_asks_no_model_beyond_its_positions(tmp_path):
     from tests.training.data.test_serving_tokens import tokenizer_of
     from training.config import Questions
     from training.data.render import Renderer
-    from training.evaluation.generated_answers import Asking, by_answer
+    from training.evaluation.generated_answers import GenerationEval, by_answer
 
     torch.manual_seed(0)
     tokenizer = tokenizer_of("gpt-2")
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=12)
-    asking = Asking(
+    asking = GenerationEval(
         renderer=Renderer(tokenizer, "none"), seed=0, settings=Questions(data="-", max_new_tokens=64), stops=[-1]
     )
     rows = asking.answered(

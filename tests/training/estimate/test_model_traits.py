@@ -1,4 +1,5 @@
-"""What is known of a model, and which way its samples take for it: pure decisions, and the files that results are kept in."""
+"""What is known of a model, and which way its samples take for it: pure decisions,
+and the files that results are kept in."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from training.config import PPO, SFT, Model, Reward
-from training.data.batching import SDPA_VARLEN, deal, limits_for
+from training.data.batching import SDPA_VARLEN, limits_for, partition_batch
 from training.errors import InputError
 from training.estimate import model_traits
 from training.estimate.model_traits import Kernel, Rows, Traits
@@ -17,8 +18,13 @@ from training.estimate.model_traits import Kernel, Rows, Traits
 GOOD = Kernel(exists=True, right=True, packs=True, pads=True, trees=True)
 LEAKS = replace(GOOD, packs=False)
 NONE = Kernel(exists=False)
-LLAMA = Traits(architecture="LlamaForCausalLM", body=True, last_mlp=True, generation="batched",
-               kernels={"eager": GOOD, "sdpa": GOOD, SDPA_VARLEN: GOOD, "flash_attention_2": Kernel(exists=True, right=True)})  # fmt: skip
+LLAMA = Traits(
+    architecture="LlamaForCausalLM",
+    body=True,
+    last_mlp=True,
+    generation="batched",
+    kernels={"eager": GOOD, "sdpa": GOOD, SDPA_VARLEN: GOOD, "flash_attention_2": Kernel(exists=True, right=True)},
+)
 GEMMA2 = replace(LLAMA, architecture="Gemma2ForCausalLM", kernels={"eager": GOOD, "sdpa": NONE, SDPA_VARLEN: NONE})
 OPT = replace(LLAMA, architecture="OPTForCausalLM", kernels=dict.fromkeys(("eager", "sdpa", SDPA_VARLEN), LEAKS))
 STRANGE = Traits(architecture="OwnForCausalLM", unknown="ValueError: no sizes")
@@ -92,7 +98,7 @@ def test_how_samples_share_micro_batches(known, attention, longest, expected):
 def test_rows_of_unlike_lengths_are_kept_apart_above_a_length():
     lengths = [5, 9, 9, 12, 12, 30, 30, 31]
     limits = limits_for(phase(), 31, "cpu", "sdpa", packs=False, same_length_above=10)
-    (turns,) = deal(lengths, 1, limits)
+    (turns,) = partition_batch(lengths, 1, limits)
     assert sorted(sorted(lengths[i] for row in rows for i in row) for rows in turns) == [
         [5, 9, 9],
         [12, 12],
@@ -135,7 +141,17 @@ def test_continuous_batching_is_for_models_that_keep_packed_samples_apart():
     assert GEMMA2.batches_continuously("eager", 100)
     unfit = [OPT, STRANGE, replace(LLAMA, generation="alone"), replace(LLAMA, rotary_limit=64)]
     assert not any(known.batches_continuously("eager", 100) for known in unfit)
-    ppo = PPO(recipe="ppo", model={"path": "m"}, data={"train": "p.jsonl"}, epochs=1, reward="r", batch=4, rollout_batch=4, generation="continuous", resources={"gpus_per_worker": 1})  # fmt: skip
+    ppo = PPO(
+        recipe="ppo",
+        model={"path": "m"},
+        data={"train": "p.jsonl"},
+        epochs=1,
+        reward="r",
+        batch=4,
+        rollout_batch=4,
+        generation="continuous",
+        resources={"gpus_per_worker": 1},
+    )
     assert "continuous batching would change what OPTForCausalLM writes" in next(
         model_traits.notes(ppo, OPT, "sdpa", 100)
     )

@@ -26,7 +26,7 @@ from training.process.authenticated_channel import (
     pack,
     unpack,
 )
-from training.process.distributed import Seat, join, listen
+from training.process.distributed import RankInfo, join, listen
 from training.process.rendezvous_server import RendezvousServer
 
 KEY = secrets.token_bytes(KEY_BYTES)
@@ -218,11 +218,16 @@ def store_at(address, key=KEY, timeout_s=10.0):
 
 
 OPERATIONS = [
-    ("set", "a", "1"), ("get", "a"), ("set", "a", "\0ü"), ("get", "a"), ("add", "n", 5), ("add", "n", -7), ("get", "n"), ("add", "new", 0),
-    ("get", "new"), ("check", ["a", "n"]), ("check", ["a", "missing"]), ("compare_set", "a", "other", "x"), ("compare_set", "a", "\0ü", "x"), ("get", "a"),
-    ("compare_set", "missing", "expected", "x"), ("check", ["missing"]), ("compare_set", "missing", "", "x"), ("get", "missing"),
-    ("append", "list", "one"), ("append", "list", ",two"), ("get", "list"), ("multi_set", ["p", "q"], ["1", "2"]), ("multi_get", ["q", "p"]),
-    ("delete_key", "p"), ("delete_key", "p"), ("check", ["p"]), ("wait", ["q", "a"]), ("wait", ["q"], timedelta(seconds=1)),
+    ("set", "a", "1"), ("get", "a"), ("set", "a", "\0ü"), ("get", "a"), ("add", "n", 5), ("add", "n", -7), ("get", "n"),
+    ("add", "new", 0),
+    ("get", "new"), ("check", ["a", "n"]), ("check", ["a", "missing"]), ("compare_set", "a", "other", "x"),
+    ("compare_set", "a", "\0ü", "x"), ("get", "a"),
+    ("compare_set", "missing", "expected", "x"), ("check", ["missing"]), ("compare_set", "missing", "", "x"),
+    ("get", "missing"),
+    ("append", "list", "one"), ("append", "list", ",two"), ("get", "list"), ("multi_set", ["p", "q"], ["1", "2"]),
+    ("multi_get", ["q", "p"]),
+    ("delete_key", "p"), ("delete_key", "p"), ("check", ["p"]), ("wait", ["q", "a"]),
+    ("wait", ["q"], timedelta(seconds=1)),
 ]  # fmt: skip
 
 
@@ -313,7 +318,7 @@ def summed(rank, port, key, listener=None):
     import torch
     import torch.distributed as dist
 
-    join(Seat(rank=rank, size=2, port=port, timeout_s=30), key, listener)
+    join(RankInfo(rank=rank, size=2, port=port, timeout_s=30), key, listener)
     seen = distributed._kept[0].check(["stranger"])  # before the sum: worker 0 serves until it has it
     total = torch.tensor(rank + 1)
     dist.all_reduce(total)
@@ -339,7 +344,7 @@ def what_another_user_achieves(port):
         "get": lambda: by_torch(lambda store: store.get("0//cpu//0/0")),
         "delete": lambda: by_torch(lambda store: store.delete_key("0//cpu//0/0")),
         "guess": lambda: store_at(("127.0.0.1", port), guessed, 2),
-        "join": lambda: join(Seat(rank=1, size=2, port=port, timeout_s=2), guessed),
+        "join": lambda: join(RankInfo(rank=1, size=2, port=port, timeout_s=2), guessed),
         "speak": lambda: answer_to(("127.0.0.1", port), b"\0" * 4096)[NONCE_BYTES:],
     }
     return {name: _outcome(one) for name, one in tries.items()}

@@ -1,4 +1,5 @@
-"""A profile of some steps: which steps, what it leaves, where it says that the time went, and that nothing else changes."""
+"""A profile of some steps: which steps, what it leaves, where it says that the time went,
+and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from training.drivers.profiled_steps import Profiled
 from training.profiling.breakdown import Span, Work, breakdown, summary, table
 from training.profiling.trace import operators, read, seconds_of
 from training.schedule import never_profiled
-from training.storage import place
+from training.storage import open_storage
 
 NINES = "tests.support.some_rewards:nines"
 
@@ -69,7 +70,8 @@ def test_every_moment_is_counted_once_and_computing_hides_communication():
     )
     train = "trainer.train"
     assert seconds == {
-        (train, "forward"): 30, (train, "backward"): 20, ("", "waiting"): 20, (train, "communication"): 15, (train, "data"): 10,
+        (train, "forward"): 30, (train, "backward"): 20, ("", "waiting"): 20, (train, "communication"): 15,
+        (train, "data"): 10,
         (train, "rest"): 5,
     }  # fmt: skip
     assert summary(seconds, count=1) == "forward 30%"
@@ -108,9 +110,11 @@ def test_a_trace_of_a_gpu_is_understood(tmp_path):
     """Kernels know the operator that launched them, also one of the backward pass's own thread."""
     path = written(
         tmp_path / "trace.json",
-        note("profiled steps", 0, 100), note("trainer.train", 0, 100), note("forward", 10, 20), note("backward", 30, 40),
+        note("profiled steps", 0, 100), note("trainer.train", 0, 100), note("forward", 10, 20),
+        note("backward", 30, 40),
         event("aten::linear", 11, 14, id=6), event("aten::mm", 12, 13, id=7), event("aten::mm", 31, 32, thread=2, id=8),
-        event("cudaLaunchKernel", 12, 13, kind="cuda_runtime", id=7), event("forward", 15, 45, kind="gpu_user_annotation"),
+        event("cudaLaunchKernel", 12, 13, kind="cuda_runtime", id=7),
+        event("forward", 15, 45, kind="gpu_user_annotation"),
         event("gemm", 15, 45, kind="kernel", thread=7, id=7), event("gemm", 45, 75, kind="kernel", thread=7, id=8),
         event("ncclDevKernel_AllReduce", 60, 90, kind="kernel", thread=8, id=9),
     )  # fmt: skip
@@ -234,10 +238,10 @@ def test_of_each_group_of_workers_one_role_is_asked(recording):
 def left_by(hooks: Recorder) -> dict[str, tuple[dict, str, list[dict]]]:
     """By worker: the event, the table, and the events of the trace."""
     found = {}
-    for kind, facts in hooks.events:
+    for kind, info in hooks.events:
         if kind == "profiled":
-            trace = json.loads(gzip.decompress(Path(facts["trace"]).read_bytes()))
-            found[facts["worker"]] = (facts, Path(facts["table"]).read_text(), trace["traceEvents"])
+            trace = json.loads(gzip.decompress(Path(info["trace"]).read_bytes()))
+            found[info["worker"]] = (info, Path(info["table"]).read_text(), trace["traceEvents"])
     return found
 
 
@@ -259,10 +263,10 @@ def test_a_profile_of_the_named_steps_and_the_same_losses(tiny, train, recipe, w
     hooks = train(workers, **settings, profile={"steps": "3-4"})
     assert hooks.losses == plain.losses
     assert "profile_failed" not in dict(hooks.events), hooks.events
-    (worker, (facts, text, trace)), *others = left_by(hooks).items()
-    assert (worker, others, facts["steps"]) == ("trainer-0", [], "3-4")
-    assert Path(facts["table"]).name == "steps-3-4.trainer-0.txt"
-    assert Path(facts["table"]).parent.name == "profile"
+    (worker, (info, text, trace)), *others = left_by(hooks).items()
+    assert (worker, others, info["steps"]) == ("trainer-0", [], "3-4")
+    assert Path(info["table"]).name == "steps-3-4.trainer-0.txt"
+    assert Path(info["table"]).parent.name == "profile"
     seen = counts(trace, "trainer.train", "data", "forward", "backward", "optimizer", "trainer.begin_save")
     assert 1 <= seen["trainer.train"] <= 2
     assert (seen["data"], seen["optimizer"], seen["trainer.begin_save"]) == (2, 2, 0)
@@ -272,7 +276,7 @@ def test_a_profile_of_the_named_steps_and_the_same_losses(tiny, train, recipe, w
     assert sum(found.values()) == pytest.approx(100, abs=0.5)
     expected = {"data", "forward", "backward", "optimizer", "rest", *(["communication"] if workers > 1 else [])}
     assert {f"trainer.train {part}" for part in expected} <= found.keys()
-    assert facts["summary"].count("%") == 4
+    assert info["summary"].count("%") == 4
     assert "aten::addmm" in text or "aten::mm" in text
     assert "GiB of memory" in text
 
@@ -280,7 +284,8 @@ def test_a_profile_of_the_named_steps_and_the_same_losses(tiny, train, recipe, w
 @pytest.mark.cpu
 def test_a_profile_of_an_iteration_of_ppo_has_all_roles_of_each_group(tiny, train):
     settings = {
-        "recipe": "ppo", "reward": NINES, "critic": str(tiny / "model"), "rollout_batch": 8, "batch": 8, "response_tokens": 6,
+        "recipe": "ppo", "reward": NINES, "critic": str(tiny / "model"), "rollout_batch": 8, "batch": 8,
+        "response_tokens": 6,
         "max_steps": 2, "data": {"max_length": 64},
         "groups": [{"roles": ["policy", "reference"], "workers": 1}, {"roles": ["critic", "reward"], "workers": 1}],
     }  # fmt: skip
@@ -305,15 +310,15 @@ def test_a_profile_that_cannot_be_written_stops_nothing(train, tmp_path):
     (tmp_path / "profile").write_text("in the way")
     hooks = train(1, checkpoints=tmp_path, max_steps=3, profile={"steps": 2})
     assert [row["step"] for row in hooks.rows if "loss" in row] == [1, 2, 3]
-    ((_, facts),) = [event for event in hooks.events if event[0] == "profile_failed"]
-    assert facts["steps"] == "2"
-    assert "profile" in facts["error"]
+    ((_, info),) = [event for event in hooks.events if event[0] == "profile_failed"]
+    assert info["steps"] == "2"
+    assert "profile" in info["error"]
 
 
 @pytest.mark.cpu
 def test_a_profile_goes_to_the_bucket_of_the_run(train, s3):
     hooks = train(1, checkpoints=f"{s3.url}/run", max_steps=2, profile={"steps": "1-2"})
-    ((_, facts),) = [event for event in hooks.events if event[0] == "profiled"]
-    assert facts["table"] == f"{s3.url}/run/profile/steps-1-2.trainer-0.txt"
-    assert b"trainer.train" in place(facts["table"]).read()
-    assert gzip.decompress(place(facts["trace"]).read()).lstrip().startswith(b"{")
+    ((_, info),) = [event for event in hooks.events if event[0] == "profiled"]
+    assert info["table"] == f"{s3.url}/run/profile/steps-1-2.trainer-0.txt"
+    assert b"trainer.train" in open_storage(info["table"]).read()
+    assert gzip.decompress(open_storage(info["trace"]).read()).lstrip().startswith(b"{")

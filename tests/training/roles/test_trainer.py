@@ -49,12 +49,12 @@ def test_metrics_have_what_the_design_promises(train):
 
 def test_tokenized_data_that_a_worker_finds_damaged_are_made_anew_and_noted(train, tiny):
     whole = train(2, max_steps=2)
-    tokens = tiny / "cache" / whole.facts.data_hash / "tokens.bin"
+    tokens = tiny / "cache" / whole.info.data_hash / "tokens.bin"
     tokens.write_bytes(bytes(byte ^ 1 for byte in tokens.read_bytes()))
     again = train(2, max_steps=2)
     assert again.losses == whole.losses
-    noted = [facts for kind, facts in again.events if kind == "data_damaged"]
-    assert [facts["rank"] for facts in noted] == [0]
+    noted = [info for kind, info in again.events if kind == "data_damaged"]
+    assert [info["rank"] for info in noted] == [0]
     assert noted[0]["finding"].startswith(f"{tokens}: the content has changed")
     assert "data_damaged" not in [kind for kind, _ in whole.events]
 
@@ -90,11 +90,11 @@ def test_the_exported_model_is_the_trained_one(train, tiny, tmp_path):
 
     from training.checkpoint.export import export
     from training.checkpoint.format import Reader
-    from training.storage import place
+    from training.storage import open_storage
 
     run = train(2, stage=3)
     out = tmp_path / "model"
-    export(run.last, place(out), sft_phase(tiny), shard_bytes=50_000)
+    export(run.last, open_storage(out), sft_phase(tiny), shard_bytes=50_000)
     assert len(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == 21
     model = AutoModelForCausalLM.from_pretrained(out)
     reader = Reader(run.last)
