@@ -32,7 +32,7 @@ def test_no_process_of_ray_is_in_our_process_group():
 def kill(temporary: str, what: str) -> None:
     """`kill -9` of a process that was started with this TMPDIR, or of a child of one, by a part of its command.
 
-    The agents of the raylet are found as its children: the titles that they give themselves overwrite their environment.
+    The agents of the raylet are found as its children: the titles that they set overwrite their environment.
     """
     ours = [psutil.Process(pid) for pid in processes_of(temporary)]
     family = [*ours, *(child for process in ours for child in process.children())]
