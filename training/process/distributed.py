@@ -6,9 +6,11 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import psutil
+
+from training.device import DeviceType, collective_backend, is_accelerator, set_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,7 @@ class Seat:
     local_rank: int = 0
     """Number of this worker among those of its node."""
     local_size: int = 1
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: DeviceType = "cpu"
     threads: int = 1
     """CPU threads for the computation."""
     host: str = "127.0.0.1"
@@ -87,10 +89,10 @@ def join(seat: Seat, key: bytes = b"", listener: socket.socket | None = None) ->
 
     torch.set_num_threads(seat.threads)
     timeout = timedelta(seconds=seat.timeout_s)
-    if seat.device == "cuda":
-        torch.cuda.set_device(seat.local_rank)
+    if is_accelerator(seat.device):
+        set_device(seat.local_rank)
     store = dist.HashStore() if seat.size == 1 else _shared_store(seat, key, listener)
-    backend = "nccl" if seat.device == "cuda" else "gloo"
+    backend = collective_backend(seat.device)
     dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.size, timeout=timeout)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from training.config import PPO, Lora
+from training.device import torch_device
 from training.model_folder import adapter_in, base_of
 from training.models import loading as models
 from training.models import lora
@@ -106,5 +107,5 @@ def _base(phase: PPO, dtype: torch.dtype, seat: Seat) -> Any:
         lm, _ = models.pretrained(settings, dtype, seat.device, classifier=False)
         for parameter in lm.parameters():
             parameter.requires_grad = False
-        _bases[key] = lm.to(torch.device(seat.device, seat.local_rank) if seat.device == "cuda" else "cpu")
+        _bases[key] = lm.to(torch_device(seat.device, seat.local_rank))
     return _bases[key]
