@@ -1,4 +1,5 @@
-"""Asks an index for known vulnerabilities of every pinned package. Exit status 1 if there are any; says what it has no answer for."""
+"""Asks an index for known vulnerabilities of every pinned package. Exit status 1 if there are any;
+says what it has no answer for."""
 
 from __future__ import annotations
 
@@ -52,7 +53,10 @@ def vulnerable(packages: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for every known vulnerability."""
     return sorted(
         {
-            f"{package['name']} {package['version']}: {known['id']}, mended in {', '.join(known['fix_versions']) or 'no version'}"
+            (
+                f"{package['name']} {package['version']}: {known['id']}, mended in "
+                f"{', '.join(known['fix_versions']) or 'no version'}"
+            )
             for package in packages
             for known in package.get("vulns", [])
         }

@@ -2,11 +2,11 @@
 
     .venv/bin/python .ci/lock.py [--upgrade]
 
-`cpu.lock` and `cuda.lock` are what Muster needs to run, the second with CUDA's libraries, as torch of the index asks for them on
-Linux; `cpu` is for the file of torch that this machine's pip takes. `dev.lock` is what tests and checks need besides. `audit.lock`
-is an environment of its own: one of its packages makes `import jsonschema`, and with it Ray, seconds slower. `site.lock` is that
-of the documentation site. Versions stay as they are unless they are to be upgraded. pip resolves; the hashes come from the index's
-own listing (PEP 691), which mirrors have, too.
+`cpu.lock` and `cuda.lock` are what Muster needs to run, the second with CUDA's libraries, as torch of the index asks
+for them on Linux; `cpu` is for the file of torch that this machine's pip takes. `dev.lock` is what tests and checks
+need besides. `audit.lock` is an environment of its own: one of its packages makes `import jsonschema`, and with it Ray,
+seconds slower. `site.lock` is that of the documentation site. Versions stay as they are unless they are to be upgraded.
+pip resolves; the hashes come from the index's own listing (PEP 691), which mirrors have, too.
 """
 
 from __future__ import annotations

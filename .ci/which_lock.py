@@ -1,7 +1,8 @@
-"""Says which lock file fits the file of torch that pip takes on this machine: prints `cpu` or `cuda`, and why on stderr.
+"""Says which lock file fits the file of torch that pip takes on this machine: prints `cpu`
+or `cuda`, and why on stderr.
 
-A machine that has a file of torch for CPUs at hand needs none of CUDA's libraries; from the index alone, torch on Linux asks for
-all of them.
+A machine that has a file of torch for CPUs at hand needs none of CUDA's libraries; from the index alone, torch on Linux
+asks for all of them.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ class Benchmark(NamedTuple):
     """One row of the table."""
 
     module: str
-    """Has `measure(options, folder) -> figures`. (Not named after a peer's package: scripts beside it import that by name.)"""
+    """Has `measure(options, folder) -> figures`. (Not named after a peer's package: scripts
+    beside it import that by name.)"""
     what: str
 
 
@@ -35,7 +36,8 @@ BENCHMARKS = {
     ),
     "save": Benchmark(
         "benchmarks.save",
-        "stall, restore and size of checkpoints against DeepSpeed's own (targets: 0.1; 1.2; 1.1 of 12 bytes a parameter)",
+        "stall, restore and size of checkpoints against DeepSpeed's own (targets: 0.1; 1.2; 1.1 of 12 bytes a "
+        "parameter)",
     ),
     "recover": Benchmark(
         "benchmarks.recover", "from a killed worker to the next finished step, against a cold start (target: 1.0)"
@@ -47,15 +49,18 @@ BENCHMARKS = {
     ),
     "ppo": Benchmark(
         "benchmarks.ppo",
-        "PPO: the driver's share of an iteration (target: 0.02), weights sent against a copy in memory, memory with LoRA",
+        "PPO: the driver's share of an iteration (target: 0.02), weights sent against a copy in memory, memory with "
+        "LoRA",
     ),
     "overlap": Benchmark(
         "benchmarks.overlap",
-        "PPO with a rollout group: time of an iteration scored in rounds and written ahead, against taking turns; what is learnt",
+        "PPO with a rollout group: time of an iteration scored in rounds and written ahead, against taking turns; "
+        "what is learnt",
     ),
     "submit": Benchmark(
         "benchmarks.submit",
-        "a job handed to a cluster: seconds to its first line against `ray job submit` (target: 2 more), following again, growing",
+        "a job handed to a cluster: seconds to its first line against `ray job submit` (target: 2 more), following "
+        "again, growing",
     ),
     "scale": Benchmark(
         "benchmarks.scale",
@@ -63,11 +68,13 @@ BENCHMARKS = {
     ),
     "data": Benchmark(
         "benchmarks.data",
-        "rows/s and memory from files to tokens against datasets.map (target: above 1.0, flat); how long a step waits for data (target: 0.01)",
+        "rows/s and memory from files to tokens against datasets.map (target: above 1.0, flat); how long a step waits "
+        "for data (target: 0.01)",
     ),
     "peers": Benchmark(
         "benchmarks.peers",
-        "SFT against TRL, LLaMA-Factory, OpenRLHF, a loop: tokens/s, start, memory (targets: at least 1.0; at most 0.8; 1.0)",
+        "SFT against TRL, LLaMA-Factory, OpenRLHF, a loop: tokens/s, start, memory (targets: at least 1.0; at most "
+        "0.8; 1.0)",
     ),
     "trl-reward": Benchmark(
         "benchmarks.trl_reward",
@@ -79,17 +86,20 @@ BENCHMARKS = {
     ),
     "architectures": Benchmark(
         "benchmarks.architectures",
-        "what works with which causal architecture of transformers, against transformers and PEFT (target: nothing wrong)",
+        "what works with which causal architecture of transformers, against transformers and PEFT (target: nothing "
+        "wrong)",
     ),
     "gpu": Benchmark(
         "benchmarks.gpu",
-        "one GPU: tokens/s, MFU (targets: 0.5; 0.45) and memory of 7B LoRA and 1B full, what each choice brings, PPO of 1B",
+        "one GPU: tokens/s, MFU (targets: 0.5; 0.45) and memory of 7B LoRA and 1B full, what each choice brings, PPO "
+        "of 1B",
     ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 if a benchmark failed or has found something wrong. A benchmark that a machine cannot run is no failure."""
+    """Exit status: 0, or 1 if a benchmark failed or has found something wrong.
+    A benchmark that a machine cannot run is no failure."""
     parsed = _parser().parse_args(arguments)
     if parsed.list:
         print("\n".join(f"{name:<12}{benchmark.what}" for name, benchmark in BENCHMARKS.items()))

@@ -1,7 +1,8 @@
-"""What Muster makes of one tiny model, by its own commands in this process, against transformers and PEFT alone, row by row.
+"""What Muster makes of one tiny model, by its own commands in this process,
+against transformers and PEFT alone, row by row.
 
-Each column of the table is a function. It runs `check` and `run --inline` on a job of its own and compares what comes of it with
-a reference in fp32 with eager attention.
+Each column of the table is a function. It runs `check` and `run --inline` on a job of its own and compares what comes
+of it with a reference in fp32 with eager attention.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ WEIGHT_TOLERANCE = 5e-5
 LOGIT_TOLERANCE = 1e-4
 """Absolute, of logits of a size of 1 to 10."""
 LEARNING_RATE, EPS = 0.1, 1.0
-"""With a large eps a step of AdamW is nearly proportional to the gradient, so that weights show whether gradients are right."""
+"""With a large eps a step of AdamW is nearly proportional to the gradient,
+so that weights show whether gradients are right."""
 UNMOVED = 1e-30
 """A learning rate that changes no weight."""
 NEW_TOKENS = 12
 KERNELS = ("eager", "sdpa")
 """Attention of transformers: what is compared with, and another one that shows how well a model is conditioned."""
 _ILL_CONDITIONED = 10.0
-"""What depends on gradients may differ by so many times as much as it does between these: of deep random models that is more than a tolerance."""
+"""What depends on gradients may differ by so many times as much as it does between these: of deep random models
+that is more than a tolerance."""
 
 YES, ANOTHER_WAY, REFUSED, WRONG, CRASH = "yes", "another way", "refused", "WRONG", "crash"
 FAULTS = (WRONG, CRASH)
@@ -115,7 +118,7 @@ class Finished(NamedTuple):
         return self.folder / "model"
 
     def metric(self, name: str, step: int = 1) -> float:
-        return next(row[name] for row in self.metrics if row["step"] == step and name in row)
+        return float(next(row[name] for row in self.metrics if row["step"] == step and name in row))
 
 
 class Case:
@@ -151,7 +154,8 @@ class Case:
         return self.ids(self.rows[0].prompt + self.rows[0].completion)
 
     def nll(self, lm: Any) -> Any:
-        """Of all rows the mean over the completions' tokens and ends of -log p, from the logits of each row alone. []"""
+        """Of all rows the mean over the completions' tokens and ends of -log p,
+        from the logits of each row alone. []"""
         import torch
 
         sums, targets = [], 0
@@ -183,7 +187,8 @@ class Case:
         return self.reference()
 
     def _probe(self) -> None:
-        """Has the model examined here: `check` would do it in a process of its own, which would import everything again."""
+        """Has the model examined here: `check` would do it in a process of its own,
+        which would import everything again."""
         from training.config import Model
         from training.models.probe import traits_for
 
@@ -212,7 +217,8 @@ class Case:
         return self.run("lora", settings, lora={"rank": 4, "alpha": 8})
 
     def run(self, name: str, settings: Mapping[str, Any], *, recipe: str = "sft", **model: Any) -> Finished:
-        """`muster check` and `muster run --inline`, once a name. Raises Refused with what was said, or whatever comes out."""
+        """`muster check` and `muster run --inline`, once a name. Raises Refused
+        with what was said, or whatever comes out."""
         if name not in self._outcomes:
             try:
                 self._outcomes[name] = self._run(name, settings, recipe, model)
@@ -328,7 +334,7 @@ def _trained(case: Case, lm: Any, steps: int) -> tuple[Any, list[float]]:
     return lm, losses
 
 
-# -- columns ------------------------------------------------------------------------------------------------------------
+# -- columns -----------------------------------------------------------------------------------------------------------
 
 
 def alone(case: Case) -> Cell:
@@ -394,7 +400,7 @@ def reward(case: Case) -> Cell:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from training.evaluation.evaluator import Judge
+    from training.evaluation.evaluator import RewardScorer
 
     settings = {"batch": 2, "learning_rate": UNMOVED, "data": {"eval": "pairs.jsonl", "pack": True}}
     finished = case.run("reward", settings, recipe="reward")
@@ -409,7 +415,7 @@ def reward(case: Case) -> Cell:
     _same("the loss", finished.metric("loss"), loss)
     _same("the loss in evaluation", finished.metric("eval_loss"), loss)
     with case.refusals():
-        judge = Judge(str(finished.model))
+        judge = RewardScorer(str(finished.model))
     questions = [pair.prompt for pair in case.pairs for _ in range(2)]
     got = judge.rewards(questions, [answer for pair in case.pairs for answer in (pair.chosen, pair.rejected)])
     for one, other in zip(got, expected, strict=True):
@@ -436,8 +442,9 @@ def generation(case: Case) -> Cell:
 
 
 def exported(case: Case) -> Cell:
-    """The model that the run of `alone` has written, loaded by transformers: the weights of the trained reference, and the logits that the
-    configuration of the base makes of them (those of the reference itself may differ: rounding grows in deep random models).
+    """The model that the run of `alone` has written, loaded by transformers: the weights of the trained reference, and
+    the logits that the configuration of the base makes of them (those of the reference itself may differ: rounding
+    grows in deep random models).
 
     The reference goes through a file, too: some classes set a row of their embedding to zero whenever they are loaded.
     """
@@ -507,7 +514,8 @@ def _told(finished: Finished) -> Cell:
 
 
 def _same(what: str, got: float, expected: float, again: float | None = None) -> None:
-    """Raises Wrong unless they are equal to a relative LOSS_TOLERANCE, of numbers below 1 to an absolute one. `again`: as of `_close`."""
+    """Raises Wrong unless they are equal to a relative LOSS_TOLERANCE, of numbers below 1 to an absolute one.
+    `again`: as of `_close`."""
     tolerance = LOSS_TOLERANCE * max(1.0, abs(expected))
     if not abs(got - expected) <= max(
         tolerance, _ILL_CONDITIONED * abs(expected - again) if again is not None else 0.0
@@ -516,7 +524,8 @@ def _same(what: str, got: float, expected: float, again: float | None = None) ->
 
 
 def _close(what: str, got: Any, expected: Any, tolerance: float = LOGIT_TOLERANCE, again: Any = None) -> None:
-    """Raises Wrong unless they are equal to the tolerance. `again`: the same by another kernel of transformers, where gradients come in."""
+    """Raises Wrong unless they are equal to the tolerance. `again`: the same by another kernel of transformers,
+    where gradients come in."""
     if got.shape != expected.shape:
         raise Wrong(f"{what} has the shape {tuple(got.shape)}, not {tuple(expected.shape)}")
     difference = _difference(got, expected)
@@ -583,8 +592,8 @@ def _experts(lm: Any) -> str:
 def _seen_by_others(phase: Any) -> str:
     """Which samples change their logits when another one in their micro-batch is changed; nothing if none does.
 
-    Bit for bit, but for mixtures of experts: how many tokens an expert gets shows in the rounding, so there no gradient may reach the
-    other sample.
+    Bit for bit, but for mixtures of experts: how many tokens an expert gets shows in the rounding, so there no gradient
+    may reach the other sample.
     """
     import torch
 
@@ -629,18 +638,19 @@ def _trainer_of(phase: Any) -> tuple[Any, list[list[int]]]:
     """A trainer that is set up, and the rows of its first micro-batch."""
     from launcher.runfolder.cache import cache_folder
     from launcher.workers.worker_set import _inline_groups
-    from training.data.batching import deal
+    from training.data.batching import partition_batch
     from training.recipes import RECIPES
 
     (group,) = _inline_groups(phase, RECIPES[phase.recipe].roles, (phase, str(cache_folder()))).values()
-    trainer: Any = group.worker.roles[group.role]  # type: ignore[attr-defined]
+    trainer: Any = group.worker.roles[group.role]  # type: ignore[attr-defined]  # an InlineGroup
     trainer.setup()
     lengths = [len(trainer.store[sample][0]) for sample in range(len(trainer.store))]
-    return trainer, deal(lengths, 1, trainer.limits)[0][0]
+    return trainer, partition_batch(lengths, 1, trainer.limits)[0][0]
 
 
 def _logits(trainer: Any, micro: list[list[int]], changed: int | None = None) -> dict[int, Any]:
-    """What the head says at the targets of each sample of a micro-batch [N, V]; one of them may have another first token."""
+    """What the head says at the targets of each sample of a micro-batch [N, V];
+    one of them may have another first token."""
     import torch
 
     store = [trainer.store[sample] for sample in range(len(trainer.store))]

@@ -15,7 +15,10 @@ _MEANINGS = {
     "SFT": "the losses of two steps with one sample in a micro-batch",
     "padded": "the loss with all samples in one micro-batch, a row each",
     "packed": "the loss with `pack: true`; and a change of one sample changes no bit of the logits of the others",
-    "LoRA": "adapters on all linear layers: the loss, the gradients of a step, and the loss with the adapter that is written",
+    "LoRA": (
+        "adapters on all linear layers: the loss, the gradients of a step, and the loss with the adapter that is "
+        "written"
+    ),
     "merge": "the adapter merged into the weights, by `muster export --merge` and by `muster generate`",
     "reward": "pairs: the loss in training and evaluation, and the scores of the model that is written",
     "generate": "greedy texts of prompts of unlike lengths in one batch",
@@ -51,7 +54,8 @@ def _introduction(transformers: str, day: date) -> Iterator[str]:
         "`python -m benchmarks architectures`, which",
         "takes every architecture that can be built tiny through Muster's own commands on a CPU, in fp32, and compares "
         "with transformers and PEFT alone,",
-        "row by row, with eager attention. Losses and scores are equal to a relative 1e-5, generated texts are equal exactly.",
+        "row by row, with eager attention. Losses and scores are equal to a relative 1e-5, generated texts are equal "
+        "exactly.",
         "The models are random and small, and they run on a CPU: the page says nothing of CUDA kernels, of bf16, or of "
         "how well a model learns.",
         "",
@@ -59,8 +63,8 @@ def _introduction(transformers: str, day: date) -> Iterator[str]:
         "|---|---|",
         *(f"| {name} | {_MEANINGS[name]} |" for name in COLUMNS),
         "",
-        "**yes**: equal. **another way**: equal; Muster does not take its usual route for this architecture, and says so in the words of the note. "
-        "**refused**: Muster does",
+        "**yes**: equal. **another way**: equal; Muster does not take its usual route for this architecture, and says "
+        "so in the words of the note. **refused**: Muster does",
         "not do it, and says so in the words of the note before it trains.",
         "",
     )

@@ -1,4 +1,5 @@
-"""What works with which causal architecture of transformers: every one that can be built tiny, through Muster's own commands.
+"""What works with which causal architecture of transformers: every one that can be built tiny,
+through Muster's own commands.
 
 Each has a process of its own, forked from one that has imported everything, with a limit of time and memory. Writes
 docs/reference/models.md when all of them were looked at.
@@ -26,14 +27,16 @@ LIMIT_S = 300.0
 """Of one architecture; most take three seconds."""
 LIMIT_BYTES = 6 << 30
 IMPORTS = (
-    "deepspeed", "peft", "transformers.integrations.deepspeed", "training.roles.language", "training.roles.reward", "training.models.probe",
-    "launcher.driver.check", "launcher.driver.driver", "launcher.inference.generate", "launcher.inference.export", "benchmarks.architecture_columns",
-    "transformers.models.llama.modeling_llama", "rich.console",
+    "deepspeed", "peft", "transformers.integrations.deepspeed", "training.roles.language", "training.roles.reward",
+    "training.models.probe", "launcher.driver.check", "launcher.driver.driver", "launcher.inference.generate",
+    "launcher.inference.export", "benchmarks.architecture_columns", "transformers.models.llama.modeling_llama",
+    "rich.console",
 )  # fmt: skip
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """Counts of each column, every cell that is no plain yes, and what could not be built; `wrong`: whether there is a fault."""
+    """Counts of each column, every cell that is no plain yes, and what could not be built;
+    `wrong`: whether there is a fault."""
     names = options.types or tiny_models.types()
     began = time.monotonic()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

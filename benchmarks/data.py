@@ -1,4 +1,5 @@
-"""Rows to tokens against `datasets.map` in two processes: rows a second, memory; and how long a step waits for its data."""
+"""Rows to tokens against `datasets.map` in two processes: rows a second, memory;
+and how long a step waits for its data."""
 
 from __future__ import annotations
 
@@ -112,7 +113,7 @@ class _Peak:
 
 def _mib(process: psutil.Process) -> float:
     with suppress(psutil.Error):
-        return process.memory_full_info().pss / (1 << 20)
+        return float(process.memory_full_info().pss / (1 << 20))
     return 0.0
 
 
@@ -138,7 +139,8 @@ def _waiting(work: workload.Workload, options: Options, folder: Path) -> dict[st
 
 
 def _hands(folder: Path) -> dict[str, Any]:
-    """Milliseconds in which one of eight workers has its part of a batch in hand, and what share of a short step that is."""
+    """Milliseconds in which one of eight workers has its part of a batch in hand,
+    and what share of a short step that is."""
     chance = random.Random(17)
     of_rows = (workload.GSM8K.prompt, workload.GSM8K.completion)
     gsm8k = [sum(length.draw(chance.gauss(0, 1)) for length in of_rows) for _ in range(1 << 14)]
@@ -156,7 +158,7 @@ def _hand_s(lengths: Sequence[int], batch: int, folder: Path) -> list[float]:
     """What `Trainer` does before its engine begins."""
     import numpy as np
 
-    from training.data.batching import Limits, deal
+    from training.data.batching import BatchLimits, partition_batch
     from training.data.collate import collate
     from training.data.order import Order
     from training.data.token_store import TokenStore, create
@@ -166,11 +168,11 @@ def _hand_s(lengths: Sequence[int], batch: int, folder: Path) -> list[float]:
             places = np.arange(length)
             writer.add(places, places > length // 3, source=0, part="rows", number=number)
     store, times = TokenStore.open(folder), []
-    order, limits = Order(store.source_sizes, seed=17), Limits(micro_tokens=4096, row_tokens=4096, one_row=True)
+    order, limits = Order(store.source_sizes, seed=17), BatchLimits(micro_tokens=4096, row_tokens=4096, one_row=True)
     for step in range(_HAND_STEPS):
         began = perf_counter()
         samples = order.samples(step * batch, (step + 1) * batch)
-        mine = deal(store.lengths_of(samples).tolist(), 8, limits)[0]
+        mine = partition_batch(store.lengths_of(samples).tolist(), 8, limits)[0]
         for rows in mine:
             collate([[store[int(samples[place])] for place in row] for row in rows])
         times.append(perf_counter() - began)

@@ -1,4 +1,5 @@
-"""One side of the benchmark `data`, in a process of its own: rows of prompt and completion to tokens, by Muster or by datasets.map.
+"""One side of the benchmark `data`, in a process of its own: rows of prompt and completion to tokens,
+by Muster or by datasets.map.
 
 Prints one JSON line when the data are open a second time: {"rows", "cold_s", "warm_s"}. Both sides tokenise the prompt
 and the whole apart, which is how the prompt's own tokens are known, and mask the prompt.

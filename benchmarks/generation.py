@@ -1,4 +1,5 @@
-"""Tokens/s of Muster's generation against transformers' `generate` with left padding: same model, prompts, lengths, process."""
+"""Tokens/s of Muster's generation against transformers' `generate` with left padding: same model,
+prompts, lengths, process."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ TARGET = 1.0
 SEVERAL = 8
 """Responses to each prompt, where there are several."""
 _END_AFTER = 12
-"""A token is an end of text as often as one in so many is drawn: responses end at different places, as they do in earnest."""
+"""A token is an end of text as often as one in so many is drawn: responses end at different
+places, as they do in earnest."""
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
@@ -61,11 +63,11 @@ def _rate(generate: Callable[[], int]) -> float:
 
 def _muster(lm: Any, tokenizer: Any, texts: Sequence[str], ends: Sequence[int]) -> int:
     """Tokens generated, those that end a text included."""
-    from training.generation.sampling import Sampling, continue_all
+    from training.generation.sampling import Sampling, generate_all
 
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     settings = Sampling(max_new_tokens=NEW_TOKENS)
-    out = continue_all(lm, prompts, range(len(prompts)), ends, settings, batch=BATCH)
+    out = generate_all(lm, prompts, range(len(prompts)), ends, settings, batch=BATCH)
     return sum(len(one.tokens) + one.ended for one in out)
 
 

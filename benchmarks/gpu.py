@@ -1,7 +1,9 @@
-"""What one GPU does, in one process without Ray: tokens/s, MFU and memory, what each choice brings; the parts of an iteration of PPO.
+"""What one GPU does, in one process without Ray: tokens/s, MFU and memory, what each choice brings;
+the parts of an iteration of PPO.
 
-MFU: floating-point operations of forward and backward pass of all weights that a token meets, nothing twice, attention halved because it is causal (with
-adapters the frozen weights have no gradients: 4 a weight instead of 6), over what the data sheet says of dense bf16.
+MFU: floating-point operations of forward and backward pass of all weights that a token meets, nothing twice, attention
+halved because it is causal (with adapters the frozen weights have no gradients: 4 a weight instead of 6), over what the
+data sheet says of dense bf16.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def make(folder: Path, case: Case, *, device: str, dtype: str) -> workload.Workload:
-    """Rows somewhat longer than they may be, to be cut: every sample then is full, and a row of several is full, too."""
+    """Rows somewhat longer than they may be, to be cut: every sample then is full,
+    and a row of several is full, too."""
     length = Length(0.0, 0.0, 1), Length(math.log(1.3 * case.tokens), 0.0, 2 * case.tokens)
     return workload.make(
         folder, ROWS, shape=case.shape, lengths=Lengths(*length, case.tokens), device=device, dtype=dtype

@@ -1,4 +1,5 @@
-"""What LoRA costs and spares: step time and peak memory of a worker against training all weights, the same rows and steps."""
+"""What LoRA costs and spares: step time and peak memory of a worker against training all weights,
+the same rows and steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What it brings that a rollout group writes beside the others: scored round by round, or an iteration ahead; and what is learnt then.
+"""What it brings that a rollout group writes beside the others: scored round by round,
+or an iteration ahead; and what is learnt then.
 
 Two groups of one worker each, all roles and the writer, on a core each.
 """
@@ -50,8 +51,13 @@ class Learning:
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """Rounds of the three ways with 15.5 million parameters for the time, of two with a tiny model for what is learnt."""
-    return {"rollout_batch": trl_ppo.ROLLOUT_BATCH, **_time(options, folder / "time"), "learning": _learning(options, folder / "learning")}  # fmt: skip
+    """Rounds of the three ways with 15.5 million parameters for the time,
+    of two with a tiny model for what is learnt."""
+    return {
+        "rollout_batch": trl_ppo.ROLLOUT_BATCH,
+        **_time(options, folder / "time"),
+        "learning": _learning(options, folder / "learning"),
+    }
 
 
 def _time(options: Options, folder: Path) -> dict[str, Any]:

@@ -57,16 +57,16 @@ def do_without_ring_attention() -> None:
 
 def on_a_cpu() -> None:
     """fp32, gloo, torch's fused AdamW instead of an op to be compiled, the file's order."""
-    torch.cuda.set_device = lambda *_: None  # type: ignore[assignment]
-    torch.cuda.synchronize = lambda *_: None
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    cuda: Any = torch.cuda
+    cuda.set_device = cuda.synchronize = lambda *_: None
+    cuda.current_device = lambda: "cpu"
     import_module("openrlhf.utils.utils").convert_to_torch_dtype = lambda _: torch.float32
     strategy = import_module("openrlhf.utils.deepspeed.deepspeed")
     mesh, config, loader = strategy.init_device_mesh, strategy.get_train_ds_config, strategy.StatefulDataLoader
     sampler = strategy.DistributedSampler
 
     def fp32(**settings: Any) -> dict[str, Any]:
-        made = config(**settings) | {"bf16": {"enabled": False}, "zero_force_ds_cpu_optimizer": False}
+        made: dict[str, Any] = config(**settings) | {"bf16": {"enabled": False}, "zero_force_ds_cpu_optimizer": False}
         if "optimizer" in made:
             made["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
         return made
@@ -96,7 +96,8 @@ def report_steps() -> None:
 
     def counted(window: Any, *rest: Any) -> Iterator[Any]:
         tokens.fill_(sum(int(mask.sum()) for _, mask, _ in window))
-        return windows(window, *rest)
+        counted_windows: Iterator[Any] = windows(window, *rest)
+        return counted_windows
 
     def report(trainer: Any, args: Any, step: int, bar: Any, logs: dict[str, float], *rest: Any) -> None:
         totals = torch.stack([torch.tensor(logs["loss_mean"] / dist.get_world_size()), tokens])

@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 
 
 def arguments() -> argparse.Namespace:
-    """The training that is wanted: with whole global batches in the file's order, at a constant rate, clipped at 1, in fp32."""
+    """The training that is wanted: with whole global batches in the file's order,
+    at a constant rate, clipped at 1, in fp32."""
     parser = argparse.ArgumentParser()
     for name in ("model", "rows", "out"):
         parser.add_argument(name, type=Path)
@@ -26,7 +27,8 @@ def arguments() -> argparse.Namespace:
 
 
 def leave_shared_memory_op_out() -> None:
-    """DeepSpeed would compile an op that only its inference needs: minutes at the first use. Muster leaves it out as well."""
+    """DeepSpeed would compile an op that only its inference needs: minutes at the first use.
+    Muster leaves it out as well."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

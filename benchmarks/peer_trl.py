@@ -1,4 +1,5 @@
-"""A trainer of TRL's on the rows of a benchmark, for `accelerate launch`. Prints one JSON object a step: step, loss, tokens."""
+"""A trainer of TRL's on the rows of a benchmark, for `accelerate launch`.
+Prints one JSON object a step: step, loss, tokens."""
 
 from __future__ import annotations
 

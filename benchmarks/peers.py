@@ -1,4 +1,5 @@
-"""SFT of Muster against every peer that runs here, each at its best settings: tokens/s, seconds to the first step, memory."""
+"""SFT of Muster against every peer that runs here, each at its best settings: tokens/s,
+seconds to the first step, memory."""
 
 from __future__ import annotations
 
@@ -128,9 +129,14 @@ def _compare(name: str, kind: str, work: workload.Workload, options: Options, py
 
 
 def summary(ours: Sequence[sft.Curve], theirs: Sequence[sft.Curve], *, same_steps: bool) -> dict[str, Any]:
-    """Ratios and what they are made of. `same_steps`: both sides learnt the same samples of the same weights in every step."""
+    """Ratios and what they are made of. `same_steps`: both sides learnt the same samples of the
+    same weights in every step."""
     figures: dict[str, Any] = {}
-    for ratio, of, digits in (("ratio", "tokens_per_s", 1), ("start_ratio", "first_step_s", 2), ("memory_ratio", "peak_gib", 2)):  # fmt: skip
+    for ratio, of, digits in (
+        ("ratio", "tokens_per_s", 1),
+        ("start_ratio", "first_step_s", 2),
+        ("memory_ratio", "peak_gib", 2),
+    ):
         mine, other = ([getattr(curve, of) for curve in side] for side in (ours, theirs))
         figures[ratio] = ratios(mine, other)
         figures |= {f"muster_{of}": spread(mine, digits), f"peer_{of}": spread(other, digits)}

@@ -5,8 +5,8 @@
 It reads and tokenizes the rows by itself, in the file's order. A batch is laid out in one of two ways:
     padded   as such a loop is written by hand: every other sample, padded to the longest, logits for every place
     dealt    exactly as Muster lays it out (its dealing, its collation, its loss), so that only the machinery differs
-Rank 0 prints one JSON object a step. The loss is that of the whole global batch. With --checkpoints FOLDER it loads what lies
-there, saves every --save-every steps with DeepSpeed's own calls, and prints how long all ranks took for each.
+Rank 0 prints one JSON object a step. The loss is that of the whole global batch. With --checkpoints FOLDER it loads
+what lies there, saves every --save-every steps with DeepSpeed's own calls, and prints how long all ranks took for each.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class PaddedBatches:
             yield padded(mine[first : first + self.rows])
 
     def loss_sum(self, engine: Any, micro: dict[str, Any]) -> torch.Tensor:
-        return engine(**micro, use_cache=False, num_items_in_batch=torch.tensor(1)).loss
+        loss: torch.Tensor = engine(**micro, use_cache=False, num_items_in_batch=torch.tensor(1)).loss
+        return loss
 
 
 class DealtBatches:
@@ -92,10 +93,9 @@ class DealtBatches:
 
     def __init__(self, args: argparse.Namespace, samples: list[Sample]):
         from training.config import SFT
-        from training.data.batching import SDPA_VARLEN
+        from training.data.batching import SDPA_VARLEN, limits_for
         from training.models import attention
         from training.models.loading import TokenLoss
-        from training.roles.trainer import limits_for
 
         attention.register()
         lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=SDPA_VARLEN)
@@ -106,15 +106,16 @@ class DealtBatches:
         self.limits = limits_for(phase, max(len(ids) for ids, _ in samples), "cpu", SDPA_VARLEN)
 
     def micro_batches(self, samples: list[Sample]) -> Iterator[dict[str, Any]]:
-        from training.data.batching import deal
+        from training.data.batching import partition_batch
         from training.data.collate import collate
 
         lengths = [len(ids) for ids, _ in samples]
-        for rows in deal(lengths, dist.get_world_size(), self.limits)[dist.get_rank()]:
+        for rows in partition_batch(lengths, dist.get_world_size(), self.limits)[dist.get_rank()]:
             yield collate([[samples[i] for i in row] for row in rows])
 
     def loss_sum(self, engine: Any, micro: dict[str, Any]) -> torch.Tensor:
-        return engine(**micro)[0]
+        loss: torch.Tensor = engine(**micro)[0]
+        return loss
 
 
 def start_engine(module: torch.nn.Module, args: argparse.Namespace) -> Any:
@@ -157,7 +158,8 @@ def timed(what: str, call: Callable[[], object]) -> None:
 
 def main() -> None:
     args = arguments()
-    # DeepSpeed would compile an op that only its inference needs: minutes at the first use. Muster leaves it out as well.
+    # DeepSpeed would compile an op that only its inference needs: minutes at the first use.
+    # Muster leaves it out as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     samples = read_samples(args.rows, AutoTokenizer.from_pretrained(args.model), args.max_length)

@@ -1,4 +1,5 @@
-"""What PPO costs beside the models' work, and what adapters spare: the driver's share, the way of the weights, the memory."""
+"""What PPO costs beside the models' work, and what adapters spare: the driver's share,
+the way of the weights, the memory."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _TOGETHER = ["policy", "reference", "critic", "reward"]
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """One run of each kind a round: two workers, a rollout group apart, one worker with four models, one with adapters."""
+    """One run of each kind a round: two workers, a rollout group apart,
+    one worker with four models, one with adapters."""
     small = trl_ppo.make(folder)
     (folder / "large").mkdir()
     large = trl_ppo.make(folder / "large", workload.LARGE)

@@ -1,4 +1,5 @@
-"""Runs one command to its end or its time limit, notes when each line came and what memory it took, and leaves no process behind."""
+"""Runs one command to its end or its time limit, notes when each line came and what memory it took,
+and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Finished:
     seconds: float
     lines: list[Line] = field(default_factory=list)
     peak_gib: float = 0.0
-    """The most memory that the command and its descendants had together at one look; 0 if nobody looked or there is no /proc."""
+    """The most memory that the command and its descendants had together at one look;
+    0 if nobody looked or there is no /proc."""
 
 
 class CommandFailed(RuntimeError):
@@ -56,7 +58,8 @@ def run(
     on_line: Callable[[Line], None] = lambda line: None,
     watch_memory: bool = False,
 ) -> Finished:
-    """Run `command` in `folder` with `env` laid over the environment. `on_line` sees each line as it comes. Raises CommandFailed."""
+    """Run `command` in `folder` with `env` laid over the environment.
+    `on_line` sees each line as it comes. Raises CommandFailed."""
     began, clock = time.time(), time.monotonic()
     process = subprocess.Popen(
         command,
@@ -114,7 +117,7 @@ def _report(command: Sequence[str], what: str, lines: Sequence[Line]) -> str:
     return "\n".join([f"{' '.join(command)} {what}; its last lines:", *(line.text for line in lines[-_TAIL:])])
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[str]) -> None:
     """End the command and all that it started; a command that is through has only its process group left to end."""
     family = _descendants(process.pid)
     if process.poll() is None:
@@ -131,6 +134,7 @@ def _end(process: subprocess.Popen) -> None:
 
 def _descendants(pid: int) -> list[psutil.Process]:
     try:
-        return psutil.Process(pid).children(recursive=True)
+        children: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+        return children
     except psutil.NoSuchProcess:
         return []

@@ -1,6 +1,8 @@
-"""What a plan says of runs that others have published: `python -m benchmarks.published` prints the table of docs/planning.md.
+"""What a plan says of runs that others have published: `python -m benchmarks.published` prints
+the table of docs/planning.md.
 
-One set of constants for all rows (launcher/plan/step_time.py), no row with one of its own. What a source does not state is assumed here, in words.
+One set of constants for all rows (launcher/plan/step_time.py), no row with one of its own.
+What a source does not state is assumed here, in words.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from cluster import catalog
 from launcher.plan import step_time
 from launcher.plan.step_time import Seated, Work
 from training.config import CFT, PPO, SFT, Phase, Sharding
-from training.estimate.memory import Models, setting_of
+from training.estimate.memory import Models, Setting, setting_of
 from training.estimate.parameters import Shape, shape_of
 
 
@@ -31,8 +33,8 @@ class Row:
         return self.predicted / self.published
 
 
-# arXiv:2405.11143v4, tables 3 and 5: LLaMA-2 on A800, 1,024 prompts, one epoch; workers of actor, critic, reference, reward; engines,
-# GPUs of each, responses that each writes at a time. Seconds: writing, weights sent, scores, learning.
+# arXiv:2405.11143v4, tables 3 and 5: LLaMA-2 on A800, 1,024 prompts, one epoch; workers of actor, critic, reference,
+# reward; engines, GPUs of each, responses that each writes at a time. Seconds: writing, weights sent, scores, learning.
 _PPO = {
     "meta-llama/Llama-2-7b-hf": ((4, 4, 2, 2), (4, 1, 16), (262.96, 4.32, 32.70, 171.13)),
     "meta-llama/Llama-2-13b-hf": ((8, 8, 4, 4), (8, 1, 8), (372.14, 10.03, 29.58, 197.18)),
@@ -40,13 +42,14 @@ _PPO = {
     "meta-llama/Llama-2-70b-hf": ((4, 4, 4, 4), (4, 4, 4), (2252.79, 111.65, 323.38, 1800.71)),
 }
 PPO_ASSUMED = (
-    "prompts and responses of 1,024 tokens each (the repository's scripts; the paper does not say), critic and reward model of the "
-    "policy's size, gradient checkpointing, 128 responses an update, a micro-batch of as many responses as an engine writes at a time; every engine "
-    "finishes a batch before it begins the next"
+    "prompts and responses of 1,024 tokens each (the repository's scripts; the paper does not say), critic and reward "
+    "model of the policy's size, gradient checkpointing, 128 responses an update, a micro-batch of as many responses "
+    "as an engine writes at a time; every engine finishes a batch before it begins the next"
 )
 CFT_ASSUMED = (
-    "one epoch; 1,400 tokens a row (4,486 bytes on the data's card), gradient checkpointing, a micro-batch of one row; the start, and a "
-    "checkpoint of DeepSpeed's every ten steps, for which training waits: the best of several was chosen, the paper does not say of how many"
+    "one epoch; 1,400 tokens a row (4,486 bytes on the data's card), gradient checkpointing, a micro-batch of one row; "
+    "the start, and a checkpoint of DeepSpeed's every ten steps, for which training waits: the best of several was "
+    "chosen, the paper does not say of how many"
 )
 _CFT_SAVES, _NATIVE_BYTES = 10, 21
 TRAINING_ASSUMED = "global batch as published; full rows; packed"
@@ -60,7 +63,8 @@ def ppo() -> Iterator[Row]:
         phase = PPO.model_validate(
             {
                 "recipe": "ppo", "model": {"path": name, "gradient_checkpointing": True}, "reward": "reward",
-                "data": {"train": "-", "max_length": 1024}, "rollout_batch": 1024, "batch": 128, "response_tokens": 1024,
+                "data": {"train": "-", "max_length": 1024}, "rollout_batch": 1024, "batch": 128,
+                "response_tokens": 1024,
                 "ppo_epochs": 1, "micro_batch": batch, "sharding": {"stage": 3, "offload": "cpu"},
             }
         )  # fmt: skip
@@ -71,7 +75,8 @@ def ppo() -> Iterator[Row]:
         models = Models(shape, shape.as_classifier, [shape.as_classifier])
         parts = step_time.iteration_s(phase, models, groups, machine, Work(rows=None, tokens=1024, response=1024))
         parts["generate"] = step_time.writing_s(
-            shape, machine, responses=1024, prompt=1024, response=1024, copies=engines, tensor_parallel=tensor_parallel, batch=batch,
+            shape, machine, responses=1024, prompt=1024, response=1024, copies=engines, tensor_parallel=tensor_parallel,
+            batch=batch,
             how="engine",
         )  # fmt: skip
         size = name.rpartition("-")[0].rpartition("-")[2]
@@ -86,7 +91,8 @@ def cft() -> Iterator[Row]:
     shape = shape_of("Qwen/Qwen2.5-Math-7B")
     phase = CFT.model_validate(
         {
-            "recipe": "cft", "model": {"path": "-", "gradient_checkpointing": True}, "data": {"train": "-", "pack": False},
+            "recipe": "cft", "model": {"path": "-", "gradient_checkpointing": True},
+            "data": {"train": "-", "pack": False},
             "micro_batch": 1, "sharding": {"stage": 3}, "resources": {"workers": 8},
         }
     )  # fmt: skip
@@ -126,7 +132,7 @@ def training() -> Iterator[Row]:
         )
 
 
-def _setting(phase: Phase, workers: int, longest: int | None = None):
+def _setting(phase: Phase, workers: int, longest: int | None = None) -> Setting:
     where = setting_of(phase, dtype="bf16", on_gpu=True, longest=longest)
     return type(where)(**{**vars(where), "workers": workers, "sharding": Sharding(**phase.sharding.model_dump())})
 
@@ -141,7 +147,8 @@ def main() -> None:
     for row in rows():
         digits = 2 if row.published < 10 else 0
         print(
-            f"| {row.what} | {row.source} | {row.published:,.{digits}f} {row.unit} | {row.predicted:,.{digits}f} {row.unit} | {row.ratio:.2f} |"
+            f"| {row.what} | {row.source} | {row.published:,.{digits}f} {row.unit} | {row.predicted:,.{digits}f} "
+            f"{row.unit} | {row.ratio:.2f} |"
         )
 
 

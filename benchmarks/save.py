@@ -25,7 +25,8 @@ Events = list[dict[str, Any]]
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """Rounds of: Muster without saves, Muster saving, the loop saving, the loop loading, Muster restoring on 2, 1, 3 workers."""
+    """Rounds of: Muster without saves, Muster saving, the loop saving, the loop loading,
+    Muster restoring on 2, 1, 3 workers."""
     work = workload.make(folder, ROWS, shape=workload.LARGE)
     cache = folder / "cache"
     never = sft.Training(steps=STEPS, batch=BATCH, stage=options.stage, timeout_s=options.timeout_s)

@@ -1,7 +1,8 @@
-"""The launcher with 1 to 1,024 workers that answer at once: what gathering, a call, a look at all of them and a checkpoint cost the driver.
+"""The launcher with 1 to 1,024 workers that answer at once: what gathering, a call,
+a look at all of them and a checkpoint cost the driver.
 
-Real: Ray, its calls and its placement groups, the driver of the recipe, the watch, the commit of checkpoints. Not real: the workers, of
-whom many share a few processes, so that a machine of any size can play 128 machines of 8.
+Real: Ray, its calls and its placement groups, the driver of the recipe, the watch, the commit of checkpoints. Not real:
+the workers, of whom many share a few processes, so that a machine of any size can play 128 machines of 8.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from benchmarks.options import Options
 from training.config import SFT
-from training.phase_info import Facts
+from training.phase_info import PhaseInfo
 
 SIZES = (1, 8, 64, 256, 1024)
 STEP_S = 10.0
@@ -31,15 +32,16 @@ class FakePlace:
     def call(self, role: str, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
         return getattr(self, f"_{method}")(*args)
 
-    def signs(self) -> Any:
-        from launcher.workers.supervisor import Signs
+    def health(self) -> Any:
+        from launcher.workers.supervisor import WorkerHealth
         from training.process.heartbeat import Pulse
 
-        return Signs(Pulse(0.1, 0.1, 1, 1), "R", 0.5, None)
+        return WorkerHealth(Pulse(0.1, 0.1, 1, 1), "R", 0.5, None)
 
-    def _setup(self) -> Facts:
-        return Facts(
-            total_steps=_STEPS, total_samples=_STEPS * 1024, num_samples=10**6, num_eval_samples=0, num_parameters=7 * 10**9,
+    def _setup(self) -> PhaseInfo:
+        return PhaseInfo(
+            total_steps=_STEPS, total_samples=_STEPS * 1024, num_samples=10**6, num_eval_samples=0,
+            num_parameters=7 * 10**9,
             dtype="bfloat16", attention="sdpa", device="cpu", data_hash="0" * 16, chats=False, notes=[],
         )  # fmt: skip
 
@@ -51,7 +53,8 @@ class FakePlace:
 
     def _train(self, done: int, steps: int) -> dict[str, Any]:
         row = {
-            "loss": 1.0, "learning_rate": 1e-5, "grad_norm": 1.0, "tokens": 10**6, "target_tokens": 10**6, "samples": 1024,
+            "loss": 1.0, "learning_rate": 1e-5, "grad_norm": 1.0, "tokens": 10**6, "target_tokens": 10**6,
+            "samples": 1024,
             "step_s": STEP_S, "tokens_per_s": 1e5,
         }  # fmt: skip
         return {
@@ -87,15 +90,15 @@ class _Hooks:
 
     def __init__(self, folder: Path):
         from training.checkpoint.repository import opened
-        from training.storage import place
+        from training.storage import open_storage
 
-        self.checkpoints = opened(place(folder), 1)
-        self.profiles = place(folder / "profiles")
+        self.checkpoints = opened(open_storage(folder), 1)
+        self.profiles = open_storage(folder / "profiles")
         self.seconds: dict[str, float] = {}
 
-    def event(self, kind: str, **facts: Any) -> None:
+    def event(self, kind: str, **info: Any) -> None:
         if kind == "checkpoint":
-            self.seconds["checkpoint_s"] = facts["seconds"]
+            self.seconds["checkpoint_s"] = info["seconds"]
 
     def log(self, row: Mapping[str, Any]) -> None: ...
     def answers(self, step: int, kind: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
@@ -103,7 +106,7 @@ class _Hooks:
     def paces(self, seconds_a_token: Any) -> None: ...
     def gpus_full(self, fractions: Any) -> None: ...
     def flush(self) -> None: ...
-    def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None: ...
+    def started(self, info: PhaseInfo, step: int, *, evaluates: bool = False) -> None: ...
     def make_room(self, best: Any) -> None: ...
     def save_requested(self, step: int) -> bool:
         return False
@@ -125,7 +128,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     try:
         place: Any = ray.remote(FakePlace).options(num_cpus=0, max_concurrency=2)
         places = [place.remote() for _ in range(_PROCESSES)]
-        ray.get([place.signs.remote() for place in places])
+        ray.get([place.health.remote() for place in places])
         by_size = {size: _with(size, places, folder / str(size)) for size in SIZES}
     finally:
         ray.shutdown()
@@ -151,7 +154,7 @@ def _with(size: int, places: list[Any], folder: Path) -> dict[str, float]:
 
     from launcher.workers import placement as machines
     from launcher.workers.watchdog import Watch
-    from launcher.workers.worker_group import RoleGroup, WorkerGroup, seats_for
+    from launcher.workers.worker_group import RoleGroup, WorkerGroup, rank_infos_for
     from training.config import Resources
     from training.drivers import supervised
 
@@ -169,9 +172,9 @@ def _with(size: int, places: list[Any], folder: Path) -> dict[str, float]:
         for rank in range(size)
     ]
     began = time.perf_counter()
-    seats_for(group.places, group.resources, "cpu", "10.0.0.1", 1)
+    rank_infos_for(group.places, group.resources, "cpu", "10.0.0.1", 1)
     group.watch = Watch(group, group.warn)
-    group.watch.met()
+    group.watch.arrived()
     settle = time.perf_counter() - began
 
     phase = SFT.model_validate(
@@ -196,8 +199,10 @@ def _with(size: int, places: list[Any], folder: Path) -> dict[str, float]:
     look = min(_look(group) for _ in range(4))
     looks = STEP_S / group.watch.every_s
     return {
-        "gather_s": round(gather, 4), "settle_s": round(settle, 4), "call_s": round(call, 5), "call_of_the_driver_s": round(own, 5), "look_s": round(look, 5),
-        "steps_a_call": steps, "looks_a_step": round(looks, 2), "checkpoint_s": hooks.seconds["checkpoint_s"], "call_share": round(call / steps / STEP_S, 5),
+        "gather_s": round(gather, 4), "settle_s": round(settle, 4), "call_s": round(call, 5),
+        "call_of_the_driver_s": round(own, 5), "look_s": round(look, 5),
+        "steps_a_call": steps, "looks_a_step": round(looks, 2), "checkpoint_s": hooks.seconds["checkpoint_s"],
+        "call_share": round(call / steps / STEP_S, 5),
         "look_share": round(looks * look / STEP_S, 5),
     }  # fmt: skip
 

@@ -111,7 +111,8 @@ def muster(
     cache: Path,
     on_line: Callable[[Line], None] = lambda line: None,
 ) -> MusterRun:
-    """`muster run` in the new folder `folder`. `on_line` sees each line of its output as it comes. Raises CommandFailed."""
+    """`muster run` in the new folder `folder`. `on_line` sees each line of its output
+    as it comes. Raises CommandFailed."""
     folder.mkdir()
     job = folder / "job.yaml"
     job.write_text(json.dumps(_job(work, training)))
@@ -130,7 +131,8 @@ def muster(
 
 
 def muster_from(step: int, training: Training, folder: Path, cache: Path, workers: int) -> list[dict[str, Any]]:
-    """The end of the run in `folder` once more, from a step, on so many workers: what was written down. Raises CommandFailed."""
+    """The end of the run in `folder` once more, from a step, on so many workers: what was written
+    down. Raises CommandFailed."""
     before = len(events(folder))
     command = ["muster", "resume", "bench", "--step", str(step), f"resources.workers={workers}"]
     run(command, folder=folder, env=environment(cache), timeout_s=training.timeout_s)
@@ -185,7 +187,8 @@ def plain_loop(
 
 
 def plain_loop_checkpoints(work: Workload, training: Training, folder: Path, cache: Path) -> list[dict[str, float]]:
-    """What the loop prints of its checkpoints in `folder`: loading, if there is one, and each save. Raises CommandFailed."""
+    """What the loop prints of its checkpoints in `folder`: loading, if there is one,
+    and each save. Raises CommandFailed."""
     finished = _plain_loop(work, training, "dealt", cache, settings=["--checkpoints", str(folder)])
     return _json_rows([line.text for line in finished.lines if line.text.startswith(('{"load_s":', '{"save_s":'))])
 

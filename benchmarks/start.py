@@ -1,4 +1,5 @@
-"""Time from the command to the end of the first step: Muster against the hand-written loop, and where Muster's time goes."""
+"""Time from the command to the end of the first step: Muster against the hand-written loop,
+and where Muster's time goes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Steady-state step time of Muster against the hand-written loop under torchrun and DeepSpeed, and whether they learn alike."""
+"""Steady-state step time of Muster against the hand-written loop under torchrun and DeepSpeed,
+and whether they learn alike."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def summary(ours: Sequence[sft.Curve], theirs: dict[str, list[sft.Curve]]) -> dict[str, Any]:
-    """`ratio` is the claim: median step, the batch laid out alike. `wall_ratio` has what happens between steps as well."""
+    """`ratio` is the claim: median step, the batch laid out alike.
+    `wall_ratio` has what happens between steps as well."""
     own = [steady_step_s(curve) for curve in ours]
     figures: dict[str, Any] = {
         "ratio": ratios(own, [steady_step_s(curve) for curve in theirs["dealt"]]),

@@ -1,4 +1,5 @@
-"""Handing a job to a cluster: seconds to its first line, bytes sent, following again after a lost connection, growing for it."""
+"""Handing a job to a cluster: seconds to its first line, bytes sent,
+following again after a lost connection, growing for it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class _Cluster:
             "grown_by_ray_s": spread(provider, 2),
         }
 
-    def _muster(self, *words: str, on_line=lambda line: None) -> Finished:
+    def _muster(self, *words: str, on_line: Callable[[Line], None] = lambda line: None) -> Finished:
         command = [sys.executable, "-u", "-m", "launcher", *words]
         return run(command, folder=self.folder, env=self.environment, timeout_s=self.options.timeout_s, on_line=on_line)
 
@@ -92,7 +93,8 @@ class _Cluster:
             "batch": 2,
         }
         job = {
-            "name": f"job-{self.count}", "storage": str(self.folder / "runs"), "model": {"path": str(self.work.model), "dtype": "fp32"},
+            "name": f"job-{self.count}", "storage": str(self.folder / "runs"),
+            "model": {"path": str(self.work.model), "dtype": "fp32"},
             "resources": {"workers": 2}, "phases": {"sft": phase},
         }  # fmt: skip
         file = self.folder / f"job-{self.count}.yaml"

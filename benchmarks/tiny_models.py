@@ -1,4 +1,5 @@
-"""Tiny random models of every causal architecture of transformers, with a tokenizer of characters and rows to train on."""
+"""Tiny random models of every causal architecture of transformers,
+with a tokenizer of characters and rows to train on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Seconds of an iteration of Muster's PPO against TRL's (the last version that has it) under accelerate with DeepSpeed ZeRO."""
+"""Seconds of an iteration of Muster's PPO against TRL's (the last version that has it) under
+accelerate with DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def _sides(roles: Roles, options: Options, iterations: int, python: Path) -> dic
 
 
 def make(folder: Path, shape: workload.Shape = workload.SMALL, *, ends: bool = False) -> Roles:
-    """A policy and a reward model with random weights. `ends`: each token may be the last of a response; else hardly any is."""
+    """A policy and a reward model with random weights. `ends`: each token may be the last of a
+    response; else hardly any is."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -97,9 +99,11 @@ def make(folder: Path, shape: workload.Shape = workload.SMALL, *, ends: bool = F
 
 
 def _let_end(model: Path) -> None:
-    """Rewrite a model so that the end-of-text token has about the probability ENDS everywhere, however random the rest is.
+    """Rewrite a model so that the end-of-text token has about the probability ENDS everywhere,
+    however random the rest is.
 
-    One number of the residual stream is the same for every token and no layer changes it; the head turns it into a logit.
+    One number of the residual stream is the same for every token and no layer changes it;
+    the head turns it into a logit.
     """
     import torch
     from transformers import AutoModelForCausalLM

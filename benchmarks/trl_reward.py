@@ -1,4 +1,5 @@
-"""Pairs/s of Muster's reward model against TRL's RewardTrainer under accelerate with DeepSpeed ZeRO, two processes each."""
+"""Pairs/s of Muster's reward model against TRL's RewardTrainer under accelerate
+with DeepSpeed ZeRO, two processes each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A made-up job for all sides of a comparison: rows of GSM8K's lengths, a tokenizer for them, a small LLaMA. No download."""
+"""A made-up job for all sides of a comparison: rows of GSM8K's lengths, a tokenizer for them,
+a small LLaMA. No download."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Lengths:
 GSM8K = Lengths(Length(4.05, 0.38, 200), Length(4.50, 0.43, 300), 512)
 """As a tokenizer of 4,096 tokens that was trained on GSM8K cuts its training rows."""
 SKEWED = Lengths(Length(3.60, 0.50, 120), Length(4.30, 1.10, 1700), 2048)
-"""A heavy tail: as many tokens a row on average, half of the rows shorter than 130, one in a hundred longer than 1,000."""
+"""A heavy tail: as many tokens a row on average, half of the rows shorter than 130,
+one in a hundred longer than 1,000."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def make(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> Workload:
-    """Write a workload into `folder`. Equal arguments, equal rows. `device`: where the weights are drawn, `dtype`: how they are kept."""
+    """Write a workload into `folder`. Equal arguments, equal rows. `device`: where the weights are drawn,
+    `dtype`: how they are kept."""
     folder.mkdir(exist_ok=True)
     work = Workload(folder / "model", folder / "rows.jsonl", lengths.max_tokens)
     made = list(rows(num_rows, seed, lengths))

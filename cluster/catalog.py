@@ -1,4 +1,5 @@
-"""GPUs and rented machines, from the dated table beside this file: memory, speed, links, prices. What is not in it a cluster file adds."""
+"""GPUs and rented machines, from the dated table beside this file: memory, speed, links, prices.
+What is not in it a cluster file adds."""
 
 from __future__ import annotations
 
@@ -57,11 +58,13 @@ class Machine:
 
 @cache
 def _table() -> dict[str, Any]:
-    return yaml.safe_load((Path(__file__).parent / "catalog.yaml").read_text(encoding="utf-8"))
+    table: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "catalog.yaml").read_text(encoding="utf-8"))
+    return table
 
 
 def gpu(name: str, custom: Mapping[str, Any] | None = None) -> Gpu:
-    """The GPU of that name, in any spelling, such as Ray's, the driver's or a cloud's. `custom`: rows by name that add to the table's.
+    """The GPU of that name, in any spelling, such as Ray's, the driver's or a cloud's.
+    `custom`: rows by name that add to the table's.
 
     Raises Refused with near names if there is none.
     """
@@ -73,7 +76,8 @@ def gpu(name: str, custom: Mapping[str, Any] | None = None) -> Gpu:
         known = [each for each in names if each.upper() in near]
         meant = f"did you mean {', '.join(known)}" if known else f"known: {', '.join(rows)}"
         raise Refused(
-            f"{name or '(nothing)'}: no GPU of that name is in the catalogue; {meant}. One of your own, or a part of one (MIG), goes under `custom:` in a cluster file"
+            f"{name or '(nothing)'}: no GPU of that name is in the catalogue; {meant}. One of your own, or a part of "
+            "one (MIG), goes under `custom:` in a cluster file"
         )
     row = rows[names[found]]
     if (like := row.get("like")) is not None:
@@ -88,13 +92,15 @@ def machine(instance: str) -> Machine | None:
         return None
     cloud = _table()["clouds"][row["cloud"]]
     return Machine(
-        name=instance, gpu=gpu(row["gpu"]), gpus=row["gpus"], memory_gib=row["memory_gib"], network_gbit_s=row["network_gbit_s"],
+        name=instance, gpu=gpu(row["gpu"]), gpus=row["gpus"], memory_gib=row["memory_gib"],
+        network_gbit_s=row["network_gbit_s"],
         price=row["price"], spot_price=row["spot_price"], notice_s=cloud["notice_s"], dated=str(cloud["prices_of"]),
     )  # fmt: skip
 
 
 def default_machine(kind: Gpu, gpus: int | None = None) -> Machine:
-    """A machine of which nothing but its GPUs is known; without a price, with the best network that the table has for that kind."""
+    """A machine of which nothing but its GPUs is known; without a price,
+    with the best network that the table has for that kind."""
     row, known = _table()["default_machine"], _machines_with(kind)
     count = gpus or row["gpus"]
     network = max((each["network_gbit_s"] for each in known.values()), default=row["network_gbit_s"])
@@ -115,7 +121,8 @@ def _machines_with(kind: Gpu) -> dict[str, dict[str, Any]]:
 
 
 def _match(name: str, names: Mapping[str, str]) -> str | None:
-    """The known name that is meant: equal but for spelling, else the longest one that is part of it ("NVIDIA H100 80GB HBM3")."""
+    """The known name that is meant: equal but for spelling, else the longest one
+    that is part of it ("NVIDIA H100 80GB HBM3")."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.lower())
@@ -145,7 +152,8 @@ def _scaled(name: str, whole: Gpu, row: Mapping[str, Any]) -> Gpu:
     """A part of a GPU (MIG), or one like another but for what is said of it."""
     share = row.get("share", 1.0)
     return Gpu(
-        name=name, memory_gib=row.get("memory_gib") or whole.memory_gib * share, tflops=row.get("tflops") or whole.tflops * share,
+        name=name, memory_gib=row.get("memory_gib") or whole.memory_gib * share,
+        tflops=row.get("tflops") or whole.tflops * share,
         matmul_tflops=row.get("matmul_tflops") or row.get("tflops", 0) * _UNMEASURED or whole.matmul_tflops * share,
         memory_gb_s=row.get("memory_gb_s") or whole.memory_gb_s * share,
         link_gb_s=row.get("link_gb_s") or (whole.link_gb_s if share == 1 else _PCIE_GB_S),  # parts have no NVLink

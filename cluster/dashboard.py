@@ -59,7 +59,10 @@ class Dashboard:
 
     def _told_of_token(self, code: int) -> str:
         if self.token is None:
-            return f"{self.shown} wants a token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or `token_file` in the cluster file"
+            return (
+                f"{self.shown} wants a token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or `token_file` in the "
+                "cluster file"
+            )
         return f"{self.shown} does not take our token ({code}); is it the token of this cluster?"
 
     def version(self) -> str:

@@ -1,12 +1,14 @@
-"""Shuts a machine down whose cluster's head is gone: a machine for workers that nobody uses any more would cost money until somebody looks.
+"""Shuts a machine down whose cluster's head is gone: a machine for workers
+that nobody uses any more would cost money until somebody looks.
 
-A program of its own for the machines of a cloud, where it lies alone beside whatever Python there is (3.8 or newer): it imports nothing of
-Muster and no package. Ray's raylet ends by itself when the head's GCS is silent for a minute; the machine does not, and the autoscaler that
-would end it was on the head.
+A program of its own for the machines of a cloud, where it lies alone beside whatever Python there is (3.8 or newer): it
+imports nothing of Muster and no package. Ray's raylet ends by itself when the head's GCS is silent for a minute; the
+machine does not, and the autoscaler that would end it was on the head.
 
     python3 orphan_watch.py HEAD:PORT --minutes 15 -- COMMAND ...
 
-COMMAND is run when the head has not answered for so long. There is no default: what ends a machine is for the caller to say.
+COMMAND is run when the head has not answered for so long. There is no default: what ends a
+machine is for the caller to say.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ _FRAME_HEADER, _TYPE, _SETTINGS = 9, 3, 4
 def answers(host: str, port: int, timeout_s: float = TIMEOUT_S) -> bool:
     """Whether a gRPC server, as Ray's GCS is one, answers at this address.
 
-    An accepted connection does not show it: the kernel accepts for a process that hangs, and another machine may have the address now.
+    An accepted connection does not show it: the kernel accepts for a process that hangs,
+    and another machine may have the address now.
     """
     try:
         with socket.create_connection((host, port), timeout_s) as connection:
@@ -57,7 +60,8 @@ def silence(before_s: float, round_s: float, seen: bool, longest_round_s: float)
 
 
 def watch(look: Callable[[], bool], end: Callable[[], bool], limit_s: float, every_s: float, timeout_s: float) -> None:
-    """Look at the head for ever, and end the machine whenever nothing was seen of it for `limit_s`; a failed end is tried again."""
+    """Look at the head for ever, and end the machine whenever nothing was seen of it for `limit_s`;
+    a failed end is tried again."""
     silent_s, before = 0.0, time.monotonic()
     while True:
         time.sleep(every_s)

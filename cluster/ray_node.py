@@ -1,9 +1,9 @@
 """Ray on one machine, as bash: look at what is there, start it, end it and everything that came of it.
 
-All processes of a cluster on a machine, also the jobs' own, carry a mark in their environment: that is how they are found again,
-whatever became of their parents, and how nothing else is touched. The token, the log and Ray's own files are in one folder in
-TMPDIR or /tmp, for the sake of Unix sockets, whose names must be short; Ray opens its own part of it to everyone, so that lies inside a
-folder that is its owner's alone.
+All processes of a cluster on a machine, also the jobs' own, carry a mark in their environment: that is how they are
+found again, whatever became of their parents, and how nothing else is touched. The token, the log and Ray's own files
+are in one folder in TMPDIR or /tmp, for the sake of Unix sockets, whose names must be short; Ray opens its own part of
+it to everyone, so that lies inside a folder that is its owner's alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import secrets
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.remote_shell import Machine
@@ -85,18 +86,20 @@ class Node:
     machine: Machine
     python: str
     """With Muster's dependencies; may begin with ~/."""
-    mark: str = ""
+    cluster_id: str = ""
 
-    def look(self) -> dict:
+    def look(self) -> dict[str, Any]:
         """Versions, clock, cores, address. Raises ClusterError if the machine does not answer or has no such Python."""
         said = self.machine.run(f"{_path(self.python)} - <<'END'\n{_LOOK}\nEND", timeout_s=_LOOK_S)
         try:
-            return json.loads(said.splitlines()[-1])
+            info: dict[str, Any] = json.loads(said.splitlines()[-1])
         except (ValueError, IndexError):
             raise ClusterError(f"{self.machine.name}: {self.python} answers {said.strip()[:200]!r}") from None
+        return info
 
     def start(self, script: str, token: str) -> None:
-        """Run a `script`: Ray is up when it has ended. The token goes through standard input into a file of mode 600."""
+        """Run a `script`: Ray is up when it has ended. The token goes through standard input into
+        a file of mode 600."""
         self.machine.run(script, given=token, timeout_s=_START_S)
 
     def script(
@@ -104,7 +107,7 @@ class Node:
     ) -> str:
         """Bash that starts Ray and waits until it is up; it wants the token on its standard input."""
         variables = {
-            _MARK: self.mark, "RAY_AUTH_MODE": "token",
+            _MARK: self.cluster_id, "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **environment,
         }  # fmt: skip
         start = shlex.join(["ray", "start", *arguments, "--disable-usage-stats", "--block"])
@@ -130,7 +133,7 @@ class Node:
     def end(self) -> None:
         """End Ray, its jobs and their workers, and remove the folder. If nothing is there, that is well too."""
         lines = [
-            f"marked() {{ grep -lszx '{_MARK}={self.mark}' /proc/[0-9]*/environ | cut -d/ -f3; }}",
+            f"marked() {{ grep -lszx '{_MARK}={self.cluster_id}' /proc/[0-9]*/environ | cut -d/ -f3; }}",
             'first="$(marked)"',
             '[ -n "$first" ] && kill -TERM $first 2> /dev/null',
             f'for _ in $(seq {_ORDERLY_S * 5}); do [ -z "$(marked)" ] && break; sleep 0.2; done',
@@ -143,7 +146,10 @@ class Node:
 
     @property
     def _folder(self) -> str:
-        return f'folder="${{TMPDIR:-/tmp}}/muster-{self.mark}"; [ ${{#folder}} -le {_LONGEST} ] || folder=/tmp/muster-{self.mark}'
+        return (
+            f'folder="${{TMPDIR:-/tmp}}/muster-{self.cluster_id}"; [ ${{#folder}} -le {_LONGEST} ] || '
+            f"folder=/tmp/muster-{self.cluster_id}"
+        )
 
 
 def _path(path: str) -> str:

@@ -1,4 +1,5 @@
-"""What this machine knows of clusters: ~/.muster/clusters/NAME with cluster.json and token, both for their owner alone."""
+"""What this machine knows of clusters: ~/.muster/clusters/NAME with cluster.json and token,
+both for their owner alone."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def clusters_folder() -> Path:
 
 
 @dataclass(frozen=True)
-class Home:
+class ClusterRecord:
     """The folder of one cluster."""
 
     folder: Path
@@ -43,8 +44,10 @@ class Home:
         return self.token_file.read_text().strip()
 
     def record(self) -> dict[str, Any]:
-        """What `up` has written down: the cluster file's settings as `spec`, and what the provider needs to find it again."""
-        return json.loads((self.folder / _RECORD).read_text())
+        """What `up` has written down: the cluster file's settings as `spec`,
+        and what the provider needs to find it again."""
+        record: dict[str, Any] = json.loads((self.folder / _RECORD).read_text())
+        return record
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Replace the record, at once and whole."""
@@ -56,15 +59,16 @@ class Home:
         shutil.rmtree(self.folder)
 
 
-def claim(name: str, record: Mapping[str, Any]) -> Home:
+def claim(name: str, record: Mapping[str, Any]) -> ClusterRecord:
     """A folder for a new cluster, with a token of its own. Raises Refused if there is a cluster of this name."""
-    home = Home(clusters_folder() / name)
+    home = ClusterRecord(clusters_folder() / name)
     home.folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         home.folder.mkdir(mode=0o700)
     except FileExistsError:
         raise Refused(
-            f"there is a cluster {name} already; `muster cluster down {name}` ends it, another `name` makes a second one"
+            f"there is a cluster {name} already; `muster cluster down {name}` ends it, another `name` makes a second "
+            "one"
         ) from None
     home.write(record)
     descriptor = os.open(home.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -73,12 +77,12 @@ def claim(name: str, record: Mapping[str, Any]) -> Home:
     return home
 
 
-def find(name: str) -> Home | None:
-    home = Home(clusters_folder() / name)
+def find(name: str) -> ClusterRecord | None:
+    home = ClusterRecord(clusters_folder() / name)
     return home if (home.folder / _RECORD).exists() else None
 
 
-def known() -> list[Home]:
+def known() -> list[ClusterRecord]:
     """All clusters that this machine knows, by name."""
     folders = sorted(clusters_folder().glob(f"*/{_RECORD}"))
-    return [Home(path.parent) for path in folders]
+    return [ClusterRecord(path.parent) for path in folders]

@@ -1,4 +1,5 @@
-"""Running commands on a machine: this one, or one that is reached by SSH. Scripts are bash; secrets go through standard input."""
+"""Running commands on a machine: this one, or one that is reached by SSH. Scripts are bash;
+secrets go through standard input."""
 
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ def free_port(address: str = "127.0.0.1") -> int:
     """A port that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind((address, 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def on_all(calls: Mapping[str, Callable[[], Answer]]) -> dict[str, Answer | ClusterError]:

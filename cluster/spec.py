@@ -29,7 +29,7 @@ Labels = dict[Label, Label]
 """Of Ray's nodes: seen in `ray list nodes`, and what Ray code can select machines by."""
 Price = Annotated[float, Field(ge=0)]
 """In the currency in which the one who asks pays."""
-Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
+WorkerSupervisor = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
 """A name or an address: never an option of ssh."""
 
 
@@ -68,24 +68,25 @@ class Settings(BaseModel):
 
 
 class CustomGpu(Settings):
-    """A kind of GPU that cluster/catalog.yaml does not have, or a part of one (MIG). Without `like`, memory and speeds are needed."""
+    """A kind of GPU that cluster/catalog.yaml does not have, or a part of one (MIG). Without `like`, memory_gib, tflops
+    and memory_gb_s are required."""
 
     like: str | None = None
-    """One in the catalogue, for all that is not said here."""
+    """A GPU of the catalog, whose values are used where none is given here."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of its memory and speed."""
+    """Fraction of the memory and the speed of that GPU."""
     memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """GiB of memory."""
+    """Memory in GiB."""
     tflops: Annotated[float, Field(gt=0)] | None = None
-    """10^12 operations a second by the data sheet: bf16, dense."""
+    """Peak speed by the data sheet, in 10^12 operations per second: bf16, dense."""
     matmul_tflops: Annotated[float, Field(gt=0)] | None = None
-    """Of these what a matrix product reaches. None: 0.85 of tflops."""
+    """Speed that a matrix product reaches, in the same unit. None: 0.85 of tflops."""
     memory_gb_s: Annotated[float, Field(gt=0)] | None = None
-    """GB a second between the GPU and its memory."""
+    """Memory bandwidth, in GB per second."""
     link_gb_s: Annotated[float, Field(gt=0)] | None = None
-    """GB a second of NVLink to its neighbours, both directions together. None: PCIe."""
+    """Bandwidth of NVLink between neighbors, in GB per second, both directions together. None: PCIe."""
     watts: Annotated[float, Field(gt=0)] | None = None
-    """At work, for the energy of a job."""
+    """Power under load, for the energy of a job."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -95,7 +96,7 @@ class CustomGpu(Settings):
 
 
 class Cluster(Settings):
-    """What every kind of cluster has."""
+    """Settings of every kind of cluster."""
 
     made_by_muster: ClassVar[bool] = True
     """Whether `up` starts it and `down` ends it."""
@@ -103,15 +104,17 @@ class Cluster(Settings):
     provider: str
     """Where the machines come from."""
     name: Name
-    """What it is called on the command line (`--on NAME`)."""
+    """Name of the cluster on the command line (`--on NAME`)."""
     storage: str | None = None
-    """Where runs are kept whose job does not name a bucket: a bucket, or a folder that every machine of the cluster sees."""
+    """Where runs are stored if their job does not name a bucket: a bucket, or a folder that all machines of the cluster
+    share."""
     shared: list[str] = []
-    """Folders that every machine of the cluster sees: what lies there is not carried along with a job."""
+    """Folders that all machines of the cluster share. Files in them are not uploaded with a job."""
     stop_s: Positive = 300
-    """Seconds: longest time that a job may take for its last checkpoint when it is stopped."""
+    """Maximum time in seconds for the last checkpoint of a job that is stopped."""
     custom: dict[Label, CustomGpu] = {}
-    """Kinds of GPUs that the catalogue does not have, by the name that pools call them by (`gpu:`). For `muster plan`."""
+    """Kinds of GPUs that the catalog does not have, under the names that pools use for them (`gpu:`). For `muster
+    plan`."""
 
     @property
     def offers(self) -> Sequence[Offer]:
@@ -120,13 +123,13 @@ class Cluster(Settings):
 
 
 class Local(Cluster):
-    """Ray on this machine, on loopback alone, for several jobs one after the other or side by side."""
+    """Ray on this machine, bound to loopback, for one or more jobs."""
 
     provider: Literal["local"]
     cpus: Positive | None = None
-    """Places for workers without a GPU. None: the cores of the machine."""
+    """Number of workers without a GPU that fit. None: the number of cores."""
     gpus: Count | None = None
-    """Places for workers with a GPU. None: all there are."""
+    """Number of workers with a GPU that fit. None: all GPUs."""
 
     @property
     def offers(self) -> Sequence[Offer]:
@@ -134,57 +137,58 @@ class Local(Cluster):
 
 
 class Existing(Cluster):
-    """A Ray cluster that somebody else started."""
+    """A Ray cluster that Muster did not start."""
 
     made_by_muster: ClassVar[bool] = False
 
     provider: Literal["existing"]
     address: str = Field(examples=["http://10.0.0.5:8265"], pattern=r"^https?://[^/\s]+$")
-    """Of its dashboard, which takes jobs."""
+    """Address of the dashboard, which accepts jobs."""
     token_file: str | None = None
-    """File with its token. None: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token if there is one."""
-    ssh: Host | None = None
-    """A machine that sees the address: it is reached through an SSH tunnel over this one."""
-    user: Host | None = None
-    """On that machine. None: as ssh decides."""
+    """File with the token of the cluster. None: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token if it
+    exists."""
+    ssh: WorkerSupervisor | None = None
+    """A machine from which the address can be reached; Muster opens an SSH tunnel through it."""
+    user: WorkerSupervisor | None = None
+    """User name on that machine. None: as configured for ssh."""
     ssh_port: Port | None = None
-    """Of sshd. None: as ssh decides."""
+    """Port of sshd. None: as configured for ssh."""
     key: str | None = None
-    """File of the private key. None: as ssh decides."""
+    """File of the private key. None: as configured for ssh."""
     ssh_options: list[str] = []
-    """For `ssh -o`, such as ProxyJump=gate."""
+    """Options for `ssh -o`, such as ProxyJump=gate."""
 
 
 class Head(Settings):
-    """The machine that leads the cluster; drivers of jobs run there. Workers do not, unless it is given places for them."""
+    """The machine that runs Ray's head and the drivers of jobs. Workers run there only if it has `cpus` or `gpus`."""
 
-    host: Host = Field(examples=["10.0.0.1"])
-    """What ssh connects to."""
-    address: Host | None = None
-    """How the other machines reach it, if that is not `host`: an address of the private network."""
+    host: WorkerSupervisor = Field(examples=["10.0.0.1"])
+    """Name or address for ssh."""
+    address: WorkerSupervisor | None = None
+    """Address at which the other machines reach it, if that is not `host`: an address of the private network."""
     cpus: Count = 0
-    """Places for workers without a GPU."""
+    """Number of workers without a GPU that may run there."""
     gpus: Count = 0
-    """Places for workers with a GPU."""
+    """Number of workers with a GPU that may run there."""
     price: Price | None = None
-    """An hour."""
+    """Price per hour."""
 
 
 class Machines(Settings):
     """Machines of one kind."""
 
-    hosts: Annotated[list[Host], Field(min_length=1)] = Field(examples=["[10.0.0.2, 10.0.0.3]"])
-    """What ssh connects to; the first machine reaches them there too."""
+    hosts: Annotated[list[WorkerSupervisor], Field(min_length=1)] = Field(examples=["[10.0.0.2, 10.0.0.3]"])
+    """Names or addresses for ssh, at which the head reaches them, too."""
     cpus: Positive | None = None
-    """Places for workers without a GPU, on one machine. None: its cores."""
+    """Number of workers without a GPU per machine. None: the number of cores."""
     gpus: Count | None = None
-    """Of one machine. None: all there are."""
+    """Number of GPUs per machine. None: all GPUs."""
     gpu: str | None = None
-    """Type, for `resources.accelerator` of a job, such as A100. None: as Ray finds it."""
+    """Type of GPU, for `resources.accelerator` of a job, such as A100. None: as detected by Ray."""
     price: Price | None = None
-    """Of one machine, an hour."""
+    """Price of one machine per hour."""
     labels: Labels = {}
-    """Of Ray's nodes: seen in `ray list nodes`, and what Ray code can select machines by."""
+    """Labels of Ray's nodes: shown by `ray list nodes`, and available to Ray code for selecting machines."""
 
 
 class Ssh(Cluster):
@@ -192,25 +196,25 @@ class Ssh(Cluster):
 
     provider: Literal["ssh"]
     head: Head
-    """The machine that leads the cluster; drivers of jobs run there."""
+    """The machine that runs Ray's head and the drivers of jobs."""
     pools: Annotated[dict[str, Machines], Field(min_length=1)]
-    """Machines for workers, by a name of your choice."""
-    user: Host | None = None
-    """On all machines. None: as ssh decides."""
+    """Machines for workers, under names of your choice."""
+    user: WorkerSupervisor | None = None
+    """User name on all machines. None: as configured for ssh."""
     ssh_port: Port | None = None
-    """Of sshd. None: as ssh decides."""
+    """Port of sshd. None: as configured for ssh."""
     key: str | None = None
-    """File of the private key. None: as ssh decides."""
+    """File of the private key. None: as configured for ssh."""
     ssh_options: list[str] = []
-    """For `ssh -o`, such as ProxyJump=gate."""
+    """Options for `ssh -o`, such as ProxyJump=gate."""
     python: str = "python3"
     """Python on the machines, with Muster's dependencies: a path, or a name that a login shell finds."""
     setup: list[str] = []
-    """Commands that are run on every machine, in order, before Ray starts there."""
+    """Commands that run on every machine, in order, before Ray starts there."""
     port: Port = 6379
-    """Of Ray on the head."""
+    """Port of Ray on the head."""
     dashboard_port: Port = 8265
-    """On the head's loopback."""
+    """Port of the dashboard, on the head's loopback interface."""
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
@@ -234,66 +238,66 @@ class Ssh(Cluster):
 
 
 class Slurm(Cluster):
-    """Slurm: every job is an allocation in which Ray is started for that job alone."""
+    """Slurm: every job is an allocation with a Ray cluster of its own."""
 
     made_by_muster: ClassVar[bool] = False
 
     provider: Literal["slurm"]
     folder: str = Field(examples=["/home/me/muster"], pattern="^/")
-    """Where jobs and their output are kept; the login machine and all nodes see it."""
+    """Folder for jobs and their output, shared by the login machine and all nodes."""
     workers_per_node: Positive
-    """As many as a node has GPUs, or processes without one."""
+    """Workers per node: the number of its GPUs, or of processes without one."""
     gpus_per_node: Count = 0
-    """GPUs to ask for. 0: none."""
+    """GPUs to request per node. 0: none."""
     cpus_per_node: Positive | None = None
-    """Cores to ask for. None: one for each worker."""
+    """Cores to request per node. None: one per worker."""
     partition: str | None = None
-    """sbatch's --partition. None: Slurm's default."""
+    """Value of sbatch's --partition. None: Slurm's default."""
     account: str | None = None
-    """sbatch's --account. None: Slurm's default."""
+    """Value of sbatch's --account. None: Slurm's default."""
     qos: str | None = None
-    """sbatch's --qos. None: Slurm's default."""
+    """Value of sbatch's --qos. None: Slurm's default."""
     time: Annotated[str, Field(pattern=r"^[0-9:-]+$")] = "1-00:00:00"
-    """Longest time of an allocation, as Slurm writes it. A job that needs more goes on in the next one."""
+    """Time limit of an allocation, in Slurm's notation. A job that takes longer continues in the next allocation."""
     notice_s: Positive = 120
-    """Seconds before the end of that time at which the job is told to save."""
+    """The job is told to save this many seconds before the time limit."""
     options: list[Annotated[str, Field(pattern="^--")]] = []
-    """More of sbatch's options, such as --constraint=a100."""
-    login: Host | None = None
-    """The machine with sbatch, reached by SSH. None: this one."""
-    user: Host | None = None
-    """On that machine. None: as ssh decides."""
+    """Further options of sbatch, such as --constraint=a100."""
+    login: WorkerSupervisor | None = None
+    """The machine with sbatch, reached by SSH. None: this machine."""
+    user: WorkerSupervisor | None = None
+    """User name on that machine. None: as configured for ssh."""
     ssh_port: Port | None = None
-    """Of sshd. None: as ssh decides."""
+    """Port of sshd. None: as configured for ssh."""
     key: str | None = None
-    """File of the private key. None: as ssh decides."""
+    """File of the private key. None: as configured for ssh."""
     ssh_options: list[str] = []
-    """For `ssh -o`, such as ProxyJump=gate."""
+    """Options for `ssh -o`, such as ProxyJump=gate."""
     python: str = "python3"
-    """On the nodes, with Muster's dependencies."""
+    """Python on the nodes, with Muster's dependencies."""
     setup: list[str] = []
-    """Commands that are run on every node before Ray starts, such as `module load cuda`."""
+    """Commands that run on every node before Ray starts, such as `module load cuda`."""
 
 
 class GrowingPool(Settings):
-    """Machines of one kind for workers, of which there are as many as jobs want."""
+    """Machines of one kind for workers, started and stopped by demand."""
 
     min: Count = 0
-    """Kept also when no job wants them."""
+    """Minimum number of machines, kept even if no job needs them."""
     max: Positive
-    """Most machines at a time."""
+    """Maximum number of machines."""
     cpus: Positive
-    """Of a machine."""
+    """Cores per machine."""
     gpus: Count = 0
-    """Of a machine."""
+    """GPUs per machine."""
     gpu: str | None = None
-    """Type, for `resources.accelerator` of a job, such as A100."""
+    """Type of GPU, for `resources.accelerator` of a job, such as A100."""
     image: str | None = None
-    """Of these machines. None: the cluster's."""
+    """Image of these machines. None: the image of the cluster."""
     price: Price | None = None
-    """Of one machine, an hour; on demand, where there are several markets."""
+    """Price of one machine per hour; on demand, if there are several markets."""
     labels: Labels = {}
-    """Of Ray's nodes: seen in `ray list nodes`, and what Ray code can select machines by."""
+    """Labels of Ray's nodes: shown by `ray list nodes`, and available to Ray code for selecting machines."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -308,55 +312,56 @@ def _grown(pools: Mapping[str, GrowingPool]) -> list[Offer]:
 
 
 class PodPool(GrowingPool):
-    """Pods of one kind, one a machine."""
+    """Pods of one kind, one per machine."""
 
     memory_gib: Positive
-    """GiB of memory of a pod."""
+    """Memory of a pod in GiB."""
     gpu_resource: str = "nvidia.com/gpu"
-    """What the cluster calls its GPUs, a partition of one (MIG) too."""
+    """Resource name of the GPUs in Kubernetes, also that of a partition of one (MIG)."""
     shared_memory_gib: Positive = 8
-    """GiB of /dev/shm, where NCCL and data loaders put what processes of a machine share."""
+    """Size of /dev/shm in GiB. NCCL and data loaders use it for memory that processes share."""
     node_selector: dict[str, str] = {}
-    """Labels of the nodes that pods may go to."""
+    """Labels of the nodes that may run the pods."""
     tolerations: list[dict[str, Any]] = []
-    """Taints of nodes that pods put up with, as Kubernetes writes them."""
+    """Taints of nodes that the pods tolerate, in the notation of Kubernetes."""
 
 
 class PodHead(Settings):
-    """The pod that leads."""
+    """The pod that runs Ray's head and the drivers of jobs."""
 
     cpus: Positive = 4
     """Cores of the pod."""
     memory_gib: Positive = 16
-    """GiB of memory of the pod."""
+    """Memory of the pod in GiB."""
     price: Price | None = None
-    """An hour."""
+    """Price per hour."""
     node_selector: dict[str, str] = {}
-    """Labels of the nodes that the pod may go to."""
+    """Labels of the nodes that may run the pod."""
 
 
 KubernetesName = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")]
 
 
 class Kubernetes(Cluster):
-    """A RayCluster of KubeRay (1.5 or newer), reached with kubectl. Pods come when a job wants them and go when they are idle."""
+    """A RayCluster of KubeRay (1.5 or newer), reached with kubectl. Pods are created when a job needs them and deleted
+    when they are idle."""
 
     provider: Literal["kubernetes"]
     name: KubernetesName
     image: str
-    """With Muster's dependencies."""
+    """Container image with Muster's dependencies."""
     namespace: KubernetesName = "default"
-    """Where everything is made."""
+    """Namespace of all resources."""
     context: str | None = None
-    """Of kubectl. None: the current one."""
+    """Context of kubectl. None: the current one."""
     head: PodHead = PodHead()
-    """The pod that leads; drivers of jobs run there."""
+    """The pod that runs Ray's head and the drivers of jobs."""
     pools: Annotated[dict[KubernetesName, PodPool], Field(min_length=1)]
-    """Pods for workers, by a name of your choice."""
+    """Pods for workers, under names of your choice."""
     idle_minutes: Positive = 10
-    """Minutes after which a pod that nobody uses is given back."""
+    """Minutes after which an idle pod is deleted."""
     service_account: str | None = None
-    """Of all pods: what lets them into storage without a key."""
+    """Service account of all pods, for access to storage without a key."""
 
     @property
     def offers(self) -> Sequence[Offer]:
@@ -367,52 +372,53 @@ class CloudPool(GrowingPool):
     """Machines of one kind."""
 
     instance: str = Field(examples=["p4d.24xlarge"])
-    """What the cloud calls this kind of machine."""
+    """The cloud's name of the machine type."""
     market: Literal["on-demand", "spot", "spot-first"] = "on-demand"
-    """spot-first: on demand where the cloud has no spot machines to give."""
+    """on-demand, spot, or spot-first: spot, and on demand while the cloud has no spot machines."""
     disk_gib: Positive = 200
-    """GiB of its disk."""
+    """Size of the disk in GiB."""
     spot_price: Price | None = None
-    """As `price`, on the spot market, about."""
+    """Approximate price of one machine per hour on the spot market."""
 
 
 class CloudHead(Settings):
-    """The machine that leads. It needs no GPU: drivers of jobs run there, workers do not."""
+    """The machine that runs Ray's head and the drivers of jobs. Workers do not run there, so it needs no GPU."""
 
     instance: str = Field(examples=["m5.2xlarge"])
-    """What the cloud calls this kind of machine."""
+    """The cloud's name of the machine type."""
     image: str | None = None
-    """None: the cluster's."""
+    """Image of this machine. None: the image of the cluster."""
     disk_gib: Positive = 100
-    """GiB of its disk."""
+    """Size of the disk in GiB."""
     price: Price | None = None
-    """An hour."""
+    """Price per hour."""
 
 
 class Cloud(Cluster):
-    """Machines of a cloud, by Ray's cluster launcher. They come when a job wants them and go when they are idle."""
+    """Machines of a cloud, started by Ray's cluster launcher. They are started when a job needs them and terminated
+    when they are idle."""
 
     image: str | None = None
-    """Of all machines. None: the one that Ray's launcher takes by default."""
+    """Image of all machines. None: the default of Ray's cluster launcher."""
     head: CloudHead
-    """The machine that leads; drivers of jobs run there."""
+    """The machine that runs Ray's head and the drivers of jobs."""
     pools: Annotated[dict[Name, CloudPool], Field(min_length=1)]
-    """Machines for workers, by a name of your choice."""
-    user: Host = "ubuntu"
-    """Whom the image lets in by SSH."""
+    """Machines for workers, under names of your choice."""
+    user: WorkerSupervisor = "ubuntu"
+    """User name for SSH in the image."""
     files: dict[str, str] = {}
-    """Copied to every machine: {path there: path here, from the cluster file if it is relative}."""
+    """Files and folders to copy to every machine: {path there: path here}; relative paths start at the cluster file."""
     setup: list[str] = []
-    """Commands that are run on every machine, in order, before Ray starts there."""
+    """Commands that run on every machine, in order, before Ray starts there."""
     python: str = "python3"
-    """On the machines, with Muster's dependencies."""
+    """Python on the machines, with Muster's dependencies."""
     idle_minutes: Positive = 10
-    """Minutes after which a machine that nobody uses is given back."""
+    """Minutes after which an idle machine is terminated."""
     orphan_minutes: Count | None = 15
-    """Minutes without an answer of the head after which a machine for workers shuts itself down. 0 or None: never. Until `down` such a
-    machine costs nothing more on EC2, its disk on Compute Engine and Azure."""
+    """A worker machine shuts itself down when the head has not answered for this many minutes. 0 or None: never. Until
+    `muster cluster down`, such a machine costs nothing more on EC2, and only its disk on Compute Engine and Azure."""
     private: bool = False
-    """Machines without a public address: reached from inside their network only."""
+    """Machines without a public address, reachable only from inside their network."""
 
     @property
     def offers(self) -> Sequence[Offer]:
@@ -420,32 +426,34 @@ class Cloud(Cluster):
 
 
 class Aws(Cloud):
-    """EC2. Credentials are those of boto3: the environment, ~/.aws."""
+    """EC2. Credentials are those of boto3: the environment or ~/.aws."""
 
     provider: Literal["aws"]
     region: str = Field(examples=["us-west-2"])
-    """Of all machines."""
+    """Region of all machines."""
     zones: list[str] = []
-    """Tried in order. Empty: all of the region."""
+    """Availability zones, tried in order. Empty: all zones of the region."""
     instance_profile: str | None = None
-    """Name of the IAM instance profile of all machines; it lets them into storage, and the head start machines.
-    None: one that Ray makes for the head alone."""
+    """Name of the IAM instance profile of all machines. It gives them access to storage, and lets the head start
+    machines. None: a profile that Ray creates, for the head only."""
     subnets: list[str] = []
-    """Empty: those of the default network."""
+    """Subnets of the machines. Empty: those of the default network."""
     security_groups: list[str] = []
-    """Empty: one that is made: SSH from everywhere, everything among the machines themselves."""
+    """Security groups of the machines. Empty: a new one that allows SSH from everywhere, and all traffic among the
+    machines."""
 
 
 class Gcp(Cloud):
-    """Compute Engine. Credentials are the application default ones of gcloud."""
+    """Compute Engine. Credentials are the application default credentials of gcloud."""
 
     provider: Literal["gcp"]
     project: str
-    """Id of the project that pays."""
+    """Id of the project that is billed."""
     zone: str = Field(examples=["us-central1-a"])
-    """Of all machines."""
+    """Zone of all machines."""
     service_account: str | None = None
-    """Email, of all machines; it lets them into storage. None: one that Ray makes for the head alone."""
+    """Email of the service account of all machines. It gives them access to storage. None: an account that Ray creates,
+    for the head only."""
 
     @property
     def region(self) -> str:
@@ -453,17 +461,17 @@ class Gcp(Cloud):
 
 
 class Azure(Cloud):
-    """Virtual machines. Credentials are those of the az command."""
+    """Azure virtual machines. Credentials are those of the az command."""
 
     provider: Literal["azure"]
     subscription: str
-    """Id of the subscription that pays."""
+    """Id of the subscription that is billed."""
     resource_group: str
-    """Where everything is made."""
+    """Resource group of all resources."""
     region: str = Field(examples=["westus2"])
-    """Of all machines."""
+    """Region of all machines."""
     image: Annotated[str, Field(pattern="^[^:]+:[^:]+:[^:]+:[^:]+$")] | None = None
-    """PUBLISHER:OFFER:SKU:VERSION. None: the one that Ray's launcher takes by default."""
+    """PUBLISHER:OFFER:SKU:VERSION. None: the default of Ray's cluster launcher."""
 
 
 SPECS: dict[str, type[Cluster]] = {

@@ -1,7 +1,8 @@
 """A way to a port that another machine sees, which no other user of this machine can take over.
 
-ssh listens on a Unix socket in a folder that is its owner's alone, not on a port: everybody can read a port number in the list of
-processes and listen on it first. The port that clients are given is held by this process from before anybody knows it, to the end.
+ssh listens on a Unix socket in a folder that is its owner's alone, not on a port: everybody can read a port number in
+the list of processes and listen on it first. The port that clients are given is held by this process from before
+anybody knows it, to the end.
 """
 
 from __future__ import annotations
@@ -50,14 +51,16 @@ def tunnel(host: str, login: Login, address: str, port: int) -> Iterator[int]:
 
 
 def refuse_strangers_port(port: int, shown: str) -> None:
-    """Raises Refused if another user listens on a port of loopback, who would be given the token. Sees it where there is /proc."""
+    """Raises Refused if another user listens on a port of loopback, who would be given the token.
+    Sees it where there is /proc."""
     found = [(address, uid) for address, at, uid in _listeners() if at == port]
     # A connection goes to who listens on the address itself before those who listen on all of them.
     own_address = [uid for address, uid in found if address in _LOOPBACK]
     answering = own_address or [uid for address, uid in found if not address.strip("0")]
     if others := set(answering) - {os.getuid()}:
         raise Refused(
-            f"another user (uid {min(others)}) listens on port {port} of this machine in place of {shown}; is it still up?"
+            f"another user (uid {min(others)}) listens on port {port} of this machine in place of {shown}; is it still "
+            "up?"
         )
 
 
@@ -81,7 +84,7 @@ def _private_folder() -> str:
     return tempfile.mkdtemp(prefix="muster-", dir="/tmp")
 
 
-def _await(path: str, process: subprocess.Popen, host: str) -> None:
+def _await(path: str, process: subprocess.Popen[str], host: str) -> None:
     deadline = time.monotonic() + _UP_S
     while time.monotonic() < deadline:
         if process.poll() is not None:

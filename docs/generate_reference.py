@@ -1,14 +1,15 @@
-"""Writes the reference pages: every setting, command, metric, event and environment variable, from the code that has them.
+"""Writes the reference pages: every setting, command, metric, event and environment variable, from the code.
 
     python -m docs.generate_reference docs/reference
 
-What a page says of a thing is written where the thing is: under a field, in an option's help, in a table.
+The texts are those in the code: docstrings under fields, help texts of options, tables.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,32 +33,34 @@ from training.metric_schema import METRICS, Columns
 from training.recipes import RECIPES
 
 REQUIRED = "required"
-OF_THE_FILE = {"name": "the file's own name"}
+OF_THE_FILE = {"name": "the name of the file"}
 OF_A_PHASE = {
-    "recipe": "the phase's own name",
-    "seed": "the job's",
-    "model": "the job's",
+    "recipe": "the name of the phase",
+    "seed": "the seed of the job",
+    "model": "the model of the job",
     "model.path": "required, unless the phase starts from another",
     "epochs": "1, unless `max_steps` is given",
 }
 """Defaults that are not in the settings classes, since they depend on the rest of the file."""
 
 ENVIRONMENT = {
-    "CC": "The C compiler that `model.compile` and Liger's kernels use on GPUs; else gcc or clang.",
-    "CXX": "The C++ compiler that `model.compile` uses on CPUs; else g++.",
-    "MUSTER_CACHE": "Folder of what can be made again: tokenised data. Default: `~/.cache/muster`.",
-    "MUSTER_HOME": "Folder of what is known of clusters that are up, with their keys and tokens. Default: `~/.muster`.",
-    "MUSTER_STORAGE_PATIENCE_S": "Seconds for which storage that does not answer is tried again. Default: 300.",
-    "MUSTER_CLOUD": "Which cloud's notices of machines that are taken back are listened for: `aws`, `gcp`, `azure` or `none`. Default: what the firmware says.",
-    "MUSTER_METADATA_URL": "Where these notices are asked for. Default: the cloud's own address.",
-    "RAY_ADDRESS": "A Ray cluster to run on, `HOST:PORT`. Without it `muster run` starts a Ray of its own.",
-    "RAY_AUTH_TOKEN": "The token of that cluster, or of an `existing` one.",
-    "RAY_AUTH_TOKEN_PATH": "A file with that token. Without either `~/.ray/auth_token`, if there is one.",
-    "RAY_USE_TLS": "Ray's own: whether that cluster speaks TLS. Then Muster looks no further than whether something listens there, and Ray waits for it.",
-    "CUDA_VISIBLE_DEVICES": "GPUs of this machine that may be used, by number. Default: all.",
-    "NO_PROXY": "Hosts that are not reached through a proxy; this machine's own address is added for tunnels.",
+    "CC": "The C compiler for `model.compile` and Liger's kernels on GPUs. Default: gcc or clang.",
+    "CXX": "The C++ compiler for `model.compile` on CPUs. Default: g++.",
+    "MUSTER_CACHE": "The cache folder, for example for tokenized data. Default: `~/.cache/muster`.",
+    "MUSTER_HOME": "Folder of the records of clusters that are up, with their keys and tokens. Default: `~/.muster`.",
+    "MUSTER_STORAGE_PATIENCE_S": "Seconds for which failed access to storage is retried. Default: 300.",
+    "MUSTER_CLOUD": "The cloud whose preemption notices are watched: `aws`, `gcp`, `azure` or `none`. "
+    "Default: as detected from the firmware.",
+    "MUSTER_METADATA_URL": "Address of the metadata service with these notices. Default: the cloud's own address.",
+    "RAY_ADDRESS": "The Ray cluster to run on, as `HOST:PORT`. Without it, `muster run` starts a private Ray cluster.",
+    "RAY_AUTH_TOKEN": "The token of that cluster, or of a cluster with `provider: existing`.",
+    "RAY_AUTH_TOKEN_PATH": "A file with that token. Default: `~/.ray/auth_token`, if it exists.",
+    "RAY_USE_TLS": "A setting of Ray: whether that cluster uses TLS. Muster then checks only that the port "
+    "is open, and Ray waits for the cluster.",
+    "CUDA_VISIBLE_DEVICES": "Numbers of the GPUs of this machine that may be used. Default: all.",
+    "NO_PROXY": "Hosts that are reached without a proxy. Muster adds the address of this machine, for tunnels.",
 }
-"""What Muster reads of its environment. What it sets for itself is not here."""
+"""Environment variables that Muster reads. Those that it sets for itself are not listed."""
 
 TRIED = Path(__file__).resolve().parents[1] / ".ci" / "tried.yaml"
 """The sets of versions that the tests have passed with. It is in the checkout only, where these pages are generated."""
@@ -159,6 +162,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     yield ""
 
 
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False) + "\n"
+
+
 def _settings_table(rows: Iterable[Row]) -> Iterator[str]:
     yield from _table(
         ("key", "takes", "default", "meaning"), ((f"`{r.key}`", r.takes, r.default, r.meaning) for r in rows)
@@ -181,37 +188,38 @@ def _top_of(key: str) -> str:
     return re.split(r"[.\[]", key)[0]
 
 
-_HEAD = "Generated from the code by `make docs`: what is wrong here is to be mended there.\n"
+_HEAD = "This page is generated from the code by `make docs`. Corrections belong in the code.\n"
 
 
 def _job() -> Iterator[str]:
     yield "# The job file: every setting\n"
     yield _HEAD
-    yield "`null` is written for nothing. `NAME` stands for a name of your choice, `[]` for each entry of a list. Any value can be overridden on the"
-    yield "command line by its path: `muster run job.yaml phases.NAME.learning_rate=1e-5`.\n"
+    yield "`null` means no value. `NAME` stands for a name of your choice, `[]` for each entry of a list. Any setting"
+    yield "can be overridden on the command line by its path: `muster run job.yaml phases.NAME.learning_rate=1e-5`.\n"
     yield "## At the top\n"
     yield from _settings_table(rows_of(TopLevel, OF_THE_FILE))
-    yield f"{_listed(SHARED)} hold for all phases; a phase may repeat them, and its values win key by key.\n"
-    yield "## Of every phase\n"
-    yield "Below `phases.NAME`. Where a recipe has a default of its own it is named with it.\n"
+    yield f"{_listed(SHARED)} apply to all phases. A phase may repeat them; its values take precedence, key by key.\n"
+    yield "## Every phase\n"
+    yield "These keys are in `phases.NAME`. Defaults that differ between recipes are listed with the recipe.\n"
     common = list(rows_of(Phase, OF_A_PHASE))
     own = {name: list(rows_of(recipe.config, OF_A_PHASE)) for name, recipe in RECIPES.items()}
     yield from _by_section([_with_recipes_defaults(row, own) for row in common])
     known = {row.key: row for row in common}
     for name, recipe in RECIPES.items():
-        yield f"## Of the recipe `{name}`\n"
+        yield f"## The recipe `{name}`\n"
         yield f"{' '.join((recipe.config.__doc__ or '').split())}\n"
         yield from _by_section([row for row in own[name] if _is_other(row, known.get(row.key))])
-    yield "## What may change while a run goes on\n"
-    yield "A run goes on only with the job that its checkpoints belong to. These settings do not shape the curve and may be others; for any other,"
-    yield "`--accept-changes`.\n"
+    yield "## Settings that may change when a run is resumed\n"
+    yield "A run is resumed only with the job that its checkpoints belong to. The following settings do not"
+    yield "affect the loss curve, so they may differ. A change of any other setting needs `--accept-changes`.\n"
     yield from (f"- `{key.replace('*', 'NAME')}`" for key in NEUTRAL)
     yield ""
     yield "## Environment variables\n"
     yield from _table(("variable", "meaning"), ((f"`{name}`", meaning) for name, meaning in ENVIRONMENT.items()))
-    yield "Workers on other machines are given those that begin with `HF_`, `NCCL_`, `MUSTER_`, `AWS_`, `GOOGLE_` or `FSSPEC_`, and those that the job names in"
-    yield "`env`. Keys and addresses of Hugging Face, W&B, MLflow and storage are read by their own libraries (`HF_TOKEN`, `WANDB_API_KEY`,"
-    yield "`MLFLOW_TRACKING_URI`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`)."
+    yield "Workers on other machines receive the variables that begin with `HF_`, `NCCL_`, `MUSTER_`, `AWS_`, `GOOGLE_`"
+    yield "or `FSSPEC_`, and those that the job names in `env`. Keys and addresses of Hugging Face, W&B, MLflow and"
+    yield "storage are read by their own libraries (`HF_TOKEN`, `WANDB_API_KEY`, `MLFLOW_TRACKING_URI`, `AWS_PROFILE`,"
+    yield "`AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`)."
 
 
 def _is_other(row: Row, common: Row | None) -> bool:
@@ -237,8 +245,9 @@ def _listed(names: Iterable[str]) -> str:
 def _clusters() -> Iterator[str]:
     yield "# The cluster file: every setting\n"
     yield _HEAD
-    yield "`provider` says where the machines come from, and which other keys there are. Files that work as they stand but for names: `configs/clusters/`.\n"
-    yield "What is within `custom` is the same everywhere and stands with the first of them.\n"
+    yield "`provider` says where the machines come from, and determines the other keys. `configs/clusters/` has"
+    yield "complete examples in which only names need to be replaced. The keys of `custom` are the same for all"
+    yield "providers and listed with the first.\n"
     for name, spec in SPECS.items():
         yield f"## `provider: {name}`\n"
         yield f"{' '.join((spec.__doc__ or '').split())}\n"
@@ -317,6 +326,8 @@ def _option(option: Any) -> tuple[str, str, str, str]:
 
 def _plain_type(option: Any) -> str:
     kinds: dict[Any, str] = {int: "whole number", float: "number", Path: "path"}
+    if option.type_descriptor.choices:
+        return " or ".join(option.type_descriptor.choices)
     annotation = option.type_descriptor.annotation
     word = next((kinds[kind] for kind in (annotation, *get_args(annotation)) if kind in kinds), "text")
     least = "" if option.min is None else f" >= {option.min}"
@@ -330,9 +341,10 @@ def _plain_type(option: Any) -> str:
 def _metrics() -> Iterator[str]:
     yield "# Metrics and events\n"
     yield _HEAD
-    yield "How to read them: [metrics.md](../metrics.md).\n"
+    yield "[metrics.md](../metrics.md) explains how to interpret them.\n"
     yield "## `metrics.jsonl`\n"
-    yield "One object a step, and one an evaluation, in the folder of the phase. A step is in it once, however often the run was interrupted.\n"
+    yield "The folder of the phase has one object per step and one per evaluation. Each step occurs once, even if the"
+    yield "run was interrupted.\n"
     told: dict[int, list[str]] = {}
     for recipe, columns in METRICS.items():
         told.setdefault(id(columns), []).append(recipe)
@@ -340,14 +352,12 @@ def _metrics() -> Iterator[str]:
         yield f"### {', '.join(recipes)}\n"
         yield from _columns(METRICS[recipes[0]])
     yield "## `events.jsonl`\n"
-    yield "One object an event, in the folder of the run.\n"
+    yield "The folder of the run has one object per event.\n"
     yield from _table(
-        ("in every event", "meaning"), ((f"`{name}`", text) for name, text in event_schema.COMMON.items())
+        ("key of every event", "meaning"), ((f"`{name}`", text) for name, text in event_schema.COMMON.items())
     )
-    yield "Those of a phase have `phase`, its name, too.\n"
-    yield from _table(
-        ("event", "meaning", "what it says"), (_event(name, each) for name, each in event_schema.EVENTS.items())
-    )
+    yield "Events of a phase also have `phase`, the name of the phase.\n"
+    yield from _table(("event", "meaning", "keys"), (_event(name, each) for name, each in event_schema.EVENTS.items()))
 
 
 def _columns(columns: Columns) -> Iterator[str]:
@@ -356,8 +366,8 @@ def _columns(columns: Columns) -> Iterator[str]:
 
 
 def _event(name: str, event: event_schema.Event) -> tuple[str, str, str]:
-    facts = " ".join(f"`{fact}`: {text}" for fact, text in event.facts.items())
-    return f"`{name}`" + ("" if event.of_phase else " (of the run)"), event.meaning, facts
+    fields = " ".join(f"`{fact}`: {text}" for fact, text in event.fields.items())
+    return f"`{name}`" + ("" if event.of_phase else " (of the run)"), event.meaning, fields
 
 
 # Versions
@@ -365,13 +375,14 @@ def _event(name: str, event: event_schema.Event) -> tuple[str, str, str]:
 _RESUMES = (
     (
         "the same set of versions",
-        "At the same number of workers and the same ZeRO stage, the metrics and weights are bit for bit those of a run that "
-        "was never interrupted. Otherwise they are equal to rounding.",
+        "At the same number of workers and the same ZeRO stage, the metrics and weights are bit for bit those of a "
+        "run that was never interrupted. Otherwise they are equal to rounding.",
     ),
     (
         "another set of this table",
-        "Weights, moments and the position in the data are restored exactly. Later metrics are equal to rounding as far as "
-        "the packages compute the same; a release that changes a kernel, a model or a tokenizer may change them further.",
+        "Weights, moments and the position in the data are restored exactly. Later metrics are equal to rounding as "
+        "far as the packages compute the same; a release that changes a kernel, a model or a tokenizer may change "
+        "them further.",
     ),
     (
         "versions that are not in this table",
@@ -386,18 +397,26 @@ def _versions(sets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "All tests have passed with each of these sets of versions, oldest first.\n"
     rows = [_set(each, _age(i, len(sets))) for i, each in enumerate(sets)]
     yield from _table(("set", "tested since", "platform", "Python", *PACKAGES), rows)
-    yield "`.ci/cpu.lock` pins the newest set with everything that it depends on. `.ci/cuda.lock` pins the same versions"
-    yield "with CUDA's libraries; no test has run with it on a GPU yet. The next minor releases of these packages are"
-    yield "excluded until they are tested.\n"
+    yield _paragraph(
+        "`.ci/cpu.lock` pins the newest set with everything that it depends on. `.ci/cuda.lock` pins the same versions "
+        "with CUDA's libraries; no test has run with it on a GPU yet. The next minor releases of these packages are "
+        "excluded until they are tested."
+    )
     yield "## What a resume across versions promises\n"
-    yield "Checkpoints are in Muster's own format: safetensors and JSON, without pickled objects of torch or DeepSpeed. Muster"
-    yield "0.2 reads the job files, runs, checkpoints, token stores and cluster records of 0.1 (`tests/old_runs/`).\n"
+    yield _paragraph(
+        "Checkpoints are in Muster's own format: safetensors and JSON, without pickled objects of torch or DeepSpeed. "
+        "Muster 0.2 reads the job files, runs, checkpoints, token stores and cluster records of 0.1 "
+        "(`tests/old_runs/`)."
+    )
     across = "yes" if len(sets) > 1 else "no: there is one set so far"
     resumes = zip(_RESUMES, ("yes", across, "no"), strict=True)
     yield from _table(("resume with", "promise", "tested"), ((*row, tested) for row, tested in resumes))
-    yield "All workers of a group must have the same versions: the preflight check refuses others. A resume with other versions"
-    yield "than before is not refused. The event `started` in `events.jsonl` records the versions of every attempt, and every"
-    yield "checkpoint's `manifest.json` those that it was written with. To reproduce a curve, resume with the recorded versions."
+    yield _paragraph(
+        "All workers of a group must have the same versions: the preflight check refuses others. A resume with other "
+        "versions than before is not refused. The event `started` in `events.jsonl` records the versions of every "
+        "attempt, and every checkpoint's `manifest.json` those that it was written with. To reproduce a curve, resume "
+        "with the recorded versions."
+    )
 
 
 def _age(index: int, count: int) -> str:

@@ -27,7 +27,8 @@ def main() -> None:
 
 
 def _leave(status: int) -> None:
-    """End the process although threads are at work: Python's own end would stop them in the middle of C++ code, which aborts the process."""
+    """End the process although threads are at work: Python's own end would stop them in the middle of C++ code,
+    which aborts the process."""
     atexit._run_exitfuncs()
     os._exit(status)
 

@@ -166,7 +166,7 @@ def _write_tokenizer(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray of the tests' own, with four places for workers."""
-    from launcher.workers.ray_session import own_nursery, ray_session
+    from launcher.workers.ray_session import own_fork_server, ray_session
 
-    with own_nursery(), ray_session(4):
+    with own_fork_server(), ray_session(4):
         yield

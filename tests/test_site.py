@@ -48,6 +48,19 @@ def resolves(page: Path, link: str) -> bool:
     return target.exists() and (not anchor or anchor in anchors(target))
 
 
+def missing_files(page: Path) -> list[str]:
+    """Files of the repository that the page names and that do not exist. The folder of a test may be left out."""
+    paths = re.findall(r"`((?:launcher|training|benchmarks|configs|\.ci)/[\w./-]+\.\w+)`", text_of(page))
+    tests = re.findall(r"`([\w/]*\btest_\w+\.py)`", text_of(page))
+    missing = [path for path in paths if "test_" not in path and not (ROOT / path).exists()]
+    return missing + [name for name in tests if not any(file.endswith(f"/{name}") for file in files_of_tests())]
+
+
+@cache
+def files_of_tests() -> list[str]:
+    return [path.as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
+
+
 def pages_of(nav) -> set[str]:
     """Pages that a part of `nav` names; a folder stands for all pages in it."""
     if isinstance(nav, str):
@@ -71,6 +84,12 @@ def test_the_readme_has_at_most_200_lines_of_120_columns():
 @pytest.mark.parametrize("page", markdown_files(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_and_anchors_resolve(page):
     assert broken_links(page) == []
+
+
+def test_files_that_the_docs_name_exist():
+    assert {
+        page.name: found for page in markdown_files() if page.is_relative_to(DOCS) and (found := missing_files(page))
+    } == {}
 
 
 def test_every_page_of_docs_is_in_the_navigation():

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Impossible(ValueError):
+class IncompatibleSettings(ValueError):
     """Settings that are right one by one and cannot go together, as (key such as `data.eval`, message)."""
 
     def __init__(self, problems: Sequence[tuple[str, str]]):
@@ -48,23 +48,24 @@ class Source(Settings):
     """One source of rows."""
 
     path: str = Field(examples=["data/train.jsonl"])
-    """File, folder, glob, or the name of a data set on the Hugging Face hub, also as `owner/name@revision`."""
+    """A file, a folder, a glob, or the name of a dataset on the Hugging Face hub, also as `owner/name@revision`."""
     weight: PositiveFloat | None = None
-    """Share of the samples that come from this source, relative to the other weights. None: every row once an epoch."""
+    """Share of the samples that come from this source, relative to the other weights. None: every row once per
+    epoch."""
     name: str | None = None
-    """Configuration of a hub data set, such as `main`."""
+    """Configuration of a hub dataset, such as `main`."""
     split: str = "train"
-    """Split of a hub data set, or of a folder that DatasetDict.save_to_disk wrote."""
+    """Split of a hub dataset, or of a folder written by DatasetDict.save_to_disk."""
     revision: str | None = None
-    """Branch, tag or commit of a hub data set; `owner/name@revision` says the same. None: its default branch. The commit that it is when the
-    run begins is recorded and used again."""
+    """Branch, tag or commit of a hub dataset; the same as `owner/name@revision`. None: the default branch. The run
+    records the commit at its start and uses the same commit when it is resumed."""
 
 
 class BadRows(Settings):
-    """How many rows that cannot be used are left out."""
+    """How many invalid rows may be left out."""
 
     drop: Annotated[float, Field(gt=0, lt=1)]
-    """Largest fraction of all rows. With more of them the data is refused."""
+    """Largest fraction of all rows that may be dropped. Data with more invalid rows is refused."""
 
 
 class Data(Settings):
@@ -78,31 +79,35 @@ class Data(Settings):
         "auto", "text", "prompt_completion", "alpaca", "sharegpt", "messages", "critique", "preference",
         "sharegpt_preference",
     ] = "auto"  # fmt: skip
-    """Row format. auto: recognised by the columns."""
+    """Row format. auto: detected from the columns."""
     columns: dict[str, str] = {}
-    """The data's own names for the format's columns: {prompt: question, completion: answer}."""
+    """Maps the columns of the format to those of the data: {prompt: question, completion: answer}."""
     template: str = "auto"
-    """Chat template. auto: the tokenizer's own for message formats, none for prompt_completion. tokenizer: the tokenizer's own for prompts
-    and completions that are texts, too. none, a built-in name, or a Jinja file."""
+    """Chat template. auto: the tokenizer's own for conversations, none for prompt_completion. tokenizer: the
+    tokenizer's own, also for prompts and completions that are plain texts. Otherwise none, the name of a built-in
+    template, or a Jinja file."""
     bos: Literal["auto", "none"] = "auto"
-    """What plain texts begin with. auto: what the tokenizer puts before a text (BOS), as at inference. none: nothing, as runs had it before there was this setting."""
+    """What plain texts begin with. auto: the BOS token if the tokenizer adds one, as at inference. none: nothing, as in
+    runs from before this setting existed."""
     turns: Literal["auto", "last", "all"] = "auto"
-    """Which answers of a conversation are learned. auto: all, in one sequence; where the chat template rewrites earlier turns, those that it
-    leaves as they were, which is often the last alone. last: the last. all: also those that are rewritten later, each in a sequence that ends with
-    it. Answers that are not learned are counted."""
+    """Which answers of a conversation are trained on. auto: all of them, in one sequence; if the chat template rewrites
+    earlier turns, only those that it leaves unchanged, which is often only the last. last: only the last. all: also
+    those that are rewritten later, each in a sequence that ends with it. Answers that are not trained on are
+    counted."""
     max_length: Annotated[int, Field(ge=2)] = 2048
-    """Longest sample, in tokens."""
+    """Maximum length of a sample, in tokens."""
     overlong: Literal["drop", "truncate", "split"] = "drop"
-    """What happens to longer samples: left out, cut, or (documents) learnt in pieces. It is counted and told."""
+    """What happens to longer samples: they are dropped, truncated, or (documents only) split into pieces. Their number
+    is reported."""
     bad_rows: Literal["refuse"] | BadRows = "refuse"
-    """What happens to training rows that cannot be used: broken JSON, a missing column, an empty answer, a conversation that the template
-    refuses. refuse: the job does not start. {drop: 0.01}: up to this fraction of all rows is left out, counted and listed in bad_rows.jsonl.
-    Rows of `eval` are always refused."""
+    """What happens to invalid training rows: broken JSON, a missing column, an empty answer, a conversation that the
+    template rejects. refuse: the job does not start. {drop: 0.01}: up to this fraction of all rows is dropped, counted
+    and listed in bad_rows.jsonl. Invalid rows of `eval` are always refused."""
     shuffle: bool = True
-    """False: the files' own order."""
+    """Shuffle the samples in every epoch. false: keep the order of the files."""
     pack: bool = True
-    """Put several samples into one row, with attention that never crosses them. Changes speed, never the loss: models that were not found to
-    keep samples apart get one sample a row, which is told."""
+    """Pack several samples into one row; attention never crosses from one to another. This changes the speed, never the
+    loss. Models that are not known to keep samples apart get one sample per row, with a note."""
 
     @field_validator("train", "eval", mode="before")
     @classmethod
@@ -115,53 +120,55 @@ class Lora(Settings):
     """Low-rank adapters on frozen weights (arXiv:2106.09685)."""
 
     rank: PositiveInt = 16
-    """Rank of the added matrices."""
+    """Rank of the adapter matrices."""
     alpha: PositiveFloat = 32.0
-    """The added product counts alpha / rank times."""
+    """The product of the adapter matrices is scaled by alpha / rank."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Linear layers that get an adapter, by the ends of their names, such as [q_proj, v_proj]. all-linear: all but the head
-    and those that PEFT could not load into a model of this type, which is told."""
+    """Linear layers that get an adapter, by the ends of their names, such as [q_proj, v_proj]. all-linear: all except
+    the head and those that PEFT cannot load into a model of this type; a note names the latter."""
     bits: Literal[4] | None = None
-    """4: the frozen weights in 4-bit NF4 (QLoRA, arXiv:2305.14314). Needs a GPU and bitsandbytes."""
+    """4: keep the frozen weights in 4-bit NF4 (QLoRA, arXiv:2305.14314). Needs a GPU and bitsandbytes."""
 
 
 class Model(Settings):
     """The model that a phase starts from."""
 
     path: str = Field(examples=["meta-llama/Llama-2-7b-hf"])
-    """Hub id or Hugging Face folder, or the folder of a PEFT adapter."""
+    """A hub id, a Hugging Face model folder, or the folder of a PEFT adapter."""
     revision: str | None = None
-    """Branch, tag or commit of a model on the hub, and of its tokenizer. None: its default branch. The commit that it is when the run begins
-    is recorded and used again."""
+    """Branch, tag or commit of a model on the hub, and of its tokenizer. None: the default branch. The run records the
+    commit at its start and uses the same commit when it is resumed."""
     lora: Lora | None = None
-    """Train adapters instead of the weights. None: all weights."""
+    """Train adapters instead of the weights. None: train all weights."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of the computation; master weights are fp32 always. auto: bf16 where the hardware multiplies it, else fp32."""
+    """Data type of the computation; the master weights are always fp32. auto: bf16 if the hardware multiplies it,
+    otherwise fp32."""
     attention: Literal[
         "auto", "eager", "sdpa", "sdpa_varlen", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
-    """Attention kernel. auto: flash attention on GPUs that have it installed; on CPUs sdpa_varlen, torch's kernel called for every sample of
-    a packed row, unless layers are compiled; else sdpa; eager for models that transformers has no other for. A kernel that a model does not
-    have is refused."""
+    """Attention kernel. auto: flash attention on GPUs where it is installed; on CPUs sdpa_varlen, which calls torch's
+    kernel for each sample of a packed row, unless layers are compiled; otherwise sdpa; eager for models for which
+    transformers has no other kernel. A kernel that a model does not support is refused."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
-    """Kernels of norms, rotations and gated layers. auto: Liger's fused ones on GPUs that have the package liger-kernel, for models that it
-    knows, unless layers are compiled; else torch's."""
+    """Kernels of norms, rotary embeddings and gated layers. auto: Liger's fused kernels on GPUs if liger-kernel is
+    installed and supports the model, unless layers are compiled; otherwise torch's."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time. auto: on GPUs that a step would not fit
-    into without it, by the figures of `muster plan`."""
+    """Recompute activations in the backward pass. This saves memory and takes about a third more time. auto: on GPUs,
+    if `muster plan` predicts that a step does not fit without it."""
     compile: bool = False
-    """Compile the layers with torch: for GPUs, CPUs gain little. The first steps take up to a minute longer. Needs a C++ compiler; not at
-    ZeRO stage 3, not in PPO."""
+    """Compile the layers with torch.compile. Worthwhile on GPUs; CPUs gain little. The first steps take up to a minute
+    longer. Needs a C++ compiler. Not available at ZeRO stage 3 or in PPO."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models you trust. `generate`, `eval`, `critique` and `export` ask anew:
-    `--trust-remote-code`."""
+    """Run Python code that comes with the model. Use this only for models that you trust. `generate`, `eval`,
+    `critique` and `export` need their own option, `--trust-remote-code`."""
     tokenizer: str | None = None
-    """Hub id or folder of the tokenizer. None: the model's own."""
+    """Hub id or folder of the tokenizer. None: the tokenizer of the model."""
     tokenizer_revision: str | None = None
-    """Branch, tag or commit of `tokenizer`, where that is on the hub."""
+    """Branch, tag or commit of `tokenizer`, if it is on the hub."""
     resize_embedding: Literal["never", "auto"] = "never"
-    """What happens when the tokenizer has more tokens than the embedding has rows. never: data with such tokens are refused. auto: embedding
-    and head grow to the tokenizer's size; the new rows begin as the mean of the others. With LoRA, embedding and head are then trained whole."""
+    """What happens if the tokenizer has more tokens than the embedding has rows. never: data with such tokens is
+    refused. auto: the embedding and the head grow to the tokenizer's size; new rows are initialized to the mean of the
+    others. With LoRA, the embedding and the head are then fully trained."""
 
 
 class Schedule(Settings):
@@ -170,31 +177,31 @@ class Schedule(Settings):
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay."""
     warmup: Annotated[float | int, Field(ge=0)] = 0.03
-    """Linear warm-up: below 1 a fraction of all steps, else a number of steps."""
+    """Linear warmup. Below 1: a fraction of all steps; otherwise a number of steps."""
     floor: Fraction = 0.1
-    """Fraction of the learning rate at which the decay ends."""
+    """The decay ends at this fraction of the learning rate."""
 
 
 class Optimizer(Settings):
-    """AdamW (arXiv:1711.05101); no decay on norms, biases and embeddings."""
+    """AdamW (arXiv:1711.05101). Norms, biases and embeddings are not decayed."""
 
     name: Literal["adamw"] = "adamw"
-    """The only one there is."""
+    """The optimizer. There is only one."""
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """How much of the running means of the gradient and of its square stays at each step."""
+    """Decay rates of the running means of the gradient and of its square."""
     eps: PositiveFloat = 1e-8
-    """Added to the root of the mean square before the step is divided by it."""
+    """Added to the denominator of the update, for numerical stability."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Share of a weight that a step takes away, times the learning rate. LLaMA-2 used 0.1 for SFT."""
+    """Weight decay; each step multiplies the weights by 1 - learning rate x weight_decay. LLaMA-2 used 0.1 for SFT."""
 
 
 class Best(Settings):
-    """Which checkpoint counts as the best. The phase ends with its model."""
+    """How the best checkpoint is chosen. The phase ends with its model."""
 
     metric: str = "eval_loss"
-    """A name from the evaluation rows of metrics.jsonl."""
+    """A metric of the evaluation rows in metrics.jsonl."""
     mode: Literal["auto", "min", "max"] = "auto"
-    """auto: the smallest loss, the largest of anything else."""
+    """auto: the smallest value of a loss, the largest of any other metric."""
 
     @property
     def smaller_is_better(self) -> bool:
@@ -206,18 +213,19 @@ _UNIT_S = {"s": 1, "m": 60, "h": 3600}
 
 
 class Checkpointing(Settings):
-    """When to save and what to keep."""
+    """When checkpoints are saved and which are kept."""
 
     every: int | str = 200
-    """Steps between two checkpoints, or a time such as 90s, 10m or 2h: then a checkpoint is saved after the first step that ends when the last
-    one is that old, by the driver's clock. The last step is always saved."""
+    """Steps between two checkpoints, or a time such as 90s, 10m or 2h: a checkpoint is then saved after the first step
+    that ends when the last checkpoint is that old. The last step is always saved."""
     keep: PositiveInt = 3
-    """How many of the newest stay. The best and the only whole one are never deleted."""
+    """How many of the newest checkpoints are kept. The best one and the only complete one are never deleted."""
     keep_weights: Annotated[int, Field(ge=0)] = 0
-    """How many before these keep their weights alone, a third of their size: to generate, evaluate and export from, while the run cannot be
-    resumed from them. So does the best, once it is not one of the newest any more. 0: none; the best stays as it was saved."""
+    """How many earlier checkpoints keep only their weights, a third of the size. They can be used by generate, eval and
+    export, but a run cannot be resumed from them. The same happens to the best checkpoint when it is no longer one of
+    the newest. 0: none, and the best checkpoint stays complete."""
     best: Best | None = None
-    """Also keep the best by this metric, and end with it."""
+    """Also keep the best checkpoint by this metric, and end the phase with its model."""
 
     @field_validator("every", mode="before")
     @classmethod
@@ -235,54 +243,56 @@ class Checkpointing(Settings):
 
 
 class Sharding(Settings):
-    """How model states are spread over the workers (ZeRO, arXiv:1910.02054)."""
+    """How model states are partitioned over the workers (ZeRO, arXiv:1910.02054)."""
 
     stage: Literal[0, 1, 2, 3] = 2
-    """0: nothing, 1: optimizer states, 2: and gradients, 3: and weights."""
+    """What is partitioned. 0: nothing. 1: optimizer states. 2: also gradients. 3: also weights."""
     offload: Literal["none", "cpu"] = "none"
-    """cpu: optimizer states (and weights, at stage 3) live in host memory."""
+    """cpu: keep optimizer states (and weights, at stage 3) in host memory."""
 
 
 class Resources(Settings):
-    """What the workers are."""
+    """Number and kind of the workers."""
 
     workers: PositiveInt = 1
-    """One worker is one process with one GPU (one CPU process where there are none)."""
+    """Number of workers. A worker is a process with one GPU, or a CPU process if there are no GPUs."""
     min_workers: PositiveInt | None = None
-    """May go on with as few, when machines are lost or do not come. None: waits for all."""
+    """Continue with as few as this many workers if machines are lost or not available. None: always wait for all."""
     wait_for_machines: PositiveFloat = 600.0
-    """Seconds to wait for machines before going on with fewer, or giving up. Machines that others use are waited for without end."""
+    """Seconds to wait for machines before the run continues with fewer workers, or stops. The run waits without limit
+    for machines that other jobs use."""
     hang_after: PositiveFloat = 600.0
-    """Seconds without any progress of any worker after which they are restarted."""
+    """If no worker makes progress for this many seconds, all workers are restarted."""
     gpus_per_worker: Literal["auto", 0, 1] = "auto"
-    """auto: 1 where the cluster has GPUs, else 0."""
+    """auto: 1 if the cluster has GPUs, otherwise 0."""
     threads: Literal["auto"] | PositiveInt = "auto"
-    """CPU threads a worker computes with. auto: the node's cores shared by its workers."""
+    """CPU threads per worker. auto: the cores of the node divided by the number of its workers."""
     accelerator: str | None = None
-    """Only GPUs of this type, by Ray's name, such as H100."""
+    """Use only GPUs of this type, by Ray's name, such as H100."""
 
 
 class Questions(Settings):
-    """Questions that the model answers at every evaluation; the answers are compared with the right ones."""
+    """Questions that the model answers at every evaluation. The answers are compared with the expected ones."""
 
     data: str = Field(examples=["data/questions.jsonl"])
-    """File of rows with a question and its answer."""
+    """File with a question and its answer in each row."""
     columns: dict[str, str] = {}
-    """The data's own names: {question: problem, answer: solution}."""
+    """Maps the expected columns to those of the data: {question: problem, answer: solution}."""
     limit: PositiveInt | None = None
-    """How many rows are taken, from the first on."""
+    """Use only this many rows, from the beginning."""
     max_new_tokens: PositiveInt = 256
-    """Longest response."""
+    """Maximum length of a response, in tokens."""
     samples: PositiveInt = 1
-    """Responses to each question."""
+    """Responses per question."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0: always the likeliest token."""
+    """Sampling temperature. 0: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     batch: PositiveInt = 64
-    """Responses that one worker writes at a time. Changes memory and speed, never the responses."""
+    """Responses that a worker generates at the same time. This changes memory and speed, never the responses."""
     verdicts: str | None = None
-    """File of rows with question, answer and verdict: the model critiques the answer, its conclusion is compared."""
+    """File with question, answer and verdict in each row. The model criticizes the answer, and its conclusion is
+    compared with the verdict."""
 
 
 _STEPS = re.compile(r"([1-9][0-9]{0,17})(?:-([1-9][0-9]{0,17}))?")
@@ -291,10 +301,10 @@ _MOST_PROFILED = 20
 
 
 class Profile(Settings):
-    """Where the time of some steps goes: a trace and a table of the first worker of each group."""
+    """Profile some steps: a trace and a table for the first worker of each group."""
 
     steps: int | str = Field(examples=["10-12"])
-    """The first and the last, such as 10-12, or one step such as 10; at most 20. Of PPO: iterations."""
+    """The first and the last step, such as 10-12, or a single step such as 10; at most 20. For PPO: iterations."""
 
     @field_validator("steps")
     @classmethod
@@ -322,54 +332,56 @@ class Phase(Settings):
     recipe: str
     """pretrain, sft, cft, reward or ppo."""
     from_: str | None = Field(default=None, alias="from")
-    """What to start from: an earlier phase of this job, a run, or a model folder. None: the phase before, or `model.path` for the first."""
+    """What the phase starts from: an earlier phase of this job, a run, or a model folder. None: the previous phase, or
+    `model.path` for the first one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Root of every random choice: same job, same data, same seed, same curve."""
+    """Root seed of all random choices. The same job, data and seed give the same loss curve."""
     model: Model
-    """What is trained, and how it computes."""
+    """The model and how it computes."""
     data: Data
-    """What it learns from."""
+    """The data."""
     epochs: PositiveFloat | None = None
     """Passes over the data; 1 unless `max_steps` is given."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps; ends early, or goes through the data again."""
+    """Number of optimizer steps. The phase ends within an epoch or repeats the data, as needed."""
     batch: PositiveInt = 64
-    """Samples in a global batch. Never changes with the machines."""
+    """Samples in a global batch. It does not depend on the number of workers."""
     micro_tokens: Literal["auto"] | PositiveInt = "auto"
-    """Tokens in a micro-batch of one worker. Changes memory and speed, never the loss. auto: 4,096 or the longest sample on a GPU; on a CPU
-    1,024, for adapters and pairs 512."""
+    """Tokens in a micro-batch of one worker. This changes memory and speed, never the loss. auto: 4,096 or the longest
+    sample on a GPU; on a CPU 1,024, for adapters and pairs 512."""
     micro_batch: PositiveInt | None = None
     """Samples in a micro-batch, instead of micro_tokens."""
     learning_rate: PositiveFloat = 2.0e-5
-    """The highest one, which the warm-up ends with."""
+    """Peak learning rate, reached at the end of the warmup."""
     schedule: Schedule = Schedule()
-    """How the learning rate goes up and down."""
+    """Warmup and decay of the learning rate."""
     optimizer: Optimizer = Optimizer()
-    """How gradients change weights."""
+    """The optimizer."""
     clip: PositiveFloat | None = 1.0
-    """Largest gradient norm. null: no clipping."""
+    """Gradients are clipped to this norm. null: no clipping."""
     on_divergence: Literal["stop", "skip"] = "stop"
-    """When the loss diverges. skip: go back to the last checkpoint and leave out the batch that did it."""
+    """What happens when the loss diverges. stop: the run fails. skip: go back to the last checkpoint and skip the batch
+    that caused it."""
     loss_limit: PositiveFloat | None = None
-    """A loss above it has diverged. None: only one that is no number."""
+    """A loss above this value counts as diverged. None: only a loss that is not a finite number."""
     log_every: PositiveInt = 1
     """Steps between two lines on the terminal. metrics.jsonl has every step."""
     profile: Profile | None = None
-    """Find out where the time goes, for some steps. None: nothing is measured."""
+    """Profile some steps. None: no profile."""
     eval_every: PositiveInt | None = None
-    """Steps between two evaluations. None: at the end only, if there is `data.eval` or `eval`."""
+    """Steps between two evaluations. None: evaluate only at the end, if there is `data.eval` or `eval`."""
     eval_on_start: bool = False
-    """Evaluate before the first step, too: what the model could do before."""
+    """Also evaluate before the first step."""
     eval: Questions | None = None
     """Evaluation by generated answers."""
     checkpoint: Checkpointing = Checkpointing()
-    """When the run is saved, and what is kept."""
+    """When checkpoints are saved, and which are kept."""
     sharding: Sharding = Sharding()
-    """What the workers share out among themselves."""
+    """What the workers partition among themselves."""
     resources: Resources = Resources()
-    """How many workers, and what they wait for."""
-    deepspeed: dict = {}
-    """Raw DeepSpeed settings, laid over what is derived. A clash with what Muster owns is an error."""
+    """Number and kind of the workers."""
+    deepspeed: dict[str, Any] = {}
+    """Raw DeepSpeed settings that override the derived ones. Settings that Muster controls are refused."""
 
     @property
     def save_period(self) -> int | None:
@@ -392,14 +404,15 @@ class Phase(Settings):
         return 0
 
     @property
-    def teams(self) -> list[tuple[tuple[str, ...], Phase]]:
-        """Which roles share workers, by groups of workers, and the phase as each group sees it. No roles: all there are."""
+    def placements(self) -> list[tuple[tuple[str, ...], Phase]]:
+        """Which roles share workers, by groups of workers, and the phase as each group sees it.
+        No roles: all there are."""
         return [((), self)]
 
     @property
     def num_workers(self) -> int:
         """Of all groups together."""
-        return sum(phase.resources.workers for _, phase in self.teams)
+        return sum(phase.resources.workers for _, phase in self.placements)
 
     @property
     def starts_from_phase(self) -> bool:
@@ -409,7 +422,7 @@ class Phase(Settings):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if problems := list(self.combinations()):
-            raise Impossible(problems)
+            raise IncompatibleSettings(problems)
         return self
 
     def eval_metrics(self) -> tuple[str, ...]:
@@ -446,8 +459,8 @@ class Phase(Settings):
         if self.checkpoint.best is not None and self.checkpoint.every_s is not None and self.eval_every is None:
             yield (
                 "checkpoint.best",
-                "with a time in checkpoint.every, the steps to choose the best from must be given: set eval_every, a checkpoint is "
-                "saved at each of these evaluations",
+                "with a time in checkpoint.every, the steps to choose the best from must be given: set eval_every, a "
+                "checkpoint is saved at each of these evaluations",
             )
         if self.eval_every is not None and not measured:
             yield "eval_every", "eval_every needs data.eval or eval to measure on"
@@ -459,7 +472,7 @@ class Phase(Settings):
             yield "model.lora.bits", "4-bit weights are not sharded: choose sharding.stage 0, 1 or 2, or leave bits out"
         if self.model.compile and lora is not None and lora.bits is not None:
             yield "model.compile", "4-bit weights are not compiled; leave one of the two out"
-        if self.model.compile and any(seated.sharding.stage == 3 for _, seated in self.teams):
+        if self.model.compile and any(seated.sharding.stage == 3 for _, seated in self.placements):
             yield (
                 "model.compile",
                 "at ZeRO stage 3 weights are gathered before every module, and compiled code breaks off at each; "
@@ -482,7 +495,8 @@ class Phase(Settings):
             )
 
     def settings_without_effect(self) -> Iterator[tuple[str, str]]:
-        """(key, why) of settings that are not used with the others as they are. A recipe with more of them adds its own."""
+        """(key, why) of settings that are not used with the others as they are.
+        A recipe with more of them adds its own."""
         if self.schedule.name == "constant":
             yield "schedule.floor", "the schedule constant does not decay; choose schedule.name cosine or linear"
         if self.eval is not None and self.eval.temperature == 0:
@@ -496,24 +510,26 @@ class Documents(Data):
 
 
 class Pretrain(Phase):
-    """Self-supervised learning on text: every token but the first of a document is a target."""
+    """Self-supervised learning on text: every token of a document except the first is a target."""
 
     data: Documents
 
 
 class SFT(Phase):
-    """Supervised fine-tuning: loss on the outputs only. Defaults of LLaMA-2 where it names them (arXiv:2307.09288)."""
+    """Supervised fine-tuning: the loss is on the outputs only. The defaults are those of LLaMA-2 where that paper gives
+    them (arXiv:2307.09288)."""
 
 
 class CritiqueSchedule(Schedule):
-    """The paper's: cosine to nothing."""
+    """The schedule of the paper: a cosine that ends at 0."""
 
     warmup: Annotated[float | int, Field(ge=0)] = 0.1
     floor: Fraction = 0.0
 
 
 class CFT(Phase):
-    """Critique fine-tuning: loss on the critique only. Defaults of the paper (arXiv:2501.17703)."""
+    """Critique fine-tuning: the loss is on the critique only. The defaults are those of the paper
+    (arXiv:2501.17703)."""
 
     batch: PositiveInt = 512
     learning_rate: PositiveFloat = 5.0e-6
@@ -521,7 +537,8 @@ class CFT(Phase):
 
 
 class Reward(Phase):
-    """Reward model on pairs, with a scalar head; loss -log sigmoid(chosen - rejected - margin) (arXiv:2203.02155, 2307.09288)."""
+    """Reward model with a scalar head, trained on pairs; the loss is -log sigmoid(chosen - rejected - margin)
+    (arXiv:2203.02155, 2307.09288)."""
 
     learning_rate: PositiveFloat = 1.0e-5
 
@@ -538,39 +555,42 @@ class Reward(Phase):
 
 
 class ConstantSchedule(Schedule):
-    """PPO's: no decay and no warm-up, also where a job gives another part of it."""
+    """The schedule of PPO: no decay and no warmup, unless the job sets them."""
 
     name: Literal["cosine", "linear", "constant"] = "constant"
     warmup: Annotated[float | int, Field(ge=0)] = 0
 
 
 class KL(Settings):
-    """How far the policy may go from where it started."""
+    """How far the policy may move from where it started."""
 
     estimator: Literal["k1", "k3"] = "k1"
-    """k1: in the reward of every token (arXiv:2203.02155). k3: as a loss."""
+    """k1: a penalty in the reward of each token (arXiv:2203.02155). k3: a term of the loss."""
     beta: Annotated[float, Field(ge=0)] = 0.05
-    """Weight of the penalty: what a nat of KL costs, in units of the score. 0: none."""
+    """Weight of the penalty: units of the score per nat of KL. 0: no penalty."""
     target: PositiveFloat | None = None
-    """KL of a response that beta is steered towards (arXiv:1909.08593). None: beta stays."""
+    """Target KL per response; beta is adapted towards it (arXiv:1909.08593). None: beta is constant."""
     horizon: PositiveInt = 10_000
-    """Responses over which beta follows `target`; fewer, the quicker."""
+    """Number of responses over which beta adapts to `target`. A smaller number adapts faster."""
     stop: PositiveFloat | None = None
-    """Mean KL a token between old and new policy at which the passes over an iteration end. None: never."""
+    """End the passes over an iteration when the mean KL per token between the old and the new policy exceeds this.
+    None: never."""
 
 
 class RewardSource(Settings):
     """One reward."""
 
     path: str = Field(examples=["reward"])
-    """A phase of this job, a run, a model folder, a Python function (`mypkg.rewards:score` or `file.py:score`), or http(s)://."""
+    """A phase of this job, a run, a model folder, a Python function (`mypkg.rewards:score` or `file.py:score`), or an
+    endpoint (http:// or https://)."""
     weight: float = 1.0
-    """The rewards are added up with these weights."""
+    """Weight of this reward in the sum of all rewards."""
     timeout: PositiveFloat = 60.0
-    """Seconds that a function or an endpoint may take for a batch; of an endpoint from the connection to the last byte of its answer."""
+    """Seconds that a function or an endpoint may take for a batch; for an endpoint, from the connection to the last
+    byte of its reply."""
     folder: str | None = None
-    """Of a function: the folder in which its module, and what that imports, is looked for after all that is installed. None: the folder
-    of the job file."""
+    """For a function: the folder in which its module and the modules that it imports are found, after all installed
+    ones. None: the folder of the job file."""
 
     @property
     def is_endpoint(self) -> bool:
@@ -591,18 +611,18 @@ class Stop(Settings):
     """When a phase ends before its last iteration."""
 
     reward: float | None = None
-    """The mean reward of an iteration has reached it."""
+    """End when the mean reward of an iteration reaches this value."""
     kl: PositiveFloat | None = None
-    """The mean KL of a response to where the policy started has passed it."""
+    """End when the mean KL per response, from where the policy started, exceeds this value."""
 
 
 class Prompts(Data):
-    """Which prompts a phase answers. `max_length`: of a prompt; longer ones are dropped."""
+    """Which prompts a phase answers. `max_length` applies to the prompt; longer prompts are dropped."""
 
     overlong: Literal["drop"] = "drop"
-    """Longer prompts are left out, counted and told."""
+    """Longer prompts are dropped; their number is reported."""
     max_length: PositiveInt = 1024
-    """Longest prompt, in tokens; the response comes on top."""
+    """Maximum length of a prompt, in tokens, without the response."""
 
 
 PPO_ROLES = ("policy", "reference", "critic", "reward")
@@ -610,74 +630,82 @@ PPO_ROLES = ("policy", "reference", "critic", "reward")
 
 
 class Placement(Settings):
-    """Workers that share their processes between roles."""
+    """A group of workers, whose processes share one or more roles."""
 
     roles: Annotated[list[Literal["policy", "reference", "critic", "reward", "rollout"]], Field(min_length=1)]
-    """Who sits here. Every role but rollout has to sit somewhere, each once; rollout writes the responses in place of the policy."""
+    """Roles of this group. Every role except rollout must be in exactly one group. rollout generates the responses in
+    place of the policy."""
     workers: PositiveInt
-    """Of this group."""
+    """Number of workers in this group."""
     sharding: Sharding | None = None
-    """None: the phase's."""
+    """ZeRO settings of this group. None: those of the phase."""
 
 
 class PPO(Phase):
-    """Proximal policy optimisation against a reward (arXiv:1707.06347, 2009.01325, 2203.02155). A step is an iteration."""
+    """Proximal policy optimization with a reward (arXiv:1707.06347, 2009.01325, 2203.02155). A step is an iteration."""
 
     data: Prompts
     reward: str | Annotated[list[str | RewardSource], Field(min_length=1)] = Field(examples=["reward"])
     """A phase of this job, a run, a model folder, a Python function, an endpoint, or a list of them with weights."""
     critic: str | None = None
-    """What the critic starts from: an earlier phase, a run or a model folder. None: the first reward that is a model, else the policy."""
+    """What the critic starts from: an earlier phase, a run or a model folder. None: the first reward that is a model,
+    otherwise the policy."""
     groups: Annotated[list[Placement], Field(min_length=1)] | None = None
-    """Who sits where; groups work at the same time. None: all roles in one group of `resources.workers`."""
+    """Placement of the roles in groups of workers that run concurrently. None: all roles in one group of
+    `resources.workers`."""
     rollout_batch: PositiveInt = 64
-    """Prompts of an iteration."""
+    """Prompts per iteration."""
     samples_per_prompt: PositiveInt = 1
-    """Responses to each prompt of an iteration."""
+    """Responses per prompt in an iteration."""
     batch: PositiveInt = 64
-    """Responses of an update of the weights."""
+    """Responses per update of the weights."""
     response_tokens: PositiveInt = 128
-    """Longest response, in tokens. Longer ones are cut off."""
+    """Maximum length of a response, in tokens. Longer ones are cut off."""
     temperature: PositiveFloat = 1.0
-    """At which responses are drawn; 1 is the policy as it is, below 1 the likelier tokens come more often."""
+    """Sampling temperature. 1 samples from the policy itself; below 1, likely tokens become likelier."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens that together have this probability. 1: from all."""
+    """Sample from the most likely tokens that together have this probability. 1: from all tokens."""
     generation: Literal["batched", "continuous"] = "batched"
-    """batched: prompts of like length together, finished rows leave. continuous: the next prompt takes their place (for GPUs). The tokens are the same."""
+    """batched: prompts of similar length are generated together, and finished rows leave the batch. continuous: the
+    next prompt takes their place (for GPUs). The tokens are the same."""
     generation_batch: PositiveInt = 64
-    """Responses that one worker writes at a time, if batched; they are scored while it writes the next. Changes memory and speed, never the responses."""
+    """Responses that a worker generates at the same time, if batched; they are scored while the next ones are
+    generated. This changes memory and speed, never the responses."""
     async_: Literal[0, 1] = Field(default=0, alias="async")
-    """1: while policy and critic learn, a rollout group writes the next responses already, with the policy as it is before. A token then counts
-    as much more or less as its probability has changed since, at most twice (arXiv:2505.24298). 0: all take turns."""
+    """1: while policy and critic are trained, a rollout group already generates the next responses, with the weights
+    before the update. Each token is then weighted by how much its probability has changed since, at most twofold
+    (arXiv:2505.24298). 0: generation and training alternate."""
     ppo_epochs: PositiveInt = 2
     """Passes over the responses of an iteration."""
     learning_rate: PositiveFloat = 1.0e-6
-    """The policy's."""
+    """Learning rate of the policy."""
     schedule: ConstantSchedule = ConstantSchedule()
     critic_learning_rate: PositiveFloat = 9.0e-6
-    """The critic's, which follows the same schedule."""
+    """Learning rate of the critic, which follows the same schedule."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
-    """Iterations in which the critic learns alone, its values not held."""
+    """Iterations in which only the critic is trained, without clipping of its values."""
     kl: KL = KL()
-    """What holds the policy near to where it started."""
+    """Keeps the policy close to where it started."""
     stop: Stop = Stop()
-    """What ends the phase early."""
+    """Conditions that end the phase early."""
     gamma: Fraction = 1.0
-    """Discount of what comes a token later. 1: none, as is usual for responses."""
+    """Discount per token. 1: no discount, as is usual for responses."""
     lam: Fraction = 0.95
-    """Lambda of GAE (arXiv:1506.02438). 1: what really came, noisy; 0: what the critic expects, biased."""
+    """Lambda of GAE (arXiv:1506.02438). 1: the observed returns, unbiased but noisy. 0: one-step estimates of the
+    critic, biased."""
     clip_range: PositiveFloat = 0.2
-    """How far the probability of a token may move in an iteration before it counts no more: to 1 - 0.2 or 1 + 0.2 times what it was."""
+    """Clip range of the probability ratio: beyond 1 - clip_range or 1 + clip_range, a token no longer contributes."""
     value_clip: PositiveFloat | None = 0.2
-    """How far a value may move in an iteration, on the scale of the scores. None: any distance."""
+    """How far a value may move in an iteration, on the scale of the scores. None: no clipping."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the entropy bonus, which keeps responses various. 0: none."""
+    """Weight of the entropy bonus, which keeps responses diverse. 0: no bonus."""
     missing_eos_penalty: float | None = None
-    """Score of a response that was cut off. None: whatever the reward says."""
+    """Score of a response that was cut off. None: the score that the reward gives it."""
     score_clip: PositiveFloat | None = 10.0
-    """Scores are held between minus and plus this before they are learnt from. null: as they are."""
+    """Scores are clipped to plus or minus this value. null: no clipping."""
     normalize_scores: bool = False
-    """Divide scores by their running standard deviation first: a reward model's scale is arbitrary."""
+    """First divide the scores by their running standard deviation. Useful because the scale of a reward model is
+    arbitrary."""
 
     @property
     def step_samples(self) -> int:
@@ -688,14 +716,15 @@ class PPO(Phase):
         return self.response_tokens
 
     def rounds(self, writers: int) -> int:
-        """In how many rounds so many workers write the responses of an iteration; the others score one while the next is written."""
+        """In how many rounds so many workers write the responses of an iteration;
+        the others score one while the next is written."""
         if self.generation == "continuous":
             return 1
         longest_share = math.ceil(self.rollout_batch * self.samples_per_prompt / writers)
         return math.ceil(longest_share / self.generation_batch)
 
     @property
-    def teams(self) -> list[tuple[tuple[str, ...], Phase]]:
+    def placements(self) -> list[tuple[tuple[str, ...], Phase]]:
         if self.groups is None:
             return [(PPO_ROLES, self)]
         return [(tuple(group.roles), self._seated(group)) for group in self.groups]
@@ -706,8 +735,8 @@ class PPO(Phase):
 
     @property
     def shares_base(self) -> bool:
-        """Whether roles of a worker that begin with the same weights hold them once: that is what adapters are for. Under
-        ZeRO-3, where two engines cannot share parameters, every role has its own."""
+        """Whether roles of a worker that begin with the same weights hold them once: that is what adapters are for.
+        Under ZeRO-3, where two engines cannot share parameters, every role has its own."""
         if self.model.resize_embedding == "auto":  # then each role trains an embedding of its own
             return False
         return self.model.lora is not None and self.sharding.stage < 3
@@ -728,8 +757,8 @@ class PPO(Phase):
         if (responses := self.rollout_batch * self.samples_per_prompt) < self.batch:
             yield (
                 "batch",
-                f"an iteration has {responses} responses (rollout_batch x samples_per_prompt), fewer than the {self.batch} of "
-                f"one update; choose batch <= {responses}",
+                f"an iteration has {responses} responses (rollout_batch x samples_per_prompt), fewer than the "
+                f"{self.batch} of one update; choose batch <= {responses}",
             )
         if self.groups is not None:
             named: list[str] = [role for group in self.groups for role in group.roles]
@@ -746,13 +775,14 @@ class PPO(Phase):
             if most > min(self.batch, responses):
                 yield (
                     "groups",
-                    f"{self.batch} responses of an update cannot be dealt to {most} workers; choose fewer or a larger batch",
+                    f"{self.batch} responses of an update cannot be dealt to {most} workers; choose fewer or a larger "
+                    "batch",
                 )
         if self.async_ and not any(group.roles == ["rollout"] for group in self.groups or ()):
             yield (
                 "async",
-                "who writes ahead must not wait for the others: async: 1 needs a group of its own for rollout in `groups`, "
-                "such as {roles: [rollout], workers: 1}",
+                "who writes ahead must not wait for the others: async: 1 needs a group of its own for rollout in "
+                "`groups`, such as {roles: [rollout], workers: 1}",
             )
         if self.model.compile:
             yield "model.compile", "PPO does not compile its layers yet; leave it out"

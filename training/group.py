@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 
 
 class Future(Protocol):
@@ -51,22 +51,23 @@ def results_of(groups: Mapping[str, Group], method: str, *args: Any, timeout_s: 
 class Worker:
     """What one worker process is: a seat in the group and the roles it hosts. Knows nothing of how it was started."""
 
-    def __init__(self, seat: Seat):
-        self.seat = seat
+    def __init__(self, rank_info: RankInfo):
+        self.rank_info = rank_info
         self.roles: dict[str, Any] = {}
 
     def build(self, role: str, target: str, *args: Any) -> None:
-        """Make role `role`, an instance of the class that the import string names, with the seat as its first argument."""
+        """Make role `role`, an instance of the class that the import string names,
+        with the seat as its first argument."""
         from training.recipes import resolve
 
-        self.roles[role] = resolve(target)(self.seat, *args)
+        self.roles[role] = resolve(target)(self.rank_info, *args)
 
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Any:
         """What the role answers. `begin_profile` and `end_profile` are the worker's own, whatever roles it hosts."""
         from training.profiling import profiler
 
         if method in ("begin_profile", "end_profile"):
-            return getattr(profiler, method)(self.seat, *args)
+            return getattr(profiler, method)(self.rank_info, *args)
         with profiler.part(f"{role}.{method}"):
             return getattr(self.roles[role], method)(*args, **kwargs)
 

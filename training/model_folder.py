@@ -18,11 +18,11 @@ from training.config import Model, Phase
 from training.errors import InputError, Problem
 from training.io import foreign_files, hub
 from training.io.paths import absolute, is_below
-from training.storage import is_remote, local_copy, place
+from training.storage import is_remote, local_copy, open_storage
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
-FACTS = "muster.json"
+MODEL_INFO = "muster.json"
 """What Muster writes beside a model: recipe, step, how questions are put to it, and the rewards of a reward model."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -38,7 +38,8 @@ _LAYER_OF_BODY = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
 _MOST_LAYERS = 10_000
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64), **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16), **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
 }  # fmt: skip
 """Of one number, by safetensors' name of its type."""
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -91,7 +92,8 @@ class Adapter:
     heads: list[str]
     """Scalar heads that were trained whole beside it."""
     whole: dict[str, tuple[int, ...]]
-    """Parameters of the language model that are saved whole, by the model's own names, with their shapes: embedding and head."""
+    """Parameters of the language model that are saved whole, by the model's own names,
+    with their shapes: embedding and head."""
     classifier: bool
     """Whether it is the adapter of a reward model."""
     revision: str | None = None
@@ -103,13 +105,13 @@ class Adapter:
         return next((shape[0] for name, shape in self.whole.items() if EMBEDDING.search(name)), None)
 
 
-def facts_in(folder: str) -> dict[str, Any]:
+def recorded_info(folder: str) -> dict[str, Any]:
     """What Muster wrote beside a model; empty for a model of another make."""
     try:
-        facts = foreign_files.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+        info = foreign_files.loads((Path(folder) / MODEL_INFO).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return info if isinstance(info, dict) else {}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -186,15 +188,16 @@ _NOT_MERGED_BY_PEFT = frozenset(
 
 def _cannot_be_merged(kind: str) -> str:
     return (
-        f"an adapter of the kind {kind}, which is no change of the weights: it can be neither loaded here nor merged by PEFT; "
-        "use a LoRA adapter"
+        f"an adapter of the kind {kind}, which is no change of the weights: it can be neither loaded here nor merged "
+        "by PEFT; use a LoRA adapter"
     )
 
 
 def _no_adapter_weights(folder: Path) -> str:
     if (pickle := folder / "adapter_model.bin").is_file():
         return (
-            f"has its weights in {pickle.name}, a pickle, which can run code when it is loaded; convert it where you trust it: "
+            f"has its weights in {pickle.name}, a pickle, which can run code when it is loaded; convert it where you "
+            "trust it: "
             f'safetensors.torch.save_file(torch.load("{pickle}", weights_only=True), "{folder / ADAPTER_WEIGHTS}")'
         )
     return f"has no {ADAPTER_WEIGHTS}{_contents(folder)}"
@@ -287,7 +290,8 @@ def base_of(path: str) -> str:
 
 
 def configured_in(path: str, revision: str | None = None) -> Path | None:
-    """The folder with the config.json of a model, or of the one below an adapter; of the hub that in its library's cache. None: not here."""
+    """The folder with the config.json of a model, or of the one below an adapter;
+    of the hub that in its library's cache. None: not here."""
     base = base_of(path)
     if on_hub(base):
         file = hub.cached_file(base, "config.json", revision)
@@ -296,7 +300,8 @@ def configured_in(path: str, revision: str | None = None) -> Path | None:
 
 
 def code_in(model: Model) -> bool:
-    """Whether Python code may come with a model or its tokenizer, and its settings have it run or it cannot do without. True also where that cannot be seen."""
+    """Whether Python code may come with a model or its tokenizer, and its settings have it run or it cannot do without.
+    True also where that cannot be seen."""
     folder, tokenizer = configured_in(model.path, model.revision), Path(tokenizer_of(model))
     if folder is None:
         return model.trust_remote_code
@@ -322,7 +327,8 @@ def check_continues(model: Model) -> None:
         raise InputError.of(
             str(adapter.folder),
             f"the adapter has rank {adapter.rank} and alpha {adapter.alpha:g}, model.lora says {lora.rank} and "
-            f"{lora.alpha:g}; an adapter is trained on in its own shape: say the same, or merge it first (muster export --merge)",
+            f"{lora.alpha:g}; an adapter is trained on in its own shape: say the same, or merge it first (muster "
+            "export --merge)",
         )
 
 
@@ -438,10 +444,11 @@ def inspect(
     check_code: bool = True,
     classifier: bool = False,
 ) -> ModelFacts:
-    """The facts of a folder with a causal language model, or of the one below an adapter. `classifier`: a reward model will do.
+    """The facts of a folder with a causal language model, or of the one below an adapter.
+    `classifier`: a reward model will do.
 
-    `trust_remote_code`: Python code that comes with the model may run. `check_code`: False accepts a model that needs such code,
-    and does not run it.
+    `trust_remote_code`: Python code that comes with the model may run. `check_code`: False accepts a model that needs
+    such code, and does not run it.
 
     Raises InputError with all that keeps it from being loaded: no or broken files, another kind of model, missing or
     truncated weights, no tokenizer (unless it is `tokenizer_elsewhere`), Python code that was not allowed, an adapter
@@ -469,7 +476,7 @@ def _inspected(folder: Path, tokenizer_elsewhere: bool, code_allowed: bool, clas
         )
     if check.problems:
         raise InputError(check.problems)
-    return _facts(config, files, tensors)
+    return _info(config, files, tensors)
 
 
 def _below(
@@ -483,9 +490,12 @@ def _below(
         )
     if not os.path.isdir(base):
         fetch = f" (`hf download {adapter.base}`)" if _HUB_ID.fullmatch(adapter.base) else ""
-        message = f"was trained on {adapter.base}, which is not here; get that model{fetch} or correct base_model_name_or_path"
+        message = (
+            f"was trained on {adapter.base}, which is not here; get that model{fetch} or correct "
+            "base_model_name_or_path"
+        )
         raise InputError.of(str(adapter.folder / ADAPTER_CONFIG), message)
-    facts = inspect(
+    info = inspect(
         base,
         tokenizer_elsewhere=tokenizer_elsewhere or has_tokenizer(adapter.folder),
         trust_remote_code=trust_remote_code,
@@ -495,15 +505,16 @@ def _below(
     problem = _misfit(adapter, base, trust_remote_code) or _unlike_halves_of_a_tie(adapter, base)
     if problem:
         raise InputError.of(str(adapter.folder), problem)
-    return facts
+    return info
 
 
 def _misfit(adapter: Adapter, base: Path, trust_remote_code: bool) -> str:
-    """What of an adapter does not fit the model below it. By the names of the loaded model where the files have others."""
+    """What of an adapter does not fit the model below it. By the names of the loaded model
+    where the files have others."""
     if (method := quantization(base)) is not None:
         return (
-            f"was trained on {adapter.base}, whose weights are quantized ({method}): it cannot be merged into them; correct "
-            "base_model_name_or_path to the same model without quantization"
+            f"was trained on {adapter.base}, whose weights are quantized ({method}): it cannot be merged into them; "
+            "correct base_model_name_or_path to the same model without quantization"
         )
     stored, loaded = tensor_shapes(base), None
     for name, shape in _adapter_shapes(adapter.folder).items():
@@ -517,8 +528,9 @@ def _misfit(adapter: Adapter, base: Path, trust_remote_code: bool) -> str:
         if found is None or shape[1] not in found:
             if found is None and weight.endswith(TOKEN_HEADS):
                 return (
-                    f"has an adapter on {weight}, which is the embedding of {adapter.base}, too: it cannot be merged into the "
-                    "one without the other; merge it first with PEFT into a model whose head is not tied to the embedding"
+                    f"has an adapter on {weight}, which is the embedding of {adapter.base}, too: it cannot be merged "
+                    "into the one without the other; merge it first with PEFT into a model whose head is not tied to "
+                    "the embedding"
                 )
             has = "does not have" if found is None else f"has as {list(found)}, for an adapter of {shape[1]}"
             return f"is an adapter for another model: {weight}, which {adapter.base} {has}; give its own model"
@@ -526,7 +538,8 @@ def _misfit(adapter: Adapter, base: Path, trust_remote_code: bool) -> str:
 
 
 def untrainable(model: Model) -> str:
-    """Why the weights in a model's folder, or below its adapter, cannot be trained, if that is so: they are quantized."""
+    """Why the weights in a model's folder, or below its adapter, cannot be trained,
+    if that is so: they are quantized."""
     method = quantization(Path(base_of(model.path)))
     in_4_bits = model.lora is not None and model.lora.bits == 4 and method == "bitsandbytes"
     return "" if method is None or in_4_bits else described_quantization(method)
@@ -538,8 +551,8 @@ def described_quantization(method: str) -> str:
     way_out = "train from the same model without quantization (model.lora.bits: 4 quantizes it while it loads)"
     if settings is not None:
         way_out += (
-            f", or write that once: AutoModelForCausalLM.from_pretrained(folder, quantization_config={settings}(dequantize=True))"
-            ".save_pretrained(new_folder)"
+            ", or write that once: AutoModelForCausalLM.from_pretrained(folder, "
+            f"quantization_config={settings}(dequantize=True)).save_pretrained(new_folder)"
         )
     return (
         f"the weights are quantized ({method} by quantization_config in config.json) and cannot be trained; {way_out}"
@@ -566,8 +579,9 @@ def _unlike_halves_of_a_tie(adapter: Adapter, base: Path) -> str:
     if config.get("ensure_weight_tying") and len(named) == 1:
         return ""
     return (
-        f"was saved with {' and '.join(named)} whole, but {adapter.base} has one tensor for embedding and head, so they cannot be "
-        f"applied apart; {merge_first(adapter.folder)}\n  with model.config.tie_word_embeddings = False before it is saved"
+        f"was saved with {' and '.join(named)} whole, but {adapter.base} has one tensor for embedding and head, so "
+        f"they cannot be applied apart; {merge_first(adapter.folder)}\n  with model.config.tie_word_embeddings = False "
+        "before it is saved"
     )
 
 
@@ -590,7 +604,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
-def _facts(config: dict[str, Any], files: Sequence[Path], tensors: dict[str, _Tensor]) -> ModelFacts:
+def _info(config: dict[str, Any], files: Sequence[Path], tensors: dict[str, _Tensor]) -> ModelFacts:
     numbers_by_dtype: Counter[str] = Counter()
     for tensor in tensors.values():
         numbers_by_dtype[tensor.dtype] += math.prod(tensor.shape)
@@ -656,8 +670,9 @@ class _Check:
         if pickles := sorted([*self.folder.glob("*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth")]):
             self.refuse(
                 self.folder,
-                f"has its weights in {pickles[0].name}, a pickle, which can run code when it is loaded; convert it where you trust "
-                "it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors",
+                f"has its weights in {pickles[0].name}, a pickle, which can run code when it is loaded; convert it "
+                "where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes "
+                "safetensors",
             )
         else:
             gguf = next((file.name for file in sorted(self.folder.glob("*.gguf"))), None)
@@ -713,7 +728,8 @@ class _Check:
             rows = tensors[embeddings[0]].shape[0]
             self.refuse(
                 self.folder / "config.json",
-                f"says vocab_size {vocab_size:,}, but the weights' {embeddings[0]} has {rows:,} rows; they do not belong together",
+                f"says vocab_size {vocab_size:,}, but the weights' {embeddings[0]} has {rows:,} rows; they do not "
+                "belong together",
             )
         num_layers = _whole(config, "num_hidden_layers", "n_layer") or 0
         if num_layers > _MOST_LAYERS:
@@ -737,12 +753,13 @@ def _wrong_kind(config: dict[str, Any], classifier: bool) -> str:
 
 
 def _needs_its_own_code(config: dict[str, Any]) -> str:
-    """Many published folders keep an `auto_map` from the time before transformers knew the model: those need no code."""
+    """Many published folders keep an `auto_map` from the time before transformers knew the model:
+    those need no code."""
     if "auto_map" not in config or _known_to_transformers(str(config.get("model_type", ""))):
         return ""
     return (
-        "the model needs Python code that comes with it (`auto_map`); if you trust it, set model.trust_remote_code: true "
-        "(generate, eval, critique: --trust-remote-code)"
+        "the model needs Python code that comes with it (`auto_map`); if you trust it, set model.trust_remote_code: "
+        "true (generate, eval, critique: --trust-remote-code)"
     )
 
 
@@ -755,7 +772,8 @@ def _known_to_transformers(model_type: str) -> bool:
 
 
 def _read_header(file: Path) -> dict[str, _Tensor]:
-    """Reads the format's 8-byte length and JSON header, and compares with the file's size. ValueError says what is wrong."""
+    """Reads the format's 8-byte length and JSON header, and compares with the file's size.
+    ValueError says what is wrong."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -826,8 +844,8 @@ def _unused_layers(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
     if not beyond:
         return ""
     return (
-        f"config.json counts {count} layers, and the weights have more: layers {_some(map(str, beyond))} are not used; correct "
-        "num_hidden_layers unless that is meant"
+        f"config.json counts {count} layers, and the weights have more: layers {_some(map(str, beyond))} are not used; "
+        "correct num_hidden_layers unless that is meant"
     )
 
 
@@ -837,8 +855,8 @@ def auxiliary_loss(config: Mapping[str, Any]) -> str:
     if not weight or not config.get("output_router_logits"):
         return ""
     return (
-        f"the loss is that of the tokens alone: router_aux_loss_coef {weight:g}, which output_router_logits switches on in "
-        "transformers (config.json), has no effect"
+        f"the loss is that of the tokens alone: router_aux_loss_coef {weight:g}, which output_router_logits switches "
+        "on in transformers (config.json), has no effect"
     )
 
 
@@ -875,5 +893,5 @@ def at_hand(phase: Phase, cache: Path) -> Phase:
     """The phase with its model as a local folder, copied into `cache` if it lies in a bucket."""
     if not is_remote(phase.model.path):
         return phase
-    folder = local_copy(place(phase.model.path), cache)
+    folder = local_copy(open_storage(phase.model.path), cache)
     return phase.model_copy(update={"model": phase.model.model_copy(update={"path": str(folder)})})

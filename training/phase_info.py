@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class PhaseInfo:
     """The answer of a trainer's set-up."""
 
     total_steps: int

@@ -1,4 +1,5 @@
-"""The table of recipes. Import strings instead of imports, so that reading the table loads neither torch nor DeepSpeed."""
+"""The table of recipes. Import strings instead of imports, so
+that reading the table loads neither torch nor DeepSpeed."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ RECIPES: dict[str, Recipe] = {
             "policy": "training.rl.roles:Policy",
             "reference": "training.rl.roles:Reference",
             "critic": "training.rl.roles:Critic",
-            "reward": "training.rl.roles:Judges",
+            "reward": "training.rl.roles:RewardRole",
             "rollout": "training.rl.roles:Rollout",
         },
     ),

@@ -1,7 +1,7 @@
 """Where a run's files are: a folder, or a prefix of a bucket (`s3://`, `gs://`), behind the same few operations.
 
-An operation on a bucket is tried again, with growing pauses, until it has failed for `patience_s`: a minute without network
-must not cost a run. What cannot get better by waiting (no permission, no such bucket) is raised at once.
+An operation on a bucket is tried again, with growing pauses, until it has failed for `patience_s`: a minute without
+network must not cost a run. What cannot get better by waiting (no permission, no such bucket) is raised at once.
 
 Knows nothing of checkpoints or runs.
 """
@@ -60,11 +60,11 @@ def is_remote(address: str) -> bool:
     return "://" in address
 
 
-def place(address: str | Path, *, patience_s: float | None = None) -> Place:
+def open_storage(address: str | Path, *, patience_s: float | None = None) -> StoragePath:
     """The place at a local path or a bucket's address.
 
-    `patience_s`: how long to try an operation on a bucket; None: MUSTER_STORAGE_PATIENCE_S, or 5 minutes. Raises InputError
-    for a kind of storage that is not installed.
+    `patience_s`: how long to try an operation on a bucket; None: MUSTER_STORAGE_PATIENCE_S, or 5 minutes. Raises
+    InputError for a kind of storage that is not installed.
     """
     if not is_remote(str(address)):
         return Local(Path(address))
@@ -78,7 +78,7 @@ def default_patience_s() -> float:
     return float(os.environ.get("MUSTER_STORAGE_PATIENCE_S", _PATIENCE_S))
 
 
-def why_not_writable(folder: Place, who: str) -> str | None:
+def why_not_writable(folder: StoragePath, who: str) -> str | None:
     """Why this process cannot write into a folder, None if it can. `who` tells processes apart that try at once."""
     probe = folder / f".probe-{who}"
     try:
@@ -89,7 +89,7 @@ def why_not_writable(folder: Place, who: str) -> str | None:
     return None
 
 
-class Place(ABC):
+class StoragePath(ABC):
     """A file, or a folder of files, by its address. Nothing needs to be there yet."""
 
     address: str
@@ -101,7 +101,7 @@ class Place(ABC):
         return f"Place({self.address})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Place) and other.address == self.address
+        return isinstance(other, StoragePath) and other.address == self.address
 
     def __hash__(self) -> int:
         return hash(self.address)
@@ -112,7 +112,7 @@ class Place(ABC):
         return self.address.rpartition("/")[2]
 
     @abstractmethod
-    def __truediv__(self, name: str) -> Place:
+    def __truediv__(self, name: str) -> StoragePath:
         """The place `name` (which may have slashes) below this one."""
 
     @abstractmethod
@@ -144,7 +144,7 @@ class Place(ABC):
         """Remove the file, or the folder with everything in it, if it is there."""
 
 
-class Local(Place):
+class Local(StoragePath):
     """A path."""
 
     def __init__(self, path: Path):
@@ -227,7 +227,7 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class Remote(Place):
+class Remote(StoragePath):
     """A key of a bucket, or all keys that begin with it."""
 
     def __init__(self, address: str, filesystem: Any, patience_s: float):
@@ -240,7 +240,8 @@ class Remote(Place):
         return Remote(f"{self.address}/{name}", self.filesystem, self.patience_s)
 
     def read(self) -> bytes:
-        return self._patiently(lambda: self.filesystem.cat_file(self._path))
+        content: bytes = self._patiently(lambda: self.filesystem.cat_file(self._path))
+        return content
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         names, starts, stops = zip(*ranges, strict=True) if ranges else ((), (), ())
@@ -277,7 +278,8 @@ class Remote(Place):
             entries = self._patiently(lambda: self.filesystem.ls(self._path, detail=True, refresh=True))
         except FileNotFoundError:
             return {}
-        # The folder itself may be listed, also as the empty object by which some tools mark one: a file whose name ends with a slash.
+        # The folder itself may be listed, also as the empty object by which some tools mark one:
+        # a file whose name ends with a slash.
         inside = [
             e for e in entries if e["name"] != self._path and (e["name"], e["type"]) != (f"{self._path}/", "file")
         ]
@@ -285,7 +287,8 @@ class Remote(Place):
         return {name: entry["size"] if entry["type"] == "file" else None for name, entry in named.items()}
 
     def _child(self, entry: dict[str, Any]) -> str:
-        """Raises StorageError for a name that would lead out of a folder: whoever can write to a bucket chooses its names."""
+        """Raises StorageError for a name that would lead out of a folder: whoever can write
+        to a bucket chooses its names."""
         name = entry["name"].removeprefix(f"{self._path}/")
         if not is_below(name):
             raise StorageError(f"{self.address}: holds {name!r}, which cannot be the name of a file; remove it")
@@ -322,13 +325,13 @@ class Remote(Place):
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
-def upload(folder: Path, target: Place) -> None:
+def upload(folder: Path, target: StoragePath) -> None:
     """Copy every file of a local folder to a place."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         upload_file(path, target / str(path.relative_to(folder)))
 
 
-def upload_file(path: Path, target: Place) -> None:
+def upload_file(path: Path, target: StoragePath) -> None:
     """Copy a local file to a place."""
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
@@ -336,7 +339,7 @@ def upload_file(path: Path, target: Place) -> None:
         target.write_blocks([data[start : start + _PART_BYTES] for start in range(0, len(data), _PART_BYTES)])
 
 
-def download(source: Place, folder: Path) -> None:
+def download(source: StoragePath, folder: Path) -> None:
     """Copy every file of a place to a local folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, size in source.children().items():
@@ -346,13 +349,13 @@ def download(source: Place, folder: Path) -> None:
             _download_file(source, name, size, folder / name)
 
 
-def _download_file(source: Place, name: str, size: int, path: Path) -> None:
+def _download_file(source: StoragePath, name: str, size: int, path: Path) -> None:
     with path.open("wb") as file:
         for start in range(0, size, _PART_BYTES):
             file.write(*source.read_ranges([(name, start, min(start + _PART_BYTES, size))]))
 
 
-def local_copy(source: Place, cache: Path) -> Path:
+def local_copy(source: StoragePath, cache: Path) -> Path:
     """The folder itself, or a copy of a bucket's in `cache`, made once for every state that the original is in."""
     if isinstance(source, Local):
         return source.path

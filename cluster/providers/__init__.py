@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import on_all
 from cluster.spec import Cluster
 
@@ -54,15 +54,16 @@ class Provider(Protocol):
         """Exactly what `up` would do, for a person to read."""
         ...
 
-    def up(self, home: Home, say: Say) -> None:
-        """Start it and write down what `down` needs, before it is needed. Raises ClusterError; what was started is ended then."""
+    def up(self, home: ClusterRecord, say: Say) -> None:
+        """Start it and write down what `down` needs, before it is needed. Raises ClusterError;
+        what was started is ended then."""
         ...
 
-    def down(self, home: Home, say: Say) -> None:
+    def down(self, home: ClusterRecord, say: Say) -> None:
         """End all there is of it. Raises ClusterError with what could not be ended."""
         ...
 
-    def door(self, home: Home | None) -> AbstractContextManager[Dashboard]:
+    def connection(self, home: ClusterRecord | None) -> AbstractContextManager[Dashboard]:
         """Its dashboard as seen from here, for the length of a `with` block."""
         ...
 
@@ -73,7 +74,8 @@ class Provider(Protocol):
 
 def provider_of(spec: Cluster) -> Provider:
     module = import_module(f"cluster.providers.{spec.provider}")
-    return module.PROVIDER(spec)
+    provider: Provider = module.PROVIDER(spec)
+    return provider
 
 
 # What several providers have in common
@@ -89,27 +91,28 @@ NO_METRICS_PORTS = {
     "DASHBOARD_METRIC_PORT": "-1",  # a port that there is not: Ray says so in its log and goes on
     "AUTOSCALER_METRIC_PORT": "-1",
 }
-"""Ray's figures for Prometheus would be served to everybody who reaches the machine: these ports listen everywhere and know no token."""
+"""Ray's figures for Prometheus would be served to everybody who reaches the machine: these ports
+listen everywhere and know no token."""
 
 
 def findings_of(looks: Mapping[str, Callable[[], dict[str, Any]]]) -> list[Finding]:
     """What is seen on machines: whether they answer, and have what a node needs in the versions that are here."""
     here = version("ray")
     findings, first = [], ""
-    for name, facts in on_all(looks).items():
-        if isinstance(facts, ClusterError):
+    for name, info in on_all(looks).items():
+        if isinstance(info, ClusterError):
             findings.append(
-                Finding(name, False, str(facts).removeprefix(f"{name} "), "mend this first: the rest cannot be seen")
+                Finding(name, False, str(info).removeprefix(f"{name} "), "mend this first: the rest cannot be seen")
             )
             continue
-        ray = facts["versions"]["ray"]
-        python = ".".join(facts["python"].split(".")[:2])
+        ray = info["versions"]["ray"]
+        python = ".".join(info["python"].split(".")[:2])
         first = first or python
-        seen = f"Python {facts['python']}, Ray {ray or 'is missing'}, {facts['cores']} cores"
-        missing = [package for package, found in facts["versions"].items() if found is None]
-        apart = abs(facts["time"] - time.time())
+        seen = f"Python {info['python']}, Ray {ray or 'is missing'}, {info['cores']} cores"
+        missing = [package for package, found in info["versions"].items() if found is None]
+        apart = abs(info["time"] - time.time())
         if missing:
-            findings.append(Finding(name, False, seen, f"install {', '.join(missing)} for {facts['executable']}"))
+            findings.append(Finding(name, False, seen, f"install {', '.join(missing)} for {info['executable']}"))
         elif ray != here:
             findings.append(Finding(name, False, seen, f"install Ray {here} there: it is the version here"))
         elif python != first:

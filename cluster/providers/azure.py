@@ -16,7 +16,8 @@ ask() {{ curl -sSf -m 30 --noproxy "*" -H Metadata:true "{METADATA}/$1"; }}
 answer="$(ask "identity/oauth2/token?api-version=2018-02-01&resource={MANAGEMENT}/")"
 token="$(printf %s "$answer" | python3 -c 'import json, sys; print(json.load(sys.stdin)["access_token"])')"
 machine="$(ask "instance/compute/resourceId?api-version=2021-02-01&format=text")"
-printf 'header = "Authorization: Bearer %s"' "$token" | curl -sSf -m 60 -K - -X POST -d "" "{MANAGEMENT}$machine/deallocate?api-version=2024-07-01"
+printf 'header = "Authorization: Bearer %s"' "$token" |
+  curl -sSf -m 60 -K - -X POST -d "" "{MANAGEMENT}$machine/deallocate?api-version=2024-07-01"
 """
 """Bash for a machine of Azure that gives itself back; its disk stays."""
 _IMAGE = ("imagePublisher", "imageOffer", "imageSku", "imageVersion")
@@ -24,7 +25,8 @@ _IMAGE = ("imagePublisher", "imageOffer", "imageSku", "imageVersion")
 
 class AzureProvider(CloudProvider[Azure]):
     packages: ClassVar = {
-        "azure.identity": "azure-identity", "azure.mgmt.compute": "azure-mgmt-compute", "azure.mgmt.network": "azure-mgmt-network",
+        "azure.identity": "azure-identity", "azure.mgmt.compute": "azure-mgmt-compute",
+        "azure.mgmt.network": "azure-mgmt-network",
         "azure.mgmt.resource": "azure-mgmt-resource", "azure.common": "azure-common", "msrestazure": "msrestazure",
     }  # fmt: skip
 
@@ -49,10 +51,12 @@ class AzureProvider(CloudProvider[Azure]):
         return {"azure_arm_parameters": parameters | ({"priority": "Spot"} if spot else {})}
 
     def stopped(self, nodes: Any) -> list[str]:
-        return nodes.stopped_nodes({})
+        ids: list[str] = nodes.stopped_nodes({})
+        return ids
 
     def end_command(self) -> list[str]:
-        """A machine that only shuts down is paid for: Azure has to be told, as the identity that Ray gives its machines."""
+        """A machine that only shuts down is paid for: Azure has to be told,
+        as the identity that Ray gives its machines."""
         return ["bash", "-c", DEALLOCATE]
 
     def account(self) -> list[Finding]:

@@ -1,7 +1,8 @@
-"""What the clouds have in common: Ray's cluster launcher starts a head, whose autoscaler starts and ends the machines for workers.
+"""What the clouds have in common: Ray's cluster launcher starts a head,
+whose autoscaler starts and ends the machines for workers.
 
-Ray's own defaults open the dashboard to everybody, use one key for all clusters and know no token. Here every cluster has a key and a
-token of its own, copied to its machines over SSH, and its dashboard listens on the head's loopback.
+Ray's own defaults open the dashboard to everybody, use one key for all clusters and know no token. Here every cluster
+has a key and a token of its own, copied to its machines over SSH, and its dashboard listens on the head's loopback.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
 from cluster.providers import Finding, Instance, Say, environment, refuse
 from cluster.ray_node import PRICE, head_arguments, of_type, price_label
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import HERE, Login
 from cluster.spec import Cloud, CloudHead, CloudPool
 from cluster.tunnel import tunnel
@@ -78,7 +79,7 @@ class CloudProvider(ABC, Generic[Spec]):
         )
         return f"# for Ray's cluster launcher; MARK and PUBLIC KEY are made anew for every cluster\n{text}"
 
-    def up(self, home: Home, say: Say) -> None:
+    def up(self, home: ClusterRecord, say: Say) -> None:
         refuse(self.doctor())
         key = home.folder / "key"
         HERE.run(
@@ -93,7 +94,7 @@ class CloudProvider(ABC, Generic[Spec]):
             address = sdk.get_head_node_ip(config)
         home.write({**home.record(), "head": address})
 
-    def down(self, home: Home, say: Say) -> None:
+    def down(self, home: ClusterRecord, say: Say) -> None:
         say("ending all machines; Ray's cluster launcher says:")
         from ray.autoscaler import sdk
 
@@ -113,8 +114,9 @@ class CloudProvider(ABC, Generic[Spec]):
             nodes.terminate_nodes(stopped)
             time.sleep(_EVERY_S)
 
-    def instances(self, home: Home) -> list[Instance]:
-        """The cluster's machines by what the cloud says, without its head. Raises ClusterError if the cloud does not say it."""
+    def instances(self, home: ClusterRecord) -> list[Instance]:
+        """The cluster's machines by what the cloud says, without its head.
+        Raises ClusterError if the cloud does not say it."""
         if not (home.folder / "key.pub").exists():
             return []
         config = self._recorded(home)
@@ -124,7 +126,7 @@ class CloudProvider(ABC, Generic[Spec]):
             return [_instance(nodes, each, config, each not in running) for each in dict.fromkeys([*running, *stopped])]
 
     @contextmanager
-    def door(self, home: Home | None) -> Iterator[Dashboard]:
+    def connection(self, home: ClusterRecord | None) -> Iterator[Dashboard]:
         assert home is not None, "a cluster that Muster made has a record"
         if (head := home.record().get("head")) is None:
             raise ClusterError(
@@ -150,13 +152,13 @@ class CloudProvider(ABC, Generic[Spec]):
 
     # The file for Ray's launcher
 
-    def _recorded(self, home: Home) -> dict[str, Any]:
+    def _recorded(self, home: ClusterRecord) -> dict[str, Any]:
         return self._config(home.record()["mark"], home.folder, (home.folder / "key.pub").read_text().strip())
 
-    def _config(self, mark: str, folder: Path, public_key: str) -> dict[str, Any]:
+    def _config(self, cluster_id: str, folder: Path, public_key: str) -> dict[str, Any]:
         spec = self.spec
         return {
-            "cluster_name": f"muster-{spec.name}-{mark}",
+            "cluster_name": f"muster-{spec.name}-{cluster_id}",
             "provider": {"type": spec.provider, **self.where()},
             "auth": {"ssh_user": spec.user, **self.keys(folder)},
             "max_workers": sum(pool.max for pool in spec.pools.values()),
@@ -249,7 +251,8 @@ def _instance(nodes: Any, node: str, config: dict[str, Any], stopped: bool) -> I
     kind = tags.get("ray-user-node-type", "")
     price = config["available_node_types"].get(kind, {}).get("labels", {}).get(PRICE)
     return Instance(
-        id=node, head=tags.get("ray-node-type") == _HEAD, kind=kind, address="" if stopped else nodes.internal_ip(node) or "",
+        id=node, head=tags.get("ray-node-type") == _HEAD, kind=kind,
+        address="" if stopped else nodes.internal_ip(node) or "",
         price=None if price is None else float(price), stopped=stopped,
     )  # fmt: skip
 
@@ -266,20 +269,20 @@ def _launcher(failed: str) -> Iterator[None]:
         raise ClusterError(f"{failed}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _known_hosts(home: Home) -> dict[str, str]:
+def _known_hosts(home: ClusterRecord) -> dict[str, str]:
     """For ssh: the head's key is that of the first connection, or it is not the head."""
     return {"StrictHostKeyChecking": "accept-new", "UserKnownHostsFile": str(home.folder / "known_hosts")}
 
 
 @contextmanager
-def _host_keys_kept(home: Home) -> Iterator[None]:
+def _host_keys_kept(home: ClusterRecord) -> Iterator[None]:
     """Have Ray's launcher look at host keys, which it switches off: it copies the token."""
     from ray.autoscaler._private import command_runner
 
     module: Any = command_runner
     own: Any = module.SSHOptions
 
-    class Pinned(own):
+    class Pinned(own):  # type: ignore[misc]  # Ray has no types here
         def __init__(self, ssh_key: Any, control_path: Any = None, **options: Any):
             super().__init__(ssh_key, control_path, **_known_hosts(home), **options)
 

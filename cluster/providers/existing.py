@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.providers import Finding, Say
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import Login
 from cluster.spec import Existing
 from cluster.tunnel import tunnel
@@ -24,14 +24,14 @@ class ExistingProvider:
     def render(self) -> str:
         return f"# nothing would be applied: {self.spec.address} is somebody else's cluster\n"
 
-    def up(self, home: Home, say: Say) -> None:
+    def up(self, home: ClusterRecord, say: Say) -> None:
         raise Refused(f"{self.spec.name} is somebody else's cluster (provider: existing): it is not ours to start")
 
-    def down(self, home: Home, say: Say) -> None:
+    def down(self, home: ClusterRecord, say: Say) -> None:
         raise Refused(f"{self.spec.name} is somebody else's cluster (provider: existing): it is not ours to end")
 
     @contextmanager
-    def door(self, home: Home | None) -> Iterator[Dashboard]:
+    def connection(self, home: ClusterRecord | None) -> Iterator[Dashboard]:
         token = self._token()
         if self.spec.ssh is None:
             yield Dashboard(self.spec.address, token, self.spec.address)
@@ -43,8 +43,8 @@ class ExistingProvider:
 
     def doctor(self) -> list[Finding]:
         try:
-            with self.door(None) as door:
-                return [Finding("Ray", True, f"{door.version()}, {len(door.nodes())} machines are up")]
+            with self.connection(None) as connection:
+                return [Finding("Ray", True, f"{connection.version()}, {len(connection.nodes())} machines are up")]
         except ClusterError as error:
             return [Finding("Ray", False, str(error))]
 

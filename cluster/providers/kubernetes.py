@@ -1,4 +1,5 @@
-"""A RayCluster of KubeRay, through kubectl: rendered, applied, reached by a port-forward that each command opens itself."""
+"""A RayCluster of KubeRay, through kubectl: rendered, applied, reached by a port-forward
+that each command opens itself."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
 from cluster.providers import NO_METRICS_PORTS, Finding, Say, environment
 from cluster.ray_node import of_type, price_label
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import HERE
 from cluster.spec import Kubernetes, PodPool
 from cluster.tunnel import refuse_strangers_port
@@ -39,7 +40,7 @@ class KubernetesProvider:
     def render(self) -> str:
         return yaml.dump(self._cluster(), Dumper=_Plain, sort_keys=False)
 
-    def up(self, home: Home, say: Say) -> None:
+    def up(self, home: ClusterRecord, say: Say) -> None:
         say(f"applying the RayCluster {self.spec.name} in {self.spec.namespace}")
         self._kubectl("create", "secret", "generic", self._secret, f"--from-file=auth_token={home.token_file}")
         self._kubectl("apply", "-f", "-", given=self.render())
@@ -51,13 +52,13 @@ class KubernetesProvider:
         ready = ("--for=condition=Ready", "pod", "-l", pods, f"--timeout={_UP_S:.0f}s")
         self._kubectl("wait", *ready, timeout_s=_UP_S + 10)
 
-    def down(self, home: Home, say: Say) -> None:
+    def down(self, home: ClusterRecord, say: Say) -> None:
         say(f"deleting the RayCluster {self.spec.name} in {self.spec.namespace}")
         for kind, name in (("raycluster", self.spec.name), ("secret", self._secret)):
             self._kubectl("delete", kind, name, "--ignore-not-found", timeout_s=_DOWN_S)
 
     @contextmanager
-    def door(self, home: Home | None) -> Iterator[Dashboard]:
+    def connection(self, home: ClusterRecord | None) -> Iterator[Dashboard]:
         assert home is not None, "a cluster that Muster made has a record"
         with self._forward(8265) as port:
             yield Dashboard(f"http://127.0.0.1:{port}", home.token(), f"the cluster {home.name}")
@@ -66,10 +67,19 @@ class KubernetesProvider:
         checks = {
             "the Kubernetes API": (("version", "-o", "json"), "check the context and the credentials of kubectl"),
             "KubeRay": (("get", "crd", "rayclusters.ray.io"), "install the KubeRay operator, 1.5 or newer"),
-            "the right to make RayClusters": (("auth", "can-i", "create", "rayclusters.ray.io"), "ask for that right in this namespace"),
-            "the right to make secrets": (("auth", "can-i", "create", "secrets"), "ask for that right: the token is kept in one"),
-            "the right to forward ports": (("auth", "can-i", "create", "pods/portforward"), "ask for that right: jobs go through one"),
-        }  # fmt: skip
+            "the right to make RayClusters": (
+                ("auth", "can-i", "create", "rayclusters.ray.io"),
+                "ask for that right in this namespace",
+            ),
+            "the right to make secrets": (
+                ("auth", "can-i", "create", "secrets"),
+                "ask for that right: the token is kept in one",
+            ),
+            "the right to forward ports": (
+                ("auth", "can-i", "create", "pods/portforward"),
+                "ask for that right: jobs go through one",
+            ),
+        }
         findings: list[Finding] = []
         for what, (words, advice) in checks.items():
             findings.append(self._finding(what, words, advice))
@@ -101,7 +111,8 @@ class KubernetesProvider:
     def _forward(self, port: int) -> Iterator[int]:
         command = self._command("port-forward", f"service/{self.spec.name}-head-svc", f":{port}")
         process = subprocess.Popen(
-            ["bash", "-c", f"exec {command}"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ["bash", "-c", f"exec {command}"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True
         )  # fmt: skip
         assert process.stdout is not None
         overdue = threading.Timer(_FORWARD_S, process.kill)
@@ -128,7 +139,11 @@ class KubernetesProvider:
         return {
             "apiVersion": "ray.io/v1",
             "kind": "RayCluster",
-            "metadata": {"name": spec.name, "namespace": spec.namespace, "labels": {"app.kubernetes.io/managed-by": "muster"}},
+            "metadata": {
+                "name": spec.name,
+                "namespace": spec.namespace,
+                "labels": {"app.kubernetes.io/managed-by": "muster"},
+            },
             "spec": {
                 "rayVersion": version("ray"),
                 "authOptions": {"mode": "token", "secretName": self._secret},
@@ -146,7 +161,7 @@ class KubernetesProvider:
                 },
                 "workerGroupSpecs": [self._group(name, pool) for name, pool in spec.pools.items()],
             },
-        }  # fmt: skip
+        }
 
     def _group(self, name: str, pool: PodPool) -> dict[str, Any]:
         resources = {"cpu": str(pool.cpus), "memory": f"{pool.memory_gib}Gi"}
@@ -169,7 +184,8 @@ class KubernetesProvider:
         }
 
     def _pod(
-        self, name: str, image: str, resources: dict[str, str], selector: dict[str, str], tolerations: list[dict[str, Any]], shm: int
+        self, name: str, image: str, resources: dict[str, str], selector: dict[str, str],
+        tolerations: list[dict[str, Any]], shm: int
     ) -> dict[str, Any]:  # fmt: skip
         variables = {"RAY_USAGE_STATS_ENABLED": "0", **environment(self.spec)}
         pod: dict[str, Any] = {

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from cluster.dashboard import Dashboard
 from cluster.providers import Finding, Say, environment, findings_of
 from cluster.ray_node import Node, head_arguments, places
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import HERE, free_port
 from cluster.spec import Local
 from cluster.tunnel import refuse_strangers_port
@@ -31,7 +31,7 @@ class LocalProvider:
     def _script(self, node: Node, arguments: list[str]) -> str:
         return node.script(arguments, environment={**_LOOPBACK, **environment(self.spec)})
 
-    def up(self, home: Home, say: Say) -> None:
+    def up(self, home: ClusterRecord, say: Say) -> None:
         port, dashboard_port = free_port(), free_port()
         home.write({**home.record(), "dashboard_port": dashboard_port})
         say("starting Ray on this machine")
@@ -41,12 +41,12 @@ class LocalProvider:
         node = self._node(home.record()["mark"])
         node.start(self._script(node, arguments), home.token())
 
-    def down(self, home: Home, say: Say) -> None:
+    def down(self, home: ClusterRecord, say: Say) -> None:
         say("ending Ray on this machine")
         self._node(home.record()["mark"]).end()
 
     @contextmanager
-    def door(self, home: Home | None) -> Iterator[Dashboard]:
+    def connection(self, home: ClusterRecord | None) -> Iterator[Dashboard]:
         assert home is not None, "a cluster that Muster made has a record"
         port, shown = home.record()["dashboard_port"], f"the cluster {home.name}"
         refuse_strangers_port(port, shown)
@@ -55,8 +55,8 @@ class LocalProvider:
     def doctor(self) -> list[Finding]:
         return findings_of({"this machine": self._node("").look})
 
-    def _node(self, mark: str) -> Node:
-        return Node(HERE, sys.executable, mark)
+    def _node(self, cluster_id: str) -> Node:
+        return Node(HERE, sys.executable, cluster_id)
 
 
 PROVIDER = LocalProvider

@@ -1,7 +1,8 @@
-"""Slurm: a job is an allocation in which Ray lives as long as the job. Submitted with sbatch, looked at with squeue, ended with scancel.
+"""Slurm: a job is an allocation in which Ray lives as long as the job.
+Submitted with sbatch, looked at with squeue, ended with scancel.
 
-FOLDER/ID/ has all there is of a job: bundle.zip, job.json, batch.sh, out.log, the Slurm job's number, how it ended. The nodes and the
-login machine see it, so nothing else has to be asked where accounting is off.
+FOLDER/ID/ has all there is of a job: bundle.zip, job.json, batch.sh, out.log, the Slurm job's number, how it ended. The
+nodes and the login machine see it, so nothing else has to be asked where accounting is off.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.providers import NO_METRICS_PORTS, Finding, Say, findings_of
 from cluster.ray_node import Node
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import HERE, Login, over_ssh
 from cluster.spec import Slurm
 
@@ -34,7 +35,9 @@ for job in */job.json; do
   id="${{job%/job.json}}"
   number="$(cat "$id/number" 2> /dev/null)"
   since() {{ date -u -r "$id/$1" +%FT%TZ 2> /dev/null; }}
-  echo "$id|$(base64 -w0 "$job")|$(since job.json)|$(cat "$id/status" 2> /dev/null)|$(since status)|$(since stop)|$(echo "$queue" | grep "^$number|" | cut -d'|' -f2,3)"
+  ended="$(cat "$id/status" 2> /dev/null)"
+  state="$(echo "$queue" | grep "^$number|" | cut -d'|' -f2,3)"
+  echo "$id|$(base64 -w0 "$job")|$(since job.json)|$ended|$(since status)|$(since stop)|$state"
 done
 """
 
@@ -50,16 +53,17 @@ class SlurmProvider:
     def render(self) -> str:
         return self.batch_script("JOB", workers=2 * self.spec.workers_per_node, names=())
 
-    def up(self, home: Home, say: Say) -> None:
+    def up(self, home: ClusterRecord, say: Say) -> None:
         raise Refused(
-            f"{self.spec.name} is Slurm's: there is nothing to start; `muster submit JOB --on FILE` asks for an allocation"
+            f"{self.spec.name} is Slurm's: there is nothing to start; `muster submit JOB --on FILE` asks for an "
+            "allocation"
         )
 
-    def down(self, home: Home, say: Say) -> None:
+    def down(self, home: ClusterRecord, say: Say) -> None:
         raise Refused(f"{self.spec.name} is Slurm's: there is nothing to end; `muster stop ID --on FILE` ends a job")
 
     @contextmanager
-    def door(self, home: Home | None) -> Iterator[Dashboard]:
+    def connection(self, home: ClusterRecord | None) -> Iterator[Dashboard]:
         raise Refused("a job in a Slurm allocation has no dashboard")
         yield
 
@@ -68,9 +72,16 @@ class SlurmProvider:
         findings = findings_of({where: Node(self._login, self.spec.python).look})
         partition = f"--partition={shlex.quote(self.spec.partition)}" if self.spec.partition else ""
         checks = {
-            "Slurm": (f"sinfo --noheader {partition} --format='%P %D nodes %a' | grep .", "load Slurm's module, or name the login machine and the partition"),
-            "the folder": (f"mkdir -p {self._folder} && touch {self._folder}/.try && rm {self._folder}/.try && echo can be written", "choose a `folder` that you may write and all nodes see"),
-        }  # fmt: skip
+            "Slurm": (
+                f"sinfo --noheader {partition} --format='%P %D nodes %a' | grep .",
+                "load Slurm's module, or name the login machine and the partition",
+            ),
+            "the folder": (
+                f"mkdir -p {self._folder} && touch {self._folder}/.try && rm {self._folder}/.try && echo can be "
+                "written",
+                "choose a `folder` that you may write and all nodes see",
+            ),
+        }
         for what, (script, advice) in checks.items() if findings[0].well else ():
             try:
                 findings.append(Finding(what, True, "; ".join(self._login.run(script).splitlines())))
@@ -88,7 +99,7 @@ class SlurmProvider:
         return f"{self._folder}/{shlex.quote(name)}"
 
     def submit(
-        self, name: str, bundle: bytes, facts: Mapping[str, Any], *, workers: int, environment: Mapping[str, str],
+        self, name: str, bundle: bytes, info: Mapping[str, Any], *, workers: int, environment: Mapping[str, str],
         words: Sequence[str] = (),
     ) -> str:  # fmt: skip
         """Ask for an allocation; returns the Slurm job's number. Raises Refused with what sbatch says."""
@@ -101,7 +112,7 @@ class SlurmProvider:
             *(f'read -r value; export {variable}="$(echo "$value" | base64 -d)"' for variable in environment),
             "base64 -d > bundle.zip",
             f"printf %s {shlex.quote(script)} > batch.sh",
-            f"printf %s {shlex.quote(json.dumps(facts))} > job.json",
+            f"printf %s {shlex.quote(json.dumps(info))} > job.json",
             'sbatch --parsable batch.sh > number || { rm -rf "$PWD"; exit 1; }',
             "cat number",
         ]
@@ -116,11 +127,11 @@ class SlurmProvider:
         """All jobs in the folder, the oldest first."""
         rows = [line.split("|") for line in self._login.run(_LIST.format(folder=self._folder)).splitlines()]
         return sorted(
-            (self._facts(dict(zip(_FIELDS, row, strict=False))) for row in rows), key=lambda facts: facts["submitted"]
+            (self._info(dict(zip(_FIELDS, row, strict=False))) for row in rows), key=lambda info: info["submitted"]
         )
 
-    def _facts(self, row: dict[str, str]) -> dict[str, Any]:
-        facts = json.loads(base64.b64decode(row["job"]))
+    def _info(self, row: dict[str, str]) -> dict[str, Any]:
+        info = json.loads(base64.b64decode(row["job"]))
         status, in_queue, asked_to_stop = row["status"], row.get("state") or "", row["asked_to_stop"]
         told = ""
         if in_queue and not status:
@@ -134,7 +145,7 @@ class SlurmProvider:
             state, told = "failed", "is gone from Slurm's queue"
         return {
             "id": row["id"],
-            **facts,
+            **info,
             "state": state,
             "message": told,
             "submitted": row["submitted"],
@@ -148,7 +159,8 @@ class SlurmProvider:
         return base64.b64decode(self._login.run(script))
 
     def save(self, name: str, run: str) -> str:
-        """Ask the driver of a job to save, by the run's folder, which the login machine sees as the nodes do; what is printed there."""
+        """Ask the driver of a job to save, by the run's folder, which the login machine sees
+        as the nodes do; what is printed there."""
         command = shlex.join(["-P", "-m", "launcher.cli.cluster_save", run])
         lines = [f"cd {self._of(name)}", *self.spec.setup, f'cd code; PYTHONPATH="$PWD" {self.spec.python} {command}']
         return self._login.run("\n".join(lines), timeout_s=_SAVE_S)
@@ -177,7 +189,10 @@ class SlurmProvider:
             f"--time={spec.time}", f"--signal=B:TERM@{spec.notice_s}", "--requeue", "--open-mode=append",
             f"--output={spec.folder}/{name}/out.log", export, *spec.options,
         ]  # fmt: skip
-        start = f"ray start --num-cpus={spec.workers_per_node} --num-gpus={spec.gpus_per_node} --disable-usage-stats --block"
+        start = (
+            f"ray start --num-cpus={spec.workers_per_node} --num-gpus={spec.gpus_per_node} --disable-usage-stats "
+            "--block"
+        )
         lines = [
             "#!/bin/bash -l",
             *(f"#SBATCH {option}" for option in options),
@@ -189,8 +204,12 @@ class SlurmProvider:
             'cd code; rm -f ../ray.log; export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
             "(umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n' > ../token)",
             'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$(realpath ../token)" RAY_USAGE_STATS_ENABLED=0',
-            f"export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 {' '.join(f'{name}={value}' for name, value in NO_METRICS_PORTS.items())}",
-            # one name on all nodes, which nobody can guess; Ray opens its own folder to everyone, the one around it is ours alone
+            (
+                "export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 "
+                f"{' '.join(f'{name}={value}' for name, value in NO_METRICS_PORTS.items())}"
+            ),
+            # one name on all nodes, which nobody can guess; Ray opens its own folder to everyone,
+            # the one around it is ours alone
             'temporary="/tmp/muster-$(sha256sum < ../token | cut -c1-16)"',
             f"port=$(({_PORTS[0]} + SLURM_JOB_ID % {_PORTS[1]})); others=$((SLURM_NNODES - 1))",
             'address="$(hostname -I | cut -d" " -f1)"; address="${address:-127.0.0.1}"',
@@ -204,7 +223,9 @@ class SlurmProvider:
             f'  step --nodes=$others --ntasks=$others --exclude="$SLURMD_NODENAME" {start} \\',
             '    --address="$address:$port" --temp-dir="$temporary/r" >> ../ray.log 2>&1 &',
             "fi",
-            'RAY_ADDRESS="$address:$port" ' + shlex.join(["python", "-P", "-u", "-m", "launcher.cli.cluster_entrypoint", *words]) + " &",
+            'RAY_ADDRESS="$address:$port" '
+            + shlex.join(["python", "-P", "-u", "-m", "launcher.cli.cluster_entrypoint", *words])
+            + " &",
             "job=$!",
             "trap 'kill -TERM $job' TERM",
             "wait $job; status=$?",
@@ -216,7 +237,7 @@ class SlurmProvider:
             "else echo $status > ../status; fi",
             "exit $status",
             "",
-        ]  # fmt: skip
+        ]
         return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""What MkDocs needs besides its settings: anchors as on GitHub, folders in `nav`, links out of docs/, scripts for offline use."""
+"""What MkDocs needs besides its settings: anchors as on GitHub, folders in `nav`, links out of docs/,
+scripts for offline use."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 from pymdownx.superfences import fence_code_format
 
-_LINK = re.compile(r"\[([^\]\n]*)\]\((\.\./[^)\s]*)\)")
+_LINK = re.compile(r"\[([^\]]*)\]\((\.\./[^)\s]*)\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -25,7 +26,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
-    """A link to a file outside of docs/ leads to the repository; where `repo_url` is not set, it becomes the file's path."""
+    """A link to a file outside of docs/ leads to the repository; where `repo_url` is not set,
+    it becomes the file's path."""
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def outside(link: re.Match[str]) -> str:

@@ -69,10 +69,10 @@ def words_for(
 def run_on(job: Path, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool) -> int:
     from launcher.submit import submission
 
-    facts = submission.submit(job, overrides, on, words, force=force)
-    for line in submission.submitted_lines(facts):
+    info = submission.submit(job, overrides, on, words, force=force)
+    for line in submission.submitted_lines(info):
         print(line)
-    return _follow(facts["id"], on)
+    return _follow(info["id"], on)
 
 
 def resume_on(job: str, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool) -> None:
@@ -87,15 +87,16 @@ def _follow(name: str, on: str) -> int:
     from launcher.submit import jobs as submit
 
     try:
-        facts = submit.follow(clusters.target(on).jobs, name, _write, _note)
+        info = submit.follow(clusters.target(on).jobs, name, _write, _note)
     except KeyboardInterrupt:
         _note(
-            f"the job goes on; `muster logs -f {name} --on {on}` follows it again, `muster stop {name} --on {on}` ends it"
+            f"the job goes on; `muster logs -f {name} --on {on}` follows it again, `muster stop {name} --on {on}` ends "
+            "it"
         )
         return signals.status()
-    if facts["state"] == "stopped":
+    if info["state"] == "stopped":
         return ExitStatus.INTERRUPTED
-    return ExitStatus.DONE if facts["state"] == "succeeded" else facts["exit_status"] or ExitStatus.FAILED
+    return ExitStatus.DONE if info["state"] == "succeeded" else info["exit_status"] or ExitStatus.FAILED
 
 
 @verb("muster logs word-problems-1 --on lab", "muster logs -f word-problems-1 --on lab")

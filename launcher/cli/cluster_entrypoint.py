@@ -33,7 +33,7 @@ def run(
         job,
         inline=False,
         console=console(),
-        go_on=open_run.GoOn(rewind=rewind, accept_changes=accept_changes),
+        resume_options=open_run.ResumeOptions(rewind=rewind, accept_changes=accept_changes),
         preflight=not no_preflight,
     )
 

@@ -1,4 +1,5 @@
-"""`muster save ID --on CLUSTER`, on the cluster: asks the driver of a run for a checkpoint and prints the answer as one line of JSON."""
+"""`muster save ID --on CLUSTER`, on the cluster: asks the driver of a run for a checkpoint
+and prints the answer as one line of JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all verbs share: how one is registered, its help, how it ends, the arguments that many take. Imports nothing heavy."""
+"""What all verbs share: registration, help, the end of the process, common arguments. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__
 
 
 class _Command(TyperCommand):
-    """A verb: its help ends with examples, and its error for an unknown option suggests the setting that may be meant."""
+    """A verb: its help ends with examples; its error for an unknown option suggests a setting that may be meant."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
@@ -151,7 +151,8 @@ def verb(
 ) -> Callable[[Callable[Arguments, int | None]], Callable[Arguments, None]]:
     """Register a function as a verb; its errors become lines of text, and like signals an exit status (exit_status.py).
 
-    The first paragraph of its docstring is the summary in the list of verbs; `examples` are commands for the end of its help.
+    The first paragraph of its docstring is the summary in the list of verbs; `examples` are commands for the end of its
+    help.
     """
 
     def register(function: Callable[Arguments, int | None]) -> Callable[Arguments, None]:
@@ -185,7 +186,7 @@ cluster_verb = partial(verb, of=clusters)
 
 
 def _require_working_folder() -> None:
-    """Raises InputError if the folder that the command was started in has been deleted: no path could be made absolute."""
+    """Raises InputError if the working folder has been deleted: no path could be made absolute."""
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -80,7 +80,8 @@ def plan(
 ) -> int:
     """Estimate the memory, time and cost of a job.
 
-    Nothing is started, and of the model only config.json is read. Exit status 1 means that the job does not fit into memory.
+    Nothing is started, and of the model only config.json is read. Exit status 1 means that the job does not fit into
+    memory.
     """
     from launcher.cli import plan_request
     from launcher.plan import text
@@ -100,15 +101,17 @@ def run(
     job: JobFile,
     overrides: Overrides = None,
     inline: Inline = False,
-    only: Annotated[str | None, typer.Option(metavar="PHASE", help="Run only this phase.")] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="PHASE", help="Run only this phase; `muster resume` runs the others.")
+    ] = None,
     on: On = None,
     force: Force = False,
     no_preflight: NoPreflight = False,
 ) -> int:
     """Run a job, or resume its interrupted run.
 
-    The job runs on this machine, or on the Ray cluster at RAY_ADDRESS. With --on it is submitted to that cluster and its output
-    is followed.
+    The job runs on this machine, or on the Ray cluster at RAY_ADDRESS. With --on it is submitted to that cluster and
+    its output is followed.
     """
     if on is not None:
         if inline or only is not None:
@@ -145,7 +148,7 @@ def resume(
 ) -> int:
     """Resume a run from its newest or an earlier checkpoint.
 
-    With --on, RUN is the id of a job on that cluster.
+    Finished phases are not repeated; all others are run. With --on, RUN is the id of a job on that cluster.
     """
     if phase is not None and step is None:
         raise InputError.of("--phase", "goes with --step, the checkpoint of the phase to go back to")
@@ -162,8 +165,10 @@ def resume(
     job = found.job_here(overrides or [])
     check.machine(job, inline=inline, force=force)
     rewind = open_run.rewinding(found, step, phase) if step is not None else {}
-    go_on = open_run.GoOn(rewind=rewind, accept_changes=accept_changes)
-    return driver.run_job(job, inline=inline, console=console(), go_on=go_on, preflight=not no_preflight)
+    resume_options = open_run.ResumeOptions(rewind=rewind, accept_changes=accept_changes)
+    return driver.run_job(
+        job, inline=inline, console=console(), resume_options=resume_options, preflight=not no_preflight
+    )
 
 
 @verb("muster save word-problems", "muster save word-problems-1 --on lab")
@@ -183,7 +188,8 @@ def save(run: RunName, on: On = None, as_json: Json = False) -> None:
 def chaos(
     run: RunName,
     kill: Annotated[
-        str, typer.Option(help="What to kill: rank (a worker), node (a machine) or driver (the run's own process).")
+        Literal["rank", "node", "driver"],
+        typer.Option(help="What to kill: rank (a worker), node (a machine) or driver (the run's own process)."),
     ] = "rank",
     every: Annotated[
         float,
@@ -200,9 +206,7 @@ def chaos(
     from launcher.driver import chaos as drills
     from launcher.runfolder import run_folder
 
-    if kill not in ("rank", "node", "driver"):
-        raise InputError.of("--kill", f"{kill} is none of rank, node, driver")
-    killed = drills.drill(run_folder.find(run), kill, every_s=every, times=times, seed=seed, say=print)  # type: ignore[arg-type]
+    killed = drills.drill(run_folder.find(run), kill, every_s=every, times=times, seed=seed, say=print)
     print(f"{killed} killed")
 
 
@@ -339,7 +343,8 @@ def generate(
         bool | None,
         typer.Option(
             "--chat/--plain",
-            help="Format a prompt as a user's turn of a conversation, or use it unchanged. Default: as the model was trained.",
+            help="Format a prompt as a user's turn of a conversation, or use it unchanged. "
+            "Default: as the model was trained.",
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Responses that a worker generates at the same time.")] = 64,
@@ -383,7 +388,8 @@ def eval_(
         typer.Option(min=0.01, max=1, help="Sample from the most likely tokens that together have this probability."),
     ] = 1.0,
     template: Annotated[
-        str, typer.Option(help="How to format questions: auto (as the model was trained), plain or chat.")
+        Literal["auto", "plain", "chat"],
+        typer.Option(help="How to format questions. auto: as the model was trained."),
     ] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Responses that a worker generates at the same time.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes that share the questions.")] = 1,
@@ -400,8 +406,8 @@ def eval_(
 ) -> None:
     """Measure a model's accuracy, or its win rate over another one.
 
-    Accuracy is measured on questions with known answers. The win rate over another model (--against) is decided by a reward
-    model (--reward).
+    Accuracy is measured on questions with known answers. The win rate over another model (--against) is decided by a
+    reward model (--reward).
     """
     from launcher.inference import evaluate
 
@@ -430,7 +436,8 @@ def report(
 ) -> None:
     """Write an HTML page about one or more runs.
 
-    It shows results, curves laid over each other, a timeline and samples. It is one file that needs no server and no network.
+    It shows results, curves laid over each other, a timeline and samples. It is one file that needs no server and no
+    network.
     """
     from launcher.report import html, report
 
@@ -486,8 +493,8 @@ def critique(
 ) -> None:
     """Build data for critique fine-tuning with a teacher model.
 
-    Answers come from models (--sample) or from the data (--column); the teacher criticizes each, and its verdicts are checked
-    against known answers. A second call continues where the first stopped and repeats no request.
+    Answers come from models (--sample) or from the data (--column); the teacher criticizes each, and its verdicts are
+    checked against known answers. A second call continues where the first stopped and repeats no request.
     """
     from launcher.inference import critique as critiques
     from launcher.inference.model_lookup import warn
@@ -497,9 +504,9 @@ def critique(
         teacher, teacher_model, key_env, max_new_tokens, timeout_s=timeout, patience_s=patience
     )
     plan = critiques.Plan(
-        out=out, data=data, columns=column or [], known=known, models=sample or [], samples=samples, temperature=temperature,
-        limit=limit, teacher=who, budget=budget, parallel=parallel, per_minute=per_minute, max_new_tokens=max_new_tokens,
-        workers=workers, seed=seed, trust_remote_code=trust_remote_code,
+        out=out, data=data, columns=column or [], known=known, models=sample or [], samples=samples,
+        temperature=temperature, limit=limit, teacher=who, budget=budget, parallel=parallel, per_minute=per_minute,
+        max_new_tokens=max_new_tokens, workers=workers, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     show(critiques.build(plan, warn), critiques.lines, as_json)
 

@@ -1,4 +1,5 @@
-"""The verb `plan`, from the command line to launcher/plan/plan.py: which job, which machines, what is known beside it."""
+"""The verb `plan`, from the command line to launcher/plan/plan.py: which job, which machines,
+what is known beside it."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from launcher.jobfile import job as jobs
 from launcher.jobfile.job import Job
 from launcher.plan import hardware
 from launcher.plan import plan as plans
-from launcher.plan.hardware import Site
-from launcher.plan.phase_plan import Asked
+from launcher.plan.hardware import HardwareProfile
+from launcher.plan.phase_plan import PlanInputs
 from launcher.submit import clusters
 from training.errors import InputError
 
@@ -26,12 +27,12 @@ _MOST = 1e15
 
 def asked(
     gpus: str | None, rows: int | None, tokens: float | None, response: float | None, parameters: float | None
-) -> Asked:
+) -> PlanInputs:
     """Raises InputError for numbers that are none."""
     for name, value in (("--tokens", tokens), ("--response-tokens", response), ("--parameters", parameters)):
         _refuse_odd(name, value)
     counts = tuple(_count(text) for text in gpus.split(",")) if gpus is not None else ()
-    return Asked(rows, tokens, response, None if parameters is None else int(parameters), counts)
+    return PlanInputs(rows, tokens, response, None if parameters is None else int(parameters), counts)
 
 
 def _refuse_odd(name: str, value: float | None) -> None:
@@ -48,7 +49,7 @@ def _count(text: str) -> int:
 def plan(
     file: Path,
     overrides: Sequence[str],
-    what: Asked,
+    what: PlanInputs,
     *,
     on: str | None,
     gpu: str | None,
@@ -68,7 +69,7 @@ def plan(
     return report
 
 
-def _site(job: Job, on: str | None, gpu: str | None, per_machine: int | None, price: float | None) -> Site:
+def _site(job: Job, on: str | None, gpu: str | None, per_machine: int | None, price: float | None) -> HardwareProfile:
     wanted = job.accelerator
     if gpu is not None and wanted is not None and catalog.gpu(gpu) != catalog.gpu(wanted):
         raise InputError.of("--gpu", f"the job asks for {wanted} (resources.accelerator); say the same")

@@ -16,7 +16,7 @@ _EVERY_S = 15.0
 _HOUR_S = 3600.0
 
 
-class Meter:
+class Budget:
     """Counts while workers are held. What was counted is kept in the run's folder."""
 
     def __init__(
@@ -37,7 +37,8 @@ class Meter:
         self._written_at = clock()
 
     def begin(self, price: float | None) -> None:
-        """Workers are held from now on. `price`: of their machines, an hour. Raises InputError if it is needed and not known."""
+        """Workers are held from now on. `price`: of their machines, an hour.
+        Raises InputError if it is needed and not known."""
         if price is None and self.max_cost is not None:
             raise InputError.of(
                 "max_cost",

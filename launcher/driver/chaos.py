@@ -1,4 +1,5 @@
-"""`muster chaos`: kills parts of a run at random, for drills. What a run survives it should have survived before it matters."""
+"""`muster chaos`: kills parts of a run at random, for drills. What a run survives it should have
+survived before it matters."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def drill(
 
 
 def _beyond_its_last_failure(run: RunFolder) -> bool:
-    """Whether that step is done: the same failure at the same step again is taken for a fault of the program, and the run given up."""
+    """Whether that step is done: the same failure at the same step again is taken
+    for a fault of the program, and the run given up."""
     failure = next((event for event in reversed(run.events()) if event["event"] == "incident"), None)
     return failure is None or any(row["step"] >= failure["step"] for row in run.metrics(failure["phase"])[-1:])
 

@@ -1,4 +1,5 @@
-"""`muster check`: the job file, then every row of its data. Starts nothing; loads torch only to read rows with a tokenizer."""
+"""`muster check`: the job file, then every row of its data. Starts nothing;
+loads torch only to read rows with a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from launcher.driver import checkpoint_quota, model_probe, trackers
 from launcher.jobfile import job as jobs
 from launcher.jobfile.job import Job
 from launcher.plan import hardware, local_capacity, plan
-from launcher.plan.hardware import Site, UnknownSite
+from launcher.plan.hardware import HardwareProfile, UnknownHardware
 from launcher.runfolder.cache import cache_folder
 from training.config import PPO, Phase
 from training.data import questions, reward_signature, vocabulary
@@ -38,7 +39,8 @@ def load(file: Path, overrides: Sequence[str], *, inline: bool = False, force: b
 
 
 def machine(job: Job, *, inline: bool, force: bool = False) -> None:
-    """Raises InputError if this machine lacks a package or the room that the job needs. `force`: room is not looked at."""
+    """Raises InputError if this machine lacks a package or the room that the job needs.
+    `force`: room is not looked at."""
     trackers.check(job.track, where=str(job.file))
     local_capacity.check(job, inline=inline, force=force)
     if not force:
@@ -47,10 +49,10 @@ def machine(job: Job, *, inline: bool, force: bool = False) -> None:
         fits_gpus(job, lambda: [hardware.here()])
 
 
-def fits_gpus(job: Job, where: Callable[[], Sequence[Site]]) -> None:
+def fits_gpus(job: Job, where: Callable[[], Sequence[HardwareProfile]]) -> None:
     """Raises InputError if a phase cannot fit on the GPUs of any of some sites, where those are known."""
     refusals = []
-    with suppress(UnknownSite):
+    with suppress(UnknownHardware):
         for found in where():
             try:
                 if found.on_gpu:
@@ -147,7 +149,8 @@ def _counts(phase: Phase, known: Traits | None) -> dict[str, Any]:
 def _forms(
     sources: Sequence[Located], by_source: Sequence[Mapping[str, int]], total: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """What was read of each source: its name, kinds of files, and rows by format; {} where these were not counted apart."""
+    """What was read of each source: its name, kinds of files, and rows by format;
+    {} where these were not counted apart."""
     if len(by_source) != len(sources):  # a store that was made before they were
         by_source = [total if len(sources) == 1 else {} for _ in sources]
     return [
@@ -167,10 +170,14 @@ def _form_line(form: Mapping[str, Any]) -> str:
 
 
 def _of_model(phase: Phase, known: Traits | None, longest: int) -> list[str]:
-    """What goes another way than usual, with samples of at most `longest` tokens (0: not known). Raises InputError for what the model cannot do."""
+    """What goes another way than usual, with samples of at most `longest` tokens (0: not known).
+    Raises InputError for what the model cannot do."""
     if known is None:
         return [
-            f"{phase.model.path} is no folder here, so it is a model of the hub or of a bucket; what its code can do is examined when the job runs"
+            (
+                f"{phase.model.path} is no folder here, so it is a model of the hub or of a bucket; what its code can "
+                "do is examined when the job runs"
+            )
         ]
     device = local_capacity.device_of(phase)
     attention = model_traits.attention_of(phase.model, known, device)
@@ -189,8 +196,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
             if part in phase:
                 counts = phase[part]
                 yield (
-                    f"{name}: {part}: {counts['samples']:,} samples of {counts['rows']:,} rows, {counts['tokens']:,} tokens, "
-                    f"{counts['target_tokens']:,} of them targets; the longest has {counts['longest']:,}"
+                    f"{name}: {part}: {counts['samples']:,} samples of {counts['rows']:,} rows, {counts['tokens']:,} "
+                    f"tokens, {counts['target_tokens']:,} of them targets; the longest has {counts['longest']:,}"
                 )
         if "rows" in phase:
             yield f"{name}: {phase['rows']:,} rows"

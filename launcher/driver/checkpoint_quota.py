@@ -11,7 +11,7 @@ from launcher.runfolder.run_folder import RunFolder
 from training.checkpoint.format import CheckpointError, Manifest, verify
 from training.checkpoint.repository import Checkpoints, delete, step_of
 from training.errors import InputError
-from training.storage import Place
+from training.storage import StoragePath
 
 _GB = 1e9
 
@@ -20,14 +20,15 @@ _GB = 1e9
 class Stored:
     """A checkpoint as the quota sees it."""
 
-    folder: Place
+    folder: StoragePath
     bytes: int
     is_protected: bool
     """It must not be deleted."""
 
 
 def surplus(stored: Sequence[Stored], quota: int, room: int) -> tuple[list[Stored], int]:
-    """Which to delete, of checkpoints with the oldest first, so that `room` more bytes fit; and how many bytes are too many all the same."""
+    """Which to delete, of checkpoints with the oldest first, so that `room` more bytes fit;
+    and how many bytes are too many all the same."""
     excess = sum(each.bytes for each in stored) + room - quota
     gone = []
     for each in stored:
@@ -37,12 +38,12 @@ def surplus(stored: Sequence[Stored], quota: int, room: int) -> tuple[list[Store
     return gone, max(0, excess)
 
 
-def make_room(run: RunFolder, job: Job, phase: str, best: Place | None) -> int:
-    """Delete the oldest checkpoints of a run that may be deleted, until the next one of `phase` fits into the quota; returns how many
-    bytes are too many all the same.
+def make_room(run: RunFolder, job: Job, phase: str, best: StoragePath | None) -> int:
+    """Delete the oldest checkpoints of a run that may be deleted, until the next one of `phase` fits into the quota;
+    returns how many bytes are too many all the same.
 
-    The newest checkpoint that the phase can be resumed from stays, so do its `best` and the one that each other phase has ended with. While
-    the newest is not whole, nothing is deleted. Checkpoints that were set aside do not count.
+    The newest checkpoint that the phase can be resumed from stays, so do its `best` and the one that each other phase
+    has ended with. While the newest is not whole, nothing is deleted. Checkpoints that were set aside do not count.
     """
     assert job.quota_bytes is not None
     checkpoints = Checkpoints(run.checkpoints(phase))
@@ -56,7 +57,7 @@ def make_room(run: RunFolder, job: Job, phase: str, best: Place | None) -> int:
     return excess
 
 
-def _stored(run: RunFolder, job: Job, phase: str, kept: set[Place | None]) -> Iterator[Stored]:
+def _stored(run: RunFolder, job: Job, phase: str, kept: set[StoragePath | None]) -> Iterator[Stored]:
     """All checkpoints of a run, in the order of its phases and steps."""
     for name in job.phases:
         folders = Checkpoints(run.checkpoints(name)).folders()
@@ -65,7 +66,7 @@ def _stored(run: RunFolder, job: Job, phase: str, kept: set[Place | None]) -> It
             yield Stored(folder, _bytes(folder), folder in kept or step_of(folder) == last)
 
 
-def _bytes(folder: Place) -> int:
+def _bytes(folder: StoragePath) -> int:
     try:
         return sum(file.size for file in Manifest.read(folder).files)
     except CheckpointError:
@@ -81,7 +82,8 @@ def _planned_bytes(job: Job, phase: str) -> int:
 
 
 def check(job: Job) -> None:
-    """Raises InputError if two checkpoints of a phase do not fit: one stays while the next is written. So does the last of every phase before."""
+    """Raises InputError if two checkpoints of a phase do not fit: one stays while the next is written.
+    So does the last of every phase before."""
     if job.quota_bytes is None:
         return
     before, needs = 0, dict[str, int]()
@@ -93,7 +95,8 @@ def check(job: Job) -> None:
     if needs[name] > job.quota_bytes:
         earlier = " beside the last of every phase before" if name != next(iter(needs)) else ""
         message = (
-            f"{job.checkpoint_quota} has no room for two checkpoints of {name}{earlier}: one stays while the next is written, together "
-            f"{needs[name] / _GB:,.2f} GB; raise it (--force runs all the same, and says when the quota cannot be kept)"
+            f"{job.checkpoint_quota} has no room for two checkpoints of {name}{earlier}: one stays while the next is "
+            f"written, together {needs[name] / _GB:,.2f} GB; raise it (--force runs all the same, and says when the "
+            "quota cannot be kept)"
         )
         raise InputError.of(job.document.where(("checkpoint_quota",)), message, "checkpoint_quota")

@@ -16,8 +16,8 @@ from typing import TypeVar
 from rich.console import Console
 
 from launcher.driver import model_probe, open_run
-from launcher.driver.budget import Meter
-from launcher.driver.open_run import GoOn, OpenRun
+from launcher.driver.budget import Budget
+from launcher.driver.open_run import OpenRun, ResumeOptions
 from launcher.driver.phase_run import PhaseRun
 from launcher.driver.progress import PhaseProgress
 from launcher.driver.recovery import Recovery
@@ -29,22 +29,22 @@ from launcher.runfolder import hub_revisions
 from launcher.runfolder.cache import cache_folder
 from launcher.runfolder.run_folder import RunFolder
 from launcher.workers import supervisor
-from launcher.workers.failures import NoMachines, Raised, WorkerDied, in_words
-from launcher.workers.worker_set import Gang, gang_of
+from launcher.workers.failures import NoMachines, Raised, WorkerDied, describe
+from launcher.workers.worker_set import WorkerSet, worker_set_of
 from training.config import PPO, Phase
 from training.data.token_store import BAD_ROWS
 from training.errors import InputError, MusterError, StorageError, TrainingError
 from training.group import Group, results
 from training.model_folder import tokenizer_of, tokenizer_revision
 from training.recipes import RECIPES, resolve
-from training.storage import Place
+from training.storage import StoragePath
 
 _EXPORT_S = 3600.0
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class _How:
+class RunOptions:
     """What the command line says of a run beside the job."""
 
     inline: bool
@@ -53,27 +53,33 @@ class _How:
 
 
 def run_job(
-    job: Job, *, inline: bool, console: Console, go_on: GoOn = GoOn(), only: str | None = None, preflight: bool = True
+    job: Job,
+    *,
+    inline: bool,
+    console: Console,
+    resume_options: ResumeOptions = ResumeOptions(),
+    only: str | None = None,
+    preflight: bool = True,
 ) -> ExitStatus:
-    """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone; `preflight`: whether machines
-    are looked at before the first step.
+    """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone; `preflight`: whether
+    machines are looked at before the first step.
 
     Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
     """
-    open_run.check(job, go_on, only)
+    open_run.check(job, resume_options, only)
     recorded = open_run.recorded_commits(job)
     looked_up = hub_revisions.look_up(job, recorded)
     with ExitStack() as stack:
         outputs = stack.enter_context(output.kept_going())
         interrupts = stack.enter_context(Interrupts())
         stores = _get_ready(job, recorded | looked_up, stack, inline=inline)
-        run = open_run.begin(job, go_on)
+        run = open_run.begin(job, resume_options)
         stack.callback(run.close)
         outputs.report_to(partial(_note_output, run))
         if looked_up:
             run.event("revisions", commits=looked_up)
         _list_bad_rows(run, stores)
-        status = _run_phases(run, job, interrupts, console, _How(inline, only, preflight))
+        status = _run_phases(run, job, interrupts, console, RunOptions(inline, only, preflight))
         interrupts.end()
         return status
 
@@ -87,11 +93,11 @@ def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline
     """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile. Returns what `prepare` does."""
     if inline:
         return prepare(job, commits)
-    from launcher.workers.ray_session import own_nursery, ray_session
+    from launcher.workers.ray_session import own_fork_server, ray_session
 
     os.environ[ENV_NAMES] = " ".join(job.env)
     stack.callback(_sweep_stores)
-    stack.enter_context(own_nursery())
+    stack.enter_context(own_fork_server())
     wait_for_data = _in_background(lambda: prepare(job, commits, apart=True))
     stack.enter_context(ray_session(max(phase.num_workers for phase in job.phases.values())))
     return wait_for_data()
@@ -113,7 +119,8 @@ def _list_bad_rows(run: OpenRun, stores: Mapping[str, Path]) -> None:
 
 
 def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
-    """Begin a call in a thread that ends with the process; returns what waits for it and gives its result or raises its error."""
+    """Begin a call in a thread that ends with the process; returns what waits for it
+    and gives its result or raises its error."""
     results: list[Result] = []
     errors: list[BaseException] = []
 
@@ -135,12 +142,12 @@ def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
     return wait
 
 
-def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console, how: _How) -> ExitStatus:
+def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console, how: RunOptions) -> ExitStatus:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"run {run.address}, attempt {run.attempt}")
-    meter = Meter(run.folder, job.max_hours, job.max_cost, files=run.files)
+    meter = Budget(run.folder, job.max_hours, job.max_cost, files=run.files)
     try:
         if meter.reached:
             raise InputError.of(run.address, f"{meter.reached}; raise the limit to go on")
@@ -192,10 +199,11 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
 
 
 def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Path]:
-    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase; and examine its models.
-    Raises InputError with all that is wrong with any of them.
+    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase; and examine its
+    models. Raises InputError with all that is wrong with any of them.
 
-    `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another that has imported what it takes; which is seconds, and 0.3 GiB.
+    `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another
+    that has imported what it takes; which is seconds, and 0.3 GiB.
     """
     from training.data import questions
     from training.data.phase_data import prepare_phase as prepare_data
@@ -204,14 +212,14 @@ def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool =
         phase = hub_revisions.with_commits(phase, commits or {})
         questions.check(phase)
         model_probe.examined(phase, apart=apart)
-        if not (apart and supervisor.has_nursery()):
+        if not (apart and supervisor.has_fork_server()):
             stores, _ = prepare_data(phase, cache_folder())
             return stores.train.folder
         try:
             return Path(supervisor.apart("prepare", phase, str(cache_folder()), dict(os.environ)))
         except (Raised, WorkerDied) as error:
             trace = f"\n{error.trace}" if isinstance(error, Raised) else ""
-            raise TrainingError(f"the process that prepares the data {in_words(error)}{trace}") from error
+            raise TrainingError(f"the process that prepares the data {describe(error)}{trace}") from error
 
     return job.look_at_phases(prepare_phase)
 
@@ -222,7 +230,7 @@ def _unfinished(run: OpenRun, job: Job) -> Iterator[str]:
 
 
 def _run_phase(
-    run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Meter, console: Console, how: _How
+    run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Budget, console: Console, how: RunOptions
 ) -> bool:
     """Whether the phase came to its end; False when it was asked to stop, or has used up what it may."""
     if interrupts.requested or meter.reached:
@@ -240,7 +248,7 @@ def _run_phase(
         model_probe.examined(phase)
         model_probe.pass_on(phase)
     recovery = Recovery(run, name, phase, progress.say)
-    with gang_of(phase, name, cache_folder(), progress.say, warn, inline=how.inline) as gang:
+    with worker_set_of(phase, name, cache_folder(), progress.say, warn, inline=how.inline) as gang:
         while True:
             run.files.flush()  # while the storage is away, an attempt would begin anew in its place
             hooks = PhaseRun(run, job, name, interrupts, meter, progress, gang, recovery.skipped())
@@ -264,13 +272,15 @@ def _run_phase(
                     return False
                 run.event("moved", phase=name, why=gang.why_moved)
                 progress.say(f"{name}: saved; {gang.why_moved}, so the workers are gathered anew")
-            run.go_on()
+            run.start_next_attempt()
     run.event("phase_finished", phase=name, checkpoint=str(last), model=str(run.model(name)))
     progress.say(f"{name}: done; the model is in {run.model(name)}")
     return True
 
 
-def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang, *, preflight: bool) -> Place | None:
+def _attempt(
+    run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: WorkerSet, *, preflight: bool
+) -> StoragePath | None:
     """One attempt at a phase, from its newest checkpoint: its last checkpoint, None if it was stopped before."""
     with gang.attempt(run.phase(name) / "logs" / f"attempt-{run.attempt}") as groups:
         run.event("workers", phase=name, workers=gang.members())
@@ -278,7 +288,7 @@ def _attempt(run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: Gang,
         try:
             if preflight and (figures := gang.check(str(hooks.checkpoints.staging), _room_for_two(phase))) is not None:
                 run.event("preflight", phase=name, **figures)
-            last = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
+            last: StoragePath | None = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
             if last is not None:
                 _export(next(iter(groups.values())), last, run.model(name))
             return last
@@ -297,8 +307,8 @@ def _room_for_two(phase: Phase) -> int:
 
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:
-    """The phase with the model of the phase that it starts from, the tokenizer that its data was checked with, and the commits of
-    the Hugging Face hub that the run uses."""
+    """The phase with the model of the phase that it starts from, the tokenizer that its data was checked with, and the
+    commits of the Hugging Face hub that the run uses."""
     phase = hub_revisions.with_commits(phase, run.commits())
     if phase.starts_from_phase:
         assert phase.from_ is not None
@@ -323,5 +333,5 @@ def _with_its_rewards(phase: PPO, run: RunFolder) -> PPO:
     return phase.model_copy(update={"reward": rewards, "critic": critic})
 
 
-def _export(group: Group, checkpoint: Place, out: Place) -> None:
+def _export(group: Group, checkpoint: StoragePath, out: StoragePath) -> None:
     results(group.call("export", str(checkpoint), str(out)), _EXPORT_S)

@@ -1,4 +1,5 @@
-"""Has the models of a phase examined before anybody computes with them: on this machine's CPU, in a process that may crash, once."""
+"""Has the models of a phase examined before anybody computes with them: on this machine's CPU,
+in a process that may crash, once."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 
 from launcher.process.subprocesses import module_command, with_own_code
 from launcher.workers import supervisor
-from launcher.workers.failures import Raised, WorkerDied, in_words
+from launcher.workers.failures import Raised, WorkerDied, describe
 from training.config import PPO, Model, Phase
 from training.device import VISIBLE_DEVICES
 from training.errors import InputError, Problem
@@ -23,8 +24,8 @@ _LIMIT_S = 300
 
 
 def examined(phase: Phase, *, apart: bool = True) -> Traits | None:
-    """What is known of the model that a phase trains; of all its models afterwards. None: it is on the hub or in a bucket, not at hand, and examined
-    where the job runs.
+    """What is known of the model that a phase trains; of all its models afterwards. None: it is on the hub or in a
+    bucket, not at hand, and examined where the job runs.
 
     `apart`: in another process where nothing is known yet. Raises InputError for a model that cannot be loaded.
     """
@@ -57,7 +58,7 @@ def _examine(model: Model) -> None:
     key = model_traits.key_for(model)
     if key is None or model_traits.known(key) is not None:
         return
-    why = _by_the_nursery(model) if supervisor.has_nursery() else _by_a_process(model)
+    why = _by_the_fork_server(model) if supervisor.has_fork_server() else _by_a_process(model)
     folder = configured_in(model.path, model.revision)
     if why and folder is not None:  # what nobody could find out is not tried again
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -66,12 +67,12 @@ def _examine(model: Model) -> None:
         )
 
 
-def _by_the_nursery(model: Model) -> str:
+def _by_the_fork_server(model: Model) -> str:
     """Why it could not be found out, if it could not."""
     try:
         supervisor.apart("examine", model, dict(os.environ), _LIMIT_S)
     except (Raised, WorkerDied) as error:
-        return f"the process that examined it {in_words(error)}"
+        return f"the process that examined it {describe(error)}"
     return ""
 
 

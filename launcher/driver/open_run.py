@@ -41,7 +41,7 @@ from training.checkpoint.format import CheckpointError
 from training.checkpoint.repository import CLAIMS, Checkpoints, Claim, newest_claim, step_of
 from training.errors import InputError, Problem
 from training.io.versions import MUSTER, versions_of
-from training.storage import Place, is_remote, place
+from training.storage import StoragePath, is_remote, open_storage
 
 _LOCK_S = 2.0
 """How long a lock is tried to be taken."""
@@ -50,7 +50,7 @@ _LOCK_S = 2.0
 class OpenRun(RunFolder):
     """A run that this process works on: what happens is written down."""
 
-    def __init__(self, folder: Path, attempt: int, lock: IO[str], remote: Place | None = None):
+    def __init__(self, folder: Path, attempt: int, lock: IO[str], remote: StoragePath | None = None):
         super().__init__(folder, remote)
         self.attempt = attempt
         self.files = SmallFiles()
@@ -58,15 +58,15 @@ class OpenRun(RunFolder):
         self._lock = lock
         self._mirror = None if remote is None else Mirror(folder, remote, Claim(remote / CLAIMS, attempt))
 
-    def go_on(self) -> None:
+    def start_next_attempt(self) -> None:
         """Begin the next attempt in this process, after one that has failed or was to move. Raises Superseded."""
         if self.remote is not None and self._mirror is not None:
             self._mirror.claim = Claim(self.remote / CLAIMS, self.attempt + 1)
         self.attempt += 1
         self.event("started", host=socket.gethostname(), pid=os.getpid(), by_itself=True)
 
-    def event(self, kind: str, **facts: Any) -> None:
-        row = {"time": now(), "attempt": self.attempt, "event": kind, **facts}
+    def event(self, kind: str, **fields: Any) -> None:
+        row = {"time": now(), "attempt": self.attempt, "event": kind, **fields}
         self._events.append(json.loads(json.dumps(row)))
         self.files.append(self.folder / EVENTS, row)
         if self._mirror is not None:
@@ -93,7 +93,7 @@ class OpenRun(RunFolder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GoOn:
+class ResumeOptions:
     """How to go on with a run, beyond going on where it stopped."""
 
     rewind: Mapping[str, int] = field(default_factory=dict)
@@ -103,7 +103,8 @@ class GoOn:
 
 
 def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, int]:
-    """What it takes to go on from a checkpoint: its phase (None: the last that has any) there, later ones at their beginning.
+    """What it takes to go on from a checkpoint: its phase (None: the last that has any) there,
+    later ones at their beginning.
 
     Raises InputError if there is no such phase or checkpoint, or the checkpoint has no optimizer state any more.
     """
@@ -117,20 +118,20 @@ def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, 
         steps = ", ".join(str(step_of(each)) for each in resumable) or "none"
         raise InputError.of(
             str(folder),
-            "has its weights alone (checkpoint.keep_weights), to generate, evaluate and export from; a run cannot be resumed from it. "
-            f"{name} can be resumed at: {steps}",
+            "has its weights alone (checkpoint.keep_weights), to generate, evaluate and export from; a run cannot be "
+            f"resumed from it. {name} can be resumed at: {steps}",
         )
     names = list(run.job().phases)
     return {name: step, **dict.fromkeys(names[names.index(name) + 1 :], 0)}
 
 
-def begin(job: Job, go_on: GoOn = GoOn()) -> OpenRun:
+def begin(job: Job, start_next_attempt: ResumeOptions = ResumeOptions()) -> OpenRun:
     """Make the run folder of a job, or go on in the one it has.
 
     Raises InputError as `check` does, and if the folder cannot be written or is being worked on.
     """
-    check(job, go_on)
-    remote = place(_address(job)) if is_remote(job.storage) else None
+    check(job, start_next_attempt)
+    remote = open_storage(_address(job)) if is_remote(job.storage) else None
     folder = Path(job.storage) / job.name if remote is None else bucket_sync.working_folder(remote)
     with told_as_input(_address(job)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,23 +139,23 @@ def begin(job: Job, go_on: GoOn = GoOn()) -> OpenRun:
         try:
             if remote is not None:
                 bucket_sync.fetch(remote, folder)
-            return _begin(RunFolder(folder, remote), job, lock, go_on)
+            return _begin(RunFolder(folder, remote), job, lock, start_next_attempt)
         except BaseException:
             lock.close()
             raise
 
 
-def _begin(held: RunFolder, job: Job, lock: IO[str], go_on: GoOn) -> OpenRun:
-    _refuse_others(held, job, go_on)  # once more: another process may have come before the lock
+def _begin(held: RunFolder, job: Job, lock: IO[str], start_next_attempt: ResumeOptions) -> OpenRun:
+    _refuse_others(held, job, start_next_attempt)  # once more: another process may have come before the lock
     changes = _changes(held, job) if (held.folder / JOB).exists() else []
     _replace(held.folder / JOB, jobs.dump(job))
     claimed = newest_claim(held.remote / CLAIMS) if held.remote else 0
     run = OpenRun(held.folder, max(held.attempts(), claimed) + 1, lock, held.remote)
     run.event("started", host=socket.gethostname(), pid=os.getpid(), versions=_versions())
-    if go_on.accept_changes:
+    if start_next_attempt.accept_changes:
         run.event("changes_accepted", changes=changes)
-    if go_on.rewind:
-        run.event("rewound", to=dict(go_on.rewind))
+    if start_next_attempt.rewind:
+        run.event("rewound", to=dict(start_next_attempt.rewind))
     run.flush()
     return run
 
@@ -169,7 +170,7 @@ def _changes(held: RunFolder, job: Job) -> list[str]:
     return jobs.differences(replace(held.job(), name=job.name), job)
 
 
-def check(job: Job, go_on: GoOn = GoOn(), only: str | None = None) -> None:
+def check(job: Job, start_next_attempt: ResumeOptions = ResumeOptions(), only: str | None = None) -> None:
     """Raises InputError if the run folder of a job holds something else, another job or a finished run. Writes nothing.
 
     So it does if `only` that phase is to be run and it is none, is finished, or starts from one that is not.
@@ -179,12 +180,12 @@ def check(job: Job, go_on: GoOn = GoOn(), only: str | None = None) -> None:
     with told_as_input(address):
         if not is_remote(address):
             if Path(address).is_dir():
-                _refuse_others(RunFolder(Path(address)), job, go_on)
+                _refuse_others(RunFolder(Path(address)), job, start_next_attempt)
                 finished = RunFolder(Path(address)).finished_phases()
         else:
-            remote = place(address, patience_s=PATIENCE_S)
+            remote = open_storage(address, patience_s=PATIENCE_S)
             run = RunFolder(bucket_sync.view(remote), remote)
-            _refuse_others(run, job, go_on)
+            _refuse_others(run, job, start_next_attempt)
             finished = run.finished_phases()
     if only is not None:
         _refuse_phase(job, only, finished)
@@ -196,7 +197,7 @@ def recorded_commits(job: Job) -> dict[str, str]:
     with told_as_input(address):
         if not is_remote(address):
             return RunFolder(Path(address)).commits()
-        remote = place(address, patience_s=PATIENCE_S)
+        remote = open_storage(address, patience_s=PATIENCE_S)
         return RunFolder(bucket_sync.view(remote), remote).commits()
 
 
@@ -223,22 +224,24 @@ def _replace(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def _refuse_others(held: RunFolder, job: Job, go_on: GoOn) -> None:
+def _refuse_others(held: RunFolder, job: Job, start_next_attempt: ResumeOptions) -> None:
     if not (held.folder / JOB).exists():
         if strangers := sorted(name for name in held.root.children() if name not in (LOCK, f".{JOB}", CLAIMS)):
             raise InputError.of(
                 held.address,
-                f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or storage",
+                f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or "
+                "storage",
             )
         return
-    finished = held.finished_phases() - go_on.rewind.keys()
-    is_over = not go_on.rewind and finished >= set(job.phases)
+    finished = held.finished_phases() - start_next_attempt.rewind.keys()
+    is_over = not start_next_attempt.rewind and finished >= set(job.phases)
     if not is_over:
         _refuse_overrides_of(finished, held, job)
-    if not go_on.accept_changes and (changes := _changes(held, job)):
+    if not start_next_attempt.accept_changes and (changes := _changes(held, job)):
         raise InputError.of(
             held.address,
-            "this run folder holds another job; choose another `name:`, remove the folder, or go on with it all the same: "
+            "this run folder holds another job; choose another `name:`, remove the folder, or go on with it all the "
+            "same: "
             "`muster resume RUN --accept-changes key=value ...`. What differs:\n  " + "\n  ".join(changes),
         )
     if is_over:
@@ -250,7 +253,8 @@ def _refuse_others(held: RunFolder, job: Job, go_on: GoOn) -> None:
 
 
 def _refuse_overrides_of(finished: set[str], held: RunFolder, job: Job) -> None:
-    """Raises InputError for settings from the command line that change nothing but phases which will not be run again."""
+    """Raises InputError for settings from the command line that change nothing but phases
+    which will not be run again."""
     before = {name: phase.model_dump(by_alias=True) for name, phase in held.job().phases.items()}
     after = {name: phase.model_dump(by_alias=True) for name, phase in job.phases.items()}
     problems = []

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.driver import checkpoint_quota, trackers
-from launcher.driver.budget import Meter
+from launcher.driver.budget import Budget
 from launcher.driver.open_run import OpenRun
 from launcher.driver.progress import PhaseProgress
 from launcher.driver.signals import Interrupts
@@ -17,11 +17,11 @@ from launcher.jobfile.job import Job, job_hash
 from launcher.plan import hardware, plan
 from launcher.runfolder import run_folder, save_request
 from launcher.workers.stragglers import Stragglers
-from launcher.workers.worker_set import Gang
+from launcher.workers.worker_set import WorkerSet
 from training.checkpoint.repository import opened
 from training.errors import InputError
-from training.phase_info import Facts
-from training.storage import Place
+from training.phase_info import PhaseInfo
+from training.storage import StoragePath
 
 _NEARLY_FULL = 0.95
 """Of a GPU's memory: above it a warning is due."""
@@ -32,7 +32,8 @@ class PhaseRun:
     """What a recipe's driver is offered while it runs one phase (the `Hooks` of training/recipes)."""
 
     def __init__(
-        self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Meter, progress: PhaseProgress, gang: Gang,
+        self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Budget, progress: PhaseProgress,
+        gang: WorkerSet,
         skipped: frozenset[int],
     ):  # fmt: skip
         self.run, self.name, self.interrupts, self.meter, self.progress, self.gang = (
@@ -88,70 +89,72 @@ class PhaseRun:
                 self.told_full.add(rank)
                 machine = self.gang.members()[rank]["machine"]
                 self.warn(
-                    f"worker {rank} on {machine} has taken {fraction:.0%} of its GPU's memory; a longer batch may not fit: "
-                    "smaller micro_tokens, gradient_checkpointing or a higher sharding.stage give room"
+                    f"worker {rank} on {machine} has taken {fraction:.0%} of its GPU's memory; a longer batch may not "
+                    "fit: smaller micro_tokens, gradient_checkpointing or a higher sharding.stage give room"
                 )
 
     def warn(self, what: str) -> None:
         self.event("warning", what=what)
         self.progress.say(f"{self.name}: {what}")
 
-    def event(self, kind: str, **facts: Any) -> None:
-        self.run.event(kind, phase=self.name, **facts)
+    def event(self, kind: str, **fields: Any) -> None:
+        self.run.event(kind, phase=self.name, **fields)
         if kind == "checkpoint_damaged":
-            self.progress.say(f"{facts['finding']}; looking at the one before")
+            self.progress.say(f"{fields['finding']}; looking at the one before")
         elif kind == "checkpoint_set_aside":
-            self.progress.say(f"{self.name}: the checkpoint of step {facts['step']} is set aside")
+            self.progress.say(f"{self.name}: the checkpoint of step {fields['step']} is set aside")
         elif kind == "save_failed":
             self.progress.say(
-                f"the checkpoint of step {facts['step']} was not saved ({facts['error']}); trying once more"
+                f"the checkpoint of step {fields['step']} was not saved ({fields['error']}); trying once more"
             )
         elif kind == "checkpoint":
-            self.saved_step = facts["step"]
+            self.saved_step = fields["step"]
             self.gang.saved()
         elif kind == "profiled":
             self.progress.say(
-                f"{self.name}: profile {{steps: {facts['steps']}}} of {facts['worker']}: {facts['summary']}; {facts['table']}"
+                f"{self.name}: profile {{steps: {fields['steps']}}} of {fields['worker']}: {fields['summary']}; "
+                f"{fields['table']}"
             )
         elif kind == "profile_failed":
-            self.progress.say(f"{self.name}: there is no profile {{steps: {facts['steps']}}}: {facts['error']}")
+            self.progress.say(f"{self.name}: there is no profile {{steps: {fields['steps']}}}: {fields['error']}")
         elif kind == "reached":
-            self.progress.say(f"{self.name}: ends after step {facts['step']}: {facts['what']}")
+            self.progress.say(f"{self.name}: ends after step {fields['step']}: {fields['what']}")
         elif kind == "restored":
-            self.step = self.saved_step = facts["step"]
-            self.progress.say(f"{self.name}: goes on after step {facts['step']}")
+            self.step = self.saved_step = fields["step"]
+            self.progress.say(f"{self.name}: goes on after step {fields['step']}")
 
     def flush(self) -> None:
         self.run.flush()
 
-    def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None:
-        for note in facts.notes:
+    def started(self, info: PhaseInfo, step: int, *, evaluates: bool = False) -> None:
+        for note in info.notes:
             self.progress.say(f"{self.name}: {note}")
-        more = ", Liger's kernels" if facts.kernels == "liger" else ""
-        more += ", activations recomputed" if facts.recomputes else ""
+        more = ", Liger's kernels" if info.kernels == "liger" else ""
+        more += ", activations recomputed" if info.recomputes else ""
         self.progress.say(
-            f"{self.name}: {facts.num_parameters:,} parameters, {facts.dtype} on {facts.device}, {facts.attention} attention{more}; "
-            f"{facts.num_samples:,} samples, {facts.total_steps:,} steps"
+            f"{self.name}: {info.num_parameters:,} parameters, {info.dtype} on {info.device}, {info.attention} "
+            f"attention{more}; {info.num_samples:,} samples, {info.total_steps:,} steps"
         )
         redone_s = self._forget_after(step, evaluates=evaluates)
         self.event(
-            "training", step=step, redone_s=redone_s, total_steps=facts.total_steps, parameters=facts.num_parameters, samples=facts.num_samples,
-            dtype=facts.dtype, device=facts.device, attention=facts.attention, kernels=facts.kernels,
-            recomputes=facts.recomputes,
-            notes=facts.notes,
+            "training", step=step, redone_s=redone_s, total_steps=info.total_steps, parameters=info.num_parameters,
+            samples=info.num_samples,
+            dtype=info.dtype, device=info.device, attention=info.attention, kernels=info.kernels,
+            recomputes=info.recomputes,
+            notes=info.notes,
         )  # fmt: skip
-        self._note_plan(facts)
+        self._note_plan(info)
         self.step, self.training = step, True
         self.interrupts.training = True
-        self.progress.start(facts.total_steps, step)
+        self.progress.start(info.total_steps, step)
 
-    def _note_plan(self, facts: Facts) -> None:
+    def _note_plan(self, info: PhaseInfo) -> None:
         """For `muster status`. Machines or models that nobody knows have no plan."""
         members = self.gang.members()
         fullest = max(Counter(member["machine"] for member in members).values())
         try:
-            where = hardware.of_device(facts.device, fullest)
-            expected = plan.expected(self.job, self.name, facts, len(members), where, self.gang.price())
+            where = hardware.of_device(info.device, fullest)
+            expected = plan.expected(self.job, self.name, info, len(members), where, self.gang.price())
         except InputError:
             return
         except Exception as error:  # a defect of the plan is no reason to stop the training
@@ -160,7 +163,8 @@ class PhaseRun:
         self.event("planned", **expected)
 
     def _forget_after(self, step: int, *, evaluates: bool) -> float:
-        """Drop what was written of steps that will be done again: the file is the curve, each step in it once. Returns their seconds."""
+        """Drop what was written of steps that will be done again: the file is the curve,
+        each step in it once. Returns their seconds."""
         forgotten_s = 0.0
         self.run.files.flush()
         for path in (self.folder / run_folder.METRICS, self.folder / run_folder.SAMPLES):
@@ -173,18 +177,18 @@ class PhaseRun:
                 self.run.files.replace(path, "".join(json.dumps(row) + "\n" for row in kept))
         return round(forgotten_s, 3)
 
-    def make_room(self, best: Place | None) -> None:
+    def make_room(self, best: StoragePath | None) -> None:
         if self.job.quota_bytes is None or not (
             excess := checkpoint_quota.make_room(self.run, self.job, self.name, best)
         ):
             return
-        facts = {"phase": self.name, "quota": self.job.checkpoint_quota}
-        if any(event["event"] == "quota_exceeded" and facts.items() <= event.items() for event in self.run.events()):
+        fields = {"phase": self.name, "quota": self.job.checkpoint_quota}
+        if any(event["event"] == "quota_exceeded" and fields.items() <= event.items() for event in self.run.events()):
             return
         self.event("quota_exceeded", quota=self.job.checkpoint_quota, bytes=excess)
         self.progress.say(
-            f"{self.name}: checkpoint_quota {self.job.checkpoint_quota} cannot be kept: the checkpoints that must stay and the next one take "
-            f"{excess / 1e9:,.2f} GB more"
+            f"{self.name}: checkpoint_quota {self.job.checkpoint_quota} cannot be kept: the checkpoints that must stay "
+            f"and the next one take {excess / 1e9:,.2f} GB more"
         )
 
     def save_requested(self, step: int) -> bool:

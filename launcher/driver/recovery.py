@@ -1,4 +1,5 @@
-"""What happens in a phase after a failure: remembered, judged, told, and waited for. The judgement itself is launcher/workers/failures.py."""
+"""What happens in a phase after a failure: remembered, judged, told, and waited for.
+The judgement itself is launcher/workers/failures.py."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Recovery:
         self.past = incidents(run.events(), name)
 
     def after(self, error: MusterError, *, step: int, checkpoint: int) -> Decision:
-        """What to do after a failure, once it is time to. Raises GaveUp, or the error itself where there is nothing to judge."""
+        """What to do after a failure, once it is time to. Raises GaveUp,
+        or the error itself where there is nothing to judge."""
         if isinstance(error, InputError | Superseded | NoMachines):
             raise error
         # An attempt that fails before it has found the checkpoint has not lost it.
@@ -33,7 +35,7 @@ class Recovery:
         decision = decide(incident, self.past, skip_diverged=self.phase.on_divergence == "skip")
         self.past.append(incident)
         self.run.event(
-            "incident", phase=self.name, **incident.facts(), retry=decision.retry, why=decision.why, skip=decision.skip
+            "incident", phase=self.name, **incident.fields(), retry=decision.retry, why=decision.why, skip=decision.skip
         )
         words = told(error, incident, decision)
         if not decision.retry:

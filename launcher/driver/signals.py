@@ -23,7 +23,8 @@ def status() -> int:
 
 
 def exit_on_signals() -> None:
-    """From here on signals end this process at once, with the status that says so. For the time when nothing is begun yet."""
+    """From here on signals end this process at once, with the status that says so.
+    For the time when nothing is begun yet."""
     _handle(lambda number, frame: os._exit(after_signal(number)))
 
 
@@ -43,7 +44,8 @@ def raised() -> Iterator[None]:
 
 
 def _handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
-    """Have signals handled; not a hang-up if whoever started us wants that ignored (nohup). Returns the handlers before."""
+    """Have signals handled; not a hang-up if whoever started us wants that ignored (nohup).
+    Returns the handlers before."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     numbers = [number for number in _NUMBERS if number != signal.SIGHUP or not ignores_hangup]
     return {number: signal.signal(number, handler) for number in numbers}

@@ -1,4 +1,5 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard, W&B, MLflow. One class each; the packages are loaded when asked for."""
+"""Where metrics go beside metrics.jsonl: TensorBoard, W&B, MLflow. One class each;
+the packages are loaded when asked for."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class TensorBoard:
 
 
 def _identity(folder: Path) -> str:
-    """A random name of this phase of this run, so that a service goes on with it and never with another of the same name."""
+    """A random name of this phase of this run, so that a service goes on with it and never
+    with another of the same name."""
     note = folder / ".tracker-id"
     if not note.exists():
         note.write_text(uuid.uuid4().hex)
@@ -44,7 +46,8 @@ def _identity(folder: Path) -> str:
 
 
 class WandB:
-    """One W&B run a phase; goes on in the same one after a resume. Key and mode come from W&B's own environment variables."""
+    """One W&B run a phase; goes on in the same one after a resume.
+    Key and mode come from W&B's own environment variables."""
 
     def __init__(self, run: str, phase: str, folder: Path, settings: Mapping[str, Any]):
         import wandb

@@ -8,9 +8,9 @@ from contextlib import suppress
 
 from launcher.inference.model_lookup import warn
 from launcher.process.terminal import Typewriter
-from training.data.files import RowError
 from training.data.formats import Chat, Message
-from training.evaluation.evaluator import Speaker
+from training.data.row_errors import RowError
+from training.evaluation.evaluator import TextGenerator
 from training.evaluation.streaming import key_of, respond
 from training.generation.sampling import Sampling
 
@@ -25,7 +25,7 @@ _ROOM = 4
 """A response is left at least this part of the model's positions: rather the oldest turns are forgotten."""
 
 
-def converse(model: Speaker, name: str, settings: Sampling, seed: int) -> None:
+def converse(model: TextGenerator, name: str, settings: Sampling, seed: int) -> None:
     """Read lines and respond to them until the person leaves."""
     with suppress(ImportError):
         import readline  # noqa: F401 (lines can be edited from now on)
@@ -66,7 +66,7 @@ def _line() -> str | None:
 class Conversation:
     """What was said so far. Of a model that does not chat every line stands for itself."""
 
-    def __init__(self, model: Speaker, settings: Sampling, seed: int):
+    def __init__(self, model: TextGenerator, settings: Sampling, seed: int):
         self.model, self.settings, self.seed = model, settings, seed
         self.turns: list[Message] = []
         self.number = 0
@@ -93,7 +93,8 @@ class Conversation:
             self.turns = [*turns, {"role": "assistant", "content": typed.text}]
 
     def _fitting(self, turns: list[Message]) -> list[Message]:
-        """The turns without the oldest, if otherwise the response would not fit into the model's positions. Raises RowError."""
+        """The turns without the oldest, if otherwise the response would not fit into the model's
+        positions. Raises RowError."""
         window = self.model.window
         if window is None or not self.model.chat:
             return turns

@@ -1,7 +1,9 @@
-"""`muster critique`: builds data for critique fine-tuning (arXiv:2501.17703). Questions -> answers, right and wrong -> critiques of a teacher.
+"""`muster critique`: builds data for critique fine-tuning (arXiv:2501.17703).
+Questions -> answers, right and wrong -> critiques of a teacher.
 
-What was written down is never asked for again: beside OUT.jsonl there is a folder OUT.jsonl.work with every answer and every reply, each
-appended as it comes. The data itself is made from them at the end, so that what is kept can be decided anew without paying twice.
+What was written down is never asked for again: beside OUT.jsonl there is a folder OUT.jsonl.work with every answer and
+every reply, each appended as it comes. The data itself is made from them at the end, so that what is kept can be
+decided anew without paying twice.
 """
 
 from __future__ import annotations
@@ -29,18 +31,19 @@ from launcher.runfolder.small_files import SmallFiles
 from training import model_folder
 from training.config import Questions
 from training.data import files, questions
-from training.data.files import RowError
 from training.data.final_answers import expected_answer, final_answer, same, verdict
 from training.data.formats import critique_request
 from training.data.questions import Question
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem, TrainingError
 
 Answering = Callable[[Sequence[Question]], Sequence[Mapping[str, Any]]]
 """Rows of number, question, sample, response, ended and tokens, in the order of the questions."""
 
 SYSTEM = (
-    "You are a careful teacher of science. Examine the solution to the question step by step: say which steps are sound and which are not, "
-    "and correct what is wrong. End with exactly one line: `Conclusion: right [END]` if the solution is correct, else `Conclusion: wrong [END]`."
+    "You are a careful teacher of science. Examine the solution to the question step by step: say which steps are "
+    "sound and which are not, and correct what is wrong. End with exactly one line: `Conclusion: right [END]` if the "
+    "solution is correct, else `Conclusion: wrong [END]`."
 )
 _PROBED = 20
 """Replies after which a teacher that never followed the format is given up."""
@@ -159,7 +162,8 @@ def messages_for(task: Task) -> list[dict[str, str]]:
 def ask_endpoint(
     tasks: Sequence[Task], teacher: Teacher, journal: Journal, parallel: int, say: Callable[[str], None]
 ) -> str | None:
-    """Have the teacher critique what it has not yet. Returns why it ended early, if it did. Raises what the teacher raises.
+    """Have the teacher critique what it has not yet. Returns why it ended early, if it did.
+    Raises what the teacher raises.
 
     An interruption waits for what is under way, since that is paid for.
     """
@@ -224,7 +228,8 @@ def ask_model(
     *,
     learnt: bool = False,
 ) -> None:
-    """The same with a model that the workers run. `learnt`: the recipe cft has made it, so it is asked as in the rows of that recipe."""
+    """The same with a model that the workers run. `learnt`: the recipe cft has made it,
+    so it is asked as in the rows of that recipe."""
     told = "" if learnt else f"{SYSTEM}\n\n"
     contradicting: list[bool] = []
     left = _left(tasks, journal)
@@ -247,7 +252,8 @@ def _left(tasks: Sequence[Task], journal: Journal) -> list[Task]:
 
 def _kept(task: Task, reply: Reply, teacher: str) -> dict[str, Any]:
     return {
-        "key": task.key, "teacher": teacher, "critique": reply.text, "cut": reply.cut, "prompt_tokens": reply.prompt_tokens,
+        "key": task.key, "teacher": teacher, "critique": reply.text, "cut": reply.cut,
+        "prompt_tokens": reply.prompt_tokens,
         "reply_tokens": reply.reply_tokens,
     }  # fmt: skip
 
@@ -258,8 +264,9 @@ def _refuse_without_form(journal: Journal, teacher: str) -> None:
     if len(replies) >= _PROBED and not any(verdict(reply) for reply in replies):
         examples = "\n".join(f"  {' '.join(reply.split())[-200:] or '(nothing)'}" for reply in replies[:_EXAMPLES])
         raise TrainingError(
-            f"{teacher} has not once ended with `Conclusion: right [END]` or `Conclusion: wrong [END]` in {len(replies)} replies, so it is "
-            f"not asked further; two of them end with:\n{examples}\ntake another teacher, or one that follows instructions"
+            f"{teacher} has not once ended with `Conclusion: right [END]` or `Conclusion: wrong [END]` in "
+            f"{len(replies)} replies, so it is not asked further; two of them end with:\n{examples}\ntake another "
+            "teacher, or one that follows instructions"
         )
 
 
@@ -267,8 +274,8 @@ def _refuse_contradictions(contradicting: Sequence[bool], teacher: str) -> None:
     """Raises TrainingError if the known answers cannot be the answers."""
     if len(contradicting) >= _PROBED and all(contradicting):
         raise TrainingError(
-            f"every one of {len(contradicting)} conclusions of {teacher} contradicts the known answer, so it is not asked further; is --known "
-            "the column of the right answers?"
+            f"every one of {len(contradicting)} conclusions of {teacher} contradicts the known answer, so it is not "
+            "asked further; is --known the column of the right answers?"
         )
 
 
@@ -356,7 +363,8 @@ def teacher_from(
     if model is None:
         raise InputError.of("--teacher-model", "say which model at the endpoint is the teacher")
     return Endpoint(
-        url=name, model=model, key_env=key_env, max_new_tokens=max_new_tokens, timeout_s=timeout_s, patience_s=patience_s
+        url=name, model=model, key_env=key_env, max_new_tokens=max_new_tokens, timeout_s=timeout_s,
+        patience_s=patience_s
     )  # fmt: skip
 
 
@@ -369,7 +377,8 @@ def budget_from(tokens: int | None, cost: float | None, price_in: float, price_o
 
 @output.kept_going()
 def build(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
-    """All of it, going on where it stopped. Raises InputError before anything is asked for if something is wrong with the input."""
+    """All of it, going on where it stopped. Raises InputError before anything is asked for
+    if something is wrong with the input."""
     if bool(plan.columns) == bool(plan.models):
         raise InputError.of(
             "command line",
@@ -426,7 +435,8 @@ def _refuse_other_teacher(plan: Plan, journal: Journal) -> None:
     if others:
         raise InputError.of(
             str(plan.out),
-            f"was begun with the teacher {', '.join(sorted(others))}; name another file for {now}, or go on with the same",
+            f"was begun with the teacher {', '.join(sorted(others))}; name another file for {now}, or go on with the "
+            "same",
         )
 
 
@@ -451,7 +461,7 @@ def _ask(plan: Plan, tasks: Sequence[Task], journal: Journal, say: Callable[[str
         return ask_endpoint(tasks, teacher, journal, plan.parallel, say)
     settings = Questions(data=str(plan.data), temperature=0.3, top_p=0.95, max_new_tokens=plan.max_new_tokens)
     folder = models.model_folder(plan.teacher, trust_remote_code=plan.trust_remote_code)
-    learnt = model_folder.facts_in(folder).get("recipe") == "cft"
+    learnt = model_folder.recorded_info(folder).get("recipe") == "cft"
     with evaluate.asking(folder, plan.loading) as group:
         ask_model(tasks, plan.teacher, journal, _answering(group, settings, plan.seed), say, learnt=learnt)
     return None
@@ -473,7 +483,10 @@ def _answering(group: Any, settings: Questions, seed: int) -> Answering:
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
     """For a terminal."""
     counts = report["rows"]
-    yield f"{report['out']}: {counts.get('kept', 0):,} rows ({counts.get('verdict right', 0):,} right, {counts.get('verdict wrong', 0):,} wrong)"
+    yield (
+        f"{report['out']}: {counts.get('kept', 0):,} rows ({counts.get('verdict right', 0):,} right, "
+        f"{counts.get('verdict wrong', 0):,} wrong)"
+    )
     for why, count in sorted(counts.items()):
         if why != "kept" and not why.startswith("verdict "):
             yield f"  left out: {count:,} {why}"

@@ -14,8 +14,8 @@ from launcher.inference import model_lookup
 from launcher.process import output, terminal
 from training.config import Questions, Resources
 from training.data import questions
-from training.data.files import RowError
 from training.data.questions import Question
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem
 from training.evaluation.accuracy import Row, in_order, interval, measured
 from training.group import Group, results
@@ -56,7 +56,8 @@ def evaluate(
     model: str, data: Path, settings: Questions,
     *, template: str, workers: int, seed: int, out: Path | None, trust_remote_code: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The accuracy of a model on the questions of a file, and how it was come by. Raises InputError before anything is loaded."""
+    """The accuracy of a model on the questions of a file, and how it was come by.
+    Raises InputError before anything is loaded."""
     _refuse_template(template)
     refuse_unused_top_p(settings.temperature, settings.top_p)
     asked = questions.read(str(data), settings.columns, settings.limit)
@@ -90,13 +91,13 @@ def compare(
     trusted = {"trust_remote_code": trust_remote_code}
     folders = [model_lookup.model_folder(name, **trusted) for name in (model, other)]
     reward_model = model_lookup.model_folder(judge, rewards=True, **trusted)
-    from training.evaluation.evaluator import Judge, require_reward_model
+    from training.evaluation.evaluator import RewardScorer, require_reward_model
 
     require_reward_model(reward_model, **trusted)  # before any question is answered
     _check_reward_model(reward_model, asked, trust_remote_code)
     loading = Loading(template, workers, trust_remote_code)
     both = [_answers(folder, asked, settings, loading, seed)[0] for folder in folders]
-    court = Judge(reward_model, **trusted)
+    court = RewardScorer(reward_model, **trusted)
     for rows in both:
         prompts = [asked[row["number"]].prompt for row in rows]
         for row, reward in zip(rows, court.rewards(prompts, *_columns(rows, "response", "ended")), strict=True):
@@ -121,7 +122,8 @@ def compare(
 
 
 def _check_reward_model(reward_model: str, asked: Sequence[Question], trust_remote_code: bool) -> None:
-    """Raises InputError with the questions that the reward model's template refuses; prints notes on parts of the others that it does not see."""
+    """Raises InputError with the questions that the reward model's template refuses;
+    prints notes on parts of the others that it does not see."""
     from training.data.model_renderer import renderer_for
     from training.data.reward_prompts import RESPONSE, conversation_notes
 
@@ -167,11 +169,12 @@ def _answers(
 
 
 def _check_questions(folder: str, asked: Sequence[Question], loading: Loading, max_new_tokens: int) -> None:
-    """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints notes on parts of the others that it does not see."""
+    """Raises InputError with the questions that cannot be put to the model, before it is loaded; prints notes on parts
+    of the others that it does not see."""
     from training.data.question_prompts import room_note
-    from training.evaluation.evaluator import Texts
+    from training.evaluation.evaluator import PromptCodec
 
-    texts = Texts(folder, loading.template, trust_remote_code=loading.trust_remote_code)
+    texts = PromptCodec(folder, loading.template, trust_remote_code=loading.trust_remote_code)
     problems, longest = [], 0
     for question in asked:
         try:
@@ -194,15 +197,15 @@ def asking(folder: str, loading: Loading) -> Iterator[Group]:
     template, workers, trust_remote_code = loading.template, loading.workers, loading.trust_remote_code
     if workers == 1:
         from training.group import InlineGroup, Worker
-        from training.process.distributed import Seat
+        from training.process.distributed import RankInfo
 
-        worker = Worker(Seat(rank=0, size=1))
-        worker.roles["evaluator"] = Evaluator(worker.seat, folder, template, trust_remote_code)
+        worker = Worker(RankInfo(rank=0, size=1))
+        worker.roles["evaluator"] = Evaluator(worker.rank_info, folder, template, trust_remote_code)
         yield InlineGroup(worker, "evaluator")
         return
-    from launcher.workers.ray_session import own_nursery, ray_session
+    from launcher.workers.ray_session import own_fork_server, ray_session
 
-    with own_nursery(), ray_session(workers), temporary_folder("muster-eval-") as logs:
+    with own_fork_server(), ray_session(workers), temporary_folder("muster-eval-") as logs:
         from launcher.workers.worker_group import (
             WorkerGroup,  # which imports Ray: it takes its token from the session's environment
         )
@@ -228,9 +231,9 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     """The report for a terminal."""
     if "win_rate" in report:
         yield (
-            f"{report['model']} is rewarded more than {report['against']} in {report['win_rate']:.1%} of {report['questions']:,} "
-            f"questions (95 %: {report['win_rate_low']:.1%} to {report['win_rate_high']:.1%}); mean reward "
-            f"{report['reward']:.3f} against {report['reward_against']:.3f}"
+            f"{report['model']} is rewarded more than {report['against']} in {report['win_rate']:.1%} of "
+            f"{report['questions']:,} questions (95 %: {report['win_rate_low']:.1%} to {report['win_rate_high']:.1%}); "
+            f"mean reward {report['reward']:.3f} against {report['reward_against']:.3f}"
         )
         return
     for row in report["shown"]:
@@ -239,7 +242,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"{row['row']}: {mark}: expected {row['expected']}, got {row['answer']}: {response[:200]}"
     passed = "".join(f", {name} {report[name]:.1%}" for name in report if name.startswith("pass@"))
     yield (
-        f"accuracy {report['accuracy']:.1%} (95 %: {report['accuracy_low']:.1%} to {report['accuracy_high']:.1%}){passed} of "
-        f"{report['questions']:,} questions; {report['ended']:.0%} of the responses ended by themselves, "
-        f"{report['response_tokens']:.0f} tokens long; {report['tokens_per_s']:,.0f} tokens/s"
+        f"accuracy {report['accuracy']:.1%} (95 %: {report['accuracy_low']:.1%} to "
+        f"{report['accuracy_high']:.1%}){passed} of {report['questions']:,} questions; {report['ended']:.0%} of the "
+        f"responses ended by themselves, {report['response_tokens']:.0f} tokens long; {report['tokens_per_s']:,.0f} "
+        "tokens/s"
     )

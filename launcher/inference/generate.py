@@ -16,7 +16,7 @@ from launcher.process import output
 from launcher.process.terminal import Typewriter, printable
 from launcher.runfolder import run_folder
 from launcher.runfolder.small_files import SmallFiles
-from training.data.files import RowError
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem
 
 _ANSWER_S = 24 * 3600.0
@@ -67,7 +67,8 @@ class Plan:
 
 
 def generate(plan: Plan) -> Iterable[Row] | Row:
-    """The responses as they come, or where they were written to. Those that were said while they were drawn are not among them."""
+    """The responses as they come, or where they were written to. Those
+    that were said while they were drawn are not among them."""
     _refuse(plan)
     if not plan.prompts and plan.file is None:
         return _from_stdin(plan)
@@ -95,7 +96,7 @@ def _refuse(plan: Plan) -> None:
         raise InputError.of(str(plan.out), f"there is no folder {plan.out.parent}; make it, or name another --out")
 
 
-# -- one by one ---------------------------------------------------------------------------------------------------------
+# -- one by one --------------------------------------------------------------------------------------------------------
 
 
 def _from_stdin(plan: Plan) -> Iterable[Row] | Row:
@@ -154,9 +155,9 @@ def _say(plan: Plan, speaker: Any, given: Given, number: int) -> None:
 
 
 def _speaker(plan: Plan, folder: str) -> Any:
-    from training.evaluation.evaluator import Speaker
+    from training.evaluation.evaluator import TextGenerator
 
-    return Speaker(folder, plan.template, trust_remote_code=plan.trust_remote_code)
+    return TextGenerator(folder, plan.template, trust_remote_code=plan.trust_remote_code)
 
 
 def _settings(plan: Plan) -> Any:
@@ -165,7 +166,7 @@ def _settings(plan: Plan) -> Any:
     return Sampling(**plan.sampling)
 
 
-# -- all of them --------------------------------------------------------------------------------------------------------
+# -- all of them -------------------------------------------------------------------------------------------------------
 
 
 class _Asked(NamedTuple):
@@ -177,9 +178,9 @@ class _Asked(NamedTuple):
 
 
 def _in_batches(plan: Plan, model: model_lookup.Found, given: Sequence[Given]) -> Iterable[Row] | Row:
-    from training.evaluation.evaluator import Texts
+    from training.evaluation.evaluator import PromptCodec
 
-    texts = Texts(model.folder, plan.template, trust_remote_code=plan.trust_remote_code)
+    texts = PromptCodec(model.folder, plan.template, trust_remote_code=plan.trust_remote_code)
     asked = _asked(texts, given, plan.samples)
     if plan.out is None:
         rows = _responses(plan, model.folder, texts, given, asked)
@@ -221,7 +222,8 @@ def _asked(texts: Any, given: Sequence[Given], samples: int) -> list[_Asked]:
 
 
 def _responses(plan: Plan, folder: str, texts: Any, given: Sequence[Given], asked: Sequence[_Asked]) -> Iterator[Row]:
-    """In the order of the prompts. What a prompt is answered depends on its number alone, not on who does it or on what it goes with."""
+    """In the order of the prompts. What a prompt is answered depends on its number alone,
+    not on who does it or on what it goes with."""
     if not asked:
         return
     from training.evaluation.streaming import key_of
@@ -250,7 +252,8 @@ def _responses(plan: Plan, folder: str, texts: Any, given: Sequence[Given], aske
 
 
 def _done(out: Path, given: Sequence[Given], by: Mapping[str, Any]) -> set[tuple[int, int]]:
-    """Number and sample of the responses that the file holds. Raises InputError if they are others than those that are asked for."""
+    """Number and sample of the responses that the file holds. Raises InputError
+    if they are others than those that are asked for."""
     done: set[tuple[int, int]] = set()
     if not out.exists():
         return done

@@ -1,4 +1,5 @@
-"""Finds the model that a person means: a folder, what came of a run, or a checkpoint, which is written as a folder first."""
+"""Finds the model that a person means: a folder, what came of a run, or a checkpoint,
+which is written as a folder first."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from training.checkpoint.repository import Checkpoints, step_of
 from training.errors import InputError
 from training.io.paths import absolute
 from training.recipes import RECIPES
-from training.storage import Place, is_remote, local_copy, place
+from training.storage import StoragePath, is_remote, local_copy, open_storage
 
 _CHECKPOINT = re.compile(r"(.*)/([^/]+)/checkpoints/step-(\d+)")
 
@@ -56,11 +57,13 @@ def found(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = warn,
 ) -> Found:
-    """The model that is meant: a folder, the newest of a run or of one of its phases (RUN/PHASE), a checkpoint (its folder, or `step`).
+    """The model that is meant: a folder, the newest of a run or of one of its phases (RUN/PHASE),
+    a checkpoint (its folder, or `step`).
 
     Of a run that has no model yet its newest whole checkpoint. `rewards`: a reward model will do.
 
-    Raises InputError if there is none, or of the wrong kind, or one with Python code of its own without `trust_remote_code`.
+    Raises InputError if there is none, or of the wrong kind, or one
+    with Python code of its own without `trust_remote_code`.
     """
     text = os.path.expanduser(text)  # `--against ~/model` is expanded by the shell, `--against=~/model` is not
     folder = _folder(text)
@@ -92,7 +95,7 @@ def _folder(text: str) -> Path | None:
     if not is_remote(text):
         folder = Path(text)
         return folder if (folder / "config.json").exists() or modelfiles.is_adapter(folder) else None
-    remote = place(text, patience_s=PATIENCE_S)
+    remote = open_storage(text, patience_s=PATIENCE_S)
     with told_as_input(text):
         holds_model = {"config.json", modelfiles.ADAPTER_CONFIG} & remote.children().keys()
         return local_copy(remote, cache_folder()) if holds_model else None
@@ -130,7 +133,7 @@ def _short(text: str, levels: int) -> str:
     return str(path.parents[levels - 1] if len(path.parts) > levels else path.absolute().parents[levels - 1])
 
 
-def _newest_model(run: RunFolder, only: str | None) -> Place | None:
+def _newest_model(run: RunFolder, only: str | None) -> StoragePath | None:
     for phase in reversed(run.job().phases) if only is None else (only,):
         inside = [name for name, size in (run.root / phase).children().items() if size is None]
         if models := [name for name in inside if name == "model" or name.startswith("model-")]:

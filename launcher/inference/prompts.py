@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from training.data import files
-from training.data.files import DataFile, Part, Row, RowError
+from training.data.files import DataFile, Part, Row
 from training.data.formats import Chat, Parser, Prompt
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem
 
 SHOWN_PROBLEMS = 20

@@ -1,4 +1,5 @@
-"""A teacher behind an OpenAI-compatible endpoint: several requests at once, within a rate and a budget, patient with servers that misbehave.
+"""A teacher behind an OpenAI-compatible endpoint: several requests at once, within a rate and a budget,
+patient with servers that misbehave.
 
 The key is read from the environment when a request is made; it is in no argument, file or message.
 """
@@ -75,7 +76,8 @@ class Endpoint:
 
 @dataclass(kw_only=True)
 class Budget:
-    """What may be used up, in tokens and in money; requests that are under way count with the most that they may take."""
+    """What may be used up, in tokens and in money; requests that are under way count
+    with the most that they may take."""
 
     tokens: int | None = None
     cost: float | None = None
@@ -95,7 +97,8 @@ class Budget:
             written = self.used_out + sum(each[1] for each in self._held.values()) + reply
             if self.tokens is not None and read + written > self.tokens:
                 raise BudgetSpent(
-                    f"of {self.tokens:,} tokens {self.used_in + self.used_out:,} are used; one more request might take more than is left"
+                    f"of {self.tokens:,} tokens {self.used_in + self.used_out:,} are used; one more request might take "
+                    "more than is left"
                 )
             if self.cost is not None and self._cost(read, written) > self.cost:
                 raise BudgetSpent(
@@ -142,7 +145,8 @@ class Teacher:
         """Set it to have requests end as soon as they can."""
 
     def ask(self, messages: list[dict[str, str]]) -> Reply:
-        """Its answer. Raises BudgetSpent, Nonsense, InputError for what no patience mends, TrainingError when patience is at its end."""
+        """Its answer. Raises BudgetSpent, Nonsense, InputError for what no patience mends,
+        TrainingError when patience is at its end."""
         prompt = round(sum(len(message["content"].encode()) for message in messages) / _BYTES_A_TOKEN)
         held = self.budget.hold(prompt, self.endpoint.max_new_tokens)
         taken = (0, 0)
@@ -232,13 +236,15 @@ class Teacher:
             return Reply(text, cut, self._counted(read, prompt), self._counted(wrote, reply))
 
     def _counted(self, said: Any, estimate: int) -> int:
-        """Tokens that the server says it used. What is no count is not believed: the estimate counts, so that no budget is lifted."""
+        """Tokens that the server says it used. What is no count is not believed: the estimate counts,
+        so that no budget is lifted."""
         if type(said) is int and 0 < said < _MOST_TOKENS:
             return said
         if said not in (None, 0) and not self._doubted:
             self._doubted = True
             self.say(
-                f"the teacher says that a request took {str(said)[:40]} tokens; {_BYTES_A_TOKEN} bytes are counted as a token instead"
+                f"the teacher says that a request took {str(said)[:40]} tokens; {_BYTES_A_TOKEN} bytes are counted as "
+                "a token instead"
             )
         return estimate
 

@@ -5,12 +5,12 @@
     seed, deepspeed
     phases                              run in order; the key of a phase is its recipe unless it says `recipe:`
 
-A phase after the first starts from the one before, or from the earlier one that it names with `from:`; its weights come from
-there, so only a phase without a predecessor needs `model.path`.
+A phase after the first starts from the one before, or from the earlier one that it names with `from:`; its weights come
+from there, so only a phase without a predecessor needs `model.path`.
 
-A relative path in a job file is relative to the folder of that file (data, model and tokenizer folders, template, storage,
-DeepSpeed's JSON). On the command line it is relative to the current folder, where the shell completes it. A model, tokenizer
-or data set name that is no such path is a name on the Hugging Face hub.
+A relative path in a job file is relative to the folder of that file (data, model and tokenizer folders, template,
+storage, DeepSpeed's JSON). On the command line it is relative to the current folder, where the shell completes it. A
+model, tokenizer or data set name that is no such path is a name on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from launcher.jobfile import shared_settings, yaml_with_lines
 from launcher.jobfile.other_tools import name_here
 from launcher.jobfile.overrides import overlaid
 from launcher.jobfile.phase_builder import SHARED, base_folder, origin, phases_of
-from launcher.jobfile.problem_collector import Report
+from launcher.jobfile.problem_collector import ProblemCollector
 from launcher.jobfile.resolved import RESOLVED
 from launcher.jobfile.shared_settings import OwnSettings
 from launcher.jobfile.validation_messages import (
@@ -52,7 +52,7 @@ from training.errors import InputError, Problem
 from training.estimate.parameters import holes
 from training.io.paths import absolute
 from training.recipes import RECIPES
-from training.storage import is_remote, place
+from training.storage import is_remote, open_storage
 
 NEUTRAL = (
     "storage",
@@ -91,8 +91,8 @@ ADDED: dict[str, Any] = {
     "phases.*.data.turns": "auto",
     "phases.*.model.resize_embedding": "never",
 }
-"""Settings that came after the first runs, with the value at which a job means what it meant before there was such a setting: there
-they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""
+"""Settings that came after the first runs, with the value at which a job means what it meant before there was such a
+setting: there they are no part of its hash, so older runs go on. `*` stands for any phase, or any entry of a list."""
 
 ENV_NAMES = "MUSTER_ENV"
 """The environment variable with the names, separated by spaces, of those that a job's `env` asks for."""
@@ -129,7 +129,8 @@ class Job:
     document: Document = field(compare=False, repr=False)
     """Where every setting was written."""
     own_settings: OwnSettings = field(default_factory=dict, repr=False)
-    """By phase: the settings of `model`, `resources`, `sharding`, `seed` and `deepspeed` that the user's file gives inside the phase."""
+    """By phase: the settings of `model`, `resources`, `sharding`, `seed` and `deepspeed`
+    that the user's file gives inside the phase."""
 
     @property
     def quota_bytes(self) -> int | None:
@@ -177,41 +178,46 @@ def _bytes_of(text: str) -> int:
 
 
 class TopLevel(Settings):
-    """The top level of a job file. What is inside the sections is checked where they are used."""
+    """The top level of a job file. The contents of the sections are validated where they are used."""
 
     name: str | None = None
-    """The run's folder below `storage`: letters, digits and . _ -, at most 100. None: the file's own name."""
+    """Name of the run's folder in `storage`: letters, digits and . _ -, at most 100 characters. None: the name of the
+    job file."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Root of every random choice."""
+    """Root seed of all random choices."""
     storage: str = "runs"
-    """Where runs are kept: a folder that all machines share, or a bucket (`s3://BUCKET/FOLDER`, `gs://...`)."""
+    """Where runs are stored: a folder that all machines share, or a bucket (`s3://BUCKET/FOLDER`, `gs://...`)."""
     track: Tracker | list[Tracker] = Field(default=["tensorboard"])
-    """Where metrics go beside metrics.jsonl, one or a list. An empty list: nowhere."""
+    """Trackers that metrics are sent to in addition to metrics.jsonl: one, or a list. An empty list: none."""
     env: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field(default=[], examples=["[HF_TOKEN]"])
-    """Names of environment variables, such as keys, that workers and clusters are given; their values are in no file."""
+    """Names of environment variables, such as API keys, that are passed to workers and clusters. Their values are never
+    written to a file."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours with workers, over all attempts, after which the run saves and stops (exit status 3). None: no limit."""
+    """Hours with workers, over all attempts, after which the run saves a checkpoint and stops (exit status 3). None: no
+    limit."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
-    """The same for the price of the machines; needs prices in the cluster file, and is in their currency."""
+    """The same limit for the price of the machines, in the currency of the prices in the cluster file, which it
+    requires. None: no limit."""
     checkpoint_quota: str | None = None
-    """What the checkpoints of all phases may take together, such as 200GB (MB, GB, TB, MiB, GiB, TiB), also while another one is written: before that
-    the oldest are deleted, whatever `checkpoint.keep` says, but never the newest that the run can be resumed from, the best, or the one that a
-    phase has ended with. None: no limit."""
+    """Maximum size of the checkpoints of all phases together, such as 200GB (MB, GB, TB, MiB, GiB, TiB), including one
+    that is being written. Before a checkpoint is written, the oldest are deleted as needed, even if `checkpoint.keep`
+    would keep them; never deleted are the newest from which the run can be resumed, the best, and the final one of a
+    phase. None: no limit."""
     model: Section = Field(default={})
-    """For all phases; see below."""
+    """Settings for all phases; see below."""
     resources: Section = Field(default={})
-    """For all phases; see below."""
+    """Settings for all phases; see below."""
     sharding: Section = Field(default={})
-    """For all phases; see below."""
+    """Settings for all phases; see below."""
     deepspeed: str | Section = Field(default={})
-    """For all phases: raw DeepSpeed settings, a mapping or a JSON file. What Muster owns is refused."""
+    """Raw DeepSpeed settings for all phases: a mapping or a JSON file. Settings that Muster controls are refused."""
     resolved: dict[str, list[str]] | None = None
-    """Written by Muster into a run's job.yaml, where every phase is complete: by phase, the settings that your file gave inside it.
-    What is given at the top, there or on the command line, replaces all others."""
+    """Written by Muster into a run's job.yaml, where every phase is complete: for each phase, the settings that your
+    file gave inside it. Values at the top level, in this file or on the command line, replace all other values."""
     phases: Annotated[dict[str, Section], Field(min_length=1)] = Field(
         examples=["{sft: {data: {train: data/train.jsonl}}}"]
     )
-    """What is done, in order, by names of your choice: letters, digits, _ and -."""
+    """The phases, in order, under names of your choice: letters, digits, _ and -."""
 
     @field_validator("checkpoint_quota", mode="before")
     @classmethod
@@ -222,8 +228,8 @@ class TopLevel(Settings):
 
 
 def load(file: Path, overrides: Sequence[str] = (), elsewhere: Sequence[str] = ()) -> Job:
-    """The job in a file, with `key=value` overrides, checked against this machine: the data and model files that it names,
-    except below the folders `elsewhere`, and the environment variables.
+    """The job in a file, with `key=value` overrides, checked against this machine: the data and model files that it
+    names, except below the folders `elsewhere`, and the environment variables.
 
     Raises InputError with every problem. Data rows are not read; hub names are not looked up.
     """
@@ -248,7 +254,8 @@ def dump(job: Job) -> str:
 
 
 def differences(old: Job, new: Job) -> list[str]:
-    """What makes `new` another job than `old`: `phases.sft.learning_rate: 1e-05 -> 2e-05`. Empty if they are the same."""
+    """What makes `new` another job than `old`: `phases.sft.learning_rate: 1e-05 -> 2e-05`.
+    Empty if they are the same."""
     before, after = _meaning(old), _meaning(new)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     shared_phases = {f"phases.{name}" for name in old.phases.keys() & new.phases.keys()}
@@ -273,12 +280,12 @@ def job_hash(job: Job, *, as_written: bool = False) -> str:
 # From a document to a Job
 
 
-def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
+def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, ProblemCollector, Document]:
     written = yaml_with_lines.load(file)
     document, overridden, override_problems = overlaid(written, overrides)
     own = shared_settings.own_settings(written)
     shared_settings.inherit_from_top(document, overridden, own)
-    report = Report(document)
+    report = ProblemCollector(document)
     for problem in override_problems:
         report.add_command_line(problem)
     for path, message in shared_settings.unknown_phases(document):
@@ -305,7 +312,8 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[Job, Report, Document]:
     storage = top.storage.rstrip("/") if is_remote(top.storage) else absolute(top.storage, base)
     job = Job(
         name=name, file=file, storage=storage, seed=top.seed, track=track, env=top.env, max_hours=top.max_hours,
-        max_cost=top.max_cost, checkpoint_quota=top.checkpoint_quota, phases=phases, document=document, own_settings=own,
+        max_cost=top.max_cost, checkpoint_quota=top.checkpoint_quota, phases=phases, document=document,
+        own_settings=own,
     )  # fmt: skip
     return job, report, document
 
@@ -318,7 +326,7 @@ def _storage_problem(storage: str, base: Path) -> str | None:
     if not storage.partition("://")[2].strip("/"):
         return f"{storage} names no bucket; write s3://BUCKET/FOLDER"
     try:
-        place(storage)
+        open_storage(storage)
     except InputError as error:
         return str(error)
     return None
@@ -346,7 +354,7 @@ def settings_named(key: str) -> list[str]:
     return sorted({*top, *(dotted(path if path[0] in SHARED else ("phases", "NAME", *path)) for path in inside)})
 
 
-def _name(document: Document, file: Path, report: Report) -> str:
+def _name(document: Document, file: Path, report: ProblemCollector) -> str:
     given = document.data.get("name")
     name = given if isinstance(given, str) else file.stem
     if not _SAFE_NAME.fullmatch(name):
@@ -356,7 +364,7 @@ def _name(document: Document, file: Path, report: Report) -> str:
     return name
 
 
-def _check_shared(data: dict[str, Any], report: Report) -> None:
+def _check_shared(data: dict[str, Any], report: ProblemCollector) -> None:
     """Problems inside the top-level sections, also where no phase comes to use them. Phases may add what is missing."""
     sections: dict[str, type[Settings]] = {"model": Model, "resources": Resources, "sharding": Sharding}
     for key, model in sections.items():

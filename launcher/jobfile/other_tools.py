@@ -1,9 +1,13 @@
-"""Settings of other fine-tuning tools (Transformers, PEFT, TRL, LLaMA-Factory, DeepSpeed): the name to use here, and what differs."""
+"""Settings of other fine-tuning tools (Transformers, PEFT, TRL, LLaMA-Factory,
+DeepSpeed): the name to use here, and what differs."""
 
 from __future__ import annotations
 
 _BATCH = "samples in the whole global batch, which does not change with the number of workers"
-_MICRO = "what one worker computes at a time follows from it; micro_batch or micro_tokens changes memory and speed, never the loss"
+_MICRO = (
+    "what one worker computes at a time follows from it; micro_batch or micro_tokens changes memory and speed, never "
+    "the loss"
+)
 _DTYPE = "bf16 or fp32, auto by default; master weights are always fp32"
 _LENGTH = "tokens of a sample; longer ones are left out and counted, unless data.overlong is truncate"
 _WARMUP = "below 1 a fraction of all steps, else a number of steps"
@@ -45,7 +49,10 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "max_grad_norm": ("phases.NAME.clip", "null for none"),
     "max_seq_len": ("phases.NAME.data.max_length", _LENGTH),
     "max_seq_length": ("phases.NAME.data.max_length", _LENGTH),
-    "micro_batch_size": ("phases.NAME.micro_batch", "samples that one worker computes at a time; changes memory and speed, never the loss"),
+    "micro_batch_size": (
+        "phases.NAME.micro_batch",
+        "samples that one worker computes at a time; changes memory and speed, never the loss",
+    ),
     "model_max_length": ("phases.NAME.data.max_length", _LENGTH),
     "model_name_or_path": ("model.path", "a hub name or a folder"),
     "nproc_per_node": ("resources.workers", "over all machines"),
@@ -72,8 +79,9 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "warmup_ratio": ("phases.NAME.schedule.warmup", _WARMUP),
     "warmup_steps": ("phases.NAME.schedule.warmup", _WARMUP),
     "zero_stage": ("sharding.stage", "0 to 3; it changes memory, never the loss"),
-}  # fmt: skip
-"""By the other tools' name: the path in a job file (empty: there is none), and why the value may be another one (may be empty)."""
+}
+"""By the other tools' name: the path in a job file (empty: there is none),
+and why the value may be another one (may be empty)."""
 
 
 def name_here(key: str) -> str:

@@ -1,9 +1,9 @@
-"""`phases.sft.learning_rate=1e-5` from the command line, laid over a document. Of the keys' meaning it knows only that `phases`
-has entries that are not made by reaching into them.
+"""`phases.sft.learning_rate=1e-5` from the command line, laid over a document. Of the keys' meaning it knows only that
+`phases` has entries that are not made by reaching into them.
 
-The value is YAML (`1e-5`, `true`, `[a, b]`, `{path: x}`) and replaces what stood there, a whole section too. A number picks
-an entry of a list: `phases.sft.data.train.0=other.jsonl`. Of two overrides of one key the last counts. One that a later override of
-a whole section wipes out is refused.
+The value is YAML (`1e-5`, `true`, `[a, b]`, `{path: x}`) and replaces what stood there, a whole section too. A number
+picks an entry of a list: `phases.sft.data.train.0=other.jsonl`. Of two overrides of one key the last counts. One that a
+later override of a whole section wipes out is refused.
 """
 
 from __future__ import annotations

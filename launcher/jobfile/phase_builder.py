@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.jobfile import raw_deepspeed as rawdeepspeed
 from launcher.jobfile import yaml_with_lines
-from launcher.jobfile.problem_collector import Report
+from launcher.jobfile.problem_collector import ProblemCollector
 from launcher.jobfile.resolved import is_resolved
 from launcher.jobfile.validation_messages import UNKNOWN_KEY, did_you_mean, validated
 from launcher.jobfile.yaml_with_lines import COMMAND_LINE, Document, KeyPath, dotted
@@ -29,7 +29,7 @@ _PHASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")  # no dot: it separa
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def phases_of(document: Document, file: Path, report: Report) -> dict[str, Phase]:
+def phases_of(document: Document, file: Path, report: ProblemCollector) -> dict[str, Phase]:
     """The phases that are valid; what is wrong with the others is in the report."""
     phases: dict[str, Phase] = {}
     names: list[str] = []
@@ -48,7 +48,7 @@ class _Drafting:
 
     document: Document
     file: Path
-    report: Report
+    report: ProblemCollector
     name: str
     own: dict[str, Any]
     earlier: list[str]
@@ -106,7 +106,8 @@ class _Drafting:
         return {"from": start, "model": {"path": "", **draft.get("model", {})}}
 
     def outside(self, given: str, key: KeyPath = ("from",)) -> str | None:
-        """The model folder that `from` means if it means a folder, or a run, or RUN/PHASE. None: there is no such thing."""
+        """The model folder that `from` means if it means a folder, or a run, or RUN/PHASE.
+        None: there is no such thing."""
         if is_remote(given):
             return given.rstrip("/")
         folder = absolute(given, self.base(key))
@@ -292,13 +293,16 @@ class _Drafting:
         """Problems of starting from what another phase ends with."""
         made, needed = RECIPES[start.recipe].makes, RECIPES[phase.recipe].makes
         if made == "classifier" and needed == "model":
-            message = f"`{phase.from_}` ends with a reward model, {phase.recipe} needs a language model; start from another phase"
+            message = (
+                f"`{phase.from_}` ends with a reward model, {phase.recipe} needs a language model; start from another "
+                "phase"
+            )
             self.add(("from",), message)
         before, here = start.model.lora, phase.model.lora
         if before is not None and here is not None and (before.rank, before.alpha) != (here.rank, here.alpha):
             message = (
-                f"`{phase.from_}` ends with an adapter of rank {before.rank} and alpha {before.alpha:g}, which is trained on here; "
-                "say the same"
+                f"`{phase.from_}` ends with an adapter of rank {before.rank} and alpha {before.alpha:g}, which is "
+                "trained on here; say the same"
             )
             self.add(("model", "lora"), message)
 

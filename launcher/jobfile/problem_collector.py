@@ -8,7 +8,7 @@ from launcher.jobfile.yaml_with_lines import COMMAND_LINE, Document, KeyPath, do
 from training.errors import InputError, Problem
 
 
-class Report:
+class ProblemCollector:
     """The problems found so far. The same problem found through several phases counts once."""
 
     def __init__(self, document: Document):

@@ -42,29 +42,33 @@ OWNED: dict[str, tuple[str, ...]] = {
 """What Muster owns of DeepSpeed's settings, and the settings of a job to use instead."""
 
 KNOWN: frozenset[str] = frozenset(OWNED) | {
-    "aio", "autotuning", "comms_logger", "communication_data_type", "compile", "compression_training", "curriculum_learning",
-    "data_efficiency", "data_parallel_size", "dataloader_drop_last", "datastates_ckpt", "ddp_bf16", "disable_allgather", "disable_python_gc",
-    "dump_state", "eigenvalue", "expert_parallel", "flops_profiler", "graph_harvesting", "hybrid_engine", "log_level",
-    "managed_gradient_accumulation", "memory_breakdown", "nebula", "pipeline", "prescale_gradients", "gradient_predivide_factor",
-    "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type", "sequence_parallel_size", "sparse_attention",
-    "sparse_gradients", "tensor_parallel", "timers", "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown",
-    "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+    "aio", "autotuning", "comms_logger", "communication_data_type", "compile", "compression_training",
+    "curriculum_learning", "data_efficiency", "data_parallel_size", "dataloader_drop_last", "datastates_ckpt",
+    "ddp_bf16", "disable_allgather", "disable_python_gc", "dump_state", "eigenvalue", "expert_parallel",
+    "flops_profiler", "graph_harvesting", "hybrid_engine", "log_level", "managed_gradient_accumulation",
+    "memory_breakdown", "nebula", "pipeline", "prescale_gradients", "gradient_predivide_factor",
+    "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type", "sequence_parallel_size",
+    "sparse_attention", "sparse_gradients", "tensor_parallel", "timers", "use_data_before_expert_parallelism",
+    "vocabulary_size", "wall_clock_breakdown", "weight_quantization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
 }  # fmt: skip
 """DeepSpeed's settings (0.19). Others it does not read."""
 
 KNOWN_ZERO: frozenset[str] = frozenset({
-    "allgather_bucket_size", "allgather_partitions", "allgather_sequential", "compute_grad_norm", "contiguous_gradients", "cpu_offload",
-    "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint", "enable_sanity_checks", "gather_16bit_weights_on_model_save",
-    "ignore_unused_parameters", "leaf_module", "legacy_stage1", "load_from_fp32_weights", "log_trace_cache_warnings", "max_live_parameters",
-    "max_reuse_distance", "memory_efficient_linear", "mics_hierarchical_params_gather", "mics_shard_size", "model_persistence_threshold",
+    "allgather_bucket_size", "allgather_partitions", "allgather_sequential", "compute_grad_norm",
+    "contiguous_gradients", "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint",
+    "enable_sanity_checks", "gather_16bit_weights_on_model_save", "ignore_unused_parameters", "leaf_module",
+    "legacy_stage1", "load_from_fp32_weights", "log_trace_cache_warnings", "max_live_parameters", "max_reuse_distance",
+    "memory_efficient_linear", "mics_hierarchical_params_gather", "mics_shard_size", "model_persistence_threshold",
     "module_granularity_threshold", "offload_optimizer", "offload_param", "overlap_comm", "override_module_apply",
-    "param_persistence_threshold", "parameter_alignment", "pipeline_loading_checkpoint", "prefetch_bucket_size", "reduce_bucket_size",
-    "reduce_scatter", "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage", "stage3_allgather_sequential",
-    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save", "stage3_max_live_parameters",
-    "stage3_max_reuse_distance", "stage3_model_persistence_threshold", "stage3_module_granularity_threshold",
-    "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "stage3_use_all_reduce_for_fetch_params", "sub_group_size",
-    "use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zenflow", "zero_hpz_partition_size", "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights", "zero_quantized_weights",
+    "param_persistence_threshold", "parameter_alignment", "pipeline_loading_checkpoint", "prefetch_bucket_size",
+    "reduce_bucket_size", "reduce_scatter", "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage",
+    "stage3_allgather_sequential", "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold", "stage3_module_granularity_threshold", "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size", "stage3_use_all_reduce_for_fetch_params", "sub_group_size",
+    "use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zenflow", "zero_hpz_partition_size",
+    "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 })  # fmt: skip
 """The same inside zero_optimization, where DeepSpeed refuses others."""
 

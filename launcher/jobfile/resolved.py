@@ -10,10 +10,11 @@ RESOLVED = "resolved"
 """The key that marks the job.yaml of a run."""
 
 _OF_EVERY_RESOLVED_PHASE = {
-    "recipe", "from", "seed", "model", "data", "epochs", "max_steps", "batch", "micro_tokens", "micro_batch", "learning_rate",
-    "schedule", "optimizer", "clip", "checkpoint", "sharding", "resources", "deepspeed",
+    "recipe", "from", "seed", "model", "data", "epochs", "max_steps", "batch", "micro_tokens", "micro_batch",
+    "learning_rate", "schedule", "optimizer", "clip", "checkpoint", "sharding", "resources", "deepspeed",
 }  # fmt: skip
-"""Keys by which a resolved file of a version without `resolved` is recognised: nobody writes all of them into every phase."""
+"""Keys by which a resolved file of a version without `resolved` is recognised: nobody writes all
+of them into every phase."""
 
 
 def is_resolved(document: Document) -> bool:

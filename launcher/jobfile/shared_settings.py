@@ -1,7 +1,9 @@
-"""Settings at the top of a job that hold for all phases: which phases a top-level override reaches, and overrides without effect.
+"""Settings at the top of a job that hold for all phases: which phases a top-level override reaches,
+and overrides without effect.
 
-A phase's own values win over the top level. In the job.yaml of a run every phase is complete; there `resolved` lists the values that
-the user's file had given inside a phase, and a top-level override replaces all others, as it would in the user's file.
+A phase's own values win over the top level. In the job.yaml of a run every phase is complete; there `resolved` lists
+the values that the user's file had given inside a phase, and a top-level override replaces all others, as it would in
+the user's file.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ OwnSettings = dict[str, list[str]]
 
 
 def own_settings(document: Document) -> OwnSettings:
-    """What the phases of a user's file set themselves; of a resolved file, what its user's file set (unknown: nothing)."""
+    """What the phases of a user's file set themselves; of a resolved file,
+    what its user's file set (unknown: nothing)."""
     recorded = document.data.get(RESOLVED)
     if isinstance(recorded, dict):
         return {name: [str(key) for key in keys] for name, keys in recorded.items() if isinstance(keys, list)}
@@ -43,7 +46,8 @@ def own_settings(document: Document) -> OwnSettings:
 
 
 def unknown_phases(document: Document) -> Iterator[tuple[KeyPath, str]]:
-    """Names in `resolved` that are no phases: a phase was renamed, and its own values would be taken for inherited ones."""
+    """Names in `resolved` that are no phases: a phase was renamed,
+    and its own values would be taken for inherited ones."""
     recorded, phases = document.data.get(RESOLVED), sections_of_phases(document)
     for name in recorded if isinstance(recorded, dict) else ():
         if name not in phases:
@@ -54,7 +58,8 @@ def unknown_phases(document: Document) -> Iterator[tuple[KeyPath, str]]:
 
 
 def unknown_to_deepspeed(document: Document, phases: Mapping[str, Phase]) -> Iterator[tuple[KeyPath, str]]:
-    """Settings in `deepspeed` that DeepSpeed does not have. Not of a resolved file: a run that began with them goes on."""
+    """Settings in `deepspeed` that DeepSpeed does not have. Not of a resolved file: a run
+    that began with them goes on."""
     if is_resolved(document):
         return
     for name, phase in phases.items():
@@ -63,7 +68,8 @@ def unknown_to_deepspeed(document: Document, phases: Mapping[str, Phase]) -> Ite
 
 
 def inherit_from_top(document: Document, overridden: Sequence[KeyPath], own: OwnSettings) -> None:
-    """Take out of the phases of a resolved document what the top level replaces: overrides, and settings added there by hand.
+    """Take out of the phases of a resolved document what the top level replaces: overrides,
+    and settings added there by hand.
 
     Without `resolved` only overrides are known to be meant for all phases.
     """
@@ -192,7 +198,8 @@ def _check_top_level(
 def _check_phase(
     result: Effects, leaf: KeyPath, value: Any, phase: Phase, settings: dict[str, Any], written: Document
 ) -> None:
-    """An override inside a phase that groups of workers have their own values for, or that other settings leave unused."""
+    """An override inside a phase that groups of workers have their own values for,
+    or that other settings leave unused."""
     for key, why in phase.settings_without_effect():
         if dotted(leaf[2:]) == key and value_at(written.data, leaf) != value:
             result.problems.append((leaf, f"has no effect: {why}"))
@@ -264,7 +271,8 @@ def _same(present: Any, value: Any) -> bool:
 
 
 def _assignment(path: KeyPath, leaf: KeyPath, value: Any) -> str:
-    """What to write on the command line to set a phase's own value at `path`, or inside it, where `leaf` has `value` for all phases."""
+    """What to write on the command line to set a phase's own value at `path`, or inside it,
+    where `leaf` has `value` for all phases."""
     for part in reversed(leaf[len(path) - 2 :] if path[-1] in leaf else ()):
         value = {part: value}
     return f"{dotted(path)}={_text(value)}"

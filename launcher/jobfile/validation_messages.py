@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from launcher.jobfile.other_tools import name_here
 from launcher.jobfile.yaml_with_lines import KeyPath, dotted
-from training.config import Impossible
+from training.config import IncompatibleSettings
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -39,7 +39,7 @@ def _explained(error: ValidationError, model: type[BaseModel], data: Any) -> lis
     in_unions: set[KeyPath] = set()
     for detail in error.errors():
         path, chose = _path(detail, data)
-        if isinstance(cause := detail.get("ctx", {}).get("error"), Impossible):
+        if isinstance(cause := detail.get("ctx", {}).get("error"), IncompatibleSettings):
             places.update({(*path, *key.split(".")): message for key, message in cause.problems})
             continue
         places.setdefault(path, _message(detail, path, model))

@@ -56,7 +56,8 @@ def dotted(path: KeyPath) -> str:
 
 
 def load(file: Path, name: str | None = None) -> Document:
-    """The file as a Document; `name` is what messages call it. Raises InputError with every problem that can be told."""
+    """The file as a Document; `name` is what messages call it.
+    Raises InputError with every problem that can be told."""
     name = name or str(file)
     try:
         raw = file.read_bytes()
@@ -116,7 +117,7 @@ _PREFIX = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  none of YAML 1.1
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  none of YAML 1.1
 
 
 class _Dumper(yaml.SafeDumper):
@@ -271,7 +272,8 @@ _PLAIN_WORDS = (  # (what PyYAML says, what it means, whether the mistake is whe
     ("but found another document", "a second document begins here (`---`); keep one", False),
     (
         "expected '<document start>'",
-        "a value is complete before this line, and another begins; a YAML file is one value, such as `key: value` lines",
+        "a value is complete before this line, and another begins; a YAML file is one value, such as `key: value` "
+        "lines",
         False,
     ),
     ("expected <block end>", "this line's indentation fits none of the lines above", False),

@@ -1,11 +1,12 @@
-"""What else a phase could be on the same site: changes that make it fit, other ZeRO stages, other seats for the roles of PPO."""
+"""What else a phase could be on the same site: changes that make it fit, other ZeRO stages,
+other seats for the roles of PPO."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from launcher.plan.phase_plan import BY_DEGREE, FITS, TIGHT, TOO_LARGE, Planned, gib
+from launcher.plan.phase_plan import BY_DEGREE, FITS, TIGHT, TOO_LARGE, PhasePlan, gib
 from training.config import PPO, Lora, Placement, Sharding
 
 _MOST_WORKERS = 1024
@@ -13,9 +14,9 @@ _Change = tuple[str, dict[str, Any]]
 """As it is written on the command line; the settings of the phase that it replaces."""
 
 
-def changes(planned: Planned) -> list[str]:
-    """Single changes that make it fit, as they are written on the command line, what disturbs least first and those that are
-    tight last; pairs if there are none."""
+def changes(planned: PhasePlan) -> list[str]:
+    """Single changes that make it fit, as they are written on the command line, what disturbs least first and those
+    that are tight last; pairs if there are none."""
     single = list(_possible(planned))
     found = [(planned.changed(**settings).verdict, words) for words, settings in single]
     if all(verdict == TOO_LARGE for verdict, _ in found):
@@ -26,7 +27,7 @@ def changes(planned: Planned) -> list[str]:
     return fitting + [f"{words} (tight)" for verdict, words in found if verdict == TIGHT][: 3 if fitting else 6]
 
 
-def _possible(planned: Planned) -> Iterator[_Change]:
+def _possible(planned: PhasePlan) -> Iterator[_Change]:
     """Changes of a phase, what disturbs least first."""
     phase, model, on_gpu = planned.phase, planned.phase.model, planned.site.on_gpu
     own = "" if planned.alone else f"phases.{planned.name}."  # before settings that a job may have at its top
@@ -65,7 +66,7 @@ def _possible(planned: Planned) -> Iterator[_Change]:
             )
 
 
-def _smaller(planned: Planned, name: str, count: int | None) -> Iterator[_Change]:
+def _smaller(planned: PhasePlan, name: str, count: int | None) -> Iterator[_Change]:
     """A count halved until it fits."""
     while count is not None and count > 1:
         count //= 2
@@ -74,7 +75,7 @@ def _smaller(planned: Planned, name: str, count: int | None) -> Iterator[_Change
             return
 
 
-def _more_workers(planned: Planned, own: str) -> Iterator[_Change]:
+def _more_workers(planned: PhasePlan, own: str) -> Iterator[_Change]:
     """The fewest workers that fit, in whole machines, if there are as many."""
     phase, site = planned.phase, planned.site
     resources, step = phase.resources, planned.machine.gpus if site.on_gpu else 1
@@ -87,7 +88,7 @@ def _more_workers(planned: Planned, own: str) -> Iterator[_Change]:
             return
 
 
-def stages(planned: Planned) -> list[dict[str, Any]]:
+def stages(planned: PhasePlan) -> list[dict[str, Any]]:
     """The stages with and without offload, side by side."""
     lora = planned.phase.model.lora
     rows = []
@@ -110,12 +111,12 @@ def stages(planned: Planned) -> list[dict[str, Any]]:
     return rows
 
 
-def _regrouped(planned: Planned, sharding: Sharding) -> dict[str, Any]:
+def _regrouped(planned: PhasePlan, sharding: Sharding) -> dict[str, Any]:
     groups = getattr(planned.phase, "groups", None)
     return {} if groups is None else {"groups": [group.model_copy(update={"sharding": sharding}) for group in groups]}
 
 
-def layouts(planned: Planned) -> list[dict[str, Any]]:
+def layouts(planned: PhasePlan) -> list[dict[str, Any]]:
     """Of PPO: who could sit where on the same GPUs, the fastest that fits first."""
     phase = planned.phase
     if not isinstance(phase, PPO):
@@ -153,7 +154,8 @@ def _layouts(phase: PPO) -> Iterator[tuple[str, list[Placement] | None]]:
         yield (
             f"policy, reference on {quarter}; critic, reward on {rest}; rollout on {half}",
             [
-                Placement(roles=["policy", "reference"], workers=quarter), Placement(roles=["critic", "reward"], workers=rest),
+                Placement(roles=["policy", "reference"], workers=quarter),
+                Placement(roles=["critic", "reward"], workers=rest),
                 Placement(roles=["rollout"], workers=half),
             ],
         )  # fmt: skip
@@ -162,7 +164,8 @@ def _layouts(phase: PPO) -> Iterator[tuple[str, list[Placement] | None]]:
         yield (
             f"policy, critic on {half}; reference, reward on {2 * eighth}; rollout on {count - half - 2 * eighth}",
             [
-                Placement(roles=["policy", "critic"], workers=half), Placement(roles=["reference", "reward"], workers=2 * eighth),
+                Placement(roles=["policy", "critic"], workers=half),
+                Placement(roles=["reference", "reward"], workers=2 * eighth),
                 Placement(roles=["rollout"], workers=count - half - 2 * eighth),
             ],
         )  # fmt: skip

@@ -28,12 +28,12 @@ _CPU_WATTS = 15.0
 """Of a core."""
 
 
-class UnknownSite(InputError):
+class UnknownHardware(InputError):
     """What is known of some machines does not suffice for a plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class HardwareProfile:
     """Where the workers of a job would be: machines of one kind."""
 
     machine: Machine
@@ -60,35 +60,38 @@ class Site:
             return self.machine
         gpu, share = self.machine.gpu, max(1, count)
         own = replace(
-            gpu, tflops=gpu.tflops / share, matmul_tflops=gpu.matmul_tflops / share, memory_gb_s=gpu.memory_gb_s / share,
+            gpu, tflops=gpu.tflops / share, matmul_tflops=gpu.matmul_tflops / share,
+            memory_gb_s=gpu.memory_gb_s / share,
             watts=gpu.watts / share,
         )  # fmt: skip
         return replace(self.machine, gpu=own, gpus=share)
 
 
-def of_gpu(name: str, gpus: int | None = None) -> Site:
-    """Machines with this kind of GPU, at the price of the cheapest that a cloud has. Raises UnknownSite if there is none of that name."""
+def of_gpu(name: str, gpus: int | None = None) -> HardwareProfile:
+    """Machines with this kind of GPU, at the price of the cheapest that a cloud has.
+    Raises UnknownSite if there is none of that name."""
     try:
         kind = catalog.gpu(name)
     except Refused as error:
-        raise UnknownSite.of("--gpu", str(error)) from None
+        raise UnknownHardware.of("--gpu", str(error)) from None
     machine, rented = catalog.default_machine(kind, gpus), catalog.cheapest(kind)
     if rented is None or rented.price is None:
-        return Site(machine=machine, on_gpu=True)
+        return HardwareProfile(machine=machine, on_gpu=True)
     price = rented.price / rented.gpus * machine.gpus
     note = f"the price is that of {rented.name} (on demand, {rented.dated}); --price says another"
-    return Site(machine=replace(machine, price=price, dated=rented.dated), on_gpu=True, note=note)
+    return HardwareProfile(machine=replace(machine, price=price, dated=rented.dated), on_gpu=True, note=note)
 
 
-def of_cluster(spec: Cluster, accelerator: str | None = None) -> Site:
-    """The machines for workers of a cluster: those of the GPUs that a job asks for, else of its first pool that has any.
+def of_cluster(spec: Cluster, accelerator: str | None = None) -> HardwareProfile:
+    """The machines for workers of a cluster: those of the GPUs that a job asks for,
+    else of its first pool that has any.
 
     Raises UnknownSite if it has none, or a kind that is not known.
     """
     return all_of_cluster(spec, accelerator)[0]
 
 
-def all_of_cluster(spec: Cluster, accelerator: str | None = None) -> list[Site]:
+def all_of_cluster(spec: Cluster, accelerator: str | None = None) -> list[HardwareProfile]:
     """Those of every pool that a job's workers might get."""
     if spec.provider == "local":
         return [here()]
@@ -97,14 +100,14 @@ def all_of_cluster(spec: Cluster, accelerator: str | None = None) -> list[Site]:
     wanted = {name: pool for name, pool in with_gpus.items() if accelerator in (None, pool.gpu)}
     if with_gpus and not wanted:
         has = ", ".join(f"{name}: {pool.gpu or 'GPUs'}" for name, pool in with_gpus.items())
-        raise UnknownSite.of(spec.name, f"no pool has GPUs of type {accelerator} ({has})", "resources.accelerator")
+        raise UnknownHardware.of(spec.name, f"no pool has GPUs of type {accelerator} ({has})", "resources.accelerator")
     return [_of_pool(spec, name, pool, accelerator) for name, pool in wanted.items()] or [_without_gpus(spec, pools)]
 
 
-def _of_pool(spec: Cluster, name: str, pool: Any, accelerator: str | None) -> Site:
+def _of_pool(spec: Cluster, name: str, pool: Any, accelerator: str | None) -> HardwareProfile:
     known = catalog.machine(pool.instance) if isinstance(pool, CloudPool) else None
     if known is None and pool.gpu is None:
-        raise UnknownSite.of(
+        raise UnknownHardware.of(
             spec.name, f"pools.{name} does not say which GPUs its machines have; say it as `gpu: H100`"
         )
     custom = {key: value.model_dump(exclude_none=True) for key, value in spec.custom.items()}
@@ -113,14 +116,14 @@ def _of_pool(spec: Cluster, name: str, pool: Any, accelerator: str | None) -> Si
         if known is not None and pool.gpu in custom:
             machine = replace(machine, gpu=catalog.gpu(pool.gpu, custom))
     except Refused as error:
-        raise UnknownSite.of(spec.name, str(error), f"pools.{name}.gpu") from None
+        raise UnknownHardware.of(spec.name, str(error), f"pools.{name}.gpu") from None
     machine = replace(machine, gpus=pool.gpus or machine.gpus)
     if (memory := getattr(pool, "memory_gib", None)) is not None:
         machine = replace(machine, memory_gib=memory, memory_assumed=False)
     if pool.price is not None:
         machine = replace(machine, price=pool.price, spot_price=getattr(pool, "spot_price", None), dated="")
     head = getattr(spec, "head", None)
-    return Site(
+    return HardwareProfile(
         machine=machine, on_gpu=True, most_gpus=_most_gpus(spec, accelerator),
         head_price=getattr(head, "price", None) or 0.0, spot=getattr(pool, "market", "") in ("spot", "spot-first"),
         note=f"{spec.name}, pool {name}",
@@ -133,14 +136,14 @@ def _most_gpus(spec: Cluster, accelerator: str | None) -> int | None:
     return int(places) if places and math.isfinite(places) else None
 
 
-def described(spec: Cluster, gpu: str, gpus: int | None) -> Site:
+def described(spec: Cluster, gpu: str, gpus: int | None) -> HardwareProfile:
     """Machines of a cluster whose file does not say which GPUs they have. Raises UnknownSite."""
     return replace(of_gpu(gpu, gpus or getattr(spec, "gpus_per_node", None) or None), note=f"{spec.name}, with {gpu}")
 
 
-def _without_gpus(spec: Cluster, pools: Mapping[str, Any]) -> Site:
+def _without_gpus(spec: Cluster, pools: Mapping[str, Any]) -> HardwareProfile:
     if not pools:
-        raise UnknownSite.of(spec.name, "does not say which GPUs its machines have; say it with --gpu H100", "--on")
+        raise UnknownHardware.of(spec.name, "does not say which GPUs its machines have; say it with --gpu H100", "--on")
     name, pool = next(iter(pools.items()))
     own = here(gpus=False)
     return replace(
@@ -150,7 +153,7 @@ def _without_gpus(spec: Cluster, pools: Mapping[str, Any]) -> Site:
     )
 
 
-def here(*, gpus: bool = True) -> Site:
+def here(*, gpus: bool = True) -> HardwareProfile:
     """This machine, its GPUs if it has any. Raises UnknownSite for GPUs that the catalogue does not know."""
     memory = psutil.virtual_memory().available / 2**30
     if gpus and num_gpus():
@@ -158,7 +161,7 @@ def here(*, gpus: bool = True) -> Site:
         try:
             kind = catalog.gpu(name)
         except Refused as error:
-            raise UnknownSite.of("this machine", str(error)) from None
+            raise UnknownHardware.of("this machine", str(error)) from None
         machine = replace(
             catalog.default_machine(kind, num_gpus()),
             memory_gib=memory,
@@ -166,18 +169,20 @@ def here(*, gpus: bool = True) -> Site:
             price=None,
             name="this machine",
         )
-        return Site(machine=machine, on_gpu=True, most_gpus=machine.gpus)
+        return HardwareProfile(machine=machine, on_gpu=True, most_gpus=machine.gpus)
     speed, bandwidth = _processor_speed()
     cpu = Gpu(
-        name="CPU", memory_gib=memory, tflops=speed, matmul_tflops=speed, memory_gb_s=bandwidth, link_gb_s=_LOOPBACK_GB_S,
+        name="CPU", memory_gib=memory, tflops=speed, matmul_tflops=speed, memory_gb_s=bandwidth,
+        link_gb_s=_LOOPBACK_GB_S,
         watts=_CPU_WATTS * (os.cpu_count() or 1),
     )  # fmt: skip
     machine = Machine(name="this machine", gpu=cpu, gpus=1, memory_gib=memory, network_gbit_s=10)
-    return Site(machine=machine, on_gpu=False)
+    return HardwareProfile(machine=machine, on_gpu=False)
 
 
-def of_device(name: str, gpus: int) -> Site:
-    """Machines of which a worker has told its device (cpu, or a GPU's name) and how many workers are on one. Raises UnknownSite."""
+def of_device(name: str, gpus: int) -> HardwareProfile:
+    """Machines of which a worker has told its device (cpu, or a GPU's name) and how many workers are
+    on one. Raises UnknownSite."""
     return here(gpus=False) if name == "cpu" else of_gpu(name, gpus)
 
 

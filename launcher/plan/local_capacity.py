@@ -1,4 +1,5 @@
-"""Whether this machine has room for a job's workers, before anything is started. A cluster that we join decides for itself."""
+"""Whether this machine has room for a job's workers, before anything is started.
+A cluster that we join decides for itself."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _FP32, _BF16 = 4, 2
 
 
 def check(job: Job, *, inline: bool, force: bool = False) -> None:
-    """Raises InputError for phases that ask for more workers than this machine can hold, or a cluster that is not there.
+    """Raises InputError for phases that ask for more workers than this machine can hold,
+    or a cluster that is not there.
 
     `force`: memory is not looked at.
     """
@@ -48,7 +50,7 @@ def check(job: Job, *, inline: bool, force: bool = False) -> None:
 
 def _one_inline(job: Job, name: str) -> str | None:
     phase = job.phases[name]
-    if len(phase.teams) > 1:
+    if len(phase.placements) > 1:
         return f"--inline has one worker, which holds all roles; leave `groups` out (phases.{name}.groups=null)"
     if phase.num_workers == 1:
         return None
@@ -70,7 +72,10 @@ def _cannot_quantize(phase: Phase) -> str | None:
     if lora is None or lora.bits is None:
         return None
     if phase.resources.gpus_per_worker == 0 or not num_gpus():
-        return "4-bit weights need a GPU, and there is none for the workers; leave `bits` out to train adapters on whole weights"
+        return (
+            "4-bit weights need a GPU, and there is none for the workers; leave `bits` out to train adapters on whole "
+            "weights"
+        )
     if find_spec("bitsandbytes") is None:
         return "4-bit weights need the package bitsandbytes; pip install bitsandbytes"
     return None
@@ -98,8 +103,9 @@ def _too_little_memory(phase: Phase) -> str | None:
         return None
     parts = ", ".join(f"{what} {_gib(need)}" for what, need in needs.items())
     return (
-        f"needs at least {_gib(sum(needs.values()))} GiB of memory ({parts}), this machine has {_gib(available)} GiB free; "
-        "take fewer workers, a smaller model or a higher sharding.stage, set RAY_ADDRESS to train on more machines, or try it with --force"
+        f"needs at least {_gib(sum(needs.values()))} GiB of memory ({parts}), this machine has {_gib(available)} GiB "
+        "free; take fewer workers, a smaller model or a higher sharding.stage, set RAY_ADDRESS to train on more "
+        "machines, or try it with --force"
     )
 
 

@@ -1,6 +1,7 @@
 """One phase on a site: what its workers need of memory, whether that fits, how long it takes and what it costs.
 
-Memory by training/estimate/memory.py, time by launcher/plan/step_time.py, machines by launcher/plan/hardware.py; here they are put together for a phase.
+Memory by training/estimate/memory.py, time by launcher/plan/step_time.py, machines by launcher/plan/hardware.py;
+here they are put together for a phase.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from launcher.jobfile.job import Job
 from launcher.plan import step_time
-from launcher.plan.hardware import Site
+from launcher.plan.hardware import HardwareProfile
 from launcher.plan.step_time import Seated, Work
 from launcher.plan.workload import rows_in, work_of
 from training.config import PPO, PPO_ROLES, Phase
@@ -35,7 +36,7 @@ BY_DEGREE: list[Verdict] = [FITS, TIGHT, TOO_LARGE]
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanInputs:
     """What the command line adds to what is known."""
 
     rows: int | None = None
@@ -71,7 +72,7 @@ class Shapes:
         return [shape.note for shape in ([self.given] if self.given else self.known.values()) if shape is not None]
 
 
-class Planned:
+class PhasePlan:
     """One phase on a site."""
 
     def __init__(
@@ -79,8 +80,8 @@ class Planned:
         name: str,
         phase: Phase,
         models: Models,
-        site: Site,
-        asked: Asked,
+        site: HardwareProfile,
+        asked: PlanInputs,
         work: Work | None = None,
         *,
         alone: bool,
@@ -93,7 +94,7 @@ class Planned:
         self.dtype: Any = phase.model.dtype
         if self.dtype == "auto":
             self.dtype = "bf16" if site.on_gpu or cpu_multiplies_bf16() else "fp32"
-        self.groups = [Seated(roles, self._where(roles, seated)) for roles, seated in phase.teams]
+        self.groups = [Seated(roles, self._where(roles, seated)) for roles, seated in phase.placements]
         self.needs = [team(phase, group.roles or (), models, group.where) for group in self._named()]
 
     def _where(self, roles: Sequence[str], seated: Phase) -> Setting:
@@ -106,9 +107,9 @@ class Planned:
         roles = PPO_ROLES if isinstance(self.phase, PPO) else ("trainer",)
         return [group if group.roles else replace(group, roles=roles) for group in self.groups]
 
-    def changed(self, **changes: Any) -> Planned:
+    def changed(self, **changes: Any) -> PhasePlan:
         """The same phase with other settings. Its data is not looked at again."""
-        return Planned(
+        return PhasePlan(
             self.name,
             self.phase.model_copy(update=changes),
             self.models,
@@ -118,7 +119,7 @@ class Planned:
             alone=self.alone,
         )
 
-    # -- memory ---------------------------------------------------------------------------------------------------------
+    # -- memory --------------------------------------------------------------------------------------------------------
 
     @property
     def verdict(self) -> Verdict:
@@ -160,12 +161,16 @@ class Planned:
             limit = self.machine.gpu.memory_gib
             if self.site.on_gpu and sum(needs.device.values()) - needs.device["fragmentation"] > limit * GIB:
                 parts = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in needs.device.most_common(4))
-                yield f"{who}needs {sum(needs.device.values()) / GIB:,.1f} GiB of each GPU ({parts} ...), {_article(self.machine.gpu.name)} has {limit:g}"
+                yield (
+                    f"{who}needs {sum(needs.device.values()) / GIB:,.1f} GiB of each GPU ({parts} ...), "
+                    f"{_article(self.machine.gpu.name)} has {limit:g}"
+                )
             host = self._on_a_machine(group, needs)
             if host > self.machine.memory_gib * GIB and not self.machine.memory_assumed:
-                yield f"{who}needs {host / GIB:,.1f} GiB of memory on a machine, there are {self.machine.memory_gib:,.1f}"
+                there = self.machine.memory_gib
+                yield f"{who}needs {host / GIB:,.1f} GiB of memory on a machine, there are {there:,.1f}"
 
-    # -- time and money -------------------------------------------------------------------------------------------------
+    # -- time and money ------------------------------------------------------------------------------------------------
 
     def iteration(self) -> dict[str, float]:
         assert isinstance(self.phase, PPO)
@@ -204,7 +209,8 @@ class Planned:
         )
         mfu = useful / (step * self.phase.num_workers * self.machine.gpu.tflops * 1e12)
         told: dict[str, Any] = {
-            "step_s": step, "range": [step * step_time.LOW, step * step_time.HIGH], "tokens_per_s": tokens / step, "steps": self.steps,
+            "step_s": step, "range": [step * step_time.LOW, step * step_time.HIGH], "tokens_per_s": tokens / step,
+            "steps": self.steps,
             "mfu": mfu if self.site.on_gpu and not isinstance(self.phase, PPO) else None,
             "parts_s": self.iteration() if isinstance(self.phase, PPO) else None,
         }  # fmt: skip
@@ -232,18 +238,21 @@ class Planned:
         times = steps // self.phase.eval_every + 1 if self.phase.eval_every is not None else 1
         where = self.groups[0].where
         each = step_time.writing_s(
-            self.models.trained, self.machine, responses=count * asked.samples, prompt=self.work.tokens, response=asked.max_new_tokens,
+            self.models.trained, self.machine, responses=count * asked.samples, prompt=self.work.tokens,
+            response=asked.max_new_tokens,
             copies=where.workers, batch=asked.batch, bytes_each=where.bytes,
         )  # fmt: skip
         return times * each if count else 0.0
 
     def checkpoint(self) -> dict[str, Any]:
-        """Its size, how long one takes, whether the step in hand and one fit into the notice before a machine is taken back."""
+        """Its size, how long one takes, whether the step in hand and one fit into the notice
+        before a machine is taken back."""
         size, seconds, settings = checkpoint_bytes(self.phase, self.models), self.saving(), self.phase.checkpoint
         notice = self.site.machine.notice_s if self.site.spot else None
         lora = self.phase.model.lora is not None
         model = 0 if lora else _EXPORT_BYTES * self.models.trained.parameters
-        # Beside those that are kept, the one that is being written, and the best; without the two moments a third is left.
+        # Beside those that are kept, the one that is being written, and the best;
+        # without the two moments a third is left.
         best = 0 if settings.best is None else size // 3 if settings.keep_weights else size
         disk = size * (settings.keep + 1) + size // 3 * settings.keep_weights + best + model
         return {

@@ -1,4 +1,5 @@
-"""`muster plan`: what a job needs of memory, time and money, before anybody pays. Whether it fits, and if not the smallest change that does."""
+"""`muster plan`: what a job needs of memory, time and money, before anybody pays.
+Whether it fits, and if not the smallest change that does."""
 
 from __future__ import annotations
 
@@ -8,21 +9,21 @@ from typing import Any
 from launcher.jobfile.job import Job
 from launcher.plan import step_time
 from launcher.plan.alternatives import changes, layouts, stages
-from launcher.plan.hardware import Site
-from launcher.plan.phase_plan import TOO_LARGE, Asked, Planned, Shapes, gib, worst
+from launcher.plan.hardware import HardwareProfile
+from launcher.plan.phase_plan import TOO_LARGE, PhasePlan, PlanInputs, Shapes, gib, worst
 from launcher.plan.step_time import Work
 from training.config import PPO, Phase
 from training.errors import InputError, Problem
 from training.estimate.memory import Models, checkpoint_bytes
 from training.estimate.parameters import shape_of
-from training.phase_info import Facts
+from training.phase_info import PhaseInfo
 
 
-def plan(job: Job, site: Site, asked: Asked = Asked()) -> dict[str, Any]:
+def plan(job: Job, site: HardwareProfile, asked: PlanInputs = PlanInputs()) -> dict[str, Any]:
     """The whole plan. Raises InputError if a model is not known well enough."""
     shapes = Shapes(job, asked.parameters)
     phases = {
-        name: Planned(name, phase, shapes.models(phase), site, asked, alone=len(job.phases) == 1)
+        name: PhasePlan(name, phase, shapes.models(phase), site, asked, alone=len(job.phases) == 1)
         for name, phase in job.phases.items()
     }
     told = {name: _told(planned) for name, planned in phases.items()}
@@ -39,18 +40,18 @@ def plan(job: Job, site: Site, asked: Asked = Asked()) -> dict[str, Any]:
     }
 
 
-def refuse_what_cannot_fit(job: Job, site: Site) -> None:
+def refuse_what_cannot_fit(job: Job, site: HardwareProfile) -> None:
     """Raises InputError for phases whose workers cannot hold what they must, with what would fit."""
     shapes = Shapes(job, None)
     problems = []
     for name, phase in job.phases.items():
         try:
-            planned = Planned(
+            planned = PhasePlan(
                 name,
                 phase,
                 shapes.models(phase),
                 site,
-                Asked(rows=0, tokens=1.0, response=1.0),
+                PlanInputs(rows=0, tokens=1.0, response=1.0),
                 alone=len(job.phases) == 1,
             )
         except InputError:
@@ -77,30 +78,35 @@ def checkpoint_bytes_of(phase: Phase) -> int:
     return checkpoint_bytes(phase, Models(shape, critic))
 
 
-def _told(planned: Planned) -> dict[str, Any]:
+def _told(planned: PhasePlan) -> dict[str, Any]:
     """Of one phase."""
     work, verdict = planned.work, planned.verdict
     groups = [
         {
             "roles": list(group.roles), "workers": group.where.workers, "stage": group.where.stage,
-            "offload": group.where.sharding.offload, "recomputes": group.where.checkpointing, "device": dict(needs.device), "host": dict(needs.host),
+            "offload": group.where.sharding.offload, "recomputes": group.where.checkpointing,
+            "device": dict(needs.device), "host": dict(needs.host),
             "verdict": planned.verdict_of(group, needs),
         }
         for group, needs in zip(planned.groups, planned.needs, strict=True)
     ]  # fmt: skip
     return {
-        "recipe": planned.phase.recipe, "workers": planned.phase.num_workers, "dtype": planned.dtype, "verdict": verdict, "groups": groups,
-        "why": list(planned.why()), "changes": changes(planned) if verdict == TOO_LARGE else [], "alternatives": stages(planned),
+        "recipe": planned.phase.recipe, "workers": planned.phase.num_workers, "dtype": planned.dtype,
+        "verdict": verdict, "groups": groups,
+        "why": list(planned.why()), "changes": changes(planned) if verdict == TOO_LARGE else [],
+        "alternatives": stages(planned),
         "layouts": layouts(planned), "time": planned.time(), "checkpoint": planned.checkpoint(),
         "work": {"rows": work.rows, "tokens": work.tokens, "response": work.response},
     }  # fmt: skip
 
 
-def _machine(site: Site) -> dict[str, Any]:
+def _machine(site: HardwareProfile) -> dict[str, Any]:
     gpu = site.machine.gpu
     return {
-        "name": site.machine.name, "gpu": gpu.name if site.on_gpu else None, "gpus": site.machine.gpus if site.on_gpu else 0,
-        "memory_gib": gpu.memory_gib if site.on_gpu else site.machine.memory_gib, "host_gib": site.machine.memory_gib, "price": site.price,
+        "name": site.machine.name, "gpu": gpu.name if site.on_gpu else None,
+        "gpus": site.machine.gpus if site.on_gpu else 0,
+        "memory_gib": gpu.memory_gib if site.on_gpu else site.machine.memory_gib, "host_gib": site.machine.memory_gib,
+        "price": site.price,
         "spot": site.at_spot_price, "prices_of": site.machine.dated, "host_assumed": site.machine.memory_assumed,
     }  # fmt: skip
 
@@ -128,7 +134,7 @@ def _limits(job: Job, total: Mapping[str, Any] | None) -> Iterator[str]:
             yield f"{name} is {limit:g}: the job {how} stop there, before its end"
 
 
-def _at(job: Job, phases: Mapping[str, Planned], count: int) -> dict[str, Any]:
+def _at(job: Job, phases: Mapping[str, PhasePlan], count: int) -> dict[str, Any]:
     """The job with so many GPUs, as nearly as groups of PPO can keep their proportions."""
     planned = {name: each.changed(**_resized(each.phase, count)) for name, each in phases.items()}
     dealt = [each.phase.batch >= max(group.where.workers for group in each.groups) for each in planned.values()]
@@ -136,9 +142,14 @@ def _at(job: Job, phases: Mapping[str, Planned], count: int) -> dict[str, Any]:
     first = next(iter(told.values()))["time"]
     gpus = max(each.phase.num_workers for each in planned.values())
     return {
-        "gpus": gpus, "step_s": first["step_s"], "tokens_per_s": first["tokens_per_s"], "total": _summed(told),
-        "verdict": worst(each.verdict for each in planned.values()) if all(dealt) else "batch is smaller than the workers",
-    }  # fmt: skip
+        "gpus": gpus,
+        "step_s": first["step_s"],
+        "tokens_per_s": first["tokens_per_s"],
+        "total": _summed(told),
+        "verdict": worst(each.verdict for each in planned.values())
+        if all(dealt)
+        else "batch is smaller than the workers",
+    }
 
 
 def _resized(phase: Phase, count: int) -> dict[str, Any]:
@@ -152,7 +163,9 @@ def _resized(phase: Phase, count: int) -> dict[str, Any]:
     return {"resources": phase.resources.model_copy(update={"workers": count, "min_workers": None})}
 
 
-def expected(job: Job, name: str, facts: Facts, workers: int, site: Site, price: float | None) -> dict[str, Any]:
+def expected(
+    job: Job, name: str, info: PhaseInfo, workers: int, site: HardwareProfile, price: float | None
+) -> dict[str, Any]:
     """What a run notes of the plan for a phase, once its data and machines are known, to be compared with what comes.
 
     `price`: of the machines an hour, as they say it themselves. Raises InputError if a model is not known.
@@ -161,11 +174,12 @@ def expected(job: Job, name: str, facts: Facts, workers: int, site: Site, price:
     if not isinstance(phase, PPO) or phase.groups is None:
         phase = phase.model_copy(update={"resources": phase.resources.model_copy(update={"workers": workers})})
     response = float(phase.response_tokens) if isinstance(phase, PPO) else 0.0
-    work = Work(rows=facts.num_samples, tokens=facts.mean_tokens, response=response)
-    planned = Planned(name, phase, Shapes(job, None).models(phase), site, Asked(), work, alone=True)
+    work = Work(rows=info.num_samples, tokens=info.mean_tokens, response=response)
+    planned = PhasePlan(name, phase, Shapes(job, None).models(phase), site, PlanInputs(), work, alone=True)
     needs = max(planned.needs, key=lambda each: sum(each.device.values()) or sum(each.host.values()))
     step = planned.step_s
     return {
-        "workers": workers, "step_s": step, "range": [step * step_time.LOW, step * step_time.HIGH], "hours": facts.total_steps * step / 3600,
+        "workers": workers, "step_s": step, "range": [step * step_time.LOW, step * step_time.HIGH],
+        "hours": info.total_steps * step / 3600,
         "memory_gib": gib(sum(needs.device.values()) or sum(needs.host.values())), "price": price,
     }  # fmt: skip

@@ -1,7 +1,9 @@
-"""How long a step takes, worked out from the model, the GPUs and what lies between them. Pure; the constants are one set for all.
+"""How long a step takes, worked out from the model, the GPUs and what lies between them. Pure;
+the constants are one set for all.
 
     a step        = max(computing, sending) + (1 - OVERLAP) * min(computing, sending)
-    computing     = FLOPs / (COMPUTE * what a matrix product reaches) + bytes of activations * PASSES / (MEMORY * memory's bandwidth)
+    computing     = FLOPs / (COMPUTE * what a matrix product reaches) + bytes of activations * PASSES /
+                  (MEMORY * memory's bandwidth)
     sending       = bytes / (LINK or NETWORK * bandwidth of the slowest link on the way)
     a token       = max(weights + KV cache / (MEMORY * memory's bandwidth), FLOPs) + LAUNCH a layer
 
@@ -65,7 +67,8 @@ class Work:
 def flops(
     shape: Shape, where: Setting, tokens: float, length: float, *, backward: bool = True, head: float = 1.0
 ) -> float:
-    """Of `tokens` tokens in sequences of this length, on all workers together. `head`: share of them that need logits."""
+    """Of `tokens` tokens in sequences of this length, on all workers together.
+    `head`: share of them that need logits."""
     dense = 2 * (shape.multiplied + head * shape.vocab * shape.hidden)
     attention = 2 * shape.layers * shape.heads * shape.head_dim * length  # causal: half of 4 L d T
     forward = dense + attention
@@ -105,7 +108,8 @@ def computing_s(
 
 
 _SPEED = {(True, "bf16"): 1.0, (True, "fp32"): 0.08, (False, "fp32"): 1.0, (False, "bf16"): 1.7}
-"""Of (on a GPU, type), against what the machine's figure is for: bf16 on GPUs, fp32 (torch leaves TF32 off) on processors."""
+"""Of (on a GPU, type), against what the machine's figure is for: bf16 on GPUs,
+fp32 (torch leaves TF32 off) on processors."""
 
 
 def sending_s(shape: Shape, where: Setting, machine: Machine, micro_batches: int) -> float:
@@ -159,7 +163,8 @@ def step_s(shape: Shape, where: Setting, machine: Machine, samples: int, length:
 
 
 def writing_s(
-    shape: Shape, machine: Machine, *, responses: float, prompt: float, response: float, copies: int, tensor_parallel: int = 1,
+    shape: Shape, machine: Machine, *, responses: float, prompt: float, response: float, copies: int,
+    tensor_parallel: int = 1,
     batch: int, how: str = "transformers", bytes_each: int = 2,
 ) -> float:  # fmt: skip
     """For `copies` of a model, each on so many GPUs, to write all responses, `batch` at a time on each."""

@@ -30,13 +30,17 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield from report["limits"]
     yield from (f"note: {note}" for note in report["notes"])
     if not machine["gpu"]:
-        yield "note: for machines without a GPU, by what this one does at the moment; --gpu H100 or --on CLUSTER plans for others"
+        yield (
+            "note: for machines without a GPU, by what this one does at the moment; --gpu H100 or --on CLUSTER plans "
+            "for others"
+        )
 
 
 def _phase_lines(name: str, phase: Mapping[str, Any], machine: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     near = ": above 92 % of the memory, with what lies between blocks" if phase["verdict"] == TIGHT else ""
-    yield f"{name} ({phase['recipe']}, {phase['dtype']}, {_workers(phase['workers'])}): {phase['verdict'].upper()}{near}"
+    what = f"{phase['recipe']}, {phase['dtype']}, {_workers(phase['workers'])}"
+    yield f"{name} ({what}): {phase['verdict'].upper()}{near}"
     for group in phase["groups"]:
         who = f"{', '.join(group['roles'])} on " if group["roles"] else ""
         offload = ", offloaded to the CPU" if group["offload"] == "cpu" else ""
@@ -62,9 +66,15 @@ def _phase_lines(name: str, phase: Mapping[str, Any], machine: Mapping[str, Any]
         if not machine["gpu"]:
             yield f"  {row['stage']:<7}{_number(row['host_gib']):>11}   {row['verdict']}"
             continue
-        yield f"  {row['stage']:<7}{row['offload']:<9}{row['device_gib']:>10,.1f} {row['host_gib']:>10,.1f}   {row['verdict']}"
+        yield (
+            f"  {row['stage']:<7}{row['offload']:<9}{row['device_gib']:>10,.1f} {row['host_gib']:>10,.1f}   "
+            f"{row['verdict']}"
+        )
     for number, row in enumerate(phase["layouts"][:4]):
-        yield f"  {'best layout' if not number else 'or':<12}{row['layout']}, ZeRO-{row['stage']}: {_seconds(row['iteration_s'])} an iteration, {row['gib']:,.1f} GiB, {row['verdict']}"
+        yield (
+            f"  {'best layout' if not number else 'or':<12}{row['layout']}, ZeRO-{row['stage']}: "
+            f"{_seconds(row['iteration_s'])} an iteration, {row['gib']:,.1f} GiB, {row['verdict']}"
+        )
     yield from _time_lines(phase)
 
 
@@ -73,7 +83,10 @@ def _time_lines(phase: Mapping[str, Any]) -> Iterator[str]:
     low, high = time["range"]
     mfu = f", MFU {time['mfu']:.0%}" if time["mfu"] is not None else ""
     kind = "an iteration" if time["parts_s"] else "a step"
-    yield f"  {kind}: {_seconds(time['step_s'])} ({_seconds(low)} to {_seconds(high)}), {_speed(time['tokens_per_s'])}{mfu}"
+    yield (
+        f"  {kind}: {_seconds(time['step_s'])} ({_seconds(low)} to {_seconds(high)}), "
+        f"{_speed(time['tokens_per_s'])}{mfu}"
+    )
     if time["parts_s"]:
         yield "    " + ", ".join(f"{part} {_seconds(seconds)}" for part, seconds in time["parts_s"].items() if seconds)
     if "hours" in time:
@@ -89,7 +102,10 @@ def _time_lines(phase: Mapping[str, Any]) -> Iterator[str]:
         notice = (
             f"; with the {hand} in hand it {fits} the {checkpoint['notice_s']:g} s before a spot machine is taken back"
         )
-    yield f"  a checkpoint: {size:,.2f} GB in {_seconds(checkpoint['seconds'])}{notice}; storage for all that is kept: {checkpoint['disk_bytes'] / 1e9:,.2f} GB"
+    yield (
+        f"  a checkpoint: {size:,.2f} GB in {_seconds(checkpoint['seconds'])}{notice}; storage for all that is kept: "
+        f"{checkpoint['disk_bytes'] / 1e9:,.2f} GB"
+    )
 
 
 def _scaling_lines(rows: Sequence[Mapping[str, Any]], phases: int) -> Iterator[str]:
@@ -118,8 +134,8 @@ def _slowness(row: Mapping[str, Any]) -> float:
 def _speed_of_one(row: Mapping[str, Any]) -> float:
     """By the hours of the whole job, where they are known."""
     if row["total"] is not None:
-        return 1 / (row["total"]["hours"][1] * row["gpus"])
-    return row["tokens_per_s"] / row["gpus"]
+        return float(1 / (row["total"]["hours"][1] * row["gpus"]))
+    return float(row["tokens_per_s"] / row["gpus"])
 
 
 def _money(time: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""How much data a phase has, at a glance: rows counted, the lengths of a few hundred of them. What cannot be seen is assumed, and told."""
+"""How much data a phase has, at a glance: rows counted, the lengths of a few hundred of them.
+What cannot be seen is assumed, and told."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from typing import Any
 from launcher.plan.step_time import Work
 from training.config import PPO, Phase
 from training.data import files
-from training.data.files import DataFile, HubSplit, Part, RowError
+from training.data.files import DataFile, HubSplit, Part
 from training.data.formats import critique_request
+from training.data.row_errors import RowError
 from training.errors import InputError
 from training.model_folder import tokenizer_of
 from training.recipes import RECIPES
@@ -45,7 +47,8 @@ def work_of(
         answer = min(float(response if response is not None else phase.response_tokens), phase.response_tokens)
         if response is None:
             notes.append(
-                f"responses taken as long as they may be, {phase.response_tokens} tokens (--response-tokens says better)"
+                f"responses taken as long as they may be, {phase.response_tokens} tokens (--response-tokens says "
+                "better)"
             )
     return Work(rows=rows if rows is not None else seen_rows, tokens=tokens, response=answer, note="; ".join(notes))
 
@@ -154,7 +157,7 @@ def _rows(part: DataFile, read: int) -> int:
     if part.path.endswith(".parquet"):
         import pyarrow.parquet
 
-        return pyarrow.parquet.ParquetFile(part.path).metadata.num_rows
+        return int(pyarrow.parquet.ParquetFile(part.path).metadata.num_rows)
     if part.path.endswith((".jsonl", ".ndjson")):
         size = os.path.getsize(part.path)
         lines = seen = 0

@@ -13,8 +13,8 @@ class ExitStatus(IntEnum):
     FAILED = (
         1,
         (
-            "The command or its job failed. For commands that inspect something, a check failed: a checkpoint is damaged, "
-            "or a job does not fit into memory."
+            "The command or its job failed. For commands that inspect something, a check failed: a checkpoint is "
+            "damaged, or a job does not fit into memory."
         ),
     )
     INVALID_INPUT = (
@@ -28,8 +28,8 @@ class ExitStatus(IntEnum):
     TRY_AGAIN = (
         75,
         (
-            "The job itself is fine: SIGTERM or a closed terminal stopped it, its machines were not available, or Ray did "
-            "not start again. Resume it. (75 is EX_TEMPFAIL of sysexits.h.)"
+            "The job itself is fine: SIGTERM or a closed terminal stopped it, its machines were not available, or Ray "
+            "did not start again. Resume it. (75 is EX_TEMPFAIL of sysexits.h.)"
         ),
     )
     INTERRUPTED = 130, "A user interrupted the command with Ctrl-C or `muster stop`. Resume the run to continue it."

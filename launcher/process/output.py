@@ -1,7 +1,7 @@
 """Standard output and standard error that cannot end a command: a closed terminal, a reader that is gone, a full disk.
 
-What cannot be written is dropped. A terminal or a pipe that has failed once is never read again: what comes later goes to /dev/null. To a
-file it is tried on: its disk may have room again.
+What cannot be written is dropped. A terminal or a pipe that has failed once is never read again: what comes later goes
+to /dev/null. To a file it is tried on: its disk may have room again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Outputs:
 
 @contextmanager
 def kept_going() -> Iterator[Outputs]:
-    """In the block sys.stdout and sys.stderr drop what they cannot write. For work that is worth more than what it prints."""
+    """In the block sys.stdout and sys.stderr drop what they cannot write.
+    For work that is worth more than what it prints."""
     before = sys.stdout, sys.stderr
     outputs = Outputs()
     sys.stdout, sys.stderr = outputs.guarded("stdout", sys.stdout), outputs.guarded("stderr", sys.stderr)

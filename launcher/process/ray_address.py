@@ -16,14 +16,18 @@ _FRAME_HEADER_BYTES, _TYPE, _SETTINGS = 9, 3, 4
 
 
 def check(address: str) -> None:
-    """Raises InputError unless a server that speaks Ray's protocol, which is gRPC, answers there. Other forms, such as `auto`, Ray checks."""
+    """Raises InputError unless a server that speaks Ray's protocol, which is gRPC, answers there.
+    Other forms, such as `auto`, Ray checks."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
         return
     try:
         within(PATIENCE_S, lambda: _greet(host.strip("[]"), int(port)))
     except (OSError, ValueError, OverflowError) as error:  # of names and ports that are none, too
-        message = f"no Ray cluster answers there ({error}); start one, correct RAY_ADDRESS, or unset it to run on this machine"
+        message = (
+            f"no Ray cluster answers there ({error}); start one, correct RAY_ADDRESS, or unset it to run on this "
+            "machine"
+        )
         raise InputError.of(f"RAY_ADDRESS={address}", message) from error
 
 

@@ -16,8 +16,8 @@ SOCKET_PATH = 107
 
 @contextmanager
 def short_tempdir(longest: int) -> Iterator[str]:
-    """For the length of the block a new folder in TMPDIR that is open to this user alone, in /tmp if its path would have more than
-    `longest` bytes.
+    """For the length of the block a new folder in TMPDIR that is open to this user alone, in /tmp if its path would
+    have more than `longest` bytes.
 
     Raises InputError that names TMPDIR if neither can be written.
     """

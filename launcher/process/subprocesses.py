@@ -1,4 +1,5 @@
-"""How Muster starts Python processes of its own: they import the code that started them, and nothing from the working folder."""
+"""How Muster starts Python processes of its own: they import the code that started them,
+and nothing from the working folder."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def module_command(module: str, *arguments: str) -> list[str]:
 
 
 def with_own_code(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of such a process: PYTHONPATH begins with the folder of Muster's packages, where it needs to be named.
+    """The environment of such a process: PYTHONPATH begins with the folder of Muster's packages,
+    where it needs to be named.
 
     Empty entries are left out: to Python they are the working folder.
     """
@@ -27,7 +29,8 @@ def with_own_code(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def code_folders() -> list[str]:
-    """The folder of Muster's packages. Empty where they are installed: before the standard library, site-packages would hide parts of it."""
+    """The folder of Muster's packages. Empty where they are installed: before the standard library,
+    site-packages would hide parts of it."""
     installed = {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
     return [] if _ROOT in installed else [str(_ROOT)]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """The text without characters that move a terminal's cursor or worse: a model may say anything, and so may a file."""
+    """The text without characters that move a terminal's cursor
+    or worse: a model may say anything, and so may a file."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 

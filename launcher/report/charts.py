@@ -154,7 +154,8 @@ def _curve(source: Source, name: str) -> dict[str, Any] | None:
 
 
 def thinned(values: Sequence[float], most: int) -> list[int]:
-    """Places of at most `most` values that look like all of them: the ends, and of every stretch its least and greatest."""
+    """Places of at most `most` values that look like all of them: the ends,
+    and of every stretch its least and greatest."""
     if len(values) <= most:
         return list(range(len(values)))
     stretches = (most - 2) // 2

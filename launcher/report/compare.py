@@ -1,7 +1,8 @@
-"""`muster compare`: two runs side by side. How far apart are they on what both measured, could that be chance, what differs in their
-settings, what did each take?
+"""`muster compare`: two runs side by side. How far apart are they on what both measured, could that be chance, what
+differs in their settings, what did each take?
 
-Answers to the same questions are compared in pairs, which sees far smaller differences than two accuracies with their intervals do.
+Answers to the same questions are compared in pairs, which sees far smaller differences than two
+accuracies with their intervals do.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ def right(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], bool]:
 
 
 def paired(first: Mapping[tuple[str, int], bool], second: Mapping[tuple[str, int], bool]) -> dict[str, Any] | None:
-    """The second minus the first on the questions that both were asked, with a 95 % interval and the chance of a larger difference
-    between two models that are equally good."""
+    """The second minus the first on the questions that both were asked, with a 95 % interval and the chance of a larger
+    difference between two models that are equally good."""
     by_question: dict[str, list[int]] = {}
     for key in first.keys() & second.keys():
         by_question.setdefault(key[0], []).append(int(second[key]) - int(first[key]))
@@ -132,8 +133,10 @@ def paired(first: Mapping[tuple[str, int], bool], second: Mapping[tuple[str, int
     better, worse = (sum(sign * each > 0 for each in differences) for sign in (1, -1))
     once = all(len(each) == 1 for each in by_question.values())
     return {
-        "questions": count, "difference": mean, "low": max(-1.0, mean - half), "high": min(1.0, mean + half), "better": better,
-        "worse": worse, "test": "McNemar, exact" if once else "sign flips", "p": mcnemar(better, worse) if once else sign_flips(differences),
+        "questions": count, "difference": mean, "low": max(-1.0, mean - half), "high": min(1.0, mean + half),
+        "better": better,
+        "worse": worse, "test": "McNemar, exact" if once else "sign flips",
+        "p": mcnemar(better, worse) if once else sign_flips(differences),
     }  # fmt: skip
 
 
@@ -143,11 +146,12 @@ def mcnemar(better: int, worse: int) -> float:
     count, fewer = better + worse, min(better, worse)
     if better == worse:
         return 1.0
-    return min(1.0, 2 * sum(math.comb(count, k) for k in range(fewer + 1)) / 2**count)
+    return float(min(1.0, 2 * sum(math.comb(count, k) for k in range(fewer + 1)) / 2**count))
 
 
 def sign_flips(differences: Sequence[float], seed: int = 0) -> float:
-    """Chance of a mean as far from 0 if every difference had either sign alike (Fisher's randomisation test), by drawing signs."""
+    """Chance of a mean as far from 0 if every difference had either sign alike
+    (Fisher's randomisation test), by drawing signs."""
     import numpy as np
 
     values = np.array([each for each in differences if each])
@@ -221,11 +225,15 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _verdict(paired: Mapping[str, Any] | None, first: str, second: str) -> Iterator[str]:
     if paired is None:
-        yield "no test: there are no answers of both to the same questions (`eval:` in a phase writes them), so chance is not ruled out"
+        yield (
+            "no test: there are no answers of both to the same questions (`eval:` in a phase writes them), so chance "
+            "is not ruled out"
+        )
         return
     told = (
-        f"{paired['questions']:,} questions that both were asked: {second} is {100 * paired['difference']:+.1f} points (95 %: {100 * paired['low']:+.1f} to "
-        f"{100 * paired['high']:+.1f}); better on {paired['better']}, worse on {paired['worse']}; p = {paired['p']:.3g} ({paired['test']})"
+        f"{paired['questions']:,} questions that both were asked: {second} is {100 * paired['difference']:+.1f} points "
+        f"(95 %: {100 * paired['low']:+.1f} to {100 * paired['high']:+.1f}); better on {paired['better']}, worse on "
+        f"{paired['worse']}; p = {paired['p']:.3g} ({paired['test']})"
     )
     yield told
     if paired["p"] < 0.05:

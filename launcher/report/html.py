@@ -1,4 +1,5 @@
-"""A report as one HTML page that opens from disk: no network, no file beside it. Plotly draws the curves (docs/decisions/0016).
+"""A report as one HTML page that opens from disk: no network, no file beside it.
+Plotly draws the curves (docs/decisions/0016).
 
 Everything that a run says is text here: escaped by Jinja, or data that the page's script reads as JSON.
 """
@@ -21,7 +22,8 @@ MARK = '<meta name="generator" content="muster report">'
 
 
 def write(report: Mapping[str, Any], out: Path) -> Path:
-    """Write the page. A report that stands there is replaced. Raises InputError for a file of another kind, or that cannot be written."""
+    """Write the page. A report that stands there is replaced. Raises InputError for a file of another kind,
+    or that cannot be written."""
     try:
         if out.exists() and not out.is_file():
             raise InputError.of(str(out), "is no file; give a file such as report.html", "--out")

@@ -1,6 +1,8 @@
-"""`muster report`: what runs were, what happened to them and what came of it, as plain data. `html.py` makes a page of it.
+"""`muster report`: what runs were, what happened to them and what came of it, as plain data.
+`html.py` makes a page of it.
 
-A run may be of another version, still at work, or cut off in the middle of a line: what cannot be read is left out and told.
+A run may be of another version, still at work, or cut off in the middle of a line: what cannot be
+read is left out and told.
 """
 
 from __future__ import annotations
@@ -276,13 +278,16 @@ def _results(
                 continue
             before = measured[0] if measured[0] is not after else None
             yield {
-                **told, "before": before and before[name], "before_step": before and before["step"], "after": after[name],
-                "low": number(after.get(f"{name}_low")), "high": number(after.get(f"{name}_high")), "after_step": after["step"],
+                **told, "before": before and before[name], "before_step": before and before["step"],
+                "after": after[name],
+                "low": number(after.get(f"{name}_low")), "high": number(after.get(f"{name}_high")),
+                "after_step": after["step"],
             }  # fmt: skip
         elif values := [value for row in steps if (value := number(row.get(name))) is not None]:
             few = max(1, len(values) // 20)  # a single step is chance
             yield {
-                **told, "before": sum(values[:few]) / few, "before_step": None, "after": sum(values[-few:]) / few, "low": None,
+                **told, "before": sum(values[:few]) / few, "before_step": None, "after": sum(values[-few:]) / few,
+                "low": None,
                 "high": None, "after_step": None,
             }  # fmt: skip
 
@@ -320,7 +325,8 @@ def _evaluation_table(
 def _time(
     rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], times: Timeline, phase: str
 ) -> dict[str, float]:
-    """Where the time went, in seconds by the keys of `SPENT_ON`; the parts of training by what its rows say of themselves."""
+    """Where the time went, in seconds by the keys of `SPENT_ON`;
+    the parts of training by what its rows say of themselves."""
 
     def summed(name: str, of: Sequence[Mapping[str, Any]] = rows) -> float:
         return sum(number(row.get(name)) or 0.0 for row in of)

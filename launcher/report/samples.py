@@ -1,4 +1,5 @@
-"""What models wrote, for a report: before and after, several models side by side, the best and the worst of PPO; cut to what is read."""
+"""What models wrote, for a report: before and after, several models side by side,
+the best and the worst of PPO; cut to what is read."""
 
 from __future__ import annotations
 

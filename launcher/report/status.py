@@ -11,7 +11,7 @@ from launcher.runfolder.run_folder import RUNS, RunFolder, runs_in
 from training.checkpoint.format import CheckpointError, Manifest, verify
 from training.checkpoint.repository import Checkpoints, step_of
 from training.errors import InputError
-from training.storage import Place, is_remote
+from training.storage import StoragePath, is_remote
 
 
 def status(run: RunFolder) -> dict[str, Any]:
@@ -37,7 +37,10 @@ def _problem(event: Mapping[str, Any]) -> str | None:
     if event["event"] == "incident":
         who = "" if event["rank"] is None else f"worker {event['rank']} on {event['node']} "
         what = "tried again" if event["retry"] else "given up"
-        return f"{event['time'][:19]} step {event['step']}: {event['class']}: {who}{event['message']}; {what}: {event['why']}"
+        return (
+            f"{event['time'][:19]} step {event['step']}: {event['class']}: {who}{event['message']}; {what}: "
+            f"{event['why']}"
+        )
     if event["event"] == "warning":
         return f"{event['time'][:19]} {event['what']}"
     return event.get("error") if event["event"] == "failed" else event.get("finding")
@@ -83,13 +86,13 @@ def against_plan(planned: Mapping[str, Any], steps: Sequence[Mapping[str, Any]],
 
 def _median_step_s(steps: Sequence[Mapping[str, Any]]) -> float:
     recent = sorted(row["step_s"] for row in steps[-50:])
-    return recent[len(recent) // 2]
+    return float(recent[len(recent) // 2])
 
 
-def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:
-    workers = f", {facts['workers']} workers" if facts["workers"] else ""
-    yield f"{facts['name']}: {facts['state']}, attempt {facts['attempts']}{workers}, began {facts['started']}"
-    for name, phase in facts["phases"].items():
+def status_lines(info: Mapping[str, Any]) -> Iterator[str]:
+    workers = f", {info['workers']} workers" if info["workers"] else ""
+    yield f"{info['name']}: {info['state']}, attempt {info['attempts']}{workers}, began {info['started']}"
+    for name, phase in info["phases"].items():
         if not phase["step"]:
             yield f"  {name}: not begun"
             continue
@@ -103,23 +106,26 @@ def status_lines(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {name}: {_told_plan(phase['plan'])}"
         if phase["model"]:
             yield f"  {name}: model in {phase['model']}"
-    if facts["state"] == "partial":
-        yield f"  `muster resume {facts['folder']}` runs the remaining phases: {', '.join(facts['remaining'])}"
-    for problem in facts["problems"]:
+    if info["state"] == "partial":
+        yield f"  `muster resume {info['folder']}` runs the remaining phases: {', '.join(info['remaining'])}"
+    for problem in info["problems"]:
         yield f"  {problem}"
 
 
 def _told_plan(plan: Mapping[str, Any]) -> str:
     low, high = plan["range"]
     within = "as planned" if low <= plan["real_step_s"] <= high else f"{plan['times']:.2f} times the plan"
-    told = f"a step takes {plan['real_step_s']:.3g} s, planned were {plan['step_s']:.3g} ({low:.3g} to {high:.3g}): {within}"
+    told = (
+        f"a step takes {plan['real_step_s']:.3g} s, planned were {plan['step_s']:.3g} ({low:.3g} to {high:.3g}): "
+        f"{within}"
+    )
     told += f"; {plan['real_memory_gib']:.2f} GiB, planned {plan['memory_gib']:.2f}"
     return told + (f"; {plan['left_cost']:,.2f} more by this pace" if plan["left_cost"] is not None else "")
 
 
 def listing(storage: str) -> list[dict[str, Any]]:
-    """All runs in a folder, the newest last, or in a bucket. Raises InputError if there is no such folder, unless it is the
-    default one."""
+    """All runs in a folder, the newest last, or in a bucket. Raises InputError if there is no such folder, unless it is
+    the default one."""
     folder = Path(storage)
     if not is_remote(storage) and not folder.is_dir() and (folder.exists() or folder != RUNS):
         raise InputError.of(storage, "is a file; give a folder of runs" if folder.exists() else "no such folder")
@@ -159,7 +165,7 @@ def checkpoints(run: RunFolder, *, deep: bool) -> list[dict[str, Any]]:
     return found
 
 
-def _contents(folder: Place, deep: bool) -> dict[str, Any]:
+def _contents(folder: StoragePath, deep: bool) -> dict[str, Any]:
     try:
         manifest = Manifest.read(folder)
     except CheckpointError as error:
@@ -192,4 +198,7 @@ def checkpoint_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         size = entry["bytes"] / 2**20
         state = "verified" if entry["verified"] else "complete"
         state += ", weights only" if entry["weights_only"] else ""
-        yield f"{head}  {state}  {size:,.1f} MiB  {entry['world_size']} workers, ZeRO-{entry['zero_stage']}  {entry['created']}  {metrics}".rstrip()
+        yield (
+            f"{head}  {state}  {size:,.1f} MiB  {entry['world_size']} workers, ZeRO-{entry['zero_stage']}  "
+            f"{entry['created']}  {metrics}"
+        ).rstrip()

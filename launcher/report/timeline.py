@@ -1,4 +1,5 @@
-"""What a run did when: its events as stretches of time, moments and failures. Pure, and patient with events of other versions."""
+"""What a run did when: its events as stretches of time, moments and failures.
+Pure, and patient with events of other versions."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from datetime import datetime
 from typing import Any
 
 WAITING, LOADING, TRAINING, REDONE, RECOVERING = "waiting", "loading", "training", "redone", "recovering"
-"""Waiting for machines; loading model, data and checkpoint; training; training that was lost; from a failure to the next attempt."""
+"""Waiting for machines; loading model, data and checkpoint; training; training that was lost;
+from a failure to the next attempt."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Timeline:
 
 
 def timeline(events: Iterable[Mapping[str, Any]], until: datetime | None = None, trained_s: float = 0.0) -> Timeline:
-    """The timeline of a run's events. `until`: now, for a run that is at work; `trained_s`: seconds of steps behind its last
-    checkpoint, for one whose driver is gone."""
+    """The timeline of a run's events. `until`: now, for a run that is at work; `trained_s`: seconds of steps behind its
+    last checkpoint, for one whose driver is gone."""
     teller = _Teller()
     for event in events:
         teller.hear(event)
@@ -184,7 +186,8 @@ class _Teller:
         self.close(self.last)
 
     def found_lost(self, seconds: Any, at: float) -> None:
-        """What the steps that a vanished driver had done behind its last checkpoint took, known when they are done again."""
+        """What the steps that a vanished driver had done behind its last checkpoint took,
+        known when they are done again."""
         if self.vanished is not None and isinstance(seconds, int | float) and seconds > 0:
             since, attempt = self.vanished
             self.found.stretches.append(Stretch(self.phase, REDONE, since, min(at, since + seconds), attempt))

@@ -1,6 +1,7 @@
 """The small files of a run in a bucket: written to a folder of this machine, and copied to the bucket as they change.
 
-job.yaml, events, metrics, TensorBoard, logs. Checkpoints and models never pass through here: workers write them to the bucket.
+job.yaml, events, metrics, TensorBoard, logs. Checkpoints and models never pass through here:
+workers write them to the bucket.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from launcher.runfolder.cache import cache_folder
 from training.checkpoint.repository import Claim
 from training.errors import StorageError, Superseded
 from training.io.owned_folders import temporary_folder
-from training.storage import Place, upload_file
+from training.storage import StoragePath, upload_file
 
 FETCHED, FETCHED_OF_PHASES = ("job.yaml", "events.jsonl", "spent.json"), ("metrics.jsonl",)
 """What tells how far a run is."""
@@ -38,13 +39,13 @@ _until_the_end = ExitStack()
 atexit.register(_until_the_end.close)
 
 
-def working_folder(remote: Place) -> Path:
+def working_folder(remote: StoragePath) -> Path:
     """Where this machine keeps the small files of a run in a bucket while it works on it."""
     key = hashlib.sha256(remote.address.encode()).hexdigest()[:16]
     return cache_folder() / "runs" / key / remote.name
 
 
-def view(remote: Place) -> Path:
+def view(remote: StoragePath) -> Path:
     """A copy of a run's small files to look at, gone when this process ends."""
     copy = _until_the_end.enter_context(temporary_folder("muster-view-")) / remote.name
     copy.mkdir()
@@ -52,7 +53,7 @@ def view(remote: Place) -> Path:
     return copy
 
 
-def fetch(remote: Place, folder: Path) -> None:
+def fetch(remote: StoragePath, folder: Path) -> None:
     """Make the small files in a folder those of the bucket. The bucket is the truth, also of what it does not have."""
     phases = {name for name, size in remote.children().items() if size is None and not name.startswith(".")}
     phases |= {path.parent.name for name in FETCHED_OF_PHASES for path in folder.glob(f"*/{name}")}
@@ -68,7 +69,7 @@ def fetch(remote: Place, folder: Path) -> None:
         path.write_bytes(data)
 
 
-def is_alive(remote: Place) -> bool:
+def is_alive(remote: StoragePath) -> bool:
     """Whether a driver has worked on the run a moment ago."""
     try:
         said = datetime.fromisoformat((remote / ALIVE).read().decode())
@@ -78,9 +79,10 @@ def is_alive(remote: Place) -> bool:
 
 
 class Mirror:
-    """Copies what changes in a folder to a bucket, every few seconds, until the run is closed or a later attempt claims it."""
+    """Copies what changes in a folder to a bucket, every few seconds, until the run is closed
+    or a later attempt claims it."""
 
-    def __init__(self, folder: Path, remote: Place, claim: Claim):
+    def __init__(self, folder: Path, remote: StoragePath, claim: Claim):
         self.folder, self.remote, self.claim = folder, remote, claim
         self._sent: dict[Path, tuple[int, int]] = {}
         self._request = b""

@@ -13,15 +13,15 @@ class Event:
     """One kind of event."""
 
     meaning: str
-    facts: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
     """What it says beside COMMON and, of a phase, OF_A_PHASE."""
     of_phase: bool = True
 
 
 COMMON = {
-    "time": "When, in UTC, to the millisecond.",
-    "attempt": "Which start of the run, counted from 1.",
-    "event": "What has happened: the names below.",
+    "time": "Time of the event, in UTC, to the millisecond.",
+    "attempt": "Number of the attempt, counted from 1.",
+    "event": "Kind of event: one of the names below.",
 }
 OF_A_PHASE = {"phase": "Name of the phase."}
 
@@ -29,146 +29,160 @@ EVENTS: dict[str, Event] = {
     "started": Event(
         "An attempt begins.",
         {
-            "host": "Machine of the process that drives the run.",
-            "pid": "Its process id.",
-            "by_itself": "true if the run goes on after a failure or a move, without a person.",
-            "versions": "Of Python and the packages that the result may hang on, where a person started it.",
+            "host": "Machine of the driver.",
+            "pid": "Process id of the driver.",
+            "by_itself": "true if the run restarted automatically after a failure or a move.",
+            "versions": "Versions of Python and of packages that can affect the result; only if a user began it.",
         },
         of_phase=False,
     ),
     "changes_accepted": Event(
-        "A person goes on though the job is another one (`--accept-changes`).",
-        {"changes": "Settings that differ, each `key: old -> new`."},
+        "A user resumed the run with a changed job (`--accept-changes`).",
+        {"changes": "The settings that differ, each as `key: old -> new`."},
         of_phase=False,
     ),
     "rewound": Event(
-        "A person takes the run back (`--step`).", {"to": "Step by phase; 0 is its beginning."}, of_phase=False
-    ),
-    "revisions": Event(
-        "Branches, tags and default branches of the Hugging Face hub were looked up; the run uses these commits from now on.",
-        {"commits": "By what the job names, such as `model owner/name` or `dataset owner/name@v1`."},
+        "A user took the run back to an earlier step (`--step`).",
+        {"to": "Step of each phase; 0 is its beginning."},
         of_phase=False,
     ),
-    "phase_started": Event("A phase is taken up, from its beginning or its newest checkpoint."),
+    "revisions": Event(
+        "Branches, tags and default branches of the Hugging Face hub were resolved. The run uses these commits from "
+        "now on.",
+        {"commits": "Commits by the names in the job, such as `model owner/name` or `dataset owner/name@v1`."},
+        of_phase=False,
+    ),
+    "phase_started": Event("A phase begins, or continues from its newest checkpoint."),
     "workers": Event(
-        "The workers of an attempt are there.",
-        {"workers": "Of each its rank, the address of its machine, and its process id there."},
+        "The workers of an attempt have started.",
+        {"workers": "Rank of each worker, address of its machine, and its process id."},
     ),
     "retention_failed": Event(
-        "Checkpoints that need not stay could not be deleted, or their optimizer's state; tried again after the next checkpoint.",
-        {"error": "Why."},
+        "Checkpoints that are no longer needed, or their optimizer states, could not be deleted. The next checkpoint "
+        "triggers another try.",
+        {"error": "The reason."},
     ),
     "quota_exceeded": Event(
-        "The checkpoints that must stay and the next one take more than `checkpoint_quota`; the run goes on saving. Written once.",
-        {"quota": "The setting.", "bytes": "How many bytes are too many."},
+        "The checkpoints that must be kept and the next one together exceed `checkpoint_quota`. The run continues to "
+        "save. Written once.",
+        {"quota": "The setting.", "bytes": "Number of bytes above the quota."},
     ),
     "save_requested": Event(
-        "Somebody has asked for a checkpoint now (`muster save`).",
-        {"step": "Steps that are done; they will be in the checkpoint.", "id": "Of the request."},
+        "A user requested a checkpoint (`muster save`).",
+        {"step": "Number of finished steps, which the checkpoint will contain.", "id": "Id of the request."},
     ),
     "preflight": Event(
-        "The machines were looked at before the first step.",
+        "The machines were checked before the first step.",
         {
-            "seconds": "How long that took.",
-            "findings": "How many things were found that are not well; each is a warning.",
-            "tflops": "Of a matrix product, 10^12 operations a second: least and median of the workers.",
-            "storage_mb_s": "Writing to storage and reading back, MB a second: least and median.",
-            "sent_mb_s": "To the next worker, MB a second: least and median; not with one worker.",
-            "groups": "With several groups of workers all of this for each of them, in place of it.",
+            "seconds": "Duration of the check.",
+            "findings": "Number of problems; each is also a warning.",
+            "tflops": "Speed of a matrix product, in 10^12 operations per second: minimum and median of the workers.",
+            "storage_mb_s": "Speed of writing to storage and reading back, in MB per second: minimum and median.",
+            "sent_mb_s": "Speed of sending to the next worker, in MB per second: minimum and median. Absent with a "
+            "single worker.",
+            "groups": "With several groups of workers: all of these values for each group.",
         },
     ),
     "training": Event(
-        "The model is loaded, training begins.",
+        "The model is loaded, and training begins.",
         {
-            "step": "Steps that are done already.",
-            "redone_s": "Seconds of steps behind that, which are lost and done again.",
-            "total_steps": "Steps of the phase.",
-            "parameters": "How many numbers are trained.",
-            "samples": "Samples of an epoch.",
-            "dtype": "Type of the computation.",
+            "step": "Number of finished steps.",
+            "redone_s": "Duration of later steps that were lost and are repeated, in seconds.",
+            "total_steps": "Number of steps of the phase.",
+            "parameters": "Number of trained parameters.",
+            "samples": "Number of samples in an epoch.",
+            "dtype": "Data type of the computation.",
             "device": "cpu or cuda.",
             "attention": "Attention kernel.",
-            "kernels": "Of norms, rotations and gated layers: torch or liger.",
+            "kernels": "Kernels of norms, rotary embeddings and gated layers: torch or liger.",
             "recomputes": "true if activations are recomputed in the backward pass (`model.gradient_checkpointing`).",
-            "notes": "What the user was told of data and settings.",
+            "notes": "Notes about data and settings that were printed.",
         },
     ),
     "planned": Event(
-        "What the plan expects of the phase; `muster status` holds it against what comes.",
+        "The plan of the phase, which `muster status` compares with the measured values.",
         {
-            "workers": "For so many workers.",
-            "step_s": "Seconds of a step.",
-            "range": "Its least and most, in seconds.",
-            "hours": "Of all steps.",
-            "memory_gib": "GiB of a worker.",
-            "price": "Of the machines, an hour; null if they have none.",
+            "workers": "Number of workers that the plan assumes.",
+            "step_s": "Duration of a step, in seconds.",
+            "range": "Its minimum and maximum, in seconds.",
+            "hours": "Duration of all steps.",
+            "memory_gib": "Memory of a worker, in GiB.",
+            "price": "Price of the machines per hour; null if they have no price.",
         },
     ),
     "restored": Event(
-        "The phase goes on from a checkpoint.",
-        {"step": "Its step.", "checkpoint": "Its folder.", "seconds": "How long reading it took."},
+        "The phase continues from a checkpoint.",
+        {"step": "Step of the checkpoint.", "checkpoint": "Its folder.", "seconds": "Duration of reading it."},
     ),
     "checkpoint": Event(
-        "A checkpoint is whole.",
+        "A checkpoint is complete.",
         {
             "step": "Its step.",
             "checkpoint": "Its folder.",
-            "seconds": "From the copy in memory until it was whole.",
-            "stall_s": "Seconds for which training waited.",
+            "seconds": "Time from the copy in memory until the checkpoint was complete.",
+            "stall_s": "Seconds during which training waited for it.",
         },
     ),
     "save_failed": Event(
-        "A checkpoint could not be written; it is tried once more.", {"step": "Its step.", "error": "Why."}
+        "A checkpoint could not be written. It is tried once more.", {"step": "Its step.", "error": "The reason."}
     ),
     "checkpoint_damaged": Event(
-        "A checkpoint was found damaged and is passed over.", {"finding": "Which file, and what is wrong with it."}
+        "A damaged checkpoint was found and is not used.", {"finding": "The damaged file and what is wrong with it."}
     ),
     "checkpoint_set_aside": Event(
-        "A checkpoint behind the step that the run goes on from is moved away, not deleted.", {"step": "Its step."}
+        "A checkpoint of a later step than the one that the run continues from was moved away, not deleted.",
+        {"step": "Its step."},
     ),
     "profiled": Event(
-        "The steps of `profile` are done, and where their time went is written down.",
+        "The steps of `profile` are finished, and their profile was written.",
         {
-            "steps": "The first and the last.",
-            "worker": "Whose they are: the first worker of a group, named by the group's first role.",
+            "steps": "The first and the last step.",
+            "worker": "The profiled worker: the first one of a group, named by the first role of the group.",
             "summary": "The largest shares of the time.",
             "table": "File of the table.",
             "trace": "File of the trace, for chrome://tracing or Perfetto.",
         },
     ),
     "profile_failed": Event(
-        "Steps could not be profiled, which stops nothing.", {"steps": "The first and the last.", "error": "Why."}
+        "Steps could not be profiled. Training continues.",
+        {"steps": "The first and the last step.", "error": "The reason."},
     ),
-    "warning": Event("Something that a person should know, and that stops nothing.", {"what": "It, in words."}),
+    "warning": Event("A problem that the user should know of. The run continues.", {"what": "The warning."}),
     "output_failed": Event(
-        "What the run prints cannot be read by anybody; it goes on without.",
-        {"stream": "stdout or stderr.", "error": "Why: a closed terminal, a pipe without a reader, a full disk."},
+        "The output of the run can no longer be written. The run continues without it.",
+        {
+            "stream": "stdout or stderr.",
+            "error": "The reason: a closed terminal, a pipe without a reader, a full disk.",
+        },
         of_phase=False,
     ),
     "incident": Event(
-        "Something failed; docs/failures.md says what is done about each class.",
+        "Something failed. docs/failures.md explains each class and what is done about it.",
         {
-            "class": "What kind of failure it is.",
-            "message": "What was seen, in a line.",
-            "step": "The step in hand.",
+            "class": "Class of the failure.",
+            "message": "What was observed, in one line.",
+            "step": "The step during which it happened.",
             "checkpoint": "Step of the newest checkpoint at that time; 0 if there was none.",
-            "rank": "The worker that failed first; null if it was none.",
-            "node": "Its machine.",
-            "retry": "Whether the run goes on by itself.",
-            "why": "Why, or why not.",
-            "skip": "A step whose batch is not learnt from after this; null: none.",
+            "rank": "The worker that failed first; null if no worker failed.",
+            "node": "Machine of that worker.",
+            "retry": "Whether the run continues automatically.",
+            "why": "The reason for that decision.",
+            "skip": "A step whose batch is skipped from now on; null: none.",
         },
     ),
-    "moved": Event("Saved, to go on with other machines.", {"why": "Why."}),
-    "limit_reached": Event("Saved and stopped at `max_hours` or `max_cost`.", {"what": "Which, and how much it was."}),
+    "moved": Event("The run saved a checkpoint in order to continue on other machines.", {"why": "The reason."}),
+    "limit_reached": Event(
+        "The run saved a checkpoint and stopped at `max_hours` or `max_cost`.", {"what": "The limit and the value."}
+    ),
     "reached": Event(
-        "PPO ends before its last iteration (`stop`).", {"step": "The last iteration.", "what": "What was reached."}
+        "PPO ends before its last iteration (`stop`).",
+        {"step": "The last iteration.", "what": "The condition that was met."},
     ),
     "phase_finished": Event(
-        "A phase is done.",
+        "A phase is finished.",
         {
-            "checkpoint": "The one that it ends with: the last, or the best if the job asks for it.",
-            "model": "Its folder.",
+            "checkpoint": "Its final checkpoint: the last one, or the best if the job says so.",
+            "model": "Folder of its model.",
         },
     ),
     "interrupted": Event(
@@ -179,7 +193,7 @@ EVENTS: dict[str, Event] = {
         {"finished": "Phases that are finished.", "remaining": "Phases that are not."},
         of_phase=False,
     ),
-    "failed": Event("The run is given up until a person resumes it.", {"error": "Why."}, of_phase=False),
-    "done": Event("All phases are done.", of_phase=False),
+    "failed": Event("The run failed and stays so until a user resumes it.", {"error": "The reason."}, of_phase=False),
+    "done": Event("All phases are finished.", of_phase=False),
 }
 """In the order in which a run meets them."""

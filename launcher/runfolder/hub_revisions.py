@@ -1,4 +1,5 @@
-"""The commits that a run uses of models and data sets on the Hugging Face hub: looked up once, recorded, used again when it goes on.
+"""The commits that a run uses of models and data sets on the Hugging Face hub: looked up once, recorded,
+used again when it goes on.
 
 A branch moves. Where a job names one, or none, its phases are given the commit that it was when the run began.
 """

@@ -1,7 +1,10 @@
-"""A run to look at: what it was asked, what happened, what came of it. `launcher/driver/open_run.py` begins to work on one.
+"""A run to look at: what it was asked, what happened, what came of it.
+`launcher/driver/open_run.py` begins to work on one.
 
-runs/NAME/job.yaml, events.jsonl, PHASE/{metrics.jsonl, answers/, profile/, tensorboard/, checkpoints/, model/, logs/...}
-In a folder, or in a bucket; of the latter the small files are copied to this machine first.
+runs/NAME/job.yaml, events.jsonl,
+runs/NAME/PHASE/{metrics.jsonl, answers/, profile/, tensorboard/, checkpoints/, model/, logs/...}
+
+It is in a folder or in a bucket; of a bucket the small files are copied to this machine first.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from launcher.runfolder.bucket_sync import is_alive
 from training.checkpoint.repository import Checkpoints
 from training.errors import InputError, StorageError
 from training.io.paths import absolute
-from training.storage import Local, Place, is_remote, place
+from training.storage import Local, StoragePath, is_remote, open_storage
 
 PATIENCE_S = 10.0
 """How long a person is kept waiting for a bucket that does not answer."""
@@ -78,9 +81,10 @@ def _rewound(event: Mapping[str, Any]) -> dict[str, int]:
 
 
 class RunFolder:
-    """A run. `folder` has its small files; checkpoints and models are below `root`, which is the same unless it is a bucket."""
+    """A run. `folder` has its small files; checkpoints and models are below `root`,
+    which is the same unless it is a bucket."""
 
-    def __init__(self, folder: Path, remote: Place | None = None):
+    def __init__(self, folder: Path, remote: StoragePath | None = None):
         self.folder = folder
         self.remote = remote
 
@@ -89,7 +93,7 @@ class RunFolder:
         return self.folder.name
 
     @property
-    def root(self) -> Place:
+    def root(self) -> StoragePath:
         return self.remote or Local(self.folder)
 
     @property
@@ -104,7 +108,8 @@ class RunFolder:
         return jobs.read(self.folder / JOB)
 
     def job_here(self, overrides: Sequence[str] = ()) -> Job:
-        """The job to go on with, in the folder where it lies now. Raises InputError for overrides that would move it."""
+        """The job to go on with, in the folder where it lies now.
+        Raises InputError for overrides that would move it."""
         refuse_another_folder(overrides)
         here = self.address if self.remote else str(self.folder.resolve())
         storage, _, name = here.rpartition("/")
@@ -113,13 +118,13 @@ class RunFolder:
     def phase(self, name: str) -> Path:
         return self.folder / name
 
-    def checkpoints(self, phase: str) -> Place:
+    def checkpoints(self, phase: str) -> StoragePath:
         return self.root / phase / "checkpoints"
 
-    def model(self, phase: str) -> Place:
+    def model(self, phase: str) -> StoragePath:
         return self.root / phase / "model"
 
-    def profiles(self, phase: str) -> Place:
+    def profiles(self, phase: str) -> StoragePath:
         return self.root / phase / "profile"
 
     def phase_names(self) -> list[str]:
@@ -161,7 +166,8 @@ class RunFolder:
         return finished
 
     def rewound_to(self) -> dict[str, int]:
-        """Steps to which phases were taken back and from which they have not gone on yet, by phase; 0: their beginning."""
+        """Steps to which phases were taken back and from which they have not gone on yet,
+        by phase; 0: their beginning."""
         to: dict[str, int] = {}
         for event in self.events():
             if event["event"] == "rewound":
@@ -171,7 +177,8 @@ class RunFolder:
         return to
 
     def accepted_before(self) -> int:
-        """The last attempt that accepted changes of job or data: checkpoints of attempts before it may differ. 0: none."""
+        """The last attempt that accepted changes of job or data: checkpoints of attempts before
+        it may differ. 0: none."""
         return max((e["attempt"] for e in self.events() if e["event"] == "changes_accepted"), default=0)
 
     def commits(self) -> dict[str, str]:
@@ -188,7 +195,8 @@ class RunFolder:
     def state(self) -> str:
         """new | running | lost (its process is gone) | done | partial | failed | interrupted.
 
-        partial: the phases that `--only` chose are finished, and others remain. Versions before 0.2 wrote `interrupted` for it.
+        partial: the phases that `--only` chose are finished, and others remain.
+        Versions before 0.2 wrote `interrupted` for it.
         """
         last = next((e["event"] for e in reversed(self.events()) if e["event"] in ("started", *ENDINGS)), None)
         if last is None:
@@ -214,7 +222,7 @@ def find(text: str, storage: Path = RUNS) -> RunFolder:
     Raises InputError that lists those that exist.
     """
     if is_remote(text):
-        remote = place(text, patience_s=PATIENCE_S)
+        remote = open_storage(text, patience_s=PATIENCE_S)
         with told_as_input(text):
             run = RunFolder(bucket_sync.view(remote), remote)
         if not (run.folder / JOB).exists():
@@ -233,7 +241,8 @@ def find(text: str, storage: Path = RUNS) -> RunFolder:
 
 
 def find_part(text: str) -> tuple[RunFolder, str | None]:
-    """The run, and the phase if one is named, of RUN or RUN/PHASE. Raises InputError if there is no such run or phase."""
+    """The run, and the phase if one is named, of RUN or RUN/PHASE.
+    Raises InputError if there is no such run or phase."""
     try:
         return find(text), None
     except InputError as error:
@@ -267,7 +276,7 @@ def runs_in(storage: str) -> list[RunFolder]:
     if not is_remote(storage):
         jobs_found = sorted(Path(storage).glob(f"*/{JOB}"), key=lambda path: path.stat().st_mtime)
         return [RunFolder(path.parent) for path in jobs_found]
-    root = place(storage, patience_s=PATIENCE_S)
+    root = open_storage(storage, patience_s=PATIENCE_S)
     with told_as_input(storage):
         remotes = [root / name for name, size in sorted(root.children().items()) if size is None]
         return [RunFolder(bucket_sync.view(remote), remote) for remote in remotes if JOB in remote.children()]

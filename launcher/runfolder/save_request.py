@@ -1,7 +1,7 @@
 """`muster save`: ask the driver of a run for a checkpoint now, and wait until it is committed. The run goes on.
 
-The request is a small file in the run's folder, which its driver looks for between two calls; in a bucket the mirror fetches it. What
-comes of it stands in events.jsonl.
+The request is a small file in the run's folder, which its driver looks for between two calls; in a bucket the mirror
+fetches it. What comes of it stands in events.jsonl.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def take(run: RunFolder) -> str | None:
 def request(run: RunFolder, *, is_running: bool = False) -> dict[str, Any]:
     """Phase, step and address of the checkpoint that is committed for us, or of one that already has all steps.
 
-    `is_running`: that is known, though the run's lock may not be seen from this machine. Raises InputError where there is nothing to be
-    saved, TrainingError if the run ends before it has saved.
+    `is_running`: that is known, though the run's lock may not be seen from this machine. Raises InputError where there
+    is nothing to be saved, TrainingError if the run ends before it has saved.
     """
     before = _events(run)
     if not is_running and (state := run.state()) != "running":
@@ -53,7 +53,8 @@ def request(run: RunFolder, *, is_running: bool = False) -> dict[str, Any]:
     if phase is None:
         raise InputError.of(
             run.address,
-            f"trains no step at the moment: data, workers or a model are prepared; {_newest(before)}, there is nothing to save beyond it",
+            f"trains no step at the moment: data, workers or a model are prepared; {_newest(before)}, there is "
+            "nothing to save beyond it",
         )
     if (last := next(_checkpoints(before, phase, total), None)) is not None:
         return _answer(last)

@@ -1,5 +1,5 @@
-"""The small files of a run (events, metrics, what was spent), written with the patience of storage: a full disk, a storage that is not
-mounted for a moment or a network file system that hangs does not end a run.
+"""The small files of a run (events, metrics, what was spent), written with the patience of storage: a full disk, a
+storage that is not mounted for a moment or a network file system that hangs does not end a run.
 
 What cannot be written is kept in memory and tried again with everything that is written later, and by `flush`.
 """
@@ -26,7 +26,8 @@ Result = TypeVar("Result")
 
 
 class SmallFiles:
-    """Files of one writer. Every method raises StorageError once writing has failed for `patience_s`, and keeps the data all the same."""
+    """Files of one writer. Every method raises StorageError once writing has failed for `patience_s`,
+    and keeps the data all the same."""
 
     def __init__(
         self,
@@ -49,7 +50,8 @@ class SmallFiles:
             self._write_soon()
 
     def replace(self, path: Path, text: str, *, new_folder: bool = False) -> None:
-        """Write a file such that a full disk or a crash leaves the old one. `new_folder`: make the folder that it lies in."""
+        """Write a file such that a full disk or a crash leaves the old one.
+        `new_folder`: make the folder that it lies in."""
         with self._lock:
             self._waiting[path] = _Replaced(text.encode(), new_folder)
             self._write_soon()
@@ -107,7 +109,8 @@ class _Appended:
     def __init__(self) -> None:
         self.data = b""
         self._start: int | None = None
-        """Where they begin in the file, once that was tried: what a failed try has left there is cut off by the next."""
+        """Where they begin in the file, once that was tried: what a failed try has left there is
+        cut off by the next."""
 
     def write(self, path: Path) -> None:
         with path.open("ab", buffering=0) as file:

@@ -1,4 +1,5 @@
-"""`muster init`: a folder with sample data, a tiny model and a job file, so that a laptop can try everything at once."""
+"""`muster init`: a folder with sample data, a tiny model and a job file,
+so that a laptop can try everything at once."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ Tables = dict[str, list[word_problems.Row]]
 def write(folder: Path, seed: int = 17, force: bool = False) -> list[str]:
     """Fill `folder` and return lines for the terminal: what is there and what to type next.
 
-    Equal seeds give equal bytes. Raises InputError if `folder` cannot be written or has something in it; with `force` files
-    of the same names are written anew and the others stay.
+    Equal seeds give equal bytes. Raises InputError if `folder` cannot be written or has something in it; with `force`
+    files of the same names are written anew and the others stay.
     """
     _refuse_other_contents(folder, force)
     try:
@@ -48,7 +49,8 @@ def _write_rows(path: Path, rows: list[word_problems.Row]) -> None:
 
 
 def _training_text(tables: Tables) -> Iterator[str]:
-    """What the tokenizer learns from: every text of the training split of the word problems, nothing of the held-out ones."""
+    """What the tokenizer learns from: every text of the training split of the word problems,
+    nothing of the held-out ones."""
     for file, rows in tables.items():
         if (
             word_problems.TABLES[file].split == "train"

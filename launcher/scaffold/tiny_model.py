@@ -41,7 +41,8 @@ def save_model(folder: Path, text: Iterable[str], seed: int) -> int:
 
 
 def train_tokenizer(text: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every digit is a token of its own. Nothing is added, nothing normalised: decode(encode(x)) == x."""
+    """Byte-level BPE in which every digit is a token of its own.
+    Nothing is added, nothing normalised: decode(encode(x)) == x."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

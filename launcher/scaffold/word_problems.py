@@ -1,7 +1,7 @@
 """A seeded generator of word problems and sums: worked answers, answers with one known flaw, critiques. Pure Python.
 
-A problem is a short chain of `Step`s over the numbers of its question. Every answer is worked out from such a chain, so a
-flawed answer is an honest one: one step is altered, and everything after it follows from the altered step.
+A problem is a short chain of `Step`s over the numbers of its question. Every answer is worked out from such a chain, so
+a flawed answer is an honest one: one step is altered, and everything after it follows from the altered step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from zlib import crc32
 
 from training.seeding import seed_for
@@ -117,8 +117,8 @@ class Problem:
 
     @property
     def split(self) -> Split:
-        """Where this problem belongs: a function of its numbers alone, so that no two splits ever share a set of numbers,
-        whatever the words, the order and the seed."""
+        """Where this problem belongs: a function of its numbers alone, so that no two splits ever share a set of
+        numbers, whatever the words, the order and the seed."""
         bucket = crc32(repr(self.numbers).encode()) % 20
         return "heldout" if bucket == 0 else "eval" if bucket == 1 else "train"
 
@@ -185,8 +185,8 @@ def _amount(rng: Random, *, packed: bool, largest: int) -> Amount:
 
 
 def plain_sum(rng: Random) -> Problem:
-    """Two changes of a number and no words: 14+3-9. Whoever is careless here takes or leaves out the wrong thing, and calculates right:
-    a tiny reward model sees the one and hardly the other."""
+    """Two changes of a number and no words: 14+3-9. Whoever is careless here takes or leaves out the wrong thing, and
+    calculates right: a tiny reward model sees the one and hardly the other."""
     start, *changes = (Amount(rng.randint(2, largest)) for largest in (25, 12, 12))
     ops = [rng.choice("+-") for _ in changes]
     question = f"{start}" + "".join(f"{op}{amount}" for op, amount in zip(ops, changes, strict=True))
@@ -244,8 +244,8 @@ def _goes_wrong_at(index: int, lines: list[Line], right: list[Line]) -> bool:
     return bool(lines) and lines[-1].result != right[-1].result and lines[index : index + 1] != [right[index]]
 
 
-def _change(steps: Steps, index: int, **changes: object) -> Steps:
-    return (*steps[:index], replace(steps[index], **changes), *steps[index + 1 :])  # type: ignore[arg-type]
+def _change(steps: Steps, index: int, **changes: Any) -> Steps:
+    return (*steps[:index], replace(steps[index], **changes), *steps[index + 1 :])
 
 
 def _miscalculate(problem: Problem, index: int, rng: Random) -> Steps:

@@ -1,5 +1,5 @@
-"""What a job takes along to a cluster: Muster's own packages, the resolved job, and the small local files that it names. Nothing else:
-no hidden files, of data folders the files that are read, and no link that leads out of a folder.
+"""What a job takes along to a cluster: Muster's own packages, the resolved job, and the small local files that it
+names. Nothing else: no hidden files, of data folders the files that are read, and no link that leads out of a folder.
 
 launcher/ training/ cluster/                  so that the cluster runs the Muster of this machine
 submitted/job.yaml                            paths of what is carried are relative to it
@@ -83,7 +83,10 @@ class _Inputs:
         own: dict[str, Path] = {}
         for file in found:
             if _leads_out(file, folder):
-                told = f"is a link to {os.path.realpath(file)}, which is no file in {folder}, and is not sent; put a copy in its place, or remove it"
+                told = (
+                    f"is a link to {os.path.realpath(file)}, which is no file in {folder}, and is not sent; put a copy "
+                    "in its place, or remove it"
+                )
                 self.problems.append(Problem(str(file), "", told))
             else:
                 own[str(file.relative_to(folder))] = file
@@ -98,7 +101,8 @@ class _Inputs:
 
 
 def _below(folder: Path) -> list[Path]:
-    """The files below a folder, sorted, without hidden ones and what Python leaves behind; links to folders are given like files."""
+    """The files below a folder, sorted, without hidden ones and what Python leaves behind;
+    links to folders are given like files."""
     return sorted(_walk(folder))
 
 
@@ -113,7 +117,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _leads_out(file: Path, folder: Path) -> bool:
-    """Whether what a path in a folder means lies elsewhere. A snapshot of the Hugging Face cache is links to blobs beside it."""
+    """Whether what a path in a folder means lies elsewhere. A snapshot of the Hugging Face cache
+    is links to blobs beside it."""
     target, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
     if target.is_file() and target.is_relative_to(root):
         return False
@@ -166,12 +171,21 @@ def _packages() -> dict[str, Path]:
 def _check_sizes(sizes: dict[str, int]) -> None:
     if sum(sizes.values()) <= LIMIT:
         return
-    advice = "upload it to storage and name its address (s3://...), or put it into a folder that the cluster sees (`shared` in the cluster file)"
+    advice = (
+        "upload it to storage and name its address (s3://...), or put it into a folder that the cluster sees (`shared` "
+        "in the cluster file)"
+    )
     largest = sorted(sizes.items(), key=lambda item: -item[1])
     rest, problems = sum(sizes.values()), []
     for path, size in largest:
         if rest > LIMIT:
-            problems.append(Problem(path, "", f"{size / 2**20:,.0f} MiB are too much to go along with a job ({LIMIT >> 20} MiB in all); {advice}"))  # fmt: skip
+            problems.append(
+                Problem(
+                    path,
+                    "",
+                    f"{size / 2**20:,.0f} MiB are too much to go along with a job ({LIMIT >> 20} MiB in all); {advice}",
+                )
+            )
         rest -= size
     raise InputError(problems)
 

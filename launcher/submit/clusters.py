@@ -15,10 +15,10 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.providers import Finding, Provider, provider_of
 from cluster.ray_node import PRICE, new_mark
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.spec import SPECS, Cluster, Existing
 from launcher.jobfile import yaml_with_lines
-from launcher.jobfile.problem_collector import Report
+from launcher.jobfile.problem_collector import ProblemCollector
 from launcher.jobfile.validation_messages import did_you_mean, listed, validated
 from launcher.process import output
 from launcher.submit import jobs as submit
@@ -36,27 +36,27 @@ class Target:
 
     spec: Cluster
     provider: Provider
-    home: Home | None
+    home: ClusterRecord | None
     """None: somebody else's."""
 
-    def door(self) -> AbstractContextManager[Dashboard]:
-        return self.provider.door(self.home)
+    def connection(self) -> AbstractContextManager[Dashboard]:
+        return self.provider.connection(self.home)
 
     def jobs(self) -> AbstractContextManager[Session]:
         """A connection to whoever takes jobs there."""
         if self.spec.provider == "slurm":
             from launcher.submit.slurm_jobs import SlurmSession
 
-            return nullcontext(SlurmSession(self.provider))  # type: ignore[arg-type]
+            return nullcontext(SlurmSession(self.provider))  # type: ignore[arg-type]  # the spec says which
         from launcher.submit.ray_jobs import opened
 
-        return opened(self.door, self.spec.stop_s)
+        return opened(self.connection, self.spec.stop_s)
 
 
 def load(file: Path) -> Cluster:
     """The settings in a cluster file. Raises InputError with every problem."""
     document = yaml_with_lines.load(file)
-    report = Report(document)
+    report = ProblemCollector(document)
     data = {"name": file.stem, **document.data}
     given = data.get("provider")
     if not isinstance(given, str) or given not in SPECS:
@@ -79,7 +79,8 @@ def load(file: Path) -> Cluster:
 
 
 def _from_anywhere(spec: Cluster, folder: Path) -> Cluster:
-    """The settings with paths of this machine absolute: they are used from other folders later on. Relative ones begin at the file."""
+    """The settings with paths of this machine absolute: they are used from other folders later on.
+    Relative ones begin at the file."""
     changes: dict[str, Any] = {}
     for name in ("key", "token_file"):
         if (path := getattr(spec, name, None)) is not None:
@@ -113,7 +114,7 @@ def _up(name: str) -> Target:
     return Target(spec, provider_of(spec), home)
 
 
-def _recorded(home: Home) -> Cluster:
+def _recorded(home: ClusterRecord) -> Cluster:
     settings = home.record()["spec"]
     return SPECS[settings["provider"]].model_validate(settings)
 
@@ -155,12 +156,13 @@ def down(name: str, say: Say, *, force: bool = False) -> None:
     running = [] if force else _running(found)
     if running:
         raise Refused(
-            f"jobs run on {name}: {', '.join(running)}; `muster stop ID --on {name}` saves and stops one, --force ends them"
+            f"jobs run on {name}: {', '.join(running)}; `muster stop ID --on {name}` saves and stops one, --force ends "
+            "them"
         )
     _end(found.home, found.provider, say, force=force)
 
 
-def _end(home: Home, provider: Provider, say: Say, *, force: bool = False) -> None:
+def _end(home: ClusterRecord, provider: Provider, say: Say, *, force: bool = False) -> None:
     """`force`: forget the cluster also if something of it cannot be reached."""
     try:
         provider.down(home, say)
@@ -190,20 +192,20 @@ def status(name: str | None) -> list[dict[str, Any]]:
 
 def _status(found: Target) -> dict[str, Any]:
     assert found.home is not None, "it is ours"
-    facts: dict[str, Any] = {
+    info: dict[str, Any] = {
         "name": found.spec.name,
         "provider": found.spec.provider,
         "started": found.home.record()["started"],
     }
     try:
-        with found.door() as door:
-            nodes = door.nodes()
+        with found.connection() as connection:
+            nodes = connection.nodes()
     except ClusterError as error:
-        return {**facts, "state": "silent", "problem": str(error), "nodes": [], "jobs": [], **_without_head(found)}
+        return {**info, "state": "silent", "problem": str(error), "nodes": [], "jobs": [], **_without_head(found)}
     prices = [float(node["labels"][PRICE]) for node in nodes if PRICE in node["labels"]]
     price = sum(prices) if prices else None
     return {
-        **facts,
+        **info,
         "state": "up",
         "nodes": nodes,
         "price_per_hour": price,
@@ -234,43 +236,43 @@ def _without_head(found: Target) -> dict[str, Any]:
 def status_lines(clusters: Sequence[dict[str, Any]]) -> Iterator[str]:
     if not clusters:
         yield "no clusters; `muster cluster up FILE` starts one"
-    for facts in clusters:
-        nodes = facts["nodes"]
+    for info in clusters:
+        nodes = info["nodes"]
         gpus = sum(node["gpus"] for node in nodes)
-        price = _price(facts) if nodes else ""
+        price = _price(info) if nodes else ""
         yield (
-            f"{facts['name']}: {facts['state']}, {facts['provider']}, since {facts['started']}, {len(nodes)} machines, "
-            f"{gpus:g} GPUs{price}, jobs: {', '.join(facts['jobs']) or 'none'}"
+            f"{info['name']}: {info['state']}, {info['provider']}, since {info['started']}, {len(nodes)} machines, "
+            f"{gpus:g} GPUs{price}, jobs: {', '.join(info['jobs']) or 'none'}"
         )
-        if "problem" in facts:
-            yield f"  {facts['problem']}"
+        if "problem" in info:
+            yield f"  {info['problem']}"
         for node in nodes:
             role = "head" if node["head"] else "worker"
             yield f"  {node['address']:<16} {role:<7} {node['cpus']:g} CPUs, {node['gpus']:g} GPUs"
-        yield from _left_lines(facts)
+        yield from _left_lines(info)
 
 
-def _left_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+def _left_lines(info: Mapping[str, Any]) -> Iterator[str]:
     """What is left of a cluster in a cloud whose head does not answer."""
-    if "cloud_problem" in facts:
-        yield f"  {facts['cloud_problem']}"
-    if (instances := facts.get("instances")) is None:
+    if "cloud_problem" in info:
+        yield f"  {info['cloud_problem']}"
+    if (instances := info.get("instances")) is None:
         return
-    down = f"`muster cluster down {facts['name']}`"
+    down = f"`muster cluster down {info['name']}`"
     if not instances:
         yield f"  the cloud has no machine of it any more; {down} removes the rest"
         return
-    yield f"  the cloud still has {len(instances)} of its machines{_price(facts)}; {down} ends them:"
+    yield f"  the cloud still has {len(instances)} of its machines{_price(info)}; {down} ends them:"
     for one in instances:
         role = "stopped, its disk is left" if one["stopped"] else "head" if one["head"] else f"worker of {one['kind']}"
         yield f"  {one['id']:<20} {one['address']:<16} {role}"
 
 
-def _price(facts: Mapping[str, Any]) -> str:
-    if facts.get("price_per_hour") is None:
+def _price(info: Mapping[str, Any]) -> str:
+    if info.get("price_per_hour") is None:
         return ""
-    rest = f" and {facts['unpriced']} machines without a price" if facts["unpriced"] else ""
-    return f", {facts['price_per_hour']:.2f} an hour{rest}"
+    rest = f" and {info['unpriced']} machines without a price" if info["unpriced"] else ""
+    return f", {info['price_per_hour']:.2f} an hour{rest}"
 
 
 def doctor(file: Path) -> list[Finding]:

@@ -29,12 +29,13 @@ class Session(Protocol):
         self,
         name: str,
         packed: Path,
-        facts: Mapping[str, str],
+        info: Mapping[str, str],
         workers: int,
         environment: Mapping[str, str],
         words: Sequence[str],
     ) -> None:
-        """Hand over a bundle. `facts`: job, run. `environment`: secrets, not to be written down in the clear. `words`: onsite's."""
+        """Hand over a bundle. `info`: job, run. `environment`: secrets,
+        not to be written down in the clear. `words`: onsite's."""
         ...
 
     def jobs(self) -> list[dict[str, Any]]:
@@ -94,7 +95,7 @@ def status(connect: Open, name: str) -> dict[str, Any]:
 
 
 def _status(there: Session, name: str) -> dict[str, Any]:
-    known = {facts["id"]: facts for facts in there.jobs()}
+    known = {info["id"]: info for info in there.jobs()}
     if name not in known:
         meant = did_you_mean(name, known) or f"; there are {', '.join(known) or 'none'}"
         raise Refused(f"no job {name} on this cluster{meant}")
@@ -112,10 +113,10 @@ def follow(connect: Open, name: str, write: Callable[[str], None], say: Callable
                 for text in there.stream(name, seen):
                     seen += len(text)
                     write(text)
-                facts = _status(there, name)
-                if is_over(facts):
+                info = _status(there, name)
+                if is_over(info):
                     write(there.rest(name, seen))
-                    return facts
+                    return info
                 time.sleep(_LOOK_S)  # the stream has ended and the job has not: a new one
         except ClusterError as error:
             if not was_there or isinstance(error, Refused):
@@ -134,12 +135,13 @@ def logs(connect: Open, name: str) -> str:
 
 
 def save(connect: Open, name: str) -> dict[str, Any]:
-    """Have a job save now and go on, and wait until it has; returns the checkpoint. Raises Refused if it cannot, ClusterError."""
+    """Have a job save now and go on, and wait until it has; returns the checkpoint.
+    Raises Refused if it cannot, ClusterError."""
     with connect() as there:
-        facts = _status(there, name)
-        if facts["state"] != "running":
-            raise Refused(f"{name} is not running (it is {facts['state']}); there is nothing to save")
-        said = there.save(name, facts["run"])
+        info = _status(there, name)
+        if info["state"] != "running":
+            raise Refused(f"{name} is not running (it is {info['state']}); there is nothing to save")
+        said = there.save(name, info["run"])
     try:
         answer: dict[str, Any] = json.loads(said.strip().rpartition("\n")[2])
     except ValueError:
@@ -152,17 +154,17 @@ def save(connect: Open, name: str) -> dict[str, Any]:
 def stop(connect: Open, name: str, within_s: float) -> dict[str, Any]:
     """Ask a job to save and end, and wait until it has; returns how it ended. Raises ClusterError if it has not."""
     with connect() as there:
-        facts = _status(there, name)
-        if is_over(facts):
-            raise Refused(f"{name} is over: {facts['state']}, since {facts['ended']}")
+        info = _status(there, name)
+        if is_over(info):
+            raise Refused(f"{name} is over: {info['state']}, since {info['ended']}")
         there.stop(name)
         deadline = time.monotonic() + within_s
-        while not is_over(facts := _status(there, name)):
+        while not is_over(info := _status(there, name)):
             if time.monotonic() > deadline:
-                raise ClusterError(f"{name} was asked to stop and is {facts['state']} after {within_s:.0f} s")
+                raise ClusterError(f"{name} was asked to stop and is {info['state']} after {within_s:.0f} s")
             time.sleep(_LOOK_S)
-        return facts
+        return info
 
 
-def is_over(facts: Mapping[str, Any]) -> bool:
-    return facts["state"] in _OVER
+def is_over(info: Mapping[str, Any]) -> bool:
+    return info["state"] in _OVER

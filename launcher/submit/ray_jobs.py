@@ -1,6 +1,7 @@
 """Jobs through Ray Jobs, for every cluster that is Ray's own.
 
-What Ray keeps of a job everyone on the cluster can read: its metadata hold no secret, and its environment holds them sealed.
+What Ray keeps of a job everyone on the cluster can read: its metadata hold no secret,
+and its environment holds them sealed.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class RaySession:
         self.client, self.dashboard, self.stop_s = client, dashboard, stop_s
 
     def submit(
-        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str], words: Sequence[str]
+        self, name: str, packed: Path, info: Mapping[str, str], workers: int, environment: Mapping[str, str],
+        words: Sequence[str]
     ) -> None:  # fmt: skip
         self._check_version()
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(self.stop_s), **self._sealed(environment)}
@@ -60,7 +62,7 @@ class RaySession:
             entrypoint=shlex.join([*_ENTRYPOINT, *words]),
             submission_id=name,
             runtime_env={"working_dir": str(packed), "env_vars": variables},
-            metadata={_JOB: facts["job"], _RUN: facts["run"]},
+            metadata={_JOB: info["job"], _RUN: info["run"]},
         )
 
     def _check_version(self) -> None:
@@ -76,13 +78,14 @@ class RaySession:
             return {}
         if self.dashboard.token is None:
             raise Refused(
-                f"{self.dashboard.shown} has no token to seal `env` with: give it one, or set the variables on its machines"
+                f"{self.dashboard.shown} has no token to seal `env` with: give it one, or set the variables on its "
+                "machines"
             )
         return {sealed_env.VARIABLE: sealed_env.seal(environment, self.dashboard.token)}
 
     def jobs(self) -> list[dict[str, Any]]:
-        jobs = [_facts(details) for details in self.client.list_jobs() if _JOB in (details.metadata or {})]
-        return sorted(jobs, key=lambda facts: facts["submitted"] or "")
+        jobs = [_info(details) for details in self.client.list_jobs() if _JOB in (details.metadata or {})]
+        return sorted(jobs, key=lambda info: info["submitted"] or "")
 
     def stream(self, name: str, seen: int) -> Iterator[str]:
         loop = asyncio.new_event_loop()
@@ -120,9 +123,9 @@ class RaySession:
 
 
 @contextmanager
-def opened(door: Door, stop_s: int) -> Iterator[RaySession]:
+def opened(connection: Door, stop_s: int) -> Iterator[RaySession]:
     """Raises Refused for a wrong token, ClusterError for a cluster that does not answer or understand."""
-    with door() as dashboard:
+    with connection() as dashboard:
         dashboard.version()  # tells a wrong token in plain words
         try:
             yield RaySession(JobSubmissionClient(dashboard.url, headers=dict(dashboard.headers)), dashboard, stop_s)
@@ -132,7 +135,7 @@ def opened(door: Door, stop_s: int) -> Iterator[RaySession]:
             raise ClusterError(f"{dashboard.shown}: {error}") from None
 
 
-def _facts(details: Any) -> dict[str, Any]:
+def _info(details: Any) -> dict[str, Any]:
     return {
         "id": details.submission_id,
         "job": details.metadata[_JOB],

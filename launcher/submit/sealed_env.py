@@ -1,7 +1,8 @@
-"""Values of environment variables on their way to a cluster: sealed with its token, which both sides have and nobody else.
+"""Values of environment variables on their way to a cluster: sealed with its token,
+which both sides have and nobody else.
 
-What a job is submitted with can be read by whoever may look at the cluster, so a secret must not stand there in the clear. The key is
-derived from the token (HKDF, RFC 5869); sealing is Fernet (AES-128-CBC with HMAC-SHA256).
+What a job is submitted with can be read by whoever may look at the cluster, so a secret must not stand there in the
+clear. The key is derived from the token (HKDF, RFC 5869); sealing is Fernet (AES-128-CBC with HMAC-SHA256).
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training.errors import InputError
+
+if TYPE_CHECKING:
+    from cryptography.fernet import Fernet
 
 VARIABLE = "MUSTER_SEALED"
 _PURPOSE = b"muster: environment of a job"
@@ -27,9 +32,10 @@ def unseal(sealed: str, token: str) -> dict[str, str]:
     from cryptography.fernet import InvalidToken
 
     try:
-        return json.loads(_fernet(token).decrypt(sealed.encode()))
+        values: dict[str, str] = json.loads(_fernet(token).decrypt(sealed.encode()))
     except InvalidToken:
         raise InputError.of("env", "was sealed with another token than this cluster's; submit the job again") from None
+    return values
 
 
 def open_environment() -> None:
@@ -40,7 +46,7 @@ def open_environment() -> None:
         os.environ.update(unseal(sealed, token))
 
 
-def _fernet(token: str):
+def _fernet(token: str) -> Fernet:
     from cryptography.fernet import Fernet
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF

@@ -17,9 +17,10 @@ class SlurmSession:
         self.provider = provider
 
     def submit(
-        self, name: str, packed: Path, facts: Mapping[str, str], workers: int, environment: Mapping[str, str], words: Sequence[str]
+        self, name: str, packed: Path, info: Mapping[str, str], workers: int, environment: Mapping[str, str],
+        words: Sequence[str]
     ) -> None:  # fmt: skip
-        self.provider.submit(name, packed.read_bytes(), facts, workers=workers, environment=environment, words=words)
+        self.provider.submit(name, packed.read_bytes(), info, workers=workers, environment=environment, words=words)
 
     def jobs(self) -> list[dict[str, Any]]:
         return self.provider.jobs()

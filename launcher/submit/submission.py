@@ -1,6 +1,7 @@
 """A job file goes to a cluster: checked here, packed with what it needs, submitted.
 
-What was submitted is noted in ~/.muster/jobs/ID.json (the file and the settings laid over it, no secret), so that `resume` finds it.
+What was submitted is noted in ~/.muster/jobs/ID.json (the file and the settings laid over it, no secret),
+so that `resume` finds it.
 """
 
 from __future__ import annotations
@@ -50,19 +51,20 @@ def submit(
         environment={variable: os.environ[variable] for variable in job.env},
         words=words,
     )
-    facts = {"id": name, "run": f"{storage}/{job.name}", "on": on}
+    info = {"id": name, "run": f"{storage}/{job.name}", "on": on}
     _write_note(name, {"file": str(file.absolute()), "overrides": list(overrides)})
-    return facts
+    return info
 
 
 def resume(
     name: str, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool = False
 ) -> dict[str, Any]:
-    """Submit a job once more, with further settings. Raises Refused while it runs, InputError if it is not known here."""
+    """Submit a job once more, with further settings. Raises Refused while it runs,
+    InputError if it is not known here."""
     refuse_another_folder(overrides)
-    facts = jobs_there.status(clusters.target(on).jobs, name)
-    if not jobs_there.is_over(facts):
-        raise Refused(f"{name} is {facts['state']}; `muster stop {name} --on {on}` saves and ends it")
+    info = jobs_there.status(clusters.target(on).jobs, name)
+    if not jobs_there.is_over(info):
+        raise Refused(f"{name} is {info['state']}; `muster stop {name} --on {on}` saves and ends it")
     try:
         note = json.loads(_note(name).read_text())
     except OSError:
@@ -84,7 +86,7 @@ def _write_note(name: str, note: Mapping[str, Any]) -> None:
 def _check_room(phase: Phase, spec: Cluster) -> None:
     """Raises InputError if the phase asks for more workers than the cluster can ever have."""
     wanted: dict[tuple[bool, str | None], int] = {}
-    for _, team in phase.teams:
+    for _, team in phase.placements:
         resources = _with_gpus(team, spec).resources
         if resources.gpus_per_worker == "auto":
             return  # the machines will say whether they have any
@@ -101,7 +103,8 @@ def _check_room(phase: Phase, spec: Cluster) -> None:
 
 
 def _with_gpus(phase: Phase, spec: Cluster) -> Phase:
-    """The phase with or without a GPU for each worker, as the cluster file has it: none may be up yet when the job looks."""
+    """The phase with or without a GPU for each worker, as the cluster file has it: none may be up
+    yet when the job looks."""
     known = [offer.gpus for offer in spec.offers if offer.gpus is not None]
     undecided = len(known) < len(spec.offers) and not any(known)
     if phase.resources.gpus_per_worker != "auto" or not spec.offers or undecided:
@@ -128,16 +131,16 @@ def _storage(job: Job, spec: Cluster) -> str:
     )
 
 
-def submitted_lines(facts: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{facts['id']} is submitted; its run is {facts['run']}"
-    yield f"`muster logs -f {facts['id']} --on {facts['on']}` follows it"
+def submitted_lines(info: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{info['id']} is submitted; its run is {info['run']}"
+    yield f"`muster logs -f {info['id']} --on {info['on']}` follows it"
 
 
 def job_lines(jobs_found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not jobs_found:
         yield "no jobs"
-    for facts in jobs_found:
-        ended = f", ended {facts['ended']}" if facts["ended"] else ""
-        yield f"{facts['id']:<32} {facts['state']:<10} {facts['run']}, submitted {facts['submitted']}{ended}"
-        if facts["state"] in ("failed", "pending") and facts["message"]:
-            yield f"  {facts['message'].strip().splitlines()[0]}"
+    for info in jobs_found:
+        ended = f", ended {info['ended']}" if info["ended"] else ""
+        yield f"{info['id']:<32} {info['state']:<10} {info['run']}, submitted {info['submitted']}{ended}"
+        if info["state"] in ("failed", "pending") and info["message"]:
+            yield f"  {info['message'].strip().splitlines()[0]}"

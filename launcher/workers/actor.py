@@ -12,7 +12,7 @@ import ray
 
 from launcher.workers import unpack_inputs
 from launcher.workers.failures import Raised, WorkerDied
-from launcher.workers.supervisor import Host, Signs
+from launcher.workers.supervisor import WorkerHealth, WorkerSupervisor
 
 
 class WorkerActor:
@@ -21,9 +21,9 @@ class WorkerActor:
     def __init__(self, device: str, environment: dict[str, str]):
         os.environ.update(environment)
         self.environment = environment
-        """For the worker too: the nursery may be older than what stands in it."""
+        """For the worker too: the fork server may be older than what stands in it."""
         unpack_inputs.land()
-        self.host = Host(device)
+        self.host = WorkerSupervisor(device)
         self.log = Path()
 
     def place(self) -> dict[str, Any]:
@@ -51,8 +51,8 @@ class WorkerActor:
         self.host.end()
 
     @ray.method(concurrency_group="control")
-    def signs(self) -> Signs:
-        return self.host.signs()
+    def health(self) -> WorkerHealth:
+        return self.host.health()
 
     @ray.method(concurrency_group="control")
     def stacks(self) -> str:
@@ -71,7 +71,8 @@ def _own_id() -> str | None:
 
 @contextmanager
 def _signed() -> Iterator[None]:
-    """Evidence says whose it is, as Ray's own errors do: a call of other workers that is given this answer fails with it."""
+    """Evidence says whose it is, as Ray's own errors do: a call of other workers
+    that is given this answer fails with it."""
     try:
         yield
     except (Raised, WorkerDied) as evidence:

@@ -1,4 +1,5 @@
-"""What the autoscaler of a cluster says of a gang that waits: what is coming, what did not come, whether it ever can."""
+"""What the autoscaler of a cluster says of a gang that waits: what is coming,
+what did not come, whether it ever can."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def outlook(gang: str, since: float) -> Outlook | None:
 
     None where no autoscaler reports (that is its version 2).
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # in C++
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]  # generated
 
     reply = GetClusterStatusReply()
     client: Any = GcsClient(ray.get_runtime_context().gcs_address)

@@ -1,7 +1,8 @@
-"""What kind of failure an exception of a worker is. Decided in the worker, by the type of the exception and the code that raised it.
+"""What kind of failure an exception of a worker is. Decided in the worker,
+by the type of the exception and the code that raised it.
 
-Words in a message decide nothing: anybody may say "NCCL" or "Connection refused". Two errors of torch have no type of their own;
-they are told by the place in torch's C++ code that they name.
+Words in a message decide nothing: anybody may say "NCCL" or "Connection refused". Two errors of torch have no type of
+their own; they are told by the place in torch's C++ code that they name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""What went wrong -> what to do about it. Pure: evidence in, decision out; knows neither Ray nor processes nor the clock.
+"""What went wrong -> what to do about it. Pure: evidence in, decision out;
+knows neither Ray nor processes nor the clock.
 
-Evidence arrives as exceptions, one a worker. `first_cause` finds the one that the others follow from, `decide` judges it in the
-light of what has happened before. What is charged to a budget is forgotten once a new checkpoint shows that the run gets on.
+Evidence arrives as exceptions, one a worker. `first_cause` finds the one that the others follow from, `decide` judges
+it in the light of what has happened before. What is charged to a budget is forgotten once a new checkpoint shows that
+the run gets on.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ class WorkerError(TrainingError):
     """A failure of one worker: which one and where, what kind, what there is to read."""
 
     def __init__(
-        self, rank: int, kind: Kind, message: str, log: Path, *, node: str = "", trace: str = "", collateral: Sequence[int] = ()
+        self, rank: int, kind: Kind, message: str, log: Path, *, node: str = "", trace: str = "",
+        collateral: Sequence[int] = ()
     ):  # fmt: skip
         super().__init__(message)
         self.rank, self.kind, self.log, self.node, self.trace = rank, kind, log, node, trace
@@ -113,7 +116,8 @@ class NoMachines(TrainingError):
 
 
 class RayLost(TrainingError):
-    """Processes of a Ray of our own have ended, which the workers need. They are lost with it; another Ray can be started."""
+    """Processes of a Ray of our own have ended, which the workers need. They are lost with it;
+    another Ray can be started."""
 
 
 def _worker_error(rank: int, kind: Kind, message: str, log: Path, rest: dict[str, Any]) -> WorkerError:
@@ -124,10 +128,10 @@ def worker_error(rank: int, evidence: Raised | WorkerDied, log: Path, node: str)
     """What a worker's evidence says, as a failure of that worker."""
     kind = evidence.kind if isinstance(evidence, Raised) else _kind_of_death(evidence)
     trace = evidence.trace if isinstance(evidence, Raised) else ""
-    return WorkerError(rank, kind, in_words(evidence), log, node=node, trace=trace)
+    return WorkerError(rank, kind, describe(evidence), log, node=node, trace=trace)
 
 
-def in_words(evidence: Raised | WorkerDied) -> str:
+def describe(evidence: Raised | WorkerDied) -> str:
     """What a process did, behind its name."""
     return f"raised: {evidence.name}: {evidence.message}" if isinstance(evidence, Raised) else _told_death(evidence)
 
@@ -209,16 +213,16 @@ class Incident:
     rank: int | None = None
     node: str | None = None
 
-    def facts(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """As an entry of events.jsonl has it."""
-        facts = asdict(self)
-        return {"class": facts.pop("kind"), **facts}
+        fields = asdict(self)
+        return {"class": fields.pop("kind"), **fields}
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Incident:
+    def of(cls, fields: Mapping[str, Any]) -> Incident:
         """From such an entry, which may have more."""
-        rest = {name: facts.get(name) for name in ("message", "step", "checkpoint", "rank", "node")}
-        return cls(kind=Kind(facts["class"]), **rest)  # type: ignore[arg-type]
+        rest: dict[str, Any] = {name: fields.get(name) for name in ("message", "step", "checkpoint", "rank", "node")}
+        return cls(kind=Kind(fields["class"]), **rest)
 
     @property
     def signature(self) -> tuple[Kind, str, int]:
@@ -302,7 +306,9 @@ def _nodes_to_avoid(incidents: Sequence[Incident]) -> frozenset[str]:
 
 
 _ADVICE = {
-    Kind.MEMORY: "set a smaller micro_tokens (it does not change the curve), a higher sharding.stage, or take more workers",
+    Kind.MEMORY: (
+        "set a smaller micro_tokens (it does not change the curve) or a higher sharding.stage, or take more workers"
+    ),
     Kind.CRASH: "the log has where it was; a library or a driver is likely at fault",
     Kind.UNFIT: "the check before the first step found it (`--no-preflight` leaves it out)",
     Kind.KILLED: "somebody or something outside of Muster killed it",

@@ -1,9 +1,10 @@
-"""A process that has imported what workers need and forks one in a moment: `python -m launcher.workers.fork_server FD DEVICE [FD]`.
+"""A process that has imported what workers need and forks one in a moment:
+`python -m launcher.workers.fork_server FD DEVICE [FD]`.
 
-The first FD is a Unix socket to the parent, the second one that listens: who connects to it is a parent, too. A parent sends a byte
-with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the nursery answers with JSON lines:
-{"ready"}, {"born": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the nursery ends the workers of a parent that is
-gone, and itself with the first; the kernel ends them with the nursery.
+The first FD is a Unix socket to the parent, the second one that listens: who connects to it is a parent, too. A parent
+sends a byte with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the fork server
+answers with JSON lines: {"ready"}, {"started": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the fork server
+ends the workers of a parent that is gone, and itself with the first; the kernel ends them with the fork server.
 """
 
 from __future__ import annotations
@@ -50,26 +51,28 @@ def main() -> None:
     woken.setblocking(False)
     signal.set_wakeup_fd(wakeup.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    nursery = _Nursery(first, listener, (wakeup, woken))
-    while first in nursery.parents:
-        ready, _, _ = select.select([woken, *nursery.parents, *([listener] if listener is not None else [])], [], [])
+    fork_server = _ForkServer(first, listener, (wakeup, woken))
+    while first in fork_server.parents:
+        ready, _, _ = select.select(
+            [woken, *fork_server.parents, *([listener] if listener is not None else [])], [], []
+        )
         if woken in ready:
             with suppress(BlockingIOError):
                 woken.recv(4096)
-            nursery.bury()
+            fork_server.reap()
         if listener in ready and listener is not None:
-            nursery.adopt(listener.accept()[0])
-        for parent in nursery.parents & set(ready):
-            nursery.answer(parent)
-    nursery.end()
+            fork_server.accept(listener.accept()[0])
+        for parent in fork_server.parents & set(ready):
+            fork_server.answer(parent)
+    fork_server.end()
 
 
-def _tell(parent: socket.socket, **facts: Any) -> None:
+def _tell(parent: socket.socket, **fields: Any) -> None:
     with suppress(OSError):
-        parent.sendall(json.dumps(facts).encode() + b"\n")
+        parent.sendall(json.dumps(fields).encode() + b"\n")
 
 
-class _Nursery:
+class _ForkServer:
     """Who asks for workers, and whose they are."""
 
     def __init__(self, first: socket.socket, listener: socket.socket | None, own: tuple[socket.socket, ...]):
@@ -79,7 +82,7 @@ class _Nursery:
         self.parent_of: dict[int, socket.socket] = {}
         """Of each worker that lives."""
 
-    def adopt(self, parent: socket.socket) -> None:
+    def accept(self, parent: socket.socket) -> None:
         """Somebody else who may ask."""
         self.parents.add(parent)
         _tell(parent, ready=True)
@@ -99,7 +102,7 @@ class _Nursery:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def bury(self) -> None:
+    def reap(self) -> None:
         """Tell the parents of workers that have ended."""
         while self.parent_of:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -117,25 +120,25 @@ class _Nursery:
                 os.waitpid(pid, 0)
 
     def _fork(self, parent: socket.socket, descriptors: list[int]) -> None:
-        nursery = os.getpid()
+        fork_server = os.getpid()
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for end in (*self.parents, *self.own):
                 end.close()
-            _end_with(nursery)
+            _end_with(fork_server)
             _live(*descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         self.parent_of[pid] = parent
-        _tell(parent, born=pid)
+        _tell(parent, started=pid)
 
 
-def _end_with(nursery: int) -> None:
-    """Have the kernel kill this process when the nursery is gone."""
+def _end_with(fork_server: int) -> None:
+    """Have the kernel kill this process when the fork server is gone."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != nursery:
+    if os.getppid() != fork_server:
         os._exit(1)
 
 
@@ -152,19 +155,19 @@ def _live(connection: int, memory: int) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # the nursery's exit handlers are not ours
+        os._exit(status)  # the fork server's exit handlers are not ours
 
 
 def _serve(connection: Pipe) -> None:
-    """Do what is asked until nobody is there to ask. Each request is (function name of `Life`, arguments)."""
-    life = Life()
+    """Do what is asked until nobody is there to ask. Each request is (function name of `WorkerCommands`, arguments)."""
+    commands = WorkerCommands()
     while True:
         try:
             name, args = connection.recv()
         except EOFError:
             return
         try:
-            answer = (True, getattr(life, name)(*args))
+            answer = (True, getattr(commands, name)(*args))
         except Exception as error:
             answer = (False, evidence_of(error, traceback.format_exc()))
         try:
@@ -174,11 +177,12 @@ def _serve(connection: Pipe) -> None:
             connection.send((False, unsent))
 
 
-class Life:
+class WorkerCommands:
     """What a worker can be asked."""
 
     def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> str:
-        """Tokenise the data of a phase; returns the folder of the training samples. Raises what prepare_phase raises."""
+        """Tokenise the data of a phase; returns the folder of the training samples.
+        Raises what prepare_phase raises."""
         os.environ.update(environment)
         from training.data.phase_data import prepare_phase
 
@@ -186,7 +190,8 @@ class Life:
         return str(stores.train.folder)
 
     def examine(self, model: Any, environment: dict[str, str], limit_s: int) -> None:
-        """Find out what a model's code can do (training/models/probe.py). Raises InputError for one that cannot be loaded."""
+        """Find out what a model's code can do (training/models/probe.py).
+        Raises InputError for one that cannot be loaded."""
         os.environ.update(environment)
         signal.alarm(limit_s)
         from training.models.probe import traits_for
@@ -201,32 +206,32 @@ class Life:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a file always
         faulthandler.enable(all_threads=True)
         faulthandler.register(STACKS, all_threads=True)
-        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]  # the disk of the log may be full
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # the disk of the log may be full
         return os.getpid()
 
     def listen(self, host: str) -> int:
         from training.process.distributed import listen
 
         self.listener = listen(host)
-        return self.listener.getsockname()[1]
+        return int(self.listener.getsockname()[1])
 
-    def join(self, seat: Any, key: bytes, visible_gpus: str | None) -> None:
+    def join(self, rank_info: Any, key: bytes, visible_gpus: str | None) -> None:
         from training.group import Worker
         from training.process.distributed import join, set_environment
 
         if visible_gpus is not None:
-            os.environ[VISIBLE_DEVICES] = visible_gpus
-        set_environment(seat)
-        join(seat, key, getattr(self, "listener", None))
-        self.worker = Worker(seat)
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
+        set_environment(rank_info)
+        join(rank_info, key, getattr(self, "listener", None))
+        self.worker = Worker(rank_info)
 
-    def build(self, role: str, target: str, args: tuple) -> None:
+    def build(self, role: str, target: str, args: tuple[Any, ...]) -> None:
         self.worker.build(role, target, *args)
 
-    def call(self, role: str, method: str, args: tuple, kwargs: dict) -> Any:
+    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.worker.call(role, method, *args, **kwargs)
 
 

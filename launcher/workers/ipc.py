@@ -1,8 +1,8 @@
-"""Objects over a Unix socket between a worker's process and the actor beside it. Large arrays lie in shared memory: written once,
-read where they lie.
+"""Objects over a Unix socket between a worker's process and the actor beside it. Large arrays lie in shared memory:
+written once, read where they lie.
 
-A pipe of the standard library copies an array six times on its way: weights for a rollout group would take a minute where
-this takes seconds.
+A pipe of the standard library copies an array six times on its way: weights for a rollout group would take a minute
+where this takes seconds.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Pipe:
 
 
 class _Shared:
-    """Memory without a name that holds some buffers one behind the other, by its descriptor. It lives for as long as somebody reads."""
+    """Memory without a name that holds some buffers one behind the other, by its descriptor.
+    It lives for as long as somebody reads."""
 
     def __init__(self, buffers: list[memoryview]):
         self.descriptor = os.memfd_create("muster")
@@ -95,7 +96,7 @@ class _Shared:
         os.close(self.descriptor)
 
 
-def _mapped(descriptor: int, sizes: array) -> list[memoryview]:
+def _mapped(descriptor: int, sizes: array[int]) -> list[memoryview]:
     """The buffers of shared memory that the other end has written."""
     memory = memoryview(mmap.mmap(descriptor, sum(sizes), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
     os.close(descriptor)

@@ -102,8 +102,9 @@ def gather(
 ) -> PlacementGroup:
     """Places for `wanted` workers, or after `wait_s` for as many as there is room for, if those are `least` or more.
 
-    Where there are enough machines and others use them, it waits its turn, however long that takes. `avoid`: ids of machines that are
-    not to be used. Raises NoMachines, RayLost, and InputError for what an autoscaler says can never come.
+    Where there are enough machines and others use them, it waits its turn, however long that takes. `avoid`: ids of
+    machines that are not to be used. Raises NoMachines, RayLost, and InputError for what an autoscaler says can never
+    come.
     """
     return _Search(needs, least, wait_s, avoid, say).find(wanted)
 
@@ -117,7 +118,8 @@ class _Search:
         self.needs, self.least, self.wait_s, self.avoid, self.say = needs, least, wait_s, avoid, say
         self.began, self.began_at = time.monotonic(), time.time()
         self.on_demand: bool | None = None
-        """Whether machines are asked for on demand because the spot ones did not come. False: there are none. None: not yet."""
+        """Whether machines are asked for on demand because the spot ones did not come.
+        False: there are none. None: not yet."""
 
     def find(self, wanted: int) -> PlacementGroup:
         said_at, told, patience = self.began - _NEXT_WORD_S, None, _FIRST_WORD_S
@@ -158,12 +160,15 @@ class _Search:
         free = min(count, fitting(self.needs, self.avoid)) if self.on_demand else count
         selectors = [selector] * free + [{**selector, _MARKET: "on-demand"}] * (count - free)
         wanted = selectors if any(selectors) else None
-        return placement_group([dict(self.needs)] * count, strategy="PACK", bundle_label_selector=wanted)
+        needs = [dict(self.needs)] * count
+        request: PlacementGroup = placement_group(needs, strategy="PACK", bundle_label_selector=wanted)
+        return request
 
     def _elsewhere(self, outlook: autoscaler.Outlook) -> bool:
         """Whether to ask in another market from now on.
 
-        Ray's autoscaler asks for the kind of machine with the highest priority again and again, also where the cloud has none.
+        Ray's autoscaler asks for the kind of machine with the highest priority again and again,
+        also where the cloud has none.
         """
         if self.on_demand is None and outlook.refused:
             self.on_demand = True
@@ -221,7 +226,7 @@ def _comes(group: PlacementGroup, within_s: float) -> bool:
 
 def _has_places(group: PlacementGroup) -> bool:
     ray_session.check()
-    return placement_group_table(group).get("state") == "CREATED"
+    return bool(placement_group_table(group).get("state") == "CREATED")
 
 
 def _shortage(needs: Mapping[str, float], count: int) -> str:
@@ -246,7 +251,8 @@ def kill_on(address: str, pid: int | None) -> None:
         found["NodeID"] for found in ray.nodes() if found["NodeManagerAddress"] == address and found["Alive"]
     )
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill)  # type: ignore[call-overload]
+    remote: Any = ray.remote
+    task = remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill)
     with suppress(RayError):  # it may be its own end
         ray.get(task.remote(pid), timeout=30)
 

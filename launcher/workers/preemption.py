@@ -1,13 +1,13 @@
-"""Spot notices: asks the metadata service of the cloud that a machine is in whether the machine is about to be taken back.
+"""Spot notices: asks the metadata service of a machine's cloud whether the machine is about to be taken back.
 
 | cloud | what is asked | says so by |
 |---|---|---|
-| AWS | `/latest/meta-data/spot/instance-action` (with a session token, IMDSv2) | 200 instead of 404; two minutes before |
+| AWS | `/latest/meta-data/spot/instance-action` (with an IMDSv2 token) | 200 instead of 404; two minutes before |
 | GCP | `/computeMetadata/v1/instance/preempted` | `TRUE`; half a minute before |
 | Azure | `/metadata/scheduledevents?api-version=2020-07-01` | an event of type Preempt; half a minute before |
 
-Which cloud it is the firmware says (`/sys/class/dmi/id/sys_vendor`); elsewhere nothing is asked. `MUSTER_METADATA_URL` names another
-endpoint and `MUSTER_CLOUD` another cloud: aws, gcp, azure, or none.
+Which cloud it is the firmware says (`/sys/class/dmi/id/sys_vendor`); elsewhere nothing is asked. `MUSTER_METADATA_URL`
+names another endpoint and `MUSTER_CLOUD` another cloud: aws, gcp, azure, or none.
 """
 
 from __future__ import annotations

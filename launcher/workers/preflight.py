@@ -1,7 +1,9 @@
-"""Checks on the real machines before the first step: are they alike, healthy, fast enough, and can they save? Seconds, not minutes.
+"""Checks on the real machines before the first step: are they alike, healthy, fast enough,
+and can they save? Seconds, not minutes.
 
-Workers report (training/roles/preflight.py); `judge` is pure: reports in, findings out. A machine that is unfit is named and avoided, if there
-are others; what all machines have in common, such as storage that is full, ends the run before it costs anything.
+Workers report (training/roles/preflight.py); `judge` is pure: reports in, findings out. A machine that is unfit is
+named and avoided, if there are others; what all machines have in common, such as storage that is full, ends the run
+before it costs anything.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ def check(workers: WorkerGroup, storage: str, room: int, warn: Callable[[str], N
 def judge(reports: Sequence[Mapping[str, Any]], room: int) -> list[Finding]:
     """What is not well, by the reports of all workers in the order of their ranks."""
     return [
-        *_versions(reports), *_devices(reports), *_storage(reports, room), *_links(reports), *_clocks(reports), *_memory(reports),
+        *_versions(reports), *_devices(reports), *_storage(reports, room), *_links(reports), *_clocks(reports),
+        *_memory(reports),
     ]  # fmt: skip
 
 
@@ -121,9 +124,11 @@ def _links(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
     findings = []
     for inside in (True, False):
         kind = [
-            rank for rank in range(size)
-            if reports[rank]["sent_mb_s"] is not None and (reports[rank]["machine"] == reports[(rank + 1) % size]["machine"]) == inside
-        ]  # fmt: skip
+            rank
+            for rank in range(size)
+            if reports[rank]["sent_mb_s"] is not None
+            and (reports[rank]["machine"] == reports[(rank + 1) % size]["machine"]) == inside
+        ]
         slow = dict(_slower([reports[rank] for rank in kind], "sent_mb_s", _SLOW_LINK))
         for index, times in slow.items():
             rank, to = kind[index], (kind[index] + 1) % size
@@ -158,7 +163,10 @@ def _storage(reports: Sequence[Mapping[str, Any]], room: int) -> list[Finding]:
     findings = []
     free = min((report["storage_free"] for report in reports if report["storage_free"] is not None), default=None)
     if free is not None and free < room:
-        told = f"the storage has {free / 1e9:,.1f} GB free, two checkpoints take {room / 1e9:,.1f}: make room, or name another storage"
+        told = (
+            f"the storage has {free / 1e9:,.1f} GB free, two checkpoints take {room / 1e9:,.1f}: make room, or name "
+            "another storage"
+        )
         findings.append(Finding(told, fatal=True))
     slow = [
         (report["storage_mb_s"], rank)
@@ -181,8 +189,10 @@ def _clocks(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
 def _memory(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
     mates = Counter(report["machine"] for report in reports)
     small = [
-        rank for rank, report in enumerate(reports) if mates[report["machine"]] > 1 and report["shared_memory"] <= _SHARED_MEMORY
-    ]  # fmt: skip
+        rank
+        for rank, report in enumerate(reports)
+        if mates[report["machine"]] > 1 and report["shared_memory"] <= _SHARED_MEMORY
+    ]
     if not small:
         return []
     size = reports[small[0]]["shared_memory"] >> 20

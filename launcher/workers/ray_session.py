@@ -1,7 +1,7 @@
 """A connection to Ray: to the cluster at RAY_ADDRESS, or to one of our own on this machine that ends with us.
 
-The processes of a Ray of our own hear no signal that is meant for the job: they have sessions of their own. If one of them ends all
-the same, `lost` says so at once, without asking Ray, and `restart` starts another Ray.
+The processes of a Ray of our own hear no signal that is meant for the job: they have sessions of their own. If one of
+them ends all the same, `lost` says so at once, without asking Ray, and `restart` starts another Ray.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from typing import Any
 from launcher.process import ray_address
 from launcher.process.short_tempdir import short_tempdir
 from launcher.process.subprocesses import code_folders
-from launcher.workers.failures import NoMachines, RayLost, WorkerDied, in_words
-from launcher.workers.supervisor import nursery_at_hand
-from training.device import device_type, num_gpus
+from launcher.workers.failures import NoMachines, RayLost, WorkerDied, describe
+from launcher.workers.supervisor import fork_server_here
 from training.errors import MusterError, TrainingError
 
 _OBJECT_STORE_BYTES = 128 << 20
@@ -33,18 +32,20 @@ _LONGEST_FOLDER = 38
 _KEEP_IDLE_MS = 600_000
 """Ray begins processes for actors when it starts, and by itself ends them after a second in which nobody needs them."""
 _WITHOUT_GCS_S = 3600
-"""How long the rest of our own Ray lives on without its GCS (Ray's default: a minute): as long as saving a large model may take."""
+"""How long the rest of our own Ray lives on without its GCS (Ray's default: a minute): as long
+as saving a large model may take."""
 _GCS, _RAYLET = "gcs_server", "raylet"
 """Ray's own names of the two processes that it cannot do without."""
 
 
 @contextmanager
-def own_nursery() -> Iterator[None]:
-    """A nursery for the length of the block, where Ray will be our own. Its imports take as long as Ray's start: begin it before."""
+def own_fork_server() -> Iterator[None]:
+    """A fork server for the length of the block, where Ray will be our own.
+    Its imports take as long as Ray's start: begin it before."""
     if os.environ.get("RAY_ADDRESS"):
         yield
         return
-    with nursery_at_hand(device_type(num_gpus() > 0)):
+    with fork_server_here("cuda" if num_gpus() else "cpu"):
         yield
 
 
@@ -99,7 +100,8 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
 def _job_config() -> Any:
     """Where Ray's workers find Muster's code. Ray itself would have them import from the working folder first.
 
-    `_client_job` is Ray's own switch against that (its client has it); a submitted job has a folder of its own, which Ray takes instead.
+    `_client_job` is Ray's own switch against that (its client has it);
+    a submitted job has a folder of its own, which Ray takes instead.
     """
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
     from ray.job_config import JobConfig
@@ -109,19 +111,21 @@ def _job_config() -> Any:
 
 @contextmanager
 def _processes_apart() -> Iterator[None]:
-    """In the block Ray starts each of its processes in a session of its own, and SIGTERM waits for the end of the block: Ray's handlers,
-    of which one aborts the process, are replaced by ours there. If the block fails, nothing of Ray stays behind.
+    """In the block Ray starts each of its processes in a session of its own, and SIGTERM waits for the end of the
+    block: Ray's handlers, of which one aborts the process, are replaced by ours there. If the block fails, nothing of
+    Ray stays behind.
 
-    Ray has no settings for that. The private names that this replaces are held by tests/launcher/workers/test_ray_session.py.
+    Ray has no settings for that. The private names that this replaces are held by
+    tests/launcher/workers/test_ray_session.py.
     """
     from ray import _private
 
     services: Any = _private.services
     utils: Any = _private.utils
     popen, take_sigterm = services.ConsolePopen, utils.set_sigterm_handler
-    started: list[subprocess.Popen] = []
+    started: list[subprocess.Popen[bytes]] = []
 
-    def start(*args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> subprocess.Popen:
+    def start(*args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> subprocess.Popen[bytes]:
         def in_child() -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             preexec_fn()
@@ -153,12 +157,13 @@ class Lost:
 
 
 class _OwnRay:
-    """A Ray of this process alone: bound to loopback, opened by a token nobody else has, its files in a folder of its own."""
+    """A Ray of this process alone: bound to loopback, opened by a token nobody else has,
+    its files in a folder of its own."""
 
     def __init__(self, num_workers: int):
         self.num_workers = num_workers
         self._running = ExitStack()
-        self._processes: dict[str, subprocess.Popen] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         with ExitStack() as stack:
@@ -189,7 +194,7 @@ class _OwnRay:
         ended = {name: status for name, process in self._processes.items() if (status := process.poll()) is not None}
         if not ended:
             return None
-        words = " and ".join(f"Ray's {name} {in_words(WorkerDied(status))}" for name, status in ended.items())
+        words = " and ".join(f"Ray's {name} {describe(WorkerDied(status))}" for name, status in ended.items())
         return Lost(words, workers_answer=_RAYLET not in ended)
 
     def end(self) -> None:
@@ -223,7 +228,8 @@ def is_own() -> bool:
 
 
 def lost() -> Lost | None:
-    """What has ended of a Ray of our own, None while all of it lives, and of the Ray of others. Asks the kernel, not Ray."""
+    """What has ended of a Ray of our own, None while all of it lives, and of the Ray of others.
+    Asks the kernel, not Ray."""
     return None if _own is None else _own.lost()
 
 
@@ -246,7 +252,7 @@ def restart() -> None:
             raise NoMachines(f"Ray has ended and does not start again: {error}") from error
 
 
-def _processes_of_ray() -> dict[str, subprocess.Popen]:
+def _processes_of_ray() -> dict[str, subprocess.Popen[bytes]]:
     """The processes that `ray.init` has started and Ray cannot do without, by Ray's names."""
     from ray._private import worker
 
@@ -268,8 +274,8 @@ def _environment(folder: str) -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": _token(),
         "RAY_TMPDIR": folder,
-        # Where Ray does not expect other hosts it binds every port to loopback. The name speaks of other systems; what it
-        # does on Linux is asserted by tests/launcher/workers/test_worker_group.py.
+        # Where Ray does not expect other hosts it binds every port to loopback. The name speaks of other systems; what
+        # it does on Linux is asserted by tests/launcher/workers/test_worker_group.py.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     before = {name: os.environ.get(name) for name in own}

@@ -1,7 +1,9 @@
-"""One worker's place on a node: keeps its process, watches it from outside, and begins a new one in a moment when it is gone.
+"""One worker's place on a node: keeps its process, watches it from outside,
+and begins a new one in a moment when it is gone.
 
-Lives in a Ray actor (actor.py) and knows nothing of Ray. The process is a fork of a fork server that has imported everything, so
-that a worker that was killed costs the time of a fork, not of the imports; the actor beside it answers whatever the worker does.
+Lives in a Ray actor (actor.py) and knows nothing of Ray. The process is a fork of a fork server that has imported
+everything, so that a worker that was killed costs the time of a fork, not of the imports; the actor beside it answers
+whatever the worker does.
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ from training.process import heartbeat as pulse
 from training.process.memory import TUNABLES
 
 _BIRTH_S = 300.0
-"""Longest time for the imports of a nursery, on a machine that is busy with many."""
+"""Longest time for the imports of a fork server, on a machine that is busy with many."""
 _STACKS_S = 2.0
-AT_HAND = "MUSTER_NURSERY"
-"""Environment variable: device and socket of a nursery on this machine."""
+AT_HAND = "MUSTER_FORK_SERVER"
+"""Environment variable: device and socket of a fork server on this machine."""
 _MOST_PARENTS = 128
-_SOCKET = "nursery"
+_SOCKET = "fork"
 """Name of its socket."""
 
 
 @dataclass(frozen=True)
-class Signs:
+class WorkerHealth:
     """What is seen of a worker from outside."""
 
     pulse: pulse.Pulse | None
@@ -54,26 +56,28 @@ class Signs:
     """What its cloud says of the machine's end, if it says something."""
 
 
-class Host:
+class WorkerSupervisor:
     """The place of one worker. `begin` starts its process; everything else is asked of that. `device`: cpu or cuda."""
 
     def __init__(self, device: str):
         self.device = device
-        self.nursery = _Nursery(device)
+        self.fork_server = _ForkServer(device)
         self.notices = Listener()
         self.worker: _Worker | None = None
 
     def begin(self, log: str, environment: dict[str, str]) -> int:
-        """Start a process, after ending the one there is. Answers with its pid. A nursery that has ended is replaced."""
+        """Start a process, after ending the one there is. Answers with its pid.
+        A fork server that has ended is replaced."""
         self.end()
-        if self.nursery.gone.is_set():
-            self.nursery.close()
-            self.nursery = _Nursery(self.device)
-        self.worker = self.nursery.fork()
-        return self.worker.ask("begin", log, environment)
+        if self.fork_server.gone.is_set():
+            self.fork_server.close()
+            self.fork_server = _ForkServer(self.device)
+        self.worker = self.fork_server.fork()
+        return int(self.worker.ask("begin", log, environment))
 
     def ask(self, name: str, *args: Any) -> Any:
-        """Have the worker do something (a function of nursery.Life). Raises Raised, WorkerDied, or a MusterError that it raised."""
+        """Have the worker do something (a function of fork_server.WorkerCommands).
+        Raises Raised, WorkerDied, or a MusterError that it raised."""
         if self.worker is None:
             raise WorkerDied(0, "it was not started")
         return self.worker.ask(name, *args)
@@ -84,14 +88,14 @@ class Host:
             self.worker.kill()
             self.worker = None
 
-    def signs(self) -> Signs:
+    def health(self) -> WorkerHealth:
         """Answers while the worker is busy."""
         import psutil
 
         memory = psutil.virtual_memory().percent / 100
         if (worker := self.worker) is None or worker.gone.is_set():
-            return Signs(None, "Z", memory, self.notices.said)
-        return Signs(pulse.read(worker.memory), _state(worker.pid), memory, self.notices.said)
+            return WorkerHealth(None, "Z", memory, self.notices.said)
+        return WorkerHealth(pulse.read(worker.memory), _state(worker.pid), memory, self.notices.said)
 
     def stacks(self, log: Path) -> str:
         """The Python stacks of the worker's threads, as it writes them to its log. Empty if it does not answer."""
@@ -104,7 +108,7 @@ class Host:
 
     def close(self) -> None:
         self.end()
-        self.nursery.close()
+        self.fork_server.close()
 
 
 class _Worker:
@@ -120,7 +124,7 @@ class _Worker:
     def ask(self, name: str, *args: Any) -> Any:
         try:
             self.pipe.send((name, args))
-            wait([self.pipe, self._end])  # type: ignore[list-item]
+            wait([self.pipe, self._end])  # type: ignore[list-item]  # a descriptor may be waited for, too
             if not self.pipe.poll():
                 raise EOFError
             ok, value = self.pipe.recv()
@@ -135,7 +139,7 @@ class _Worker:
         return WorkerDied(self.status, short_of_memory=_oom_kills() > self._oom_kills)
 
     def ended(self, status: int) -> None:
-        """The nursery says so."""
+        """The fork server says so."""
         self.status = status
         self.gone.set()
         os.close(self._ended)
@@ -147,39 +151,40 @@ class _Worker:
             self.gone.wait(10)
 
 
-class _Nursery:
-    """The process that forks workers, and the thread that hears from it: the one at hand on this machine, else one of our own."""
+class _ForkServer:
+    """The process that forks workers, and the thread that hears from it: the one at hand
+    on this machine, else one of our own."""
 
     def __init__(self, device: str):
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         control = _at_hand(device)
         if control is None:
             control, theirs = socket.socketpair()
-            self.process = _begin_nursery(theirs, device)
+            self.process = _start_fork_server(theirs, device)
         self.control = control
         self.ready = threading.Event()
-        self.born = threading.Event()
+        self.started = threading.Event()
         self.gone = threading.Event()
         self.pid = 0
         self.workers: dict[int, _Worker] = {}
         self._gone_early: dict[int, int] = {}
         """How workers ended that died before they were known here."""
         self._lock = threading.Lock()
-        threading.Thread(target=self._listen, name="nursery", daemon=True).start()
+        threading.Thread(target=self._listen, name="fork_server", daemon=True).start()
 
     def fork(self) -> _Worker:
-        """A new worker. Raises WorkerDied if the nursery is gone."""
+        """A new worker. Raises WorkerDied if the fork server is gone."""
         if not self.ready.wait(_BIRTH_S) or self.gone.is_set():
             raise WorkerDied(self._status(), "its imports failed or took too long")
         ours, theirs = socket.socketpair()
         descriptor = os.memfd_create("pulse")
         os.ftruncate(descriptor, pulse.SIZE)
         memory = mmap.mmap(descriptor, pulse.SIZE)
-        self.born.clear()
+        self.started.clear()
         socket.send_fds(self.control, [b"f"], [theirs.fileno(), descriptor])
         theirs.close()
         os.close(descriptor)
-        if not self.born.wait(60) or self.gone.is_set():
+        if not self.started.wait(60) or self.gone.is_set():
             raise WorkerDied(self._status(), "no process could be forked")
         worker = _Worker(self.pid, Pipe(ours), memory)
         with self._lock:
@@ -201,23 +206,23 @@ class _Nursery:
             self.process.wait()
         self.gone.set()
         self.ready.set()
-        self.born.set()
+        self.started.set()
         for worker in list(self.workers.values()):  # the kernel kills them with their parent
             worker.ended(-signal.SIGKILL)
 
-    def _told(self, facts: dict[str, Any]) -> None:
-        if "ready" in facts:
+    def _told(self, info: dict[str, Any]) -> None:
+        if "ready" in info:
             self.ready.set()
-        elif "born" in facts:
-            self.pid = facts["born"]
-            self.born.set()
+        elif "started" in info:
+            self.pid = info["started"]
+            self.started.set()
         else:
             with self._lock:
-                worker = self.workers.pop(facts["gone"], None)
+                worker = self.workers.pop(info["gone"], None)
                 if worker is None:
-                    self._gone_early[facts["gone"]] = facts["status"]
+                    self._gone_early[info["gone"]] = info["status"]
             if worker is not None:
-                worker.ended(facts["status"])
+                worker.ended(info["status"])
 
     def close(self) -> None:
         with suppress(OSError):
@@ -229,28 +234,29 @@ class _Nursery:
 
 
 def apart(name: str, *args: Any) -> Any:
-    """Have a fork of the nursery at hand do something (a function of nursery.Life), and end. Raises what `Host.ask` raises.
+    """Have a fork of the fork server at hand do something (a function of fork_server.WorkerCommands), and end.
+    Raises what `WorkerSupervisor.ask` raises.
 
-    What somebody has killed, the nursery or its fork, is tried once more, if need be with a nursery of its own; not if it was ended with the
-    block of `nursery_at_hand`.
+    What somebody has killed, the fork server or its fork, is tried once more, if need be with a fork server of its own; not if
+    it was ended with the block of `fork_server_here`.
     """
     try:
         return _in_a_fork(name, *args)
     except WorkerDied as death:
-        if not has_nursery() or death.status not in (0, -signal.SIGKILL) or death.short_of_memory:
+        if not has_fork_server() or death.status not in (0, -signal.SIGKILL) or death.short_of_memory:
             raise
         return _in_a_fork(name, *args)
 
 
 def _in_a_fork(name: str, *args: Any) -> Any:
-    nursery = _Nursery(_device_at_hand())
+    fork_server = _ForkServer(_device_at_hand())
     try:
-        return nursery.fork().ask(name, *args)
+        return fork_server.fork().ask(name, *args)
     finally:
-        nursery.close()
+        fork_server.close()
 
 
-def has_nursery() -> bool:
+def has_fork_server() -> bool:
     """Whether there is one at hand."""
     return bool(_device_at_hand())
 
@@ -260,11 +266,11 @@ def _device_at_hand() -> str:
 
 
 @contextmanager
-def nursery_at_hand(device: str) -> Iterator[None]:
-    """For the length of the block a nursery for all workers on this machine, which begins to import at once.
+def fork_server_here(device: str) -> Iterator[None]:
+    """For the length of the block a fork server for all workers on this machine, which begins to import at once.
 
-    Whoever starts them knows it by the environment. Their memory is one process's, and nobody has to wait for the imports after
-    Ray has started.
+    Whoever starts them knows it by the environment. Their memory is one process's, and nobody has to wait for the
+    imports after Ray has started.
     """
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -273,7 +279,7 @@ def nursery_at_hand(device: str) -> Iterator[None]:
         listener.bind(path)  # in a folder that is open to us alone
         listener.listen(_MOST_PARENTS)
         ours, theirs = socket.socketpair()
-        process = _begin_nursery(theirs, device, listener)
+        process = _start_fork_server(theirs, device, listener)
         listener.close()  # or who connects after its end would wait for an answer
         before = os.environ.get(AT_HAND, "")
         os.environ[AT_HAND] = f"{device}:{path}"
@@ -289,7 +295,7 @@ def nursery_at_hand(device: str) -> Iterator[None]:
 
 
 def _at_hand(device: str) -> socket.socket | None:
-    """A connection to the machine's nursery for a device, if there is one."""
+    """A connection to the machine's fork server for a device, if there is one."""
     its_device, _, path = os.environ.get(AT_HAND, "").partition(":")
     if its_device != device:
         return None
@@ -302,7 +308,7 @@ def _at_hand(device: str) -> socket.socket | None:
     return control
 
 
-def _begin_nursery(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen:
+def _start_fork_server(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen[bytes]:
     """Start the process; `parent` is its end of the connection and closed here."""
     descriptors = [parent.fileno(), *(listener.fileno() for listener in listeners)]
     command = module_command("launcher.workers.fork_server", str(descriptors[0]), device, *map(str, descriptors[1:]))

@@ -1,6 +1,7 @@
 """Puts what came along with a submitted job (launcher/submit/bundle.py) in its place on a machine of the cluster.
 
-Inputs get a place that depends on their content alone, so the job is the same job in every submission, and goes on where it stopped.
+Inputs get a place that depends on their content alone, so the job is the same job in every submission,
+and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ FOLDER, INPUTS, JOB = "submitted", "inputs", "job.yaml"
 
 
 def land(unpacked: Path = Path()) -> Path | None:
-    """The folder of the job file, with the inputs beside it, after copying them there; None where no bundle was unpacked."""
+    """The folder of the job file, with the inputs beside it, after copying them there;
+    None where no bundle was unpacked."""
     came = unpacked / FOLDER
     if not came.is_dir():
         return None

@@ -1,7 +1,8 @@
 """Looks at the workers of a group while a call waits for them: machines that fall silent, and calls that get nowhere.
 
-Nobody is given up on one sign alone. A machine is lost when its worker's place does not answer and the machine cannot be reached or
-Ray has given it up; a hang is a call that outlasts `hang_after` in which no worker has done anything for as long.
+Nobody is given up on one sign alone. A machine is lost when its worker's place does not answer and the machine cannot
+be reached or Ray has given it up; a hang is a call that outlasts `hang_after` in which no worker has done anything for
+as long.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from launcher.workers import placement, ray_session
 from launcher.workers.failures import Kind, RayLost, WorkerError
-from launcher.workers.supervisor import Signs
+from launcher.workers.supervisor import WorkerHealth
 
 if TYPE_CHECKING:
     from launcher.workers.worker_group import WorkerGroup
@@ -40,8 +41,8 @@ class Watch:
         self.warn = warn
         self.every_s = max(1.0, group.size / 80)
         """Seconds between two looks; a look is one short call a worker."""
-        self.signs: dict[int, Signs] = {}
-        self._asked: dict[int, ray.ObjectRef] = {}
+        self.health: dict[int, WorkerHealth] = {}
+        self._asked: dict[int, ray.ObjectRef[Any]] = {}
         self._answered: dict[int, float] = {}
         self._last = 0.0
         self._nodes: list[dict[str, Any]] = []
@@ -53,15 +54,15 @@ class Watch:
         self.leaving_node: str | None = None
         """Id of the machine."""
 
-    def met(self) -> None:
+    def arrived(self) -> None:
         """All places have answered for the first time. Remembers how to reach their machines while Ray can tell."""
         known = placement.by_id()
         self._nodes = [known.get(place["node"], {}) for place in self.group.places]
         self._answered = dict.fromkeys(range(self.group.size), time.monotonic())
 
     def look(self, method: str = "", since_s: float = 0.0) -> None:
-        """A glance at all workers, while `method`, if one is, is under way since `since_s`. Raises WorkerError for what is lost or hangs,
-        RayLost if that is Ray itself."""
+        """A glance at all workers, while `method`, if one is, is under way since `since_s`. Raises WorkerError for what
+        is lost or hangs, RayLost if that is Ray itself."""
         self._look_at_ray()
         now = time.monotonic()
         if not self._nodes or now - self._last < self.every_s:
@@ -96,30 +97,30 @@ class Watch:
             rank = asked[ref]
             del self._asked[rank]
             with suppress(RayError):  # the call that is waited for has the error too
-                self.signs[rank] = ray.get(ref)
+                self.health[rank] = ray.get(ref)
                 self._answered[rank] = time.monotonic()
 
     def _ask(self) -> None:
         for rank, actor in enumerate(self.group.actors):
             if rank not in self._asked:
-                self._asked[rank] = actor.signs.remote()
+                self._asked[rank] = actor.health.remote()
 
     def _look_for_leaving(self) -> None:
         if self.leaving is not None:
             return
         draining = {} if ray_session.is_own() else placement.draining()
         for rank, node in enumerate(self._nodes):
-            notice = self.signs[rank].notice if rank in self.signs else None
+            notice = self.health[rank].notice if rank in self.health else None
             if notice is not None or node["NodeID"] in draining:
                 why = notice or "it is being drained"
                 self.leaving = f"{node['NodeManagerAddress']} is about to be taken back ({why})"
                 self.leaving_node = node["NodeID"]
 
     def _look_for_full_memory(self) -> None:
-        for rank, signs in self.signs.items():
-            if signs.memory > _FULL and (node := self.group.node_of(rank)) not in self._warned:
+        for rank, health in self.health.items():
+            if health.memory > _FULL and (node := self.group.node_of(rank)) not in self._warned:
                 self._warned.add(node)
-                self.warn(f"{signs.memory:.0%} of the memory of {node} is in use; a worker there may be killed for it")
+                self.warn(f"{health.memory:.0%} of the memory of {node} is in use; a worker there may be killed for it")
 
     def _can_reach(self, rank: int) -> bool:
         """Whether the machine of a worker answers, and Ray has not given it up."""
@@ -135,7 +136,7 @@ class Watch:
 
     def _stuck(self, method: str, hang_after: float) -> int | None:
         """The worker that all wait for, if nothing has moved for too long."""
-        alive = {rank: signs.pulse for rank, signs in self.signs.items() if signs.pulse is not None}
+        alive = {rank: health.pulse for rank, health in self.health.items() if health.pulse is not None}
         stopped = [rank for rank, pulse in alive.items() if pulse.beat_s > hang_after]
         if stopped:
             return stopped[0]
@@ -144,12 +145,12 @@ class Watch:
         return None
 
     def _hang(self, rank: int, method: str) -> WorkerError:
-        signs = self.signs[rank]
-        assert signs.pulse is not None
-        if signs.pulse.beat_s > self.group.resources.hang_after:
-            what = f"is stopped (state {signs.state}) since {signs.pulse.beat_s:.0f} s"
+        health = self.health[rank]
+        assert health.pulse is not None
+        if health.pulse.beat_s > self.group.resources.hang_after:
+            what = f"is stopped (state {health.state}) since {health.pulse.beat_s:.0f} s"
         else:
-            what = f"does not get on with step {signs.pulse.step} since {signs.pulse.progress_s:.0f} s"
+            what = f"does not get on with step {health.pulse.step} since {health.pulse.progress_s:.0f} s"
         path = self._save_stacks()
         return self._error(rank, Kind.HANG, f"{what}, in `{method}`; the stacks of all workers: {path}")
 
@@ -169,7 +170,10 @@ class Watch:
     def overdue(self, method: str, timeout_s: float, ranks: Sequence[int]) -> WorkerError:
         """A call that some workers have not answered in time."""
         who = ", ".join(map(str, ranks))
-        message = f"has not answered `{method}` within {timeout_s:.0f} s (workers {who}); the stacks of all workers: {self._save_stacks()}"
+        message = (
+            f"has not answered `{method}` within {timeout_s:.0f} s (workers {who}); the stacks of all workers: "
+            f"{self._save_stacks()}"
+        )
         return self._error(ranks[0], Kind.HANG, message)
 
     def died(self, rank: int, error: RayActorError) -> WorkerError:
@@ -196,7 +200,7 @@ class Watch:
 
     def steps(self) -> Mapping[int, int]:
         """The step that each worker was last seen at."""
-        return {rank: signs.pulse.step for rank, signs in self.signs.items() if signs.pulse is not None}
+        return {rank: health.pulse.step for rank, health in self.health.items() if health.pulse is not None}
 
 
 def _first_line(error: Exception) -> str:

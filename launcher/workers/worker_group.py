@@ -24,7 +24,7 @@ from training.device import DeviceType, device_type
 from training.errors import MusterError
 from training.group import Future
 from training.process.authenticated_channel import KEY_BYTES
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 
 START_S = 300.0
 """Longest time for starting the processes and making the process group."""
@@ -36,16 +36,17 @@ _GRACE_S = 2.0
 class _Call:
     """One method called on every worker. It fails as a whole: an error of one worker is an error of all of them."""
 
-    def __init__(self, refs: Sequence[ray.ObjectRef], group: WorkerGroup, method: str):
+    def __init__(self, refs: Sequence[ray.ObjectRef[Any]], group: WorkerGroup, method: str):
         self.refs = list(refs)
         self.group = group
         self.method = method
         self.began = time.monotonic()
         self.waiting = list(refs)
-        self.answers: dict[ray.ObjectRef, Any] = {}
+        self.answers: dict[ray.ObjectRef[Any], Any] = {}
 
-    def wait(self, ref: ray.ObjectRef, timeout_s: float | None) -> Any:
-        """The answer of one worker, within `timeout_s` of the call. Raises the first cause as soon as any worker fails."""
+    def wait(self, ref: ray.ObjectRef[Any], timeout_s: float | None) -> Any:
+        """The answer of one worker, within `timeout_s` of the call.
+        Raises the first cause as soon as any worker fails."""
         while ref not in self.answers:
             left = None if timeout_s is None else max(0.0, self.began + timeout_s - time.monotonic())
             patience = self.group.watch.every_s if left is None else min(self.group.watch.every_s, left)
@@ -70,13 +71,13 @@ class _Call:
                 self._check(ref)
             raise
 
-    def _check(self, ref: ray.ObjectRef) -> None:
+    def _check(self, ref: ray.ObjectRef[Any]) -> None:
         try:
             ray.get(ref)
         except RayError as error:
             raise self._explained(ref, error) from None
 
-    def _explained(self, ref: ray.ObjectRef, error: RayError) -> Exception:
+    def _explained(self, ref: ray.ObjectRef[Any], error: RayError) -> Exception:
         """The first cause among the errors that come in within the grace period."""
         failures = [self._failure(ref, error)]
         others = [other for other in self.refs if other is not ref]
@@ -88,7 +89,7 @@ class _Call:
                 failures.append(self._failure(other, late))
         return first_cause(failures)
 
-    def _failure(self, ref: ray.ObjectRef, error: RayError) -> MusterError:
+    def _failure(self, ref: ray.ObjectRef[Any], error: RayError) -> MusterError:
         """Also what befell other workers whose answer this call was given."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         group, rank = self.group.whose(cause) or (self.group, self.refs.index(ref))
@@ -110,7 +111,7 @@ class _Call:
 
 
 class _RayFuture:
-    def __init__(self, call: _Call, ref: ray.ObjectRef):
+    def __init__(self, call: _Call, ref: ray.ObjectRef[Any]):
         self._call = call
         self.ref = ref
 
@@ -121,9 +122,9 @@ class _RayFuture:
 class WorkerGroup:
     """N workers on a Ray cluster, placed together or not at all. Between `begin` and `end` their processes live.
 
-    `avoid`: addresses of machines that are used only if there are no others; `never`: ids of some that are not used at all.
-    `say` receives a line when gathering takes time, `warn` one when a machine is in a bad way. Raises NoMachines if they
-    do not come.
+    `avoid`: addresses of machines that are used only if there are no others; `never`: ids of some that are not used at
+    all. `say` receives a line when gathering takes time, `warn` one when a machine is in a bad way. Raises NoMachines
+    if they do not come.
     """
 
     def __init__(
@@ -165,7 +166,8 @@ class WorkerGroup:
         # Ranks of one node are neighbours: a ring then crosses between nodes as seldom as it can.
         nodes = placement_group_table(self.placement)["bundles_to_node_id"]
         bundles = sorted(range(self.size), key=lambda bundle: (nodes[bundle], bundle))
-        actor: Any = ray.remote(concurrency_groups={"control": 2})(WorkerActor)  # type: ignore[call-overload]
+        remote: Any = ray.remote
+        actor = remote(concurrency_groups={"control": 2})(WorkerActor)
         self.places: list[dict[str, Any]] = []
         self.actors = [
             actor.options(
@@ -178,24 +180,24 @@ class WorkerGroup:
         ]
         self.watch = Watch(self, self.warn)
         self.places = self._all("place")
-        self.watch.met()
+        self.watch.arrived()
 
     def begin(self, logs: Path) -> None:
         """Start a process for every worker and make the process group. Their output goes to files in `logs`."""
         self.logs = logs
-        self.watch.signs.clear()
+        self.watch.health.clear()
         self.pids = self._each("begin", [(str(self.log_of(rank)),) for rank in range(self.size)])
         host = self.places[0]["address"]
         (port,) = self._results([self.actors[0].ask.remote("listen", host)], "listen")
-        seats = seats_for(self.places, self.resources, device_type(bool(self.gpus)), host, port)
+        rank_infos = rank_infos_for(self.places, self.resources, "cuda" if self.gpus else "cpu", host, port)
         key = secrets.token_bytes(
             KEY_BYTES
         )  # of this process group alone; travels as an argument, through Ray's own connections
         self._each(
             "ask",
             [
-                ("join", seat, key, _visible_gpus(self.places, place["node"]) if self.gpus else None)
-                for seat, place in zip(seats, self.places, strict=True)
+                ("join", rank_info, key, _visible_gpus(self.places, place["node"]) if self.gpus else None)
+                for rank_info, place in zip(rank_infos, self.places, strict=True)
             ],
         )
 
@@ -227,20 +229,22 @@ class WorkerGroup:
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self._each(method, [args] * self.size)
 
-    def _each(self, method: str, args: Sequence[tuple]) -> list[Any]:
+    def _each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
         refs = [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, args, strict=True)]
         return self._results(refs, str(args[0][0]) if method == "ask" else method)
 
-    def _results(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
+    def _results(self, refs: list[ray.ObjectRef[Any]], method: str) -> list[Any]:
         call = _Call(refs, self, method)
         return [call.wait(ref, START_S) for ref in refs]
 
     def read_log(self, rank: int, offset: int) -> bytes:
-        """What worker `rank` has written to its log since byte `offset`; works while it is busy. Empty if it is gone."""
+        """What worker `rank` has written to its log since byte `offset`;
+        works while it is busy. Empty if it is gone."""
         if rank in self.watch.lost:
             return b""
         try:
-            return ray.get(self.actors[rank].read_log.remote(offset), timeout=2)
+            text: bytes = ray.get(self.actors[rank].read_log.remote(offset), timeout=2)
+            return text
         except (RayError, GetTimeoutError, IndexError):
             return b""
 
@@ -270,7 +274,8 @@ class WorkerGroup:
         return True
 
     def close(self) -> None:
-        """End all there is of the workers and give the machines back. Where Ray is lost they end with what is left of it."""
+        """End all there is of the workers and give the machines back.
+        Where Ray is lost they end with what is left of it."""
         if ray_session.lost() is None:
             for actor in self.actors:
                 ray.kill(actor)
@@ -298,7 +303,7 @@ class RoleGroup:
             raise ValueError(f"{len(shards)} shards for a group of {self.size} workers")
         return self._futures(method, [(shard, *args) for shard in shards], {})
 
-    def _futures(self, method: str, args: Sequence[tuple], kwargs: dict) -> list[Future]:
+    def _futures(self, method: str, args: Sequence[tuple[Any, ...]], kwargs: dict[str, Any]) -> list[Future]:
         refs = [
             actor.call.remote(self.role, method, kwargs, *map(_passed, own))
             for actor, own in zip(self.workers.actors, args, strict=True)
@@ -313,22 +318,25 @@ def _passed(argument: Any) -> Any:
 
 
 def _passed_on() -> dict[str, str]:
-    """What workers on other machines need of this process's environment; an argument, since Ray shows runtime environments."""
+    """What workers on other machines need of this process's environment;
+    an argument, since Ray shows runtime environments."""
     asked = os.environ.get(ENV_NAMES, "").split()
     return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) or name in asked}
 
 
-def seats_for(places: Sequence[dict], resources: Resources, device: DeviceType, host: str, port: int) -> list[Seat]:
+def rank_infos_for(
+    places: Sequence[dict[str, Any]], resources: Resources, device: Any, host: str, port: int
+) -> list[RankInfo]:
     """The seat of every worker from where it sits: rank as given, local rank by node, threads shared on a node."""
     by_node: dict[str, list[int]] = {}
     for rank, place in enumerate(places):
         by_node.setdefault(place["node"], []).append(rank)
-    seats = []
+    rank_infos = []
     for rank, place in enumerate(places):
         mates = by_node[place["node"]]
         threads = max(1, place["cores"] // len(mates)) if resources.threads == "auto" else resources.threads
-        seats.append(
-            Seat(
+        rank_infos.append(
+            RankInfo(
                 rank=rank,
                 size=len(places),
                 local_rank=mates.index(rank),
@@ -340,9 +348,9 @@ def seats_for(places: Sequence[dict], resources: Resources, device: DeviceType, 
                 address=place["address"],
             )
         )
-    return seats
+    return rank_infos
 
 
-def _visible_gpus(places: Sequence[dict], node: str) -> str:
+def _visible_gpus(places: Sequence[dict[str, Any]], node: str) -> str:
     """All GPUs of the job's workers on a node, in order of rank: NCCL's fast paths need to see the neighbours."""
     return ",".join(gpu for place in places if place["node"] == node for gpu in place["gpus"])

@@ -1,7 +1,8 @@
-"""The workers of one phase over all its attempts: gathered on Ray or one in this process, kept where they still serve, given back.
+"""The workers of one phase over all its attempts: gathered on Ray or one in this process,
+kept where they still serve, given back.
 
-After a failure only the processes are ended. Their places, with everything imported, begin the next attempt, unless a place is
-gone or its machine is to be avoided: then new machines are gathered.
+After a failure only the processes are ended. Their places, with everything imported, begin the next attempt, unless a
+place is gone or its machine is to be avoided: then new machines are gathered.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _FOLLOWED = 8
 """Of more workers than this only the first one's output is shown; every log file has its own."""
 
 
-class Gang(Protocol):
+class WorkerSet(Protocol):
     """The workers of a phase."""
 
     @property
@@ -39,7 +40,8 @@ class Gang(Protocol):
         ...
 
     def attempt(self, logs: Path) -> Any:
-        """For the length of a `with` block: the groups by role, with the roles built. Their output goes to files in `logs`."""
+        """For the length of a `with` block: the groups by role, with the roles built.
+        Their output goes to files in `logs`."""
         ...
 
     def members(self) -> list[dict[str, Any]]:
@@ -47,8 +49,8 @@ class Gang(Protocol):
         ...
 
     def check(self, storage: str, room: int) -> dict[str, Any] | None:
-        """Look at machines that were not looked at before. `room`: bytes that checkpoints need. Returns figures, None if there are
-        no new machines. Raises what launcher/workers/preflight.py raises."""
+        """Look at machines that were not looked at before. `room`: bytes that checkpoints need. Returns figures, None
+        if there are no new machines. Raises what launcher/workers/preflight.py raises."""
         ...
 
     def price(self) -> float | None:
@@ -73,46 +75,46 @@ class Gang(Protocol):
 
 
 @contextmanager
-def gang_of(
+def worker_set_of(
     phase: Phase, name: str, cache: Path, say: Callable[[str], None], warn: Callable[[str], None], *, inline: bool
-) -> Iterator[Gang]:
+) -> Iterator[WorkerSet]:
     """The workers for a phase. `say` receives lines for the terminal, `warn` what is also worth remembering."""
     if inline:
         yield _InlineGang(phase, cache)
         return
     _warn_of_few_cores(phase, say)
     targets = RECIPES[phase.recipe].roles
-    teams = [
-        _Team(seated, {role: targets[role] for role in roles or targets}, name, cache, say, warn)
-        for roles, seated in phase.teams
+    placements = [
+        GroupWorkers(seated, {role: targets[role] for role in roles or targets}, name, cache, say, warn)
+        for roles, seated in phase.placements
     ]
     try:
-        yield _RayGang(teams)
+        yield _RayWorkerSet(placements)
     finally:
-        for team in teams:
+        for team in placements:
             team.close()
 
 
-class _RayGang:
+class _RayWorkerSet:
     """One or several groups of workers on Ray. They are gathered, fail, move and end together."""
 
-    def __init__(self, teams: Sequence[_Team]):
-        self.teams = teams
+    def __init__(self, placements: Sequence[GroupWorkers]):
+        self.placements = placements
 
     @property
     def why_moved(self) -> str | None:
-        return next((team.why_moved for team in self.teams if team.why_moved), None)
+        return next((team.why_moved for team in self.placements if team.why_moved), None)
 
     @contextmanager
     def attempt(self, logs: Path) -> Iterator[dict[str, Group]]:
         if ray_session.lost() is not None:
-            for team in self.teams:
+            for team in self.placements:
                 team.close()
             ray_session.restart()
         groups: dict[str, Group] = {}
         with ExitStack() as stack:
-            for team in self.teams:
-                own_logs = logs if len(self.teams) == 1 else logs / "-".join(team.roles)
+            for team in self.placements:
+                own_logs = logs if len(self.placements) == 1 else logs / "-".join(team.roles)
                 groups |= stack.enter_context(team.attempt(own_logs))
             with self._together():
                 yield groups
@@ -120,7 +122,7 @@ class _RayGang:
     @contextmanager
     def _together(self) -> Iterator[None]:
         """In the block whoever waits for one group looks at all of them, and knows whose answer it waits for."""
-        together = [team.workers for team in self.teams if team.workers is not None]
+        together = [team.workers for team in self.placements if team.workers is not None]
         for workers in together:
             workers.others = [other for other in together if other is not workers]
         try:
@@ -130,38 +132,39 @@ class _RayGang:
                 workers.others = []
 
     def members(self) -> list[dict[str, Any]]:
-        members = [member for team in self.teams for member in team.members()]
+        members = [member for team in self.placements for member in team.members()]
         return [{**member, "rank": rank} for rank, member in enumerate(members)]
 
     def check(self, storage: str, room: int) -> dict[str, Any] | None:
-        found = [figures for team in self.teams if (figures := team.check(storage, room)) is not None]
+        found = [figures for team in self.placements if (figures := team.check(storage, room)) is not None]
         return {"groups": found} if len(found) > 1 else next(iter(found), None)
 
     def price(self) -> float | None:
         from launcher.workers import placement
 
-        return placement.price({place["node"] for team in self.teams for place in team.places()})
+        return placement.price({place["node"] for team in self.placements for place in team.places()})
 
     def avoid(self, nodes: frozenset[str]) -> None:
-        for team in self.teams:
+        for team in self.placements:
             team.avoid(nodes)
 
     def step_in_hand(self) -> int:
-        return max(team.step_in_hand() for team in self.teams)
+        return max(team.step_in_hand() for team in self.placements)
 
     def saved(self) -> None:
-        for team in self.teams:
+        for team in self.placements:
             team.saved()
 
     def reason_to_move(self) -> str | None:
-        return next(filter(None, (team.reason_to_move() for team in self.teams)), None)
+        return next(filter(None, (team.reason_to_move() for team in self.placements)), None)
 
 
-class _Team:
+class GroupWorkers:
     """One group of workers, over all attempts, and the roles that it hosts."""
 
     def __init__(
-        self, phase: Phase, roles: Mapping[str, str], name: str, cache: Path, say: Callable[[str], None], warn: Callable[[str], None]
+        self, phase: Phase, roles: Mapping[str, str], name: str, cache: Path, say: Callable[[str], None],
+        warn: Callable[[str], None]
     ):  # fmt: skip
         self.phase, self.roles, self.name, self.cache, self.say, self.warn = phase, roles, name, cache, say, warn
         self.workers: WorkerGroup | None = None
@@ -284,20 +287,21 @@ class _InlineGang:
         return None
 
 
-def _inline_groups(phase: Phase, roles: Mapping[str, str], arguments: tuple) -> dict[str, Group]:
-    """The roles in this process. Its process group of one is made once and kept: DeepSpeed remembers groups for good."""
+def _inline_groups(phase: Phase, roles: Mapping[str, str], arguments: tuple[Any, ...]) -> dict[str, Group]:
+    """The roles in this process. Its process group of one is made once
+    and kept: DeepSpeed remembers groups for good."""
     import torch.distributed as dist
 
     from training.group import InlineGroup, Worker
-    from training.process.distributed import Seat, join, leave, set_environment
+    from training.process.distributed import RankInfo, join, leave, set_environment
 
     threads = phase.resources.threads if phase.resources.threads != "auto" else os.cpu_count() or 1
-    seat = Seat(rank=0, size=1, threads=threads, device=_inline_device(phase))
+    rank_info = RankInfo(rank=0, size=1, threads=threads, device=_inline_device(phase))
     if not dist.is_initialized():
-        set_environment(seat)
-        join(seat)
+        set_environment(rank_info)
+        join(rank_info)
         atexit.register(leave)
-    worker = Worker(seat)
+    worker = Worker(rank_info)
     for role, target in roles.items():
         worker.build(role, target, *arguments)
     return {role: InlineGroup(worker, role) for role in roles}

@@ -110,9 +110,9 @@ def test_up_applies_what_is_rendered_with_the_token_beside_it_and_down_takes_bot
 def test_the_door_is_a_port_forward_that_ends_with_the_block(kubectl):
     provider = KubernetesProvider(clusters.load(CONFIG))  # type: ignore[arg-type]
     home = homes.claim("train", {"spec": {}})
-    with provider.door(home) as door:
-        assert door.url == "http://127.0.0.1:43211"
-        assert door.token == home.token()
+    with provider.connection(home) as connection:
+        assert connection.url == "http://127.0.0.1:43211"
+        assert connection.token == home.token()
     assert "port-forward service/train-head-svc :8265" in kubectl.read_text()
 
 

@@ -109,8 +109,8 @@ def test_what_is_left_without_its_head_is_found_by_tags_priced_and_ended(ec2, cl
     assert lines[0].startswith("cloud: silent, aws, since now, 0 machines")
     assert "  the cloud still has 2 of its machines, 23.00 an hour; `muster cluster down cloud` ends them:" in lines
     assert {line.split()[0] for line in lines if "worker of big-spot" in line} == set(workers)
-    (facts,) = json.loads(muster("cluster", "status", "--json").out)
-    assert (facts["price_per_hour"], facts["unpriced"], len(facts["instances"])) == (23.0, 0, 2)
+    (info,) = json.loads(muster("cluster", "status", "--json").out)
+    assert (info["price_per_hour"], info["unpriced"], len(info["instances"])) == (23.0, 0, 2)
 
     ec2.stop_instances(InstanceIds=workers[:1])  # as one that was shut down, where that does not terminate
     said = muster("cluster", "status", "cloud").out

@@ -17,7 +17,7 @@ from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from cluster.providers.cloud import _host_keys_kept
 from cluster.providers.local import LocalProvider
-from cluster.registry import Home
+from cluster.registry import ClusterRecord
 from cluster.remote_shell import Login, free_port
 from cluster.spec import Local
 from cluster.tunnel import tunnel
@@ -122,7 +122,7 @@ def test_without_a_way_there_the_tunnel_says_why(login):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as a second user")
 def test_another_user_who_listens_in_place_of_a_cluster_on_this_machine_gets_no_token(tmp_path):
-    home = Home(tmp_path / "here")
+    home = ClusterRecord(tmp_path / "here")
     home.folder.mkdir(mode=0o700)
     home.token_file.write_text(TOKEN)
     code = (
@@ -135,7 +135,7 @@ def test_another_user_who_listens_in_place_of_a_cluster_on_this_machine_gets_no_
         assert stranger.stdout is not None
         home.write({"dashboard_port": int(stranger.stdout.readline())})
         provider = LocalProvider(Local(provider="local", name="here"))
-        with pytest.raises(Refused, match=f"another user .uid {STRANGER}. listens on port"), provider.door(home):
+        with pytest.raises(Refused, match=f"another user .uid {STRANGER}. listens on port"), provider.connection(home):
             pass
         stranger.kill()
         assert stranger.stdout.read() == ""
@@ -144,7 +144,7 @@ def test_another_user_who_listens_in_place_of_a_cluster_on_this_machine_gets_no_
 # Ray's launcher on clouds
 
 
-def over_rays_launcher(home: Home, port: int, client: Path) -> subprocess.CompletedProcess:
+def over_rays_launcher(home: ClusterRecord, port: int, client: Path) -> subprocess.CompletedProcess:
     """A command on the head with the options that Ray's launcher has for ssh while Muster uses it."""
     from ray.autoscaler._private import command_runner
 
@@ -164,7 +164,7 @@ def over_rays_launcher(home: Home, port: int, client: Path) -> subprocess.Comple
 
 
 def test_a_head_with_another_key_than_at_first_gets_nothing_from_rays_launcher(tmp_path):
-    home, port, client = Home(tmp_path / "home"), free_port(), make_key(tmp_path / "client")
+    home, port, client = ClusterRecord(tmp_path / "home"), free_port(), make_key(tmp_path / "client")
     home.folder.mkdir(mode=0o700)
     with sshd(tmp_path, port, make_key(tmp_path / "host"), client):
         assert over_rays_launcher(home, port, client).stdout == "in\n"

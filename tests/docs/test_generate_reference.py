@@ -18,7 +18,7 @@ from training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 CODE = [file for package in ("launcher", "training", "cluster") for file in sorted((ROOT / package).rglob("*.py"))]
-SET_BY_MUSTER = {"MUSTER_MODEL_TRAITS", "MUSTER_ENV", "MUSTER_SEALED", "MUSTER_CLUSTER", "MUSTER_NURSERY"}
+SET_BY_MUSTER = {"MUSTER_MODEL_TRAITS", "MUSTER_ENV", "MUSTER_SEALED", "MUSTER_CLUSTER", "MUSTER_FORK_SERVER"}
 """Variables that one process of Muster sets for another."""
 
 
@@ -77,16 +77,16 @@ def _events() -> Iterator[tuple[str, str, set[str]]]:
 
 
 def test_every_event_in_the_code_is_there_with_what_it_says():
-    known = {name: {*event.facts, *(OF_A_PHASE if event.of_phase else ())} for name, event in EVENTS.items()}
+    known = {name: {*event.fields, *(OF_A_PHASE if event.of_phase else ())} for name, event in EVENTS.items()}
     found = list(_events())
     assert {kind for _, kind, _ in found} == known.keys()
     assert [where for where, kind, said in found if not said <= known[kind]] == []
-    assert not COMMON.keys() & {fact for facts in known.values() for fact in facts}
+    assert not COMMON.keys() & {fact for fields in known.values() for fact in fields}
 
 
 def test_an_incident_says_what_the_page_says():
-    facts = Incident(Kind.KILLED, "m", step=1, checkpoint=0).facts()
-    assert {*facts, "retry", "why", "skip"} == EVENTS["incident"].facts.keys()
+    fields = Incident(Kind.KILLED, "m", step=1, checkpoint=0).fields()
+    assert {*fields, "retry", "why", "skip"} == EVENTS["incident"].fields.keys()
 
 
 def test_the_guide_to_failures_knows_every_class():

@@ -22,17 +22,17 @@ FP32, BF16 = 1e-4, 2 * 2**-8
 def _run(tiny: Path, folder: Path, settings: dict) -> tuple[list[float], str]:
     from training.drivers import supervised
     from training.group import InlineGroup, Worker
-    from training.process.distributed import Seat, join, set_environment
+    from training.process.distributed import RankInfo, join, set_environment
 
-    seat = Seat(rank=0, size=1, device="cuda")
-    set_environment(seat)
-    join(seat)
-    worker = Worker(seat)
+    rank_info = RankInfo(rank=0, size=1, device="cuda")
+    set_environment(rank_info)
+    join(rank_info)
+    worker = Worker(rank_info)
     phase = phase_of(tiny, "sft", **settings)
     worker.build("trainer", "training.roles.language:LanguageTrainer", phase, str(tiny / "cache"))
     hooks = Recorder(folder)
     supervised.run(phase, {"trainer": InlineGroup(worker, "trainer")}, hooks)
-    return hooks.losses, hooks.facts.kernels
+    return hooks.losses, hooks.info.kernels
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

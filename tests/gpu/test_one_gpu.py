@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def worker():
     """The one worker of this process; its process group lasts for the module."""
     from training.group import Worker
-    from training.process.distributed import Seat, join, leave, set_environment
+    from training.process.distributed import RankInfo, join, leave, set_environment
 
-    seat = Seat(rank=0, size=1, device="cuda")
-    set_environment(seat)
-    join(seat)
-    yield Worker(seat)
+    rank_info = RankInfo(rank=0, size=1, device="cuda")
+    set_environment(rank_info)
+    join(rank_info)
+    yield Worker(rank_info)
     leave()
 
 

@@ -122,7 +122,7 @@ ON = ("--on", "slurm.yaml")
 FOREVER = ("phases.sft.max_steps=1000000", "phases.sft.checkpoint.every=500000")
 
 
-def facts_of(muster: Commands, name: str) -> dict:
+def info_of(muster: Commands, name: str) -> dict:
     return json.loads(muster("status", name, *ON, "--json"))[0]
 
 
@@ -144,8 +144,8 @@ def test_a_job_gets_an_allocation_trains_and_is_followed_to_its_end(muster, slur
     said = muster("run", "job.yaml", *ON, MY_SECRET="hush-hush-9")
     assert "sft: done; the model is in" in said
     assert (place / "runs/sums/sft/model/model.safetensors").exists()
-    (facts,) = json.loads(muster("list", *ON, "--json"))
-    assert (facts["state"], facts["exit_status"], facts["run"]) == ("succeeded", 0, str(place / "runs/sums"))
+    (info,) = json.loads(muster("list", *ON, "--json"))
+    assert (info["state"], info["exit_status"], info["run"]) == ("succeeded", 0, str(place / "runs/sums"))
     found = subprocess.run(
         ["grep", "-rlaF", "hush-hush-9", str(slurm.folder / "jobs"), str(place)],
         capture_output=True,
@@ -174,18 +174,18 @@ def test_a_job_that_is_taken_back_saves_is_queued_again_and_goes_on(muster, slur
     events = [json.loads(line) for line in (place / "runs/taken/events.jsonl").open()]
     assert [event["attempt"] for event in events if event["event"] == "started"] == [1, 2]
     assert "checkpoint" in [event["event"] for event in events]
-    assert facts_of(muster, name)["state"] == "running"
+    assert info_of(muster, name)["state"] == "running"
     waiting = submitted(muster, "name=waiting", "resources.workers=1", *FOREVER)
     second = submitted(muster, "name=second", *FOREVER)  # two cores: one of the two has to wait
     until(
-        lambda: {"running", "pending"} == {facts_of(muster, one)["state"] for one in (waiting, second)},
+        lambda: {"running", "pending"} == {info_of(muster, one)["state"] for one in (waiting, second)},
         lambda: slurm("squeue"),
     )
-    (pending,) = [one for one in (waiting, second) if facts_of(muster, one)["state"] == "pending"]
-    assert facts_of(muster, pending)["message"] == "waits: Resources"
+    (pending,) = [one for one in (waiting, second) if info_of(muster, one)["state"] == "pending"]
+    assert info_of(muster, pending)["message"] == "waits: Resources"
     for one in (pending, name, *({waiting, second} - {pending})):
         assert "stopped" in muster("stop", one, *ON)
-    assert facts_of(muster, name)["state"] == "stopped"
+    assert info_of(muster, name)["state"] == "stopped"
     assert not slurm("squeue", "--noheader").strip() or "CG" in slurm("squeue", "--noheader")
 
 

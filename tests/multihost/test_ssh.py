@@ -123,8 +123,8 @@ def test_a_job_trains_across_machines(up, job):
     events = [json.loads(line) for line in (up.folder / "runs/sums/events.jsonl").open()]
     (workers,) = [event["workers"] for event in events if event["event"] == "workers"]
     assert {worker["machine"] for worker in workers} == {up.lab[name].address for name in WORKERS}
-    facts = json.loads(up.muster("cluster", "status", "lab", "--json"))
-    assert [(one["state"], len(one["nodes"])) for one in facts] == [("up", 3)]
+    info = json.loads(up.muster("cluster", "status", "lab", "--json"))
+    assert [(one["state"], len(one["nodes"])) for one in info] == [("up", 3)]
 
 
 def test_the_token_is_in_no_file_but_its_own_and_in_no_command_line(up):

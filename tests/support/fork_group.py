@@ -12,7 +12,7 @@ from typing import Any
 
 from training.errors import MusterError, TrainingError
 from training.group import Worker, arrived
-from training.process.distributed import Seat, join, leave, listen, set_environment
+from training.process.distributed import RankInfo, join, leave, listen, set_environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.support.preload"])
@@ -126,11 +126,13 @@ def _serve(
     listener = listen("127.0.0.1") if rank == 0 else None
     if listener is not None:
         pipe.send((0, True, listener.getsockname()[1]))
-    seat = Seat(rank=rank, size=size, local_rank=rank, local_size=size, threads=threads, port=pipe.recv(), timeout_s=60)
-    set_environment(seat)
-    join(seat, key, listener)
+    rank_info = RankInfo(
+        rank=rank, size=size, local_rank=rank, local_size=size, threads=threads, port=pipe.recv(), timeout_s=60
+    )
+    set_environment(rank_info)
+    join(rank_info, key, listener)
     _refuse_pickles()
-    worker = Worker(seat)
+    worker = Worker(rank_info)
     for role, target in roles.items():
         worker.build(role, target, *args)
     pipe.send((0, True, None))

@@ -9,7 +9,7 @@ import numpy as np
 
 from training.checkpoint.format import OPTIMIZER, Manifest, write_shard
 from training.checkpoint.repository import OpenCheckpoints, opened
-from training.storage import Place, place
+from training.storage import StoragePath, open_storage
 
 SIZE = 20
 
@@ -21,7 +21,7 @@ def values_of(step: int) -> np.ndarray:
 
 def staged(
     checkpoints: OpenCheckpoints, step: int, *, world_size: int = 2, metrics: dict | None = None
-) -> tuple[Place, Manifest]:
+) -> tuple[StoragePath, Manifest]:
     """The shards of a checkpoint, written by `world_size` workers, and the manifest that they would get."""
     values = values_of(step)
     folder = checkpoints.stage(step)
@@ -38,14 +38,14 @@ def staged(
     return folder, manifest
 
 
-def save(checkpoints: OpenCheckpoints, step: int, **settings) -> Place:
+def save(checkpoints: OpenCheckpoints, step: int, **settings) -> StoragePath:
     """A committed checkpoint."""
     return checkpoints.commit(*staged(checkpoints, step, **settings))
 
 
-def save_in(folder: Place | Path | str, step: int, *, attempt: int = 1, **settings) -> Place:
+def save_in(folder: StoragePath | Path | str, step: int, *, attempt: int = 1, **settings) -> StoragePath:
     """A committed checkpoint of an attempt that then ends."""
-    checkpoints = opened(place(str(folder)), attempt)
+    checkpoints = opened(open_storage(str(folder)), attempt)
     try:
         return save(checkpoints, step, **settings)
     finally:

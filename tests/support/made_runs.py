@@ -34,8 +34,8 @@ class MadeRun:
     def wait(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
-    def event(self, kind: str, **facts: Any) -> None:
-        row = {"time": self.now.isoformat(timespec="milliseconds"), "attempt": self.attempt, "event": kind, **facts}
+    def event(self, kind: str, **fields: Any) -> None:
+        row = {"time": self.now.isoformat(timespec="milliseconds"), "attempt": self.attempt, "event": kind, **fields}
         self._append(self.folder / "events.jsonl", row)
 
     def start(

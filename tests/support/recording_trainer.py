@@ -22,7 +22,7 @@ class RecordingTrainer(LanguageTrainer):
     def _recorded(self, done: int) -> dict:
         self.fed: list[int] = []
         answer = super().train(done, 1)
-        row = {"step": done + 1, "rank": self.seat.rank, "samples": self.fed}
+        row = {"step": done + 1, "rank": self.rank_info.rank, "samples": self.fed}
         with (Path(os.environ[FOLDER]) / f"{os.getpid()}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         return answer
@@ -45,7 +45,7 @@ class FailingTrainer(LanguageTrainer):
     """Its model raises at the second micro-batch of a step."""
 
     def setup(self):
-        facts = super().setup()
+        info = super().setup()
         sums = self.engine._sums
 
         def fail(micro):
@@ -54,7 +54,7 @@ class FailingTrainer(LanguageTrainer):
             return sums(micro)
 
         self.engine._sums = fail
-        return facts
+        return info
 
     def second_micro_batch(self) -> list[str]:
         """Where its samples come from, in the first step."""

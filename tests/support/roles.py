@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 
 from training.errors import InputError, TrainingError
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 
 
 class Probe:
-    def __init__(self, seat: Seat):
-        self.seat = seat
+    def __init__(self, rank_info: RankInfo):
+        self.rank_info = rank_info
 
-    def who(self) -> Seat:
-        return self.seat
+    def who(self) -> RankInfo:
+        return self.rank_info
 
     def environment(self, *names: str) -> dict[str, str | None]:
         return {name: os.environ.get(name) for name in names}
@@ -48,18 +48,18 @@ class Probe:
         print(text, flush=True)
 
     def fail(self, rank: int) -> None:
-        if self.seat.rank == rank:
+        if self.rank_info.rank == rank:
             raise ValueError(f"row 7 of data.jsonl made worker {rank} fail")
 
     def refuse(self, rank: int) -> None:
-        if self.seat.rank == rank:
+        if self.rank_info.rank == rank:
             raise TrainingError("step 3: the loss is nan")
 
     def refuse_input(self) -> None:
         raise InputError.of("data.jsonl:4", "no answer")
 
     def die_while_others_wait(self, rank: int) -> None:
-        if self.seat.rank == rank:
+        if self.rank_info.rank == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         self.add_up(1)
 
@@ -68,7 +68,7 @@ class Probe:
         from training.process import heartbeat
 
         heartbeat.progressed(step=7)
-        if self.seat.rank == absent:
+        if self.rank_info.rank == absent:
             time.sleep(600)
         heartbeat.progressed()
         self.add_up(1)
@@ -91,16 +91,16 @@ class Probe:
         return lambda: None
 
     def sleep(self, rank: int, seconds: float) -> int:
-        if self.seat.rank == rank:
+        if self.rank_info.rank == rank:
             time.sleep(seconds)
-        return self.seat.rank
+        return self.rank_info.rank
 
 
 class LoadProbe:
     """Loads a model as training does, and watches the memory that is this process's own (mapped files do not count)."""
 
-    def __init__(self, seat: Seat):
-        self.seat = seat
+    def __init__(self, rank_info: RankInfo):
+        self.rank_info = rank_info
 
     def load(self, path: str, stage: int) -> int:
         """Bytes by which memory grew at most while the model was loaded."""
@@ -111,7 +111,7 @@ class LoadProbe:
         phase = SFT.model_validate(
             {"recipe": "sft", "model": {"path": path}, "data": {"train": "-"}, "sharding": {"stage": stage}}
         )
-        engine._start_deepspeed(self.seat)
+        engine._start_deepspeed(self.rank_info)
 
         def build(dtype):
             return TokenLoss(load(phase, dtype, "cpu"))
@@ -119,7 +119,7 @@ class LoadProbe:
         with Peak() as peak:
             if stage == 3:
                 self.module = engine._built_sharded(
-                    build, torch_float32(), engine.derive_config(phase, self.seat, torch_float32())
+                    build, torch_float32(), engine.derive_config(phase, self.rank_info, torch_float32())
                 )
             else:
                 self.module = build(torch_float32())
@@ -162,7 +162,7 @@ def _anonymous_bytes() -> int:
 class Memory:
     """What tensors of this process take, over a stretch of training."""
 
-    def __init__(self, seat: Seat, *args: object):
+    def __init__(self, rank_info: RankInfo, *args: object):
         self.states = 0
 
     def begin(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 from training.checkpoint.repository import opened
 from training.config import Phase
 from training.recipes import RECIPES, resolve
-from training.storage import place
+from training.storage import open_storage
 
 VOCABULARY = 300
 _attempts = itertools.count(1)
@@ -111,8 +111,8 @@ class Recorder:
     skipped: frozenset[int] = frozenset()
 
     def __init__(self, folder: Path | str, stop_after: int | None = None):
-        self.checkpoints = opened(place(folder), next(_attempts))
-        self.profiles = place(folder) / "profile"
+        self.checkpoints = opened(open_storage(folder), next(_attempts))
+        self.profiles = open_storage(folder) / "profile"
         self.stop_after = stop_after
         self.rows: list[dict] = []
         self.events: list[tuple[str, dict]] = []
@@ -135,11 +135,11 @@ class Recorder:
     def log(self, row) -> None:
         self.rows.append(dict(row))
 
-    def event(self, kind: str, **facts: Any) -> None:
-        self.events.append((kind, facts))
+    def event(self, kind: str, **info: Any) -> None:
+        self.events.append((kind, info))
 
-    def started(self, facts: Any, step: int, *, evaluates: bool = False) -> None:
-        self.facts, self.first = facts, step
+    def started(self, info: Any, step: int, *, evaluates: bool = False) -> None:
+        self.info, self.first = info, step
 
     def make_room(self, best) -> None:
         """There is no quota."""
@@ -181,7 +181,7 @@ def train(tiny, tmp_path_factory):
         targets = RECIPES[phase.recipe].roles
         groups = {}
         with ExitStack() as stack:
-            for roles, seated in phase.teams:
+            for roles, seated in phase.placements:
                 own = {role: targets[role] for role in roles or targets}
                 size = seated.resources.workers
                 team = stack.enter_context(ForkWorkers(size, own, seated, str(tiny / "cache")))

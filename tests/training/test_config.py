@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from training.config import SFT, Impossible, Phase, Settings
+from training.config import SFT, IncompatibleSettings, Phase, Settings
 
 DRAFT = {"recipe": "sft", "model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 
@@ -18,7 +18,7 @@ def impossible(**settings) -> list[tuple[str, str]]:
     with pytest.raises(ValidationError) as caught:
         phase(**settings)
     cause = caught.value.errors()[0]["ctx"]["error"]
-    assert isinstance(cause, Impossible)
+    assert isinstance(cause, IncompatibleSettings)
     return cause.problems
 
 

@@ -61,12 +61,12 @@ def problems(folder, **options):
 
 
 def test_facts_of_a_sound_folder(folder):
-    facts = inspect(folder)
-    assert (facts.architecture, facts.model_type, facts.dtype) == ("LlamaForCausalLM", "llama", "float32")
-    assert facts.num_parameters == VOCAB * HIDDEN + 2 * HIDDEN * HIDDEN
-    assert facts.bytes == 4 * facts.num_parameters
-    assert (facts.vocab_size, facts.max_positions) == (VOCAB, 128)
-    assert [file.name for file in facts.weight_files] == ["model.safetensors"]
+    info = inspect(folder)
+    assert (info.architecture, info.model_type, info.dtype) == ("LlamaForCausalLM", "llama", "float32")
+    assert info.num_parameters == VOCAB * HIDDEN + 2 * HIDDEN * HIDDEN
+    assert info.bytes == 4 * info.num_parameters
+    assert (info.vocab_size, info.max_positions) == (VOCAB, 128)
+    assert [file.name for file in info.weight_files] == ["model.safetensors"]
 
 
 def test_weights_in_several_files_have_the_same_facts(folder):

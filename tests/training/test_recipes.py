@@ -13,7 +13,7 @@ from tests.support.training_fixtures import phase_of
 from training.config import CFT, Reward
 from training.errors import InputError
 from training.recipes import RECIPES
-from training.storage import place
+from training.storage import open_storage
 
 pytestmark = pytest.mark.cpu
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cpu
 def exported(tiny, hooks, out, recipe, **settings):
     from training.checkpoint.export import export
 
-    export(hooks.last, place(out), phase_of(tiny, recipe, **settings))
+    export(hooks.last, open_storage(out), phase_of(tiny, recipe, **settings))
     return out
 
 
@@ -73,16 +73,16 @@ def test_the_exported_model_scores_as_it_did(tiny, reward_model):
     both = torch.cat([chosen, rejected])
     assert float(both.mean()) == pytest.approx(last["eval_reward_mean"], abs=1e-5)
     assert float(both.std(correction=0)) == pytest.approx(last["eval_reward_std"], rel=1e-4)
-    facts = json.loads((folder / "muster.json").read_text())
-    assert facts["reward"] == {"mean": last["eval_reward_mean"], "std": last["eval_reward_std"]}
+    info = json.loads((folder / "muster.json").read_text())
+    assert info["reward"] == {"mean": last["eval_reward_mean"], "std": last["eval_reward_std"]}
 
 
 def test_the_judge_scores_as_the_model_does(tiny, reward_model):
-    from training.evaluation.evaluator import Judge
+    from training.evaluation.evaluator import RewardScorer
 
     hooks, folder = reward_model
     rows = [json.loads(line) for line in (tiny / "reward.eval.jsonl").open()]
-    judge = Judge(str(folder))
+    judge = RewardScorer(str(folder))
     assert not judge.chat
     chosen, rejected = (
         judge.rewards([r["prompt"] for r in rows], [r[side] for r in rows]) for side in ("chosen", "rejected")
@@ -90,12 +90,12 @@ def test_the_judge_scores_as_the_model_does(tiny, reward_model):
     margin = sum(a - b for a, b in zip(chosen, rejected, strict=True)) / len(rows)
     assert margin == pytest.approx(hooks.rows[-1]["eval_margin"], rel=1e-5)
     with pytest.raises(InputError, match="is no reward model"):
-        Judge(str(tiny / "model"))
+        RewardScorer(str(tiny / "model"))
 
 
 def test_pairs_of_conversations_are_judged_as_conversations(tiny, train, tmp_path):
     """Their columns are those of plain pairs; that they are conversations shows in what the columns hold."""
-    from training.evaluation.evaluator import Judge
+    from training.evaluation.evaluator import RewardScorer
 
     rows = [json.loads(line) for line in (tiny / "reward.train.jsonl").open()]
     chats = [
@@ -106,7 +106,7 @@ def test_pairs_of_conversations_are_judged_as_conversations(tiny, train, tmp_pat
     hooks = train(1, recipe="reward", max_steps=1, data=data)
     folder = exported(tiny, hooks, tmp_path / "model", "reward", data=data)
     assert json.loads((folder / "muster.json").read_text())["questions"] == "chat"
-    assert Judge(str(folder)).chat
+    assert RewardScorer(str(folder)).chat
 
 
 def test_a_reward_model_may_be_trained_on(tiny, train, reward_model):
@@ -155,7 +155,7 @@ def test_documents_of_text_files_are_learnt_whole(tiny, train, tmp_path):
     count = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     learnt = sum(row["target_tokens"] for row in hooks.rows)
     assert learnt == count  # every token but the first, and the EOS, of each document
-    assert "1 of 2 samples are longer than 32 tokens and were split" in hooks.facts.notes
+    assert "1 of 2 samples are longer than 32 tokens and were split" in hooks.info.notes
 
 
 def test_it_goes_on_in_the_middle_of_the_corpus(tiny, train, tmp_path):
@@ -250,7 +250,7 @@ def test_a_reward_models_padding_is_no_token_that_sequences_end_with(tiny, train
     tokenizer.save_pretrained(folder)
     model = {"model": {"path": str(folder), "dtype": "fp32"}}
     hooks = train(1, recipe="reward", max_steps=1, batch=8, learning_rate=1e-9, data={"shuffle": False}, **model)
-    export(hooks.last, place(tmp_path / "out"), phase_of(tiny, "reward", **model))
+    export(hooks.last, open_storage(tmp_path / "out"), phase_of(tiny, "reward", **model))
     lm = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert lm.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id

@@ -9,17 +9,19 @@ import pytest
 
 from training import storage
 from training.errors import InputError, StorageError
-from training.storage import download, place, upload
+from training.storage import download, open_storage, upload
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def root(request, tmp_path):
-    return place(tmp_path) if request.param == "folder" else place(request.getfixturevalue("s3").url + "/a")
+    return (
+        open_storage(tmp_path) if request.param == "folder" else open_storage(request.getfixturevalue("s3").url + "/a")
+    )
 
 
 @pytest.fixture
 def bucket(s3):
-    return place(s3.url + "/a", patience_s=20)
+    return open_storage(s3.url + "/a", patience_s=20)
 
 
 def test_what_is_written_is_read_and_may_be_replaced(root):
@@ -62,7 +64,7 @@ def test_names_in_a_bucket_that_lead_out_of_a_folder_are_refused(s3, tmp_path, n
     put(s3, f"a/model/{name}", b"echo hello")
     put(s3, "a/model/config.json", b"{}")
     with pytest.raises(StorageError, match="which cannot be the name of a file; remove it"):
-        download(place(s3.url + "/a/model"), tmp_path / "deep/er/copy")
+        download(open_storage(s3.url + "/a/model"), tmp_path / "deep/er/copy")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "config.json"]
 
 
@@ -70,8 +72,8 @@ def test_objects_that_mark_a_folder_are_no_files(s3, tmp_path):
     for key in ("a/model/", "a/model/sub/"):
         put(s3, key, b"")
     put(s3, "a/model/x", b"12")
-    assert place(s3.url + "/a/model").children() == {"x": 2, "sub": None}
-    download(place(s3.url + "/a/model"), tmp_path / "copy")
+    assert open_storage(s3.url + "/a/model").children() == {"x": 2, "sub": None}
+    download(open_storage(s3.url + "/a/model"), tmp_path / "copy")
     assert (tmp_path / "copy/x").read_bytes() == b"12"
 
 
@@ -109,17 +111,17 @@ def test_folders_are_copied_there_and_back(root, tmp_path):
 
 
 def test_why_a_folder_cannot_be_written(tmp_path, s3):
-    assert storage.why_not_writable(place(tmp_path), "me") is None
-    assert storage.why_not_writable(place(s3.url + "/x"), "me") is None
-    assert "No such file or directory" in storage.why_not_writable(place(tmp_path / "no"), "me")
-    assert "does not exist" in storage.why_not_writable(place("s3://no-such-bucket/x", patience_s=5), "me")
+    assert storage.why_not_writable(open_storage(tmp_path), "me") is None
+    assert storage.why_not_writable(open_storage(s3.url + "/x"), "me") is None
+    assert "No such file or directory" in storage.why_not_writable(open_storage(tmp_path / "no"), "me")
+    assert "does not exist" in storage.why_not_writable(open_storage("s3://no-such-bucket/x", patience_s=5), "me")
 
 
 def test_storage_that_is_not_installed_or_unknown_is_wrong_input():
     with pytest.raises(InputError, match="gs:// cannot be used .*pip install 'muster-train\\[gcs\\]'"):
-        place("gs://bucket/x")
+        open_storage("gs://bucket/x")
     with pytest.raises(InputError, match="no-such:// cannot be used .*use a folder, s3:// or gs://"):
-        place("no-such://bucket/x")
+        open_storage("no-such://bucket/x")
 
 
 # A bucket that fails for a while
@@ -165,7 +167,7 @@ def test_an_outage_is_waited_for(s3, bucket):
 
 
 def test_patience_ends(s3):
-    impatient = place(s3.url + "/a", patience_s=1)
+    impatient = open_storage(s3.url + "/a", patience_s=1)
     with s3.faults.unreachable(), pytest.raises(StorageError, match="the storage does not answer"):
         impatient.children()
 
@@ -173,4 +175,4 @@ def test_patience_ends(s3):
 @pytest.mark.timeout(120)  # where it is waited for, an hour is waited
 def test_what_waiting_does_not_mend_is_told_at_once():
     with pytest.raises(FileNotFoundError):
-        place("s3://no-such-bucket/x", patience_s=3600).write(b"1")
+        open_storage("s3://no-such-bucket/x", patience_s=3600).write(b"1")

@@ -1,7 +1,7 @@
 """A worker's shards, written beside the training: copied to host memory at once, then to the storage by a thread.
 
-Training waits for the copy alone. The memory of the copy is taken before the training begins, so that a machine that has too
-little of it shows at the start, and is kept from one save to the next.
+Training waits for the copy alone. The memory of the copy is taken before the training begins, so that a machine that
+has too little of it shows at the start, and is kept from one save to the next.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from torch import Tensor
 
 from training.checkpoint.format import File, write_shard
 from training.errors import SaveError
-from training.storage import Place
+from training.storage import StoragePath
 
 _LOWEST_PRIORITY = 19
 
 
 class ShardWriter:
-    """Writes the shards of one checkpoint at a time. `pinned`: for copies from a GPU, in memory that it can write to directly."""
+    """Writes the shards of one checkpoint at a time. `pinned`: for copies from a GPU,
+    in memory that it can write to directly."""
 
     def __init__(self, *, pinned: bool = False) -> None:
         self._pinned = pinned
         self._buffer = torch.empty(0)
-        self._folder: Place | None = None
+        self._folder: StoragePath | None = None
         self._thread: threading.Thread | None = None
         self._files: list[File] = []
         self._error: Exception | None = None
@@ -40,7 +41,7 @@ class ShardWriter:
     def _take(self, count: int) -> None:
         self._buffer = torch.empty(count, pin_memory=self._pinned).fill_(0)  # untouched memory is only a promise
 
-    def begin(self, folder: Place, shards: Mapping[str, Sequence[tuple[str, Tensor]]]) -> None:
+    def begin(self, folder: StoragePath, shards: Mapping[str, Sequence[tuple[str, Tensor]]]) -> None:
         """Copy named 1-D fp32 tensors, by the shard that they belong to, and begin to write the shards to a folder.
 
         Waits for those before, if there are any.
@@ -70,7 +71,7 @@ class ShardWriter:
         except Exception as error:  # it belongs to the thread that asks for the result
             self._error = error
 
-    def _write(self, folder: Place, layouts: Mapping[str, Sequence[tuple[str, int]]]) -> None:
+    def _write(self, folder: StoragePath, layouts: Mapping[str, Sequence[tuple[str, int]]]) -> None:
         offset = 0
         for shard, layout in layouts.items():
             total = sum(count for _, count in layout)
@@ -83,7 +84,8 @@ class ShardWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> list[File]:
-        """Wait for the shards; what was written, nothing if nothing was begun. Raises SaveError if they could not be written."""
+        """Wait for the shards; what was written, nothing if nothing was begun.
+        Raises SaveError if they could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,6 +1,8 @@
-"""A checkpoint -> a plain Hugging Face folder. Reads parameters one by one, so a 70B model needs the memory of one shard.
+"""A checkpoint -> a plain Hugging Face folder. Reads parameters one by one,
+so a 70B model needs the memory of one shard.
 
-Trained weights come from the checkpoint; frozen ones, configuration and tokenizer from the model that the phase started from.
+Trained weights come from the checkpoint; frozen ones, configuration and tokenizer from the model
+that the phase started from.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from training.errors import TrainingError
 from training.io.owned_folders import temporary_folder
 from training.model_folder import (
     EMBEDDING,
-    FACTS,
+    MODEL_INFO,
     SCORE,
     TOKEN_HEADS,
     base_of,
@@ -40,13 +42,15 @@ from training.model_folder import (
 from training.models.layout import buffers
 from training.models.lora import NAME, base_name, delta, transposed_in, write_folder
 from training.recipes import RECIPES
-from training.storage import Local, Place, upload
+from training.storage import Local, StoragePath, upload
 
 SHARD_BYTES = 4 << 30
 _HEADS = ("lm_head", "embed_out", SCORE)
 
 
-def export(checkpoint: Place, out: Place, phase: Phase, *, merge: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+def export(
+    checkpoint: StoragePath, out: StoragePath, phase: Phase, *, merge: bool = False, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write the model of a checkpoint to folder `out` (replaced if it exists) in the type that it was trained in.
 
     Of a phase with LoRA that is a PEFT adapter, or with `merge` the model with the adapter added to its weights.
@@ -62,7 +66,7 @@ def export(checkpoint: Place, out: Place, phase: Phase, *, merge: bool = False, 
         upload(local, out)
 
 
-def _export(checkpoint: Place, out: Path, phase: Phase, merge: bool, shard_bytes: int) -> None:
+def _export(checkpoint: StoragePath, out: Path, phase: Phase, merge: bool, shard_bytes: int) -> None:
     staged = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -82,7 +86,7 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
     base, lora = base_of(phase.model.path), phase.model.lora
     renderer = _renderer(phase, learnt_chats=reader.manifest.chats)
     tokenizer = renderer.tokenizer
-    facts = _facts(reader, phase, classifier)
+    info = _info(reader, phase, classifier)
     if classifier:
         give_pad_token(tokenizer, chats=reader.manifest.chats, rows=embedding_rows(phase.model.path))
     if lora is not None and not merge:
@@ -93,9 +97,9 @@ def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes:
         _write_weights(staged, weights, shard_bytes)
         _write_config(staged, phase, base, dtype, tokenizer, classifier, _rows_of_embedding(reader))
     if not classifier:
-        facts["stop_tokens"] = _write_generation_config(staged, phase, base, renderer, chats=reader.manifest.chats)
+        info["stop_tokens"] = _write_generation_config(staged, phase, base, renderer, chats=reader.manifest.chats)
     tokenizer.save_pretrained(staged)
-    (staged / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    (staged / MODEL_INFO).write_text(json.dumps(info, indent=1) + "\n")
 
 
 def _whole(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
@@ -111,7 +115,8 @@ def _weights(reader: Reader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]
 
 
 def _merged(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) -> Iterator[tuple[str, Tensor]]:
-    """The base's weights with the adapters added, tensor by tensor, and what was trained whole; by the names of the loaded model."""
+    """The base's weights with the adapters added, tensor by tensor, and what was trained whole;
+    by the names of the loaded model."""
     base, lora = Path(folder_of(base_of(phase.model.path), phase.model.revision)), phase.model.lora
     assert lora is not None, "a phase that has trained adapters"
     if (method := quantization(base)) is not None:
@@ -138,8 +143,8 @@ def _merged(reader: Reader, phase: Phase, dtype: torch.dtype, classifier: bool) 
 
 
 def _of_base(base: Path, phase: Phase, body: str, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the base by their names in the loaded model: read one by one where the files have these names, but perhaps for the
-    prefix of the body, which GPT-2 as published lacks; else from the loaded model."""
+    """The weights of the base by their names in the loaded model: read one by one where the files have these names, but
+    perhaps for the prefix of the body, which GPT-2 as published lacks; else from the loaded model."""
     stored = tensor_shapes(base)
     lacks_prefix = not any(name.startswith(body) for name in stored)
     names = {
@@ -244,14 +249,14 @@ def _classifier_of(config: Any) -> str:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    return kind.__name__
+    return str(kind.__name__)
 
 
 def give_pad_token(tokenizer: Any, *, chats: bool, rows: int | None) -> None:
     """See that the tokenizer of a reward model pads with a token that no sequence ends with.
 
-    transformers reads the score at the last token that is not the padding. `rows`: of the embedding, where they are known. Without such a
-    token the padding is left out: transformers then reads the last token, and refuses batches.
+    transformers reads the score at the last token that is not the padding. `rows`: of the embedding, where they are
+    known. Without such a token the padding is left out: transformers then reads the last token, and refuses batches.
     """
     ends = _last_tokens(tokenizer, chats)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
@@ -259,8 +264,9 @@ def give_pad_token(tokenizer: Any, *, chats: bool, rows: int | None) -> None:
     vocabulary = tokenizer.get_vocab()
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     by_name = sorted(special, key=lambda token: "pad" not in token.lower())
-    # No byte of text in UTF-8 is 0xFF, so the token of this byte (as tokenizers of bytes write it) stands for nothing. Only the letter
-    # that it is written as reads as padding from then on: a price that tokenizers with any other special token do not pay.
+    # No byte of text in UTF-8 is 0xFF, so the token of this byte (as tokenizers of bytes write it) stands for nothing.
+    # Only the letter that it is written as reads as padding from then on: a price that tokenizers with any other
+    # special token do not pay.
     candidates = [tokenizer.unk_token, tokenizer.bos_token, *by_name, "<0xFF>", "\u00ff"]
     tokenizer.pad_token = next(
         (
@@ -285,9 +291,9 @@ def _last_tokens(tokenizer: Any, chats: bool) -> set[int]:
     return ends
 
 
-def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
+def _info(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
     manifest = reader.manifest
-    facts: dict[str, Any] = {
+    info: dict[str, Any] = {
         "recipe": phase.recipe,
         "step": manifest.step,
         "questions": "chat" if manifest.chats else "plain",
@@ -295,14 +301,15 @@ def _facts(reader: Reader, phase: Phase, classifier: bool) -> dict[str, Any]:
     }
     if classifier:  # mean and standard deviation on the evaluation data, for whoever wants to normalise
         names = ("mean", "std")
-        facts["reward"] = {
+        info["reward"] = {
             n: manifest.metrics[f"eval_reward_{n}"] for n in names if f"eval_reward_{n}" in manifest.metrics
         }
-    return facts
+    return info
 
 
 def _renderer(phase: Phase, learnt_chats: bool) -> Renderer:
-    """The renderer of the phase. Its tokenizer has the chat template that the model has learnt, if it has learnt one."""
+    """The renderer of the phase. Its tokenizer has the chat template
+    that the model has learnt, if it has learnt one."""
     tokenizer: Any = tokenizer_for(phase.model)
     renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos)
     if learnt_chats:

@@ -1,11 +1,12 @@
 """One checkpoint: a folder of shards and a manifest written last. No manifest, no checkpoint.
 
-A worker writes two shards, one of weights and one of the optimizer's state. A shard is a safetensors file of stretches of parameters in
-fp32, `fp32/NAME@START`, or of their moments, `exp_avg/NAME@START`, [count] each. It does not say which worker or ZeRO stage wrote it, so any number of workers at any stage can read what
-they need: a reader asks for elements a..b of a parameter and gets them from wherever they are.
+A worker writes two shards, one of weights and one of the optimizer's state. A shard is a safetensors file of stretches
+of parameters in fp32, `fp32/NAME@START`, or of their moments, `exp_avg/NAME@START`, [count] each. It does not say which
+worker or ZeRO stage wrote it, so any number of workers at any stage can read what they need: a reader asks for elements
+a..b of a parameter and gets them from wherever they are.
 
-Every byte is under a checksum: the manifest has that of a shard's header, the header has those of the shard's blocks. So a
-stretch can be checked without reading the rest of the file.
+Every byte is under a checksum: the manifest has that of a shard's header, the header has those of the shard's blocks.
+So a stretch can be checked without reading the rest of the file.
 
 Knows files and tensors, never DeepSpeed.
 """
@@ -25,7 +26,7 @@ import xxhash
 from training.errors import MusterError
 from training.io.foreign_files import loads, made_sense_of
 from training.io.paths import is_below
-from training.storage import Place
+from training.storage import StoragePath
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
@@ -33,7 +34,8 @@ METRICS = "metrics.json"
 WEIGHTS = "fp32"
 """Kind of the tensors that are weights; the others are the optimizer's."""
 OPTIMIZER = ".optimizer.safetensors"
-"""End of the names of shards that hold the optimizer's state alone. Older versions wrote it beside the weights, into the same shard."""
+"""End of the names of shards that hold the optimizer's state alone.
+Older versions wrote it beside the weights, into the same shard."""
 FORMAT = 3
 BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 8
@@ -81,17 +83,20 @@ class Manifest:
     chats: bool
     """Whether the training data are conversations."""
     bos: str = "none"
-    """The setting `data.bos`; manifests of versions without it were written by runs that learnt plain texts without BOS."""
+    """The setting `data.bos`; manifests of versions without it were written by runs
+    that learnt plain texts without BOS."""
     stop_tokens: list[int] | None = None
     """Of PPO: the tokens that end a response. None in manifests of versions that did not note them."""
     job_hash: str
     data_hash: str
     metrics: dict[str, float] = field(default_factory=dict)
-    """Evaluation at this step, if there was one. In the file only of older versions: it is in metrics.json beside it."""
+    """Evaluation at this step, if there was one. In the file only of older versions: it is
+    in metrics.json beside it."""
     parameters: dict[str, list[int]]
     """Shape of every trained parameter."""
     weights_only: bool = False
-    """Whether the optimizer's state was deleted later (`checkpoint.keep_weights`): a run cannot be resumed from here."""
+    """Whether the optimizer's state was deleted later (`checkpoint.keep_weights`): a run cannot
+    be resumed from here."""
     state: dict[str, Any] = field(default_factory=dict)
     """What the driver of the phase goes on from beside weights and moments."""
     files: list[File]
@@ -100,7 +105,7 @@ class Manifest:
     format: int = FORMAT
 
     @classmethod
-    def read(cls, folder: Place) -> Manifest:
+    def read(cls, folder: StoragePath) -> Manifest:
         """Raises CheckpointError when it is missing or cut, NewerFormat when it is of a later Muster."""
         path = folder / MANIFEST
         try:
@@ -113,7 +118,7 @@ class Manifest:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
     @classmethod
-    def _parse(cls, path: Place) -> Manifest:
+    def _parse(cls, path: StoragePath) -> Manifest:
         raw = loads(path.read())
         if raw["format"] != FORMAT:
             age, error = ("a newer", NewerFormat) if raw["format"] > FORMAT else ("an older", CheckpointError)
@@ -149,7 +154,7 @@ class Manifest:
         return replace(self, files=[replace(file, name=f"{prefix}/{file.name}") for file in self.files])
 
 
-def _evaluation(folder: Place) -> dict[str, float]:
+def _evaluation(folder: StoragePath) -> dict[str, float]:
     """What is noted beside a manifest; nothing if that was cut short or spoilt."""
     try:
         with made_sense_of(ValueError):
@@ -162,10 +167,10 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write_shard(path: Place, layout: Sequence[tuple[str, int]], data: np.ndarray) -> File:
+def write_shard(path: StoragePath, layout: Sequence[tuple[str, int]], data: np.ndarray) -> File:
     """Write fp32 `data` [n] as one safetensors file; `layout` says what it is, as (name, count) one after the other."""
     raw = data.view(np.uint8).data
     blocks = [raw[start : start + BLOCK_BYTES] for start in range(0, len(raw), BLOCK_BYTES)]
@@ -185,10 +190,10 @@ def _header(layout: Sequence[tuple[str, int]], checksums: Sequence[str]) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def verify(folder: Place, *, deep: bool = True) -> list[str]:
+def verify(folder: StoragePath, *, deep: bool = True) -> list[str]:
     """What is wrong with a checkpoint, one finding each; empty if every byte is as it was written.
 
     Not `deep`: files and sizes alone, without reading the content. Raises NewerFormat.
@@ -203,7 +208,7 @@ def verify(folder: Place, *, deep: bool = True) -> list[str]:
     return findings if findings or not deep else _wrong_content(folder, manifest)
 
 
-def missing(folder: Place, manifest: Manifest) -> list[str]:
+def missing(folder: StoragePath, manifest: Manifest) -> list[str]:
     """Shards that are not there with their whole size, one finding each."""
     sizes: dict[str, int | None] = {}
     for prefix in {file.name.rpartition("/")[0] for file in manifest.files}:
@@ -217,7 +222,7 @@ def _size_problem(file: File, size: int | None) -> str:
     return "missing" if size is None else f"{size:,} bytes, {file.size:,} were written"
 
 
-def _wrong_content(folder: Place, manifest: Manifest) -> list[str]:
+def _wrong_content(folder: StoragePath, manifest: Manifest) -> list[str]:
     findings = []
     for file in manifest.files:
         try:
@@ -227,7 +232,7 @@ def _wrong_content(folder: Place, manifest: Manifest) -> list[str]:
     return findings
 
 
-def _read(folder: Place, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+def _read(folder: StoragePath, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     try:
         return folder.read_ranges(ranges)
     except FileNotFoundError:
@@ -239,7 +244,7 @@ def _read(folder: Place, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
 class _Shard:
     """One shard, read in blocks; no byte of it is given out before its block was checked."""
 
-    def __init__(self, folder: Place, file: File, header: bytes):
+    def __init__(self, folder: StoragePath, file: File, header: bytes):
         """Raises CheckpointError if the header is not as it was written."""
         if xxhash.xxh3_128_hexdigest(header) != file.xxh128:
             raise CheckpointError(f"{folder / file.name}: the header has changed since it was written (checksum)")
@@ -261,7 +266,7 @@ class _Shard:
             raise ValueError("not a checksum for each block")
 
     @classmethod
-    def open(cls, folder: Place, file: File) -> _Shard:
+    def open(cls, folder: StoragePath, file: File) -> _Shard:
         return cls(folder, file, *_read(folder, [(file.name, 0, file.header)]))
 
     def check(self) -> None:
@@ -308,12 +313,13 @@ class _Piece:
 
 
 class Reader:
-    """Reads any stretch of any parameter of a checkpoint, whoever wrote it. Reads headers once, then only what is asked.
+    """Reads any stretch of any parameter of a checkpoint, whoever wrote it.
+    Reads headers once, then only what is asked.
 
     `prefix`: of the role whose parameters are meant; names are given without it.
     """
 
-    def __init__(self, folder: Place, prefix: str = ""):
+    def __init__(self, folder: StoragePath, prefix: str = ""):
         """Raises CheckpointError if the manifest or a header is damaged, or a shard is not there in its whole size."""
         self.manifest = Manifest.read(folder)
         self.prefix = prefix
@@ -330,7 +336,7 @@ class Reader:
         headers = _read(folder, [(file.name, 0, file.header) for file in files])
         for file, header in zip(files, headers, strict=True):
             why = f"{folder / file.name}: its header does not make sense"
-            with made_sense_of(lambda odd, why=why: CheckpointError(f"{why} ({odd})")):  # type: ignore[misc]
+            with made_sense_of(lambda odd, why=why: CheckpointError(f"{why} ({odd})")):  # type: ignore[misc]  # has a default
                 self._index(_Shard(folder, file, header))
 
     def _index(self, shard: _Shard) -> None:

@@ -1,11 +1,12 @@
-"""The checkpoints of one phase of a run: staged, committed, found, kept, deleted. One process commits; workers write shards.
+"""The checkpoints of one phase of a run: staged, committed, found, kept, deleted.
+One process commits; workers write shards.
 
-In a folder an attempt stages inside a folder of its own, `.attempt-2`, and a commit is the renaming of what is staged. A later
-attempt takes that folder away before it looks for checkpoints: from then on nothing of the older one can be committed, and
-what it has committed is seen.
+In a folder an attempt stages inside a folder of its own, `.attempt-2`, and a commit is the renaming of what is staged.
+A later attempt takes that folder away before it looks for checkpoints: from then on nothing of the older one can be
+committed, and what it has committed is seen.
 
-In a bucket nothing can be renamed: the shards of attempt 2 are under `step-.../attempt-2/`, and the manifest, written last,
-makes a checkpoint of them. Whoever finds a later attempt's claim does not write it.
+In a bucket nothing can be renamed: the shards of attempt 2 are under `step-.../attempt-2/`, and the manifest, written
+last, makes a checkpoint of them. Whoever finds a later attempt's claim does not write it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 
 from training.checkpoint.format import MANIFEST, METRICS, OPTIMIZER, CheckpointError, Manifest, missing, verify
 from training.errors import StorageError, Superseded
-from training.storage import Local, Place, flush_folder
+from training.storage import Local, StoragePath, flush_folder
 
 _STEP, _ATTEMPT, _DOOMED, _ASIDE = "step-", ".attempt-", ".old-", "aside-"
 CLAIMS = ".attempts"
@@ -27,7 +28,7 @@ CLAIMS = ".attempts"
 Counts = Callable[[int], bool]
 
 
-def step_of(folder: Place) -> int:
+def step_of(folder: StoragePath) -> int:
     """The step in a checkpoint's name."""
     return int(folder.name.removeprefix(_STEP))
 
@@ -39,18 +40,19 @@ def _name(step: int) -> str:
 class Checkpoints:
     """The checkpoints of a phase, to look at. `opened` makes them ready to be written."""
 
-    def __init__(self, root: Place):
+    def __init__(self, root: StoragePath):
         self.root = root
 
-    def folders(self) -> list[Place]:
-        """Committed checkpoints, oldest first. In a bucket shards without a manifest are those of an unfinished save."""
+    def folders(self) -> list[StoragePath]:
+        """Committed checkpoints, oldest first. In a bucket shards without a manifest are those of
+        an unfinished save."""
         folders = [self.root / name for name in sorted(self._steps())]
         return folders if isinstance(self.root, Local) else [f for f in folders if MANIFEST in f.children()]
 
     def _steps(self) -> list[str]:
         return [name for name, size in self.root.children().items() if name.startswith(_STEP) and size is None]
 
-    def at(self, step: int) -> Place:
+    def at(self, step: int) -> StoragePath:
         """The checkpoint of a step. Raises CheckpointError that lists those that exist."""
         folders = {step_of(folder): folder for folder in self.folders()}
         if step not in folders:
@@ -58,11 +60,12 @@ class Checkpoints:
             raise CheckpointError(f"{self.root}: no checkpoint of step {step}; there are: {there}")
         return folders[step]
 
-    def resumable(self) -> list[Place]:
-        """Those with the optimizer's state, oldest first. One that cannot be read is among them: whoever resumes from it is told why."""
+    def resumable(self) -> list[StoragePath]:
+        """Those with the optimizer's state, oldest first. One that cannot be read is among them:
+        whoever resumes from it is told why."""
         return [folder for folder in self.folders() if not _is_weights_only(folder)]
 
-    def newest_whole(self) -> tuple[Place | None, list[str]]:
+    def newest_whole(self) -> tuple[StoragePath | None, list[str]]:
         """The newest checkpoint whose every byte is as written, and what was wrong with newer ones."""
         findings: list[str] = []
         for folder in reversed(self.folders()):
@@ -72,7 +75,9 @@ class Checkpoints:
             findings += wrong
         return None, findings
 
-    def best(self, metric: str, *, smaller_is_better: bool = True, counts: Counts = lambda step: True) -> Place | None:
+    def best(
+        self, metric: str, *, smaller_is_better: bool = True, counts: Counts = lambda step: True
+    ) -> StoragePath | None:
         """The checkpoint that counts with the best value of an evaluation metric; the earliest of equals."""
         scored = []
         for folder in self.folders():
@@ -86,26 +91,27 @@ class Checkpoints:
 class OpenCheckpoints(Checkpoints, ABC):
     """The checkpoints of a phase while attempt number `attempt` works on it. Older attempts cannot commit any more."""
 
-    def __init__(self, root: Place, attempt: int):
+    def __init__(self, root: StoragePath, attempt: int):
         """Raises Superseded if a later attempt has opened them, or another process this same one."""
         super().__init__(root)
         self.attempt = attempt
 
     @property
     @abstractmethod
-    def staging(self) -> Place:
+    def staging(self) -> StoragePath:
         """A folder that every worker must be able to write to."""
 
     @abstractmethod
-    def stage(self, step: int) -> Place:
-        """An empty folder to write the shards of a step into; not a checkpoint until it is committed. Raises Superseded."""
+    def stage(self, step: int) -> StoragePath:
+        """An empty folder to write the shards of a step into;
+        not a checkpoint until it is committed. Raises Superseded."""
 
     @abstractmethod
-    def commit(self, staged: Place, manifest: Manifest) -> Place:
+    def commit(self, staged: StoragePath, manifest: Manifest) -> StoragePath:
         """Make a checkpoint of a staged folder, in one atomic step. Replaces an older one of the same step.
 
-        The names of `manifest.files` are relative to the staged folder. Raises Superseded, and CheckpointError if a shard
-        is not there: written by a machine that does not share this folder.
+        The names of `manifest.files` are relative to the staged folder. Raises Superseded, and CheckpointError if a
+        shard is not there: written by a machine that does not share this folder.
         """
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -113,23 +119,24 @@ class OpenCheckpoints(Checkpoints, ABC):
         self._rewrite(self.root / _name(step) / METRICS, json.dumps(dict(metrics), indent=1).encode())
 
     @abstractmethod
-    def set_aside(self, folder: Place) -> None:
+    def set_aside(self, folder: StoragePath) -> None:
         """Take a checkpoint out of the count, without deleting it."""
 
     def retain(
         self,
         keep: int,
-        best: Place | None = None,
+        best: StoragePath | None = None,
         *,
         keep_weights: int = 0,
         counts: Counts = lambda step: True,
-    ) -> list[Place]:
+    ) -> list[StoragePath]:
         """Delete all but the newest, the newest `keep` of those that count, and the best; returns what was deleted.
 
-        `keep_weights` more of those that count keep their weights alone; if it is not 0, so does the best when it is older.
+        `keep_weights` more of those that count keep their weights alone;
+        if it is not 0, so does the best when it is older.
 
-        `counts(step)` is false for a checkpoint that was made because of an interruption alone: what remains must not depend
-        on those. As long as the newest is not whole nothing is deleted.
+        `counts(step)` is false for a checkpoint that was made because of an interruption alone: what remains must not
+        depend on those. As long as the newest is not whole nothing is deleted.
         """
         folders = self.folders()
         if not folders or verify(folders[-1], deep=False):
@@ -145,8 +152,9 @@ class OpenCheckpoints(Checkpoints, ABC):
                 self.drop_optimizer(folder)
         return gone
 
-    def drop_optimizer(self, folder: Place) -> None:
-        """Keep the weights of a checkpoint alone. Cut short, it is as it was, or has its weights alone. Raises Superseded.
+    def drop_optimizer(self, folder: StoragePath) -> None:
+        """Keep the weights of a checkpoint alone. Cut short, it is as it was,
+        or has its weights alone. Raises Superseded.
 
         Does nothing to one of an older version, whose shards hold both, or that cannot be read.
         """
@@ -156,16 +164,16 @@ class OpenCheckpoints(Checkpoints, ABC):
                 _sweep_optimizer(folder)
 
     @abstractmethod
-    def _rewrite(self, path: Place, data: bytes) -> None:
+    def _rewrite(self, path: StoragePath, data: bytes) -> None:
         """Replace a small file of a checkpoint. Raises Superseded."""
 
     def close(self) -> None:
         """This attempt writes no more."""
 
 
-def delete(folder: Place) -> None:
-    """Delete a checkpoint, of this phase or another. Cut short, it leaves none with holes: in a folder it loses its name first, in a bucket
-    its manifest."""
+def delete(folder: StoragePath) -> None:
+    """Delete a checkpoint, of this phase or another. Cut short, it leaves none with holes: in a folder it loses its
+    name first, in a bucket its manifest."""
     if not isinstance(folder, Local):
         (folder / MANIFEST).remove()
         return folder.remove()
@@ -176,14 +184,14 @@ def delete(folder: Place) -> None:
         doomed.remove()
 
 
-def _is_weights_only(folder: Place) -> bool:
+def _is_weights_only(folder: StoragePath) -> bool:
     try:
         return Manifest.read(folder).weights_only
     except CheckpointError:
         return False
 
 
-def _sweep_optimizer(folder: Place) -> None:
+def _sweep_optimizer(folder: StoragePath) -> None:
     """Delete the optimizer's shards of a checkpoint that has its weights alone, if it does."""
     with suppress(CheckpointError):
         manifest = Manifest.read(folder)
@@ -194,14 +202,14 @@ def _sweep_optimizer(folder: Place) -> None:
                     (inside / name).remove()
 
 
-def refuse_newer(folder: Place, attempt: int) -> None:
+def refuse_newer(folder: StoragePath, attempt: int) -> None:
     """Raises Superseded if a checkpoint was committed by a later attempt."""
     with suppress(CheckpointError):
         if (newer := Manifest.read(folder).attempt) > attempt:
             raise Superseded(f"{folder}: attempt {newer} has committed this step; this is attempt {attempt}")
 
 
-def opened(root: Place, attempt: int) -> OpenCheckpoints:
+def opened(root: StoragePath, attempt: int) -> OpenCheckpoints:
     """The checkpoints at `root`, for attempt number `attempt` to work on. Raises Superseded."""
     return _InFolder(root, attempt) if isinstance(root, Local) else _InBucket(root, attempt)
 
@@ -237,7 +245,8 @@ class _InFolder(OpenCheckpoints):
 
     @contextmanager
     def _ours(self) -> Iterator[None]:
-        """In the block a folder that is not there means that a later attempt has taken it away, unless the storage itself is away."""
+        """In the block a folder that is not there means that a later attempt has taken it away,
+        unless the storage itself is away."""
         self._refuse_if_superseded()
         try:
             yield
@@ -255,7 +264,7 @@ class _InFolder(OpenCheckpoints):
             staged.path.mkdir()
         return staged
 
-    def commit(self, staged: Place, manifest: Manifest) -> Local:
+    def commit(self, staged: StoragePath, manifest: Manifest) -> Local:
         assert isinstance(staged, Local)
         with self._ours():
             if wrong := missing(staged, manifest):
@@ -269,11 +278,11 @@ class _InFolder(OpenCheckpoints):
         flush_folder(self.root.path)
         return final
 
-    def _rewrite(self, path: Place, data: bytes) -> None:
+    def _rewrite(self, path: StoragePath, data: bytes) -> None:
         with self._ours():
             path.write(data)
 
-    def set_aside(self, folder: Place) -> None:
+    def set_aside(self, folder: StoragePath) -> None:
         assert isinstance(folder, Local)
         target = self.root / f"{_ASIDE}{folder.name}.attempt-{self.attempt}"
         target.remove()
@@ -285,19 +294,19 @@ class _InFolder(OpenCheckpoints):
 
 
 class _InBucket(OpenCheckpoints):
-    def __init__(self, root: Place, attempt: int):
+    def __init__(self, root: StoragePath, attempt: int):
         super().__init__(root, attempt)
         self.claim = Claim(root / CLAIMS, attempt)
-        self._staged: Place | None = None
+        self._staged: StoragePath | None = None
         for name in self._steps():
             self._sweep(root / name)
             _sweep_optimizer(root / name)
 
     @property
-    def staging(self) -> Place:
+    def staging(self) -> StoragePath:
         return self.root
 
-    def _sweep(self, folder: Place) -> None:
+    def _sweep(self, folder: StoragePath) -> None:
         """Remove shards that interrupted saves left behind."""
         inside = folder.children()
         used: set[str] = set()
@@ -312,7 +321,7 @@ class _InBucket(OpenCheckpoints):
             if size is None and name not in used:
                 (folder / name).remove()
 
-    def stage(self, step: int) -> Place:
+    def stage(self, step: int) -> StoragePath:
         self.claim.check()
         staged = self.root / _name(step) / f"attempt-{self.attempt}"
         for leftover in {
@@ -323,7 +332,7 @@ class _InBucket(OpenCheckpoints):
         self._staged = staged
         return staged
 
-    def commit(self, staged: Place, manifest: Manifest) -> Place:
+    def commit(self, staged: StoragePath, manifest: Manifest) -> StoragePath:
         final = self.root / _name(manifest.step)
         whole = manifest.below(staged.name)
         self.claim.check()  # its sweep may have taken our shards
@@ -338,11 +347,11 @@ class _InBucket(OpenCheckpoints):
         self._staged = None
         return final
 
-    def _rewrite(self, path: Place, data: bytes) -> None:
+    def _rewrite(self, path: StoragePath, data: bytes) -> None:
         self.claim.check()
         path.write(data)
 
-    def set_aside(self, folder: Place) -> None:
+    def set_aside(self, folder: StoragePath) -> None:
         data = (folder / MANIFEST).read()
         (folder / f"{_ASIDE}attempt-{self.attempt}.json").write(data)
         (folder / MANIFEST).remove()
@@ -351,7 +360,7 @@ class _InBucket(OpenCheckpoints):
 class Claim:
     """One attempt's claim on what it writes in a bucket; a later attempt's claim ends it."""
 
-    def __init__(self, claims: Place, attempt: int):
+    def __init__(self, claims: StoragePath, attempt: int):
         """Raises Superseded if a later attempt is there, or another process has claimed this one."""
         self.claims = claims
         self.attempt = attempt
@@ -365,6 +374,6 @@ class Claim:
             raise Superseded(f"{self.claims}: attempt {newest} has taken over; this is attempt {self.attempt}")
 
 
-def newest_claim(claims: Place) -> int:
+def newest_claim(claims: StoragePath) -> int:
     """The latest attempt that has claimed, 0 if none has."""
     return max(map(int, claims.children()), default=0)

@@ -14,9 +14,11 @@ from training.config import Phase
 
 _MICRO_TOKENS = 4096
 _MICRO_TOKENS_CPU = 1024
-"""A CPU gains from large micro-batches only that gradients are sent less often, and its memory is slow where it is not used again soon."""
+"""A CPU gains from large micro-batches only that gradients are sent less often,
+and its memory is slow where it is not used again soon."""
 _MICRO_TOKENS_CPU_SMALL = 512
-"""For adapters, whose gradients are quickly sent, and for pairs, of which two that differ in length cost each other more than the sending."""
+"""For adapters, whose gradients are quickly sent, and for pairs, of which two that differ
+in length cost each other more than the sending."""
 _ROW_TOKENS_WITHOUT_VARLEN = 320
 """Without a kernel for packed rows, attention pays for the whole row: longer packs cost more than they save."""
 _ROW_TOKENS_CPU = 512
@@ -30,7 +32,7 @@ Row = list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class BatchLimits:
     """What one micro-batch may hold."""
 
     micro_tokens: int
@@ -42,12 +44,13 @@ class Limits:
     one_row: bool = False
     """A micro-batch is one row: kernels that tell packed samples apart by position take no more."""
     same_length_above: int | None = None
-    """Rows that are longer than this share a micro-batch only with rows of the same length: models to which padding matters."""
+    """Rows that are longer than this share a micro-batch only with rows of the same length: models
+    to which padding matters."""
 
 
 def limits_for(
     phase: Phase, longest: int, device: str, attention: str, *, packs: bool = True, same_length_above: int | None = None
-) -> Limits:
+) -> BatchLimits:
     """What a micro-batch may hold, from the settings and, where they say auto, from the hardware.
 
     `packs`: whether the model keeps samples that share a row apart. `same_length_above`: as in Limits.
@@ -63,7 +66,7 @@ def limits_for(
     packs, varlen = phase.data.pack and packs, is_varlen(attention)
     dense = max(_ROW_TOKENS_WITHOUT_VARLEN, min(longest, _ROW_TOKENS_CPU) if on_cpu else longest)
     row = tokens if varlen else min(tokens, dense)
-    return Limits(
+    return BatchLimits(
         micro_tokens=tokens,
         micro_batch=phase.micro_batch,
         row_tokens=row if packs else None,
@@ -77,18 +80,18 @@ def is_varlen(attention: str) -> bool:
     return attention.startswith("flash_attention") or attention == SDPA_VARLEN
 
 
-def deal(lengths: Sequence[int], num_workers: int, limits: Limits) -> list[list[list[Row]]]:
-    """`deal(...)[worker][micro-batch]` is a list of rows; every worker gets the same number of micro-batches.
+def partition_batch(lengths: Sequence[int], num_workers: int, limits: BatchLimits) -> list[list[list[Row]]]:
+    """`partition_batch(...)[worker][micro-batch]` is a list of rows; every worker gets the same number of micro-batches.
 
     An empty list of rows is a turn that a worker has nothing for: it must still run one forward and backward pass,
     because the collectives of ZeRO-3 count on all workers.
     """
-    turns = [
+    micro_batches = [
         _micro_batches(_rows(share, lengths, limits), lengths, limits)
         for share in _even(range(len(lengths)), lengths, num_workers)
     ]
-    num_turns = max(map(len, turns))
-    return [_stretch(worker_turns, num_turns) for worker_turns in turns]
+    num_micro_batches = max(map(len, micro_batches))
+    return [_stretch(of_worker, num_micro_batches) for of_worker in micro_batches]
 
 
 def _even(samples: Sequence[int], lengths: Sequence[int], num_parts: int) -> list[list[int]]:
@@ -102,7 +105,7 @@ def _even(samples: Sequence[int], lengths: Sequence[int], num_parts: int) -> lis
     return parts
 
 
-def _rows(share: list[int], lengths: Sequence[int], limits: Limits) -> list[Row]:
+def _rows(share: list[int], lengths: Sequence[int], limits: BatchLimits) -> list[Row]:
     """Pack samples (longest first) into as few rows as best fit needs, and those as even as they come."""
     if limits.row_tokens is None:
         return [[sample] for sample in share]
@@ -131,7 +134,7 @@ def _best_fit(share: list[int], lengths: Sequence[int], row_tokens: int, row_sam
     return rows
 
 
-def _micro_batches(rows: list[Row], lengths: Sequence[int], limits: Limits) -> list[list[Row]]:
+def _micro_batches(rows: list[Row], lengths: Sequence[int], limits: BatchLimits) -> list[list[Row]]:
     """Group rows of like length, as many as the limits allow."""
     rows = sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
     groups: list[list[Row]] = []
@@ -143,7 +146,7 @@ def _micro_batches(rows: list[Row], lengths: Sequence[int], limits: Limits) -> l
     return groups
 
 
-def _fits(rows: list[Row], lengths: Sequence[int], limits: Limits) -> bool:
+def _fits(rows: list[Row], lengths: Sequence[int], limits: BatchLimits) -> bool:
     if limits.one_row:
         return False
     # They are sorted: the first is the longest.
@@ -155,14 +158,15 @@ def _fits(rows: list[Row], lengths: Sequence[int], limits: Limits) -> bool:
     return len(rows) * longest <= limits.micro_tokens
 
 
-def _stretch(turns: list[list[Row]], num_turns: int) -> list[list[Row]]:
-    """The same rows in `num_turns` micro-batches: the fullest are halved, and empty ones are added where none is left."""
-    turns = list(turns)
-    while len(turns) < num_turns:
-        fullest = max(range(len(turns)), key=lambda i: len(turns[i]), default=None)
-        if fullest is None or len(turns[fullest]) < 2:
-            turns.append([])
+def _stretch(micro_batches: list[list[Row]], num_micro_batches: int) -> list[list[Row]]:
+    """The same rows in `num_micro_batches` micro-batches: the fullest are halved,
+    and empty ones are added where none is left."""
+    micro_batches = list(micro_batches)
+    while len(micro_batches) < num_micro_batches:
+        fullest = max(range(len(micro_batches)), key=lambda i: len(micro_batches[i]), default=None)
+        if fullest is None or len(micro_batches[fullest]) < 2:
+            micro_batches.append([])
         else:
-            rows = turns[fullest]
-            turns[fullest : fullest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-    return turns
+            rows = micro_batches[fullest]
+            micro_batches[fullest : fullest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    return micro_batches

@@ -7,6 +7,7 @@ where causal attention never looks, and samples that share a row are told apart 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 IGNORED = -100
 """Target id that adds nothing to the loss (the `ignore_index` of torch's cross entropy)."""
 
-Sample = tuple[NDArray, NDArray]
+Sample = tuple[NDArray[Any], NDArray[Any]]
 """Token ids [T] and the mask of those that are targets [T]."""
 
 
@@ -24,7 +25,8 @@ def collate(rows: Sequence[Sequence[Sample]]) -> dict[str, Tensor | None]:
     """The micro-batch as the model reads it.
 
     input_ids [R, L]; position_ids [R, L], or None if every row holds one sample; target_index [N], the places (in the
-    flattened rows) whose *next* token is a target; target_ids [N], those tokens. Without rows: one row that teaches nothing.
+    flattened rows) whose *next* token is a target; target_ids [N], those tokens.
+    Without rows: one row that teaches nothing.
     """
     if not rows:
         return {

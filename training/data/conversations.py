@@ -1,8 +1,9 @@
 """From a conversation to its text, and to the parts of the text that are learned, by a chat template. Knows no token.
 
-Some templates rewrite earlier turns: those of thinking models take the thoughts out of an answer once a question follows. Whether one does
-is seen in what it renders: an answer is *intact* in a text if the text begins with what inference saw when that answer was due, and goes on
-with the answer as the template writes it at that moment. Only intact answers are learned.
+Some templates rewrite earlier turns: those of thinking models take the thoughts out of an answer once a question
+follows. Whether one does is seen in what it renders: an answer is *intact* in a text if the text begins with what
+inference saw when that answer was due, and goes on with the answer as the template writes it at that moment. Only
+intact answers are learned.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
-from training.data.files import RowError, one_line
+from training.data.files import one_line
 from training.data.formats import Arguments, Chat, Message
+from training.data.row_errors import RowError
 
 Span = tuple[int, int]  # characters [start, end) of a rendered text
 Turns = Literal["auto", "last", "all"]
@@ -41,7 +43,8 @@ class Written(NamedTuple):
 class Conversations:
     """Writes conversations with the chat templates of one tokenizer. `turns` is the setting `data.turns`.
 
-    Methods raise RowError, or what a template raises: it is a program, and refuses on purpose or trips over what it did not expect.
+    Methods raise RowError, or what a template raises: it is a program,
+    and refuses on purpose or trips over what it did not expect.
     """
 
     def __init__(self, tokenizer: Any, turns: Turns, note: Callable[[str], None]):
@@ -67,7 +70,8 @@ class Conversations:
         return text
 
     def learned(self, chat: Chat, template: str) -> list[Written] | RowError:
-        """The sequences that are learned of a conversation, in the order of the answers: one, or with `turns: all` as many as it takes.
+        """The sequences that are learned of a conversation, in the order of the answers: one,
+        or with `turns: all` as many as it takes.
 
         A conversation without answers to learn is one text without spans.
         """
@@ -75,8 +79,9 @@ class Conversations:
             chat = self._in_form(chat, template)
             if chat.learnt and not GENERATION.search(template) and self._always_opens(template):
                 return RowError(
-                    "the chat template begins an answer behind every conversation, also where none is asked for (it does not look at "
-                    "add_generation_prompt), so the end of an answer cannot be told from it; set data.template to one that does"
+                    "the chat template begins an answer behind every conversation, also where none is asked for (it "
+                    "does not look at add_generation_prompt), so the end of an answer cannot be told from it; set "
+                    "data.template to one that does"
                 )
             if not chat.learnt:
                 text = self._render(chat, template, len(chat.messages))
@@ -92,7 +97,8 @@ class Conversations:
             return RowError(f"the chat template refuses this conversation: {one_line(error)}")
 
     def _always_opens(self, template: str) -> bool:
-        """Whether a template writes the beginning of an answer behind a conversation that ends with one, and whether it is asked to or not."""
+        """Whether a template writes the beginning of an answer behind a conversation that ends with one,
+        and whether it is asked to or not."""
         if template not in self._opens:
             turns = [
                 {"role": "user", "content": "Hi"},
@@ -125,7 +131,8 @@ class Conversations:
         return sequences
 
     def _longest(self, chat: Chat, template: str, wanted: Sequence[int]) -> tuple[str, dict[int, list[Span]]]:
-        """A text in which the last of the wanted answers is intact, and the spans of all that are: the whole conversation, or up to there."""
+        """A text in which the last of the wanted answers is intact,
+        and the spans of all that are: the whole conversation, or up to there."""
         last = wanted[-1] + 1
         for count in dict.fromkeys((len(chat.messages) if wanted[-1] == chat.learnt[-1] else last, last)):
             text, spans = self._intact(chat, template, count, wanted)
@@ -138,8 +145,9 @@ class Conversations:
         without_calls = self._look_for_unwritten(chat, template, count, text)
         if empty := [turn for turn in without_calls if turn in spans and not chat.messages[turn]["content"].strip()]:
             raise RowError(
-                f"the chat template does not write the tool calls of messages[{empty[0]}], so an empty answer would be learned; set "
-                "data.template to one that does (chatml, plain, that of the model's family), or give the message `weight: 0`"
+                f"the chat template does not write the tool calls of messages[{empty[0]}], so an empty answer would be "
+                "learned; set data.template to one that does (chatml, plain, that of the model's family), or give the "
+                "message `weight: 0`"
             )
         return text, spans
 
@@ -154,16 +162,19 @@ class Conversations:
         return text, {turn: [span] for turn, span in spans.items() if span is not None}
 
     def _span(self, chat: Chat, template: str, text: str, turn: int, count: int) -> Span | None:
-        """Where an assistant turn lies: from the end of its prompt to its end-of-turn token, without white space after it."""
+        """Where an assistant turn lies: from the end of its prompt to its end-of-turn token,
+        without white space after it."""
         prompt = self._render(chat, template, turn, prompt=True)
         until = (text if turn + 1 == count else self._render(chat, template, turn + 1)).rstrip()
         end = self._common_end(chat, template, text, until, turn)
         return (len(prompt), end) if text.startswith(prompt) and end is not None and len(prompt) < end else None
 
     def _common_end(self, chat: Chat, template: str, text: str, until: str, turn: int) -> int | None:
-        """Where `until`, the conversation up to the answer `turn`, ends in `text`, white space aside; None if `text` does not go on from it.
+        """Where `until`, the conversation up to the answer `turn`, ends in `text`, white space aside;
+        None if `text` does not go on from it.
 
-        Some templates close every text with the EOS token, whoever spoke last (Phi-3): in a text that goes on there is none.
+        Some templates close every text with the EOS token, whoever spoke last (Phi-3): in a text
+        that goes on there is none.
         """
         until, eos = until.rstrip(), self._tokenizer.eos_token
         if text.startswith(until):
@@ -176,7 +187,8 @@ class Conversations:
     def _intact_marks(
         self, chat: Chat, template: str, count: int, wanted: Sequence[int], *, by_prompt: bool = True
     ) -> tuple[str, dict[int, list[Span]]]:
-        """The same by the template's own marks. Where all answers are wanted and intact, every mark counts, wherever it stands.
+        """The same by the template's own marks. Where all answers are wanted and intact,
+        every mark counts, wherever it stands.
 
         `by_prompt`: an answer is intact only behind its own prompt.
         """
@@ -209,11 +221,12 @@ class Conversations:
             return ""
 
     def _behind_its_prompt(self, chat: Chat, template: str, turn: int) -> tuple[str, dict[int, list[Span]]]:
-        """What inference sees of an answer that the template does not write behind its own prompt: the prompt, and then the answer.
+        """What inference sees of an answer that the template does not write behind its own
+        prompt: the prompt, and then the answer.
 
-        Two kinds of templates do so. Some begin the thoughts of an answer in the prompt and take thoughts out of every answer that is given (QwQ,
-        DeepSeek R1). Others write something into the prompt alone (Mistral's system message, with the last question).
-        Raises RowError if the answer cannot be told from its prompt.
+        Two kinds of templates do so. Some begin the thoughts of an answer in the prompt and take thoughts out of every
+        answer that is given (QwQ, DeepSeek R1). Others write something into the prompt alone (Mistral's system message,
+        with the last question). Raises RowError if the answer cannot be told from its prompt.
         """
         prompt = self._prompt_if_any(chat, template, turn)
         opened = _OPENED.search(prompt)
@@ -224,7 +237,8 @@ class Conversations:
         )
         if answer is not None:
             self._note(
-                "the chat template does not write answers behind their own prompt; they are learned there, as inference has them"
+                "the chat template does not write answers behind their own prompt; they are learned there, as "
+                "inference has them"
             )
             text = (prompt + answer).rstrip()
             return text, {turn: [(len(prompt), len(text))]}
@@ -232,12 +246,15 @@ class Conversations:
             return self._intact_marks(chat, template, turn + 1, (turn,), by_prompt=False)
         begun = f", which begins the answer with <{opened[1]}>: give answers with their thoughts" if opened else ""
         raise RowError(
-            f"the chat template writes messages[{turn}] differently from its own generation prompt{begun}, so its tokens cannot be found; "
-            "set data.template to one that goes on from its prompt (chatml, plain, or a file that marks answers with {% generation %})"
+            f"the chat template writes messages[{turn}] differently from its own generation prompt{begun}, so its "
+            "tokens cannot be found; "
+            "set data.template to one that goes on from its prompt (chatml, plain, or a file that marks answers with "
+            "{% generation %})"
         )
 
     def _with_thoughts(self, chat: Chat, template: str, turn: int, tag: str) -> str | None:
-        """An answer with the thoughts that its prompt has opened, and the end of the turn; None if it has no thoughts."""
+        """An answer with the thoughts that its prompt has opened, and the end of the turn;
+        None if it has no thoughts."""
         message = chat.messages[turn]
         thoughts = next((message[key] for key in REASONING if message.get(key)), None)
         answer = message["content"].strip().removeprefix(f"<{tag}>").removeprefix("\n")
@@ -330,7 +347,8 @@ class Conversations:
     # ── what the template leaves out ──
 
     def _look_for_unwritten(self, chat: Chat, template: str, count: int, text: str) -> list[int]:
-        """Note what of the first `count` messages has no part in their text. Returns the answers whose tool calls have none."""
+        """Note what of the first `count` messages has no part in their text.
+        Returns the answers whose tool calls have none."""
         calls: list[int] = []
         for turn, message in enumerate(chat.messages[:count]):
             is_answer, content = message["role"] == "assistant", message.get("content", "").strip()
@@ -370,7 +388,8 @@ class Conversations:
 
 
 def _behind(text: str, prompt: str, question: str) -> str | None:
-    """What stands in a text behind the end of a prompt, from the last question on; None if that end does not stand there."""
+    """What stands in a text behind the end of a prompt, from the last question on;
+    None if that end does not stand there."""
     question = question.strip()
     at = prompt.rfind(question) if question else -1
     if at < 0 or (found := text.rfind(prompt[at:])) < 0:
@@ -383,8 +402,8 @@ def _flat(spans: dict[int, list[Span]], wanted: Sequence[int]) -> list[Span]:
 
 
 def _forms(chat: Chat) -> Iterator[Chat]:
-    """The conversation as templates may want it, the likeliest first: arguments as objects or as text, the content of a message that only
-    calls tools as an empty text or absent, tools with their wrapper or without."""
+    """The conversation as templates may want it, the likeliest first: arguments as objects or as text, the content of a
+    message that only calls tools as an empty text or absent, tools with their wrapper or without."""
     for bare, absent, as_text in product((False, True), repeat=3):
         messages = [_message_in_form(message, as_text, absent) for message in chat.messages]
         tools = [tool["function"] for tool in chat.tools] if bare and chat.tools else chat.tools

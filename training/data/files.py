@@ -1,8 +1,9 @@
 """From what the job file names to a stream of rows: finds the files and reads them. Knows nothing of what a row means.
 
-Local files and any fsspec address (`s3://...`) are read alike: JSON lines, a JSON array, CSV, TSV, all of these also as `.gz`;
-Parquet, Arrow, a folder that `datasets.save_to_disk` wrote; where documents are wanted, also `.txt` and `.md`, of which each file
-is one. A name such as `openai/gsm8k`, where no such path exists, is a data set on the Hugging Face hub.
+Local files and any fsspec address (`s3://...`) are read alike: JSON lines, a JSON array, CSV, TSV, all of these also as
+`.gz`; Parquet, Arrow, a folder that `datasets.save_to_disk` wrote; where documents are wanted, also `.txt` and `.md`,
+of which each file is one. A name such as `openai/gsm8k`, where no such path exists, is a data set on the Hugging Face
+hub.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ class Row(NamedTuple):
 
     @property
     def from_arrow(self) -> bool:
-        """Whether the row comes from Arrow or Parquet, which give all objects of a column the same keys, null where there was none."""
+        """Whether the row comes from Arrow or Parquet, which give all objects of a column the same keys,
+        null where there was none."""
         return isinstance(self.part, HubSplit) or self.part.path.endswith((".parquet", *ARROW_SUFFIXES))
 
 
@@ -177,9 +179,9 @@ def expand(
 ) -> list[Located]:
     """The sources that `data` names, with their files; relative paths start at `base`, the job file's folder.
 
-    `documents`: text files count as well. `split`: of a folder with several splits, where the source names none; "": it has to.
-    `where` and `what` (`job.yaml:14`, `phases.sft.data.train`) open every problem's text.
-    Raises InputError with all that is missing, empty, unreadable or of an unknown kind.
+    `documents`: text files count as well. `split`: of a folder with several splits, where the source names none; "": it
+    has to. `where` and `what` (`job.yaml:14`, `phases.sft.data.train`) open every problem's text. Raises InputError
+    with all that is missing, empty, unreadable or of an unknown kind.
     """
     items = [data] if isinstance(data, str) else data
     sources = [Source(path=item) if isinstance(item, str) else item for item in items]
@@ -571,8 +573,8 @@ def digest(part: Part, memo: Path) -> str:
     """Changes when the rows may have changed.
 
     A local file: SHA-256 of its bytes. So that large files are not read again, it is remembered in the folder `memo` by
-    path, size and modification time: a file rewritten in place with all three kept is not noticed. A remote file: what its
-    store tells of it (size, time, ETag). A hub data set: its fingerprint.
+    path, size and modification time: a file rewritten in place with all three kept is not noticed. A remote file: what
+    its store tells of it (size, time, ETag). A hub data set: its fingerprint.
     """
     if isinstance(part, HubSplit):
         return str(_hub_dataset(part)._fingerprint)

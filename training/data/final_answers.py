@@ -1,7 +1,7 @@
 """Final answers: found in a text, compared as mathematics. Knows no model.
 
-A final answer is, in this order: what the last `\\boxed{}` holds, what follows the last `####`, or `A:` at the start of a line, the last
-number of the text.
+A final answer is, in this order: what the last `\\boxed{}` holds, what follows the last `####`, or `A:` at the start of
+a line, the last number of the text.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ def final_answer(text: str) -> str | None:
     if (boxed := _last_boxed(text)) is not None:
         return boxed
     if marked := _MARKED.findall(text):
-        return marked[-1]
+        return str(marked[-1])
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
 
 def expected_answer(text: str) -> str:
-    """The answer that a data set gives: the final one of a worked solution, or the text itself if that is all there is."""
+    """The answer that a data set gives: the final one of a worked solution,
+    or the text itself if that is all there is."""
     if (boxed := _last_boxed(text)) is not None:
         return boxed
     marked = _MARKED.findall(text)
@@ -102,7 +103,8 @@ def _value(text: str) -> float | None:
 def _parsed(text: str) -> list[Any]:
     from math_verify import parse
 
-    return parse(f"\\boxed{{{text}}}", parsing_timeout=_COMPARE_S)
+    values: list[Any] = parse(f"\\boxed{{{text}}}", parsing_timeout=_COMPARE_S)
+    return values
 
 
 class _quiet:

@@ -1,8 +1,8 @@
 """From a row to an example: recognises a row's format by its columns and parses it. Knows no file and no tokenizer.
 
 A format is one entry of the table FORMATS: the columns it needs, those it may have, and a function from a record to an
-example. Whatever a row is called outside, an example is one of five things: text, a prompt with its completion, a chat, a
-pair of these of which one is preferred, or a prompt alone.
+example. Whatever a row is called outside, an example is one of five things: text, a prompt with its completion, a chat,
+a pair of these of which one is preferred, or a prompt alone.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from training.data.files import RowError, describe
+from training.data.files import describe
 from training.data.final_answers import as_verdict, verdict
+from training.data.row_errors import RowError
 from training.data.unread import unread_columns, unread_keys
 from training.errors import InputError, Problem
 
@@ -108,7 +109,8 @@ CHANGES = {
     "marks": "marks of the template are read as well where not all answers of a conversation are learned",
     "rewritten": "answers that the template rewrites are not learned in their rewritten form",
 }
-"""What rows mean since commit 3f9f597 that they did not mean before: only data sets that make use of it have other tokens than they had."""
+"""What rows mean since commit 3f9f597 that they did not mean before: only data sets
+that make use of it have other tokens than they had."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,9 @@ class Format:
 class Parser:
     """Parses rows of the allowed formats.
 
-    `format` is one of FORMATS or `auto`, which recognises each row by its columns; `columns` maps a format's names to the
-    data's; `allowed` are the formats that the recipe reads, the likeliest first.
-    Raises InputError for a format that the recipe does not read and for unknown names in `columns`.
+    `format` is one of FORMATS or `auto`, which recognises each row by its columns; `columns` maps a format's names to
+    the data's; `allowed` are the formats that the recipe reads, the likeliest first. Raises InputError for a format
+    that the recipe does not read and for unknown names in `columns`.
     """
 
     def __init__(self, format: str, columns: Mapping[str, str], allowed: Sequence[str]):
@@ -341,13 +343,15 @@ def _object(value: Any, place: str) -> dict[str, Any]:
 
 
 def _without_filled_nulls(row: Mapping[str, Any], columns: Iterable[str], remarks: Remarks) -> Mapping[str, Any]:
-    """The row with no null in the objects of these columns, at any depth: Arrow gives all objects of a column the same keys."""
+    """The row with no null in the objects of these columns, at any depth: Arrow gives all objects
+    of a column the same keys."""
     nested = {name: row[name] for name in columns if isinstance(row.get(name), list | dict)}
     return {**row, **{name: _without_nulls(value, remarks, name) for name, value in nested.items()}} if nested else row
 
 
 def _with_messages(row: Mapping[str, Any], columns: Mapping[str, str], remarks: Remarks) -> Mapping[str, Any]:
-    """The row with lists of messages also where they are JSON text, or an object of lists, which the feature `Sequence` of `datasets` makes."""
+    """The row with lists of messages also where they are JSON text, or an object of lists,
+    which the feature `Sequence` of `datasets` makes."""
     read = {name: _transpose(row[name]) for name in columns.values() if isinstance(row.get(name), dict)}
     for name in (columns[each] for each in ("prompt", "completion", "chosen", "rejected") if each in columns):
         messages = _messages_in(row.get(name))
@@ -546,7 +550,8 @@ def _history(record: Record) -> list[str]:
 
 
 def _with_system(messages: list[Message], record: Record) -> list[Message]:
-    """The messages behind the text of the column `system`, unless they begin with it. Raises RowError if they begin with another."""
+    """The messages behind the text of the column `system`, unless they begin with it.
+    Raises RowError if they begin with another."""
     if record.get("system") is None or not (system := record.text("system")):
         return messages
     first = messages[0] if messages else {}
@@ -611,7 +616,8 @@ def _message(message: Any, place: str, remarks: Remarks) -> Message:
 
 
 def _calls(message: Message, place: str, remarks: Remarks) -> list[dict[str, Any]]:
-    """The tool calls of a message, also in the form that OpenAI had first: one `function_call`. Takes the keys out of the message."""
+    """The tool calls of a message, also in the form that OpenAI had first: one `function_call`.
+    Takes the keys out of the message."""
     given = _list(message.pop("tool_calls", []), f"{place}.tool_calls")
     calls = [_call(call, f"{place}.tool_calls[{index}]", remarks) for index, call in enumerate(given)]
     first_form = message.pop("function_call", None)
@@ -626,7 +632,8 @@ FLAGS = ("weight", "train", "loss")
 
 
 def _weight(message: Message, role: str, place: str, remarks: Remarks) -> dict[str, int]:
-    """`{"weight": 0 or 1}` if the message says whether it is learned, else nothing. Takes the keys out of the message."""
+    """`{"weight": 0 or 1}` if the message says whether it is learned, else nothing.
+    Takes the keys out of the message."""
     for note in unread_keys(message, place):
         remarks.note(note)
     given = {key: _switch(message.pop(key), key, place) for key in FLAGS if key in message}
@@ -778,7 +785,8 @@ def _preference_side(record: Record, column: str) -> tuple[Answer, bool]:
 
 
 def _question_before(turns: list[Message], record: Record) -> list[Message]:
-    """The prompt, a text, as a message before turns that begin with the answer. Whole conversations begin with it already."""
+    """The prompt, a text, as a message before turns that begin with the answer.
+    Whole conversations begin with it already."""
     text = record.text("prompt")
     if turns and turns[0]["role"] == "assistant":
         return [{"role": "user", "content": text}]
@@ -868,11 +876,12 @@ def _joined(prompt: list[Message], answer: list[Message]) -> _Whole:
 
 
 def _same(one: Message, other: Message) -> bool:
-    return one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
+    return bool(one["role"] == other["role"] and one["content"].strip() == other["content"].strip())
 
 
 def _after_prompt(prompt: str, text: str) -> str | None:
-    """What follows the prompt in a text that begins with it; None if it does not, or if the prompt is a single word, which may be chance."""
+    """What follows the prompt in a text that begins with it; None if it does not,
+    or if the prompt is a single word, which may be chance."""
     stem = prompt.strip()
     if not stem or stem.isalnum():
         return None
@@ -915,7 +924,8 @@ def _parse_sharegpt_preference(record: Record) -> Example:
 
 
 def _sharegpt_side(record: Record, column: str, before: list[Message]) -> tuple[Chat, bool]:
-    """An answer, one turn or several that may begin with the conversation, behind the conversation; and whether they do."""
+    """An answer, one turn or several that may begin with the conversation,
+    behind the conversation; and whether they do."""
     answer, place = record.need(column), f"column `{record.name(column)}`"
     if isinstance(answer, list):
         whole = _joined(before, _turns(answer, record.name(column), record.remarks))

@@ -23,8 +23,8 @@ class Order:
     """The training order over one or several sources whose samples are numbered one after the other.
 
     `sizes[i]` is the number of samples of source i. Without `weights` every sample comes once an epoch. With them an
-    epoch still has sum(sizes) samples, shared out in the ratio of the weights; a source that is used up before the epoch
-    ends starts again in a new order, and one that is not goes on where it stopped in the next epoch.
+    epoch still has sum(sizes) samples, shared out in the ratio of the weights; a source that is used up before the
+    epoch ends starts again in a new order, and one that is not goes on where it stopped in the next epoch.
 
     Raises ValueError when there is no sample.
     """
@@ -70,7 +70,7 @@ class Order:
 def _shares(total: int, weights: NDArray[np.float64]) -> Indices:
     """`total` cut into whole numbers in the ratio of the weights (largest remainders)."""
     exact = total * weights / weights.sum()
-    shares = np.floor(exact).astype(np.int64)
+    shares: Indices = np.floor(exact).astype(np.int64)
     by_remainder = np.argsort(shares - exact, kind="stable")
     shares[by_remainder[: total - int(shares.sum())]] += 1
     return shares

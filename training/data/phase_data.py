@@ -27,7 +27,8 @@ class Stores:
 
 
 def open_stores(phase: Phase, cache: Path, *, verify: bool = True) -> Stores:
-    """Raises InputError for rows that cannot be used, in training or evaluation data, or that leave no room for a response. `verify`: see `prepare`."""
+    """Raises InputError for rows that cannot be used, in training or evaluation data, or that leave no room for a
+    response. `verify`: see `prepare`."""
     stores: list[TokenStore | None] = []
     problems: list[Problem] = []
     for held_out, source in ((False, phase.data.train), (True, phase.data.eval)):
@@ -45,8 +46,8 @@ def open_stores(phase: Phase, cache: Path, *, verify: bool = True) -> Stores:
 
 
 def prepare_phase(phase: Phase, cache: Path) -> tuple[Stores, list[str]]:
-    """The stores of a phase, and what is to be said of its questions and rewards. Raises as `open_stores`, and for reward functions that cannot be
-    called with the rows, or reward models that cannot be given them."""
+    """The stores of a phase, and what is to be said of its questions and rewards. Raises as `open_stores`, and for
+    reward functions that cannot be called with the rows, or reward models that cannot be given them."""
     stores = open_stores(phase, cache)
     notes = question_prompts.check(phase, stores.train, cache)
     if not isinstance(phase, PPO):
@@ -61,8 +62,8 @@ def check_window(phase: Phase, train: TokenStore, window: int | None) -> None:
     longest = min(train.meta.longest, phase.data.max_length) + phase.new_tokens
     if phase.new_tokens and window is not None and longest > window:
         message = (
-            f"the longest prompt and a response of {phase.new_tokens} tokens come to {longest:,}, the model was made for "
-            f"{window:,} positions; choose a smaller response_tokens, or data.max_length to drop long prompts"
+            f"the longest prompt and a response of {phase.new_tokens} tokens come to {longest:,}, the model was made "
+            f"for {window:,} positions; choose a smaller response_tokens, or data.max_length to drop long prompts"
         )
         raise InputError.of("", message, "response_tokens")
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from training.config import BadRows, Data
 from training.data import files, templates
-from training.data.files import Located, Row, RowError, UnreadableFile
+from training.data.files import Located, Row
 from training.data.formats import BOS, Chat, Example, Pair, Parser, Prompt, PromptCompletion, Text
+from training.data.row_errors import RowError, UnreadableFile
 from training.errors import InputError, Problem
 from training.model_folder import TOKENIZER_FILES
 
@@ -143,12 +144,12 @@ def prepare(
 ) -> TokenStore:
     """The samples of `sources` as tokens, from the folder `cache` if they are there, else read, checked and kept there.
 
-    `formats` are those the recipe reads; `revision` is of a tokenizer on the hub; `base` is where a template file is looked for.
-    A store is found again by the content of files (see `files.digest`), tokenizer and template, and by the settings that make a difference.
-    One that is not as it was written is made anew. `verify`: read all of it to find that out; False where another process has just done so.
-    `store.meta` has the counts, and in `notes` what the user should be told.
-    Raises InputError: the bad rows, a source of which no sample is left, data or a cache that
-    cannot be read or written.
+    `formats` are those the recipe reads; `revision` is of a tokenizer on the hub; `base` is where a template file is
+    looked for. A store is found again by the content of files (see `files.digest`), tokenizer and template, and by the
+    settings that make a difference. One that is not as it was written is made anew. `verify`: read all of it to find
+    that out; False where another process has just done so. `store.meta` has the counts, and in `notes` what the user
+    should be told. Raises InputError: the bad rows, a source of which no sample is left, data or a cache that cannot be
+    read or written.
     """
     from training.data.render import Renderer, load_tokenizer
     from training.data.token_store import TokenStore
@@ -180,7 +181,8 @@ def _existing(folder: Path, data: Data, verify: bool) -> TokenStore | None:
 
 
 def _usable(folder: Path, verify: bool) -> TokenStore | None:
-    """The store at `folder`. One that is damaged is removed, and a warning says so; one of a version without checksums is removed."""
+    """The store at `folder`. One that is damaged is removed, and a warning says so;
+    one of a version without checksums is removed."""
     from training.data.token_store import TokenStore
 
     if not folder.exists():
@@ -199,7 +201,8 @@ def _usable(folder: Path, verify: bool) -> TokenStore | None:
 
 
 def _remove(folder: Path, found: os.stat_result) -> None:
-    """Remove a store, unless another process has put another one in its place since it was found. Raises OSError if it cannot be removed."""
+    """Remove a store, unless another process has put another one in its place since it was found.
+    Raises OSError if it cannot be removed."""
     with suppress(FileNotFoundError):
         if os.path.samestat(folder.stat(), found):
             removed = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
@@ -214,7 +217,8 @@ def _changed(folder: Path, *, changed: bool, with_bos: bool) -> Path:
 
 
 def tokenizer_content(path: str, trust_remote_code: bool = False, revision: str | None = None) -> str:
-    """A hash of what the tokenizer does. Of a folder its files are read, which is quick; of a hub id what was loaded."""
+    """A hash of what the tokenizer does. Of a folder its files are read, which is quick;
+    of a hub id what was loaded."""
     if os.path.isdir(path):
         found = {file for pattern in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS) for file in Path(path).glob(pattern)}
         content = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in sorted(found)]
@@ -228,7 +232,8 @@ def tokenizer_content(path: str, trust_remote_code: bool = False, revision: str 
 
 
 def _key(sources: Sequence[Located], data: Data, formats: Sequence[str], words: str, base: Path, memo: Path) -> str:
-    """Names a store by everything that its tokens depend on, and nothing else: equal on every machine, wherever files lie."""
+    """Names a store by everything that its tokens depend on, and nothing else: equal
+    on every machine, wherever files lie."""
     content = [[files.digest(part, memo) for part in source.parts] for source in sources]
     template = [data.template, templates.load(data.template, base)]
     settings: list[Any] = [data.format, data.columns, list(formats), data.max_length, data.overlong]
@@ -376,12 +381,22 @@ def _turn_notes(meta: Meta, data: Data) -> list[str]:
         return [f"data.turns: {data.turns} changes nothing: it is for conversations whose answers are learned"]
     used = meta.rows - meta.dropped_bad
     if data.turns == "all" and meta.sequences > used:
-        return [f"the chat template rewrites earlier answers: {used:,} rows became {meta.sequences:,} samples, so that each is learned as it was given"]  # fmt: skip
+        return [
+            (
+                f"the chat template rewrites earlier answers: {used:,} rows became {meta.sequences:,} samples, so that "
+                "each is learned as it was given"
+            )
+        ]
     if not meta.left_out_answers:
         return []
     if data.turns == "last":
         return [f"{meta.left_out_answers:,} earlier answers are not learned (data.turns: last)"]
-    return [f"the chat template rewrites earlier answers of a conversation: {meta.left_out_answers:,} are not learned; data.turns: all learns each as it was given"]  # fmt: skip
+    return [
+        (
+            f"the chat template rewrites earlier answers of a conversation: {meta.left_out_answers:,} are not learned; "
+            "data.turns: all learns each as it was given"
+        )
+    ]
 
 
 def _raise_if_nothing_left(sources: Sequence[Located], meta: Meta, data: Data) -> None:

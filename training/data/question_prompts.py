@@ -1,4 +1,5 @@
-"""Checks, before anything runs, that the questions of a phase's evaluation can be put to its model. Results are cached."""
+"""Checks, before anything runs, that the questions of a phase's evaluation can be put
+to its model. Results are cached."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from typing import Any
 
 from training.config import Phase
 from training.data import files, questions
-from training.data.files import RowError
 from training.data.questions import Question
 from training.data.render import Renderer, Sample, tokenizer_for
+from training.data.row_errors import RowError
 from training.data.token_store import TokenStore
 from training.errors import InputError, Problem
 from training.io.disk_cache import load_or_compute
@@ -18,7 +19,8 @@ from training.model_folder import window_of
 
 
 def check(phase: Phase, train: TokenStore, cache: Path) -> list[str]:
-    """Notes on parts of the questions that the model does not see. Raises InputError with those that the chat template refuses, or that are too long.
+    """Notes on parts of the questions that the model does not see. Raises InputError with those
+    that the chat template refuses, or that are too long.
 
     `train`: what the phase trains on, whose tokenizer and template are those of the questions.
     """
@@ -58,16 +60,20 @@ def _why_not(rendered: Sample | RowError, window: int | None) -> str:
         return str(rendered)
     if window is None or len(rendered.ids) < window:
         return ""
-    return f"the question has {len(rendered.ids):,} tokens, the model has {window:,} positions for it and the response; shorten it"
+    return (
+        f"the question has {len(rendered.ids):,} tokens, the model has {window:,} positions for it and the response; "
+        "shorten it"
+    )
 
 
 def room_note(longest: int, window: int | None, max_new_tokens: int) -> list[str]:
-    """A note that responses end before `max_new_tokens`, if they do: generation never goes beyond a model's positions."""
+    """A note that responses end before `max_new_tokens`, if they do: generation never goes beyond
+    a model's positions."""
     if window is None or longest + max_new_tokens <= window:
         return []
     return [
-        f"the longest question has {longest:,} tokens, which leaves {window - longest:,} of the model's {window:,} positions to its response; "
-        f"max_new_tokens is {max_new_tokens:,}"
+        f"the longest question has {longest:,} tokens, which leaves {window - longest:,} of the model's {window:,} "
+        f"positions to its response; max_new_tokens is {max_new_tokens:,}"
     ]
 
 

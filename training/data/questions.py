@@ -10,9 +10,10 @@ from typing import Any
 
 from training.config import Phase
 from training.data import files
-from training.data.files import Located, Row, RowError, describe
+from training.data.files import Located, Row, describe
 from training.data.final_answers import as_verdict, expected_answer
 from training.data.formats import Chat, Parser, Prompt, critique_request
+from training.data.row_errors import RowError
 from training.errors import InputError, Problem
 
 QUESTION = ("question", "problem", "prompt", "instruction")
@@ -108,7 +109,8 @@ def _row_value(read: Row) -> Mapping[str, Any]:
 
 
 def question_text(row: Mapping[str, Any], names: tuple[str, ...] = QUESTION) -> str:
-    """The question of a row that has it as text: of an instruction with its input, as rows to learn from have it. Raises RowError."""
+    """The question of a row that has it as text: of an instruction with its input,
+    as rows to learn from have it. Raises RowError."""
     text = column(row, "question", names)
     is_instruction = next(name for name in names if row.get(name) is not None) == "instruction"
     extra = row.get("input") if is_instruction else None

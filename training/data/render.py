@@ -1,7 +1,8 @@
 """From an example to token ids and a target mask, with a Hugging Face fast tokenizer. Knows no file and no store.
 
-This is the one definition of a sequence: training, evaluation, PPO, reward models, `generate` and `critique` all render here. A plain text
-begins with what `tokenizer(text)` puts before it (BOS) and ends with one EOS; a conversation is what the chat template writes, and nothing else.
+This is the one definition of a sequence: training, evaluation, PPO, reward models, `generate` and `critique` all render
+here. A plain text begins with what `tokenizer(text)` puts before it (BOS) and ends with one EOS; a conversation is what
+the chat template writes, and nothing else.
 
 A target is a token that is learnt as a label. The mask comes from positions in the text, never from token ids, so a pad
 token that equals the EOS token does no harm. The first token of a sample is never a target: nothing predicts it.
@@ -25,8 +26,9 @@ from numpy.typing import NDArray
 from training.config import Model
 from training.data import templates
 from training.data.conversations import Conversations, Turns, Written
-from training.data.files import RowError, one_line
+from training.data.files import one_line
 from training.data.formats import EOS, Answer, Chat, Example, Pair, Prompt, PromptCompletion, Text
+from training.data.row_errors import RowError
 from training.data.turn_end import turn_end
 from training.data.vocabulary import rows_for
 from training.errors import InputError
@@ -46,8 +48,8 @@ class Sample(NamedTuple):
     ids: NDArray[np.uint32]
     """[T] token ids."""
     targets: NDArray[np.bool_]
-    """[T] whether the token is learnt; targets[0] is False. Of a pair the last token of each of its two sequences is marked
-    instead, of a prompt its last."""
+    """[T] whether the token is learnt; targets[0] is False. Of a pair the last token of each of its two sequences is
+    marked instead, of a prompt its last."""
     margin: float = 0.0
     """Of a pair."""
     left_out: int = 0
@@ -119,8 +121,9 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 class Renderer:
     """Renders examples with one tokenizer and the settings `data.template` and `data.bos`.
 
-    `in_turns`: a prompt that is a text becomes a user's turn; so it does under any template that is named, and under `tokenizer`.
-    `notes` collects, once each, what a user should know of. Raises InputError for a template that cannot be found or read.
+    `in_turns`: a prompt that is a text becomes a user's turn; so it does under any template that is named, and under
+    `tokenizer`. `notes` collects, once each, what a user should know of. Raises InputError for a template that cannot
+    be found or read.
     """
 
     def __init__(
@@ -156,7 +159,8 @@ class Renderer:
             self._check_syntax(self._named)
 
     def render(self, examples: Sequence[Example]) -> list[Sample | RowError]:
-        """One sample, or the reason why there is none, for every example. Large batches are fast: Rust tokenizes them."""
+        """One sample, or the reason why there is none, for every example.
+        Large batches are fast: Rust tokenizes them."""
         kinds: dict[type, Callable[[list[Any]], list[Sample | RowError]]]
         kinds = {
             Text: self._texts,
@@ -189,7 +193,8 @@ class Renderer:
             return True
 
     def samples(self, examples: Sequence[Example]) -> list[list[Sample] | RowError]:
-        """All samples of every example, or the reason why there are none: of conversations with `turns: all` it may be several."""
+        """All samples of every example, or the reason why there are none: of conversations
+        with `turns: all` it may be several."""
         examples = [self._as_chat(example) for example in examples]
         chats = [example for example in examples if isinstance(example, Chat)]
         rendered = iter(self.render([example for example in examples if not isinstance(example, Chat)]))
@@ -210,9 +215,11 @@ class Renderer:
     def judged(
         self, prompts: Sequence[Prompt], responses: Sequence[str], ended: Sequence[bool]
     ) -> list[Sample | RowError]:
-        """What a reward model reads of responses, judged at the last token: the sequence that a pair of its training would hold.
+        """What a reward model reads of responses, judged at the last token: the sequence
+        that a pair of its training would hold.
 
-        A response that was cut off (not `ended`) stands there without the end that it does not have: the prompt, and the tokens of its text.
+        A response that was cut off (not `ended`) stands there without the end that it does not have: the prompt,
+        and the tokens of its text.
         """
         asked = list(zip(prompts, responses, ended, strict=True))
         whole = iter(self._whole([_answered(prompt, response) for prompt, response, is_whole in asked if is_whole]))
@@ -220,7 +227,8 @@ class Renderer:
         return [next(whole) if is_whole else next(cut) for _, _, is_whole in asked]
 
     def _whole(self, answers: Sequence[Answer]) -> list[Sample | RowError]:
-        """Answers without a mask. One whose tokens the template does not show apart from its prompt is the text that the template writes."""
+        """Answers without a mask. One whose tokens the template does not show apart from its prompt is the text
+        that the template writes."""
         rendered = self.render(answers)
         for place, each in enumerate(rendered):
             chat = self._as_chat(answers[place])
@@ -271,8 +279,8 @@ class Renderer:
     def _completions(self, pairs: Sequence[PromptCompletion]) -> list[Sample | RowError]:
         """Prompt + completion + EOS. The prompt's tokens are those that inference sees.
 
-        The two texts are tokenized as one. Where that changes the prompt's own tokens, because a token would straddle the
-        boundary, prompt and completion are tokenized apart.
+        The two texts are tokenized as one. Where that changes the prompt's own tokens, because a token would straddle
+        the boundary, prompt and completion are tokenized apart.
         """
         self._note_unused_template()
         prompts = self._ids([pair.prompt for pair in pairs])
@@ -296,7 +304,8 @@ class Renderer:
         return Sample(ids_T, np.arange(len(ids_T)) >= max(learnt_from + len(begun) - len(ids), 1))
 
     def _begun(self, ids: list[int]) -> list[int]:
-        """The tokens of a plain text behind what `tokenizer(text)` puts before it, once: some rows begin with BOS as text."""
+        """The tokens of a plain text behind what `tokenizer(text)` puts before it,
+        once: some rows begin with BOS as text."""
         self.has_written_plain = True
         if not self._prefix:
             return ids
@@ -308,8 +317,9 @@ class Renderer:
     def _note_unused_template(self) -> None:
         if self._setting == "auto" and not self.in_turns and self.tokenizer.chat_template:
             self._note(
-                "the tokenizer has a chat template, and these prompts are plain texts, which go without it; data.template: tokenizer makes "
-                "them turns of a conversation, none leaves them as they are without this note"
+                "the tokenizer has a chat template, and these prompts are plain texts, which go without it; "
+                "data.template: tokenizer makes them turns of a conversation, none leaves them as they are without "
+                "this note"
             )
 
     def _pairs(self, pairs: Sequence[Pair]) -> list[Sample | RowError]:
@@ -357,7 +367,8 @@ class Renderer:
     # ── chats ──
 
     def _as_chat(self, example: Example) -> Example:
-        """Prompts that are texts, with their answers if they have one, are a conversation where a prompt is a user's turn."""
+        """Prompts that are texts, with their answers if they have one,
+        are a conversation where a prompt is a user's turn."""
         is_prompt = isinstance(example, Prompt) and isinstance(example.content, str)
         if not (is_prompt or isinstance(example, PromptCompletion)):
             return example
@@ -365,8 +376,8 @@ class Renderer:
         if not self.in_turns:
             if example.system:
                 self._note(
-                    "column `system` is not read: plain texts have no place for it; data.template: tokenizer, or one that is named, "
-                    "puts the rows into turns, with it"
+                    "column `system` is not read: plain texts have no place for it; data.template: tokenizer, or one "
+                    "that is named, puts the rows into turns, with it"
                 )
             return example
         if example.system:
@@ -398,9 +409,9 @@ class Renderer:
     def _masked(self, written: Written, encoding: Any) -> Sample:
         """A token is learnt if it starts inside a span.
 
-        As for pairs, the prompt's tokens are those that inference sees: where a token would straddle the start of a span,
-        the text is cut there and the parts are tokenized apart. (With offsets that leave out spaces, a token of spaces
-        only is an empty range at its end; `ends > start` keeps such a one, just before a span, out of it.)
+        As for pairs, the prompt's tokens are those that inference sees: where a token would straddle the start of a
+        span, the text is cut there and the parts are tokenized apart. (With offsets that leave out spaces, a token of
+        spaces only is an empty range at its end; `ends > start` keeps such a one, just before a span, out of it.)
         """
         text, spans, left_out = written
         ids, starts, ends = encoding.ids, *_offsets(encoding)
@@ -473,7 +484,10 @@ def _own_template(tokenizer: Any, tools: list[dict[str, Any]] | None) -> str:
         return str(tokenizer.get_chat_template(None, tools))
     except ValueError as error:
         names = ", ".join(sorted(tokenizer.chat_template)) if isinstance(tokenizer.chat_template, dict) else "none"
-        message = f"the tokenizer has chat templates of the names {names} and no default; save one of them as a Jinja file and name that"
+        message = (
+            f"the tokenizer has chat templates of the names {names} and no default; save one of them as a Jinja file "
+            "and name that"
+        )
         raise InputError.of("", message, what="data.template") from error
 
 
@@ -536,9 +550,9 @@ def _with_fixed_date(template: str) -> str:
 def fitted(sample: Sample, max_length: int, overlong: str) -> list[Sample]:
     """The samples of at most `max_length` tokens that a sample gives: itself, if it is not longer.
 
-    A longer one: none if `overlong` is `drop`; its beginning if it is `truncate`, without an EOS that was not there, perhaps
-    without targets; all of it in pieces if it is `split`, each beginning with the last token of the one before, so that
-    every target is learnt once.
+    A longer one: none if `overlong` is `drop`; its beginning if it is `truncate`, without an EOS that was not there,
+    perhaps without targets; all of it in pieces if it is `split`, each beginning with the last token of the one before,
+    so that every target is learnt once.
     """
     if len(sample.ids) <= max_length:
         return [sample]
@@ -551,5 +565,6 @@ def fitted(sample: Sample, max_length: int, overlong: str) -> list[Sample]:
 
 
 def fitted_pair(sample: Sample, max_length: int) -> list[Sample]:
-    """The pair, unless one of its sequences is longer than `max_length`: a cut answer would be judged by its beginning."""
+    """The pair, unless one of its sequences is longer than `max_length`: a cut answer would be
+    judged by its beginning."""
     return [sample] if max(map(len, sides_of(sample.ids, sample.targets))) <= max_length else []

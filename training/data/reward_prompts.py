@@ -1,4 +1,5 @@
-"""Checks, before anything runs, that the prompts of PPO can be put to its reward models, and that the critic reads the policy's tokens. Results are cached."""
+"""Checks, before anything runs, that the prompts of PPO can be put to its reward models, and that the critic reads the
+policy's tokens. Results are cached."""
 
 from __future__ import annotations
 
@@ -8,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from training.config import PPO, Model
-from training.data.files import RowError
 from training.data.formats import Parser, Prompt
 from training.data.prepare import tokenizer_content
 from training.data.render import Sample, load_tokenizer, same_tokens, tokenizer_for
+from training.data.row_errors import RowError
 from training.data.token_store import TokenStore
 from training.errors import InputError, Problem
 from training.io.disk_cache import load_or_compute
-from training.model_folder import facts_in, has_tokenizer, tokenizer_of, window_of
+from training.model_folder import has_tokenizer, recorded_info, tokenizer_of, window_of
 
 _SHOWN = 5
 """Prompts that are refused, of each reward model."""
@@ -27,8 +28,8 @@ RESPONSE = "Yes"
 def check(phase: PPO, prompts: TokenStore, cache: Path) -> list[str]:
     """Notes on how reward models are given the prompts.
 
-    Raises InputError with prompts that their templates refuse, with those that are too long for them, and for a critic that would start from a
-    model of another tokenizer. Models that are not in a folder here are not looked at.
+    Raises InputError with prompts that their templates refuse, with those that are too long for them, and for a critic
+    that would start from a model of another tokenizer. Models that are not in a folder here are not looked at.
     """
     notes: list[str] = []
     problems = _critic_problems(phase, cache)
@@ -71,8 +72,8 @@ def _critic_problems(phase: PPO, cache: Path) -> list[Problem]:
         return []
     start = starts[0] if phase.critic else f"the reward model {starts[0]}"
     message = (
-        f"the critic starts from {start}, whose tokenizer is not the policy's: it would read the policy's tokens as others; set "
-        "critic to a model that has the policy's tokenizer"
+        f"the critic starts from {start}, whose tokenizer is not the policy's: it would read the policy's tokens as "
+        "others; set critic to a model that has the policy's tokenizer"
     )
     return [Problem("", "critic", message)]
 
@@ -94,7 +95,12 @@ def _same_tokens(path: str, phase: PPO, cache: Path) -> bool:
 
 def _findings(path: str, phase: PPO, prompts: TokenStore, cache: Path) -> dict[str, Any]:
     """`notes`, `refused` prompts with the reasons, and the tokens of the `longest`."""
-    key = [prompts.folder.name, phase.data.columns, tokenizer_content(tokenizer_of(Model(path=path))), facts_in(path)]
+    key = [
+        prompts.folder.name,
+        phase.data.columns,
+        tokenizer_content(tokenizer_of(Model(path=path))),
+        recorded_info(path),
+    ]
     result: dict[str, Any] = load_or_compute(cache, "reward_prompts", key, lambda: _inspect(path, phase, prompts))
     return result
 

@@ -1,7 +1,7 @@
 """What a reward function can be given, and what it asks for: read from its source, without running it. Free of torch.
 
-A function is called by keyword, as TRL calls its own: `prompts`, `completions`, `completion_ids`, and every other column of the
-prompts. Source: https://huggingface.co/docs/trl/grpo_trainer#using-a-custom-reward-function
+A function is called by keyword, as TRL calls its own: `prompts`, `completions`, `completion_ids`, and every other
+column of the prompts. Source: https://huggingface.co/docs/trl/grpo_trainer#using-a-custom-reward-function
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def notes(phase: PPO, prompts: TokenStore) -> list[str]:
     found = []
     if taken := [f"`{name}`" for name in RESERVED if name != column and any(name in row for row in rows)]:
         found.append(
-            f"reward functions do not see the data's columns {', '.join(taken)}: arguments have these names; rename a column "
-            "to use it"
+            f"reward functions do not see the data's columns {', '.join(taken)}: arguments have these names; rename a "
+            "column to use it"
         )
     if any(is_conversation(row.get(column)) for row in rows):
         found.append(

@@ -1,7 +1,7 @@
 """Folders that `save_to_disk` of the library `datasets` wrote: which files hold the rows. Knows no file system.
 
-A Dataset is a folder with state.json, dataset_info.json and the Arrow files that state.json names; a DatasetDict is a folder with
-dataset_dict.json and a folder for each split. Source: datasets.arrow_dataset, datasets.dataset_dict.
+A Dataset is a folder with state.json, dataset_info.json and the Arrow files that state.json names; a DatasetDict is a
+folder with dataset_dict.json and a folder for each split. Source: datasets.arrow_dataset, datasets.dataset_dict.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Folder(Protocol):
 
 
 def files_in(folder: Folder, split: str) -> list[str] | None:
-    """The files with the rows of a split, in order, by their path in the folder; None if `save_to_disk` did not write it.
+    """The files with the rows of a split, in order, by their path in the folder;
+    None if `save_to_disk` did not write it.
 
     Of a folder that holds one data set without splits, `split` must be "", "train" or the split that it was made from.
     Raises RowError for a split that there is not, and for rows that cannot be read from there.
@@ -73,7 +74,8 @@ def _arrow_files(folder: Folder, inside: str) -> list[str]:
     )
     if not names or not all(name.endswith(".arrow") and "/" not in name and is_below(name) for name in names):
         raise RowError(
-            f"written by save_to_disk, and {inside}{STATE} names no Arrow files; write it as Parquet: ds.to_parquet(...)"
+            f"written by save_to_disk, and {inside}{STATE} names no Arrow files; write it as Parquet: "
+            "ds.to_parquet(...)"
         )
     if lost := sorted(set(names) - set(folder.names(inside))):
         raise RowError(f"written by save_to_disk, and {inside}{lost[0]} is not there; copy the folder again")

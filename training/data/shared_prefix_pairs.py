@@ -1,19 +1,21 @@
 """Pairs as trees: what both sequences of a pair begin with stands in their row once, and is computed once.
 
-Two answers to one question share the question. Where attention takes a mask, both can look back at one copy of it, and no
-number changes: what stands before a token is the same, and so is its position. (Prefix sharing, arXiv:2410.20305, with a dense mask; decision 20.)
+Two answers to one question share the question. Where attention takes a mask, both can look back at one copy of it, and
+no number changes: what stands before a token is the same, and so is its position. (Prefix sharing, arXiv:2410.20305,
+with a dense mask; decision 20.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Pair = tuple[NDArray, NDArray]
+Pair = tuple[NDArray[Any], NDArray[Any]]
 """Token ids of the chosen and of the rejected sequence."""
 
 _BRANCHES = 3
@@ -24,8 +26,8 @@ _PADDING = -1
 def trees(rows: Sequence[Sequence[Pair]]) -> dict[str, Tensor | None]:
     """The micro-batch for P pairs in R rows of L places, at least one pair.
 
-    input_ids, position_ids and branches [R, L]; last_index [2 P]: places, in the flattened rows, of the last tokens of chosen,
-    rejected, chosen, ... `branches` tells apart, for `mask_of`, the pairs of a row and the parts of a pair.
+    input_ids, position_ids and branches [R, L]; last_index [2 P]: places, in the flattened rows, of the last tokens of
+    chosen, rejected, chosen, ... `branches` tells apart, for `mask_of`, the pairs of a row and the parts of a pair.
     """
     parts = [[_parts(*pair) for pair in row] for row in rows]
     length = max(sum(map(len, _flat(row))) for row in parts)
@@ -52,13 +54,14 @@ def trees(rows: Sequence[Sequence[Pair]]) -> dict[str, Tensor | None]:
 
 
 def mask_of(branches: Tensor) -> Tensor:
-    """What may look where: at what stands before it in its own branch and in the trunk of its pair. [R, L] -> [R, 1, L, L] bool"""
+    """What may look where: at what stands before it in its own branch and in the trunk of its pair.
+    [R, L] -> [R, 1, L, L] bool"""
     query, key = branches[:, :, None], branches[:, None, :]
     same_pair = query // _BRANCHES == key // _BRANCHES
     return (same_pair & ((key % _BRANCHES == 0) | (key == query))).tril()[:, None]
 
 
-def _parts(chosen: NDArray, rejected: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+def _parts(chosen: NDArray[Any], rejected: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """What both begin with, and the rest of each, which is not empty."""
     most = min(len(chosen), len(rejected)) - 1
     differ = np.flatnonzero(chosen[:most] != rejected[:most])
@@ -66,5 +69,5 @@ def _parts(chosen: NDArray, rejected: NDArray) -> tuple[NDArray, NDArray, NDArra
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _flat(row: Sequence[tuple[NDArray, NDArray, NDArray]]) -> list[NDArray]:
+def _flat(row: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]) -> list[NDArray[Any]]:
     return [part for pair in row for part in pair]

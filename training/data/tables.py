@@ -1,6 +1,7 @@
 """Rows of CSV, TSV and Arrow files, one after the other; memory does not grow with the file.
 
-A cell of CSV or TSV is text, whatever it looks like: 007 is not 7. Only a cell that holds messages as JSON becomes those messages.
+A cell of CSV or TSV is text, whatever it looks like: 007 is not 7.
+Only a cell that holds messages as JSON becomes those messages.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def _header(cells: list[str], separator: str, line: int) -> list[str]:
     """The names of the columns. Raises UnreadableFile if they cannot be those of rows."""
     if len(cells) == 1 and (other := next((one for one in SEPARATORS if one in cells[0]), None)):
         raise UnreadableFile(
-            f"the header is one column, `{cells[0]}`: the fields seem to be separated by {SEPARATORS[other]}, and are read as "
-            f"separated by {SEPARATORS[separator]}; .csv files need commas, .tsv files tabs",
+            f"the header is one column, `{cells[0]}`: the fields seem to be separated by {SEPARATORS[other]}, and are "
+            f"read as separated by {SEPARATORS[separator]}; .csv files need commas, .tsv files tabs",
             line,
         )
     if _not_utf8(cells):

@@ -1,7 +1,8 @@
 """Chat templates that come with Muster, for tokenizers that bring none, and the reading of template files.
 
 They are Jinja, as in Hugging Face tokenizers. Every one renders a conversation as a continuation of its own generation
-prompt and ends assistant turns with a token that generation can stop at, so that what is learnt is what is asked for later.
+prompt and ends assistant turns with a token that generation can stop at,
+so that what is learnt is what is asked for later.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ PLAIN = r"""
 {%- if add_generation_prompt -%}{{- 'Assistant:\n' -}}{%- endif -%}
 """
 
-CHATML = r"""
+CHATML = (
+    r"""
 {%- if tools -%}
-{{- '<|im_start|>system\nYou may call these functions. A call is {"name": ..., "arguments": {...}} between <tool_call> and </tool_call>.\n' -}}
+{{- '<|im_start|>system\nYou may call these functions. A call is {"name": ..., "arguments": {...}} """
+    r"""between <tool_call> and </tool_call>.\n' -}}
 {{- '<tools>\n' + (tools | tojson) + '\n</tools><|im_end|>\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
@@ -56,6 +59,7 @@ CHATML = r"""
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
+)
 
 LLAMA2 = (
     _SPLIT_SYSTEM
@@ -78,10 +82,9 @@ LLAMA2 = (
 )
 
 ALPACA = (
-    _SPLIT_SYSTEM
-    + _REFUSE_TOOLS
-    + r"""
-{{- bos_token ~ (system or 'Below is an instruction that describes a task. Write a response that appropriately completes the request.') ~ '\n\n' -}}
+    _SPLIT_SYSTEM + _REFUSE_TOOLS + r"""
+{{- bos_token ~ (system or 'Below is an instruction that describes a task. """
+    r"""Write a response that appropriately completes the request.') ~ '\n\n' -}}
 {%- for message in turns -%}
 {%- if message.role == 'user' -%}
 {{- '### Instruction:\n' + message.content + '\n\n' -}}
@@ -96,7 +99,8 @@ ALPACA = (
 )
 
 _FAMILIES = Path(__file__).parent / "chat_templates"
-"""The templates of model families, with the answers marked for training. Each renders what the template of the models named in it renders."""
+"""The templates of model families, with the answers marked for training.
+Each renders what the template of the models named in it renders."""
 
 TEMPLATES = {"plain": PLAIN, "chatml": CHATML, "llama2": LLAMA2, "alpaca": ALPACA}
 TEMPLATES |= {

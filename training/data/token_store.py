@@ -127,7 +127,8 @@ class TokenStore:
     """A store opened for reading. Safe to open in many processes and to pickle."""
 
     def __init__(self, folder: Path):
-        """Raises FileNotFoundError if there is no store, ValueError if a file of it has been cut short, or meta.json changed."""
+        """Raises FileNotFoundError if there is no store, ValueError
+        if a file of it has been cut short, or meta.json changed."""
         self.folder = folder
         entries = json.loads((folder / META).read_text(encoding="utf-8"))
         self.meta = Meta(**entries)
@@ -143,7 +144,8 @@ class TokenStore:
         return cls(folder)
 
     def verify(self) -> None:
-        """Reads every file. Raises ValueError unless all of them are as they were written, OSError if one cannot be read."""
+        """Reads every file. Raises ValueError unless all of them are as they were written,
+        OSError if one cannot be read."""
 
         def verify(name: str) -> None:
             if _checksum_of_file(self.folder / name) != self.meta.checksums[name]:
@@ -191,7 +193,8 @@ class TokenStore:
         if not self.meta.tokens or -1 < self.meta.largest_id < first:
             return []
         tokens = self._arrays["tokens"]
-        return np.unique(tokens[tokens >= first]).tolist()
+        ids: list[int] = np.unique(tokens[tokens >= first]).tolist()
+        return ids
 
     @property
     def source_sizes(self) -> list[int]:
@@ -213,7 +216,8 @@ class TokenStore:
         """The row of a prompt, as it was read."""
         ends = self._arrays["row_ends"]
         here = slice(ends[index - 1] if index else 0, ends[index])
-        return json.loads(self._arrays["rows"][here].tobytes())
+        row: dict[str, Any] = json.loads(self._arrays["rows"][here].tobytes())
+        return row
 
 
 class _File:
@@ -295,10 +299,11 @@ class StoreWriter:
 
 @contextmanager
 def create(folder: Path, sources: int) -> Iterator[StoreWriter]:
-    """A writer whose store stands at `folder`, or at the `destination` that it is given, when the block ends without an error; else nothing is
-    left.
+    """A writer whose store stands at `folder`, or at the `destination` that it is given, when the block ends without an
+    error; else nothing is left.
 
-    Two processes may create the same store at once: each writes beside, the first rename wins, and the stores are equal.
+    Two processes may create the same store at once: each writes beside,
+    the first rename wins, and the stores are equal.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep_unfinished(folder.parent)

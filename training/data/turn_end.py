@@ -1,4 +1,5 @@
-"""Which tokens end a response: found in what the renderer writes behind an answer, not in the name of the tokenizer's EOS."""
+"""Which tokens end a response: found in what the renderer writes behind an answer,
+not in the name of the tokenizer's EOS."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from training.data.conversations import Conversations
-from training.data.files import RowError
 from training.data.formats import Chat, Message
+from training.data.row_errors import RowError
 
 if TYPE_CHECKING:
     from training.data.render import Renderer, Sample
@@ -52,7 +53,8 @@ def _answers(renderer: Renderer, **keys: str) -> list[Sample | RowError]:
 
 
 def _after_calls(renderer: Renderer) -> int | None:
-    """The special token that a turn which calls a tool is learned to end with; None if there is none, or no tools at all."""
+    """The special token that a turn which calls a tool is learned to end with;
+    None if there is none, or no tools at all."""
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}, "id": "abcdefghi"}
     parameters: dict[str, Any] = {"type": "object", "properties": {}}
     tools = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": parameters}}]
@@ -82,7 +84,8 @@ def _common_end(first: list[int], second: list[int]) -> list[int]:
 
 
 def _in_tokens(tokenizer: Any, behind: list[int], targets: list[bool]) -> TurnEnd:
-    """`behind`: the tokens behind an answer, with the white space that is not learnt; `targets`: what is learnt of the whole."""
+    """`behind`: the tokens behind an answer, with the white space that is not learnt;
+    `targets`: what is learnt of the whole."""
     learnt = targets[len(targets) - len(behind) :]
     closing = [token for token, is_learnt in zip(behind, learnt, strict=True) if is_learnt]
     special = _special(tokenizer)
@@ -92,19 +95,24 @@ def _in_tokens(tokenizer: Any, behind: list[int], targets: list[bool]) -> TurnEn
     text = tokenizer.decode(behind).strip()
     if token is not None:
         return TurnEnd(
-            token, f"the chat template ends an answer with {text!r}, which it does not mark as part of the answer, so nothing teaches the "
+            token,
+            f"the chat template ends an answer with {text!r}, which it does not mark as part of the answer, so nothing "
+            "teaches the "
             "model to stop; put it inside {% generation %}",
-        )  # fmt: skip
+        )
     if not closing:
         return TurnEnd(None, "the chat template writes nothing behind an answer, so nothing teaches the model to stop")
     return TurnEnd(
-        None, f"the tokenizer has no token {text}, which the chat template ends an answer with: it becomes {len(closing)} tokens, and "
-        f"generation cannot stop at it, only at {tokenizer.eos_token}; add the token to the tokenizer, or name another template",
-    )  # fmt: skip
+        None,
+        f"the tokenizer has no token {text}, which the chat template ends an answer with: it becomes {len(closing)} "
+        f"tokens, and generation cannot stop at it, only at {tokenizer.eos_token}; add the token to the tokenizer, or "
+        "name another template",
+    )
 
 
 def stop_tokens(renderer: Renderer, generation: Any = None, *, chats: bool, known: Iterable[int] = ()) -> list[int]:
-    """The tokens that end a response: those of the model's generation settings, the tokenizer's EOS, with `chats` the end of a turn.
+    """The tokens that end a response: those of the model's generation settings, the tokenizer's EOS,
+    with `chats` the end of a turn.
 
     `known` are added to them. Each once, in this order.
     """

@@ -1,4 +1,5 @@
-"""Columns and keys of rows that look as if they decide what is learned but that nothing reads: what to say of them, once a data set.
+"""Columns and keys of rows that look as if they decide what is learned but that nothing reads: what
+to say of them, once a data set.
 
 Columns that are plainly metadata (id, source, scores) are not mentioned.
 """
@@ -20,18 +21,29 @@ _BY_COLUMN = {
 """What other tools call a column of the formats."""
 
 _ADVICE = {
-    _LEAVE_OUT: ("mask", "masked", "loss_mask", "train_mask", "train_on_turn", "train_on_inputs", "train", "loss", "is_train"),
+    _LEAVE_OUT: (
+        "mask",
+        "masked",
+        "loss_mask",
+        "train_mask",
+        "train_on_turn",
+        "train_on_inputs",
+        "train",
+        "loss",
+        "is_train",
+    ),
     _THOUGHTS: ("thinking", "reasoning", "reasoning_content", "thought", "thoughts", "chain_of_thought"),
     _MEDIA: ("image", "images", "video", "videos", "audio", "audios"),
     "sources are weighted by `{path, weight}` in data.train, rows cannot be": ("weight", "weights", "sample_weight"),
     "a label does not change what is learned": ("label",),
     "the row holds two forms; set data.format to choose": ("messages", "conversations"),
     "it is no part of the prompt": ("context", "input", "instruction", "question", "query"),
-}  # fmt: skip
+}
 _COLUMNS = {name: advice for advice, names in _ADVICE.items() for name in names}
 _COLUMNS |= {name: "" for column, names in _BY_COLUMN.items() for name in (column, *names)}
 _FLAGS = {*_ADVICE[_LEAVE_OUT], "label"}
-"""Columns that mean something if they hold switches; as numbers or texts they are metadata (a loss that was measured)."""
+"""Columns that mean something if they hold switches; as numbers
+or texts they are metadata (a loss that was measured)."""
 _OTHER_FORMS = ("messages", "conversations")
 """Columns that hold the whole row in another form."""
 _PROMPTS = ("context", "input", "instruction", "question", "query")
@@ -43,7 +55,8 @@ _MESSAGE_KEYS = {
 
 
 def unread_columns(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> list[str]:
-    """What to say of the columns of a row that are not read. `columns`: the format's names and what the data call them."""
+    """What to say of the columns of a row that are not read. `columns`: the format's names
+    and what the data call them."""
     if format == "text" or _COLUMNS.keys().isdisjoint(row):  # what stands beside a document is metadata
         return []
     unread = (row.keys() & _COLUMNS.keys()) - set(columns.values())

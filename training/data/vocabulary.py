@@ -1,7 +1,8 @@
 """Tokenizer and embedding: token ids that the embedding has no row for, and an embedding that grows for added tokens.
 
-New rows begin as the mean of the others, of the embedding and of the head alike: the first probabilities of the old tokens stay nearly what
-they were (https://nlp.stanford.edu/~johnhew/vocab-expansion.html), and no random number is needed, so all workers begin with the same rows.
+New rows begin as the mean of the others, of the embedding and of the head alike: the first probabilities of the old
+tokens stay nearly what they were (https://nlp.stanford.edu/~johnhew/vocab-expansion.html), and no random number is
+needed, so all workers begin with the same rows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _SHOWN = 4
 
 
 def embedding_rows(path: str) -> int | None:
-    """Rows of the embedding of the model in a folder, or of the one that an adapter brings. None: not known, as of a hub id."""
+    """Rows of the embedding of the model in a folder, or of the one that an adapter brings.
+    None: not known, as of a hub id."""
     adapter = adapter_in(path)
     if adapter is not None and adapter.embedding_rows is not None:
         return adapter.embedding_rows
@@ -40,7 +42,8 @@ def rows_for(tokenizer: Any) -> int:
 
 
 def check_tokens(phase: Phase, stores: Iterable[TokenStore | None], rows: int | None) -> None:
-    """Raises InputError if tokens of the data have no row in an embedding of so many rows (None: not known), which does not grow."""
+    """Raises InputError if tokens of the data have no row in an embedding of so many rows
+    (None: not known), which does not grow."""
     if rows is None or phase.model.resize_embedding == "auto":
         return
     beyond = sorted({number for store in stores if store is not None for number in store.ids_from(rows)})
@@ -50,8 +53,8 @@ def check_tokens(phase: Phase, stores: Iterable[TokenStore | None], rows: int | 
             "",
             f"the data have tokens of {named} that the embedding of {phase.model.path} has no row for: "
             f"{_named(phase.model, beyond)}; the embedding has {rows:,} rows, ids 0 to {rows - 1:,}. Set "
-            "model.resize_embedding: auto to add and train rows for them, or set model.tokenizer to the tokenizer that the "
-            "model was trained with",
+            "model.resize_embedding: auto to add and train rows for them, or set model.tokenizer to the tokenizer "
+            "that the model was trained with",
             "model.tokenizer" if phase.model.tokenizer else "model.path",
         )
 
@@ -65,10 +68,16 @@ def notes(phase: Phase, needed: int) -> list[str]:
     if model.resize_embedding == "auto":
         trained = "; embedding and head are trained whole beside the adapters" if model.lora is not None else ""
         return [
-            f"the embedding grows from {rows:,} to {needed:,} rows, for {some}: the new rows begin as the mean of the others{trained}"
+            (
+                f"the embedding grows from {rows:,} to {needed:,} rows, for {some}: the new rows begin as the mean of "
+                f"the others{trained}"
+            )
         ]
     return [
-        f"the tokenizer has tokens that the embedding of {rows:,} rows has no row for: {some}; none of them occurs in the data"
+        (
+            f"the tokenizer has tokens that the embedding of {rows:,} rows has no row for: {some}; none of them occurs "
+            "in the data"
+        )
     ]
 
 
@@ -79,13 +88,14 @@ def beyond(ids: Iterable[int], rows: int | None, tokenizer: Any = None) -> str |
         return None
     some = _listed(odd, tokenizer.convert_ids_to_tokens(odd[:_SHOWN]) if tokenizer is not None else None)
     return (
-        f"the model's embedding has {rows:,} rows and none for {some}; use the tokenizer that the model was trained with, or train "
-        "the model with model.resize_embedding: auto"
+        f"the model's embedding has {rows:,} rows and none for {some}; use the tokenizer that the model was trained "
+        "with, or train the model with model.resize_embedding: auto"
     )
 
 
 def grow(lm: Any, rows: int) -> bool:
-    """Give the embedding and the head so many rows, if they have fewer; whether they had. ZeRO-3 may have sharded the model."""
+    """Give the embedding and the head so many rows, if they have fewer; whether they had.
+    ZeRO-3 may have sharded the model."""
     before = _shape(lm.get_input_embeddings().weight)[0]
     if rows <= before:
         return False

@@ -1,4 +1,5 @@
-"""Evaluation in short calls: between two of them a checkpoint is committed, or the evaluation ends because the run is to stop."""
+"""Evaluation in short calls: between two of them a checkpoint is committed,
+or the evaluation ends because the run is to stop."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ TARGET_S = 2.0
 
 
 def is_evaluated_at(phase: Phase, step: int) -> bool:
-    """Whether a step that is not the last is evaluated: as `eval_every` says, or because the best checkpoint is chosen by that."""
+    """Whether a step that is not the last is evaluated: as `eval_every` says,
+    or because the best checkpoint is chosen by that."""
     for_choice = phase.save_period if phase.checkpoint.best is not None else None
     return any(step % period == 0 for period in (phase.eval_every, for_choice) if period is not None)
 
@@ -29,7 +31,8 @@ class Interrupted(Exception):
 def answered(
     group: Group, hooks: Hooks, step: int, between: Callable[[], None]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """What the responses to the questions of `phase.eval` are measured as, and how fast they came; they are written down.
+    """What the responses to the questions of `phase.eval` are measured as,
+    and how fast they came; they are written down.
 
     `between` two calls is done between them. Raises Interrupted.
     """

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from training.checkpoint.repository import OpenCheckpoints
-from training.phase_info import Facts
-from training.storage import Place
+from training.phase_info import PhaseInfo
+from training.storage import StoragePath
 
 
 class Hooks(Protocol):
@@ -20,9 +20,10 @@ class Hooks(Protocol):
     resume_at: int | None
     """Step of the checkpoint to go on from, 0 for the beginning; None for the newest whole one."""
     accepted_before: int
-    """Checkpoints of attempts before this one may be of another job or other data: the user wants to go on with them."""
+    """Checkpoints of attempts before this one may be of another job
+    or other data: the user wants to go on with them."""
 
-    profiles: Place
+    profiles: StoragePath
     """Folder of what profiled steps leave."""
 
     skipped: frozenset[int]
@@ -48,7 +49,7 @@ class Hooks(Protocol):
         """How much of the memory of its GPU each worker has taken at most, in rank order; 0 without a GPU."""
         ...
 
-    def event(self, kind: str, **facts: Any) -> None:
+    def event(self, kind: str, **info: Any) -> None:
         """Something that happened, for the record and the terminal."""
         ...
 
@@ -56,16 +57,19 @@ class Hooks(Protocol):
         """Make sure that what was logged is kept where the checkpoints are. Raises StorageError or OSError."""
         ...
 
-    def started(self, facts: Facts, step: int, *, evaluates: bool = False) -> None:
-        """Training begins, `step` steps are done already. `evaluates`: the evaluation of the last of them is done (again) now."""
+    def started(self, info: PhaseInfo, step: int, *, evaluates: bool = False) -> None:
+        """Training begins, `step` steps are done already. `evaluates`: the evaluation of the last
+        of them is done (again) now."""
         ...
 
-    def make_room(self, best: Place | None) -> None:
-        """Delete older checkpoints of the run, but not `best`, until its quota has room for another. Raises StorageError or OSError."""
+    def make_room(self, best: StoragePath | None) -> None:
+        """Delete older checkpoints of the run, but not `best`, until its quota has room for another.
+        Raises StorageError or OSError."""
         ...
 
     def save_requested(self, step: int) -> bool:
-        """Whether somebody has asked for a checkpoint now; asked once, and answered that the state after `step` will be saved."""
+        """Whether somebody has asked for a checkpoint now; asked once,
+        and answered that the state after `step` will be saved."""
         ...
 
     def clock(self) -> float:

@@ -1,4 +1,5 @@
-"""The driver of PPO: generate, score, estimate advantages, improve; again for every iteration. It asks the roles, who compute.
+"""The driver of PPO: generate, score, estimate advantages, improve; again for every iteration.
+It asks the roles, who compute.
 
 Roles in different groups work at the same time: whatever does not depend on an answer is asked before it is waited for.
 """
@@ -24,12 +25,12 @@ from training.drivers.restore import SETUP_S, resume
 from training.drivers.saver import Saver
 from training.errors import Diverged
 from training.group import Future, Group, results, results_of
-from training.phase_info import Facts
+from training.phase_info import PhaseInfo
 from training.rl.estimation import State, estimate, weigh
 from training.rl.experience import Experience, Response
 from training.schedule import learning_rate
 from training.seeding import seed_for
-from training.storage import Place
+from training.storage import StoragePath
 
 PART_S = 7200.0
 """Longest time for one part of an iteration."""
@@ -42,23 +43,23 @@ _Asked = tuple[str, list[int], list[Future]]
 """What is asked about responses: the fact, the order of the answers, those who answer."""
 
 
-def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
+def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> StoragePath | None:
     """Train the phase to its end; returns the checkpoint that it ends with, or None if it was asked to stop before."""
-    facts: Facts = results_of(groups, "setup", timeout_s=SETUP_S)["policy"][0]
+    info: PhaseInfo = results_of(groups, "setup", timeout_s=SETUP_S)["policy"][0]
     learners = {role: groups[role] for role in LEARNERS}
-    found = resume(learners, hooks, facts)
+    found = resume(learners, hooks, info)
     results_of(learners, "get_ready", timeout_s=SETUP_S)
     step, state = (found.step, State(**found.state)) if found is not None else (0, State(phase.kl.beta))
-    loop = _Loop(phase, groups, facts, state)
-    saver = Saver(phase, learners, hooks, facts, newest=step)
+    loop = _Loop(phase, groups, info, state)
+    saver = Saver(phase, learners, hooks, info, newest=step)
     profiled = Profiled(phase, groups, hooks)
-    is_last = step == facts.total_steps or bool(state.reached)
+    is_last = step == info.total_steps or bool(state.reached)
     is_due = found is not None and not found.metrics and _evaluates(phase, step, is_last=is_last)
-    hooks.started(facts, step, evaluates=is_due)
+    hooks.started(info, step, evaluates=is_due)
     is_evaluated = True
     if is_due or (phase.eval_on_start and step == 0):
         is_evaluated = _evaluate(groups["policy"], hooks, partial(saver.attend, step, loop.remembered), saver, step)
-    while step < facts.total_steps and not state.reached and not hooks.stop_requested():
+    while step < info.total_steps and not state.reached and not hooks.stop_requested():
         step += 1
         profiled.before(step)
         with saver.kept_on_failure():
@@ -67,7 +68,7 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
         hooks.log({"step": step, "iteration": step, **row, "workers": groups["policy"].size})
         hooks.samples(step, experience.table(_SAMPLES))
         state.reached = reached(phase.stop, row)
-        is_last = step == facts.total_steps or bool(state.reached)
+        is_last = step == info.total_steps or bool(state.reached)
         saver.poll()
         if is_last:
             saver.last_step = step
@@ -95,8 +96,8 @@ def reached(stop: Stop, row: Mapping[str, Any]) -> str:
 class _Loop:
     """The iterations."""
 
-    def __init__(self, phase: PPO, groups: Mapping[str, Group], facts: Facts, state: State):
-        self.phase, self.facts, self.state = phase, facts, state
+    def __init__(self, phase: PPO, groups: Mapping[str, Group], info: PhaseInfo, state: State):
+        self.phase, self.info, self.state = phase, info, state
         self.policy, self.critic, self.reward = groups["policy"], groups["critic"], groups["reward"]
         self.rollout = groups.get("rollout")
         self.computing = {role: groups[role] for role in _SAYS}
@@ -133,7 +134,8 @@ class _Loop:
         return row, experience
 
     def sync(self, rollout: Group) -> None:
-        """Send the policy's weights to those who write, piece by piece: a piece is gathered while the one before is loaded."""
+        """Send the policy's weights to those who write, piece by piece: a piece is gathered while
+        the one before is loaded."""
         pieces = results(self.policy.call("num_buckets"), PART_S)[0]
         loading: list[Future] = []
         for number in range(pieces):
@@ -153,7 +155,8 @@ class _Loop:
             yield experience
 
     def _begin_to_write(self, step: int) -> list[list[Future]]:
-        """Ask for all rounds: by a rollout group, who get the policy's weights before, or by the policy's own workers."""
+        """Ask for all rounds: by a rollout group, who get the policy's weights before,
+        or by the policy's own workers."""
         writers = self.policy
         if self.rollout is not None:
             writers = self.rollout
@@ -168,7 +171,7 @@ class _Loop:
             self._begin_to_write_ahead(step)
         with self._timed("generate"):
             experience = self._taken()
-        if step < self.facts.total_steps:
+        if step < self.info.total_steps:
             self._begin_to_write_ahead(step + 1)
         return experience
 
@@ -176,7 +179,7 @@ class _Loop:
         assert self.rollout is not None
         self._being_written = self._begin_to_write(step)
         # Asked now, or it would be computed while others wait.
-        self._being_told = [self.rollout.map("says_of", futures) for futures in self._being_written]
+        self._being_told = [self.rollout.map("log_probs", futures) for futures in self._being_written]
 
     def _taken(self) -> Experience:
         """What has been begun; with what the policy that wrote it says of it, since another one will learn from it."""
@@ -185,12 +188,13 @@ class _Loop:
             return experience
         parts = [_experience_of(futures) for futures in self._being_written]
         for part, told in zip(parts, self._being_told, strict=True):
-            part.facts["written"] = [values for of_worker in results(told, PART_S) for values in of_worker]
+            part.fields["written"] = [values for of_worker in results(told, PART_S) for values in of_worker]
         self._being_written = []
         return Experience.together(parts)
 
     def remembered(self) -> dict[str, Any]:
-        """What an iteration leaves to the next, for a checkpoint. Waits for what is being written: its policy cannot be had again."""
+        """What an iteration leaves to the next, for a checkpoint. Waits
+        for what is being written: its policy cannot be had again."""
         if self._being_written and not self.state.reached:
             self.ahead = self._taken()
         return asdict(replace(self.state, ahead=self.ahead.dumped() if self.ahead else ""))
@@ -199,15 +203,16 @@ class _Loop:
         """Ask all roles at once what they say of responses, and what these are worth."""
         asked = []
         for role, group in self.computing.items():
-            shares, order = experience.dealt(group.size, self.limits[role])
+            shares, order = experience.shard(group.size, self.limits[role])
             asked.append((_SAYS[role], order, group.map("computed", shares)))
         places = [list(range(len(experience)))[rank :: self.reward.size] for rank in range(self.reward.size)]
         parts = [[experience.responses[i] for i in share] for share in places]
         return [*asked, ("score", list(chain(*places)), self.reward.map("scores", parts))]
 
     def improve(self, experience: Experience, step: int) -> dict[str, Any]:
-        """Passes over the responses in minibatches, policy and critic at the same time. Returns the means of the losses."""
-        phase, total = self.phase, self.facts.total_steps
+        """Passes over the responses in minibatches, policy and critic at the same time.
+        Returns the means of the losses."""
+        phase, total = self.phase, self.info.total_steps
         rate, of_critic = (
             learning_rate(peak, phase.schedule, step, total)
             for peak in (phase.learning_rate, phase.critic_learning_rate)
@@ -269,9 +274,9 @@ class _Loop:
         names: Sequence[str],
         numbers: Mapping[str, float],
     ) -> list[Future]:
-        dealt = [experience.dealt(group.size, self.limits[role], names, places)[0] for places in minibatches]
+        shard = [experience.shard(group.size, self.limits[role], names, places)[0] for places in minibatches]
         weights = [sum(len(experience.responses[i].tokens) for i in places) for places in minibatches]
-        shards = [[shares[rank] for shares in dealt] for rank in range(group.size)]
+        shards = [[shares[rank] for shares in shard] for rank in range(group.size)]
         return group.map("improve", shards, weights, rate, names, numbers)
 
     @contextmanager
@@ -288,7 +293,7 @@ def _experience_of(futures: Sequence[Future]) -> Experience:
 
 def _take(experience: Experience, asked: Sequence[_Asked]) -> None:
     for name, order, futures in asked:
-        experience.learn(name, order, results(futures, PART_S))
+        experience.set(name, order, results(futures, PART_S))
 
 
 def _minibatches(count: int, size: int, seed: int) -> list[list[int]]:
@@ -303,7 +308,7 @@ def _together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _mean(passes: Sequence[dict[str, Any]], name: str) -> float:
     values = [means[name] for each in passes for means in each["means"]]
-    return sum(values) / len(values)
+    return float(sum(values) / len(values))
 
 
 def _check_finite(row: Mapping[str, Any], step: int) -> None:

@@ -1,4 +1,5 @@
-"""The steps that a phase wants profiled: asks the workers to begin before the first of them and to end after the last."""
+"""The steps that a phase wants profiled: asks the workers to begin before the first of them
+and to end after the last."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ class Profiled:
     def __init__(self, phase: Phase, groups: Mapping[str, Group], hooks: Hooks):
         self.hooks = hooks
         self.steps = range(phase.profile.first, phase.profile.last + 1) if phase.profile is not None else range(0)
-        self.teams = {(roles or tuple(groups))[0]: groups[(roles or tuple(groups))[0]] for roles, _ in phase.teams}
+        self.placements = {
+            (roles or tuple(groups))[0]: groups[(roles or tuple(groups))[0]] for roles, _ in phase.placements
+        }
         """One role of each group of workers: a worker is profiled with all that it hosts."""
         self.began = 0
         """The first step that is profiled, 0 if none is under way."""
@@ -27,7 +30,7 @@ class Profiled:
         """Step `step` is next."""
         if step in self.steps and not self.began:
             self.began = step
-            for role in self.teams:
+            for role in self.placements:
                 self._ask(role, _told(step, self.steps[-1]), "begin_profile")
 
     def after(self, step: int) -> None:
@@ -40,13 +43,13 @@ class Profiled:
         if not self.began:
             return
         steps = _told(self.began, step)
-        for role in self.teams:
+        for role in self.placements:
             self._ask(role, steps, "end_profile", str(self.hooks.profiles), role, steps, step - self.began + 1)
         self.began = 0
 
     def _ask(self, role: str, steps: str, method: str, *args: object) -> None:
         """Only the first worker of a group answers, and only if it has something to say."""
-        answer = results(self.teams[role].call(method, *args), _PROFILE_S)[0]
+        answer = results(self.placements[role].call(method, *args), _PROFILE_S)[0]
         if answer is not None and "error" in answer:
             self.hooks.event("profile_failed", steps=steps, error=answer["error"])
         elif answer is not None:

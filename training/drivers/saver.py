@@ -1,7 +1,8 @@
-"""Saves checkpoints of all roles that learn beside their training: workers write, this process commits when all have written.
+"""Saves checkpoints of all roles that learn beside their training: workers write,
+this process commits when all have written.
 
-One save at a time; the next waits for it. A save that fails is told and tried again; a second failure in a row ends the run,
-since from then on everything that is trained could be lost.
+One save at a time; the next waits for it. A save that fails is told and tried again; a second failure in a row ends the
+run, since from then on everything that is trained could be lost.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from training.drivers.hooks import Hooks
 from training.errors import MusterError, SaveError, StorageError, TrainingError
 from training.group import Group, results_of
 from training.io.versions import MUSTER, versions_of
-from training.phase_info import Facts
-from training.storage import Place
+from training.phase_info import PhaseInfo
+from training.storage import StoragePath
 
 SAVE_S = 3600.0
 """Longest time for writing a checkpoint."""
@@ -33,7 +34,7 @@ _LAST_S = 60.0
 @dataclass(frozen=True)
 class _Pending:
     step: int
-    staged: Place
+    staged: StoragePath
     copied: Mapping[str, Mapping[str, Any]]
     """What worker 0 of each role says of the state that it copied."""
     state: Mapping[str, Any]
@@ -45,13 +46,13 @@ class _Pending:
 class Saver:
     """The checkpoints of one phase, from the first that this attempt makes."""
 
-    def __init__(self, phase: Phase, learners: Mapping[str, Group], hooks: Hooks, facts: Facts, newest: int):
-        self.phase, self.learners, self.hooks, self.facts = phase, learners, hooks, facts
+    def __init__(self, phase: Phase, learners: Mapping[str, Group], hooks: Hooks, info: PhaseInfo, newest: int):
+        self.phase, self.learners, self.hooks, self.info = phase, learners, hooks, info
         self.newest = newest
         """Step of the newest checkpoint that is committed or under way."""
         self.failed = False
         """The last save failed: another is due now."""
-        self.last_step = facts.total_steps
+        self.last_step = info.total_steps
         """Of the phase."""
         self._began_s = hooks.clock()
         """When the newest checkpoint was committed or begun, or training began."""
@@ -59,7 +60,8 @@ class Saver:
         self._committed = newest
         """Step of the newest checkpoint that is committed."""
         self._evaluations: dict[int, Mapping[str, float]] = {}
-        """By step, until they are written beside their checkpoints: a save may take longer than it is to the next evaluation."""
+        """By step, until they are written beside their checkpoints: a save may take longer than it is
+        to the next evaluation."""
 
     def is_due(self, step: int) -> bool:
         """Whether to save the state after `step`."""
@@ -97,7 +99,8 @@ class Saver:
                 self._retain()
 
     def _note(self) -> bool:
-        """Write evaluations beside their checkpoints, once these are committed. A failure is told; it is tried again later."""
+        """Write evaluations beside their checkpoints, once these are committed. A failure is told;
+        it is tried again later."""
         due = [step for step in self._evaluations if step <= self._committed]
         if not due:
             return False
@@ -113,7 +116,7 @@ class Saver:
             return False
         return True
 
-    def end(self, step: int, state: Mapping[str, Any] | None = None) -> Place | None:
+    def end(self, step: int, state: Mapping[str, Any] | None = None) -> StoragePath | None:
         """Save what is not saved yet, and wait. The checkpoint that the phase ends with, if this was its last step."""
         self.save(step, state)
         self.finish()
@@ -128,7 +131,8 @@ class Saver:
         return self._pending is not None
 
     def attend(self, step: int, state: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """While the state after `step` is evaluated: as `poll`, and save it when somebody asks for it or the clock says so."""
+        """While the state after `step` is evaluated: as `poll`, and save it when somebody asks
+        for it or the clock says so."""
         self.poll()
         if self.hooks.save_requested(step) or self._is_time(step):
             self.save(step, state())
@@ -197,11 +201,11 @@ class Saver:
         except (StorageError, OSError) as error:
             self.hooks.event("retention_failed", error=str(error))
 
-    def chosen(self) -> Place:
+    def chosen(self) -> StoragePath:
         """The checkpoint that the phase ends with: the best if the job asks for it, else the last."""
         return self._best() or self.hooks.checkpoints.at(self.last_step)
 
-    def _best(self) -> Place | None:
+    def _best(self) -> StoragePath | None:
         """None if the job does not ask for the best, or nothing that counts is evaluated yet."""
         best = self.phase.checkpoint.best
         if best is None:
@@ -209,26 +213,27 @@ class Saver:
         return self.hooks.checkpoints.best(best.metric, smaller_is_better=best.smaller_is_better, counts=self.counts)
 
     def counts(self, step: int) -> bool:
-        """Whether the job asks for a checkpoint of this very step: not one made by the clock, or because of an interruption."""
+        """Whether the job asks for a checkpoint of this very step: not one made by the clock,
+        or because of an interruption."""
         period = self.phase.save_period
         return step == self.last_step or (period is not None and step % period == 0)
 
     def _manifest(self, pending: _Pending, shards: Sequence[File]) -> Manifest:
-        facts, phase = self.facts, self.phase
+        info, phase = self.info, self.phase
         return Manifest(
             phase=phase.recipe,
             step=pending.step,
-            samples=min(pending.step * phase.step_samples, facts.total_samples),
+            samples=min(pending.step * phase.step_samples, info.total_samples),
             optimizer_steps={role: copied["optimizer_step"] for role, copied in pending.copied.items()},
             attempt=self.hooks.checkpoints.attempt,
             world_size=next(iter(self.learners.values())).size,
             zero_stage=phase.sharding.stage,
-            dtype=facts.dtype,
-            chats=facts.chats,
+            dtype=info.dtype,
+            chats=info.chats,
             bos=phase.data.bos,
-            stop_tokens=list(facts.stop_tokens) or None,
+            stop_tokens=list(info.stop_tokens) or None,
             job_hash=self.hooks.job_hash,
-            data_hash=facts.data_hash,
+            data_hash=info.data_hash,
             parameters={
                 name: shape for copied in pending.copied.values() for name, shape in copied["parameters"].items()
             },

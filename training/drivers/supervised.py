@@ -17,8 +17,8 @@ from training.drivers.profiled_steps import Profiled
 from training.drivers.restore import SETUP_S, resume
 from training.drivers.saver import Saver
 from training.group import Group, results
-from training.phase_info import Facts
-from training.storage import Place
+from training.phase_info import PhaseInfo
+from training.storage import StoragePath
 
 CALL_S = 1800.0
 """Longest time for one call of a few steps."""
@@ -30,25 +30,25 @@ _SAVING_CALL_S = 0.25
 """The same while a checkpoint is being written: the sooner it is committed, the less a failure costs."""
 
 
-def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None:
+def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> StoragePath | None:
     """Train the phase to its end; returns the checkpoint that it ends with, or None if it was asked to stop before."""
     trainer = groups["trainer"]
-    facts: Facts = results(trainer.call("setup"), SETUP_S)[0]
+    info: PhaseInfo = results(trainer.call("setup"), SETUP_S)[0]
     learners = {"trainer": trainer}
-    found = resume(learners, hooks, facts)
+    found = resume(learners, hooks, info)
     step = found.step if found is not None else 0
     results(trainer.call("get_ready", hooks.skipped), SETUP_S)
-    saver = Saver(phase, learners, hooks, facts, newest=step)
+    saver = Saver(phase, learners, hooks, info, newest=step)
     profiled = Profiled(phase, groups, hooks)
-    is_due = found is not None and not found.metrics and _evaluates(phase, facts, step)
-    hooks.started(facts, step, evaluates=is_due)
+    is_due = found is not None and not found.metrics and _evaluates(phase, info, step)
+    hooks.started(info, step, evaluates=is_due)
     pace = 0.0  # seconds a step, of the last call
     is_evaluated = True
     if is_due or (phase.eval_on_start and step == 0):
-        is_evaluated = _evaluate(phase, trainer, hooks, facts, saver, step)
-    while step < facts.total_steps and not hooks.stop_requested():
+        is_evaluated = _evaluate(phase, trainer, hooks, info, saver, step)
+    while step < info.total_steps and not hooks.stop_requested():
         within_s = _SAVING_CALL_S if saver.is_saving else min(_TARGET_CALL_S, max(0.0, saver.due_in_s()))
-        num_steps = min(_next_stop(phase, facts, step) - step, _steps_in_a_call(pace, trainer.size, within_s))
+        num_steps = min(_next_stop(phase, info, step) - step, _steps_in_a_call(pace, trainer.size, within_s))
         profiled.before(step + 1)
         began = time.monotonic()
         with saver.kept_on_failure():
@@ -59,8 +59,8 @@ def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> Place | None
         saver.poll()
         if saver.is_due(step):
             saver.save(step)
-        if _evaluates(phase, facts, step):  # after the save: whatever ends a long evaluation, no step is lost
-            is_evaluated = _evaluate(phase, trainer, hooks, facts, saver, step)
+        if _evaluates(phase, info, step):  # after the save: whatever ends a long evaluation, no step is lost
+            is_evaluated = _evaluate(phase, trainer, hooks, info, saver, step)
     profiled.end(step)
     last = saver.end(step)
     return last if is_evaluated else None
@@ -72,19 +72,19 @@ def _steps_in_a_call(pace: float, workers: int, within_s: float) -> int:
     return max(1, int(within_s / pace), fewest if workers > _MANY else 1) if pace else 1
 
 
-def _next_stop(phase: Phase, facts: Facts, step: int) -> int:
+def _next_stop(phase: Phase, info: PhaseInfo, step: int) -> int:
     """The next step after which there is something else to do than the next step."""
     periods = [period for period in (phase.save_period, phase.eval_every) if period is not None]
-    stops = [facts.total_steps, *((step // period + 1) * period for period in periods)]
+    stops = [info.total_steps, *((step // period + 1) * period for period in periods)]
     if phase.profile is not None:
         stops += [stop for stop in (phase.profile.first - 1, phase.profile.last) if stop > step]
     return min(stops)
 
 
-def _evaluates(phase: Phase, facts: Facts, step: int) -> bool:
-    if not facts.num_eval_samples and phase.eval is None:
+def _evaluates(phase: Phase, info: PhaseInfo, step: int) -> bool:
+    if not info.num_eval_samples and phase.eval is None:
         return False
-    return step == facts.total_steps or is_evaluated_at(phase, step)
+    return step == info.total_steps or is_evaluated_at(phase, step)
 
 
 def _train(trainer: Group, hooks: Hooks, done: int, num_steps: int) -> None:
@@ -96,7 +96,7 @@ def _train(trainer: Group, hooks: Hooks, done: int, num_steps: int) -> None:
         hooks.log({**row, "memory_gib": memory, "workers": trainer.size})
 
 
-def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, saver: Saver, step: int) -> bool:
+def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, info: PhaseInfo, saver: Saver, step: int) -> bool:
     """Evaluate the state after `step`. False if the run is to stop: then it is due when the run goes on."""
     began = time.monotonic()
     metrics: dict[str, float] = {}
@@ -104,8 +104,8 @@ def _evaluate(phase: Phase, trainer: Group, hooks: Hooks, facts: Facts, saver: S
     between = partial(saver.attend, step)
     try:
         with saver.kept_on_failure():
-            if facts.num_eval_samples:
-                num_batches = math.ceil(facts.num_eval_samples / phase.batch)
+            if info.num_eval_samples:
+                num_batches = math.ceil(info.num_eval_samples / phase.batch)
                 metrics |= measured_on_data(trainer, hooks, num_batches, between)
             if phase.eval is not None:
                 answers, speed = answered(trainer, hooks, step, between)

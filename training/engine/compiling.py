@@ -1,4 +1,5 @@
-"""Compiles the layers of a model with torch, all of them by the same code, which rows of any length share. Loads torch late."""
+"""Compiles the layers of a model with torch, all of them by the same code,
+which rows of any length share. Loads torch late."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def compile_layers(lm: nn.Module, device: str) -> None:
 
 
 def eagerly() -> AbstractContextManager[None]:
-    """For the length of a block nothing is compiled: writing token by token asks layers for other things at every call."""
+    """For the length of a block nothing is compiled: writing token by token asks layers
+    for other things at every call."""
     import torch
 
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance

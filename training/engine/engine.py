@@ -1,7 +1,7 @@
 """One DeepSpeed engine: the step over a global batch, and the training state it holds, piece by piece.
 
-The only file that imports DeepSpeed and the only one that reads its internals (pinned by tests/training/roles/test_trainer.py).
-Knows nothing of data, files or recipes.
+The only file that imports DeepSpeed and the only one that reads its internals (pinned by
+tests/training/roles/test_trainer.py). Knows nothing of data, files or recipes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from training.device import collective_backend, is_accelerator, synchronize, tim
 from training.engine import compiling
 from training.estimate.memory import bucket_numbers, overlaps
 from training.process import heartbeat
-from training.process.distributed import Seat, limit_waits
+from training.process.distributed import RankInfo, limit_waits
 from training.process.memory import freed_memory_given_back
 from training.profiling.breakdown import BACKWARD, FORWARD, OPTIMIZER
 from training.profiling.profiler import part
@@ -38,8 +38,9 @@ _WRAPPER_PREFIX = "lm."
 class Fragment:
     """A stretch of one parameter that this worker holds, in fp32.
 
-    `tensors` are 1-D views into the engine's own state, [count] each: `fp32` (master weights) and, once the optimizer has
-    stepped, its moments. Writing into a view changes the state; `Engine.publish` then carries it into the model's weights.
+    `tensors` are 1-D views into the engine's own state, [count] each: `fp32` (master weights) and, once the optimizer
+    has stepped, its moments. Writing into a view changes the state; `Engine.publish` then carries it into the model's
+    weights.
     """
 
     name: str
@@ -51,14 +52,14 @@ class Fragment:
     tensors: Mapping[str, Tensor]
 
 
-def derive_config(phase: Phase, seat: Seat, dtype: torch.dtype) -> dict[str, Any]:
+def derive_config(phase: Phase, rank_info: RankInfo, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's settings for a phase, with the phase's raw `deepspeed:` laid over them."""
     zero: dict[str, Any] = {"stage": phase.sharding.stage}
     if phase.sharding.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": is_accelerator(seat.device)}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": rank_info.device == "cuda"}
         if phase.sharding.stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": is_accelerator(seat.device)}
-    if overlaps(phase.sharding, seat.device, seat.size):
+            zero["offload_param"] = {"device": "cpu", "pin_memory": rank_info.device == "cuda"}
+    if overlaps(phase.sharding, rank_info.device, rank_info.size):
         zero["overlap_comm"] = True
     config = {
         # The micro-batches of a step differ in size and number; Muster scales the loss and marks the last one itself.
@@ -104,18 +105,20 @@ class Engine:
     """A module under DeepSpeed.
 
     `build` makes the module (its language model under the attribute `lm`); it is called once, inside ZeRO-3's
-    partitioned initialisation where that applies, so that no worker ever holds the whole model. What the phase leaves open
-    (`model.gradient_checkpointing: auto`) is off.
+    partitioned initialisation where that applies, so that no worker ever holds the whole model. What the phase leaves
+    open (`model.gradient_checkpointing: auto`) is off.
     """
 
-    def __init__(self, build: Callable[[torch.dtype], nn.Module], phase: Phase, seat: Seat, dtype: torch.dtype):
+    def __init__(
+        self, build: Callable[[torch.dtype], nn.Module], phase: Phase, rank_info: RankInfo, dtype: torch.dtype
+    ):
         self.stage = phase.sharding.stage
         self.clip = phase.clip
-        self.size = seat.size
-        self.rank = seat.rank
-        self.device = device_of(seat)
-        config = derive_config(phase, seat, dtype)
-        _start_deepspeed(seat)
+        self.size = rank_info.size
+        self.rank = rank_info.rank
+        self.device = device_of(rank_info)
+        config = derive_config(phase, rank_info, dtype)
+        _start_deepspeed(rank_info)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=self.stage == 0 and dtype is not torch.float32)
         if self.stage == 3:
             module = _built_sharded(build, dtype, config)
@@ -131,13 +134,13 @@ class Engine:
         }
         """Of the parameters that are trained."""
         config["zero_optimization"].setdefault(
-            "reduce_bucket_size", bucket_numbers(sum(map(math.prod, self.shapes.values())), seat.device)
+            "reduce_bucket_size", bucket_numbers(sum(map(math.prod, self.shapes.values())), rank_info.device)
         )
         self.ds = _initialize(module, config, phase.optimizer)
-        limit_waits(seat.timeout_s)
+        limit_waits(rank_info.timeout_s)
         self.compiles = phase.model.compile
         if self.compiles:
-            compiling.compile_layers(self.ds.module.lm, seat.device)
+            compiling.compile_layers(self.ds.module.lm, rank_info.device)
         self.micro_in_hand = 0
         """Number of the micro-batch that `step` has begun last, from 1."""
         self.stopwatch = Stopwatch(self.device)
@@ -148,7 +151,8 @@ class Engine:
     def step(
         self, micro_batches: Sequence[Mapping[str, Tensor | None]], *, weight: int, learning_rate: float
     ) -> tuple[Tensor, Tensor]:
-        """One optimizer step over this worker's share of a global batch; the module returns sums, that of the loss first.
+        """One optimizer step over this worker's share of a global batch;
+        the module returns sums, that of the loss first.
 
         Returns this worker's sums [measures], and the gradient norm of the whole batch []. The gradient is that of
         (sum of the loss over all workers) / weight.
@@ -176,7 +180,8 @@ class Engine:
 
     def _sums(self, micro: Mapping[str, Tensor | None]) -> Tensor:
         with self.autocast:
-            return self.ds(**to_device(micro, self.device))
+            sums: Tensor = self.ds(**to_device(micro, self.device))
+            return sums
 
     def _norm_of_unsharded(self) -> Tensor:
         """Clip and measure the gradients of ZeRO-0: DeepSpeed clips those too, but does not tell their norm."""
@@ -207,7 +212,8 @@ class Engine:
     def whole_model(self, skeleton: Callable[[torch.dtype], nn.Module]) -> Iterator[nn.Module]:
         """For the length of a block the language model with all its weights, as they are now, to generate with.
 
-        Under ZeRO-3 that is a copy, gathered once, of the memory of the whole model; `skeleton` makes it without weights.
+        Under ZeRO-3 that is a copy, gathered once, of the memory of the whole model;
+        `skeleton` makes it without weights.
         """
         if self.stage < 3:
             self.ds.eval()
@@ -232,11 +238,13 @@ class Engine:
             setattr(whole.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
             heartbeat.progressed()
         whole.tie_weights()
-        return whole.eval()
+        lm: nn.Module = whole.eval()
+        return lm
 
     @torch.no_grad()
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Whole parameters of the language model, as it computes with them now and until it learns. Every worker must ask for the same."""
+        """Whole parameters of the language model, as it computes with them now and until it learns.
+        Every worker must ask for the same."""
         import deepspeed
 
         parameters = dict(self.ds.module.lm.named_parameters())
@@ -305,7 +313,9 @@ class Engine:
     def _weight_partitions(self) -> list[list[Tensor]]:
         """Of each group the weights to compute with, cut as the workers' partitions are; views, under ZeRO-1 and 2."""
         zero = self.ds.optimizer
-        return zero.bf16_partitioned_groups if hasattr(zero, "bf16_groups") else zero.parallel_partitioned_bit16_groups
+        name = "bf16_partitioned_groups" if hasattr(zero, "bf16_groups") else "parallel_partitioned_bit16_groups"
+        partitions: list[list[Tensor]] = getattr(zero, name)
+        return partitions
 
     def _of_sharded_weights(self) -> Iterator[Fragment]:
         zero = self.ds.optimizer
@@ -330,7 +340,8 @@ class Engine:
 
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:
-        return self.ds.optimizer if self.stage == 0 else self.ds.optimizer.optimizer
+        inner: torch.optim.Optimizer = self.ds.optimizer if self.stage == 0 else self.ds.optimizer.optimizer
+        return inner
 
     def begin_restore(self, optimizer_step: int) -> None:
         """Make room for the moments, so that `fragments` shows views to restore into. Then fill them and `publish`."""
@@ -363,7 +374,8 @@ class Engine:
                         p._hp_mapping.set_optim_state_fragment(flat, zero.optimizer.state[flat])
             for parts, (_, flat) in zip(self._weight_partitions(), self._partitions(), strict=True):
                 parts[self.rank].copy_(flat.data)
-                # Into place: gloo's all-gather, which DeepSpeed's own function uses, takes three times as long and a copy.
+                # Into place: gloo's all-gather, which DeepSpeed's own function uses,
+                # takes three times as long and a copy.
                 for rank, part in enumerate(parts):
                     dist.broadcast(part, rank)
         else:
@@ -377,16 +389,18 @@ class Engine:
 class Frozen:
     """A module that is never trained, sharded under ZeRO-3, computing as `Engine` does."""
 
-    def __init__(self, build: Callable[[torch.dtype], nn.Module], phase: Phase, seat: Seat, dtype: torch.dtype):
+    def __init__(
+        self, build: Callable[[torch.dtype], nn.Module], phase: Phase, rank_info: RankInfo, dtype: torch.dtype
+    ):
         stage = phase.sharding.stage
-        self.device = device_of(seat)
+        self.device = device_of(rank_info)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=stage == 0 and dtype is not torch.float32)
-        _start_deepspeed(seat)
+        _start_deepspeed(rank_info)
         self.module: Any
         if stage == 3:
             import deepspeed
 
-            config = derive_config(phase, seat, dtype)
+            config = derive_config(phase, rank_info, dtype)
             module = _built_sharded(build, dtype, config)
             self.module, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
         else:
@@ -412,18 +426,19 @@ def computed(
     return answers
 
 
-def device_of(seat: Seat) -> torch.device:
-    """The device that a worker computes on."""
-    return torch_device(seat.device, seat.local_rank)
+def device_of(rank_info: RankInfo) -> torch.device:
+    return torch.device(rank_info.device, rank_info.local_rank) if rank_info.device == "cuda" else torch.device("cpu")
 
 
-def whole(parameter: Any) -> AbstractContextManager:
-    """For the length of a block the whole of a parameter that ZeRO-3 may have sharded; what worker 0 makes of it stays."""
+def whole(parameter: Any) -> AbstractContextManager[Any]:
+    """For the length of a block the whole of a parameter that ZeRO-3 may have sharded;
+    what worker 0 makes of it stays."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    return gathered
 
 
 class Stopwatch:
@@ -450,10 +465,10 @@ class Stopwatch:
         """The seconds since the last reading. Waits for the device."""
         marks, self._marks = self._marks, []
         pairs = zip(marks[::2], marks[1::2], strict=True)
-        if not is_accelerator(self._device.type):
-            return sum(end - start for start, end in pairs)
-        synchronize(self._device)
-        return sum(start.elapsed_time(end) for start, end in pairs) / 1000
+        if not self._on_gpu:
+            return float(sum(end - start for start, end in pairs))
+        torch.cuda.synchronize()
+        return float(sum(start.elapsed_time(end) for start, end in pairs) / 1000)
 
 
 def _views(
@@ -463,16 +478,18 @@ def _views(
     return {kind: t.narrow(0, offset, t.numel() if count is None else count) for kind, t in tensors.items()}
 
 
-def _start_deepspeed(seat: Seat) -> None:
+def _start_deepspeed(rank_info: RankInfo) -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of what DeepSpeed calls
-    # DeepSpeed compiles a CPU op at first use, minutes of silence, and waits for ever on the lock of a killed compilation.
-    # Only its inference collectives need the op. Its table of usable ops is the switch; given empty, it is not probed for
-    # either, which would run the compiler.
+    # DeepSpeed compiles a CPU op at first use, minutes of silence, and waits for ever on the lock of a killed
+    # compilation. Only its inference collectives need the op. Its table of usable ops is the switch; given empty, it is
+    # not probed for either, which would run the compiler.
     deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(dist_backend=collective_backend(seat.device), auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if rank_info.device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
 
 
 def _built_sharded(build: Callable[[torch.dtype], nn.Module], dtype: torch.dtype, config: dict[str, Any]) -> nn.Module:

@@ -1,7 +1,8 @@
-"""Memory of one worker, worked out before there is one: what the engine holds, what a step needs beside it, what a checkpoint takes.
+"""Memory of one worker, worked out before there is one: what the engine holds,
+what a step needs beside it, what a checkpoint takes.
 
-The engine's facts (training/engine/engine.py under DeepSpeed) are those that tests/training/estimate/test_memory.py measures. N parameters, of which
-T are trained, on W workers; b bytes a number of the computation's type.
+The engine's facts (training/engine/engine.py under DeepSpeed) are those that tests/training/estimate/test_memory.py
+measures. N parameters, of which T are trained, on W workers; b bytes a number of the computation's type.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ MOMENTS = 2 * FP32
 LOGITS_AT_ONCE = 64 << 20
 """Numbers: of more the loss is computed in chunks (training/models/chunked_logits.py)."""
 CACHE_ROOM = 64
-"""Places that a cache of keys and values has ready (training/generation/kv_cache.py): all it holds is copied once in so many tokens."""
-_BUCKET_NUMBERS = {"cpu": 4_000_000, ACCELERATOR: 200_000_000}
-"""Of a bucket of gradients, where DeepSpeed's own is of 500 million. A bucket is sent when it is full, so a smaller one begins earlier, and leaves less
-to send when the backward pass is over. On a GPU 400 MB fill any link; on a CPU 16 MB stay in the cache until they are sent, and gradients go as they come."""
+"""Places that a cache of keys and values has ready (training/generation/kv_cache.py): all it
+holds is copied once in so many tokens."""
+_BUCKET_NUMBERS = {"cpu": 4_000_000, "cuda": 200_000_000}
+"""Of a bucket of gradients, where DeepSpeed's own is of 500 million. A bucket is sent when it is full, so a smaller one
+begins earlier, and leaves less to send when the backward pass is over. On a GPU 400 MB fill any link; on a CPU 16 MB
+stay in the cache until they are sent, and gradients go as they come."""
 _FIXED_BUCKET = 500_000_000
 """Numbers that DeepSpeed sends at once where no setting changes it."""
 _NF4 = 0.53
@@ -41,8 +44,8 @@ GPU_BASE_BYTES = 1536 << 20
 FRAGMENTATION = 0.05
 """Of what is allocated on a GPU: what lies between the blocks."""
 _COMFORT = 0.85
-"""Of a GPU's memory: up to there activations are kept. These figures are right to a tenth, and a step that fails costs more than one
-that takes a third longer."""
+"""Of a GPU's memory: up to there activations are kept. These figures are right to a tenth, and a step that fails costs
+more than one that takes a third longer."""
 
 
 Kind = Literal["language", "policy", "classifier"]
@@ -111,9 +114,11 @@ def setting_of(
     targets: float | None = None,
     known: Traits | None = None,
 ) -> Setting:
-    """How the roles of a phase compute; see `recomputes` for what it leaves open. `longest`: tokens of the longest sample, if it is known; `targets`: as in Setting.
+    """How the roles of a phase compute; see `recomputes` for what it leaves open. `longest`: tokens of the longest
+    sample, if it is known; `targets`: as in Setting.
 
-    `known`: what is known of the model's code, if it was examined. Raises InputError for a kernel that it does not have.
+    `known`: what is known of the model's code, if it was examined.
+    Raises InputError for a kernel that it does not have.
     """
     device = device_type(on_gpu)
     attention: str = phase.model.attention
@@ -137,7 +142,8 @@ def setting_of(
     if targets is None:
         targets = phase.new_tokens / most if isinstance(phase, PPO) else _TARGETS.get(phase.recipe, 1.0)
     return Setting(
-        workers=phase.resources.workers, sharding=phase.sharding, dtype=dtype, on_gpu=on_gpu, row_tokens=row, micro_tokens=tokens,
+        workers=phase.resources.workers, sharding=phase.sharding, dtype=dtype, on_gpu=on_gpu, row_tokens=row,
+        micro_tokens=tokens,
         targets=targets, lora=phase.model.lora, checkpointing=phase.model.gradient_checkpointing is True,
         eager_attention=attention == "eager", masked_rows=limits.row_tokens is not None and not is_varlen(attention),
     )  # fmt: skip
@@ -158,7 +164,8 @@ def bucket_numbers(count: int, device: str) -> int:
 
 
 def overlaps(sharding: Sharding, device: str, workers: int) -> bool:
-    """Whether ZeRO-2 sends gradients beside the backward pass: a GPU has streams for it, and a second buffer is its price.
+    """Whether ZeRO-2 sends gradients beside the backward pass: a GPU has streams for it,
+    and a second buffer is its price.
 
     ZeRO-3 does so anyway; below, gradients are sent once a step; with offload they wait for the host.
     """
@@ -168,8 +175,8 @@ def overlaps(sharding: Sharding, device: str, workers: int) -> bool:
 def states(shape: Shape, where: Setting) -> Needs:
     """What an engine holds while it trains, gradients included.
 
-    At stage 3 in bf16, weights, gradients and optimizer are 18 N / W; with 4 bytes for each parameter of the largest layer, which is
-    gathered, that is what DeepSpeed's own `estimate_zero3_model_states_mem_needs` says.
+    At stage 3 in bf16, weights, gradients and optimizer are 18 N / W; with 4 bytes for each parameter of the largest
+    layer, which is gathered, that is what DeepSpeed's own `estimate_zero3_model_states_mem_needs` says.
     """
     stage, b, t = where.stage, where.bytes, trained(shape, where.lora)
     all_weights = shape.parameters + (t - shape.whole if where.lora is not None else 0)
@@ -225,8 +232,9 @@ def _buckets(shape: Shape, where: Setting) -> tuple[Parts, int]:
 def activations(shape: Shape, where: Setting) -> int:
     """What the forward pass of a micro-batch keeps for the backward pass: layers like LLaMA's in transformers.
 
-    In bf16, a token of a layer: 8 hidden for each of two norms (in fp32, normalised, times the gain), 2 each for queries and the
-    attention's result, 2 of their width for keys and values, 8 intermediate. In fp32, and under autocast, more.
+    In bf16, a token of a layer: 8 hidden for each of two norms (in fp32, normalised, times the gain), 2 each for
+    queries and the attention's result, 2 of their width for keys and values, 8 intermediate. In fp32, and under
+    autocast, more.
     """
     hidden, b = shape.hidden, where.bytes
     autocast = where.stage == 0 and where.dtype == "bf16"
@@ -249,7 +257,8 @@ def activations(shape: Shape, where: Setting) -> int:
 
 
 def logits(shape: Shape, where: Setting, kind: Kind) -> int:
-    """At their most: the logits of targets, in fp32, and log-probabilities or a gradient; a policy's entropy beside them."""
+    """At their most: the logits of targets, in fp32, and log-probabilities or a gradient;
+    a policy's entropy beside them."""
     if kind == "classifier":
         return 0
     each = (10 if where.bytes == BF16 else 8) + (12 if kind == "policy" else 0)
@@ -326,7 +335,8 @@ def _trains_tokens(phase: Phase) -> bool:
 
 
 def recomputes(phase: Phase, roles: Sequence[str], models: Models, where: Setting, gpu_bytes: float) -> bool:
-    """Whether the learners of a group recompute activations: where the phase leaves that open, if a GPU has no room to keep them."""
+    """Whether the learners of a group recompute activations: where the phase leaves that open,
+    if a GPU has no room to keep them."""
     asked = phase.model.gradient_checkpointing
     if asked != "auto" or not where.on_gpu:
         return asked is True
@@ -399,7 +409,7 @@ def _of_ppo(phase: PPO, roles: Sequence[str], models: Models, where: Setting) ->
 
 
 def _has_rollout(phase: PPO) -> bool:
-    return any("rollout" in roles for roles, _ in phase.teams)
+    return any("rollout" in roles for roles, _ in phase.placements)
 
 
 def _named(role: str, needs: Needs) -> Needs:

@@ -1,7 +1,9 @@
-"""What is known of a model's code: which attention kernels it has, whether packed samples stay apart, and so on. Free of torch.
+"""What is known of a model's code: which attention kernels it has, whether packed samples stay
+apart, and so on. Free of torch.
 
-A small copy of the model is probed for it once (training/models/probe.py); the result is kept as JSON, by the content of the model's configuration and
-code and by the versions of the packages that compute it. What a model cannot do is done in a slower way that is right.
+A small copy of the model is probed for it once (training/models/probe.py); the result is kept as JSON, by the content
+of the model's configuration and code and by the versions of the packages that compute it. What a model cannot do is
+done in a slower way that is right.
 """
 
 from __future__ import annotations
@@ -23,12 +25,25 @@ from training.io.versions import versions_of
 from training.model_folder import configured_in
 
 PASSED_ON = "MUSTER_MODEL_TRAITS"
-"""Environment variable by which workers are given what is known of their models, as JSON by key: they may lie on other machines."""
+"""Environment variable by which workers are given what is known of their models,
+as JSON by key: they may lie on other machines."""
 INPUT_WRONG = 2
 """Exit status of `python -m training.models.probe` for a model that cannot be loaded."""
 _VERSION = 2
 """Of the probe: results of another one are not used."""
-_ASIDE = frozenset({"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache", "id2label", "label2id", "num_labels"})  # fmt: skip
+_ASIDE = frozenset(
+    {
+        "architectures",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "_name_or_path",
+        "use_cache",
+        "id2label",
+        "label2id",
+        "num_labels",
+    }
+)
 """Settings of a configuration that change nothing of what is probed."""
 
 Generation = Literal["batched", "alone", "uncached"]
@@ -41,7 +56,8 @@ class Kernel:
     exists: bool
     """transformers gives it to models of this class."""
     right: bool = False
-    """A sample alone has the logits that eager attention gives. Of kernels that need a GPU this is not known, and taken as given."""
+    """A sample alone has the logits that eager attention gives. Of kernels
+    that need a GPU this is not known, and taken as given."""
     packs: bool = False
     """Samples that share a row do not see each other, and have the logits that they have alone."""
     pads: bool = False
@@ -52,7 +68,8 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """A model's code. The defaults are what is assumed of a model of which no small copy can be made: the slow way that is right."""
+    """A model's code. The defaults are what is assumed of a model of which no small copy can be
+    made: the slow way that is right."""
 
     architecture: str
     unknown: str = ""
@@ -65,11 +82,14 @@ class Traits:
     last_mlp: bool = False
     """The last layer ends with an MLP for each place (training/models/sparse_last_mlp.py)."""
     rotary_limit: int | None = None
-    """Rotary factors of a sample depend on the longest sample of its micro-batch where that is longer than this. None: never."""
+    """Rotary factors of a sample depend on the longest sample of its micro-batch where
+    that is longer than this. None: never."""
     classifier: bool = True
-    """There is a sequence classifier of this kind, with a linear head called `score` on the last token. Unknown: as it turns out."""
+    """There is a sequence classifier of this kind, with a linear head called `score` on the last token.
+    Unknown: as it turns out."""
     generation: Generation = "uncached"
-    """batched: prompts of unlike lengths together, padded on the left; alone: one by one; uncached: the model has no cache that can be used."""
+    """batched: prompts of unlike lengths together, padded on the left; alone: one by one;
+    uncached: the model has no cache that can be used."""
 
     def kernel(self, name: str) -> Kernel:
         return self.kernels.get(name, Kernel(exists=self.unknown != "" and name == "eager", right=True))
@@ -86,7 +106,8 @@ class Traits:
         return all(kernel.pads for kernel in self._probed(attention))
 
     def _probed(self, attention: str) -> list[Kernel]:
-        """What the answer for a kernel rests on: itself, or for one that needs a GPU the kernels of torch that the model has."""
+        """What the answer for a kernel rests on: itself, or for one
+        that needs a GPU the kernels of torch that the model has."""
         here = [self.kernel(name) for name in ("eager", "sdpa") if self.kernel(name).exists]
         return [self.kernel(attention)] if attention in ("eager", "sdpa", SDPA_VARLEN) or not here else here
 
@@ -95,7 +116,8 @@ class Traits:
         return self.generation == "batched" and (self.rotary_limit is None or longest <= self.rotary_limit)
 
     def batches_continuously(self, attention: str, longest: int) -> bool:
-        """Whether texts of at most `longest` tokens can be written by continuous batching, which packs them into one row."""
+        """Whether texts of at most `longest` tokens can be written by continuous batching,
+        which packs them into one row."""
         kernel = "sdpa" if attention == SDPA_VARLEN else attention  # ours knows no pages
         return self.usable(kernel) and self.packs(kernel) and self.batches(longest)
 
@@ -108,7 +130,8 @@ class Traits:
 
 
 def attention_of(model: Model, traits: Traits, device: str, *, flash: bool = False) -> str:
-    """The attention kernel of a model. auto: flash attention on GPUs that have it (`flash`), on CPUs ours; where the model has neither, sdpa; else eager.
+    """The attention kernel of a model. auto: flash attention on GPUs that have it (`flash`), on CPUs ours; where the
+    model has neither, sdpa; else eager.
 
     Raises InputError for a kernel that the model does not have or that computes something else.
     """
@@ -123,7 +146,10 @@ def attention_of(model: Model, traits: Traits, device: str, *, flash: bool = Fal
 def _unusable(name: str, traits: Traits, device: str) -> str:
     works = [each for each in ("eager", "sdpa", SDPA_VARLEN, "flash_attention_2") if traits.usable(each)]
     if traits.unknown:
-        return f"{traits.architecture} could not be examined ({traits.unknown}), so only eager attention is known to be right; set attention: eager, or leave it out"
+        return (
+            f"{traits.architecture} could not be examined ({traits.unknown}), so only eager attention is known to be "
+            "right; set attention: eager, or leave it out"
+        )
     why = (
         "computes other logits than eager attention"
         if traits.kernel(name).exists
@@ -141,7 +167,8 @@ def key_of(config: Mapping[str, Any], code: bytes = b"") -> str:
 
 
 def key_in(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> str | None:
-    """The key of the model in a folder or on the hub, or of the one below an adapter. None: there is no configuration here to be read."""
+    """The key of the model in a folder or on the hub, or of the one below an adapter.
+    None: there is no configuration here to be read."""
     folder = configured_in(path, revision)
     if folder is None:
         return None
@@ -211,7 +238,8 @@ def _file(key: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """How the samples of a model may share micro-batches (training/data/batching.py), so that each is computed as it is alone."""
+    """How the samples of a model may share micro-batches (training/data/batching.py),
+    so that each is computed as it is alone."""
 
     packs: bool
     same_length_above: int | None
@@ -230,12 +258,18 @@ def refuse(phase: Phase, traits: Traits, attention: str, longest: int) -> None:
     """Raises InputError for what cannot be learnt with a model."""
     name = traits.architecture
     if not traits.causal:
-        message = f"a token of {name} sees later ones, so it cannot learn to predict them; take a causal language model, or set is_decoder: true in its config.json if it is one"
+        message = (
+            f"a token of {name} sees later ones, so it cannot learn to predict them; take a causal language model, or "
+            "set is_decoder: true in its config.json if it is one"
+        )
         raise InputError.of("", message, "model.path")
     if phase.recipe != "reward":
         return
     if not traits.classifier:
-        message = f"transformers has no sequence classifier of {name} with a linear head called `score`, which a reward model needs; take a model of another kind"
+        message = (
+            f"transformers has no sequence classifier of {name} with a linear head called `score`, which a reward "
+            "model needs; take a model of another kind"
+        )
         raise InputError.of("", message, "model.path")
     if (above := rows_of(traits, attention, longest).same_length_above) is not None:
         why = "could not be examined" if traits.unknown else "computes a sequence otherwise beside a longer one"
@@ -249,23 +283,27 @@ def notes(phase: Phase, traits: Traits, attention: str, longest: int) -> Iterato
     name = traits.architecture
     wants_continuous = isinstance(phase, PPO) and phase.generation == "continuous"
     if wants_continuous and not traits.batches_continuously(attention, longest):
-        yield f"continuous batching would change what {name} writes: prompts of like length are batched instead (generation)"
+        yield (
+            f"continuous batching would change what {name} writes: prompts of like length are batched instead "
+            "(generation)"
+        )
     if traits.unknown:
         yield (
-            f"no small copy of {name} can be examined ({traits.unknown}): samples are computed one by one or with others of the same length, "
-            "by eager attention and the model's own logits, which is slower and right"
+            f"no small copy of {name} can be examined ({traits.unknown}): samples are computed one by one or with "
+            "others of the same length, by eager attention and the model's own logits, which is slower and right"
         )
         return
     if phase.model.attention == "auto" and attention == "eager":
         yield f"{name} has no scaled_dot_product_attention in transformers: eager attention is used (model.attention)"
     if phase.data.pack and not traits.packs(attention):
         yield (
-            f"samples of {name} that share a row see each other: each sample has a row of its own (data.pack), which changes the speed alone"
+            f"samples of {name} that share a row see each other: each sample has a row of its own (data.pack), which "
+            "changes the speed alone"
         )
     if not traits.pads(attention):
         yield f"padding changes what {name} computes: only samples of the same length are computed together"
     if traits.rotary_limit is not None and longest > traits.rotary_limit:
         yield (
-            f"the rotary factors of {name} depend on the longest sample of a micro-batch above {traits.rotary_limit:,} tokens: each sample has a "
-            "row of its own, and longer ones are computed with others of the same length"
+            f"the rotary factors of {name} depend on the longest sample of a micro-batch above {traits.rotary_limit:,} "
+            "tokens: each sample has a row of its own, and longer ones are computed with others of the same length"
         )

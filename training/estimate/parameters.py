@@ -1,7 +1,8 @@
-"""What of a model decides memory and time: its parameters, by name and shape. Read without weights, and as a rule without torch.
+"""What of a model decides memory and time: its parameters, by name and shape.
+Read without weights, and as a rule without torch.
 
-From the headers of safetensors where there are weights; else worked out from config.json: by formula for LLaMA's kind, by
-transformers on the meta device for others; else guessed from the number of parameters, which is told.
+From the headers of safetensors where there are weights; else worked out from config.json: by formula for LLaMA's kind,
+by transformers on the meta device for others; else guessed from the number of parameters, which is told.
 """
 
 from __future__ import annotations
@@ -165,10 +166,14 @@ def of_config(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> 
     if not _number(config, "hidden_size", "n_embd", "d_model"):
         raise InputError.of(
             "config.json",
-            f"says nothing that a plan needs ({kind} is no causal language model that transformers knows); give --parameters 7e9",
+            f"says nothing that a plan needs ({kind} is no causal language model that transformers knows); give "
+            "--parameters 7e9",
             "model.path",
         )
-    note = f"{kind} is not known to transformers as a causal language model; planned as a LLaMA of its hidden size and number of layers"
+    note = (
+        f"{kind} is not known to transformers as a causal language model; planned as a LLaMA of its hidden size and "
+        "number of layers"
+    )
     return of_tensors(config, _of_llamas_kind(config), note)
 
 
@@ -259,7 +264,8 @@ def _of_llamas_kind(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     for layer in range(_number(config, "num_hidden_layers", "n_layer") or 1):
         here = f"model.layers.{layer}"
         for name, rows, columns in (
-            ("self_attn.q_proj", queries, hidden), ("self_attn.k_proj", keys, hidden), ("self_attn.v_proj", keys, hidden),
+            ("self_attn.q_proj", queries, hidden), ("self_attn.k_proj", keys, hidden),
+            ("self_attn.v_proj", keys, hidden),
             ("self_attn.o_proj", hidden, queries), ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden),
             ("mlp.down_proj", hidden, inner),
         ):  # fmt: skip
@@ -274,7 +280,8 @@ def _of_llamas_kind(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def holes(folder: Path, *, classifier: bool = False) -> list[str]:
-    """What the weights in a folder lack of a LLaMA, Mistral or Qwen2 of its configuration, by their headers. Of other models nothing is known.
+    """What the weights in a folder lack of a LLaMA, Mistral or Qwen2 of its configuration, by their headers.
+    Of other models nothing is known.
 
     `classifier`: the head for tokens is not needed.
     """
@@ -315,17 +322,19 @@ def _looked_up(name: str, revision: str | None) -> dict[str, Any]:
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(cached, str):
-            return foreign_files.loads(Path(cached).read_text(encoding="utf-8"))
+            config: dict[str, Any] = foreign_files.loads(Path(cached).read_text(encoding="utf-8"))
+            return config
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         # Not by the library's download, which tries for half a minute where there is no network.
         request = urllib.request.Request(hf_hub_url(name, "config.json", revision=revision), headers=build_hf_headers())
-        return foreign_files.loads(hub.fetch(request, _PATIENCE_S))
+        config = foreign_files.loads(hub.fetch(request, _PATIENCE_S))
+        return config
     except (RequestError, OSError, ValueError) as error:
         raise InputError.of(
             name,
-            f"cannot be looked up on the hub ({error}); save its config.json in a folder and plan with model.path=FOLDER, or give "
-            "--parameters 7e9",
+            f"cannot be looked up on the hub ({error}); save its config.json in a folder and plan with "
+            "model.path=FOLDER, or give --parameters 7e9",
             "model.path",
         ) from None
 
@@ -364,4 +373,5 @@ KNOWN: dict[str, dict[str, Any]] = {
     "qwen2.5-32b": _config(5120, 27648, 64, 40, 8, 152064, **_QWEN),
     "qwen2.5-72b": _config(8192, 29568, 80, 64, 8, 152064, **_QWEN),
 }
-"""From config.json of well-known models, by the last part of their name in small letters: a plan of them needs no network."""
+"""From config.json of well-known models, by the last part of their name
+in small letters: a plan of them needs no network."""

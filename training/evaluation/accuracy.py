@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
-"""One response: number and row of the question, question, expected, sample, response, answer, correct, ended, tokens."""
+"""One response: number and row of the question, question, expected, sample, response, answer,
+correct, ended, tokens."""
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from training.config import Questions
-from training.data.files import RowError
 from training.data.formats import Chat, Prompt
 from training.data.model_renderer import renderer_for, stop_tokens_of
 from training.data.question_prompts import unseen_notes
 from training.data.questions import Question
 from training.data.render import Sample
+from training.data.row_errors import RowError
 from training.data.vocabulary import beyond, embedding_rows
 from training.errors import InputError, TrainingError
 from training.evaluation.accuracy import Row
-from training.evaluation.generated_answers import Asking, by_answer
-from training.generation.sampling import Continued, Heard, Sampling, continue_all
+from training.evaluation.generated_answers import GenerationEval, by_answer
+from training.generation.sampling import Continued, Heard, Sampling, generate_all
 from training.model_folder import CLASSIFIER_SUFFIX, adapter_in, inspect, window_of
 from training.models import loading as models
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 from training.roles.reward import score
 
 
@@ -32,23 +32,24 @@ class Evaluator:
     Raises InputError if the model cannot be loaded, or has no chat template to chat with.
     """
 
-    def __init__(self, seat: Seat, path: str, template: str = "auto", trust_remote_code: bool = False):
-        self.seat = seat
-        self.model = Speaker(path, template, gpu=seat.local_rank, trust_remote_code=trust_remote_code)
+    def __init__(self, rank_info: RankInfo, path: str, template: str = "auto", trust_remote_code: bool = False):
+        self.rank_info = rank_info
+        self.model = TextGenerator(path, template, gpu=rank_info.local_rank, trust_remote_code=trust_remote_code)
 
     def answer(self, asked: Sequence[Question], settings: Questions, seed: int) -> list[Row]:
         """This worker's share of the responses, judged."""
         model = self.model
-        asking = Asking(renderer=model.renderer, seed=seed, settings=settings, stops=model.stops)
-        return asking.answered(model.lm, asked, by_answer, (self.seat.rank, self.seat.size))
+        asking = GenerationEval(renderer=model.renderer, seed=seed, settings=settings, stops=model.stops)
+        return asking.answered(model.lm, asked, by_answer, (self.rank_info.rank, self.rank_info.size))
 
     def continued(self, prompts: Sequence[tuple[list[int], int]], settings: Sampling, batch: int) -> list[Continued]:
         """The continuations of prompts, each with its key."""
         return self.model.continued(prompts, settings, batch=batch)
 
 
-class Texts:
-    """What a model reads and writes, between texts and tokens. Without its weights, so that prompts are checked before these load.
+class PromptCodec:
+    """What a model reads and writes, between texts and tokens. Without its weights,
+    so that prompts are checked before these load.
 
     Raises InputError for a template that the model does not have.
     """
@@ -63,7 +64,8 @@ class Texts:
         self.rows = embedding_rows(path)
 
     def ids(self, content: str | Chat | Prompt) -> list[int]:
-        """The tokens of a prompt that leave room for a response. Raises RowError for one that cannot be put to the model."""
+        """The tokens of a prompt that leave room for a response. Raises RowError for one
+        that cannot be put to the model."""
         ids = self.tokens(content)
         if not ids:
             raise RowError("the prompt comes to no tokens; give it some text")
@@ -71,12 +73,14 @@ class Texts:
             raise RowError(wrong)
         if self.window is not None and len(ids) >= self.window:
             raise RowError(
-                f"the prompt has {len(ids):,} tokens, the model has {self.window:,} positions for it and the response; shorten it"
+                f"the prompt has {len(ids):,} tokens, the model has {self.window:,} positions for it and the response; "
+                "shorten it"
             )
         return ids
 
     def tokens(self, content: str | Chat | Prompt) -> list[int]:
-        """The tokens of a conversation, or of a text, which is a user's turn if the model is to chat. Raises RowError."""
+        """The tokens of a conversation, or of a text, which is a user's turn if the model is
+        to chat. Raises RowError."""
         prompt = content if isinstance(content, Prompt) else Prompt(content)
         content = prompt.content
         if isinstance(content, Chat) and not self.renderer.tokenizer.chat_template:
@@ -89,7 +93,8 @@ class Texts:
         (sample,) = self.renderer.render([prompt])
         if isinstance(sample, RowError):
             raise sample
-        return sample.ids.tolist()
+        tokens: list[int] = sample.ids.tolist()
+        return tokens
 
     def text(self, tokens: Sequence[int]) -> str:
         """What tokens say, without special ones."""
@@ -101,7 +106,7 @@ class Texts:
         return unseen_notes(self.renderer.notes)
 
 
-class Speaker(Texts):
+class TextGenerator(PromptCodec):
     """A language model ready to be asked."""
 
     def __init__(self, path: str, template: str = "auto", *, gpu: int = 0, trust_remote_code: bool = False):
@@ -120,19 +125,19 @@ class Speaker(Texts):
     ) -> list[Continued]:
         """The continuations of prompts, each with its key, in as many positions as the model has."""
         ids, keys = [ids for ids, _ in prompts], [key for _, key in prompts]
-        return continue_all(self.lm, ids, keys, self.stops, settings, batch=batch, window=self.window, heard=heard)
+        return generate_all(self.lm, ids, keys, self.stops, settings, batch=batch, window=self.window, heard=heard)
 
 
 def require_reward_model(path: str, *, trust_remote_code: bool = False) -> None:
     """Raises InputError if the folder holds another kind of model. Reads no weights."""
     adapter = adapter_in(path)
-    facts = inspect(Path(path), classifier=True, trust_remote_code=trust_remote_code)
-    if not facts.architecture.endswith(CLASSIFIER_SUFFIX) and not (adapter and adapter.heads):
+    info = inspect(Path(path), classifier=True, trust_remote_code=trust_remote_code)
+    if not info.architecture.endswith(CLASSIFIER_SUFFIX) and not (adapter and adapter.heads):
         message = "is no reward model (a sequence classifier with one label); the recipe `reward` trains one"
         raise InputError.of(path, message)
 
 
-class Judge:
+class RewardScorer:
     """A reward model. Raises InputError if the folder holds another kind of model."""
 
     def __init__(self, path: str, *, trust_remote_code: bool = False):
@@ -148,7 +153,8 @@ class Judge:
     def rewards(
         self, prompts: Sequence[str | Prompt], responses: Sequence[str], ended: Sequence[bool] | None = None
     ) -> list[float]:
-        """One number for each response to its prompt. `ended`: whether a response was ended, not cut off; None: all were."""
+        """One number for each response to its prompt. `ended`: whether a response was ended,
+        not cut off; None: all were."""
         asked = [Prompt(each) if isinstance(each, str) else each for each in prompts]
         rendered = self.renderer.judged(asked, responses, ended or [True] * len(responses))
         if refused := [each for each in rendered if isinstance(each, RowError)]:

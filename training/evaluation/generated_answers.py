@@ -1,6 +1,7 @@
 """Evaluation by generated answers: a model answers questions, the answers are compared with the right ones.
 
-Workers share the questions out; each writes and judges its own. What a question is answered does not depend on who does it.
+Workers share the questions out; each writes and judges its own. What a question is answered does
+not depend on who does it.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from typing import Any
 
 from training.config import Phase, Questions
 from training.data import questions
-from training.data.files import RowError
 from training.data.final_answers import final_answer, same, verdict
 from training.data.questions import Question
 from training.data.render import Renderer, Sample, tokenizer_for
+from training.data.row_errors import RowError
 from training.data.turn_end import stop_tokens
 from training.errors import InputError, Problem
 from training.evaluation.accuracy import Answers, Row
 from training.generation.sampling import Continued, Sampling, in_batches
 from training.seeding import seed_for
 
-Judge = Callable[[str, str], tuple[str | None, bool]]
+RewardScorer = Callable[[str, str], tuple[str | None, bool]]
 """From the expected answer and a response to the answer it gives, and whether that is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class GenerationEval:
     """How questions are put to a model."""
 
     renderer: Renderer
@@ -38,12 +39,14 @@ class Asking:
     stops: list[int] | None = None
     """The tokens that end a response. None: as the renderer and the model's generation settings have it."""
 
-    def answered(self, lm: Any, asked: Sequence[Question], judge: Judge, share: tuple[int, int] = (0, 1)) -> list[Row]:
+    def answered(
+        self, lm: Any, asked: Sequence[Question], judge: RewardScorer, share: tuple[int, int] = (0, 1)
+    ) -> list[Row]:
         """The responses to questions rank, rank + size, ... for a `share` of (rank, size), judged."""
         return list(chain.from_iterable(self.answering(lm, asked, judge, share)))
 
     def answering(
-        self, lm: Any, asked: Sequence[Question], judge: Judge, share: tuple[int, int] = (0, 1)
+        self, lm: Any, asked: Sequence[Question], judge: RewardScorer, share: tuple[int, int] = (0, 1)
     ) -> Iterator[list[Row]]:
         """What `answered` returns, one generated batch after the other."""
         rank, size = share
@@ -65,7 +68,7 @@ class Asking:
         ):
             yield [self._judged(asked, *mine[place], one, judge) for place, one in continued.items()]
 
-    def _judged(self, asked: Sequence[Question], number: int, sample: int, one: Continued, judge: Judge) -> Row:
+    def _judged(self, asked: Sequence[Question], number: int, sample: int, one: Continued, judge: RewardScorer) -> Row:
         question, response = asked[number], self.renderer.text(one.tokens)
         answer, correct = judge(question.expected, response)
         return {
@@ -98,11 +101,11 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvalSuite:
     """What a phase is asked at every evaluation."""
 
-    asking: Asking
-    parts: Mapping[str, tuple[Sequence[Question], Judge]]
+    asking: GenerationEval
+    parts: Mapping[str, tuple[Sequence[Question], RewardScorer]]
     """By what they are measured as: nothing for answers, `verdict_` for conclusions of critiques."""
 
     def responses(self, lm: Any, share: tuple[int, int]) -> Iterator[tuple[str, list[Row]]]:
@@ -115,17 +118,17 @@ class Exam:
 class Sitting:
     """One worker's part in an exam, in short calls: between two of them the driver may save, or end it."""
 
-    def __init__(self, exam: Exam, whole_model: Callable[[], AbstractContextManager[Any]], share: tuple[int, int]):
+    def __init__(self, exam: EvalSuite, whole_model: Callable[[], AbstractContextManager[Any]], share: tuple[int, int]):
         self._responses = self._begun(exam, whole_model, share)
 
     @staticmethod
     def _begun(
-        exam: Exam, whole_model: Callable[[], AbstractContextManager[Any]], share: tuple[int, int]
+        exam: EvalSuite, whole_model: Callable[[], AbstractContextManager[Any]], share: tuple[int, int]
     ) -> Iterator[tuple[str, list[Row]]]:
         with whole_model() as lm:
             yield from exam.responses(lm, share)
 
-    def go_on(self, limit_s: float) -> Answers:
+    def advance(self, limit_s: float) -> Answers:
         """A generated batch, and more of them until `limit_s` have passed."""
         began = time.monotonic()
         rows: dict[str, list[Row]] = {}
@@ -136,19 +139,20 @@ class Sitting:
         return Answers(rows, is_last=True)
 
 
-def exam_of(phase: Phase, *, chats: bool) -> Exam:
-    """The exam of a phase that has learnt conversations, or texts as they stand. Raises InputError for rows that cannot be asked."""
+def exam_of(phase: Phase, *, chats: bool) -> EvalSuite:
+    """The exam of a phase that has learnt conversations, or texts as they stand.
+    Raises InputError for rows that cannot be asked."""
     settings = phase.eval
     assert settings is not None, "there is nothing to ask"
     tokenizer = tokenizer_for(phase.model)
     renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos, in_turns=chats)
-    asking = Asking(renderer=renderer, seed=phase.seed, settings=settings)
-    parts: dict[str, tuple[Sequence[Question], Judge]] = {
+    asking = GenerationEval(renderer=renderer, seed=phase.seed, settings=settings)
+    parts: dict[str, tuple[Sequence[Question], RewardScorer]] = {
         "": (questions.read(settings.data, settings.columns, settings.limit), by_answer)
     }
     if settings.verdicts is not None:
         parts["verdict_"] = (questions.read_verdicts(settings.verdicts, settings.limit), by_verdict)
-    return Exam(asking, parts)
+    return EvalSuite(asking, parts)
 
 
 def by_answer(expected: str, response: str) -> tuple[str | None, bool]:

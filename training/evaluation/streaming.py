@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from training.data.formats import Chat, Prompt
-from training.evaluation.evaluator import Speaker
+from training.evaluation.evaluator import TextGenerator
 from training.generation.sampling import Continued, Sampling
 from training.seeding import seed_for
 
@@ -46,9 +46,10 @@ class Streamed:
 
 
 def respond(
-    model: Speaker, content: str | Chat | Prompt, key: int, settings: Sampling, say: Callable[[str], None]
+    model: TextGenerator, content: str | Chat | Prompt, key: int, settings: Sampling, say: Callable[[str], None]
 ) -> Continued:
-    """The response to one prompt, said piece by piece while it is drawn. Raises RowError for a prompt that cannot be put."""
+    """The response to one prompt, said piece by piece while it is drawn.
+    Raises RowError for a prompt that cannot be put."""
     streamed = Streamed(model.text)
 
     def heard(_: int, token: int) -> None:

@@ -1,4 +1,5 @@
-"""Continues token sequences by transformers' continuous batching: where a row ends, the next prompt takes its place at once.
+"""Continues token sequences by transformers' continuous batching: where a row ends,
+the next prompt takes its place at once.
 
 The tokens are those of training/generation/sampling.py, drawn by the same numbers, whatever shares a pass with them.
 """
@@ -21,7 +22,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.logits_process import LogitsProcessorList
 
 from training.data.batching import SDPA_VARLEN
-from training.generation.sampling import Continued, Sampling, picked, uniform
+from training.generation.sampling import Continued, Sampling, sample_token, uniform
 from training.process import heartbeat
 
 _ON_CPU: dict[str, Any] = {"page_size": 32, "num_blocks": 256, "max_batch_tokens": 1024}
@@ -32,7 +33,7 @@ _END_S = 60.0
 _BITS = 2.0**32
 
 
-def continue_all(
+def generate_all(
     lm: Any, prompts: Sequence[Sequence[int]], keys: Sequence[int], ends: Collection[int], settings: Sampling
 ) -> list[Continued]:
     """One continuation of every prompt, in their order, up to a token of `ends`. `keys[i]` seeds the i-th.
@@ -130,5 +131,5 @@ class _Draw(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         drawn_B = (tensor_arg[: len(scores)].long() & 0xFFFFFFFF).double() / _BITS
-        tokens_B1 = picked(scores, drawn_B, self.settings)[:, None]
+        tokens_B1 = sample_token(scores, drawn_B, self.settings)[:, None]
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens_B1, 0.0)

@@ -14,7 +14,8 @@ from training.estimate.memory import CACHE_ROOM
 
 
 def give_room(cache: Any) -> None:
-    """Let the layers of a cache keep room from now on, those that hold every place; sliding windows and other states stay as they are."""
+    """Let the layers of a cache keep room from now on, those that hold every place;
+    sliding windows and other states stay as they are."""
     cache.layers = [RoomyLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 

@@ -1,9 +1,9 @@
 """Continues token sequences: batched, with a cache, without spending time on finished rows. Knows no text and no file.
 
 What is drawn does not depend on the machines: the random number that picks the token at a position is a function of the
-sequence's key and the position alone (a counter-based generator), and picks by the inverse of the distribution function. So
-the batch size, the order and the number of workers do not show, except where rounding moves a probability across the number
-that was drawn.
+sequence's key and the position alone (a counter-based generator), and picks by the inverse of the distribution
+function. So the batch size, the order and the number of workers do not show, except where rounding moves a probability
+across the number that was drawn.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Continued:
         return self.end is not None
 
 
-def continue_all(
+def generate_all(
     lm: Any,
     prompts: Sequence[Sequence[int]],
     keys: Sequence[int],
@@ -71,9 +71,9 @@ def continue_all(
 ) -> list[Continued]:
     """One continuation of every prompt, in their order, up to a token of `ends`. `keys[i]` seeds the i-th.
 
-    `lm` is a causal language model; a prompt has at least one token. At most `batch` go at a time, those of like length together
-    (one, where the model cannot do more); of these, equal prompts are read once. No prompt goes on past `window` tokens, itself counted.
-    `heard(i, token)` is told every token of the i-th continuation as it is drawn.
+    `lm` is a causal language model; a prompt has at least one token. At most `batch` go at a time, those of like length
+    together (one, where the model cannot do more); of these, equal prompts are read once. No prompt goes on past
+    `window` tokens, itself counted. `heard(i, token)` is told every token of the i-th continuation as it is drawn.
     Raises InputError for tokens that the model's embedding has no row for.
     """
     out: dict[int, Continued] = {}
@@ -94,7 +94,8 @@ def in_batches(
     window: int | None = None,
     heard: Heard | None = None,
 ) -> Iterator[dict[int, Continued]]:
-    """What `continue_all` returns, batch by batch: the continuations by the numbers of their prompts. Raises as it does."""
+    """What `generate_all` returns, batch by batch: the continuations
+    by the numbers of their prompts. Raises as it does."""
     if wrong := beyond((max(prompt, default=-1) for prompt in prompts), rows_in(lm)):
         raise InputError.of("the prompts", wrong)
     longest = max(map(len, prompts), default=0) + settings.max_new_tokens
@@ -154,7 +155,8 @@ class _Batch:
         self.cache: Any = None
 
     def drawn(self) -> Iterator[tuple[int, int, bool]]:
-        """Of every prompt its tokens as they are drawn, up to the one that ends it: which prompt, token, whether it is an end."""
+        """Of every prompt its tokens as they are drawn, up to the one that ends it: which prompt,
+        token, whether it is an end."""
         done = {row for row, limit in enumerate(self.limits) if limit <= 0}
         for position in range(max(self.limits)):
             logits_BV = self._logits() if position else self._first_logits()
@@ -185,7 +187,8 @@ class _Batch:
     def _logits(self) -> Tensor:
         """Of the next token of every row. [B, V]"""
         if not self.caches:
-            return self.lm(input_ids=self.next_ids, use_cache=False).logits[:, -1]
+            out = self.lm(input_ids=self.next_ids, use_cache=False)
+            return torch.as_tensor(out.logits[:, -1])
         out = self.lm(
             input_ids=self.next_ids,
             attention_mask=self.mask if self.padded else None,
@@ -197,7 +200,7 @@ class _Batch:
         if self.cache is None:
             self.cache = out.past_key_values
             give_room(self.cache)
-        return out.logits[:, -1]
+        return torch.as_tensor(out.logits[:, -1])
 
     def _advance(self, tokens: Tensor) -> None:
         self.next_ids = tokens[:, None] if self.caches else torch.cat([self.next_ids, tokens[:, None]], dim=1)
@@ -220,10 +223,10 @@ class _Batch:
 
 def draw(logits_BV: Tensor, keys: NDArray[np.uint64], position: int, settings: Sampling) -> Tensor:
     """The next token of each row. [B]"""
-    return picked(logits_BV, torch.from_numpy(uniform(keys, position)).to(logits_BV.device), settings)
+    return sample_token(logits_BV, torch.from_numpy(uniform(keys, position)).to(logits_BV.device), settings)
 
 
-def picked(logits_BV: Tensor, drawn_B: Tensor, settings: Sampling) -> Tensor:
+def sample_token(logits_BV: Tensor, drawn_B: Tensor, settings: Sampling) -> Tensor:
     """The token of each row that a number drawn from [0, 1) picks. [B]"""
     if settings.temperature == 0:
         return logits_BV.argmax(-1)

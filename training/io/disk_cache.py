@@ -15,7 +15,8 @@ VERSION = 1
 
 
 def load_or_compute(cache: Path, kind: str, key: Any, compute: Callable[[], Any]) -> Any:
-    """The result of `compute`, read from a file in the cache if it was computed before. `key` and the result must be JSON.
+    """The result of `compute`, read from a file in the cache if it was computed before.
+    `key` and the result must be JSON.
 
     `kind` names the folder in the cache. A cache that cannot be written is left as it is.
     """

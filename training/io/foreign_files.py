@@ -1,4 +1,5 @@
-"""Files that somebody else wrote may hold anything: whatever it is, the reader of a file raises its own error, in words."""
+"""Files that somebody else wrote may hold anything: whatever it is,
+the reader of a file raises its own error, in words."""
 
 from __future__ import annotations
 

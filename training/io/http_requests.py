@@ -42,7 +42,8 @@ class StatusError(RequestError):
 def fetch(
     request: urllib.request.Request, timeout_s: float, opener: urllib.request.OpenerDirector | None = None
 ) -> bytes:
-    """The body of the answer, whose first byte and last byte come within `timeout_s`. Raises RequestError, StatusError."""
+    """The body of the answer, whose first byte and last byte come within `timeout_s`.
+    Raises RequestError, StatusError."""
     open_ = urllib.request.urlopen if opener is None else opener.open
     try:
         return within(timeout_s, lambda: _fetch(open_, request, timeout_s))
@@ -84,5 +85,5 @@ def _body(answer: Any, deadline: float) -> bytes:
 def _beginning(error: urllib.error.HTTPError) -> str:
     body = b""
     with suppress(*_ODD):
-        body = error.fp.read1(_SHOWN_BYTES)  # type: ignore[attr-defined]
+        body = error.fp.read1(_SHOWN_BYTES)  # type: ignore[attr-defined]  # a response of http.client
     return " ".join(body.decode(errors="replace").split()) or str(error.reason)

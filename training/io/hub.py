@@ -1,4 +1,5 @@
-"""Models on the Hugging Face hub: files of theirs that are at hand, in the cache of its library or fetched at once. Free of torch."""
+"""Models on the Hugging Face hub: files of theirs that are at hand,
+in the cache of its library or fetched at once. Free of torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Folders that go with the process that made them: removed by it in order, else by the next process that makes one in the same place.
+"""Folders that go with the process that made them: removed by it in order,
+else by the next process that makes one in the same place.
 
-Each holds a file that its process has locked. The kernel takes the lock away when the process is gone, however it ended.
+Each holds a file that its process has locked. The kernel takes the lock away
+when the process is gone, however it ended.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ PREFIX = "muster-"
 
 
 def own(folder: Path) -> int:
-    """Make this process the owner of a folder. Returns the descriptor that holds the lock: closing it gives the folder up."""
+    """Make this process the owner of a folder. Returns the descriptor
+    that holds the lock: closing it gives the folder up."""
     draft = folder / f"{OWNER}.new"  # under its own name it is locked from the first moment on
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with suppress(OSError):  # a file system without locks: nobody will find that the owner is gone
@@ -31,7 +34,8 @@ def own(folder: Path) -> int:
 
 
 def sweep(parent: Path, pattern: str) -> None:
-    """Remove the folders of this user in `parent` whose owner is gone. Others, and those without an owner's file, are left alone."""
+    """Remove the folders of this user in `parent` whose owner is gone.
+    Others, and those without an owner's file, are left alone."""
     for folder in parent.glob(pattern):
         with suppress(OSError):
             if not folder.is_symlink() and folder.stat().st_uid == os.getuid() and _is_given_up(folder / OWNER):
@@ -51,7 +55,8 @@ def _is_given_up(owner: Path) -> bool:
 
 @contextmanager
 def temporary_folder(prefix: str, parent: str | None = None) -> Iterator[Path]:
-    """A new folder in TMPDIR, or in `parent`, for the length of the block. Also removes those there whose owners are gone."""
+    """A new folder in TMPDIR, or in `parent`, for the length of the block.
+    Also removes those there whose owners are gone."""
     parent = parent or tempfile.gettempdir()
     sweep(Path(parent), f"{prefix.partition('-')[0]}-*")
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))

@@ -24,10 +24,12 @@ def _is_name(part: str) -> bool:
 
 
 def absolute(path: str | Path, base: Path | None = None) -> str:
-    """`path`, as a user wrote it, from the folder `base` (None: the current one), with `~` expanded and `.` and `..` taken out.
+    """`path`, as a user wrote it, from the folder `base` (None: the current one),
+    with `~` expanded and `.` and `..` taken out.
 
-    It names the same file for the operating system: `link/..` is the folder around what the link points to, as for open(); os.path.abspath would take the folder around the link.
-    Links that no `..` follows stay as they are: the text is part of a job's hash.
+    It names the same file for the operating system: `link/..` is the folder around what the link points to, as for
+    open(); os.path.abspath would take the folder around the link. Links that no `..` follows stay as they are: the text
+    is part of a job's hash.
     """
     parts = Path(os.getcwd(), base or "", os.path.expanduser(path)).parts
     result = parts[0]

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from training import __version__
 
 MUSTER = "muster-train"
-"""Of the distribution. Its code may be here without it: it travels with a job to machines that have the dependencies alone."""
+"""Of the distribution. Its code may be here without it: it travels with a job to machines
+that have the dependencies alone."""
 
 
 def versions_of(names: Iterable[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """An attention kernel of ours: torch's own, sample by sample where samples share a row.
 
-Torch's kernel takes a mask for a packed row and pays for all of its places, whoever may look there. Told where samples begin it is
-called once for each, causal and without a mask: what a kernel for packed rows does on GPUs.
+Torch's kernel takes a mask for a packed row and pays for all of its places, whoever may look there. Told where samples
+begin it is called once for each, causal and without a mask: what a kernel for packed rows does on GPUs.
 
 Shapes: R rows, L places in a row, H heads, D numbers a head, S samples in a row.
 """
@@ -26,7 +26,8 @@ def register() -> None:
 
 
 def _mask(**asked: Any) -> Tensor | None:
-    """What transformers hands to every layer as the mask: [S] lengths of the samples of a row where these say it all, else sdpa's."""
+    """What transformers hands to every layer as the mask: [S] lengths of the samples of a row
+    where these say it all, else sdpa's."""
     from transformers.masking_utils import sdpa_mask
 
     lengths = _lengths(**asked)
@@ -45,9 +46,11 @@ def _lengths(
     device: torch.device,
     **_: Any,
 ) -> Tensor | None:
-    """Lengths of stretches of a row [S] that look back at all of themselves and at nothing else. None: the mask is another one, or none is needed.
+    """Lengths of stretches of a row [S] that look back at all of themselves and at nothing else.
+    None: the mask is another one, or none is needed.
 
-    `mask_function` says whether place q looks at place k. Asked along three lines, it has told all that a mask is made of.
+    `mask_function` says whether place q looks at place k. Asked along three lines,
+    it has told all that a mask is made of.
     """
     plain = allow_is_causal_skip or use_vmap or attention_mask is not None
     if plain or batch_size != 1 or q_length != kv_length or q_length < 2:
@@ -72,7 +75,7 @@ def _attention(
 
     sdpa: Any = sdpa_attention_forward
     if attention_mask is None or attention_mask.dim() > 1:
-        return sdpa(module, query, key, value, attention_mask, **settings)
+        return sdpa(module, query, key, value, attention_mask, **settings)[0], None
     lengths = attention_mask.tolist()
     samples = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
     return torch.cat([sdpa(module, *sample, None, **settings)[0] for sample in samples], dim=1), None

@@ -1,8 +1,8 @@
 """What a language model says of tokens, measured a chunk of places at a time, so that their logits never exist whole.
 
-At 4,096 places and a vocabulary of 128,000 the logits of a micro-batch and their gradient are 5 GB, more than all else that a LoRA
-step keeps. Above LOGITS_AT_ONCE a chunk's logits are computed, measured and forgotten, and computed again in the backward pass:
-one more forward pass of the head alone.
+At 4,096 places and a vocabulary of 128,000 the logits of a micro-batch and their gradient are 5 GB, more than all else
+that a LoRA step keeps. Above LOGITS_AT_ONCE a chunk's logits are computed, measured and forgotten, and computed again
+in the backward pass: one more forward pass of the head alone.
 
 Shapes: R rows, L places in a row, N places that are measured, V vocabulary, K measures.
 """
@@ -19,16 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 from training.estimate.memory import LOGITS_AT_ONCE
 from training.models.probe import traits_of
-from training.models.sparse_last_mlp import looked_at
+from training.models.sparse_last_mlp import last_mlp_at
 
 Measure = Callable[..., Tensor]
 """From the logits of n places [n, V], and what else is known of each, K numbers of each. [n, K]"""
 
 
-def measured_at(
+def apply_head_chunked(
     lm: Any, input_ids: Tensor, position_ids: Tensor | None, index: Tensor, measure: Measure, *known: Tensor
 ) -> Tensor:
-    """Measures of what a causal language model says of the tokens after N places of the flattened rows. [R, L], [N] -> [N, K]
+    """Measures of what a causal language model says of the tokens after N places of the flattened
+    rows. [R, L], [N] -> [N, K]
 
     `known` [N, ...] is handed to `measure` beside the logits.
     """
@@ -39,7 +40,7 @@ def measured_at(
         return measure(logits_RLV.flatten(0, 1)[index], *known)
     # Only these places go through the head: prompts cost no logits.
     body = lm.get_decoder()
-    with looked_at(body, input_ids, index, known=known_of_lm.last_mlp):
+    with last_mlp_at(body, input_ids, index, known=known_of_lm.last_mlp):
         hidden_RLH = body(**inputs, use_cache=False).last_hidden_state
     hidden_NH = hidden_RLH.flatten(0, 1)[index]
     head = lm.get_output_embeddings()
@@ -47,15 +48,16 @@ def measured_at(
     if num_chunks <= 1:
         return measure(head(hidden_NH), *known)
     with _measuring(head, measure, known, num_chunks):
-        return head(hidden_NH)
+        logits_NV: Tensor = head(hidden_NH)
+        return logits_NV
 
 
 @contextmanager
 def _measuring(head: nn.Module, measure: Measure, known: tuple[Tensor, ...], num_chunks: int) -> Iterator[None]:
     """Within the block the head answers with measures of its logits.
 
-    It is still called once: ZeRO-3 gathers its weights for a call, forward and backward, and all workers must ask for them
-    equally often, however many places each has.
+    It is still called once: ZeRO-3 gathers its weights for a call, forward and backward, and all workers must ask for
+    them equally often, however many places each has.
     """
     plain = head.forward
 

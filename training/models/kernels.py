@@ -1,4 +1,5 @@
-"""Liger's fused kernels for norms, rotations and gated layers: where there are a GPU, the package and a model that they know."""
+"""Liger's fused kernels for norms, rotations and gated layers: where there are a GPU,
+the package and a model that they know."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def lacks(device: str) -> str:
 
 
 def resolve(model: Model, device: str, model_type: Callable[[], str]) -> Kernels:
-    """The kernels of a model. auto: Liger's where they can be used, and layers are not compiled, which fuses the same operations.
+    """The kernels of a model. auto: Liger's where they can be used, and layers are not compiled,
+    which fuses the same operations.
 
     `model_type`: as in its config.json. Raises InputError if Liger's are asked for and cannot be had.
     """
@@ -54,7 +56,8 @@ def _known_types() -> set[str]:
 
 
 def fuse(lm: Any) -> None:
-    """Have a model of transformers compute with them, in place; names of parameters stay. Holds for its class in this process."""
+    """Have a model of transformers compute with them, in place; names of parameters stay.
+    Holds for its class in this process."""
     from transformers.integrations.liger import apply_liger_kernel
 
     apply_liger_kernel(lm, _FUSED)

@@ -29,7 +29,8 @@ def empty_model(model: Model, *, classifier: bool = False) -> Any:
 
 
 def buffers(model: Model, *, classifier: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that are stored with the weights and never trained, such as a router's biases: training leaves them as they are.
+    """Tensors that are stored with the weights and never trained, such
+    as a router's biases: training leaves them as they are.
 
     By their names in the model, in the type that they are stored in.
     """

@@ -1,4 +1,5 @@
-"""Loads the model that a phase trains, and states what is learnt from tokens: the sum of the loss over those that are targets."""
+"""Loads the model that a phase trains, and states what is learnt from tokens: the sum of the loss
+over those that are targets."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from training.model_folder import (
     described_quantization,
 )
 from training.models import attention, kernels, lora
-from training.models.chunked_logits import measured_at
+from training.models.chunked_logits import apply_head_chunked
 from training.models.probe import traits_for
 from training.process.cpu_features import cpu_multiplies_bf16
 from training.seeding import seed_for
@@ -52,14 +53,17 @@ def resolve_dtype(setting: str, device: str) -> torch.dtype:
 
 
 def _multiplies_bf16(device: str) -> bool:
-    return multiplies_bf16() if is_accelerator(device) else cpu_multiplies_bf16()
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return cpu_multiplies_bf16()
 
 
 def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = False) -> nn.Module:
-    """The model that a phase trains, with its weights in `dtype`, dropout off; with LoRA only its adapters are trainable.
+    """The model that a phase trains, with its weights in `dtype`, dropout off;
+    with LoRA only its adapters are trainable.
 
-    `classifier`: with a scalar head instead of the one for tokens. A phase that starts from an adapter trains that one on, or
-    without `model.lora` all weights with it merged in. Raises InputError if it cannot be loaded.
+    `classifier`: with a scalar head instead of the one for tokens. A phase that starts from an adapter trains that one
+    on, or without `model.lora` all weights with it merged in. Raises InputError if it cannot be loaded.
     """
     adapter = adapter_in(phase.model.path)
     settings = phase.model.model_copy(update={"path": base_of(phase.model.path)})
@@ -78,7 +82,8 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
         set_head(lm, phase, adapter, fresh=fresh_head)
     _keep_routers_still(lm)
     lm.train()
-    return lm
+    loaded: nn.Module = lm
+    return loaded
 
 
 def _refuse_quantized(model: Model) -> None:
@@ -93,7 +98,7 @@ def _keep_routers_still(lm: nn.Module) -> None:
     """Have routers send tokens to experts as in evaluation, always: some disturb or draw at random in training."""
     for module in lm.modules():
         if _ROUTES.search(type(module).__name__):
-            module.train = partial(_evaluates, module)  # type: ignore[method-assign]
+            module.train = partial(_evaluates, module)  # type: ignore[method-assign]  # of this module alone
 
 
 def _evaluates(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -121,7 +126,8 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0, trust_re
         if classifier and brings_head:
             weight: Any = head_of(lm).weight
             weight.data.copy_(lora.head_in(adapter, HEAD))
-    return lm.to(torch_device(kind, gpu)).eval()
+    placed: nn.Module = lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
+    return placed
 
 
 def _bring_rows(lm: Any, adapter: Adapter) -> None:
@@ -152,7 +158,8 @@ def skeleton(phase: Phase, dtype: torch.dtype, device: str) -> nn.Module:
     for module in lm.modules():  # parameters are nowhere; buffers are computed, so they are here
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
-    return lm
+    bare: nn.Module = lm
+    return bare
 
 
 def pretrained(model: Model, dtype: torch.dtype | str, device: str, *, classifier: bool) -> tuple[Any, bool]:
@@ -235,7 +242,8 @@ def head_of(lm: nn.Module) -> nn.Module:
 
 
 def set_head(lm: nn.Module, phase: Phase, adapter: Adapter | None, *, fresh: bool) -> None:
-    """The head of a new reward model: normal with standard deviation 1/sqrt(d+1) (arXiv:2009.01325), by the seed alone."""
+    """The head of a new reward model: normal with standard deviation 1/sqrt(d+1)
+    (arXiv:2009.01325), by the seed alone."""
     if not hasattr(lm, HEAD):  # a language model that is to be both
         config: Any = lm.config
         parameter = next(lm.parameters())
@@ -271,7 +279,8 @@ def resolve_kernels(model: Model, device: str) -> kernels.Kernels:
 
 
 def load_config(model: Model) -> Any:
-    """The model's configuration with all that is random in training set to 0. Raises InputError if there is none to be read."""
+    """The model's configuration with all that is random in training set to 0.
+    Raises InputError if there is none to be read."""
     from transformers import AutoConfig
 
     try:
@@ -286,7 +295,8 @@ def load_config(model: Model) -> Any:
 
 
 def _without_noise(config: Any) -> None:
-    """Set what is random in training to 0, also in the settings of a part of the model: else the loss would depend on it."""
+    """Set what is random in training to 0, also in the settings of a part of the model: else the
+    loss would depend on it."""
     for key, value in config.to_dict().items():
         if isinstance(value, dict) and hasattr(part := getattr(config, key, None), "to_dict"):
             _without_noise(part)
@@ -321,7 +331,8 @@ def _tell_traits(lm: Any, model: Model) -> None:
 
 
 def _forget_lengths(rotary: Any, _: Any) -> None:
-    """Dynamic rotary factors stay those of the longest sample so far, in transformers; here they are those of each micro-batch."""
+    """Dynamic rotary factors stay those of the longest sample so far, in transformers;
+    here they are those of each micro-batch."""
     if rotary.max_seq_len_cached != rotary.original_max_seq_len:
         rotary.max_seq_len_cached = rotary.original_max_seq_len
         rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device)
@@ -341,7 +352,7 @@ class TokenLoss(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor
     ) -> Tensor:
         """Sum over the N targets of -log p(target). [1]  Shapes as in training/data/collate.py."""
-        losses_N1 = measured_at(self.lm, input_ids, position_ids, target_index, _surprise, target_ids)
+        losses_N1 = apply_head_chunked(self.lm, input_ids, position_ids, target_index, _surprise, target_ids)
         return losses_N1.sum().view(1)
 
 

@@ -1,8 +1,8 @@
 """LoRA (arXiv:2106.09685) through PEFT: adapters added to a model's layers, read from and written for PEFT folders.
 
-Adapters stand inside the model, whose class stays what it was: `q_proj` becomes a layer that holds the frozen `q_proj.base_layer`
-and, trained, `q_proj.lora_A.default` and `q_proj.lora_B.default`. A PEFT folder calls the same tensors
-`base_model.model.<...>.q_proj.lora_A.weight`.
+Adapters stand inside the model, whose class stays what it was: `q_proj` becomes a layer that holds the frozen
+`q_proj.base_layer` and, trained, `q_proj.lora_A.default` and `q_proj.lora_B.default`. A PEFT folder calls the same
+tensors `base_model.model.<...>.q_proj.lora_A.weight`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ _SHOWN = 200
 
 
 def add(lm: nn.Module, phase: Phase, existing: Adapter | None, name: str = NAME) -> None:
-    """Freeze the model and put adapters into it: fresh ones, or those of a folder to be trained on. They are active from now on.
+    """Freeze the model and put adapters into it: fresh ones, or those of a folder to be trained on.
+    They are active from now on.
 
-    `name` tells several of them apart in one model. Raises InputError for targets that match no layer, and for an adapter of another shape than the settings say.
+    `name` tells several of them apart in one model. Raises InputError for targets that match no layer, and for an
+    adapter of another shape than the settings say.
     """
     check_continues(phase.model)
     inject(lm, phase, existing, name)
@@ -121,8 +123,9 @@ def left_out(lm: nn.Module, settings: Lora | None) -> list[str]:
     if sizes:
         ends = ", ".join(sorted({name.rpartition(".")[2] for name in sizes}))
         notes.append(
-            f"model.lora.targets all-linear trains no adapters on the experts ({ends}, {sum(sizes.values()):,} parameters): they are no "
-            f"linear layers of the model; it trains adapters on {', '.join(targets_in(lm, settings))}"
+            f"model.lora.targets all-linear trains no adapters on the experts ({ends}, {sum(sizes.values()):,} "
+            "parameters): they are no linear layers of the model; it trains adapters on "
+            f"{', '.join(targets_in(lm, settings))}"
         )
     return [note for note in notes if note]
 
@@ -144,7 +147,8 @@ def alone(name: str, adapter: str) -> str:
 
 
 def _initialize(lm: nn.Module, seed: int, adapter: str) -> None:
-    """A as Kaiming says, B zero (the paper's start: nothing is added). By name, so that it is the same on all machines."""
+    """A as Kaiming says, B zero (the paper's start: nothing is added).
+    By name, so that it is the same on all machines."""
     for name, parameter in _adapters(lm, adapter):
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(seed_for(seed, "lora", name))
@@ -170,7 +174,8 @@ def _load(lm: nn.Module, existing: Adapter, adapter: str) -> None:
 
 
 def train_whole(lm: nn.Module, names: Iterable[str]) -> None:
-    """Train these parameters beside the adapters: an embedding or a head that gets new tokens, or that an adapter brings."""
+    """Train these parameters beside the adapters: an embedding or a head that gets new tokens,
+    or that an adapter brings."""
     parameters = dict(lm.named_parameters())
     for name in names:
         if name in parameters:  # the head of a tied model is its embedding, a reward model has none
@@ -185,7 +190,8 @@ def token_parameters(lm: Any) -> list[str]:
 
 
 def put_whole(lm: nn.Module, adapter: Adapter) -> None:
-    """Put the embedding and the head that an adapter brings into the model, which has as many rows as they. ZeRO-3 may have sharded it."""
+    """Put the embedding and the head that an adapter brings into the model, which has as many rows as they.
+    ZeRO-3 may have sharded it."""
     saved = load_file(adapter.folder / ADAPTER_WEIGHTS)
     parameters = dict(lm.named_parameters())
     for name in adapter.whole:
@@ -285,7 +291,8 @@ def _ends(weights: Iterable[str], phase: Phase, classifier: bool) -> list[str]:
 
 
 def _with_tied_head(weights: dict[str, Tensor], phase: Phase, classifier: bool) -> dict[str, Tensor]:
-    """Of a model with one tensor for embedding and head both, if it was trained: PEFT keeps them apart when it loads them."""
+    """Of a model with one tensor for embedding and head both, if it was trained: PEFT keeps them
+    apart when it loads them."""
     embedding = next((name for name in weights if EMBEDDING.search(name)), None)
     if embedding is None or classifier or any(name.endswith(TOKEN_HEADS) for name in weights):
         return weights

@@ -1,4 +1,5 @@
-"""Which layers of a model get adapters: the linear ones, by ends of their names that no other module has and that PEFT accepts."""
+"""Which layers of a model get adapters: the linear ones, by ends of their names
+that no other module has and that PEFT accepts."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from torch import nn
 
 _BASE = ".base_layer"
 _READ_PAST = frozenset({"correction_coefs"})
-"""Linear layers of Gemma 3n whose weights its code reads past the layer in training: an adapter there would learn nothing."""
+"""Linear layers of Gemma 3n whose weights its code reads past the layer
+in training: an adapter there would learn nothing."""
 
 
 def linear_layers(lm: nn.Module) -> list[str]:
@@ -51,8 +53,9 @@ def left_out(lm: Any) -> str:
     if not refused:
         return ""
     return (
-        f"model.lora.targets all-linear trains no adapters on {', '.join(refused)}: in a model of type {lm.config.model_type} they would "
-        f"have no effect, or PEFT could not load them; it trains adapters on {', '.join(ends)}"
+        f"model.lora.targets all-linear trains no adapters on {', '.join(refused)}: in a model of type "
+        f"{lm.config.model_type} they would have no effect, or PEFT could not load them; it trains adapters on "
+        f"{', '.join(ends)}"
     )
 
 
@@ -72,8 +75,8 @@ def _ends(name: str) -> Iterator[str]:
 def is_refused(lm: Any, end: str) -> bool:
     """Whether PEFT does not take a name for that of a linear layer of this type of model.
 
-    Of mixtures of experts it takes the names that experts had as single layers for the tensor that holds all of them; of some models
-    with states it refuses layers whose weights the fused kernel reads past the adapter.
+    Of mixtures of experts it takes the names that experts had as single layers for the tensor that holds all of them;
+    of some models with states it refuses layers whose weights the fused kernel reads past the adapter.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
@@ -89,7 +92,8 @@ def is_refused(lm: Any, end: str) -> bool:
 
 
 def _renamed(lm: Any, layers: Sequence[str]) -> list[str]:
-    """Layers whose names PEFT changes when it loads an adapter, as transformers changes the older names of their weights."""
+    """Layers whose names PEFT changes when it loads an adapter,
+    as transformers changes the older names of their weights."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

@@ -1,7 +1,9 @@
-"""Finds out what a model's code can do, with a small copy of it on the CPU: `python -m training.models.probe SETTINGS` (JSON of path and trust_remote_code).
+"""Finds out what a model's code can do, with a small copy of it on the CPU: `python -m training.models.probe SETTINGS`
+(JSON of path and trust_remote_code).
 
-Equality is to a relative 1e-5 of the largest logit, in fp32. That a sample does not see another is stricter: with the other one changed its
-logits stay the same bit for bit; or, in a mixture of experts, where the number of tokens of an expert shows in the rounding, the gradient is zero.
+Equality is to a relative 1e-5 of the largest logit, in fp32. That a sample does not see another is stricter: with the
+other one changed its logits stay the same bit for bit; or, in a mixture of experts, where the number of tokens of an
+expert shows in the rounding, the gradient is zero.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ TOLERANCE = 1e-5
 _ROUNDING = 1e-6
 """Of a mixture of experts."""
 _CACHE_TOLERANCE = 1e-4
-"""A state-space model computes one token by another sum than a sequence; caches that are wrong differ by a hundredth."""
+"""A state-space model computes one token by another sum than a sequence;
+caches that are wrong differ by a hundredth."""
 _LENGTHS = (5, 17, 11)
 """Of the samples: shorter and longer than the windows of a small copy."""
 _NEW_TOKENS = 6
@@ -99,7 +102,8 @@ def _in_one_line(error: Exception) -> str:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """For the length of a block: no warnings, random numbers that nobody else sees, and none of what the caller has switched on or off."""
+    """For the length of a block: no warnings, random numbers that nobody else sees,
+    and none of what the caller has switched on or off."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -131,7 +135,8 @@ class _Probe:
     def __init__(self, config: Any, small: Any, lm: Any, trust_remote_code: bool):
         self.config, self.small, self.lm, self.trust_remote_code = config, small, lm, trust_remote_code
         self.picks = any(getattr(small, name, None) is not None for name in ("index_topk", "keep_window_size"))
-        """Attention is to the tokens of the highest scores: which these are can depend on what else is in the row, and on its length."""
+        """Attention is to the tokens of the highest scores: which these are can depend on what else is
+        in the row, and on its length."""
         generator = np.random.default_rng(0)
         self.samples = [self._drawn(generator, length) for length in _LENGTHS]
         self.others = [self._drawn(generator, length) for length in _LENGTHS]
@@ -163,7 +168,7 @@ class _Probe:
             generation=self.generation(),
         )
 
-    # -- attention ------------------------------------------------------------------------------------------------------
+    # -- attention -----------------------------------------------------------------------------------------------------
 
     def kernel(self, name: str) -> Kernel:
         lm = self.with_kernel(name)
@@ -210,7 +215,8 @@ class _Probe:
         return self.computes(rows, _logits(lm, rows))
 
     def keeps_apart(self, lm: Any, *, varlen: bool) -> bool:
-        """Whether samples that share a row do not see each other, be they earlier or later, and padding behind them is no sample either."""
+        """Whether samples that share a row do not see each other, be they earlier or later,
+        and padding behind them is no sample either."""
         short, long, middle = self.samples
         layouts = [[[long, short, middle]], [[short, middle, long]]]
         if not varlen:  # whose micro-batches are one row
@@ -260,7 +266,7 @@ class _Probe:
         together = _logits(lm, [[short], [long]])[0][0]
         return None if _equal(alone, together) else _original_length(self.config)
 
-    # -- heads ----------------------------------------------------------------------------------------------------------
+    # -- heads ---------------------------------------------------------------------------------------------------------
 
     def has_body(self) -> bool:
         with torch.no_grad():
@@ -268,15 +274,15 @@ class _Probe:
             return _equal(self.lm.get_output_embeddings()(hidden)[0], self.alone[1])
 
     def has_last_mlp(self) -> bool:
-        from training.models.sparse_last_mlp import looked_at
+        from training.models.sparse_last_mlp import last_mlp_at
 
         ids, places = _tensor(self.samples[1]), torch.tensor([2, 7, 16])
         body = self.lm.get_decoder()
         with torch.no_grad():
             whole = body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            with looked_at(body, ids, places, known=True):
-                picked = body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        return _equal(picked[places], whole[places])
+            with last_mlp_at(body, ids, places, known=True):
+                sample_token = body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        return _equal(sample_token[places], whole[places])
 
     def classifier(self, attention: str) -> Any:
         from transformers import AutoModelForSequenceClassification
@@ -315,10 +321,10 @@ class _Probe:
             alone = [scores(lm, _tensor(ids), None, torch.tensor([len(ids) - 1])) for pair in pairs for ids in pair]
         return _equal(together, torch.cat(alone))
 
-    # -- generation -----------------------------------------------------------------------------------------------------
+    # -- generation ----------------------------------------------------------------------------------------------------
 
     def generation(self) -> Generation:
-        from training.generation.sampling import Sampling, continue_all
+        from training.generation.sampling import Sampling, generate_all
 
         wanted = [self.greedily(ids) for ids in self.samples]
         prompts = [ids.tolist() for ids in self.samples]
@@ -326,7 +332,7 @@ class _Probe:
         ends = {wanted[0][2]}  # so that one ends before the others
 
         def right(batch: int) -> bool:
-            written = continue_all(
+            written = generate_all(
                 self.lm, [*prompts, prompts[1]], range(len(prompts) + 1), ends, settings, batch=batch
             )
             return [each.tokens for each in written] == [_up_to(tokens, ends) for tokens in [*wanted, wanted[1]]]
@@ -342,7 +348,8 @@ class _Probe:
             del self.lm.traits
 
     def has_cache(self) -> bool:
-        """Whether tokens that are read one by one behind others, with a cache, have the logits that the whole sequence has.
+        """Whether tokens that are read one by one behind others, with a cache,
+        have the logits that the whole sequence has.
 
         The likeliest tokens alone would not show it: a cache that is a little wrong changes few of them.
         """
@@ -359,7 +366,8 @@ class _Probe:
         return True
 
     def pads_left(self) -> bool:
-        """Whether the last logits of samples that are padded on the left, as for generation, are those that they have alone."""
+        """Whether the last logits of samples that are padded on the left, as for generation,
+        are those that they have alone."""
         length = max(map(len, self.samples))
         ids = torch.tensor(np.stack([np.pad(each, (length - len(each), 0)) for each in self.samples]))
         mask = torch.tensor(np.stack([np.arange(length) >= length - len(each) for each in self.samples])).long()
@@ -373,7 +381,8 @@ class _Probe:
         written = ids
         for _ in range(_NEW_TOKENS):
             written = np.append(written, int(_logits(self.lm, [[written]])[0][0][-1].argmax()))
-        return written[len(ids) :].tolist()
+        tokens: list[int] = written[len(ids) :].tolist()
+        return tokens
 
 
 def _up_to(tokens: list[int], ends: set[int]) -> list[int]:
@@ -402,7 +411,8 @@ def _computed(lm: Any, rows: Sequence[Sequence[Ids]]) -> Tensor:
     samples: list[list[Sample]] = [[(ids, np.arange(len(ids)) > 0) for ids in row] for row in rows]
     batch = collate(samples)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if batch[name] is not None}
-    return lm(**inputs, use_cache=False).logits.float()
+    logits_RLV: Tensor = lm(**inputs, use_cache=False).logits.float()
+    return logits_RLV
 
 
 def _split(logits_RLV: Tensor, rows: Sequence[Sequence[Ids]]) -> list[list[Tensor]]:

@@ -1,7 +1,8 @@
 """A small copy of a model: the same class and the same structure, with every size made small and the weights random.
 
-What a model does to a row (does one sample see another, does padding matter) depends on its code and on the pattern of its layers, not on its
-sizes. The sizes are found by the names that configurations give them; all other settings stay as they are.
+What a model does to a row (does one sample see another, does padding matter) depends on its code and on the pattern of
+its layers, not on its sizes. The sizes are found by the names that configurations give them; all other settings stay as
+they are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ ORDINARY_TOKENS = range(3, 120)
 """Token ids that no setting of a small copy names as special."""
 POSITIONS = 64
 WINDOW = 8
-"""Tokens of a sliding window, a chunk, or a block; shorter than the long samples of a probe and longer than the short ones."""
+"""Tokens of a sliding window, a chunk, or a block; shorter than the long samples of a probe
+and longer than the short ones."""
 ROTARY_LIMIT = 12
 """Tokens after which rotary factors that depend on the length change; also between short and long samples."""
 _HIDDEN, _HEADS, _HEAD_DIM, _WIDE_HEAD_DIM = 32, 4, 8, 16
@@ -50,29 +52,45 @@ _KV_HEAD_NAMES = (
     "encoder_num_key_value_heads", "num_attention_groups",
 )  # fmt: skip
 _WIDTHS = re.compile(
-    r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|ff_dim|d_ff|dff|dim_ff|n_inner|inner_dim|feed_forward_size|embedding_size|"
+    r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|ff_dim|d_ff|dff|dim_ff|n_inner|inner_dim|"
+    r"feed_forward_size|embedding_size|"
     r"word_embed_proj_dim|lru_width|attention_hidden_size|backbone_hidden_size|d_inner|embed_dim)"
 )
 """Widths that keep their ratio to the hidden size."""
 _HEAD_DIMS = re.compile(r"(.*_)?(head_dim|head_size|d_head|dim_head|headdim|d_kv|kv_channels)")
 _WINDOWS = re.compile(
-    r"sliding_window(_size)?|attention_window_size|window_size|local_attention(_window_len)?|attention_chunk_size|keep_window_size|"
-    r"(mamba_)?chunk_size|block_size|index_block_size|rel_extent|mem_len|l(ocal|sh)_attn_chunk_length|position_bias_max_distance|floor_scale"
+    r"sliding_window(_size)?|attention_window_size|window_size|local_attention(_window_len)?|"
+    r"attention_chunk_size|keep_window_size|"
+    r"(mamba_)?chunk_size|block_size|index_block_size|rel_extent|mem_len|l(ocal|sh)_attn_chunk_length|"
+    r"position_bias_max_distance|floor_scale"
 )
 _RANKS = re.compile(
-    r"(.*_)?(lora_rank|dt_rank|time_step_rank|d_state|state_size|norm_rank|laurel_rank|adapter_rank|lowrank|router_hidden_size|d_rel|"
+    r"(.*_)?(lora_rank|dt_rank|time_step_rank|d_state|state_size|norm_rank|laurel_rank|adapter_rank|"
+    r"lowrank|router_hidden_size|d_rel|"
     r"hidden_size_per_layer_input|prompt_mid_dim|pronunciation_embed_dim|shape_embed_dim)"
 )
 _POSITION_NAMES = (
-    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length", "context_length", "max_target_positions",
-    "max_source_positions", "seq_length",
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length", "context_length",
+    "max_target_positions", "max_source_positions", "seq_length",
 )  # fmt: skip
 _AT_MOST: dict[str, int] = {
     **dict.fromkeys(
-        ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "moe_num_primary_experts", "zero_expert_num"), 4
+        (
+            "num_experts",
+            "n_routed_experts",
+            "num_local_experts",
+            "moe_num_experts",
+            "moe_num_primary_experts",
+            "zero_expert_num",
+        ),
+        4,
     ),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"), 2),
-    **dict.fromkeys(("n_group", "num_expert_group", "topk_group", "n_groups", "mamba_ngroups", "mamba_n_groups", "o_groups"), 1),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"), 2
+    ),
+    **dict.fromkeys(
+        ("n_group", "num_expert_group", "topk_group", "n_groups", "mamba_ngroups", "mamba_n_groups", "o_groups"), 1
+    ),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
     **dict.fromkeys(("index_topk", "index_topk_blocks"), 4),
     "num_nextn_predict_layers": 1,
@@ -86,7 +104,7 @@ _AT_MOST: dict[str, int] = {
     "centroid_intermediate_top_k": 4,
     "query_pre_attn_scalar": _HEAD_DIM,
     "log_scaling_n_floor": WINDOW,
-}  # fmt: skip
+}
 _ABSENT = {"head_dim": _HEAD_DIM, "num_key_value_heads": _HEADS}
 """What these sizes are where a configuration leaves them to the model."""
 _INNER_HEADS = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
@@ -97,7 +115,8 @@ _FIRST_LAYERS = re.compile(r"first_k_dense_replace|num_dense_layers|moe_layer_st
 
 
 def small_model(config: Any, kind: Any, attention: str, *, trust_remote_code: bool = False) -> Any:
-    """A model of `kind` (an auto class) and of a configuration that `shrunk` gave, with random weights, in fp32 on the CPU, not training.
+    """A model of `kind` (an auto class) and of a configuration that `shrunk` gave, with random weights,
+    in fp32 on the CPU, not training.
 
     The weights are always the same ones. They are larger than usual, so that attention differs from a mean.
     """
@@ -140,7 +159,8 @@ def shrunk(config: Any, *, rotary_limit: int = ROTARY_LIMIT) -> Any:
 
 
 def _small(plain: Sizes, computed: Sizes | None = None) -> Sizes:
-    """All sizes of a configuration, and of those inside it, made small. `computed`: what it does not store, such as the kinds of its layers."""
+    """All sizes of a configuration, and of those inside it, made small.
+    `computed`: what it does not store, such as the kinds of its layers."""
     hidden = next((plain[name] for name in _HIDDEN_NAMES if _is_count(plain.get(name))), None)
     small = {name: _small_value(name, value, plain, hidden) for name, value in plain.items()}
     _cut_layers(small, plain, computed or {})
@@ -212,7 +232,7 @@ def _head_dim(name: str, value: int, plain: Sizes, hidden: int | None) -> int | 
     if name == "head_dim" and "qk_rope_head_dim" in plain:
         return _HEAD_DIM if value == plain["qk_rope_head_dim"] else _WIDE_HEAD_DIM
     if name == "attention_head_dim" and hidden and inner:
-        return round(_HIDDEN * inner / hidden) // _HEADS
+        return int(round(_HIDDEN * inner / hidden) // _HEADS)
     if name == "head_dim" and heads and hidden and heads * value != hidden and "state_size" not in plain:
         return _WIDE_HEAD_DIM
     return _HEAD_DIM if _HEAD_DIMS.fullmatch(name) else None

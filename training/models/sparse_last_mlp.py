@@ -1,7 +1,7 @@
 """The last layer of a model, computed where somebody looks.
 
-After its attention no place sees another. What its MLP makes of the other places, such as prompts, nobody reads, and their gradients are
-zero: leaving them out changes no number.
+After its attention no place sees another. What its MLP makes of the other places, such as prompts, nobody reads, and
+their gradients are zero: leaving them out changes no number.
 
 Shapes: R rows, L places in a row, H hidden size, N places that are looked at.
 """
@@ -20,13 +20,15 @@ _WORTH_IT = 7 / 8
 
 
 @contextmanager
-def looked_at(body: Any, input_ids: Tensor, index: Tensor, *, known: bool) -> Iterator[None]:
-    """Within the block a decoder computes its last MLP at these places of the flattened rows alone; others keep what they had.
+def last_mlp_at(body: Any, input_ids: Tensor, index: Tensor, *, known: bool) -> Iterator[None]:
+    """Within the block a decoder computes its last MLP at these places of the flattened rows alone;
+    others keep what they had.
 
     input_ids [R, L]; index [N], no place twice.
 
-    `known`: that its last layer ends with an MLP for each place. Where it does not, or cannot be told to, it computes all. The MLP is still called once: ZeRO-3 gathers its weights for a call, and all
-    workers must ask for them equally often.
+    `known`: that its last layer ends with an MLP for each place. Where it does not, or cannot be told to, it computes
+    all. The MLP is still called once: ZeRO-3 gathers its weights for a call, and all workers must ask for them equally
+    often.
     """
     mlp = _last_mlp(body) if known and len(index) < _WORTH_IT * input_ids.numel() else None
     if mlp is None:
@@ -49,7 +51,8 @@ def looked_at(body: Any, input_ids: Tensor, index: Tensor, *, known: bool) -> It
 
 
 def _last_mlp(body: Any) -> nn.Module | None:
-    """None where it is unknown, compiled with its layer, or called again in the backward pass, when the block is long over."""
+    """None where it is unknown, compiled with its layer, or called again in the backward pass,
+    when the block is long over."""
     layers: Any = getattr(body, "layers", None)
     if not layers:  # a classifier's body may hold the decoder
         return None

@@ -41,7 +41,10 @@ def _difference(name: str, rows: Tensor) -> str:
     odd = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
     if not odd:
         return ""
-    return f"{name} of worker{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}: {_shown(rows[odd[0]])}, of worker 0: {_shown(rows[0])}"
+    return (
+        f"{name} of worker{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}: {_shown(rows[odd[0]])}, of worker 0: "
+        f"{_shown(rows[0])}"
+    )
 
 
 def _shown(row: Tensor) -> str:

@@ -1,7 +1,9 @@
-"""Connections whose two ends prove that they have the same key, and whose frames nobody else can write, change, repeat or leave out.
+"""Connections whose two ends prove that they have the same key, and whose frames nobody else can write,
+change, repeat or leave out.
 
-Handshake: the server sends a challenge, the client a nonce and its proof, the server its own proof. After that both send frames: the length of
-the payload (4 bytes, big-endian), its tag, the payload. Proofs and tags are HMAC-SHA256. Nothing is encrypted.
+Handshake: the server sends a challenge, the client a nonce and its proof, the server its own proof. After that both
+send frames: the length of the payload (4 bytes, big-endian), its tag, the payload. Proofs and tags are HMAC-SHA256.
+Nothing is encrypted.
 """
 
 from __future__ import annotations

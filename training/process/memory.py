@@ -10,8 +10,8 @@ from contextlib import contextmanager
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SMALL, _HUGE_PAGE, _KEPT = 256 << 10, 2 << 20, 64 << 20
 TUNABLES = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={_HUGE_PAGE}:glibc.malloc.trim_threshold={_KEPT}"
-"""GLIBC_TUNABLES of workers on CPUs, whose every step takes hundreds of megabytes anew: in huge pages. Blocks as large as one are
-mapped by themselves: rows of all lengths would leave holes of all sizes in the heap."""
+"""GLIBC_TUNABLES of workers on CPUs, whose every step takes hundreds of megabytes anew: in huge pages. Blocks as large
+as one are mapped by themselves: rows of all lengths would leave holes of all sizes in the heap."""
 
 
 def peak_bytes() -> int:

@@ -1,4 +1,5 @@
-"""What a worker imports before it knows its job: the seconds that starting one costs. `run()` starts no thread and no device."""
+"""What a worker imports before it knows its job: the seconds that starting one costs.
+`run()` starts no thread and no device."""
 
 from __future__ import annotations
 

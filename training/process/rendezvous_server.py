@@ -1,7 +1,9 @@
-"""The key-value store through which the workers of a process group find each other: its values, and the thread that serves them.
+"""The key-value store through which the workers of a process group find each other: its values,
+and the thread that serves them.
 
-Lives in worker 0's process. Serves only clients that prove that they have the key of the group (training/process/authenticated_channel.py); its
-client is training/process/rendezvous_store.py. The operations are those of torch.distributed.TCPStore, which lets everybody in.
+Lives in worker 0's process. Serves only clients that prove that they have the key of the group
+(training/process/authenticated_channel.py); its client is training/process/rendezvous_store.py. The operations are
+those of torch.distributed.TCPStore, which lets everybody in.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ class RendezvousServer:
                 self._close_unproven()
         finally:  # clients of a server that has failed must not wait
             for selected in list(self._selector.get_map().values()):
-                selected.fileobj.close()  # type: ignore[union-attr]
+                selected.fileobj.close()  # type: ignore[union-attr]  # sockets all of them
 
     def _accept(self) -> None:
         try:
@@ -211,7 +213,8 @@ class _Peer:
             self._received += data
 
     def prove(self, key: bytes) -> bool:
-        """Whether the client has proved that it has the key, as soon as its proof is complete. Raises NotAuthentic if it is wrong."""
+        """Whether the client has proved that it has the key, as soon as its proof is complete.
+        Raises NotAuthentic if it is wrong."""
         if len(self._received) < NONCE_BYTES + TAG_BYTES:
             return False
         nonce, proof = bytes(self._received[:NONCE_BYTES]), bytes(self._received[NONCE_BYTES : NONCE_BYTES + TAG_BYTES])

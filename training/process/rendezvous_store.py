@@ -1,4 +1,5 @@
-"""A worker's end of the store through which the workers of a process group find each other (training/process/rendezvous_server.py)."""
+"""A worker's end of the store through which the workers of a process group find each other
+(training/process/rendezvous_server.py)."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from training.process.authenticated_channel import Connection
 class RendezvousStore(dist.Store):
     """A store for `init_process_group`. Whoever hands it to torch must keep it: torch holds only its C++ half.
 
-    Raises torch's own errors: DistStoreError for a wait that takes too long, DistNetworkError for a server that cannot be reached, is
-    gone, or does not have the key. Threads may share it; one operation runs at a time.
+    Raises torch's own errors: DistStoreError for a wait that takes too long, DistNetworkError for a server that cannot
+    be reached, is gone, or does not have the key. Threads may share it; one operation runs at a time.
     """
 
     timeout: timedelta

@@ -1,7 +1,8 @@
 """Where a stretch of a worker's time went: every moment is counted once, for a call and a part of it. Free of torch.
 
-A moment in which something is computed belongs to the part that has launched it. One in which nothing is computed belongs
-to the communication that is under way, if there is any, else to what the worker's main thread was at. Times: microseconds.
+A moment in which something is computed belongs to the part that has launched it. One in which nothing is computed
+belongs to the communication that is under way, if there is any, else to what the worker's main thread was at. Times:
+microseconds.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Work(NamedTuple):
 
 
 def breakdown(
-    window: Span, calls: Sequence[Span], parts: Sequence[Span], sent: Sequence[Work], computed: Sequence[Work], *, on_gpu: bool
+    window: Span, calls: Sequence[Span], parts: Sequence[Span], sent: Sequence[Work], computed: Sequence[Work], *,
+    on_gpu: bool
 ) -> dict[Key, float]:  # fmt: skip
     """Seconds by call and part, which add up to those of the window; the longest first.
 

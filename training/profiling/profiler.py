@@ -18,11 +18,11 @@ from torch.profiler import profile, record_function
 
 from training.device import is_accelerator, peak_allocated_bytes, profiler_activities, synchronize
 from training.io.owned_folders import temporary_folder
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 from training.process.memory import peak_bytes
 from training.profiling.breakdown import Key, summary, table
 from training.profiling.trace import WINDOW, Event, Operator, operators, read, seconds_of, tells_of_gpu
-from training.storage import Local, Place, place, upload_file
+from training.storage import Local, StoragePath, open_storage, upload_file
 
 _NUM_OPERATORS = 20
 _NOTHING = nullcontext()
@@ -35,28 +35,28 @@ def part(name: str) -> AbstractContextManager[Any]:
     return _NOTHING if _running is None else record_function(name)
 
 
-def begin_profile(seat: Seat) -> dict[str, str] | None:
+def begin_profile(rank_info: RankInfo) -> dict[str, str] | None:
     """Worker 0 begins to write down all that it does. Answers with the `error` if it cannot."""
     global _running
-    if seat.rank == 0 and _running is None:
+    if rank_info.rank == 0 and _running is None:
         try:
-            _running = _Profile(seat)
+            _running = _Profile(rank_info)
         except RuntimeError as error:
             return {"error": str(error)}
     return None
 
 
-def end_profile(seat: Seat, folder: str, role: str, steps: str, num_steps: int) -> dict[str, str] | None:
+def end_profile(rank_info: RankInfo, folder: str, role: str, steps: str, num_steps: int) -> dict[str, str] | None:
     """Worker 0 writes trace and table of `steps`, which name the files, into a folder.
 
     Answers with their addresses and a summary, or with the `error` that kept it from that: no reason to stop training.
     """
     global _running
-    if seat.rank != 0 or _running is None:
+    if rank_info.rank != 0 or _running is None:
         return None
     running, _running = _running, None
     try:
-        return running.written(place(folder), f"{role}-{seat.rank}", steps, num_steps)
+        return running.written(open_storage(folder), f"{role}-{rank_info.rank}", steps, num_steps)
     except Exception as error:
         return {"error": str(error) or repr(error)}
 
@@ -64,17 +64,22 @@ def end_profile(seat: Seat, folder: str, role: str, steps: str, num_steps: int) 
 class _Profile:
     """From its making to `written`."""
 
-    def __init__(self, seat: Seat):
-        self.device = seat.device
+    def __init__(self, rank_info: RankInfo):
+        self.device = rank_info.device
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it writes a line for everything that it does
-        self.profiler = profile(activities=profiler_activities(seat.device))
-        synchronize(self.device)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if rank_info.device == "cuda" else [])]
+        self.profiler = profile(activities=activities)
+        self._finish_on_device()
         self.profiler.start()
         self.window = record_function(WINDOW)
         self.window.__enter__()
 
-    def written(self, folder: Place, worker: str, steps: str, num_steps: int) -> dict[str, str]:
-        synchronize(self.device)
+    def _finish_on_device(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def written(self, folder: StoragePath, worker: str, steps: str, num_steps: int) -> dict[str, str]:
+        self._finish_on_device()
         self.window.__exit__(None, None, None)
         self.profiler.stop()
         name = f"steps-{steps}.{worker}"
@@ -101,7 +106,10 @@ class _Profile:
         where = self.device if on_gpu else f"cpu with {torch.get_num_threads()} thread(s)"
         blind = on_gpu and not tells_of_gpu(events)
         return [
-            f"{head}: {total / num_steps:.3f} s a step under the profiler, on {where}; at most {most / _GIB:.2f} GiB of memory so far",
+            (
+                f"{head}: {total / num_steps:.3f} s a step under the profiler, on {where}; at most {most / _GIB:.2f} "
+                "GiB of memory so far"
+            ),
             *(["the GPU did not tell its times: these are the main thread's, which runs ahead of it"] if blind else []),
             "",
             *table(seconds, num_steps),

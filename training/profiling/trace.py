@@ -1,6 +1,7 @@
 """A trace of torch's profiler read again: where its time went, and which operators cost most. Free of torch.
 
-A trace is a JSON file of events, of which a long one has millions: of each is kept what is needed here, while it is read.
+A trace is a JSON file of events, of which a long one has millions: of each is kept what is needed
+here, while it is read.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def _calls(notes: Iterable[Event], whole: Event) -> list[Span]:
 
 
 def operators(events: Sequence[Event]) -> list[Operator]:
-    """All operators, the most costly first: by their kernels where a GPU was seen, else by the threads that ran them."""
+    """All operators, the most costly first: by their kernels where a GPU was seen,
+    else by the threads that ran them."""
     ours = [event for event in events if event.kind == _OPERATOR]
     own_us = _of_kernels(events) if tells_of_gpu(events) else _of_threads(ours)
     calls: dict[str, int] = {}

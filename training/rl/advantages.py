@@ -1,7 +1,7 @@
 """From scores to advantages: penalised rewards, generalised advantage estimation, whitening over the global batch.
 
-Shapes: B responses, T places; `mask_BT` is True on the tokens that the policy chose, the end-of-text token included, and a response's
-tokens begin at place 0.
+Shapes: B responses, T places; `mask_BT` is True on the tokens that the policy chose, the end-of-text token included,
+and a response's tokens begin at place 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def last_token(mask_BT: Tensor) -> Tensor:
 def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns (arXiv:1506.02438). [B, T] each; 0 where there is no token.
 
-    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1},  R_t = A_t + V_t; the value after the last token is 0.
+    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1},  R_t = A_t + V_t;
+    the value after the last token is 0.
     """
     rewards_BT = torch.where(mask_BT, rewards_BT, 0.0)
     values_BT = torch.where(mask_BT, values_BT, 0.0)
@@ -55,7 +56,8 @@ def moments(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whitened(x: Tensor, mask: Tensor, of_all: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the tokens of the global batch, whose `moments` are `of_all`; 0 where there is no token.
+    """Mean 0 and variance 1 over the tokens of the global batch, whose `moments` are `of_all`;
+    0 where there is no token.
 
     The variance is the biased one, as in OpenRLHF; TRL divides by one less.
     """

@@ -37,7 +37,7 @@ def estimate(experience: Experience, phase: PPO, state: State) -> dict[str, floa
 
     Of the facts `old`, `reference`, `values` and `score`. Returns what is measured on the way.
     """
-    scores_B = torch.from_numpy(np.concatenate(experience.facts["score"]))
+    scores_B = torch.from_numpy(np.concatenate(experience.fields["score"]))
     mask_BT = experience.mask
     old_BT, reference_BT, values_BT = (experience.padded(name) for name in ("old", "reference", "values"))
     kl_BT = k1(old_BT, reference_BT)
@@ -53,12 +53,14 @@ def estimate(experience: Experience, phase: PPO, state: State) -> dict[str, floa
         "reward_std": float(scores_B.std(correction=0)),
         "kl": float((kl_BT * mask_BT).sum(1).mean()),
         "beta": state.beta,
-        "explained_variance": float(1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)),
+        "explained_variance": float(
+            1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+        ),
         "response_tokens": float(lengths.mean()),
         "ended": sum(response.ended for response in experience.responses) / len(experience),
         "tokens": int(lengths.sum()),
         "samples": len(experience),
-    }  # fmt: skip
+    }
 
 
 def weigh(experience: Experience) -> dict[str, float]:

@@ -1,6 +1,8 @@
-"""What an iteration of PPO knows: responses, and what the roles say of each of their tokens. Arrays small enough to send.
+"""What an iteration of PPO knows: responses, and what the roles say of each of their tokens.
+Arrays small enough to send.
 
-Roles get responses as a deal: by worker, micro-batch and row. Their answers come back one array a response, in that order.
+Roles get responses as a deal: by worker, micro-batch and row. Their answers come back one array a
+response, in that order.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data.batching import Limits, deal
+from training.data.batching import BatchLimits, partition_batch
 from training.data.collate import collate
 
 
@@ -55,7 +57,7 @@ class Item:
     """[P + T] prompt and response."""
     start: int
     """P."""
-    facts: Mapping[str, NDArray[np.float32]]
+    fields: Mapping[str, NDArray[np.float32]]
     """[T] each, what is known of its tokens so far."""
 
 
@@ -64,11 +66,12 @@ Share = list[list[list[Item]]]
 
 
 class Experience:
-    """Responses of an iteration. `facts[name][i]` is known of response i: of its tokens, [T_i], or of the whole, [1]."""
+    """Responses of an iteration. `facts[name][i]` is known of response i: of its tokens,
+    [T_i], or of the whole, [1]."""
 
     def __init__(self, responses: Sequence[Response]):
         self.responses = list(responses)
-        self.facts: dict[str, list[NDArray[np.float32]]] = {}
+        self.fields: dict[str, list[NDArray[np.float32]]] = {}
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -79,39 +82,40 @@ class Experience:
         every = [(part, i) for part in parts for i in range(len(part))]
         every.sort(key=lambda one: one[0].responses[one[1]].place)
         out = cls([part.responses[i] for part, i in every])
-        out.facts = {name: [part.facts[name][i] for part, i in every] for name in parts[0].facts}
+        out.fields = {name: [part.fields[name][i] for part, i in every] for name in parts[0].fields}
         return out
 
-    def dealt(
-        self, size: int, limits: Limits, names: Sequence[str] = (), places: Sequence[int] | None = None
+    def shard(
+        self, size: int, limits: BatchLimits, names: Sequence[str] = (), places: Sequence[int] | None = None
     ) -> tuple[list[Share], list[int]]:
-        """Shares for `size` workers of the responses at `places` (None: all), with these facts; and the order of the answers."""
+        """Shares for `size` workers of the responses at `places` (None: all), with these facts;
+        and the order of the answers."""
         chosen = range(len(self)) if places is None else places
-        by_worker = deal([len(self.responses[i]) for i in chosen], size, limits)
-        turns = [
-            [[[chosen[place] for place in row] for row in rows] for rows in turns_of_one] for turns_of_one in by_worker
+        by_worker = partition_batch([len(self.responses[i]) for i in chosen], size, limits)
+        micro_batches = [
+            [[[chosen[place] for place in row] for row in rows] for rows in of_worker] for of_worker in by_worker
         ]
         shares = [
-            [[[self._item(i, names) for i in row] for row in rows] for rows in turns_of_one] for turns_of_one in turns
+            [[[self._item(i, names) for i in row] for row in rows] for rows in of_worker] for of_worker in micro_batches
         ]
-        return shares, [i for turns_of_one in turns for rows in turns_of_one for row in rows for i in row]
+        return shares, [i for of_worker in micro_batches for rows in of_worker for row in rows for i in row]
 
     def _item(self, i: int, names: Sequence[str]) -> Item:
         response = self.responses[i]
         ids = np.concatenate([response.prompt, response.tokens])
-        return Item(ids, len(response.prompt), {name: self.facts[name][i] for name in names})
+        return Item(ids, len(response.prompt), {name: self.fields[name][i] for name in names})
 
-    def learn(self, name: str, order: Sequence[int], answers: Sequence[Sequence[NDArray[np.float32]]]) -> None:
+    def set(self, name: str, order: Sequence[int], answers: Sequence[Sequence[NDArray[np.float32]]]) -> None:
         """Remember what workers have answered about the responses that they were dealt in this order."""
-        self.facts[name] = [np.empty(0, np.float32)] * len(self)
+        self.fields[name] = [np.empty(0, np.float32)] * len(self)
         for i, values in zip(order, (values for of_worker in answers for values in of_worker), strict=True):
-            self.facts[name][i] = values
+            self.fields[name][i] = values
 
     def padded(self, name: str) -> Tensor:
         """[B, T] of a fact, 0 behind the end of a response."""
         longest = max(len(response.tokens) for response in self.responses)
         out = np.zeros((len(self), longest), np.float32)
-        for row, values in zip(out, self.facts[name], strict=True):
+        for row, values in zip(out, self.fields[name], strict=True):
             row[: len(values)] = values
         return torch.from_numpy(out)
 
@@ -124,15 +128,15 @@ class Experience:
     def unpad(self, name: str, values_BT: Tensor) -> None:
         """Remember what was worked out for all responses together."""
         lengths = (len(response.tokens) for response in self.responses)
-        self.facts[name] = [row[:length].numpy() for row, length in zip(values_BT.float(), lengths, strict=True)]
+        self.fields[name] = [row[:length].numpy() for row, length in zip(values_BT.float(), lengths, strict=True)]
 
     def dumped(self) -> str:
         """All of it as text, to go on from after an interruption."""
         responses = [
             {**asdict(each), "prompt": each.prompt.tolist(), "tokens": each.tokens.tolist()} for each in self.responses
         ]
-        facts = {name: [values.tolist() for values in of_all] for name, of_all in self.facts.items()}
-        raw = json.dumps({"responses": responses, "facts": facts}, default=str).encode()
+        fields = {name: [values.tolist() for values in of_all] for name, of_all in self.fields.items()}
+        raw = json.dumps({"responses": responses, "facts": fields}, default=str).encode()
         return base64.b64encode(zlib.compress(raw)).decode()
 
     @classmethod
@@ -146,12 +150,14 @@ class Experience:
                 for each in raw["responses"]
             ]
         )
-        out.facts = {name: [np.array(values, np.float32) for values in of_all] for name, of_all in raw["facts"].items()}
+        out.fields = {
+            name: [np.array(values, np.float32) for values in of_all] for name, of_all in raw["facts"].items()
+        }
         return out
 
     def table(self, count: int) -> list[dict[str, Any]]:
         """Some responses, for people: the least and the most rewarded, and the first others, which nobody chose."""
-        scores = [float(score[0]) for score in self.facts["score"]]
+        scores = [float(score[0]) for score in self.fields["score"]]
         by_score = sorted(range(len(self)), key=lambda i: scores[i])
         extremes = [by_score[0], by_score[-1]]
         chosen = list(dict.fromkeys([*extremes, *(i for i in range(len(self)) if i not in extremes)]))[:count]
@@ -159,7 +165,7 @@ class Experience:
             {
                 "row": response.row, "sample": response.sample, "response": response.text,
                 "reward": scores[i],
-                "kl": float((self.facts["old"][i] - self.facts["reference"][i]).sum()),
+                "kl": float((self.fields["old"][i] - self.fields["reference"][i]).sum()),
                 "ended": response.ended,
             }
             for i in chosen
@@ -168,13 +174,14 @@ class Experience:
 
 
 def collated(rows: Sequence[Sequence[Item]], names: Sequence[str]) -> dict[str, Tensor | None]:
-    """A micro-batch: tensors of `collate` with the N response tokens as targets, `counts` [N] (0: does not count), and the facts [N]."""
+    """A micro-batch: tensors of `collate` with the N response tokens as targets,
+    `counts` [N] (0: does not count), and the facts [N]."""
     samples = [[(item.ids, np.arange(len(item.ids)) >= item.start) for item in row] for row in rows]
     batch = collate(samples)
     index = batch["target_index"]
     assert index is not None
-    facts = {name: _joined([item.facts[name] for row in rows for item in row], len(index)) for name in names}
-    return {**batch, "counts": torch.full((len(index),), 1.0 if rows else 0.0), **facts}
+    fields = {name: _joined([item.fields[name] for row in rows for item in row], len(index)) for name in names}
+    return {**batch, "counts": torch.full((len(index),), 1.0 if rows else 0.0), **fields}
 
 
 def _joined(parts: Sequence[NDArray[np.float32]], count: int) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 IMPORTANCE_CAP = 2.0
-"""What is rare now and was common then would count without limit: the cap trades a little bias for it (arXiv:1802.01561)."""
+"""What is rare now and was common then would count without limit: the cap trades a little bias
+for it (arXiv:1802.01561)."""
 
 
 def token_log_probs(logits_NV: Tensor, tokens_N: Tensor, temperature: float = 1.0) -> Tensor:
@@ -40,7 +41,8 @@ def policy_terms(log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float
 
 
 def importance(old: Tensor, written: Tensor) -> Tensor:
-    """pi_old / pi_written, IMPORTANCE_CAP at most: the weight of a token that another policy wrote than the one that learns from it. Any shape."""
+    """pi_old / pi_written, IMPORTANCE_CAP at most: the weight of a token that another policy wrote than the one
+    that learns from it. Any shape."""
     return (old - written).exp().clamp(max=IMPORTANCE_CAP)
 
 

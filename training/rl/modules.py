@@ -1,6 +1,8 @@
-"""The modules that policy and critic train: log-probabilities or values when asked for them, else sums of losses to learn from.
+"""The modules that policy and critic train: log-probabilities or values when asked for them,
+else sums of losses to learn from.
 
-Shapes: R rows, L places in a row, N response tokens, as in training/rl/experience.py. `counts` is 0 where a worker had nothing to do.
+Shapes: R rows, L places in a row, N response tokens, as in training/rl/experience.py.
+`counts` is 0 where a worker had nothing to do.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import PPO
-from training.models.chunked_logits import measured_at
+from training.models.chunked_logits import apply_head_chunked
 from training.rl.losses import entropies, k3, policy_terms, token_log_probs, value_terms
 from training.roles.reward import scores
 
@@ -34,12 +36,14 @@ class PolicyLoss(_OfTokens):
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor, counts: Tensor,
-        old: Tensor | None = None, advantages: Tensor | None = None, reference: Tensor | None = None, beta: Tensor | None = None,
+        old: Tensor | None = None, advantages: Tensor | None = None, reference: Tensor | None = None,
+        beta: Tensor | None = None,
         importance: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Without `old` the log-probabilities of the N tokens at the temperature of the rollout. [N]
 
-        With it the sums of `measures` over them, the loss first. [4]  With `beta` the KL to `reference` is part of the loss.
+        With it the sums of `measures` over them, the loss first. [4]
+        With `beta` the KL to `reference` is part of the loss.
         `importance`: how much each token's loss counts.
         """
         self.ready()
@@ -47,8 +51,8 @@ class PolicyLoss(_OfTokens):
         places = (self.lm, input_ids, position_ids, target_index)
         tokens_N = target_ids.clamp(min=0)
         if old is None or advantages is None:
-            return measured_at(*places, self._log_probs, tokens_N)[:, 0]
-        log_probs_N, entropies_N = measured_at(*places, self._log_probs_and_entropies, tokens_N).unbind(-1)
+            return apply_head_chunked(*places, self._log_probs, tokens_N)[:, 0]
+        log_probs_N, entropies_N = apply_head_chunked(*places, self._log_probs_and_entropies, tokens_N).unbind(-1)
         terms_N, clipped_N = policy_terms(log_probs_N, old, advantages, phase.clip_range)
         if importance is not None:
             terms_N = terms_N * importance
@@ -80,7 +84,8 @@ class ValueLoss(_OfTokens):
         self, input_ids: Tensor, position_ids: Tensor | None, target_index: Tensor, target_ids: Tensor, counts: Tensor,
         values: Tensor | None = None, returns: Tensor | None = None, clip: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Without `returns` the value of what stands before each of the N tokens. [N]  With them the summed loss, clipped or not. [1]"""
+        """Without `returns` the value of what stands before each of the N tokens. [N]  With them the summed loss,
+        clipped or not. [1]"""
         self.ready()
         values_N = scores(self.lm, input_ids, position_ids, target_index)
         if values is None or returns is None:

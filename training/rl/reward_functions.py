@@ -1,9 +1,10 @@
 """Rewards that are Python functions or HTTP endpoints.
 
 A function is called as TRL calls its reward functions, by keyword with lists of equal length: `prompts`, `completions`,
-`completion_ids` and the other columns of the prompts' rows. Of prompts that are texts a completion is a text, of conversations a
-list of one message. It returns a number for each response, or None for one that it does not apply to; it may be a coroutine
-function. An endpoint gets prompts, the completions' texts and whole rows as JSON by POST and answers `{"scores": [...]}`.
+`completion_ids` and the other columns of the prompts' rows. Of prompts that are texts a completion is a text, of
+conversations a list of one message. It returns a number for each response, or None for one that it does not apply to;
+it may be a coroutine function. An endpoint gets prompts, the completions' texts and whole rows as JSON by POST and
+answers `{"scores": [...]}`.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def imported(path: str, folder: str | None = None) -> Callable[..., Any]:
     try:
         with _last_on_the_path(folder):
             module = _module_of_file(where, path) if where.endswith(".py") else import_module(where)
-        function = getattr(module, name)
+        function: Callable[..., Any] = getattr(module, name)
     except InputError:
         raise
     except Exception as error:  # whatever a module does when it is imported
@@ -155,7 +156,8 @@ class RewardEndpoint:
         self.source, self.column = source, column
 
     def __call__(self, responses: Sequence[Response]) -> Any:
-        """Raises ServiceError when patience is at its end, RewardError for an answer that trying again does not change."""
+        """Raises ServiceError when patience is at its end, RewardError for an answer
+        that trying again does not change."""
         rows = [response.row for response in responses]
         asked = {
             "prompts": [row[self.column] for row in rows],

@@ -1,4 +1,4 @@
-"""What responses are worth: a reward model, a Python function, an HTTP endpoint. All of them are `Judge`s."""
+"""What responses are worth: a reward model, a Python function, an HTTP endpoint. All of them are `RewardScorer`s."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ import torch
 from numpy.typing import NDArray
 
 from training.config import PPO, RewardSource
-from training.data.files import RowError
 from training.data.formats import Parser, Prompt
 from training.data.model_renderer import renderer_for
 from training.data.render import Sample
 from training.data.reward_signature import prompt_column
-from training.process.distributed import Seat
+from training.data.row_errors import RowError
+from training.process.distributed import RankInfo
 from training.rl.experience import Response
 from training.rl.reward_functions import RewardEndpoint, RewardError, RewardFunction
-from training.rl.shared_base import of_reward
+from training.rl.shared_base import reward_model
 from training.roles.reward import score
 
-Judge = Callable[[Sequence[Response]], list[float]]
+RewardScorer = Callable[[Sequence[Response]], list[float]]
 
 
-def opened(source: RewardSource, phase: PPO, seat: Seat) -> Judge:
+def opened(source: RewardSource, phase: PPO, rank_info: RankInfo) -> RewardScorer:
     """The judge that a source names. Raises InputError if there is no such thing."""
     if source.is_endpoint:
         return _checked(RewardEndpoint(source, prompt_column(phase)), source)
     if source.is_function:
         return _checked(RewardFunction(source, prompt_column(phase)), source)
-    return _checked(_RewardModel(source.path, phase, seat), source)
+    return _checked(_RewardModel(source.path, phase, rank_info), source)
 
 
-def _checked(judge: Judge, source: RewardSource) -> Judge:
+def _checked(judge: RewardScorer, source: RewardSource) -> RewardScorer:
     def judged(responses: Sequence[Response]) -> list[float]:
         scores = _as_list(judge(responses))
         if not isinstance(scores, list | tuple) or len(scores) != len(responses):
@@ -48,7 +48,8 @@ def _checked(judge: Judge, source: RewardSource) -> Judge:
 
 
 def _as_list(scores: Any) -> Any:
-    """Arrays and tensors of one dimension as lists, [n, 1], as models give, too; and what else gives one score after the other."""
+    """Arrays and tensors of one dimension as lists, [n, 1], as models give, too;
+    and what else gives one score after the other."""
     if isinstance(scores, np.ndarray | torch.Tensor):
         flat = scores.reshape(-1) if scores.ndim == 2 and scores.shape[1] == 1 else scores
         return flat.tolist() if flat.ndim == 1 else scores
@@ -67,7 +68,8 @@ def _score(given: Any, source: RewardSource, response: Response) -> float:
         if isinstance(number, int | float) and math.isfinite(number):
             return float(number)
     raise RewardError(
-        f"the reward {source.path} gave {_shown(given)} for the response {response.text[:200]!r}; expected a finite number"
+        f"the reward {source.path} gave {_shown(given)} for the response {response.text[:200]!r}; expected a finite "
+        "number"
     )
 
 
@@ -88,17 +90,20 @@ def total(scores: Sequence[tuple[float, list[float]]], responses: Sequence[Respo
     if unscored.any():
         response = responses[int(np.flatnonzero(unscored)[0])]
         raise RewardError(
-            f"no reward gave a number for the response {response.text[:200]!r} to {json.dumps(response.row, default=str)[:200]}; "
-            "None means that a reward does not apply, and one of them has to"
+            f"no reward gave a number for the response {response.text[:200]!r} to "
+            f"{json.dumps(response.row, default=str)[:200]}; None means that a reward does not apply, and one of them "
+            "has to"
         )
-    return np.nansum(weighted_SN, axis=0)
+    total_N: NDArray[np.float64] = np.nansum(weighted_SN, axis=0)
+    return total_N
 
 
 class _RewardModel:
-    """A sequence classifier with one label. It reads what the policy wrote as text, in its own tokens, as in its training."""
+    """A sequence classifier with one label. It reads what the policy wrote as text,
+    in its own tokens, as in its training."""
 
-    def __init__(self, path: str, phase: PPO, seat: Seat):
-        self.lm, self.head, self.ready = of_reward(path, phase, seat)
+    def __init__(self, path: str, phase: PPO, rank_info: RankInfo):
+        self.lm, self.head, self.ready = reward_model(path, phase, rank_info)
         self.renderer = renderer_for(path, trust_remote_code=phase.model.trust_remote_code)
         self.parse = Parser("prompts", phase.data.columns, ("prompts",))
 

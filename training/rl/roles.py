@@ -1,6 +1,8 @@
-"""The roles of PPO: policy and critic, which learn; the reference, which stays what the policy was; the judges, who score.
+"""The roles of PPO: policy and critic, which learn; the reference,
+which stays what the policy was; the judges, who score.
 
-All of them compute on the shares that they are dealt (training/rl/experience.py), each with the model that its settings name.
+All of them compute on the shares that they are dealt (training/rl/experience.py),
+each with the model that its settings name.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from training.config import PPO, Model
 from training.data import reward_signature
-from training.data.batching import Limits, limits_for
+from training.data.batching import BatchLimits, limits_for
 from training.data.order import Order
 from training.data.phase_data import Stores, check_window
 from training.data.render import Renderer, load_tokenizer, same_tokens, tokenizer_for
@@ -30,20 +32,20 @@ from training.engine.engine import Frozen, computed, device_of
 from training.errors import InputError
 from training.estimate.model_traits import notes, refuse, rows_of
 from training.evaluation.accuracy import Answers
-from training.evaluation.generated_answers import Exam, Sitting, exam_of
-from training.generation.sampling import Continued, Sampling, continue_all
+from training.evaluation.generated_answers import EvalSuite, Sitting, exam_of
+from training.generation.sampling import Continued, Sampling, generate_all
 from training.model_folder import has_tokenizer, tokenizer_of, tokenizer_revision
 from training.models import loading as models
 from training.models import lora
 from training.models.probe import traits_of
-from training.phase_info import Facts
-from training.process.distributed import Seat
+from training.phase_info import PhaseInfo
+from training.process.distributed import RankInfo
 from training.profiling.breakdown import DATA, GENERATION
 from training.profiling.profiler import part
 from training.rl.experience import Experience, Response, Share, collated, split
 from training.rl.modules import PolicyLoss, ValueLoss
 from training.rl.rewards import opened, total
-from training.rl.shared_base import as_it_was, at_once, with_adapters
+from training.rl.shared_base import at_once, policy_model, reference_model
 from training.roles.learner import Learner
 from training.schedule import never_profiled, total_samples, total_steps
 from training.seeding import seed_for
@@ -54,14 +56,14 @@ Weights = dict[str, tuple[NDArray[Any], str]]
 """Parameters as arrays that any process can read, and their types."""
 
 
-def limits_of(phase: PPO, seat: Seat) -> Limits:
+def limits_of(phase: PPO, rank_info: RankInfo) -> BatchLimits:
     """What a micro-batch of prompts with their responses may hold."""
     attention, longest = (
-        models.resolve_attention(phase.model, seat.device),
+        models.resolve_attention(phase.model, rank_info.device),
         phase.data.max_length + phase.response_tokens,
     )
     rows = rows_of(models.resolve_traits(phase.model), attention, longest)
-    return limits_for(phase, longest, seat.device, attention, **asdict(rows))
+    return limits_for(phase, longest, rank_info.device, attention, **asdict(rows))
 
 
 class _Learning(Learner):
@@ -70,8 +72,8 @@ class _Learning(Learner):
     phase: PPO
     measures: tuple[str, ...]
 
-    def limits(self) -> Limits:
-        return limits_of(self.phase, self.seat)
+    def limits(self) -> BatchLimits:
+        return limits_of(self.phase, self.rank_info)
 
     def computed(self, share: Share) -> list[NDArray[np.float32]]:
         """What the module says of the tokens of each response, [T] each, in the order of the share."""
@@ -119,12 +121,14 @@ class _Prompts:
         self.renderer = Renderer(tokenizer, phase.data.template, bos=phase.data.bos, in_turns=self.store.meta.chats)
 
     def stops(self, lm: Any, *, by_turn: bool = True) -> list[int]:
-        """The tokens that end a response. `by_turn`: the end of a turn is one of them, if the prompts are conversations."""
+        """The tokens that end a response. `by_turn`: the end of a turn is one of them,
+        if the prompts are conversations."""
         chats = by_turn and self.store.meta.chats
         return stop_tokens(self.renderer, getattr(lm, "generation_config", None), chats=chats)
 
     def responses(self, lm: Any, iteration: int, nth: int, share: tuple[int, int]) -> list[Response]:
-        """Of the responses to the prompts of an iteration, counted from 1, those of a round, counted from 0: of this share (rank, size).
+        """Of the responses to the prompts of an iteration, counted from 1, those of a round,
+        counted from 0: of this share (rank, size).
 
         A share is a stretch of them all, so the responses to one prompt have one writer, who reads it once; a round has
         those to prompts of like length.
@@ -165,10 +169,10 @@ class _Prompts:
 def _generation(phase: PPO, lm: Any) -> Callable[..., list[Continued]]:
     longest = phase.data.max_length + phase.response_tokens
     if phase.generation == "batched" or not traits_of(lm).batches_continuously(lm.config._attn_implementation, longest):
-        return partial(continue_all, batch=phase.generation_batch)
+        return partial(generate_all, batch=phase.generation_batch)
     from training.generation import continuous_batching  # takes seconds to import
 
-    return continuous_batching.continue_all
+    return continuous_batching.generate_all
 
 
 class Policy(_Learning):
@@ -179,13 +183,13 @@ class Policy(_Learning):
     adapter = "policy"
     measures = PolicyLoss.measures
 
-    def setup(self) -> Facts:
+    def setup(self) -> PhaseInfo:
         """Open the prompts, load the model, start the engine."""
         self.prompts = _Prompts(self.phase, self.open_data())
         refuse(self.phase, self.traits, self.attention, self.phase.data.max_length + self.phase.response_tokens)
         self.store, self.order = self.prompts.store, self.prompts.order
         self.start(self._build)
-        return Facts(
+        return PhaseInfo(
             total_steps=total_steps(self.phase, self.order.epoch_size),
             total_samples=total_samples(self.phase, self.order.epoch_size),
             num_samples=self.order.epoch_size,
@@ -217,7 +221,7 @@ class Policy(_Learning):
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
         lm: Any
-        lm, self.ready = with_adapters(self.phase, dtype, self.seat, self.adapter)
+        lm, self.ready = policy_model(self.phase, dtype, self.rank_info, self.adapter)
         check_window(self.phase, self.store, getattr(lm.config, "max_position_embeddings", None))
         check_tokens(self.phase, [self.store], rows_in(lm))
         self.left_out = [*lora.left_out(lm, self.phase.model.lora), *models.notes_on_weights(lm)]
@@ -228,7 +232,7 @@ class Policy(_Learning):
         """This worker's share of a round of an iteration's responses."""
         self.ready()
         with self.whole_model() as lm:
-            return self.prompts.responses(lm, iteration, nth, (self.seat.rank, self.seat.size))
+            return self.prompts.responses(lm, iteration, nth, (self.rank_info.rank, self.rank_info.size))
 
     def num_buckets(self) -> int:
         """In how many pieces the weights are sent to a rollout group."""
@@ -250,35 +254,37 @@ class Policy(_Learning):
     def bucket(self, number: int) -> Weights | None:
         """A piece of the weights as they are now; of one worker, the others help to gather it."""
         weights = self.engine.weights(self._buckets[number])
-        return {self.alone(name): packed(tensor) for name, tensor in weights.items()} if self.seat.rank == 0 else None
+        return (
+            {self.alone(name): packed(tensor) for name, tensor in weights.items()} if self.rank_info.rank == 0 else None
+        )
 
     def answer(self, limit_s: float, *, begin: bool) -> Answers:
         """More of this worker's share of the responses to the questions of `phase.eval`, for about as long."""
         if begin:
             self.ready()
-            self._sitting = Sitting(self._exam, self.whole_model, (self.seat.rank, self.seat.size))
-        return self._sitting.go_on(limit_s)
+            self._sitting = Sitting(self._exam, self.whole_model, (self.rank_info.rank, self.rank_info.size))
+        return self._sitting.advance(limit_s)
 
     @cached_property
-    def _exam(self) -> Exam:
+    def _exam(self) -> EvalSuite:
         return exam_of(self.phase, chats=self.store.meta.chats)
 
 
 class Rollout:
     """A copy of the policy that writes the responses, whole on every worker."""
 
-    def __init__(self, seat: Seat, phase: PPO, cache: str):
-        self.seat, self.phase, self.cache = seat, phase, Path(cache)
+    def __init__(self, rank_info: RankInfo, phase: PPO, cache: str):
+        self.rank_info, self.phase, self.cache = rank_info, phase, Path(cache)
 
     def setup(self) -> None:
         """Open the prompts, load the model."""
-        stores = Learner(self.seat, self.phase, str(self.cache)).open_data()
+        stores = Learner(self.rank_info, self.phase, str(self.cache)).open_data()
         self.prompts = _Prompts(self.phase, stores)
-        dtype = models.resolve_dtype(self.phase.model.dtype, self.seat.device)
-        self.device = device_of(self.seat)
-        self.lm: Any = models.load(self.phase, dtype, self.seat.device).to(self.device).eval()
+        dtype = models.resolve_dtype(self.phase.model.dtype, self.rank_info.device)
+        self.device = device_of(self.rank_info)
+        self.lm: Any = models.load(self.phase, dtype, self.rank_info.device).to(self.device).eval()
         self.parameters = dict(self.lm.named_parameters())
-        self.log_probs = PolicyLoss(self.lm, self.phase, at_once)
+        self.policy = PolicyLoss(self.lm, self.phase, at_once)
 
     def load(self, weights: Weights) -> None:
         """Take over a piece of the policy's weights."""
@@ -287,15 +293,15 @@ class Rollout:
 
     def roll_out(self, iteration: int, nth: int) -> list[Response]:
         """This worker's share of a round of an iteration's responses."""
-        return self.prompts.responses(self.lm, iteration, nth, (self.seat.rank, self.seat.size))
+        return self.prompts.responses(self.lm, iteration, nth, (self.rank_info.rank, self.rank_info.size))
 
-    def says_of(self, responses: Sequence[Response]) -> list[NDArray[np.float32]]:
+    def log_probs(self, responses: Sequence[Response]) -> list[NDArray[np.float32]]:
         """The log-probabilities of the tokens of each response, by the weights as they are here."""
         experience = Experience(responses)
-        (share,), order = experience.dealt(1, limits_of(self.phase, self.seat))
-        answers = split(share, computed(self.log_probs, [collated(rows, ()) for rows in share], self.device))
-        experience.learn("written", order, [answers])
-        return experience.facts["written"]
+        (share,), order = experience.shard(1, limits_of(self.phase, self.rank_info))
+        answers = split(share, computed(self.policy, [collated(rows, ()) for rows in share], self.device))
+        experience.set("written", order, [answers])
+        return experience.fields["written"]
 
 
 class Critic(_Learning):
@@ -306,10 +312,10 @@ class Critic(_Learning):
     adapter = "critic"
     measures = ValueLoss.measures
 
-    def __init__(self, seat: Seat, phase: PPO, cache: str):
+    def __init__(self, rank_info: RankInfo, phase: PPO, cache: str):
         assert phase.critic is not None, "the driver says what the critic starts from"
         _refuse_other_tokens(phase, phase.critic)
-        super().__init__(seat, with_model(phase, phase.critic), cache)
+        super().__init__(rank_info, with_model(phase, phase.critic), cache)
         self.whole_phase = phase
 
     def setup(self) -> None:
@@ -317,7 +323,7 @@ class Critic(_Learning):
         self.start(self._build)
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
-        lm, ready = with_adapters(self.phase, dtype, self.seat, self.adapter, classifier=True)
+        lm, ready = policy_model(self.phase, dtype, self.rank_info, self.adapter, classifier=True)
         return ValueLoss(lm, self.phase, ready)
 
 
@@ -327,27 +333,30 @@ def _refuse_other_tokens(phase: PPO, critic: str) -> None:
         return  # nothing is known of it
     trust = phase.model.trust_remote_code
     if not same_tokens(load_tokenizer(own, trust), tokenizer_for(phase.model)):
-        message = "the critic would read the policy's tokens as others: its tokenizer is another one; start it from a model that shares the policy's"
+        message = (
+            "the critic would read the policy's tokens as others: its tokenizer is another one; start it from a model "
+            "that shares the policy's"
+        )
         raise InputError.of(critic, message, "critic")
 
 
 class Reference:
     """The policy as it was before it was improved."""
 
-    def __init__(self, seat: Seat, phase: PPO, cache: str):
-        self.seat, self.phase = seat, phase
+    def __init__(self, rank_info: RankInfo, phase: PPO, cache: str):
+        self.rank_info, self.phase = rank_info, phase
 
     def setup(self) -> None:
         """Load the model."""
-        dtype = models.resolve_dtype(self.phase.model.dtype, self.seat.device)
-        self.frozen = Frozen(self._build, self.phase, self.seat, dtype)
+        dtype = models.resolve_dtype(self.phase.model.dtype, self.rank_info.device)
+        self.frozen = Frozen(self._build, self.phase, self.rank_info, dtype)
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
-        lm, ready = as_it_was(self.phase, dtype, self.seat)
+        lm, ready = reference_model(self.phase, dtype, self.rank_info)
         return PolicyLoss(lm, self.phase, ready)
 
-    def limits(self) -> Limits:
-        return limits_of(self.phase, self.seat)
+    def limits(self) -> BatchLimits:
+        return limits_of(self.phase, self.rank_info)
 
     def computed(self, share: Share) -> list[NDArray[np.float32]]:
         """The log-probabilities of the tokens of each response."""
@@ -356,15 +365,15 @@ class Reference:
         return split(share, self.frozen.compute(micros))
 
 
-class Judges:
+class RewardRole:
     """All rewards of a job. Each worker scores a part of the responses."""
 
-    def __init__(self, seat: Seat, phase: PPO, cache: str):
-        self.seat, self.phase = seat, phase
+    def __init__(self, rank_info: RankInfo, phase: PPO, cache: str):
+        self.rank_info, self.phase = rank_info, phase
 
     def setup(self) -> None:
         """Load reward models, import functions."""
-        self.judges = [(source.weight, opened(source, self.phase, self.seat)) for source in self.phase.rewards]
+        self.judges = [(source.weight, opened(source, self.phase, self.rank_info)) for source in self.phase.rewards]
 
     def scores(self, responses: Sequence[Response]) -> list[NDArray[np.float32]]:
         """The weighted sum of all rewards of each response. [1] each"""

@@ -1,4 +1,5 @@
-"""One frozen base under several roles of a process, each with adapters of its own in it: PPO in the memory of one model.
+"""One frozen base under several roles of a process, each with adapters of its own in it: PPO
+in the memory of one model.
 
 That is what LoRA is for; under ZeRO-3, where two engines cannot share parameters, every role has a base of its own.
 """
@@ -12,11 +13,10 @@ import torch
 from torch import nn
 
 from training.config import PPO, Lora
-from training.device import torch_device
-from training.model_folder import adapter_in, base_of
+from training.model_folder import SCORE, adapter_in, base_of
 from training.models import loading as models
 from training.models import lora
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 
 _bases: dict[tuple[str, torch.dtype], Any] = {}
 """Of this process, by where they come from and their type."""
@@ -28,13 +28,13 @@ def at_once() -> None:
     """Nothing has to be done before a model of one's own computes."""
 
 
-def with_adapters(
-    phase: PPO, dtype: torch.dtype, seat: Seat, name: str, *, classifier: bool = False
+def policy_model(
+    phase: PPO, dtype: torch.dtype, rank_info: RankInfo, name: str, *, classifier: bool = False
 ) -> tuple[nn.Module, Ready]:
     """The model of a phase for one role, and what to call before it computes. `name`: of the role's adapters."""
     if not _shares_base(phase):
-        return models.load(phase, dtype, seat.device, classifier=classifier), at_once
-    lm = _base(phase, dtype, seat)
+        return models.load(phase, dtype, rank_info.device, classifier=classifier), at_once
+    lm = _base(phase, dtype, rank_info)
     existing = adapter_in(phase.model.path)
     lora.add(lm, phase, existing, name)
     if classifier:
@@ -48,12 +48,13 @@ def with_adapters(
     return lm, ready
 
 
-def as_it_was(phase: PPO, dtype: torch.dtype, seat: Seat) -> tuple[nn.Module, Ready]:
-    """The model that a phase starts from, to compare with: where bases are shared with its adapters switched off, or as they were."""
+def reference_model(phase: PPO, dtype: torch.dtype, rank_info: RankInfo) -> tuple[nn.Module, Ready]:
+    """The model that a phase starts from, to compare with: where bases are shared
+    with its adapters switched off, or as they were."""
     if not _shares_base(phase):
         whole = phase.model_copy(update={"model": phase.model.model_copy(update={"lora": None})})
-        return models.load(whole, dtype, seat.device), at_once
-    lm = _base(phase, dtype, seat)
+        return models.load(whole, dtype, rank_info.device), at_once
+    lm = _base(phase, dtype, rank_info)
     existing = adapter_in(phase.model.path)
     if existing is None:
         return lm, lambda: lora.activate(lm, None)
@@ -67,7 +68,7 @@ def _shares_base(phase: PPO) -> bool:
     return phase.shares_base and not (existing is not None and existing.whole)
 
 
-def of_reward(path: str, phase: PPO, seat: Seat) -> tuple[nn.Module, nn.Module | None, Ready]:
+def reward_model(path: str, phase: PPO, rank_info: RankInfo) -> tuple[nn.Module, nn.Module | None, Ready]:
     """A reward model to ask, its head (None: the model's own), and what to call before it computes.
 
     One that is an adapter in the policy's base takes the memory of the adapter alone.
@@ -78,17 +79,17 @@ def of_reward(path: str, phase: PPO, seat: Seat) -> tuple[nn.Module, nn.Module |
         or adapter.whole
         or not _shares_base(phase)
         or adapter.base != base_of(phase.model.path)
-        or models.HEAD not in adapter.heads
+        or SCORE not in adapter.heads
     ):
         trust = phase.model.trust_remote_code
-        lm = models.for_inference(path, classifier=True, gpu=seat.local_rank, trust_remote_code=trust)
+        lm = models.for_inference(path, classifier=True, gpu=rank_info.local_rank, trust_remote_code=trust)
         return lm, None, at_once
-    dtype = models.resolve_dtype(phase.model.dtype, seat.device)
-    lm = _base(phase, torch.float32 if phase.sharding.stage == 0 else dtype, seat)
+    dtype = models.resolve_dtype(phase.model.dtype, rank_info.device)
+    lm = _base(phase, torch.float32 if phase.sharding.stage == 0 else dtype, rank_info)
     name = f"reward{len(_heads)}"
     settings = phase.model.model_copy(update={"path": path, "lora": Lora(rank=adapter.rank, alpha=adapter.alpha)})
     lora.add(lm, phase.model_copy(update={"model": settings}), adapter, name)
-    weight = lora.head_in(adapter, models.HEAD)
+    weight = lora.head_in(adapter, SCORE)
     parameter = next(lm.parameters())
     head = nn.Linear(weight.shape[1], 1, bias=False, dtype=parameter.dtype, device=parameter.device)
     head.weight.data.copy_(weight)
@@ -100,12 +101,14 @@ _heads: list[nn.Module] = []
 """Of the reward models in shared bases."""
 
 
-def _base(phase: PPO, dtype: torch.dtype, seat: Seat) -> Any:
+def _base(phase: PPO, dtype: torch.dtype, rank_info: RankInfo) -> Any:
     key = (base_of(phase.model.path), dtype)
     if key not in _bases:
         settings = phase.model.model_copy(update={"path": key[0]})
-        lm, _ = models.pretrained(settings, dtype, seat.device, classifier=False)
+        lm, _ = models.pretrained(settings, dtype, rank_info.device, classifier=False)
         for parameter in lm.parameters():
             parameter.requires_grad = False
-        _bases[key] = lm.to(torch_device(seat.device, seat.local_rank))
+        _bases[key] = lm.to(
+            torch.device(rank_info.device, rank_info.local_rank) if rank_info.device == "cuda" else "cpu"
+        )
     return _bases[key]

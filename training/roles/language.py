@@ -19,4 +19,4 @@ class LanguageTrainer(Trainer):
     measures = ("loss",)
 
     def build(self, dtype: torch.dtype) -> nn.Module:
-        return TokenLoss(models.load(self.phase, dtype, self.seat.device))
+        return TokenLoss(models.load(self.phase, dtype, self.rank_info.device))

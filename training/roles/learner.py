@@ -33,9 +33,9 @@ from training.models import loading as models
 from training.models import lora
 from training.process import heartbeat
 from training.process.agreement import differences
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 from training.process.memory import peak_bytes
-from training.storage import place, why_not_writable
+from training.storage import open_storage, why_not_writable
 
 GIB = 1 << 30
 _PARALLEL = "TOKENIZERS_PARALLELISM"
@@ -52,22 +52,23 @@ class Learner:
     adapter = lora.NAME
     """What its adapters are called in the model, which may hold those of other roles as well."""
 
-    def __init__(self, seat: Seat, phase: Phase, cache: str):
-        self.seat = seat
+    def __init__(self, rank_info: RankInfo, phase: Phase, cache: str):
+        self.rank_info = rank_info
         self.phase = phase
         self.whole_phase = phase
         """With the models of all roles: what they share a device with counts where memory is planned."""
         self.cache = Path(cache)
-        self.dtype = models.resolve_dtype(phase.model.dtype, seat.device)
-        self.writer = ShardWriter(pinned=is_accelerator(seat.device))
+        self.dtype = models.resolve_dtype(phase.model.dtype, rank_info.device)
+        self.writer = ShardWriter(pinned=rank_info.device == "cuda")
         self.known: Traits | None = None
         """Of the model's code; of a role that opens data, and the same on all workers."""
 
     def open_data(self) -> Stores:
-        """The data of the phase; its model then is on this machine, too. Raises TrainingError unless all workers see the
-        same data and compute alike: else their deals would differ."""
-        # The first worker of a node prepares what its node does not have yet, and verifies the rest; the others then find it there.
-        if self.seat.local_rank == 0:
+        """The data of the phase; its model then is on this machine, too. Raises TrainingError unless all workers see
+        the same data and compute alike: else their deals would differ."""
+        # The first worker of a node prepares what its node does not have yet, and verifies the rest;
+        # the others then find it there.
+        if self.rank_info.local_rank == 0:
             with _tokenizer_on_all_cores():
                 open_stores(self.phase, self.cache)
             at_hand(self.phase, self.cache)
@@ -75,9 +76,9 @@ class Learner:
         self.phase = self.whole_phase = at_hand(self.phase, self.cache)
         stores = open_stores(self.phase, self.cache, verify=False)
         self.traits = self.known = models.resolve_traits(self.phase.model)
-        self.attention = models.resolve_attention(self.phase.model, self.seat.device)
+        self.attention = models.resolve_attention(self.phase.model, self.rank_info.device)
         self.kernels = models.resolve_kernels(
-            self.phase.model.model_copy(update={"path": base_of(self.phase.model.path)}), self.seat.device
+            self.phase.model.model_copy(update={"path": base_of(self.phase.model.path)}), self.rank_info.device
         )
         self._compare_with_others(stores)
         return stores
@@ -91,7 +92,7 @@ class Learner:
             "kernels": self.kernels,
             "model code": json.dumps(asdict(self.traits), sort_keys=True),
         }
-        if found := differences(values, device_of(self.seat)):
+        if found := differences(values, device_of(self.rank_info)):
             raise TrainingError(
                 f"the workers do not agree: {'; '.join(found)}; give all machines the same files and packages"
             )
@@ -99,21 +100,22 @@ class Learner:
     def start(self, build: Callable[[torch.dtype], nn.Module]) -> None:
         """Load the module, which holds its model as `lm`, and begin with it."""
         self.phase = with_recomputing(self.phase, self._recomputes())
-        self.engine = Engine(build, self.phase, self.seat, self.dtype)
+        self.engine = Engine(build, self.phase, self.rank_info, self.dtype)
 
     def _recomputes(self) -> bool:
-        """Whether activations are recomputed. The smallest GPU decides for all workers: under ZeRO-3 they gather weights together."""
+        """Whether activations are recomputed. The smallest GPU decides
+        for all workers: under ZeRO-3 they gather weights together."""
         asked = self.whole_phase.model.gradient_checkpointing
-        if asked != "auto" or self.seat.device == "cpu":
+        if asked != "auto" or self.rank_info.device == "cpu":
             return asked is True
-        device = device_of(self.seat)
-        memory = torch.tensor(float(total_bytes(device)), device=device)
+        device = device_of(self.rank_info)
+        memory = torch.tensor(float(torch.cuda.get_device_properties(device).total_memory), device=device)
         dist.all_reduce(memory, dist.ReduceOp.MIN)
-        return recomputes_on(self.whole_phase, self.role, self.seat.size, self.dtype, float(memory), self.known)
+        return recomputes_on(self.whole_phase, self.role, self.rank_info.size, self.dtype, float(memory), self.known)
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         """For the length of a block the language model with all its weights, as they are now, to generate with."""
-        return self.engine.whole_model(lambda dtype: models.skeleton(self.phase, dtype, self.seat.device))
+        return self.engine.whole_model(lambda dtype: models.skeleton(self.phase, dtype, self.rank_info.device))
 
     @property
     def num_parameters(self) -> int:
@@ -122,25 +124,25 @@ class Learner:
 
     @property
     def device_name(self) -> str:
-        return device_name(device_of(self.seat))
+        return torch.cuda.get_device_name() if self.rank_info.device == "cuda" else "cpu"
 
     def gpu_full(self) -> float:
         """The most of its GPU's memory that this worker has taken, as a fraction; 0 without a GPU."""
-        if not is_accelerator(self.seat.device):
+        if self.rank_info.device != "cuda":
             return 0.0
         return peak_reserved_bytes() / total_bytes(self.engine.device)
 
     def memory_gib(self) -> float:
         """The most memory that this worker has taken: of its GPU, or of its process."""
-        if is_accelerator(self.seat.device):
-            return peak_allocated_bytes() / GIB
+        if self.rank_info.device == "cuda":
+            return torch.cuda.max_memory_allocated() / GIB
         return peak_bytes() / GIB
 
-    # -- checkpoints ----------------------------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     @property
     def _shard(self) -> str:
-        return f"{self.role}-{self.seat.rank:05d}"
+        return f"{self.role}-{self.rank_info.rank:05d}"
 
     def alone(self, name: str) -> str:
         """What a parameter of the model is called where no other role has adapters in it."""
@@ -148,11 +150,11 @@ class Learner:
 
     def cannot_save_to(self, address: str) -> str | None:
         """Why this worker cannot write below an address, if it cannot."""
-        return why_not_writable(place(address), self._shard)
+        return why_not_writable(open_storage(address), self._shard)
 
     def begin_save(self, staged: str) -> dict[str, Any]:
-        """Copy this worker's share of the state and begin to write it into a staged checkpoint: the weights apart, so that they may stay
-        without the optimizer's state.
+        """Copy this worker's share of the state and begin to write it into a staged checkpoint: the weights apart, so
+        that they may stay without the optimizer's state.
 
         Answers with what the manifest needs to know of the state.
         """
@@ -162,7 +164,9 @@ class Learner:
             for kind, view in fragment.tensors.items():
                 name = f"{kind}/{self.prefix}{self.alone(fragment.name)}@{fragment.start}"
                 (weights if kind == WEIGHTS else moments).append((name, view))
-        self.writer.begin(place(staged), {f"{self._shard}.safetensors": weights, f"{self._shard}{OPTIMIZER}": moments})
+        self.writer.begin(
+            open_storage(staged), {f"{self._shard}.safetensors": weights, f"{self._shard}{OPTIMIZER}": moments}
+        )
         return {
             "optimizer_step": self.engine.optimizer_step,
             "parameters": {
@@ -185,7 +189,7 @@ class Learner:
         between them. When all are content, `publish` makes it the state to train on.
         """
         try:
-            reader = Reader(place(checkpoint), self.prefix)
+            reader = Reader(open_storage(checkpoint), self.prefix)
             self.engine.begin_restore(reader.manifest.optimizer_steps[self.role])
             for fragment in self.engine.fragments():
                 for kind, view in fragment.tensors.items():
@@ -211,16 +215,17 @@ class Learner:
 
     def export(self, checkpoint: str, out: str) -> None:
         """Worker 0 writes the model of a checkpoint as a Hugging Face folder."""
-        if self.seat.rank == 0:
+        if self.rank_info.rank == 0:
             from training.checkpoint.export import export
 
-            export(place(checkpoint), place(out), self.phase)
+            export(open_storage(checkpoint), open_storage(out), self.phase)
 
 
 def recomputes_on(
     phase: Phase, role: str, workers: int, dtype: torch.dtype, gpu_bytes: float, known: Traits | None = None
 ) -> bool:
-    """Whether so many workers with GPUs of this memory recompute the activations of a role and those that it shares them with.
+    """Whether so many workers with GPUs of this memory recompute the activations of a role
+    and those that it shares them with.
 
     By the job and the GPUs alone, as `muster plan` tells it. They do where nothing is known of a model.
     """
@@ -229,7 +234,7 @@ def recomputes_on(
     )
     bits: Literal["bf16", "fp32"] = "bf16" if dtype is torch.bfloat16 else "fp32"
     where = setting_of(seated, dtype=bits, on_gpu=True, known=known)
-    roles = next(roles for roles, _ in phase.teams if not roles or role in roles)
+    roles = next(roles for roles, _ in phase.placements if not roles or role in roles)
     try:
         return recomputes(phase, roles, models_of(phase, shape_of), where, gpu_bytes)
     except InputError:

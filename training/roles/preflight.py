@@ -1,4 +1,5 @@
-"""The role `preflight`: what a worker finds out about its machine, its device, the storage and its neighbours before any training."""
+"""The role `preflight`: what a worker finds out about its machine, its device,
+the storage and its neighbours before any training."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ from training.device import (
 )
 from training.engine.engine import device_of
 from training.io.versions import versions_of
-from training.process.distributed import Seat
-from training.storage import Local, place, why_not_writable
+from training.process.distributed import RankInfo
+from training.storage import Local, open_storage, why_not_writable
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray")
 _PRODUCT = {"cpu": 512, ACCELERATOR: 4096}
@@ -40,27 +41,27 @@ _ROUNDS = 3
 class Preflight:
     """One worker's findings."""
 
-    def __init__(self, seat: Seat):
-        self.seat = seat
-        self.device = device_of(seat)
+    def __init__(self, rank_info: RankInfo):
+        self.rank_info = rank_info
+        self.device = device_of(rank_info)
 
     def look(self, storage: str) -> dict[str, Any]:
         """Versions, memory, disks, the device, and how storage below an address takes a few megabytes."""
         shared = Path("/dev/shm")
         free, total = free_and_total_bytes(self.device)
         return {
-            "versions": _versions(self.seat.device),
-            "device": device_name(self.device),
-            "device_free": free,
-            "device_total": total,
+            "versions": _versions(self.rank_info.device),
+            "device": torch.cuda.get_device_name(self.device) if self.rank_info.device == "cuda" else "cpu",
+            "device_free": torch.cuda.mem_get_info(self.device)[0] if self.rank_info.device == "cuda" else 0,
+            "device_total": torch.cuda.mem_get_info(self.device)[1] if self.rank_info.device == "cuda" else 0,
             "shared_memory": shutil.disk_usage(shared).total if shared.is_dir() else 0,
             **self._storage(storage),
             **self._product(),
         }
 
     def _storage(self, address: str) -> dict[str, Any]:
-        folder = place(address)
-        name = f".preflight-{os.getpid()}-{self.seat.rank}"
+        folder = open_storage(address)
+        name = f".preflight-{os.getpid()}-{self.rank_info.rank}"
         free = shutil.disk_usage(_existing(folder.path)).free if isinstance(folder, Local) else None
         found: dict[str, Any] = {"storage_free": free, "storage_s": None, "storage_mb_s": None}
         if (why := why_not_writable(folder, name)) is not None:
@@ -77,9 +78,10 @@ class Preflight:
         return found | {"storage_problem": problem, "storage_s": seconds, "storage_mb_s": _WRITTEN / seconds / 1e6}
 
     def _product(self) -> dict[str, Any]:
-        """Whether a product of matrices of small whole numbers, which every precision holds, is right; and how fast it comes."""
-        size = _PRODUCT[self.seat.device]
-        dtype = torch.bfloat16 if is_accelerator(self.seat.device) else torch.float32
+        """Whether a product of matrices of small whole numbers, which every precision holds,
+        is right; and how fast it comes."""
+        size = _PRODUCT[self.rank_info.device]
+        dtype = torch.bfloat16 if self.rank_info.device == "cuda" else torch.float32
         generator = torch.Generator().manual_seed(7)
         # A row of A has at most 8 ones: sums stay below 256, up to which bf16 has every whole number.
         a = torch.zeros(size, size).scatter_(1, torch.randint(0, size, (size, 8), generator=generator), 1.0)
@@ -96,16 +98,26 @@ class Preflight:
         empty_cache(self.device)
         return {"product_right": bool((found == expected).all()), "tflops": _PRODUCTS * 2 * size**3 / seconds / 1e12}
 
+    def _give_back(self) -> None:
+        """What torch keeps of a GPU's memory for later."""
+        if self.rank_info.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _wait(self) -> None:
+        if self.rank_info.device == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def links(self) -> dict[str, Any]:
-        """Megabytes a second to the next worker, all sending at once as in a ring; and the clock, at the same moment everywhere."""
+        """Megabytes a second to the next worker, all sending at once as in a ring;
+        and the clock, at the same moment everywhere."""
         dist.barrier()
         now = time.time()
-        if self.seat.size == 1:
+        if self.rank_info.size == 1:
             return {"clock": now, "sent_mb_s": None}
-        size = _SENT[self.seat.device]
+        size = _SENT[self.rank_info.device]
         out = torch.zeros(size, dtype=torch.uint8, device=self.device)
         into = torch.empty_like(out)
-        nearest = (self.seat.rank + 1) % self.seat.size, (self.seat.rank - 1) % self.seat.size
+        nearest = (self.rank_info.rank + 1) % self.rank_info.size, (self.rank_info.rank - 1) % self.rank_info.size
         best = float("inf")
         for _ in range(_ROUNDS):
             dist.barrier()

@@ -1,8 +1,8 @@
 """reward: a scalar head on the language model, trained on pairs of which one answer is preferred.
 
-The score of a sequence is what the head makes of its last token. Both sequences of a pair lie in one row, so they are always in the
-same micro-batch: as a tree (training/data/shared_prefix_pairs.py) where the model can be told so, else one after the other, kept apart by position ids
-that start again.
+The score of a sequence is what the head makes of its last token. Both sequences of a pair lie in one row, so they are
+always in the same micro-batch: as a tree (training/data/shared_prefix_pairs.py) where the model can be told so, else
+one after the other, kept apart by position ids that start again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.data.batching import Limits, deal
+from training.data.batching import BatchLimits, partition_batch
 from training.data.collate import collate, to_device
 from training.data.render import sides_of
 from training.data.shared_prefix_pairs import Pair, mask_of, trees
@@ -28,12 +28,12 @@ from training.errors import InputError
 from training.estimate.model_traits import rows_of
 from training.models import loading as models
 from training.models.probe import traits_of
-from training.models.sparse_last_mlp import looked_at
+from training.models.sparse_last_mlp import last_mlp_at
 from training.profiling.breakdown import FORWARD
 from training.profiling.profiler import part
 from training.roles.trainer import Trainer
 
-_AT_ONCE = {ACCELERATOR: Limits(micro_tokens=0, micro_batch=32), "cpu": Limits(micro_tokens=512)}
+_AT_ONCE = {"cuda": BatchLimits(micro_tokens=0, micro_batch=32), "cpu": BatchLimits(micro_tokens=512)}
 """How much is scored at once. A CPU gains nothing from more, and pays for the padding of unlike lengths."""
 
 
@@ -85,16 +85,18 @@ def scores(
     body = getattr(lm, lm.base_model_prefix)
     given = {"position_ids": position_ids, "attention_mask": mask}
     asked = {name: tensor for name, tensor in given.items() if tensor is not None}
-    with looked_at(
+    with last_mlp_at(
         body, input_ids, last_index.unique(), known=traits_of(lm).last_mlp
     ):  # two sequences may share a last token
         hidden_RLH = body(input_ids=input_ids, use_cache=False, **asked).last_hidden_state
-    return (head or models.head_of(lm))(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
+    scores_N: Tensor = (head or models.head_of(lm))(hidden_RLH.flatten(0, 1)[last_index]).squeeze(-1).float()
+    return scores_N
 
 
 @torch.inference_mode()
 def score(lm: Any, sequences: Sequence[np.ndarray], *, head: nn.Module | None = None) -> list[float]:
-    """The scores of token sequences, those of like length together. One in a row: whatever model a judge is, this it can read.
+    """The scores of token sequences, those of like length together.
+    One in a row: whatever model a judge is, this it can read.
 
     Raises InputError for tokens and for positions that the model's embeddings have no row for.
     """
@@ -108,7 +110,7 @@ def score(lm: Any, sequences: Sequence[np.ndarray], *, head: nn.Module | None = 
         message = f"a prompt with its response has {longest:,} tokens, the model has {positions:,} positions"
         raise InputError.of("the reward model", f"{message}; shorten the prompts or the responses")
     above = rows_of(traits_of(lm), lm.config._attn_implementation, max(lengths, default=0)).same_length_above
-    for rows in deal(lengths, 1, replace(_AT_ONCE[device.type], same_length_above=above))[0]:
+    for rows in partition_batch(lengths, 1, replace(_AT_ONCE[device.type], same_length_above=above))[0]:
         places = [place for row in rows for place in row]
         with part(FORWARD):
             micro = to_device(collate([[_judged(sequences[i].astype(np.int64))] for i in places]), device)
@@ -135,7 +137,7 @@ class RewardTrainer(Trainer):
     """Sums over the pairs: right orders, differences, both rewards, their squares."""
 
     def build(self, dtype: torch.dtype) -> nn.Module:
-        lm: Any = models.load(self.phase, dtype, self.seat.device, classifier=True)
+        lm: Any = models.load(self.phase, dtype, self.rank_info.device, classifier=True)
         self.makes_trees = self.traits.kernel(self.attention).trees
         self.packs = rows_of(self.traits, self.attention, self.longest).packs
         return PairLoss(lm)
@@ -173,7 +175,8 @@ class RewardTrainer(Trainer):
 
 
 def _one_after_the_other(rows: Sequence[Sequence[Pair]], *, packs: bool = True) -> dict[str, Tensor | None]:
-    """As `trees`, with nothing shared. `packs`: whether the model keeps sequences that share a row apart; else each has a row of its own."""
+    """As `trees`, with nothing shared. `packs`: whether the model keeps sequences that share a row apart;
+    else each has a row of its own."""
     sides = [[_judged(side) for pair in row for side in pair] for row in rows]
     batch = collate(sides if packs else [[side] for row in sides for side in row])
     index = batch["target_index"]

@@ -1,4 +1,5 @@
-"""The role `trainer`: one worker's part in training on global batches. Single-role recipes differ in the loss they give it.
+"""The role `trainer`: one worker's part in training on global batches.
+Single-role recipes differ in the loss they give it.
 
 Calls are short and answer the same on every worker, so that whoever drives the group can do anything between two of
 them: evaluate, save, stop. No state but the model's and the optimizer's is kept from one step to the next.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import Phase
-from training.data.batching import deal, limits_for
+from training.data.batching import limits_for, partition_batch
 from training.data.collate import collate
 from training.data.order import Order
 from training.data.token_store import TokenStore
@@ -27,12 +28,12 @@ from training.data.vocabulary import notes as vocabulary_notes
 from training.errors import Diverged
 from training.estimate.model_traits import notes, refuse, rows_of
 from training.evaluation.accuracy import Answers
-from training.evaluation.generated_answers import Exam, Sitting, exam_of
+from training.evaluation.generated_answers import EvalSuite, Sitting, exam_of
 from training.models import lora
 from training.models.loading import notes_on_weights
-from training.phase_info import Facts
+from training.phase_info import PhaseInfo
 from training.process import heartbeat
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 from training.profiling.breakdown import DATA
 from training.profiling.profiler import part
 from training.roles.learner import Learner
@@ -43,10 +44,11 @@ _TOLD_ROWS = 5
 
 
 class Trainer(Learner):
-    """Data, model and optimizer of one worker. `phase.data` must have been prepared into `cache` or be readable here."""
+    """Data, model and optimizer of one worker. `phase.data` must have been prepared into `cache`
+    or be readable here."""
 
-    def __init__(self, seat: Seat, phase: Phase, cache: str):
-        super().__init__(seat, phase, cache)
+    def __init__(self, rank_info: RankInfo, phase: Phase, cache: str):
+        super().__init__(rank_info, phase, cache)
         self.skipped: frozenset[int] = frozenset()
         self.own_tokens = 0
 
@@ -54,7 +56,8 @@ class Trainer(Learner):
     """What the module returns the sums of, the loss first."""
 
     def build(self, dtype: torch.dtype) -> nn.Module:
-        """The module to train: holds the model as `lm`, returns the sums of `measures` over a micro-batch, [measures]."""
+        """The module to train: holds the model as `lm`, returns the sums of `measures` over a
+        micro-batch, [measures]."""
         raise NotImplementedError
 
     def weight_of(self, store: TokenStore, samples: np.ndarray) -> int:
@@ -69,13 +72,13 @@ class Trainer(Learner):
         """Metrics from the means of `measures`."""
         return means
 
-    # -- set-up ---------------------------------------------------------------------------------------------------------
+    # -- set-up --------------------------------------------------------------------------------------------------------
 
-    def setup(self) -> Facts:
+    def setup(self) -> PhaseInfo:
         """Open the data, load the model, start the engine."""
         self._open_data()
         self.start(self._build)
-        return Facts(
+        return PhaseInfo(
             total_steps=self.total_steps,
             total_samples=self.total_samples,
             num_samples=self.order.epoch_size,
@@ -106,7 +109,10 @@ class Trainer(Learner):
         if positions is None or longest <= positions:
             return []
         return [
-            f"the longest sample has {longest:,} tokens, the model was made for {positions:,} positions: set data.max_length to {positions}"
+            (
+                f"the longest sample has {longest:,} tokens, the model was made for {positions:,} positions: set "
+                f"data.max_length to {positions}"
+            )
         ]
 
     def _open_data(self) -> None:
@@ -120,13 +126,14 @@ class Trainer(Learner):
         self.longest = min(self.store.meta.longest, self.phase.data.max_length)
         refuse(self.phase, self.traits, self.attention, self.longest)
         rows = rows_of(self.traits, self.attention, self.longest)
-        self.limits = limits_for(self.phase, self.longest, self.seat.device, self.attention, **asdict(rows))
+        self.limits = limits_for(self.phase, self.longest, self.rank_info.device, self.attention, **asdict(rows))
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
-        module: Any = self.build(dtype)
-        self.left_out = [*lora.left_out(module.lm, self.phase.model.lora), *notes_on_weights(module.lm)]
-        check_tokens(self.phase, [self.store, self.eval_store], rows_in(module.lm))
-        self.positions: int | None = getattr(module.lm.config, "max_position_embeddings", None)
+        module = self.build(dtype)
+        lm: Any = module.lm
+        self.left_out = [*lora.left_out(lm, self.phase.model.lora), *notes_on_weights(lm)]
+        check_tokens(self.phase, [self.store, self.eval_store], rows_in(lm))
+        self.positions: int | None = getattr(lm.config, "max_position_embeddings", None)
         return module
 
     def get_ready(self, skipped: frozenset[int] = frozenset()) -> None:
@@ -134,10 +141,11 @@ class Trainer(Learner):
         self.skipped = skipped
         super().get_ready()
 
-    # -- training -------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def train(self, done: int, num_steps: int) -> dict[str, Any]:
-        """Steps done+1 .. done+num_steps. Worker 0 answers with their metrics; every worker with its peak memory and pace.
+        """Steps done+1 .. done+num_steps. Worker 0 answers with their metrics;
+        every worker with its peak memory and pace.
 
         Raises TrainingError when a loss is not a finite number; the weights are then not to be trusted.
         """
@@ -155,7 +163,7 @@ class Trainer(Learner):
             row["grad_norm"] = float(row["grad_norm"])
             self._check_finite(row)
         return {
-            "rows": rows if self.seat.rank == 0 else [],
+            "rows": rows if self.rank_info.rank == 0 else [],
             "memory_gib": self.memory_gib(),
             "gpu_full": self.gpu_full(),
             "pace": self._pace(),
@@ -175,7 +183,7 @@ class Trainer(Learner):
 
     def _step(self, step: int) -> tuple[dict[str, Any], Tensor]:
         began = time.perf_counter()
-        torch.manual_seed(seed_for(self.phase.seed, "step", step, self.seat.rank))
+        torch.manual_seed(seed_for(self.phase.seed, "step", step, self.rank_info.rank))
         rate = learning_rate(self.phase.learning_rate, self.phase.schedule, step, self.total_steps)
         with part(DATA):
             samples = self.samples_of(step)
@@ -220,7 +228,9 @@ class Trainer(Learner):
 
     def _deal(self, store: TokenStore, samples: np.ndarray) -> list[list[list[int]]]:
         """This worker's micro-batches: rows of sample numbers."""
-        mine = deal(store.lengths_of(samples).tolist(), self.seat.size, self.limits)[self.seat.rank]
+        mine = partition_batch(store.lengths_of(samples).tolist(), self.rank_info.size, self.limits)[
+            self.rank_info.rank
+        ]
         return [[[int(samples[i]) for i in row] for row in rows] for rows in mine]
 
     def _told(self, samples: Sequence[int]) -> str:
@@ -249,11 +259,11 @@ class Trainer(Learner):
     def answer(self, limit_s: float, *, begin: bool) -> Answers:
         """More of this worker's share of the responses to the questions of `phase.eval`, for about as long."""
         if begin:
-            self._sitting = Sitting(self._exam, self.whole_model, (self.seat.rank, self.seat.size))
-        return self._sitting.go_on(limit_s)
+            self._sitting = Sitting(self._exam, self.whole_model, (self.rank_info.rank, self.rank_info.size))
+        return self._sitting.advance(limit_s)
 
     @cached_property
-    def _exam(self) -> Exam:
+    def _exam(self) -> EvalSuite:
         return exam_of(self.phase, chats=self.store.meta.chats)
 
     def _pace(self) -> float:

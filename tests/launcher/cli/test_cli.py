@@ -200,7 +200,7 @@ def test_an_export_writes_over_nothing(muster, run, monkeypatch, out, message):
     ("kill", "err"),
     [
         ("rank", "is not running (it is lost); a drill needs a run at work"),
-        ("all", "all is none of rank, node, driver"),
+        ("all", "'all' is not one of 'rank', 'node', 'driver'"),
     ],
 )
 def test_a_drill_needs_a_run_at_work(muster, run, kill, err):

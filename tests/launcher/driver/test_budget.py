@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.driver.budget import Meter
+from launcher.driver.budget import Budget
 from training.errors import InputError
 
 
@@ -21,7 +21,7 @@ class Clock:
 
 def test_hours_and_cost_are_counted_while_workers_are_held_and_go_on_in_the_next_attempt(tmp_path):
     clock = Clock()
-    meter = Meter(tmp_path, max_hours=3, max_cost=None, clock=clock)
+    meter = Budget(tmp_path, max_hours=3, max_cost=None, clock=clock)
     clock.now = 7200
     meter.count()  # nobody is held
     meter.begin(price=10.0)
@@ -32,7 +32,7 @@ def test_hours_and_cost_are_counted_while_workers_are_held_and_go_on_in_the_next
     meter.end()
     assert (meter.hours, meter.cost, meter.reached) == (1.5, 20.0, None)
 
-    again = Meter(tmp_path, max_hours=3, max_cost=30, clock=clock)
+    again = Budget(tmp_path, max_hours=3, max_cost=30, clock=clock)
     again.begin(price=20.0)
     clock.now += 1800
     again.count()
@@ -44,18 +44,18 @@ def test_hours_and_cost_are_counted_while_workers_are_held_and_go_on_in_the_next
 
 def test_a_killed_driver_forgets_little(tmp_path):
     clock = Clock()
-    meter = Meter(tmp_path, max_hours=None, max_cost=None, clock=clock)
+    meter = Budget(tmp_path, max_hours=None, max_cost=None, clock=clock)
     meter.begin(price=None)
     for _ in range(100):
         clock.now += 1
         meter.count()
-    kept = Meter(tmp_path, max_hours=None, max_cost=None).hours * 3600
+    kept = Budget(tmp_path, max_hours=None, max_cost=None).hours * 3600
     assert 85 <= kept <= 100
 
 
 def test_a_cost_that_is_not_known_is_no_limit(tmp_path):
     with pytest.raises(InputError, match="max_cost: not every machine says what it costs; set `price`"):
-        Meter(tmp_path, max_hours=None, max_cost=5).begin(price=None)
+        Budget(tmp_path, max_hours=None, max_cost=5).begin(price=None)
 
 
 def test_a_run_saves_stops_and_says_so_and_goes_on_with_a_higher_limit(muster, place):

@@ -16,11 +16,11 @@ from training import storage
 from training.checkpoint.format import Manifest
 from training.checkpoint.repository import Checkpoints, opened, step_of
 from training.errors import InputError
-from training.storage import Place
+from training.storage import StoragePath
 
 
 def stored(*sizes: int, protected: tuple[int, ...] = ()) -> list[Stored]:
-    return [Stored(storage.place(f"/c/{i}"), size, i in protected) for i, size in enumerate(sizes)]
+    return [Stored(storage.open_storage(f"/c/{i}"), size, i in protected) for i, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def run(request, place, s3):
     opened_run.close()
 
 
-def saved(run, phase: str, *steps: int) -> dict[int, Place]:
+def saved(run, phase: str, *steps: int) -> dict[int, StoragePath]:
     checkpoints = opened(run.checkpoints(phase), 1)
     folders = {step: save(checkpoints, step) for step in steps}
     checkpoints.close()
@@ -123,8 +123,8 @@ def test_a_run_stays_within_its_quota_and_says_once_when_it_cannot(muster, place
     assert [step_of(f) for f in Checkpoints(place_of(Path("runs/small"))).folders()] == [5, 6]
 
 
-def place_of(run: Path) -> Place:
-    return storage.place(run / "sft/checkpoints")
+def place_of(run: Path) -> StoragePath:
+    return storage.open_storage(run / "sft/checkpoints")
 
 
 @pytest.mark.parametrize("quota", ["5", "five", "0GB", "true"])

@@ -11,7 +11,7 @@ import pytest
 from tests.launcher.driver.test_run import events
 from tests.support.forked_command import muster
 from training.checkpoint.repository import opened
-from training.storage import place
+from training.storage import open_storage
 
 pytestmark = pytest.mark.cpu
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_with_weights_alone_is_tried_and_exported_but_not_resumed(f
     asked = ("generate", "job", "--step", "2", "-p", "Q: 1 + 1 = ", "--max-new-tokens", "4", "--json")
     before = muster(folder, *asked)
     assert muster(folder, "export", "job", "--step", "2", "--out", "before")[0] == 0
-    checkpoints = opened(place(folder / "runs/job/second/checkpoints"), 2)
+    checkpoints = opened(open_storage(folder / "runs/job/second/checkpoints"), 2)
     checkpoints.drop_optimizer(checkpoints.at(2))
     checkpoints.close()
     status, out = muster(folder, "resume", "job", "--step", "2", "--inline")

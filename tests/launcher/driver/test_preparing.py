@@ -34,7 +34,7 @@ def test_a_process_that_fails_is_told_of_in_words(place, monkeypatch, evidence, 
     def fail(*_):
         raise evidence
 
-    monkeypatch.setattr("launcher.workers.supervisor.has_nursery", lambda: True)
+    monkeypatch.setattr("launcher.workers.supervisor.has_fork_server", lambda: True)
     monkeypatch.setattr("launcher.workers.supervisor.apart", fail)
     with pytest.raises(TrainingError, match=f"the process that prepares the data {words}"):
         driver.prepare(jobs.load(place / "job.yaml"), apart=True)
@@ -46,9 +46,9 @@ def test_bad_rows_are_told_as_they_would_be_here(place, monkeypatch):
         rows.write('{"prompt": 7, "completion": "x"}\n')
     with pytest.raises(InputError) as here:
         driver.prepare(job)
-    from launcher.workers.supervisor import nursery_at_hand
+    from launcher.workers.supervisor import fork_server_here
 
-    with nursery_at_hand("cpu"), pytest.raises(InputError) as there:
+    with fork_server_here("cpu"), pytest.raises(InputError) as there:
         driver.prepare(job, apart=True)
     assert str(there.value) == str(here.value)
     assert "train.jsonl:41" in str(there.value)

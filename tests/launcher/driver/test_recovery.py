@@ -14,7 +14,7 @@ import pytest
 
 from tests.launcher.driver.test_run import nothing_left, processes_of
 from tests.support.disturbed import COMMAND, Run
-from training.storage import place
+from training.storage import open_storage
 
 __all__ = ["nothing_left"]
 pytestmark = [pytest.mark.cpu, pytest.mark.faults, pytest.mark.usefixtures("nothing_left")]
@@ -144,7 +144,7 @@ class RunInBucket(Run):
 
     def read(self, file: str) -> bytes:
         try:
-            return place(f"{self.storage}/job/{file}").read()
+            return open_storage(f"{self.storage}/job/{file}").read()
         except FileNotFoundError:
             return b""
 

@@ -228,7 +228,7 @@ def test_an_incident_is_written_down_and_read_back():
     import json
 
     now = incident(Kind.HANG, node=NODE)
-    assert Incident.of(json.loads(json.dumps({**now.facts(), "retry": True}))) == now
+    assert Incident.of(json.loads(json.dumps({**now.fields(), "retry": True}))) == now
 
 
 def test_a_decision_to_stop_has_nothing_else():

@@ -169,8 +169,8 @@ def test_a_reward_model_of_another_make_is_asked_alike_by_ppo_and_by_eval(here, 
     """It has a chat template and no muster.json; the prompts are texts."""
     from tests.support.training_fixtures import phase_of
     from training.config import RewardSource
-    from training.evaluation.evaluator import Judge
-    from training.process.distributed import Seat
+    from training.evaluation.evaluator import RewardScorer
+    from training.process.distributed import RankInfo
     from training.rl.experience import Response
     from training.rl.rewards import opened
 
@@ -192,8 +192,8 @@ def test_a_reward_model_of_another_make_is_asked_alike_by_ppo_and_by_eval(here, 
         for ended in (True, False)
     ]
     phase = phase_of(folder, "ppo", reward=str(foreign), batch=4)
-    by_ppo = opened(RewardSource(path=str(foreign)), phase, Seat(rank=0, size=1))(responses)
-    by_eval = Judge(str(foreign)).rewards([QUESTIONS[0]] * 2, ["It is 4"] * 2, [True, False])
+    by_ppo = opened(RewardSource(path=str(foreign)), phase, RankInfo(rank=0, size=1))(responses)
+    by_eval = RewardScorer(str(foreign)).rewards([QUESTIONS[0]] * 2, ["It is 4"] * 2, [True, False])
     alone = [score_of(foreign, written(foreign, QUESTIONS[0], "It is 4", ended=ended)) for ended in (True, False)]
     assert by_ppo == pytest.approx(alone, rel=SCORE, abs=1e-6)
     assert by_eval == pytest.approx(alone, rel=SCORE, abs=1e-6)

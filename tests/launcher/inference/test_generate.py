@@ -140,9 +140,9 @@ def run(trained, tmp_path, monkeypatch):
 
 
 def test_text_comes_in_whole_characters_and_is_the_same_in_the_end(template):
-    from training.evaluation.evaluator import Texts
+    from training.evaluation.evaluator import PromptCodec
 
-    texts = Texts(str(template / "model"))
+    texts = PromptCodec(str(template / "model"))
     said = "a é 漢字 👩‍🚀 " * 20
     tokens = texts.tokens(said)
     assert len(tokens) == len(said.encode()), "a token a byte"

@@ -287,9 +287,8 @@ def test_eval_refuses_what_it_cannot_use(chain, muster, asked):
         line("eval", "model", "--data", asked, "--reward", "model")
         == "command line: --against and --reward go together"
     )
-    assert (
-        line("eval", "model", "--data", asked, "--template", "loud") == "--template: loud is none of auto, plain, chat"
-    )
+    answer = muster("eval", "model", "--data", asked, "--template", "loud")
+    assert (answer.status, "'loud' is not one of 'auto', 'plain', 'chat'" in answer.err) == (2, True)
     assert line("eval", "model", "--data", asked, "--samples", "4").startswith(
         "--temperature: several samples at temperature 0"
     )

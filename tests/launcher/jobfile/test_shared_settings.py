@@ -185,7 +185,7 @@ def test_groups_of_workers_are_named(folder, capsys):
     told = f"has no effect: every group has a value of its own; use {both}"
     assert errors(PPO, "phases.ppo.resources.workers=4") == [f"command line: phases.ppo.resources.workers: {told}"]
     assert capsys.readouterr().err == ""
-    assert load(PPO, "sharding.stage=0", "resources.hang_after=9").phases["ppo"].teams[1][1].sharding.stage == 0
+    assert load(PPO, "sharding.stage=0", "resources.hang_after=9").phases["ppo"].placements[1][1].sharding.stage == 0
     told = "sharding.stage=0 does not reach the phase ppo, which has a value of its own; use phases.ppo.groups.0.sharding.stage=0\n"
     assert capsys.readouterr().err == told
 

@@ -16,7 +16,7 @@ from launcher.cli.main import app
 from launcher.jobfile import job as jobs
 from launcher.plan import hardware, plan, step_time
 from launcher.plan import text as plan_lines
-from launcher.plan.phase_plan import Asked
+from launcher.plan.phase_plan import PlanInputs
 from training.errors import InputError
 from training.estimate import model_traits
 
@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 SFT_7B = CONFIGS / "llama2-7b-sft.yaml"
 
 
-def planned(file=SFT_7B, *overrides: str, gpu="H100", asked=Asked(rows=10_000, tokens=500)):
+def planned(file=SFT_7B, *overrides: str, gpu="H100", asked=PlanInputs(rows=10_000, tokens=500)):
     return plan.plan(jobs.read(file, overrides), hardware.of_gpu(gpu), asked)
 
 
@@ -130,7 +130,7 @@ def test_published_runs_are_met():
 
 
 def test_more_gpus_are_faster_and_each_of_them_slower():
-    rows = planned(asked=Asked(rows=10_000, tokens=500, gpus=(8, 16, 64)))["scaling"]
+    rows = planned(asked=PlanInputs(rows=10_000, tokens=500, gpus=(8, 16, 64)))["scaling"]
     speed = [row["tokens_per_s"] for row in rows]
     each = [row["tokens_per_s"] / row["gpus"] for row in rows]
     assert speed == sorted(speed)
@@ -180,15 +180,15 @@ def test_what_is_known_of_a_model_s_code_counts_for_memory(place, monkeypatch):
     monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
     monkeypatch.setattr(model_traits, "_known", {})
     job = jobs.load(Path("job.yaml"))
-    before = plan.plan(job, hardware.of_gpu("H100", 8), Asked())["phases"]["sft"]["groups"]
+    before = plan.plan(job, hardware.of_gpu("H100", 8), PlanInputs())["phases"]["sft"]["groups"]
     model_traits.remember(model_traits.key_for(job.phases["sft"].model), eager)
-    assert plan.plan(job, hardware.of_gpu("H100", 8), Asked())["phases"]["sft"]["groups"] != before
+    assert plan.plan(job, hardware.of_gpu("H100", 8), PlanInputs())["phases"]["sft"]["groups"] != before
 
 
 def test_a_checkpoint_against_the_notice():
     aws = CONFIGS / "clusters" / "aws.yaml"
     for file, fits in ((SFT_7B, True), (CONFIGS / "llama2-70b-sft.yaml", False)):
-        report = plan.plan(jobs.read(file, []), hardware.of_cluster(plan_request.spec_of(str(aws))), Asked())
+        report = plan.plan(jobs.read(file, []), hardware.of_cluster(plan_request.spec_of(str(aws))), PlanInputs())
         (phase,) = report["phases"].values()
         assert phase["checkpoint"]["notice_s"] == 120
         assert phase["checkpoint"]["within_notice"] is fits
@@ -202,7 +202,7 @@ def test_a_checkpoint_against_the_notice():
 
 def test_weights_that_are_kept_are_in_the_plan():
     def checkpoint(*overrides: str) -> dict:
-        report = plan.plan(jobs.read(SFT_7B, overrides), hardware.of_gpu("H100", 8), Asked())
+        report = plan.plan(jobs.read(SFT_7B, overrides), hardware.of_gpu("H100", 8), PlanInputs())
         return report["phases"]["sft"]["checkpoint"]
 
     more = checkpoint("phases.sft.checkpoint.keep_weights=3")
@@ -481,11 +481,11 @@ def test_status_holds_the_plan_against_what_came(tmp_path):
             folder / "sft" / "metrics.jsonl",
             {"step": step, "loss": 1.0, "step_s": 20.0, "tokens_per_s": 5.0, "memory_gib": 42.0},
         )
-    facts = status(RunFolder(folder))
-    plan_of_it = facts["phases"]["sft"]["plan"]
+    info = status(RunFolder(folder))
+    plan_of_it = info["phases"]["sft"]["plan"]
     assert plan_of_it["times"] == 2.0
     assert plan_of_it["left_cost"] == pytest.approx(90 * 20 / 3600 * 36)
-    (line,) = [line for line in status_lines(facts) if "planned" in line and "a step" in line]
+    (line,) = [line for line in status_lines(info) if "planned" in line and "a step" in line]
     assert (
         "a step takes 20 s, planned were 10 (7.5 to 14): 2.00 times the plan; 42.00 GiB, planned 40.00; 18.00 more by this pace"
         in line

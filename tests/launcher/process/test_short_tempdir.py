@@ -35,7 +35,7 @@ def test_a_socket_fits_whatever_the_length_of_tmpdir(tmp_path, made, length):
         with made(at) as folder:
             assert Path(folder).stat().st_mode & 0o777 == 0o700
             with socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(f"{folder}/nursery")
+                listener.bind(f"{folder}/fork")
             assert Path(folder).parent == (at if length <= SOCKET_PATH - 8 - 16 else Path("/tmp"))
         assert not Path(folder).exists()
     finally:

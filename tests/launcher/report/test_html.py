@@ -101,11 +101,11 @@ def test_it_draws_every_curve_without_a_complaint_or_a_request(visit, file, tmp_
     assert set(charts) >= {
         "Loss",
         "Held-out loss",
-        "Answers right",
-        "Reward of a response",
-        "Distance from the start",
-        "Speed (ppo)",
-        "Memory",
+        "Answer accuracy",
+        "Reward per response",
+        "KL from the start",
+        "Throughput (ppo)",
+        "Peak memory",
     }
     for curves in charts.values():
         assert curves

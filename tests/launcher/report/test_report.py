@@ -148,9 +148,9 @@ def test_one_chart_holds_one_metric_of_recipes_for_which_it_means_the_same():
     told = {(chart["title"], chart["section"]): [curve["of"] for curve in chart["curves"]] for chart in found}
     assert told[("Loss (pretrain, sft, cft)", "learning")] == ["pretrain", "sft", "cft"]
     assert told[("Loss (reward)", "learning")] == ["reward"]
-    assert told[("Policy's loss", "rest")] == ["ppo"]
-    assert told[("Answers right", "learning")] == ["pretrain", "sft", "cft", "ppo"]
-    assert told[("Pairs in order, held out", "learning")] == ["reward"]
+    assert told[("Policy loss", "rest")] == ["ppo"]
+    assert told[("Answer accuracy", "learning")] == ["pretrain", "sft", "cft", "ppo"]
+    assert told[("Pair accuracy, held out", "learning")] == ["reward"]
     assert [chart["section"] for chart in found] == sorted(
         (chart["section"] for chart in found), key=charts._SECTIONS.index
     )

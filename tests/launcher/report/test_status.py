@@ -35,10 +35,10 @@ def saved(run: open_run.OpenRun, step: int, **metrics: float) -> Path:
 
 
 def test_a_run_that_has_just_begun(run):
-    facts = status.status(run)
-    assert (facts["state"], facts["attempts"], facts["problems"]) == ("running", 1, [])
-    assert facts["phases"]["sft"]["step"] == 0
-    assert list(status.status_lines(facts))[1:] == ["  sft: not begun"]
+    info = status.status(run)
+    assert (info["state"], info["attempts"], info["problems"]) == ("running", 1, [])
+    assert info["phases"]["sft"]["step"] == 0
+    assert list(status.status_lines(info))[1:] == ["  sft: not begun"]
 
 
 def test_status_tells_step_loss_evaluation_time_left_and_checkpoints(run):
@@ -59,10 +59,10 @@ def test_a_finished_phase_has_no_time_left_and_names_its_model(run):
     (run.phase("sft") / "model" / "config.json").touch()
     run.event("phase_finished", phase="sft")
     run.event("done")
-    facts = status.status(run)
-    assert facts["state"] == "done"
-    assert facts["phases"]["sft"]["left_s"] is None
-    assert list(status.status_lines(facts))[-1] == f"  sft: model in {run.model('sft')}"
+    info = status.status(run)
+    assert info["state"] == "done"
+    assert info["phases"]["sft"]["left_s"] is None
+    assert list(status.status_lines(info))[-1] == f"  sft: model in {run.model('sft')}"
 
 
 def test_status_repeats_the_last_three_problems(run):

@@ -13,7 +13,7 @@ from launcher.runfolder.small_files import SmallFiles
 from tests.launcher.driver.test_run import ctrl_c, finish, make_folder, start, wait_for
 from tests.support.forked_command import muster
 from training.errors import InputError, StorageError, Superseded
-from training.storage import place as place_at
+from training.storage import open_storage as place_at
 
 pytestmark = pytest.mark.cpu
 

@@ -232,7 +232,7 @@ def finished(place):
 
 
 def rewound(run: run_folder.RunFolder, step: int, phase: str | None = None) -> open_run.OpenRun:
-    return open_run.begin(run.job_here(), open_run.GoOn(rewind=open_run.rewinding(run, step, phase)))
+    return open_run.begin(run.job_here(), open_run.ResumeOptions(rewind=open_run.rewinding(run, step, phase)))
 
 
 def test_going_back_in_the_last_phase_leaves_the_earlier_ones_finished(finished):
@@ -270,7 +270,7 @@ def test_a_step_or_phase_that_is_not_there_is_refused_with_what_is(finished):
 
 def test_accepting_changes_keeps_the_new_job_and_writes_down_what_was_another(job):
     open_run.begin(job).close()
-    run = open_run.begin(changed("phases.sft.learning_rate=2e-3"), open_run.GoOn(accept_changes=True))
+    run = open_run.begin(changed("phases.sft.learning_rate=2e-3"), open_run.ResumeOptions(accept_changes=True))
     assert run.job().phases["sft"].learning_rate == 2e-3
     assert run.events()[-1]["changes"] == ["phases.sft.learning_rate: 0.001 -> 0.002"]
     assert run.accepted_before() == 2
@@ -279,7 +279,7 @@ def test_accepting_changes_keeps_the_new_job_and_writes_down_what_was_another(jo
 
 
 def test_settings_of_a_finished_phase_are_refused_unless_it_is_done_again(finished):
-    back = open_run.GoOn(rewind={"second": 2})
+    back = open_run.ResumeOptions(rewind={"second": 2})
     of_first, of_second, of_both = (
         finished.job_here([f"{where}resources.threads=1"]) for where in ("phases.first.", "phases.second.", "")
     )
@@ -287,7 +287,7 @@ def test_settings_of_a_finished_phase_are_refused_unless_it_is_done_again(finish
     with pytest.raises(InputError) as caught:
         open_run.check(of_first, back)
     assert str(caught.value) == f"{told}`muster resume RUN --step N --phase first` goes back into it"
-    open_run.check(of_first, open_run.GoOn(rewind={"first": 2, "second": 0}))
+    open_run.check(of_first, open_run.ResumeOptions(rewind={"first": 2, "second": 0}))
     open_run.check(of_second, back)
     open_run.check(of_both, back)
     open_run.check(finished.job_here(["phases.first.resources.gpus_per_worker=0"]), back)  # as it is
@@ -299,7 +299,7 @@ def test_settings_of_a_finished_phase_are_refused_unless_it_is_done_again(finish
 
 def test_a_run_goes_on_with_overrides_at_the_top_for_all_phases(finished):
     overridden = finished.job_here(["resources.workers=3", "sharding.stage=0"])
-    open_run.begin(overridden, open_run.GoOn(rewind={"second": 2})).close()
+    open_run.begin(overridden, open_run.ResumeOptions(rewind={"second": 2})).close()
     assert [(p.resources.workers, p.sharding.stage) for p in finished.job().phases.values()] == [(3, 0), (3, 0)]
 
 

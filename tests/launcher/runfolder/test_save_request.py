@@ -26,7 +26,7 @@ from tests.support.disturbed import COMMAND
 from training.checkpoint.format import Manifest
 from training.checkpoint.repository import Checkpoints, step_of
 from training.errors import InputError, TrainingError
-from training.storage import place as storage_at
+from training.storage import open_storage as storage_at
 
 LIMIT_S = 60
 
@@ -52,8 +52,8 @@ def asked(run: OpenRun, *then: tuple[str, dict], step: int = 7) -> dict:
             run.flush()
             if (identity := save_request.take(run)) is not None:
                 run.event("save_requested", phase="sft", step=step, id=identity)
-                for kind, facts in then:
-                    run.event(kind, phase="sft", **facts)
+                for kind, fields in then:
+                    run.event(kind, phase="sft", **fields)
             is_over.wait(0.05)
 
     driver = threading.Thread(target=drive, daemon=True)

@@ -229,7 +229,7 @@ def test_what_cannot_be_ended_is_told_and_remembered(monkeypatch):
         clusters.up(written("provider: local"), lambda text: None)
     assert [home.name for home in homes.known()] == ["c"]
     broken.at_end = None
-    monkeypatch.setattr(jobs, "listing", lambda door: [])
+    monkeypatch.setattr(jobs, "listing", lambda connection: [])
     clusters.down("c", lambda text: None)
     assert homes.known() == []
 
@@ -334,8 +334,8 @@ def test_what_is_wrong_with_machines_is_told_with_the_side_to_change():
     from importlib.metadata import version
 
     def machine(python: str = "3.11.7", ray: str | None = version("ray"), off: float = 0.0):
-        facts = {"python": python, "executable": "/p", "cores": 8, "time": time.time() + off, "versions": {"ray": ray}}
-        return lambda: facts
+        info = {"python": python, "executable": "/p", "cores": 8, "time": time.time() + off, "versions": {"ray": ray}}
+        return lambda: info
 
     def unreachable():
         raise ClusterError("f cannot be reached: no route")

@@ -94,11 +94,11 @@ def test_a_job_is_followed_to_its_end_and_its_run_is_where_the_job_says(muster_h
     said = muster_here("run", str(job), "--on", "here")
     assert "sft: done; the model is in" in said
     assert (job.parent / "runs/sums/sft/model/model.safetensors").exists()
-    (facts,) = [one for one in muster_here.json("list") if one["job"] == "sums"]
-    assert (facts["state"], facts["exit_status"], facts["run"]) == ("succeeded", 0, str(job.parent / "runs/sums"))
-    assert muster_here("logs", facts["id"], "--on", "here") in said
-    assert "is over: succeeded" in muster_here("stop", facts["id"], "--on", "here", status=2)
-    assert f"did you mean {facts['id']}?" in muster_here("status", facts["id"][:-1], "--on", "here", status=2)
+    (info,) = [one for one in muster_here.json("list") if one["job"] == "sums"]
+    assert (info["state"], info["exit_status"], info["run"]) == ("succeeded", 0, str(job.parent / "runs/sums"))
+    assert muster_here("logs", info["id"], "--on", "here") in said
+    assert "is over: succeeded" in muster_here("stop", info["id"], "--on", "here", status=2)
+    assert f"did you mean {info['id']}?" in muster_here("status", info["id"][:-1], "--on", "here", status=2)
 
 
 def test_a_job_with_bad_rows_fails_with_its_own_words_and_status(muster_here, job):
@@ -153,8 +153,8 @@ def test_a_secret_reaches_the_workers_and_stands_nowhere(muster_here, job):
     until(lambda: metrics.exists(), lambda: muster_here("logs", name, "--on", "here"))
     mark = json.loads((muster_here.folder / "muster/clusters/here/cluster.json").read_text())["mark"]
     before = len(muster_here.json("list"))
-    nurseries = [process for process in marked(mark) if "launcher.workers.fork_server" in process.cmdline()]
-    assert {process.environ().get("MY_SECRET") for process in nurseries} == {"hush-hush-7"}
+    fork_servers = [process for process in marked(mark) if "launcher.workers.fork_server" in process.cmdline()]
+    assert {process.environ().get("MY_SECRET") for process in fork_servers} == {"hush-hush-7"}
     saved = json.loads(muster_here("save", name, "--on", "here", "--json"))
     assert (Path(saved["checkpoint"]) / "manifest.json").exists()
     assert len(muster_here.json("list")) == before, "what has asked for it is no job of its own"

@@ -80,9 +80,9 @@ def test_types_of_torch_are_of_the_kind():
 
 @pytest.mark.cpu
 def test_workers_that_do_not_find_each_other_have_lost_the_connection():
-    from training.process.distributed import Seat, join
+    from training.process.distributed import RankInfo, join
 
-    assert kind_of(caught(join, Seat(rank=1, size=2, port=1, timeout_s=1))) is Kind.CONNECTION
+    assert kind_of(caught(join, RankInfo(rank=1, size=2, port=1, timeout_s=1))) is Kind.CONNECTION
 
 
 @pytest.mark.cpu

@@ -20,12 +20,20 @@ def workers():
 
 def test_ranks_are_as_given_and_local_ranks_count_on_each_node(workers):
     places = [place(node, address=f"10.0.0.{node}") for node in "12112"]
-    seats = workers.seats_for(places, Resources(), "cpu", "10.0.0.1", 29500)
-    assert [seat.rank for seat in seats] == [0, 1, 2, 3, 4]
-    assert [seat.local_rank for seat in seats] == [0, 0, 1, 2, 1]
-    assert [seat.local_size for seat in seats] == [3, 2, 3, 3, 2]
-    assert [seat.address for seat in seats] == ["10.0.0.1", "10.0.0.2", "10.0.0.1", "10.0.0.1", "10.0.0.2"]
-    assert {(seat.size, seat.host, seat.port, seat.device) for seat in seats} == {(5, "10.0.0.1", 29500, "cpu")}
+    rank_infos = workers.rank_infos_for(places, Resources(), "cpu", "10.0.0.1", 29500)
+    assert [rank_info.rank for rank_info in rank_infos] == [0, 1, 2, 3, 4]
+    assert [rank_info.local_rank for rank_info in rank_infos] == [0, 0, 1, 2, 1]
+    assert [rank_info.local_size for rank_info in rank_infos] == [3, 2, 3, 3, 2]
+    assert [rank_info.address for rank_info in rank_infos] == [
+        "10.0.0.1",
+        "10.0.0.2",
+        "10.0.0.1",
+        "10.0.0.1",
+        "10.0.0.2",
+    ]
+    assert {(rank_info.size, rank_info.host, rank_info.port, rank_info.device) for rank_info in rank_infos} == {
+        (5, "10.0.0.1", 29500, "cpu")
+    }
 
 
 @pytest.mark.parametrize(
@@ -33,13 +41,15 @@ def test_ranks_are_as_given_and_local_ranks_count_on_each_node(workers):
     [(8, 2, "auto", 4), (8, 3, "auto", 2), (2, 5, "auto", 1), (8, 2, 7, 7)],
 )
 def test_threads_are_the_nodes_cores_shared_unless_they_are_set(workers, cores, workers_on_node, setting, threads):
-    seats = workers.seats_for([place("a", cores)] * workers_on_node, Resources(threads=setting), "cpu", "h", 1)
-    assert {seat.threads for seat in seats} == {threads}
+    rank_infos = workers.rank_infos_for(
+        [place("a", cores)] * workers_on_node, Resources(threads=setting), "cpu", "h", 1
+    )
+    assert {rank_info.threads for rank_info in rank_infos} == {threads}
 
 
 def test_nodes_with_other_numbers_of_cores_share_them_on_their_own(workers):
-    seats = workers.seats_for([place("a", 8), place("a", 8), place("b", 2)], Resources(), "cpu", "h", 1)
-    assert [seat.threads for seat in seats] == [4, 4, 2]
+    rank_infos = workers.rank_infos_for([place("a", 8), place("a", 8), place("b", 2)], Resources(), "cpu", "h", 1)
+    assert [rank_info.threads for rank_info in rank_infos] == [4, 4, 2]
 
 
 def test_a_worker_sees_the_gpus_of_its_nodes_workers_in_order_of_rank(workers):

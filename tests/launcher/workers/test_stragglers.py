@@ -33,7 +33,7 @@ def test_no_work_is_no_pace():
     assert not any(looks(*[[0.0, 0.0, 1.0]] * 9))
 
 
-class Gang:
+class WorkerSet:
     def members(self):
         return [{"rank": rank, "machine": f"10.0.0.{rank}", "pid": 1} for rank in range(3)]
 
@@ -43,7 +43,7 @@ def test_a_gpu_that_is_nearly_full_is_told_once(monkeypatch):
 
     told: list[str] = []
     run = PhaseRun.__new__(PhaseRun)
-    run.gang, run.told_full = Gang(), set()
+    run.gang, run.told_full = WorkerSet(), set()
     monkeypatch.setattr(run, "warn", told.append, raising=False)
     for fractions in ([0.0, 0.9, 0.5], [0.0, 0.97, 0.5], [0.0, 0.99, 0.5]):
         run.gpus_full(fractions)

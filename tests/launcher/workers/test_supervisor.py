@@ -16,17 +16,17 @@ import pytest
 
 from launcher.jobfile import job as jobs
 from launcher.workers.failures import Kind, Raised, WorkerDied
-from launcher.workers.supervisor import Host, apart, has_nursery, nursery_at_hand
+from launcher.workers.supervisor import WorkerSupervisor, apart, fork_server_here, has_fork_server
 from training.data.phase_data import open_stores
 from training.errors import InputError
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 
 pytestmark = pytest.mark.cpu
 
 
 @pytest.fixture(scope="module")
 def shared():
-    host = Host("cpu")
+    host = WorkerSupervisor("cpu")
     yield host
     host.close()
 
@@ -39,14 +39,14 @@ def host(shared, tmp_path):
     shared.end()
 
 
-def begin(host: Host, folder: Path) -> int:
+def begin(host: WorkerSupervisor, folder: Path) -> int:
     pid = host.begin(str(folder / "rank-0.log"), {"GREETING": "hello"})
-    host.ask("join", Seat(rank=0, size=1), b"", None)
+    host.ask("join", RankInfo(rank=0, size=1), b"", None)
     host.ask("build", "probe", "tests.support.roles:Probe", ())
     return pid
 
 
-def call(host: Host, method: str, *args):
+def call(host: WorkerSupervisor, method: str, *args):
     return host.ask("call", "probe", method, args, {})
 
 
@@ -134,11 +134,11 @@ def test_a_worker_that_the_kernel_kills_for_memory_is_told_as_such(host):
 
 
 def test_after_a_death_another_begins_without_the_imports(host, tmp_path):
-    nursery = psutil.Process(host.pid).parent()
+    fork_server = psutil.Process(host.pid).parent()
     os.kill(host.pid, signal.SIGKILL)
     pid = begin(host, tmp_path)
     assert call(host, "threads") >= 1
-    assert psutil.Process(pid).parent() == nursery, "its process comes from another that has imported torch anew"
+    assert psutil.Process(pid).parent() == fork_server, "its process comes from another that has imported torch anew"
 
 
 def test_a_worker_is_watched_while_it_is_busy(host):
@@ -147,26 +147,26 @@ def test_a_worker_is_watched_while_it_is_busy(host):
     busy = Thread(target=call, args=(host, "sleep", 0, 1.5))
     busy.start()
     time.sleep(1.2)
-    signs = host.signs()
-    assert signs.pulse is not None
-    assert signs.pulse.beat_s < 1
-    assert signs.state in "SR"
-    assert 0 < signs.memory < 1
+    health = host.health()
+    assert health.pulse is not None
+    assert health.pulse.beat_s < 1
+    assert health.state in "SR"
+    assert 0 < health.memory < 1
     busy.join()
 
 
 def test_a_stopped_worker_has_no_heartbeat(host):
     os.kill(host.pid, signal.SIGSTOP)
-    wait_for(lambda: host.signs().pulse.beat_s > 1.5, "the heart beats on")
-    assert host.signs().state == "T"
+    wait_for(lambda: host.health().pulse.beat_s > 1.5, "the heart beats on")
+    assert host.health().state == "T"
     os.kill(host.pid, signal.SIGCONT)
-    wait_for(lambda: host.signs().pulse.beat_s < 1, "the heart does not beat again")
+    wait_for(lambda: host.health().pulse.beat_s < 1, "the heart does not beat again")
 
 
 def test_progress_is_counted_with_the_step_in_hand(host):
-    before = host.signs().pulse
+    before = host.health().pulse
     call(host, "progress", 12)
-    after = host.signs().pulse
+    after = host.health().pulse
     assert (after.count, after.step) == (before.count + 1, 12)
     assert after.progress_s < 1
 
@@ -186,7 +186,7 @@ def test_a_stopped_worker_has_no_stacks_and_is_ended_all_the_same(host, tmp_path
     assert host.stacks(tmp_path / "rank-0.log") == ""
     host.end()
     assert not psutil.pid_exists(host.pid)
-    assert host.signs().pulse is None
+    assert host.health().pulse is None
 
 
 def test_what_cannot_be_sent_is_an_error_of_the_call_alone(host):
@@ -196,10 +196,10 @@ def test_what_cannot_be_sent_is_an_error_of_the_call_alone(host):
 
 
 @pytest.fixture
-def two_places(tmp_path):
-    """With the workers of one nursery, which was there before them."""
-    with nursery_at_hand("cpu"):
-        places = [Host("cpu"), Host("cpu")]
+def two_supervisors(tmp_path):
+    """With the workers of one fork server, which was there before them."""
+    with fork_server_here("cpu"):
+        places = [WorkerSupervisor("cpu"), WorkerSupervisor("cpu")]
         for rank, place in enumerate(places):
             (tmp_path / str(rank)).mkdir()
             begin(place, tmp_path / str(rank))
@@ -208,45 +208,45 @@ def two_places(tmp_path):
             place.close()
 
 
-def test_places_share_a_nursery_that_is_there(two_places):
-    first, second = (place.worker.pid for place in two_places)
+def test_places_share_a_fork_server_that_is_there(two_supervisors):
+    first, second = (place.worker.pid for place in two_supervisors)
     assert psutil.Process(first).parent() == psutil.Process(second).parent()
-    assert call(two_places[0], "who").rank == call(two_places[1], "who").rank == 0
-    two_places[0].close()
+    assert call(two_supervisors[0], "who").rank == call(two_supervisors[1], "who").rank == 0
+    two_supervisors[0].close()
     wait_for(lambda: not _lives(first), "the worker outlives its place")
-    assert call(two_places[1], "who").rank == 0, "the other place's worker has nothing to do with it"
+    assert call(two_supervisors[1], "who").rank == 0, "the other place's worker has nothing to do with it"
 
 
 @pytest.mark.faults
-def test_with_their_nursery_all_workers_are_gone_and_their_places_begin_others_by_one_of_their_own(two_places):
-    nursery = psutil.Process(two_places[0].worker.pid).parent()
-    workers = [place.worker.pid for place in two_places]
-    nursery.kill()
-    wait_for(lambda: not any(map(_lives, workers)), "a worker outlives the nursery")
-    for place in two_places:
+def test_with_their_fork_server_all_workers_are_gone_and_their_places_begin_others_by_one_of_their_own(two_supervisors):
+    fork_server = psutil.Process(two_supervisors[0].worker.pid).parent()
+    workers = [place.worker.pid for place in two_supervisors]
+    fork_server.kill()
+    wait_for(lambda: not any(map(_lives, workers)), "a worker outlives the fork server")
+    for place in two_supervisors:
         with pytest.raises(WorkerDied):
             call(place, "who")
-    first, _ = two_places
+    first, _ = two_supervisors
     first.begin(os.devnull, {})
-    assert psutil.Process(first.worker.pid).parent().pid == first.nursery.process.pid
+    assert psutil.Process(first.worker.pid).parent().pid == first.fork_server.process.pid
 
 
-def test_a_nursery_at_hand_ends_with_the_block(tmp_path):
-    before = os.environ.get("MUSTER_NURSERY", "")
-    with nursery_at_hand("cpu"):
-        place = Host("cpu")
+def test_a_fork_server_at_hand_ends_with_the_block(tmp_path):
+    before = os.environ.get("MUSTER_FORK_SERVER", "")
+    with fork_server_here("cpu"):
+        place = WorkerSupervisor("cpu")
         pid = place.begin(str(tmp_path / "log"), {})
-        nursery = psutil.Process(pid).parent()
-    wait_for(lambda: not _lives(pid) and not _lives(nursery.pid), "somebody lives on")
-    assert os.environ["MUSTER_NURSERY"] == before
+        fork_server = psutil.Process(pid).parent()
+    wait_for(lambda: not _lives(pid) and not _lives(fork_server.pid), "somebody lives on")
+    assert os.environ["MUSTER_FORK_SERVER"] == before
     place.close()
 
 
 def test_a_fork_prepares_data(place, tmp_path):
     phase = jobs.load(place / "job.yaml").phases["sft"]
     cache = tmp_path / "cache"
-    with nursery_at_hand("cpu"):
-        assert has_nursery()
+    with fork_server_here("cpu"):
+        assert has_fork_server()
         apart("prepare", phase, str(cache), {})
         assert len(open_stores(phase, cache).train) == 40
         made = sorted(cache.iterdir())
@@ -258,7 +258,7 @@ def test_a_fork_prepares_data(place, tmp_path):
 
 
 def test_a_fork_that_cannot_do_what_it_should_says_so():
-    with nursery_at_hand("cpu"), pytest.raises(Raised, match="no_such_function"):
+    with fork_server_here("cpu"), pytest.raises(Raised, match="no_such_function"):
         apart("no_such_function")
 
 
@@ -266,24 +266,24 @@ HOLDER = """
 import sys, time
 from launcher.workers.supervisor import Host
 host = Host("cpu")
-print(host.nursery.process.pid, host.begin(sys.argv[1], {}), flush=True)
+print(host.fork server.process.pid, host.begin(sys.argv[1], {}), flush=True)
 time.sleep(600)
 """
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("victim", ["the place", "the nursery"])
-def test_nobody_outlives_the_place_or_the_nursery(tmp_path, victim):
+@pytest.mark.parametrize("victim", ["the place", "the fork server"])
+def test_nobody_outlives_the_place_or_the_fork_server(tmp_path, victim):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "log")]
-    own_nursery = {**os.environ, "MUSTER_NURSERY": ""}
-    with subprocess.Popen(command, env=own_nursery, stdout=subprocess.PIPE, text=True) as holder:
+    own_fork_server = {**os.environ, "MUSTER_FORK_SERVER": ""}
+    with subprocess.Popen(command, env=own_fork_server, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None
-            nursery, worker = map(int, holder.stdout.readline().split())
+            fork_server, worker = map(int, holder.stdout.readline().split())
             os.kill(worker, signal.SIGSTOP)  # it cannot help
-            os.kill(holder.pid if victim == "the place" else nursery, signal.SIGKILL)
+            os.kill(holder.pid if victim == "the place" else fork_server, signal.SIGKILL)
             wait_for(lambda: not _lives(worker), "the worker lives on")
-            wait_for(lambda: not _lives(nursery), "the nursery lives on")
+            wait_for(lambda: not _lives(fork_server), "the fork server lives on")
         finally:
             holder.kill()
 

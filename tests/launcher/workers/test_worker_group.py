@@ -40,9 +40,11 @@ def group(ray_cluster, tmp_path_factory):
 
 
 def test_workers_know_their_seats_and_reach_each_other(group):
-    seats = results(group.call("who"), 60)
-    assert [(seat.rank, seat.size, seat.local_rank, seat.local_size) for seat in seats] == [(0, 2, 0, 2), (1, 2, 1, 2)]
-    assert {seat.host for seat in seats} == {"127.0.0.1"}
+    rank_infos = results(group.call("who"), 60)
+    assert [
+        (rank_info.rank, rank_info.size, rank_info.local_rank, rank_info.local_size) for rank_info in rank_infos
+    ] == [(0, 2, 0, 2), (1, 2, 1, 2)]
+    assert {rank_info.host for rank_info in rank_infos} == {"127.0.0.1"}
     assert [future.result(60) for future in group.map("add_up", [3, 4])] == [7, 7]
 
 
@@ -124,21 +126,21 @@ def test_who_gives_no_answer_is_blamed_for_the_calls_that_wait_for_it(ray_cluste
         group.workers.others = []
 
 
-def nurseries(group):
+def fork_servers(group):
     """The processes that workers are forked from."""
     return [psutil.Process(pid).ppid() for pid in group.workers.pids]
 
 
 def test_the_places_begin_again_at_once(ray_cluster, tmp_path):
     with probes(tmp_path) as group:
-        before = nurseries(group)
+        before = fork_servers(group)
         with pytest.raises(WorkerError):
             results(group.call("die_while_others_wait", 1), 60)
         assert group.workers.end()
         group.workers.begin(tmp_path / "again")
         again = group.workers.build("probe", "tests.support.roles:Probe")
         assert results(again.call("add_up", 2), 60) == [4, 4]
-        assert nurseries(group) == before, "torch was imported anew"
+        assert fork_servers(group) == before, "torch was imported anew"
 
 
 def test_a_call_that_takes_too_long_names_those_who_did_not_answer(group):

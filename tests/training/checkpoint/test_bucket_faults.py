@@ -9,7 +9,7 @@ import pytest
 from tests.support.training_fixtures import Recorder
 from training.checkpoint.format import Manifest, Reader, verify
 from training.checkpoint.repository import Checkpoints, step_of
-from training.storage import place
+from training.storage import open_storage
 
 pytestmark = [pytest.mark.cpu, pytest.mark.faults]
 
@@ -28,7 +28,7 @@ def state(checkpoint):
 
 def assert_as_undisturbed(url, runs, whole):
     assert [loss for run in runs for loss in run.losses] == whole.losses
-    folders = Checkpoints(place(url)).folders()
+    folders = Checkpoints(open_storage(url)).folders()
     assert [step_of(folder) for folder in folders] == [10, 12]
     assert [verify(folder) for folder in folders] == [[], []]
     assert state(folders[-1]) == state(whole.last)
@@ -44,7 +44,7 @@ def test_a_run_goes_on_from_a_bucket_bit_for_bit(train, whole, s3):
 
 def test_each_worker_uploads_its_own_shard_and_fetches_what_it_needs(train, whole, s3):
     train(2, checkpoints=s3.url + "/run", **SETTINGS)
-    files = Manifest.read(Checkpoints(place(s3.url + "/run")).at(12)).files
+    files = Manifest.read(Checkpoints(open_storage(s3.url + "/run")).at(12)).files
     assert [file.name.rpartition("/")[2] for file in files] == [
         "trainer-00000.safetensors",
         "trainer-00000.optimizer.safetensors",
@@ -85,7 +85,7 @@ class GoesAway(Recorder):
 def test_storage_that_is_away_for_a_while_costs_time_alone(train, whole, s3, seconds):
     kind = type("Goes", (GoesAway,), {"faults": s3.faults, "seconds": seconds})
     run = train(2, checkpoints=s3.url + "/run", hooks=kind, **SETTINGS)
-    assert [facts for event, facts in run.events if event == "save_failed"] == []
+    assert [fields for event, fields in run.events if event == "save_failed"] == []
     assert_as_undisturbed(s3.url + "/run", [run], whole)
 
 
@@ -93,8 +93,8 @@ def test_storage_that_is_away_for_longer_than_patience_fails_a_save_which_is_mad
     monkeypatch.setenv("MUSTER_STORAGE_PATIENCE_S", "1")
 
     class Back(Recorder):
-        def event(self, event, **facts):
-            super().event(event, **facts)
+        def event(self, event, **fields):
+            super().event(event, **fields)
             if event == "save_failed":
                 gone.__exit__(None, None, None)
 
@@ -105,11 +105,11 @@ def test_storage_that_is_away_for_longer_than_patience_fails_a_save_which_is_mad
 
     gone = s3.faults.unreachable()
     run = train(2, checkpoints=s3.url + "/run", hooks=Back, **SETTINGS)
-    told = [facts for event, facts in run.events if event == "save_failed"]
+    told = [fields for event, fields in run.events if event == "save_failed"]
     assert len(told) == 1
     assert "the storage does not answer" in told[0]["error"]
     assert_as_undisturbed(s3.url + "/run", [run], whole)
-    steps = [name for name in place(s3.url + "/run").children() if name.startswith("step-")]
+    steps = [name for name in open_storage(s3.url + "/run").children() if name.startswith("step-")]
     assert steps == ["step-00000010", "step-00000012"], "the failed upload was removed when that was possible"
 
 
@@ -134,11 +134,13 @@ def test_a_worker_killed_in_the_middle_of_an_upload_leaves_the_checkpoint_before
             s3.faults.bytes_per_s = 3e5
             threading.Timer(0.7, os.kill, (group.processes[1].pid, signal.SIGKILL)).start()
 
-        hooks.event = lambda kind, **facts: slow_and_kill() if (kind, facts.get("step")) == ("checkpoint", 4) else None
+        hooks.event = lambda kind, **fields: (
+            slow_and_kill() if (kind, fields.get("step")) == ("checkpoint", 4) else None
+        )
         with pytest.raises(TrainingError):
             supervised.run(phase, {"trainer": group}, hooks)
     s3.faults.bytes_per_s = None
-    newest, findings = Checkpoints(place(s3.url + "/run")).newest_whole()
+    newest, findings = Checkpoints(open_storage(s3.url + "/run")).newest_whole()
     assert (step_of(newest), findings) == (4, [])
     second = train(2, checkpoints=s3.url + "/run", **SETTINGS)
     assert second.losses == whole.losses[4:]

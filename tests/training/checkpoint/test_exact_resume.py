@@ -17,7 +17,7 @@ from training.checkpoint.format import Manifest, Reader
 from training.checkpoint.repository import Checkpoints, step_of
 from training.drivers import supervised
 from training.errors import TrainingError
-from training.storage import place
+from training.storage import open_storage
 
 pytestmark = pytest.mark.cpu
 
@@ -201,7 +201,7 @@ def test_every_sample_is_trained_once_an_epoch_whatever_happens(tiny, tmp_path, 
 
     assert attempt(1, 2, stop_after=5).last is None
     killed = attempt(2, 2, kill_after=11)
-    newest = step_of(Checkpoints(place(checkpoints)).folders()[-1])
+    newest = step_of(Checkpoints(open_storage(checkpoints)).folders()[-1])
     assert newest >= killed.first
     assert attempt(3, 3, stop_after=19).first == newest
     assert attempt(4, 1).last is not None

@@ -10,13 +10,17 @@ from tests.training.checkpoint.test_format import flip_a_bit
 from training.checkpoint.format import OPTIMIZER, CheckpointError, Manifest, Reader, verify, write_shard
 from training.checkpoint.repository import Checkpoints, opened, step_of
 from training.errors import StorageError, Superseded
-from training.storage import Local, place
+from training.storage import Local, open_storage
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def root(request, tmp_path):
     """Where checkpoints are kept."""
-    return place(tmp_path) if request.param == "folder" else place(request.getfixturevalue("s3").url + "/runs/a")
+    return (
+        open_storage(tmp_path)
+        if request.param == "folder"
+        else open_storage(request.getfixturevalue("s3").url + "/runs/a")
+    )
 
 
 def steps(root):
@@ -234,7 +238,7 @@ def test_a_disk_that_cannot_be_read_counts_as_damage(tmp_path):
     older, newer = save_in(tmp_path, 1), save_in(tmp_path, 2)
     (newer.path / "worker-0.safetensors").unlink()
     (newer.path / "worker-0.safetensors").mkdir()
-    assert Checkpoints(place(tmp_path)).newest_whole()[0] == older
+    assert Checkpoints(open_storage(tmp_path)).newest_whole()[0] == older
 
 
 def test_an_ended_attempt_leaves_nothing_but_its_checkpoints(tmp_path):
@@ -245,7 +249,7 @@ def test_an_ended_attempt_leaves_nothing_but_its_checkpoints(tmp_path):
 
 
 def test_a_storage_that_is_away_is_no_later_attempt(tmp_path):
-    checkpoints = opened(place(tmp_path / "storage"), 1)
+    checkpoints = opened(open_storage(tmp_path / "storage"), 1)
     (tmp_path / "storage").rename(tmp_path / "away")
     with pytest.raises(StorageError, match="is not there: is its storage mounted"):
         checkpoints.stage(1)

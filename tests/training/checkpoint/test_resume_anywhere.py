@@ -14,7 +14,7 @@ from training.checkpoint.format import Manifest
 from training.checkpoint.repository import opened
 from training.drivers import supervised
 from training.group import results
-from training.storage import place
+from training.storage import open_storage
 
 pytestmark = pytest.mark.cpu
 
@@ -51,7 +51,7 @@ def written(tiny, tmp_path_factory):
 
 def saved_again(group: ForkGroup, checkpoint, folder):
     """What the workers hold, written by them as a checkpoint of their own."""
-    checkpoints = opened(place(folder), 1)
+    checkpoints = opened(open_storage(folder), 1)
     staged = checkpoints.stage(AT)
     results(group.call("begin_save", str(staged)))
     files = [file for of_worker in results(group.call("finish_save")) for file in of_worker]

@@ -21,7 +21,7 @@ from training.checkpoint.format import OPTIMIZER, Manifest, Reader, verify
 from training.checkpoint.repository import Checkpoints, opened, step_of
 from training.drivers import supervised
 from training.errors import SaveError, Superseded, TrainingError
-from training.storage import Place, place
+from training.storage import StoragePath, open_storage
 
 pytestmark = [pytest.mark.cpu, pytest.mark.faults]
 
@@ -59,7 +59,7 @@ def test_a_worker_killed_in_a_save_always_leaves_a_checkpoint_to_go_on_from(trai
         assert killed.saves > killed.save
         in_the_middle += bool(hooks.checkpoints.staging.children())
         curve |= {row["step"]: row["loss"] for row in hooks.rows}
-        newest, findings = Checkpoints(place(tmp_path)).newest_whole()
+        newest, findings = Checkpoints(open_storage(tmp_path)).newest_whole()
         assert findings == [], "what is committed is whole"
         assert newest is not None or killed.save == 0
     last = train(checkpoints=tmp_path, **settings)
@@ -70,7 +70,7 @@ def test_a_worker_killed_in_a_save_always_leaves_a_checkpoint_to_go_on_from(trai
     assert state(last.last) == state(expected.last)
 
 
-def state(checkpoint: Place) -> dict[str, bytes]:
+def state(checkpoint: StoragePath) -> dict[str, bytes]:
     reader = Reader(checkpoint)
     return {name: reader.whole(name).tobytes() for name in reader.manifest.parameters}
 
@@ -83,7 +83,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 def _save_for_ever(root: str, attempt: int, first: int, environment: dict[str, str], told) -> None:
     os.environ.update(environment)
-    checkpoints = opened(place(root), attempt)
+    checkpoints = opened(open_storage(root), attempt)
     told.send([step_of(folder) for folder in checkpoints.folders()])
     try:
         for step in range(first, first + 100_000):
@@ -99,7 +99,7 @@ def _save_for_ever(root: str, attempt: int, first: int, environment: dict[str, s
         told.send(str(error))
 
 
-def saving(root: Place, attempt: int, first: int):
+def saving(root: StoragePath, attempt: int, first: int):
     """The process and what it tells: the steps that it found, every step that it committed, why it stopped."""
     environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MUSTER_"))}
     ours, theirs = _CONTEXT.Pipe()
@@ -122,7 +122,7 @@ def everything(pipe) -> list:
 
 
 def test_a_driver_killed_while_it_commits_always_leaves_a_checkpoint_to_go_on_from(tmp_path):
-    root, rng, newest = place(tmp_path), random.Random(23), 0
+    root, rng, newest = open_storage(tmp_path), random.Random(23), 0
     for attempt in range(1, TRIES + 1):
         process, told = saving(root, attempt, newest + 1)
         assert newest in [0, *told.recv()]
@@ -145,7 +145,9 @@ def test_a_driver_killed_while_it_commits_always_leaves_a_checkpoint_to_go_on_fr
 
 @pytest.fixture(params=["folder", "bucket"])
 def root(request, tmp_path):
-    return place(tmp_path) if request.param == "folder" else place(request.getfixturevalue("s3").url + "/a")
+    return (
+        open_storage(tmp_path) if request.param == "folder" else open_storage(request.getfixturevalue("s3").url + "/a")
+    )
 
 
 def test_of_two_attempts_that_save_at_once_the_later_wins(root):
@@ -192,7 +194,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_it_is_there_to_go_on_from
     settings = {"stage": 2, "max_steps": 12, "checkpoint": {"every": 4, "keep": 2}}
     with pytest.raises(SaveError, match="No space left on device"):
         train(2, checkpoints=small_disk / "c", **settings)
-    newest, findings = Checkpoints(place(small_disk / "c")).newest_whole()
+    newest, findings = Checkpoints(open_storage(small_disk / "c")).newest_whole()
     assert (step_of(newest), findings) == (4, [])
     resize(small_disk, "8m")
     run = train(2, checkpoints=small_disk / "c", **settings)
@@ -204,13 +206,13 @@ def test_a_disk_that_has_room_again_is_used_at_the_next_opportunity(train, small
     settings = {"stage": 2, "max_steps": 12, "checkpoint": {"every": 4, "keep": 2}}
 
     class Widening(Recorder):
-        def event(self, kind, **facts):
-            super().event(kind, **facts)
+        def event(self, kind, **fields):
+            super().event(kind, **fields)
             if kind == "save_failed":
                 resize(small_disk, "8m")
 
     run = train(2, checkpoints=small_disk / "c", hooks=Widening, **settings)
-    failed = [facts["step"] for kind, facts in run.events if kind == "save_failed"]
+    failed = [fields["step"] for kind, fields in run.events if kind == "save_failed"]
     assert failed == [8]
-    saved = [facts["step"] for kind, facts in run.events if kind == "checkpoint"]
+    saved = [fields["step"] for kind, fields in run.events if kind == "checkpoint"]
     assert (saved[0], saved[-1]) == (4, 12)

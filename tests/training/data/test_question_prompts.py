@@ -93,12 +93,12 @@ def test_an_evaluation_asks_no_model_beyond_its_positions(tmp_path):
     from tests.training.data.test_serving_tokens import tokenizer_of
     from training.config import Questions
     from training.data.render import Renderer
-    from training.evaluation.generated_answers import Asking, by_answer
+    from training.evaluation.generated_answers import GenerationEval, by_answer
 
     torch.manual_seed(0)
     tokenizer = tokenizer_of("gpt-2")
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=12)
-    asking = Asking(
+    asking = GenerationEval(
         renderer=Renderer(tokenizer, "none"), seed=0, settings=Questions(data="-", max_new_tokens=64), stops=[-1]
     )
     rows = asking.answered(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.training_fixtures import VOCABULARY, phase_of
 from training.errors import InputError
-from training.storage import place
+from training.storage import open_storage
 
 pytestmark = pytest.mark.cpu
 LORA = {"rank": 4, "alpha": 8}
@@ -69,7 +69,7 @@ def logits(lm):
 def exported(hooks, phase, out, **how):
     from training.checkpoint.export import export
 
-    export(hooks.last, place(out), phase, **how)
+    export(hooks.last, open_storage(out), phase, **how)
     return out
 
 
@@ -98,10 +98,10 @@ def test_tokens_beyond_the_embedding_that_do_not_occur_are_a_note(added, tiny, t
 
 def test_a_prompt_with_such_a_token_is_refused_in_words(added):
     from training.data.files import RowError
-    from training.evaluation.evaluator import Texts
+    from training.evaluation.evaluator import PromptCodec
 
     with pytest.raises(RowError, match=r"embedding has 300 rows and none for <\|look\|> \(300\)"):
-        Texts(str(added / "model")).ids("What is <|look|>?")
+        PromptCodec(str(added / "model")).ids("What is <|look|>?")
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
@@ -119,7 +119,7 @@ def test_a_grown_embedding_is_learnt_and_the_folder_loads_alone(added, train, tm
     rows = torch.tensor([VOCABULARY, VOCABULARY + 1])
     assert Manifest.read(hooks.last).parameters["model.embed_tokens.weight"][0] == VOCABULARY + 2
     assert any(
-        "grows from 300 to 302 rows, for <|look|> (300), <|end_look|> (301)" in note for note in hooks.facts.notes
+        "grows from 300 to 302 rows, for <|look|> (300), <|end_look|> (301)" in note for note in hooks.info.notes
     )
 
     if (added.name == "tied") == (lora is None):  # the other two combinations add nothing but time

@@ -12,10 +12,10 @@ from training.config import SFT
 from training.drivers.saver import Saver
 from training.errors import SaveError
 from training.group import Done
-from training.phase_info import Facts
-from training.storage import place
+from training.phase_info import PhaseInfo
+from training.storage import open_storage
 
-FACTS = Facts(
+PHASE_INFO = PhaseInfo(
     total_steps=100, total_samples=800, num_samples=100, num_eval_samples=0, num_parameters=4, dtype="float32",
     attention="sdpa", device="cpu", data_hash="d", chats=False, notes=[],
 )  # fmt: skip
@@ -34,7 +34,7 @@ class Workers:
         return [Done(getattr(self, method)(rank, *args)) for rank in range(self.size)]
 
     def begin_save(self, rank, staged):
-        self.staged = place(staged)
+        self.staged = open_storage(staged)
         return {"optimizer_step": 1, "parameters": {"w": [4]}}
 
     def is_saving(self, rank):
@@ -51,7 +51,7 @@ class Workers:
 
 def saver_of(folder, **settings) -> Saver:
     draft = {"recipe": "sft", "model": {"path": "-"}, "data": {"train": "-", "eval": "-"}, "batch": 8, **settings}
-    return Saver(SFT.model_validate(draft), {"trainer": Workers()}, Recorder(folder), FACTS, newest=0)
+    return Saver(SFT.model_validate(draft), {"trainer": Workers()}, Recorder(folder), PHASE_INFO, newest=0)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_checkpoint_is_due_when_the_last_one_is_as_old_as_the_job_says(tmp_pat
     saver.hooks.seconds = 2600.0
     assert saver.is_due(4)
     assert not saver.is_due(2), "it is saved already"
-    assert saver.is_due(FACTS.total_steps)
+    assert saver.is_due(PHASE_INFO.total_steps)
 
 
 def test_with_a_time_all_checkpoints_are_kept_in_turn_and_the_best_is_one_that_was_evaluated_by_the_step(tmp_path):
@@ -229,7 +229,9 @@ def test_the_state_that_is_saved_is_that_of_the_moment(tmp_path):
 
     state = torch.zeros(1_000_000)
     writer = ShardWriter()
-    writer.begin(place(tmp_path), {"weights": [("a", state[:10]), ("b", state[10:999])], "rest": [("c", state[999:])]})
+    writer.begin(
+        open_storage(tmp_path), {"weights": [("a", state[:10]), ("b", state[10:999])], "rest": [("c", state[999:])]}
+    )
     state.fill_(7)  # the training goes on while the files are written
     files = writer.finish()
     assert {file.name: file.size for file in files} == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
@@ -241,7 +243,7 @@ def test_the_state_that_is_saved_is_that_of_the_moment(tmp_path):
 
 def test_a_full_disk_is_told_when_the_save_is_finished(tmp_path):
     writer = ShardWriter()
-    writer.begin(place(tmp_path / "no" / "such" / "folder"), {"shard": [("a", torch.zeros(3))]})
+    writer.begin(open_storage(tmp_path / "no" / "such" / "folder"), {"shard": [("a", torch.zeros(3))]})
     with pytest.raises(SaveError, match="the checkpoint cannot be written: No such file or directory"):
         writer.finish()
     assert writer.finish() == []

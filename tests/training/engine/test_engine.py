@@ -22,10 +22,10 @@ def test_gradients_are_sent_beside_the_backward_pass_where_a_device_can(tiny, de
     import torch
 
     from training.engine.engine import derive_config
-    from training.process.distributed import Seat
+    from training.process.distributed import RankInfo
 
     phase = sft_phase(tiny, sharding={"stage": stage, "offload": offload})
-    zero = derive_config(phase, Seat(rank=0, size=size, device=device), torch.bfloat16)["zero_optimization"]
+    zero = derive_config(phase, RankInfo(rank=0, size=size, device=device), torch.bfloat16)["zero_optimization"]
     assert zero.get("overlap_comm") is overlaps
 
 
@@ -33,10 +33,10 @@ def test_what_the_job_says_of_deepspeed_lies_over_it(tiny):
     import torch
 
     from training.engine.engine import derive_config
-    from training.process.distributed import Seat
+    from training.process.distributed import RankInfo
 
     phase = sft_phase(tiny, stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}})
-    zero = derive_config(phase, Seat(rank=0, size=2, device="cuda"), torch.float32)["zero_optimization"]
+    zero = derive_config(phase, RankInfo(rank=0, size=2, device="cuda"), torch.float32)["zero_optimization"]
     assert zero == {"stage": 2, "overlap_comm": False}
 
 

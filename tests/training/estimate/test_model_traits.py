@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training.config import PPO, SFT, Model, Reward
-from training.data.batching import SDPA_VARLEN, deal, limits_for
+from training.data.batching import SDPA_VARLEN, limits_for, partition_batch
 from training.errors import InputError
 from training.estimate import model_traits
 from training.estimate.model_traits import Kernel, Rows, Traits
@@ -92,7 +92,7 @@ def test_how_samples_share_micro_batches(known, attention, longest, expected):
 def test_rows_of_unlike_lengths_are_kept_apart_above_a_length():
     lengths = [5, 9, 9, 12, 12, 30, 30, 31]
     limits = limits_for(phase(), 31, "cpu", "sdpa", packs=False, same_length_above=10)
-    (turns,) = deal(lengths, 1, limits)
+    (turns,) = partition_batch(lengths, 1, limits)
     assert sorted(sorted(lengths[i] for row in rows for i in row) for rows in turns) == [
         [5, 9, 9],
         [12, 12],

@@ -117,7 +117,7 @@ class KillsWithin(Recorder):
 
     def stop_requested(self) -> bool:
         if self.rows and self.rows[-1]["step"] == 8:
-            if [facts for kind, facts in self.events if kind == "checkpoint" and facts["step"] == 8]:
+            if [fields for kind, fields in self.events if kind == "checkpoint" and fields["step"] == 8]:
                 os.kill(self.processes[1].pid, signal.SIGKILL)
             else:  # it is committed between two calls, once both have written
                 time.sleep(0.5)

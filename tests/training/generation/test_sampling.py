@@ -19,10 +19,10 @@ def lm(tiny):
 
 
 def texts(lm, batch=64, ends=(0,), prompts=PROMPTS, keys=None, **settings):
-    from training.generation.sampling import Sampling, continue_all
+    from training.generation.sampling import Sampling, generate_all
 
     settings = Sampling(**{"max_new_tokens": 24, **settings})
-    out = continue_all(lm, prompts, keys or range(len(prompts)), ends, settings, batch=batch)
+    out = generate_all(lm, prompts, keys or range(len(prompts)), ends, settings, batch=batch)
     return [(one.tokens, one.ended) for one in out]
 
 
@@ -109,13 +109,13 @@ def test_the_random_numbers_are_spread_evenly_and_do_not_hang_together():
 
 
 def _answers(phase, cache) -> list[tuple]:
-    from training.process.distributed import Seat, join, set_environment
+    from training.process.distributed import RankInfo, join, set_environment
     from training.roles.language import LanguageTrainer
 
-    seat = Seat(rank=0, size=1)
-    set_environment(seat)
-    join(seat)
-    trainer = LanguageTrainer(seat, phase, cache)
+    rank_info = RankInfo(rank=0, size=1)
+    set_environment(rank_info)
+    join(rank_info)
+    trainer = LanguageTrainer(rank_info, phase, cache)
     trainer.setup()
     return responses([trainer.answer(60.0, begin=True).rows[""]])
 
@@ -151,17 +151,17 @@ def test_workers_answer_alike_however_many_there_are(tiny, workers, batch, stage
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}])
 def test_continuous_batching_draws_the_same_tokens(lm, settings, monkeypatch):
     from training.generation import continuous_batching
-    from training.generation.sampling import Sampling, continue_all
+    from training.generation.sampling import Sampling, generate_all
 
     # Room for a few at a time: prompts wait, and come in when others end.
     monkeypatch.setattr(continuous_batching, "_ON_CPU", {"page_size": 16, "num_blocks": 12, "max_batch_tokens": 32})
     prompts = [[5 + i, *range(3, 3 + i % 7)] for i in range(24)]
     chosen = Sampling(max_new_tokens=12, **settings)
     ends = set(range(20, 60))
-    expected = continue_all(lm, prompts, range(24), ends, chosen)
-    assert continuous_batching.continue_all(lm, prompts, range(24), ends, chosen) == expected
+    expected = generate_all(lm, prompts, range(24), ends, chosen)
+    assert continuous_batching.generate_all(lm, prompts, range(24), ends, chosen) == expected
     assert {one.ended for one in expected} == {True, False} or settings["temperature"] == 0
-    assert continuous_batching.continue_all(lm, [], [], ends, chosen) == []
+    assert continuous_batching.generate_all(lm, [], [], ends, chosen) == []
 
 
 def test_a_failure_of_continuous_batching_is_raised(lm, monkeypatch):
@@ -173,4 +173,4 @@ def test_a_failure_of_continuous_batching_is_raised(lm, monkeypatch):
 
     monkeypatch.setattr(continuous_batching._Draw, "__call__", fail)
     with pytest.raises(RuntimeError, match="continuous batching failed: no numbers"):
-        continuous_batching.continue_all(lm, [[5, 6]], [1], [2], Sampling(max_new_tokens=3))
+        continuous_batching.generate_all(lm, [[5, 6]], [1], [2], Sampling(max_new_tokens=3))

@@ -23,7 +23,7 @@ from training.checkpoint.repository import Checkpoints
 from training.data import files
 from training.errors import InputError, MusterError
 from training.estimate.parameters import shape_of
-from training.storage import place as storage_place
+from training.storage import open_storage as storage_place
 
 HEADER = json.loads(
     (lambda raw: raw)(

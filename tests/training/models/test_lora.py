@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.training_fixtures import phase_of
 from training.errors import InputError
-from training.storage import place
+from training.storage import open_storage
 
 pytestmark = pytest.mark.cpu
 LORA = {"rank": 4, "alpha": 8}
@@ -33,7 +33,7 @@ def trained(tiny, train):
 def exported(tiny, hooks, out, recipe="sft", lora=LORA, **how):
     from training.checkpoint.export import export
 
-    export(hooks.last, place(out), phase_of(tiny, recipe, lora=lora), **how)
+    export(hooks.last, open_storage(out), phase_of(tiny, recipe, lora=lora), **how)
     return out
 
 
@@ -60,7 +60,7 @@ def test_only_adapters_are_trained_and_saved(trained, stage):
     manifest = Manifest.read(hooks.last)
     assert all(".lora_" in name for name in manifest.parameters)
     numbers = sum(int(np.prod(shape)) for shape in manifest.parameters.values())
-    assert hooks.facts.num_parameters == numbers
+    assert hooks.info.num_parameters == numbers
     content = sum(file.size - file.header for file in manifest.files)
     assert content == 12 * numbers  # weights and two moments, in fp32
     assert hooks.losses[-1] < hooks.losses[0]
@@ -222,7 +222,7 @@ def test_names_in_files_may_lack_the_prefix_of_the_model(tiny, train, tmp_path, 
     def of(out, **more):
         from training.checkpoint.export import export
 
-        export(hooks.last, place(out), phase_of(tiny, recipe, **how), **more)
+        export(hooks.last, open_storage(out), phase_of(tiny, recipe, **how), **more)
         return out
 
     adapter, merged = of(tmp_path / "adapter"), of(tmp_path / "merged", merge=True)
@@ -248,13 +248,13 @@ def test_merging_goes_by_the_names_of_the_loaded_model_where_files_have_others(t
     base = model_of(tiny, tmp_path / "base", config)
     how = {"model": {"path": str(base), "dtype": "fp32", "lora": LORA}, "max_steps": 2}
     hooks = train(1, **how)
-    (note,) = [note for note in hooks.facts.notes if "experts" in note]
+    (note,) = [note for note in hooks.info.notes if "experts" in note]
     assert "down_proj, gate_up_proj" in note
     assert "k_proj, o_proj, q_proj, v_proj" in note
     from training.checkpoint.export import export
 
     for out, merge in (("adapter", False), ("merged", True)):
-        export(hooks.last, place(tmp_path / out), phase_of(tiny, "sft", **how), merge=merge)
+        export(hooks.last, open_storage(tmp_path / out), phase_of(tiny, "sft", **how), merge=merge)
     assert logits(tmp_path / "merged") == pytest.approx(logits(base, tmp_path / "adapter"), abs=1e-5)
 
 

@@ -195,7 +195,7 @@ def test_the_loss_of_a_routed_model_is_that_of_its_rows_alone(kind, place, monke
         resources={"gpus_per_worker": 0},
     )  # fmt: skip
     group = _inline_groups(phase, RECIPES["sft"].roles, (phase, "cache"))["trainer"]
-    facts = group.call("setup")[0].result()
+    info = group.call("setup")[0].result()
     got = group.call("train", 0, 1)[0].result()["rows"][0]["loss"]
     assert got == pytest.approx(alone(folder, rows, phase), rel=1e-5)
-    assert all(part in " ".join(facts.notes) for part in NOTED[kind])
+    assert all(part in " ".join(info.notes) for part in NOTED[kind])

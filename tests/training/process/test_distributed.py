@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from training.process.distributed import Seat, set_environment
+from training.process.distributed import RankInfo, set_environment
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -12,7 +12,7 @@ CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 def caches(monkeypatch, device, **given):
     environment = {"PATH": "/bin", **given}
     monkeypatch.setattr(os, "environ", environment)
-    set_environment(Seat(rank=0, size=1, device=device))
+    set_environment(RankInfo(rank=0, size=1, device=device))
     return [environment.get(name) for name in CACHES]
 
 

@@ -26,7 +26,7 @@ from training.process.authenticated_channel import (
     pack,
     unpack,
 )
-from training.process.distributed import Seat, join, listen
+from training.process.distributed import RankInfo, join, listen
 from training.process.rendezvous_server import RendezvousServer
 
 KEY = secrets.token_bytes(KEY_BYTES)
@@ -313,7 +313,7 @@ def summed(rank, port, key, listener=None):
     import torch
     import torch.distributed as dist
 
-    join(Seat(rank=rank, size=2, port=port, timeout_s=30), key, listener)
+    join(RankInfo(rank=rank, size=2, port=port, timeout_s=30), key, listener)
     seen = distributed._kept[0].check(["stranger"])  # before the sum: worker 0 serves until it has it
     total = torch.tensor(rank + 1)
     dist.all_reduce(total)
@@ -339,7 +339,7 @@ def what_another_user_achieves(port):
         "get": lambda: by_torch(lambda store: store.get("0//cpu//0/0")),
         "delete": lambda: by_torch(lambda store: store.delete_key("0//cpu//0/0")),
         "guess": lambda: store_at(("127.0.0.1", port), guessed, 2),
-        "join": lambda: join(Seat(rank=1, size=2, port=port, timeout_s=2), guessed),
+        "join": lambda: join(RankInfo(rank=1, size=2, port=port, timeout_s=2), guessed),
         "speak": lambda: answer_to(("127.0.0.1", port), b"\0" * 4096)[NONCE_BYTES:],
     }
     return {name: _outcome(one) for name, one in tries.items()}

@@ -15,7 +15,7 @@ from training.drivers.profiled_steps import Profiled
 from training.profiling.breakdown import Span, Work, breakdown, summary, table
 from training.profiling.trace import operators, read, seconds_of
 from training.schedule import never_profiled
-from training.storage import place
+from training.storage import open_storage
 
 NINES = "tests.support.some_rewards:nines"
 
@@ -234,10 +234,10 @@ def test_of_each_group_of_workers_one_role_is_asked(recording):
 def left_by(hooks: Recorder) -> dict[str, tuple[dict, str, list[dict]]]:
     """By worker: the event, the table, and the events of the trace."""
     found = {}
-    for kind, facts in hooks.events:
+    for kind, info in hooks.events:
         if kind == "profiled":
-            trace = json.loads(gzip.decompress(Path(facts["trace"]).read_bytes()))
-            found[facts["worker"]] = (facts, Path(facts["table"]).read_text(), trace["traceEvents"])
+            trace = json.loads(gzip.decompress(Path(info["trace"]).read_bytes()))
+            found[info["worker"]] = (info, Path(info["table"]).read_text(), trace["traceEvents"])
     return found
 
 
@@ -259,10 +259,10 @@ def test_a_profile_of_the_named_steps_and_the_same_losses(tiny, train, recipe, w
     hooks = train(workers, **settings, profile={"steps": "3-4"})
     assert hooks.losses == plain.losses
     assert "profile_failed" not in dict(hooks.events), hooks.events
-    (worker, (facts, text, trace)), *others = left_by(hooks).items()
-    assert (worker, others, facts["steps"]) == ("trainer-0", [], "3-4")
-    assert Path(facts["table"]).name == "steps-3-4.trainer-0.txt"
-    assert Path(facts["table"]).parent.name == "profile"
+    (worker, (info, text, trace)), *others = left_by(hooks).items()
+    assert (worker, others, info["steps"]) == ("trainer-0", [], "3-4")
+    assert Path(info["table"]).name == "steps-3-4.trainer-0.txt"
+    assert Path(info["table"]).parent.name == "profile"
     seen = counts(trace, "trainer.train", "data", "forward", "backward", "optimizer", "trainer.begin_save")
     assert 1 <= seen["trainer.train"] <= 2
     assert (seen["data"], seen["optimizer"], seen["trainer.begin_save"]) == (2, 2, 0)
@@ -272,7 +272,7 @@ def test_a_profile_of_the_named_steps_and_the_same_losses(tiny, train, recipe, w
     assert sum(found.values()) == pytest.approx(100, abs=0.5)
     expected = {"data", "forward", "backward", "optimizer", "rest", *(["communication"] if workers > 1 else [])}
     assert {f"trainer.train {part}" for part in expected} <= found.keys()
-    assert facts["summary"].count("%") == 4
+    assert info["summary"].count("%") == 4
     assert "aten::addmm" in text or "aten::mm" in text
     assert "GiB of memory" in text
 
@@ -305,15 +305,15 @@ def test_a_profile_that_cannot_be_written_stops_nothing(train, tmp_path):
     (tmp_path / "profile").write_text("in the way")
     hooks = train(1, checkpoints=tmp_path, max_steps=3, profile={"steps": 2})
     assert [row["step"] for row in hooks.rows if "loss" in row] == [1, 2, 3]
-    ((_, facts),) = [event for event in hooks.events if event[0] == "profile_failed"]
-    assert facts["steps"] == "2"
-    assert "profile" in facts["error"]
+    ((_, info),) = [event for event in hooks.events if event[0] == "profile_failed"]
+    assert info["steps"] == "2"
+    assert "profile" in info["error"]
 
 
 @pytest.mark.cpu
 def test_a_profile_goes_to_the_bucket_of_the_run(train, s3):
     hooks = train(1, checkpoints=f"{s3.url}/run", max_steps=2, profile={"steps": "1-2"})
-    ((_, facts),) = [event for event in hooks.events if event[0] == "profiled"]
-    assert facts["table"] == f"{s3.url}/run/profile/steps-1-2.trainer-0.txt"
-    assert b"trainer.train" in place(facts["table"]).read()
-    assert gzip.decompress(place(facts["trace"]).read()).lstrip().startswith(b"{")
+    ((_, info),) = [event for event in hooks.events if event[0] == "profiled"]
+    assert info["table"] == f"{s3.url}/run/profile/steps-1-2.trainer-0.txt"
+    assert b"trainer.train" in open_storage(info["table"]).read()
+    assert gzip.decompress(open_storage(info["trace"]).read()).lstrip().startswith(b"{")

@@ -7,13 +7,13 @@ import pytest
 
 from tests.support.training_fixtures import Recorder, phase_of
 from training.checkpoint.format import write_shard
-from training.data.batching import Limits
+from training.data.batching import BatchLimits
 from training.drivers import ppo
 from training.errors import Diverged
 from training.group import Done
-from training.phase_info import Facts
+from training.phase_info import PhaseInfo
 from training.rl.experience import Response
-from training.storage import place
+from training.storage import open_storage
 
 pytestmark = [pytest.mark.cpu, pytest.mark.xdist_group("curves")]
 NINES = "tests.support.some_rewards:nines"
@@ -139,7 +139,7 @@ def test_what_it_ends_with_is_the_policy(tiny, plain, tmp_path):
     from training.checkpoint.export import export
     from training.checkpoint.format import Reader
 
-    export(plain.last, place(tmp_path / "model"), phase_of(tiny, **settings(tiny)))
+    export(plain.last, open_storage(tmp_path / "model"), phase_of(tiny, **settings(tiny)))
     lm, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, output_loading_info=True)
     assert not any(info.values())
     reader = Reader(plain.last, "policy/")
@@ -246,7 +246,7 @@ class Fake:
         return self.call(method, shards[0], *args)
 
     def begin_save(self, staged):
-        self.staged = place(staged)
+        self.staged = open_storage(staged)
         return {"optimizer_step": 1, "parameters": {}}
 
     def finish_save(self):
@@ -280,28 +280,28 @@ def driven(tiny, tmp_path, **more):
     def told(responses):
         return [np.full(len(each.tokens), -1.0, np.float32) for each in responses.result()]
 
-    facts = Facts(
+    info = PhaseInfo(
         total_steps=2, total_samples=8, num_samples=4, num_eval_samples=0, num_parameters=1, dtype="float32",
         attention="sdpa", device="cpu", data_hash="d", chats=False, notes=[],
     )  # fmt: skip
     learning = {
-        "limits": Limits(micro_tokens=64), "computed": ones, "improve": improved, "cannot_save_to": None, "get_ready": None,
+        "limits": BatchLimits(micro_tokens=64), "computed": ones, "improve": improved, "cannot_save_to": None, "get_ready": None,
         "is_saving": False, "restore": None, "publish": None,
     }  # fmt: skip
     answers = {
-        "policy": {"setup": facts, "roll_out": written, "num_buckets": 1, "bucket": {}, **learning},
-        "reference": {"setup": None, "limits": Limits(micro_tokens=64), "computed": ones},
+        "policy": {"setup": info, "roll_out": written, "num_buckets": 1, "bucket": {}, **learning},
+        "reference": {"setup": None, "limits": BatchLimits(micro_tokens=64), "computed": ones},
         "critic": {"setup": None, **learning},
         "rollout": {
             "setup": None,
             "roll_out": written,
-            "says_of": told,
+            "log_probs": told,
             "load": None,
         },
         "reward": {"setup": None, "scores": lambda part: [np.array([each.number], np.float32) for each in part]},
     }
     hooks = Recorder(tmp_path)
-    seated = {role for roles, _ in phase.teams for role in roles}
+    seated = {role for roles, _ in phase.placements for role in roles}
     groups = {role: Fake(role, asked, table) for role, table in answers.items() if role in seated}
     hooks.last = ppo.run(phase, groups, hooks)
     return asked, hooks
@@ -344,7 +344,7 @@ def test_a_round_is_scored_while_the_next_is_written(tiny, tmp_path, writers):
 def test_the_next_responses_are_begun_before_these_are_learnt_from(tiny, tmp_path):
     asked, _ = driven(tiny, tmp_path, **ahead())
     sent = [("policy", "num_buckets"), ("policy", "bucket"), ("rollout", "load")]
-    write, recall = ("rollout", "roll_out"), ("rollout", "says_of")
+    write, recall = ("rollout", "roll_out"), ("rollout", "log_probs")
     rest = [each for each in ITERATION if each != ("policy", "roll_out")]
     begun = [each for each in asked if each in {*sent, write, recall} or each in rest]
     assert begun == [*sent, write, recall, *sent, write, recall, *rest, *rest]
@@ -444,7 +444,7 @@ def test_a_policy_that_starts_from_an_adapter_is_compared_with_it(tiny, train, t
     from training.checkpoint.export import export
 
     sft = train(1, lora=LORA, max_steps=4)
-    export(sft.last, place(tmp_path / "adapter"), phase_of(tiny, "sft", lora=LORA))
+    export(sft.last, open_storage(tmp_path / "adapter"), phase_of(tiny, "sft", lora=LORA))
     model = {"path": str(tmp_path / "adapter"), "dtype": "fp32", "lora": LORA}
     groups = [{"roles": [role], "workers": 1} for role in ("policy", "reference", "critic", "reward")]
     shared, apart = (
@@ -458,7 +458,7 @@ def test_a_reward_model_that_is_an_adapter_is_asked_in_the_shared_base(tiny, tra
     from training.checkpoint.export import export
 
     learnt = train(1, recipe="reward", lora=LORA, max_steps=4)
-    export(learnt.last, place(tmp_path / "reward"), phase_of(tiny, "reward", lora=LORA))
+    export(learnt.last, open_storage(tmp_path / "reward"), phase_of(tiny, "reward", lora=LORA))
     of_adapter = {"reward": str(tmp_path / "reward"), "critic": str(tmp_path / "reward"), "lora": LORA}
     groups = [{"roles": [role], "workers": 1} for role in ("policy", "reference", "critic", "reward")]
     shared, apart = (train(2, stage=2, **settings(tiny, **of_adapter, **more)) for more in ({}, {"groups": groups}))

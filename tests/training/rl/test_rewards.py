@@ -14,7 +14,7 @@ from tests.support.raw_server import CUT, ODD_JSON, OK, RawServer, dripping, who
 from tests.support.training_fixtures import phase_of
 from training.config import RewardSource
 from training.errors import InputError, ServiceError
-from training.process.distributed import Seat
+from training.process.distributed import RankInfo
 
 pytestmark = pytest.mark.cpu
 
@@ -34,7 +34,7 @@ def judge(tiny):
     from training.rl.rewards import opened
 
     phase = phase_of(tiny, "ppo", reward="-", batch=4)
-    return lambda **source: opened(RewardSource(**source), phase, Seat(rank=0, size=1))
+    return lambda **source: opened(RewardSource(**source), phase, RankInfo(rank=0, size=1))
 
 
 def test_a_function_sees_the_columns_of_the_rows(judge, tmp_path):
@@ -284,14 +284,14 @@ def test_a_coroutine_function_is_waited_for(judge, tmp_path):
 
 def test_none_is_no_vote_but_somebody_has_to_give_one(tiny, tmp_path):
     from training.rl.rewards import RewardError
-    from training.rl.roles import Judges
+    from training.rl.roles import RewardRole
 
     (tmp_path / "mine.py").write_text(
         "def even(completions, **others):\n    return [1.0 if int(c) % 2 == 0 else None for c in completions]\n"
         "def small(completions, **others):\n    return [0.5 if int(c) < 5 else None for c in completions]\n"
     )
     sources = [{"path": f"{tmp_path}/mine.py:even", "weight": 2.0}, {"path": f"{tmp_path}/mine.py:small"}]
-    judges = Judges(Seat(rank=0, size=1), phase_of(tiny, "ppo", reward=sources, batch=4), "")
+    judges = RewardRole(RankInfo(rank=0, size=1), phase_of(tiny, "ppo", reward=sources, batch=4), "")
     judges.setup()
     assert judges.scores([response("2"), response("3"), response("8")]) == [2.5, 0.5, 2.0]
     with pytest.raises(RewardError, match=r"no reward gave a number for the response '7' to .*1 \+ 1"):
@@ -299,13 +299,13 @@ def test_none_is_no_vote_but_somebody_has_to_give_one(tiny, tmp_path):
 
 
 def test_several_rewards_are_weighted(tiny):
-    from training.rl.roles import Judges
+    from training.rl.roles import RewardRole
 
     sources = [
         {"path": "tests.support.some_rewards:nines"},
         {"path": "tests.support.some_rewards:length", "weight": -0.5},
     ]
-    judges = Judges(Seat(rank=0, size=1), phase_of(tiny, "ppo", reward=sources, batch=4), "")
+    judges = RewardRole(RankInfo(rank=0, size=1), phase_of(tiny, "ppo", reward=sources, batch=4), "")
     judges.setup()
     assert judges.scores([response("99ab"), response("")]) == [0.0, 0.0]
     assert judges.scores([response("9")]) == [0.5]
@@ -332,22 +332,26 @@ def test_a_critic_of_another_tokenizer_is_refused(tiny, other_words):
     from training.rl.roles import Critic
 
     with pytest.raises(InputError, match=r"critic: the critic would read the policy's tokens as others"):
-        Critic(Seat(rank=0, size=1), phase_of(tiny, "ppo", reward="-", batch=4, critic=str(other_words)), "")
+        Critic(RankInfo(rank=0, size=1), phase_of(tiny, "ppo", reward="-", batch=4, critic=str(other_words)), "")
 
 
 def test_a_reward_model_of_another_tokenizer_reads_the_text(tiny, other_words, train, tmp_path):
     """Its score is that of the text in its own tokens; the policy's tokens mean other words to it."""
     from training.checkpoint.export import export
-    from training.evaluation.evaluator import Judge
+    from training.evaluation.evaluator import RewardScorer
     from training.rl.rewards import opened
-    from training.storage import place
+    from training.storage import open_storage
 
     model = {"path": str(other_words), "dtype": "fp32"}
     learnt = train(1, recipe="reward", model=model, max_steps=2)
-    export(learnt.last, place(tmp_path / "reward"), phase_of(tiny, "reward", model=model))
+    export(learnt.last, open_storage(tmp_path / "reward"), phase_of(tiny, "reward", model=model))
     judge = opened(
-        RewardSource(path=str(tmp_path / "reward")), phase_of(tiny, "ppo", reward="-", batch=4), Seat(rank=0, size=1)
+        RewardSource(path=str(tmp_path / "reward")),
+        phase_of(tiny, "ppo", reward="-", batch=4),
+        RankInfo(rank=0, size=1),
     )
     asked = [response("21 and so it is", prompt="Q: 20 + 1 = "), response("5")]
     prompts = ["Q: 20 + 1 = ", "Q: 1 + 1 = "]
-    assert judge(asked) == pytest.approx(Judge(str(tmp_path / "reward")).rewards(prompts, ["21 and so it is", "5"]))
+    assert judge(asked) == pytest.approx(
+        RewardScorer(str(tmp_path / "reward")).rewards(prompts, ["21 and so it is", "5"])
+    )

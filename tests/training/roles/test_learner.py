@@ -17,7 +17,7 @@ SETTING = "TOKENIZERS_PARALLELISM"
 def seen(tiny, monkeypatch):
     """From a worker's place on its node to the tokenizer's setting at every opening of the data, and whether that verifies them."""
     from tests.support.training_fixtures import phase_of
-    from training.process.distributed import Seat
+    from training.process.distributed import RankInfo
     from training.roles import learner
 
     def look(local_rank: int) -> list[tuple[str | None, bool]]:
@@ -31,8 +31,8 @@ def seen(tiny, monkeypatch):
         monkeypatch.setattr(learner, "open_stores", opening)
         monkeypatch.setattr(learner.dist, "barrier", lambda: None)
         monkeypatch.setattr(learner, "differences", lambda *_: [])
-        seat = Seat(rank=local_rank, size=2, local_rank=local_rank, local_size=2)
-        learner.Learner(seat, phase_of(tiny, "sft"), "cache").open_data()
+        rank_info = RankInfo(rank=local_rank, size=2, local_rank=local_rank, local_size=2)
+        learner.Learner(rank_info, phase_of(tiny, "sft"), "cache").open_data()
         return found
 
     return look

@@ -266,13 +266,13 @@ def test_gradient_checkpointing(run, plain, tiny, name, workers, stage):
 
 def _inline(phase, cache, folder) -> Curve:
     from training.group import InlineGroup, Worker
-    from training.process.distributed import Seat, join, set_environment
+    from training.process.distributed import RankInfo, join, set_environment
     from training.recipes import resolve
 
-    seat, hooks, recipe = Seat(rank=0, size=1), Recorder(folder), RECIPES[phase.recipe]
-    set_environment(seat)
-    join(seat)
-    worker = Worker(seat)
+    rank_info, hooks, recipe = RankInfo(rank=0, size=1), Recorder(folder), RECIPES[phase.recipe]
+    set_environment(rank_info)
+    join(rank_info)
+    worker = Worker(rank_info)
     worker.build("trainer", recipe.roles["trainer"], phase, cache)
     return curve_of(hooks, resolve(recipe.run)(phase, {"trainer": InlineGroup(worker, "trainer")}, hooks))
 

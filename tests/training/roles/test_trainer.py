@@ -78,11 +78,11 @@ def test_the_exported_model_is_the_trained_one(train, tiny, tmp_path):
 
     from training.checkpoint.export import export
     from training.checkpoint.format import Reader
-    from training.storage import place
+    from training.storage import open_storage
 
     run = train(2, stage=3)
     out = tmp_path / "model"
-    export(run.last, place(out), sft_phase(tiny), shard_bytes=50_000)
+    export(run.last, open_storage(out), sft_phase(tiny), shard_bytes=50_000)
     assert len(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == 21
     model = AutoModelForCausalLM.from_pretrained(out)
     reader = Reader(run.last)
