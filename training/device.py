@@ -41,7 +41,7 @@ def num_gpus() -> int:
 
 def is_available() -> bool:
     """Whether torch finds an accelerator. May open the driver: not before a fork."""
-    return _module().is_available()
+    return bool(_module().is_available())
 
 
 def torch_device(device: str, index: int) -> torch.device:
@@ -63,32 +63,33 @@ def set_device(index: int) -> None:
 
 def multiplies_bf16() -> bool:
     """Whether the accelerator's matrix units take bf16 (compute capability 8.0 and newer); emulation does not count."""
-    return _module().is_bf16_supported(including_emulation=False)
+    return bool(_module().is_bf16_supported(including_emulation=False))
 
 
 def device_name(device: torch.device) -> str:
     """The product name that the driver reports, or `cpu`."""
-    return _module().get_device_name(device) if is_accelerator(device.type) else "cpu"
+    return str(_module().get_device_name(device)) if is_accelerator(device.type) else "cpu"
 
 
 def total_bytes(device: torch.device) -> int:
     """Memory of an accelerator."""
-    return _module().get_device_properties(device).total_memory
+    return int(_module().get_device_properties(device).total_memory)
 
 
 def free_and_total_bytes(device: torch.device) -> tuple[int, int]:
     """Free and total memory of an accelerator, all processes counted; zeros on a CPU."""
-    return _module().mem_get_info(device) if is_accelerator(device.type) else (0, 0)
+    free, total = _module().mem_get_info(device) if is_accelerator(device.type) else (0, 0)
+    return free, total
 
 
 def peak_allocated_bytes() -> int:
     """The most memory that tensors of this process have taken on its accelerator."""
-    return _module().max_memory_allocated()
+    return int(_module().max_memory_allocated())
 
 
 def peak_reserved_bytes() -> int:
     """The most memory that torch's allocator has taken from the accelerator in this process, cached blocks included."""
-    return _module().max_memory_reserved()
+    return int(_module().max_memory_reserved())
 
 
 def synchronize(device: torch.device | str) -> None:

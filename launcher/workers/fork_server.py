@@ -223,7 +223,7 @@ class WorkerCommands:
         from training.process.distributed import join, set_environment
 
         if visible_gpus is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
+            os.environ[VISIBLE_DEVICES] = visible_gpus
         set_environment(rank_info)
         join(rank_info, key, getattr(self, "listener", None))
         self.worker = Worker(rank_info)

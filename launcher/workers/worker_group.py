@@ -189,7 +189,7 @@ class WorkerGroup:
         self.pids = self._each("begin", [(str(self.log_of(rank)),) for rank in range(self.size)])
         host = self.places[0]["address"]
         (port,) = self._results([self.actors[0].ask.remote("listen", host)], "listen")
-        rank_infos = rank_infos_for(self.places, self.resources, "cuda" if self.gpus else "cpu", host, port)
+        rank_infos = rank_infos_for(self.places, self.resources, device_type(bool(self.gpus)), host, port)
         key = secrets.token_bytes(
             KEY_BYTES
         )  # of this process group alone; travels as an argument, through Ray's own connections
@@ -325,7 +325,7 @@ def _passed_on() -> dict[str, str]:
 
 
 def rank_infos_for(
-    places: Sequence[dict[str, Any]], resources: Resources, device: Any, host: str, port: int
+    places: Sequence[dict[str, Any]], resources: Resources, device: DeviceType, host: str, port: int
 ) -> list[RankInfo]:
     """The seat of every worker from where it sits: rank as given, local rank by node, threads shared on a node."""
     by_node: dict[str, list[int]] = {}

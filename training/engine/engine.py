@@ -56,9 +56,9 @@ def derive_config(phase: Phase, rank_info: RankInfo, dtype: torch.dtype) -> dict
     """DeepSpeed's settings for a phase, with the phase's raw `deepspeed:` laid over them."""
     zero: dict[str, Any] = {"stage": phase.sharding.stage}
     if phase.sharding.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": rank_info.device == "cuda"}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": is_accelerator(rank_info.device)}
         if phase.sharding.stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": rank_info.device == "cuda"}
+            zero["offload_param"] = {"device": "cpu", "pin_memory": is_accelerator(rank_info.device)}
     if overlaps(phase.sharding, rank_info.device, rank_info.size):
         zero["overlap_comm"] = True
     config = {
@@ -427,7 +427,8 @@ def computed(
 
 
 def device_of(rank_info: RankInfo) -> torch.device:
-    return torch.device(rank_info.device, rank_info.local_rank) if rank_info.device == "cuda" else torch.device("cpu")
+    """The device that a worker computes on."""
+    return torch_device(rank_info.device, rank_info.local_rank)
 
 
 def whole(parameter: Any) -> AbstractContextManager[Any]:
@@ -465,9 +466,9 @@ class Stopwatch:
         """The seconds since the last reading. Waits for the device."""
         marks, self._marks = self._marks, []
         pairs = zip(marks[::2], marks[1::2], strict=True)
-        if not self._on_gpu:
+        if not is_accelerator(self._device.type):
             return float(sum(end - start for start, end in pairs))
-        torch.cuda.synchronize()
+        synchronize(self._device)
         return float(sum(start.elapsed_time(end) for start, end in pairs) / 1000)
 
 
@@ -488,7 +489,7 @@ def _start_deepspeed(rank_info: RankInfo) -> None:
     # not probed for either, which would run the compiler.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(
-        dist_backend="nccl" if rank_info.device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        dist_backend=collective_backend(rank_info.device), auto_mpi_discovery=False, verbose=False
     )
 
 

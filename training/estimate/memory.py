@@ -27,7 +27,7 @@ LOGITS_AT_ONCE = 64 << 20
 CACHE_ROOM = 64
 """Places that a cache of keys and values has ready (training/generation/kv_cache.py): all it
 holds is copied once in so many tokens."""
-_BUCKET_NUMBERS = {"cpu": 4_000_000, "cuda": 200_000_000}
+_BUCKET_NUMBERS = {"cpu": 4_000_000, ACCELERATOR: 200_000_000}
 """Of a bucket of gradients, where DeepSpeed's own is of 500 million. A bucket is sent when it is full, so a smaller one
 begins earlier, and leaves less to send when the backward pass is over. On a GPU 400 MB fill any link; on a CPU 16 MB
 stay in the cache until they are sent, and gradients go as they come."""

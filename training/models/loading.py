@@ -53,9 +53,7 @@ def resolve_dtype(setting: str, device: str) -> torch.dtype:
 
 
 def _multiplies_bf16(device: str) -> bool:
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return cpu_multiplies_bf16()
+    return multiplies_bf16() if is_accelerator(device) else cpu_multiplies_bf16()
 
 
 def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = False) -> nn.Module:
@@ -126,7 +124,7 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0, trust_re
         if classifier and brings_head:
             weight: Any = head_of(lm).weight
             weight.data.copy_(lora.head_in(adapter, HEAD))
-    placed: nn.Module = lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
+    placed: nn.Module = lm.to(torch_device(kind, gpu)).eval()
     return placed
 
 

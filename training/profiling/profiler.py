@@ -67,19 +67,14 @@ class _Profile:
     def __init__(self, rank_info: RankInfo):
         self.device = rank_info.device
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it writes a line for everything that it does
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if rank_info.device == "cuda" else [])]
-        self.profiler = profile(activities=activities)
-        self._finish_on_device()
+        self.profiler = profile(activities=profiler_activities(rank_info.device))
+        synchronize(self.device)
         self.profiler.start()
         self.window = record_function(WINDOW)
         self.window.__enter__()
 
-    def _finish_on_device(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
     def written(self, folder: StoragePath, worker: str, steps: str, num_steps: int) -> dict[str, str]:
-        self._finish_on_device()
+        synchronize(self.device)
         self.window.__exit__(None, None, None)
         self.profiler.stop()
         name = f"steps-{steps}.{worker}"

@@ -59,7 +59,7 @@ class Learner:
         """With the models of all roles: what they share a device with counts where memory is planned."""
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, rank_info.device)
-        self.writer = ShardWriter(pinned=rank_info.device == "cuda")
+        self.writer = ShardWriter(pinned=is_accelerator(rank_info.device))
         self.known: Traits | None = None
         """Of the model's code; of a role that opens data, and the same on all workers."""
 
@@ -109,7 +109,7 @@ class Learner:
         if asked != "auto" or self.rank_info.device == "cpu":
             return asked is True
         device = device_of(self.rank_info)
-        memory = torch.tensor(float(torch.cuda.get_device_properties(device).total_memory), device=device)
+        memory = torch.tensor(float(total_bytes(device)), device=device)
         dist.all_reduce(memory, dist.ReduceOp.MIN)
         return recomputes_on(self.whole_phase, self.role, self.rank_info.size, self.dtype, float(memory), self.known)
 
@@ -124,18 +124,18 @@ class Learner:
 
     @property
     def device_name(self) -> str:
-        return torch.cuda.get_device_name() if self.rank_info.device == "cuda" else "cpu"
+        return device_name(device_of(self.rank_info))
 
     def gpu_full(self) -> float:
         """The most of its GPU's memory that this worker has taken, as a fraction; 0 without a GPU."""
-        if self.rank_info.device != "cuda":
+        if not is_accelerator(self.rank_info.device):
             return 0.0
         return peak_reserved_bytes() / total_bytes(self.engine.device)
 
     def memory_gib(self) -> float:
         """The most memory that this worker has taken: of its GPU, or of its process."""
-        if self.rank_info.device == "cuda":
-            return torch.cuda.max_memory_allocated() / GIB
+        if is_accelerator(self.rank_info.device):
+            return peak_allocated_bytes() / GIB
         return peak_bytes() / GIB
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------

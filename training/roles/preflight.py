@@ -51,9 +51,9 @@ class Preflight:
         free, total = free_and_total_bytes(self.device)
         return {
             "versions": _versions(self.rank_info.device),
-            "device": torch.cuda.get_device_name(self.device) if self.rank_info.device == "cuda" else "cpu",
-            "device_free": torch.cuda.mem_get_info(self.device)[0] if self.rank_info.device == "cuda" else 0,
-            "device_total": torch.cuda.mem_get_info(self.device)[1] if self.rank_info.device == "cuda" else 0,
+            "device": device_name(self.device),
+            "device_free": free,
+            "device_total": total,
             "shared_memory": shutil.disk_usage(shared).total if shared.is_dir() else 0,
             **self._storage(storage),
             **self._product(),
@@ -81,7 +81,7 @@ class Preflight:
         """Whether a product of matrices of small whole numbers, which every precision holds,
         is right; and how fast it comes."""
         size = _PRODUCT[self.rank_info.device]
-        dtype = torch.bfloat16 if self.rank_info.device == "cuda" else torch.float32
+        dtype = torch.bfloat16 if is_accelerator(self.rank_info.device) else torch.float32
         generator = torch.Generator().manual_seed(7)
         # A row of A has at most 8 ones: sums stay below 256, up to which bf16 has every whole number.
         a = torch.zeros(size, size).scatter_(1, torch.randint(0, size, (size, 8), generator=generator), 1.0)
@@ -97,15 +97,6 @@ class Preflight:
         seconds = time.perf_counter() - began
         empty_cache(self.device)
         return {"product_right": bool((found == expected).all()), "tflops": _PRODUCTS * 2 * size**3 / seconds / 1e12}
-
-    def _give_back(self) -> None:
-        """What torch keeps of a GPU's memory for later."""
-        if self.rank_info.device == "cuda":
-            torch.cuda.empty_cache()
-
-    def _wait(self) -> None:
-        if self.rank_info.device == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def links(self) -> dict[str, Any]:
         """Megabytes a second to the next worker, all sending at once as in a ring;

@@ -33,7 +33,7 @@ from training.profiling.breakdown import FORWARD
 from training.profiling.profiler import part
 from training.roles.trainer import Trainer
 
-_AT_ONCE = {"cuda": BatchLimits(micro_tokens=0, micro_batch=32), "cpu": BatchLimits(micro_tokens=512)}
+_AT_ONCE = {ACCELERATOR: BatchLimits(micro_tokens=0, micro_batch=32), "cpu": BatchLimits(micro_tokens=512)}
 """How much is scored at once. A CPU gains nothing from more, and pays for the padding of unlike lengths."""
 
 
