@@ -21,7 +21,8 @@ FORBIDDEN = {
 RAY = {
     f"launcher/{name}.py"
     for name in (
-        "workers/actor", "workers/ray_session", "workers/placement", "workers/autoscaler", "workers/worker_group", "workers/watchdog",
+        "workers/actor", "workers/ray_session", "workers/placement", "workers/autoscaler", "workers/worker_group",
+        "workers/watchdog",
         "submit/ray_jobs",
     )
 }  # fmt: skip
@@ -171,7 +172,10 @@ def test_shell_completion_loads_nothing_heavy_and_writes_no_file(tmp_path, shell
 
 
 def verb(*arguments: str) -> str:
-    return f"from launcher.cli.main import app\ntry: app({arguments!r})\nexcept SystemExit as end: assert not end.code, end.code"
+    return (
+        f"from launcher.cli.main import app\ntry: app({arguments!r})\nexcept SystemExit as end: assert not end.code, "
+        "end.code"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 
 The first FD is a Unix socket to the parent, the second one that listens: who connects to it is a parent, too. A parent
 sends a byte with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the fork server
-answers with JSON lines: {"ready"}, {"started": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the fork server
-ends the workers of a parent that is gone, and itself with the first; the kernel ends them with the fork server.
+answers with JSON lines: {"ready"}, {"started": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the fork
+server ends the workers of a parent that is gone, and itself with the first; the kernel ends them with the fork server.
 """
 
 from __future__ import annotations

@@ -22,7 +22,12 @@ def curve(step_s: float, steps: int = 8, first_step_s: float = 10.0) -> sft.Curv
 
 
 def test_a_printed_curve_is_read_from_between_other_lines():
-    texts = ["noise", '{"step": 1, "loss": 8.0, "step_s": 2.0, "tokens": 30}', "more", '{"step": 2, "loss": 7.0, "step_s": 1.0, "tokens": 50}']  # fmt: skip
+    texts = [
+        "noise",
+        '{"step": 1, "loss": 8.0, "step_s": 2.0, "tokens": 30}',
+        "more",
+        '{"step": 2, "loss": 7.0, "step_s": 1.0, "tokens": 50}',
+    ]
     lines = [Line(float(at), text) for at, text in enumerate(texts)]
     read = sft.printed_curve(Finished(0.0, 4.0, lines, peak_gib=2.5))
     assert read.peak_gib == 2.5
@@ -32,7 +37,9 @@ def test_a_printed_curve_is_read_from_between_other_lines():
 
 
 def test_the_step_ratio_leaves_the_warm_up_out():
-    figures = step.summary([curve(1.0), curve(3.0)], {"dealt": [curve(0.5), curve(1.5)], "padded": [curve(2.0), curve(6.0)]})  # fmt: skip
+    figures = step.summary(
+        [curve(1.0), curve(3.0)], {"dealt": [curve(0.5), curve(1.5)], "padded": [curve(2.0), curve(6.0)]}
+    )
     assert figures["ratio"]["median"] == 2.0
     assert figures["ratio_to_padded"]["max"] == 0.5
     assert figures["dealt_loss_difference"] == 0.0

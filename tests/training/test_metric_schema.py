@@ -25,12 +25,19 @@ def settings(tiny, recipe):
         "cft": {**held_out, "eval": {**questions(tiny), **verdicts}},
         "reward": held_out,
         "ppo": {
-            "reward": "tests.support.some_rewards:nines", "critic": str(tiny / "model"), "rollout_batch": 16, "response_tokens": 4,
-            "data": {"max_length": 64}, "eval": {**questions(tiny), **verdicts},
-            "groups": [{"roles": ["policy", "reference", "critic", "reward"], "workers": 1}, {"roles": ["rollout"], "workers": 1}],
+            "reward": "tests.support.some_rewards:nines",
+            "critic": str(tiny / "model"),
+            "rollout_batch": 16,
+            "response_tokens": 4,
+            "data": {"max_length": 64},
+            "eval": {**questions(tiny), **verdicts},
+            "groups": [
+                {"roles": ["policy", "reference", "critic", "reward"], "workers": 1},
+                {"roles": ["rollout"], "workers": 1},
+            ],
             "async": 1,
         },
-    }  # fmt: skip
+    }
     return {"recipe": recipe, "max_steps": 2, **own[recipe]}
 
 

@@ -81,7 +81,8 @@ def is_varlen(attention: str) -> bool:
 
 
 def partition_batch(lengths: Sequence[int], num_workers: int, limits: BatchLimits) -> list[list[list[Row]]]:
-    """`partition_batch(...)[worker][micro-batch]` is a list of rows; every worker gets the same number of micro-batches.
+    """`partition_batch(...)[worker][micro-batch]` is a list of rows;
+    every worker gets the same number of micro-batches.
 
     An empty list of rows is a turn that a worker has nothing for: it must still run one forward and backward pass,
     because the collectives of ZeRO-3 count on all workers.

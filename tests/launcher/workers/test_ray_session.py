@@ -36,7 +36,8 @@ def kill(temporary: str, what: str) -> None:
 
 @pytest.mark.faults
 def test_what_ends_beside_the_workers_costs_the_steps_since_the_checkpoint_at_most(run: Run, undisturbed, nothing_left):
-    """The GCS: nothing. The raylet, and the process that workers are forked from: as a lost machine. A signal to the group: nothing."""
+    """The GCS: nothing. The raylet, and the process that workers are forked from: as a lost machine.
+    A signal to the group: nothing."""
     run.start()
     run.reach(10)
     kill(str(nothing_left), "gcs_server")

@@ -21,7 +21,8 @@ NINES = "tests.support.some_rewards:nines"
 
 def settings(tiny, **more):
     return {
-        "recipe": "ppo", "reward": NINES, "critic": str(tiny / "model"), "rollout_batch": 16, "batch": 8, "response_tokens": 8,
+        "recipe": "ppo", "reward": NINES, "critic": str(tiny / "model"), "rollout_batch": 16, "batch": 8,
+        "response_tokens": 8,
         "max_steps": 3, "learning_rate": 1e-3, "critic_learning_rate": 3e-3, "data": {"max_length": 64}, **more,
     }  # fmt: skip
 
@@ -285,7 +286,8 @@ def driven(tiny, tmp_path, **more):
         attention="sdpa", device="cpu", data_hash="d", chats=False, notes=[],
     )  # fmt: skip
     learning = {
-        "limits": BatchLimits(micro_tokens=64), "computed": ones, "improve": improved, "cannot_save_to": None, "get_ready": None,
+        "limits": BatchLimits(micro_tokens=64), "computed": ones, "improve": improved, "cannot_save_to": None,
+        "get_ready": None,
         "is_saving": False, "restore": None, "publish": None,
     }  # fmt: skip
     answers = {
@@ -336,7 +338,8 @@ def test_a_round_is_scored_while_the_next_is_written(tiny, tmp_path, writers):
     scoring = ITERATION[1:5]
     first = [each for each in asked if each[1] in ("roll_out", "written", "computed", "scores")][:12]
     assert first == [
-        (writers, "roll_out"), (writers, "roll_out"), (writers, "written", 0), *scoring, (writers, "written", 1), *scoring,
+        (writers, "roll_out"), (writers, "roll_out"), (writers, "written", 0), *scoring, (writers, "written", 1),
+        *scoring,
     ]  # fmt: skip
     assert (hooks.rows[0]["reward"], hooks.rows[0]["tokens"]) == (1.5, 10)
 
@@ -440,7 +443,8 @@ def test_adapters_go_on_bit_for_bit(tiny, train, tmp_path):
 
 
 def test_a_policy_that_starts_from_an_adapter_is_compared_with_it(tiny, train, tmp_path):
-    """The reference is base and adapter as they were: a copy of the adapter in the shared base, or merged in a base of its own."""
+    """The reference is base and adapter as they were: a copy of the adapter in the shared base,
+    or merged in a base of its own."""
     from training.checkpoint.export import export
 
     sft = train(1, lora=LORA, max_steps=4)
