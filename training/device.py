@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 DeviceType = Literal["cpu", "cuda"]
 """A torch device type, as in `RankInfo.device`, `torch.autocast` and DeepSpeed's DS_ACCELERATOR."""
 ACCELERATOR: Final = "cuda"
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
-"""Environment variable: the accelerators that a process may use, by index or UUID."""
 _DRIVER = Path("/proc/driver/nvidia")
 
 
@@ -33,7 +31,7 @@ def is_accelerator(device: str) -> bool:
 
 def num_gpus() -> int:
     """Accelerators that this process may use, without loading torch or a CUDA library."""
-    visible = os.environ.get(VISIBLE_DEVICES)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
     return len(list((_DRIVER / "gpus").glob("*")))

@@ -12,7 +12,6 @@ from launcher.process.subprocesses import module_command, with_own_code
 from launcher.workers import supervisor
 from launcher.workers.failures import Raised, WorkerDied, describe
 from training.config import PPO, Model, Phase
-from training.device import VISIBLE_DEVICES
 from training.errors import InputError, Problem
 from training.estimate import model_traits
 from training.estimate.model_traits import Traits
@@ -81,7 +80,7 @@ def _by_a_process(model: Model) -> str:
         {"path": model.path, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
     )
     command = module_command("training.models.probe", settings)
-    environment = with_own_code({**os.environ, VISIBLE_DEVICES: ""})
+    environment = with_own_code({**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     try:
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:

@@ -29,7 +29,6 @@ from launcher.process.output import Output
 from launcher.workers.exception_kinds import evidence_of
 from launcher.workers.failures import Raised
 from launcher.workers.ipc import Pipe
-from training.device import VISIBLE_DEVICES
 
 STACKS = signal.SIGUSR1
 """Makes a worker write the stacks of its threads to its log."""
@@ -223,7 +222,7 @@ class WorkerCommands:
         from training.process.distributed import join, set_environment
 
         if visible_gpus is not None:
-            os.environ[VISIBLE_DEVICES] = visible_gpus
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
         set_environment(rank_info)
         join(rank_info, key, getattr(self, "listener", None))
         self.worker = Worker(rank_info)
