@@ -16,7 +16,7 @@ from launcher.jobfile.job import Job
 from launcher.plan import hardware, local_capacity, plan
 from launcher.plan.hardware import HardwareProfile, UnknownHardware
 from launcher.runfolder.cache import cache_folder
-from training.config import PPO, Phase
+from training.config import Phase
 from training.data import questions, reward_signature, vocabulary
 from training.data.files import HubSplit, Located, without_effect
 from training.data.phase_data import data_of, prepare_phase, sources_of
@@ -83,8 +83,7 @@ def _rows(phase: Phase) -> dict[str, Any]:
     known = model_probe.examined(phase)
     if not notes and os.path.isdir(tokenizer):
         return {"recipe": phase.recipe, **_counts(phase, known)}
-    if isinstance(phase, PPO):
-        notes += reward_signature.check(phase)
+    notes += reward_signature.check(phase)
     notes += _of_model(phase, known, 0)
     if not local:
         return {"recipe": phase.recipe, "notes": notes}
@@ -135,8 +134,7 @@ def _counts(phase: Phase, known: Traits | None) -> dict[str, Any]:
     notes = without_effect(located) + [
         note for store in parts.values() if store is not None for note in store.meta.notes
     ]
-    if isinstance(phase, PPO):
-        notes += reward_signature.notes(phase, stores.train)
+    notes += reward_signature.notes(phase, stores.train)
     notes += found
     notes += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
     notes += notes_on(phase.model.path)

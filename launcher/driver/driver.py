@@ -31,7 +31,7 @@ from launcher.runfolder.run_folder import RunFolder
 from launcher.workers import supervisor
 from launcher.workers.failures import NoMachines, Raised, WorkerDied, describe
 from launcher.workers.worker_set import WorkerSet, worker_set_of
-from training.config import PPO, Phase
+from training.config import Phase
 from training.data.token_store import BAD_ROWS
 from training.errors import InputError, MusterError, StorageError, TrainingError
 from training.group import Group, results
@@ -315,10 +315,10 @@ def with_its_start(phase: Phase, run: RunFolder) -> Phase:
         changes: dict[str, str | None] = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}
         changes["tokenizer_revision"] = tokenizer_revision(phase.model)
         phase = phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
-    return _with_its_rewards(phase, run) if isinstance(phase, PPO) else phase
+    return _with_its_rewards(phase, run)
 
 
-def _with_its_rewards(phase: PPO, run: RunFolder) -> PPO:
+def _with_its_rewards(phase: Phase, run: RunFolder) -> Phase:
     """The models of earlier phases in place of their names; the critic starts from a reward model, if there is one."""
 
     def folder(path: str) -> str:
@@ -328,9 +328,8 @@ def _with_its_rewards(phase: PPO, run: RunFolder) -> PPO:
         source.model_copy(update={"path": folder(source.path)}) if source.is_model else source
         for source in phase.rewards
     ]
-    starts = [phase.critic] if phase.critic else [source.path for source in rewards if source.is_model]
-    critic = folder(starts[0]) if starts else phase.model.path
-    return phase.model_copy(update={"reward": rewards, "critic": critic})
+    critic = folder(phase.critic_start) if phase.critic_start else phase.model.path
+    return phase.with_rewards(rewards, critic)
 
 
 def _export(group: Group, checkpoint: StoragePath, out: StoragePath) -> None:

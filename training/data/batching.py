@@ -59,7 +59,7 @@ def limits_for(
     if phase.micro_tokens != "auto":
         tokens = phase.micro_tokens
     elif on_cpu:
-        small = phase.model.lora is not None or phase.recipe == "reward"
+        small = phase.model.lora is not None or phase.sequences_per_sample > 1
         tokens = _MICRO_TOKENS_CPU_SMALL if small else _MICRO_TOKENS_CPU
     else:
         tokens = max(_MICRO_TOKENS, longest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import PPO, Data, Phase, Source
+from training.config import Data, Phase, Source
 from training.data import files, question_prompts, reward_prompts, reward_signature
 from training.data.files import Located
 from training.data.prepare import prepare
@@ -50,8 +50,6 @@ def prepare_phase(phase: Phase, cache: Path) -> tuple[Stores, list[str]]:
     reward functions that cannot be called with the rows, or reward models that cannot be given them."""
     stores = open_stores(phase, cache)
     notes = question_prompts.check(phase, stores.train, cache)
-    if not isinstance(phase, PPO):
-        return stores, notes
     return stores, notes + reward_signature.check(phase, stores.train) + reward_prompts.check(
         phase, stores.train, cache
     )

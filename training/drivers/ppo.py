@@ -163,7 +163,7 @@ class _Loop:
             with self._timed("sync"):
                 self.sync(writers)
         with self._timed("generate"):
-            return [writers.call("roll_out", step, nth) for nth in range(self.phase.rounds(writers.size))]
+            return [writers.call("roll_out", step, nth) for nth in range(self.phase.rollout.rounds(writers.size))]
 
     def _written_ahead(self, step: int) -> Experience:
         """All of them, from a rollout group, who begin to write the next ones."""
