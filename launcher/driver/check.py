@@ -21,6 +21,7 @@ from training.data import questions, reward_signature, vocabulary
 from training.data.files import HubSplit, Located, without_effect
 from training.data.phase_data import data_of, prepare_phase, sources_of
 from training.data.prepare import bad_rows_note
+from training.device import num_gpus
 from training.errors import InputError
 from training.estimate import model_traits
 from training.estimate.model_traits import Traits
@@ -44,7 +45,7 @@ def machine(job: Job, *, inline: bool, force: bool = False) -> None:
     local_capacity.check(job, inline=inline, force=force)
     if not force:
         checkpoint_quota.check(job)
-    if not force and local_capacity.num_gpus() and (inline or "RAY_ADDRESS" not in os.environ):
+    if not force and num_gpus() and (inline or "RAY_ADDRESS" not in os.environ):
         fits_gpus(job, lambda: [hardware.here()])
 
 
@@ -176,7 +177,7 @@ def _of_model(phase: Phase, known: Traits | None, longest: int) -> list[str]:
                 "do is examined when the job runs"
             )
         ]
-    device = "cuda" if local_capacity.num_gpus() and phase.resources.gpus_per_worker != 0 else "cpu"
+    device = local_capacity.device_of(phase)
     attention = model_traits.attention_of(phase.model, known, device)
     model_traits.refuse(phase, known, attention, longest)
     return list(model_traits.notes(phase, known, attention, longest))

@@ -14,6 +14,7 @@ from typing import Literal
 
 from training.config import Lora, Phase, Sharding
 from training.data.batching import SDPA_VARLEN, is_varlen, limits_for
+from training.device import ACCELERATOR, DeviceType, device_type, is_accelerator
 from training.estimate.model_traits import Traits, attention_of, rows_of
 from training.estimate.parameters import Shape
 from training.model_folder import adapter_in
@@ -26,7 +27,7 @@ LOGITS_AT_ONCE = 64 << 20
 CACHE_ROOM = 64
 """Places that a cache of keys and values has ready (training/generation/kv_cache.py): all it
 holds is copied once in so many tokens."""
-_BUCKET_NUMBERS = {"cpu": 4_000_000, "cuda": 200_000_000}
+_BUCKET_NUMBERS = {"cpu": 4_000_000, ACCELERATOR: 200_000_000}
 """Of a bucket of gradients, where DeepSpeed's own is of 500 million. A bucket is sent when it is full, so a smaller one
 begins earlier, and leaves less to send when the backward pass is over. On a GPU 400 MB fill any link; on a CPU 16 MB
 stay in the cache until they are sent, and gradients go as they come."""
@@ -76,8 +77,8 @@ class Setting:
         return self.sharding.stage
 
     @property
-    def device(self) -> Literal["cpu", "cuda"]:
-        return "cuda" if self.on_gpu else "cpu"
+    def device(self) -> DeviceType:
+        return device_type(self.on_gpu)
 
     @property
     def bytes(self) -> int:
@@ -119,7 +120,7 @@ def setting_of(
     `known`: what is known of the model's code, if it was examined.
     Raises InputError for a kernel that it does not have.
     """
-    device: Literal["cpu", "cuda"] = "cuda" if on_gpu else "cpu"
+    device = device_type(on_gpu)
     attention: str = phase.model.attention
     if known is not None:
         attention = attention_of(phase.model, known, device)
@@ -160,7 +161,7 @@ def overlaps(sharding: Sharding, device: str, workers: int) -> bool:
 
     ZeRO-3 does so anyway; below, gradients are sent once a step; with offload they wait for the host.
     """
-    return sharding.stage == 2 and sharding.offload == "none" and device == "cuda" and workers > 1
+    return sharding.stage == 2 and sharding.offload == "none" and is_accelerator(device) and workers > 1
 
 
 def states(shape: Shape, where: Setting) -> Needs:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from training.config import Model, Phase
 from training.data.batching import SDPA_VARLEN
+from training.device import ACCELERATOR
 from training.errors import InputError
 from training.io.versions import versions_of
 from training.model_folder import configured_in
@@ -139,7 +140,7 @@ def attention_of(model: Model, traits: Traits, device: str, *, flash: bool = Fal
         if not traits.usable(model.attention):
             raise InputError.of("", _unusable(model.attention, traits, device), "model.attention")
         return model.attention
-    wanted = {"cuda": ["flash_attention_2"] if flash else []}.get(device, [] if model.compile else [SDPA_VARLEN])
+    wanted = {ACCELERATOR: ["flash_attention_2"] if flash else []}.get(device, [] if model.compile else [SDPA_VARLEN])
     return next((name for name in (*wanted, "sdpa") if traits.usable(name)), "eager")
 
 

@@ -23,6 +23,7 @@ from training.data.render import sides_of
 from training.data.shared_prefix_pairs import Pair, mask_of, trees
 from training.data.token_store import TokenStore
 from training.data.vocabulary import beyond, rows_in
+from training.device import ACCELERATOR
 from training.errors import InputError
 from training.estimate.model_traits import rows_of
 from training.models import loading as models
@@ -32,7 +33,7 @@ from training.profiling.breakdown import FORWARD
 from training.profiling.profiler import part
 from training.roles.trainer import Trainer
 
-_AT_ONCE = {"cuda": BatchLimits(micro_tokens=0, micro_batch=32), "cpu": BatchLimits(micro_tokens=512)}
+_AT_ONCE = {ACCELERATOR: BatchLimits(micro_tokens=0, micro_batch=32), "cpu": BatchLimits(micro_tokens=512)}
 """How much is scored at once. A CPU gains nothing from more, and pays for the padding of unlike lengths."""
 
 
