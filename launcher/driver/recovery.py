@@ -1,5 +1,5 @@
 """What happens in a phase after a failure: remembered, judged, told, and waited for.
-The judgement itself is launcher/workers/failures.py."""
+The judgement itself is launcher/driver/retry_policy.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from launcher.driver.open_run import OpenRun
-from launcher.workers.failures import Decision, Incident, NoMachines, WorkerError, decide, kind_of, told
+from launcher.driver.retry_policy import Decision, Incident, decide, told
+from launcher.workers.errors import NoMachines, WorkerError, kind_of
 from training.config import Phase
 from training.errors import Diverged, InputError, MusterError, Superseded, TrainingError
 

@@ -7,20 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.workers.failures import (
-    TRIES,
-    Decision,
-    Incident,
-    Kind,
-    Raised,
-    WorkerDied,
-    WorkerError,
-    decide,
-    first_cause,
-    kind_of,
-    told,
-    worker_error,
-)
+from launcher.driver.retry_policy import TRIES, Decision, Incident, decide, told
+from launcher.workers.errors import Kind, Raised, WorkerDied, WorkerError, first_cause, kind_of, worker_error
 from training.errors import (
     Diverged,
     InputError,
