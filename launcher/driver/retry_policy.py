@@ -144,7 +144,7 @@ _ADVICE = {
 }
 
 
-def told(error: MusterError, incident: Incident, decision: Decision) -> str:
+def describe_decision(error: MusterError, incident: Incident, decision: Decision) -> str:
     """One paragraph for the person who watches: who, where, what, what is done, what to change, what it costs."""
     lost = max(0, incident.step - 1 - incident.checkpoint)
     lines = [f"{incident.kind}: {error}"]
