@@ -29,7 +29,7 @@ from launcher.jobfile.validation_messages import annotation_of, bare_of, describ
 from launcher.process.exit_status import ExitStatus
 from launcher.runfolder import event_schema
 from training.config import Phase
-from training.metric_schema import METRICS, Columns
+from training.metric_schema import Columns
 from training.recipes import RECIPES
 
 REQUIRED = "required"
@@ -346,11 +346,11 @@ def _metrics() -> Iterator[str]:
     yield "The folder of the phase has one object per step and one per evaluation. Each step occurs once, even if the"
     yield "run was interrupted.\n"
     told: dict[int, list[str]] = {}
-    for recipe, columns in METRICS.items():
-        told.setdefault(id(columns), []).append(recipe)
+    for name, recipe in RECIPES.items():
+        told.setdefault(id(recipe.metrics), []).append(name)
     for recipes in told.values():
         yield f"### {', '.join(recipes)}\n"
-        yield from _columns(METRICS[recipes[0]])
+        yield from _columns(RECIPES[recipes[0]].metrics)
     yield "## `events.jsonl`\n"
     yield "The folder of the run has one object per event.\n"
     yield from _table(

@@ -127,15 +127,24 @@ def _write_model(folder: Path, vocabulary: int = 260, hidden: int = 16, layers: 
     folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden,
-        "intermediate_size": 2 * hidden, "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "intermediate_size": 2 * hidden, "num_hidden_layers": layers, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "head_dim": hidden // 2, "max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": 0,
         "hidden_act": "silu", "rms_norm_eps": 1e-6, "torch_dtype": "float32",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     square, wide = (hidden, hidden), (2 * hidden, hidden)
-    shapes = {"self_attn.q_proj": square, "self_attn.k_proj": square, "self_attn.v_proj": square, "self_attn.o_proj": square,
-              "mlp.gate_proj": wide, "mlp.up_proj": wide, "mlp.down_proj": wide[::-1],
-              "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}  # fmt: skip
+    shapes = {
+        "self_attn.q_proj": square,
+        "self_attn.k_proj": square,
+        "self_attn.v_proj": square,
+        "self_attn.o_proj": square,
+        "mlp.gate_proj": wide,
+        "mlp.up_proj": wide,
+        "mlp.down_proj": wide[::-1],
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
     names = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in shapes.items()}
     names |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))
     names |= {"model.norm.weight": (hidden,)}

@@ -49,9 +49,24 @@ def run(folder: Path, ci: str, *words: str) -> str:
     (folder / "conftest.py").write_text(CONFTEST)
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "--rootdir", str(folder), str(folder), *words],
-        cwd=folder, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": root, "CI": ci},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-rA",
+            "--rootdir",
+            str(folder),
+            str(folder),
+            *words,
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": root, "CI": ci},
+    )
     return done.stdout + done.stderr
 
 

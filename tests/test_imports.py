@@ -21,7 +21,8 @@ FORBIDDEN = {
 RAY = {
     f"launcher/{name}.py"
     for name in (
-        "workers/actor", "workers/ray_session", "workers/placement", "workers/autoscaler", "workers/worker_group", "workers/watchdog",
+        "workers/actor", "workers/ray_session", "workers/placement", "workers/autoscaler", "workers/worker_group",
+        "workers/watchdog",
         "submit/ray_jobs",
     )
 }  # fmt: skip
@@ -67,6 +68,39 @@ def test_a_library_is_known_in_few_files(library, files):
         if library in imported(file)
     }
     assert users == files
+
+
+def names_the_accelerator(node: ast.AST) -> bool:
+    match node:
+        case ast.Constant(value=str(text)):
+            return text.partition(":")[0] == "cuda"
+        case ast.Attribute(value=ast.Name("torch"), attr="cuda"):
+            return True
+        case ast.ImportFrom(module="torch", names=names):
+            return "cuda" in [alias.name for alias in names]
+        case ast.ImportFrom(module=str(module)):
+            return module.startswith("torch.cuda")
+        case ast.Import(names=names):
+            return any(alias.name.startswith("torch.cuda") for alias in names)
+    return False
+
+
+def test_one_file_names_the_accelerator():
+    files = {
+        file.relative_to(ROOT).as_posix()
+        for package in ("launcher", "training")
+        for file in sources(package)
+        if any(map(names_the_accelerator, ast.walk(ast.parse(file.read_text()))))
+    }
+    assert files == {"training/device.py"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["d = 'cuda'", "d = f'cuda:{0}'", "torch.cuda.synchronize()", "from torch import cuda", "import torch.cuda.nccl"],
+)
+def test_the_scan_sees_the_accelerator(code):
+    assert any(map(names_the_accelerator, ast.walk(ast.parse(code))))
 
 
 def test_few_files_speak_to_actors():
@@ -138,7 +172,10 @@ def test_shell_completion_loads_nothing_heavy_and_writes_no_file(tmp_path, shell
 
 
 def verb(*arguments: str) -> str:
-    return f"from launcher.cli.main import app\ntry: app({arguments!r})\nexcept SystemExit as end: assert not end.code, end.code"
+    return (
+        f"from launcher.cli.main import app\ntry: app({arguments!r})\nexcept SystemExit as end: assert not end.code, "
+        "end.code"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The lock files hold what pyproject.toml asks for, each file by its hash, and are what this environment was built from."""
+"""The lock files hold what pyproject.toml asks for, each file by its hash,
+and are what this environment was built from."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def test_cpu_and_cuda_differ_in_torch_alone():
 
 
 def test_nothing_makes_ray_slow_to_import():
-    """jsonschema, which Ray imports in every process, builds a grammar of URLs if it finds this package: seconds each time."""
+    """jsonschema, which Ray imports in every process, builds a grammar of URLs
+    if it finds this package: seconds each time."""
     assert "rfc3987-syntax" not in pins("cpu") | pins("dev")
 
 
@@ -89,8 +91,12 @@ def test_the_audit_tells_what_it_found_and_what_it_has_no_answer_for():
     spec.loader.exec_module(audit)
     packages = [
         {"name": "a", "version": "1", "vulns": []},
-        {"name": "b", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}, {"id": "CVE-2", "fix_versions": []}]},
+        {
+            "name": "b",
+            "version": "2",
+            "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}, {"id": "CVE-2", "fix_versions": []}],
+        },
         {"name": "c", "skip_reason": "not found"},
-    ]  # fmt: skip
+    ]
     assert audit.vulnerable(packages) == ["b 2: CVE-1, mended in 2.1", "b 2: CVE-2, mended in no version"]
     assert audit.unanswered(packages) == {"c"}

@@ -1,4 +1,5 @@
-"""The README stays short, links and anchors of all Markdown files resolve, every page is on the site, and jobs in the docs are valid."""
+"""The README stays short, links and anchors of all Markdown files resolve, every page is on the site,
+and jobs in the docs are valid."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -326,6 +327,31 @@ class Profile(Settings):
         return int(str(self.steps).rpartition("-")[2])
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """How a step goes that begins with responses of the model: what its time and memory depend on."""
+
+    responses: int
+    """Responses of a step."""
+    batch: int
+    """Responses that one worker writes at a time, unless it batches continuously."""
+    continuous: bool
+    """Whether the next prompt takes the place of a finished response at once."""
+    ahead: bool
+    """Whether the responses of the next step are written while the model learns from these."""
+    updates: int
+    """Updates of the weights in a step."""
+
+    def rounds(self, writers: int) -> int:
+        """In how many rounds so many workers write the responses of a step.
+
+        The others score one round while the next is written.
+        """
+        if self.continuous:
+            return 1
+        return math.ceil(math.ceil(self.responses / writers) / self.batch)
+
+
 class Phase(Settings):
     """What every recipe has."""
 
@@ -402,6 +428,74 @@ class Phase(Settings):
     def new_tokens(self) -> int:
         """Tokens that the model writes behind a sample."""
         return 0
+
+    @property
+    def sequences_per_sample(self) -> int:
+        """Sequences that a sample consists of; they lie in one row."""
+        return 1
+
+    @property
+    def max_row(self) -> int:
+        """Tokens of the longest sample that the settings allow, with what the model writes behind it."""
+        return self.sequences_per_sample * self.data.max_length + self.new_tokens
+
+    @property
+    def target_share(self) -> float:
+        """Share of the tokens that a loss is computed at, where nothing is known of the data."""
+        return 1.0
+
+    @property
+    def rollout(self) -> Rollout | None:
+        """How the model writes the responses that it learns from. None: it learns from the data's."""
+        return None
+
+    @property
+    def step_sequences(self) -> int:
+        """Samples of a step; a prompt counts once for each of its responses."""
+        return self.step_samples if self.rollout is None else self.rollout.responses
+
+    @property
+    def rewards(self) -> list[RewardSource]:
+        """What scores the responses of the model; their scores are added up."""
+        return []
+
+    @property
+    def reward_keys(self) -> list[tuple[str | int, ...]]:
+        """Where the path of each of `rewards` stands in the settings."""
+        return []
+
+    @property
+    def named_critic(self) -> str | None:
+        """The model that the settings name for the critic to start from."""
+        return None
+
+    @property
+    def critic_start(self) -> str | None:
+        """The model that the critic starts from: the named one, else the first reward that is a model.
+        None: the model of the phase."""
+        return self.named_critic or next((source.path for source in self.rewards if source.is_model), None)
+
+    def with_rewards(self, rewards: list[RewardSource], critic: str | None) -> Self:
+        """The phase with other `rewards` and `named_critic`; one that has none as it is."""
+        return self
+
+    @property
+    def has_sized_groups(self) -> bool:
+        """Whether groups of workers have sizes of their own, in place of `resources.workers`."""
+        return False
+
+    def resized(self, workers: int) -> dict[str, Any]:
+        """The settings that give the phase so many workers, as nearly as groups can keep their proportions."""
+        return {"resources": self.resources.model_copy(update={"workers": workers, "min_workers": None})}
+
+    def resharded(self, sharding: Sharding) -> dict[str, Any]:
+        """The settings that give all workers this sharding."""
+        return {"sharding": sharding}
+
+    @property
+    def memory_counts(self) -> dict[str, int]:
+        """Settings of the recipe that can be made smaller to save memory, and change nothing else but the speed."""
+        return {}
 
     @property
     def placements(self) -> list[tuple[tuple[str, ...], Phase]]:
@@ -483,7 +577,7 @@ class Phase(Settings):
                 "model.kernels",
                 "compiled layers fuse the same operations by themselves; leave kernels or compile out",
             )
-        if self.data.overlong == "split" and not isinstance(self, Pretrain):
+        if self.data.overlong == "split" and not isinstance(self.data, Documents):
             yield "data.overlong", "only documents (recipe pretrain) can be split; choose drop or truncate"
         if self.sharding.offload != "none" and self.sharding.stage == 0:
             yield "sharding.offload", "there is nothing to offload at stage 0; choose stage 1, 2 or 3"
@@ -515,9 +609,17 @@ class Pretrain(Phase):
     data: Documents
 
 
+_OUTPUT_SHARE = 0.75
+"""Of the tokens of a sample; the rest are its prompt."""
+
+
 class SFT(Phase):
     """Supervised fine-tuning: the loss is on the outputs only. The defaults are those of LLaMA-2 where that paper gives
     them (arXiv:2307.09288)."""
+
+    @property
+    def target_share(self) -> float:
+        return _OUTPUT_SHARE
 
 
 class CritiqueSchedule(Schedule):
@@ -535,12 +637,20 @@ class CFT(Phase):
     learning_rate: PositiveFloat = 5.0e-6
     schedule: CritiqueSchedule = CritiqueSchedule()
 
+    @property
+    def target_share(self) -> float:
+        return _OUTPUT_SHARE
+
 
 class Reward(Phase):
     """Reward model with a scalar head, trained on pairs; the loss is -log sigmoid(chosen - rejected - margin)
     (arXiv:2203.02155, 2307.09288)."""
 
     learning_rate: PositiveFloat = 1.0e-5
+
+    @property
+    def sequences_per_sample(self) -> int:
+        return 2
 
     def eval_metrics(self) -> tuple[str, ...]:
         names = ("loss", "accuracy", "margin", "reward_mean", "reward_std")
@@ -715,19 +825,45 @@ class PPO(Phase):
     def new_tokens(self) -> int:
         return self.response_tokens
 
-    def rounds(self, writers: int) -> int:
-        """In how many rounds so many workers write the responses of an iteration;
-        the others score one while the next is written."""
-        if self.generation == "continuous":
-            return 1
-        longest_share = math.ceil(self.rollout_batch * self.samples_per_prompt / writers)
-        return math.ceil(longest_share / self.generation_batch)
+    @property
+    def target_share(self) -> float:
+        return self.new_tokens / self.max_row
+
+    @property
+    def rollout(self) -> Rollout:
+        responses = self.rollout_batch * self.samples_per_prompt
+        return Rollout(
+            responses=responses,
+            batch=self.generation_batch,
+            continuous=self.generation == "continuous",
+            ahead=bool(self.async_),
+            updates=math.ceil(responses / self.batch) * self.ppo_epochs,
+        )
+
+    @property
+    def memory_counts(self) -> dict[str, int]:
+        return {} if self.rollout.continuous else {"generation_batch": self.generation_batch}
 
     @property
     def placements(self) -> list[tuple[tuple[str, ...], Phase]]:
         if self.groups is None:
             return [(PPO_ROLES, self)]
         return [(tuple(group.roles), self._seated(group)) for group in self.groups]
+
+    @property
+    def has_sized_groups(self) -> bool:
+        return self.groups is not None
+
+    def resized(self, workers: int) -> dict[str, Any]:
+        if self.groups is None:
+            return super().resized(workers)
+        counts = [max(1, round(group.workers * workers / self.num_workers)) for group in self.groups]
+        sized = zip(self.groups, counts, strict=True)
+        return {"groups": [group.model_copy(update={"workers": count}) for group, count in sized]}
+
+    def resharded(self, sharding: Sharding) -> dict[str, Any]:
+        groups = self.groups and [group.model_copy(update={"sharding": sharding}) for group in self.groups]
+        return {"sharding": sharding, "groups": groups}
 
     def _seated(self, group: Placement) -> Phase:
         resources = self.resources.model_copy(update={"workers": group.workers})
@@ -743,9 +879,24 @@ class PPO(Phase):
 
     @property
     def rewards(self) -> list[RewardSource]:
-        """What is added up to the reward."""
         given = [self.reward] if isinstance(self.reward, str) else self.reward
         return [RewardSource(path=each) if isinstance(each, str) else each for each in given]
+
+    @property
+    def reward_keys(self) -> list[tuple[str | int, ...]]:
+        if isinstance(self.reward, str):
+            return [("reward",)]
+        return [
+            ("reward", index) if isinstance(each, str) else ("reward", index, "path")
+            for index, each in enumerate(self.reward)
+        ]
+
+    @property
+    def named_critic(self) -> str | None:
+        return self.critic
+
+    def with_rewards(self, rewards: list[RewardSource], critic: str | None) -> Self:
+        return self.model_copy(update={"reward": rewards, "critic": critic})
 
     def settings_without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().settings_without_effect()

@@ -1,11 +1,10 @@
-"""The table of all metrics in metrics.jsonl, by recipe: names, labels, units and meanings. Imports no torch.
+"""All metrics in metrics.jsonl: names, labels, units and meanings. Imports no torch.
 
 The reference page and the labels of curves come from it, and a test fails for a metric that is not in it.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 
@@ -160,7 +159,7 @@ def _pairs(prefix: str, of: str) -> Columns:
     }
 
 
-_PPO: Columns = {
+_POLICY: Columns = {
     "iteration": Metric(
         "iteration",
         "",
@@ -264,18 +263,11 @@ _PPO: Columns = {
     "driver_s": Metric("driver time", "s", "Time that the driver itself computed, without waiting."),
 }
 
-_OF_LANGUAGE = {**ROW, **_LANGUAGE, **STEP, **_SUPERVISED, **_HELD_OUT, **_ANSWERS, **_ANSWERS_SPEED, **_EVALUATION}
-
-METRICS: dict[str, Columns] = {
-    "pretrain": _OF_LANGUAGE,
-    "sft": _OF_LANGUAGE,
-    "cft": _OF_LANGUAGE,
-    "reward": {**ROW, **_pairs("", ""), **STEP, **_SUPERVISED, **_pairs("eval_", ", held out"), **_EVALUATION},
-    "ppo": {**ROW, **STEP, **_PPO, **_ANSWERS, **_ANSWERS_SPEED, **_EVALUATION},
-}
-"""By recipe, in reading order."""
-
-
-def metric(recipe: str, name: str) -> Metric | None:
-    """The metric of a column of a recipe; None if it is unknown."""
-    return METRICS.get(recipe, {}).get(re.sub(r"pass@\d+$", "pass@K", name))
+LANGUAGE: Columns = {
+    **ROW, **_LANGUAGE, **STEP, **_SUPERVISED, **_HELD_OUT, **_ANSWERS, **_ANSWERS_SPEED, **_EVALUATION,
+}  # fmt: skip
+"""Of language models that are trained on texts, in reading order, as all of these."""
+PAIRS: Columns = {**ROW, **_pairs("", ""), **STEP, **_SUPERVISED, **_pairs("eval_", ", held out"), **_EVALUATION}
+"""Of reward models that are trained on pairs."""
+POLICY: Columns = {**ROW, **STEP, **_POLICY, **_ANSWERS, **_ANSWERS_SPEED, **_EVALUATION}
+"""Of a policy with its critic and its rewards."""

@@ -16,11 +16,12 @@ from launcher.jobfile.job import Job
 from launcher.plan import hardware, local_capacity, plan
 from launcher.plan.hardware import HardwareProfile, UnknownHardware
 from launcher.runfolder.cache import cache_folder
-from training.config import PPO, Phase
+from training.config import Phase
 from training.data import questions, reward_signature, vocabulary
 from training.data.files import HubSplit, Located, without_effect
 from training.data.phase_data import data_of, prepare_phase, sources_of
 from training.data.prepare import bad_rows_note
+from training.device import num_gpus
 from training.errors import InputError
 from training.estimate import model_traits
 from training.estimate.model_traits import Traits
@@ -44,7 +45,7 @@ def machine(job: Job, *, inline: bool, force: bool = False) -> None:
     local_capacity.check(job, inline=inline, force=force)
     if not force:
         checkpoint_quota.check(job)
-    if not force and local_capacity.num_gpus() and (inline or "RAY_ADDRESS" not in os.environ):
+    if not force and num_gpus() and (inline or "RAY_ADDRESS" not in os.environ):
         fits_gpus(job, lambda: [hardware.here()])
 
 
@@ -82,8 +83,7 @@ def _rows(phase: Phase) -> dict[str, Any]:
     known = model_probe.examined(phase)
     if not notes and os.path.isdir(tokenizer):
         return {"recipe": phase.recipe, **_counts(phase, known)}
-    if isinstance(phase, PPO):
-        notes += reward_signature.check(phase)
+    notes += reward_signature.check(phase)
     notes += _of_model(phase, known, 0)
     if not local:
         return {"recipe": phase.recipe, "notes": notes}
@@ -134,8 +134,7 @@ def _counts(phase: Phase, known: Traits | None) -> dict[str, Any]:
     notes = without_effect(located) + [
         note for store in parts.values() if store is not None for note in store.meta.notes
     ]
-    if isinstance(phase, PPO):
-        notes += reward_signature.notes(phase, stores.train)
+    notes += reward_signature.notes(phase, stores.train)
     notes += found
     notes += vocabulary.notes(phase, stores.train.meta.tokenizer_rows)
     notes += notes_on(phase.model.path)
@@ -178,7 +177,7 @@ def _of_model(phase: Phase, known: Traits | None, longest: int) -> list[str]:
                 "do is examined when the job runs"
             )
         ]
-    device = "cuda" if local_capacity.num_gpus() and phase.resources.gpus_per_worker != 0 else "cpu"
+    device = local_capacity.device_of(phase)
     attention = model_traits.attention_of(phase.model, known, device)
     model_traits.refuse(phase, known, attention, longest)
     return list(model_traits.notes(phase, known, attention, longest))

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from rich.console import Console
 
@@ -31,7 +31,7 @@ from launcher.runfolder.run_folder import RunFolder
 from launcher.workers import supervisor
 from launcher.workers.errors import NoMachines, Raised, WorkerDied, describe
 from launcher.workers.worker_set import WorkerSet, worker_set_of
-from training.config import PPO, Phase
+from training.config import Phase
 from training.data.token_store import BAD_ROWS
 from training.errors import InputError, MusterError, StorageError, TrainingError
 from training.group import Group, results
@@ -72,13 +72,14 @@ def run_job(
     with ExitStack() as stack:
         outputs = stack.enter_context(output.kept_going())
         interrupts = stack.enter_context(Interrupts())
-        stores = _get_ready(job, recorded | looked_up, stack, inline=inline)
+        prepared = _get_ready(job, recorded | looked_up, stack, inline=inline)
         run = open_run.begin(job, resume_options)
         stack.callback(run.close)
         outputs.report_to(partial(_note_output, run))
         if looked_up:
             run.event("revisions", commits=looked_up)
-        _list_bad_rows(run, stores)
+        _list_bad_rows(run, prepared)
+        _note_damage(run, prepared)
         status = _run_phases(run, job, interrupts, console, RunOptions(inline, only, preflight))
         interrupts.end()
         return status
@@ -89,7 +90,16 @@ def _note_output(run: OpenRun, stream: str, error: str) -> None:
         run.event("output_failed", stream=stream, error=error)
 
 
-def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Path]:
+class Prepared(NamedTuple):
+    """The data of a phase."""
+
+    folder: Path
+    """Of the tokenized training samples."""
+    damage: list[str]
+    """What was wrong with tokenized data that were made anew."""
+
+
+def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Prepared]:
     """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile. Returns what `prepare` does."""
     if inline:
         return prepare(job, commits)
@@ -110,12 +120,18 @@ def _sweep_stores() -> None:
     sweep_unfinished(cache_folder())
 
 
-def _list_bad_rows(run: OpenRun, stores: Mapping[str, Path]) -> None:
+def _list_bad_rows(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
     """Rows that were dropped, in the folder of their phase."""
-    for phase, folder in stores.items():
+    for phase, (folder, _) in prepared.items():
         if (folder / BAD_ROWS).exists():
             run.phase(phase).mkdir(exist_ok=True)
             shutil.copyfile(folder / BAD_ROWS, run.phase(phase) / BAD_ROWS)
+
+
+def _note_damage(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
+    for phase, (_, damage) in prepared.items():
+        for finding in damage:
+            run.event("data_damaged", phase=phase, finding=finding, rank=None)
 
 
 def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
@@ -198,9 +214,9 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
         run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
 
 
-def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Path]:
-    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase; and examine its
-    models. Raises InputError with all that is wrong with any of them.
+def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Prepared]:
+    """Check and tokenise the data of every phase, once; returns them by phase. Also examine its models.
+    Raises InputError with all that is wrong with any of them.
 
     `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another
     that has imported what it takes; which is seconds, and 0.3 GiB.
@@ -208,15 +224,16 @@ def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool =
     from training.data import questions
     from training.data.phase_data import prepare_phase as prepare_data
 
-    def prepare_phase(phase: Phase) -> Path:
+    def prepare_phase(phase: Phase) -> Prepared:
         phase = hub_revisions.with_commits(phase, commits or {})
         questions.check(phase)
         model_probe.examined(phase, apart=apart)
         if not (apart and supervisor.has_fork_server()):
             stores, _ = prepare_data(phase, cache_folder())
-            return stores.train.folder
+            return Prepared(stores.train.folder, stores.damage)
         try:
-            return Path(supervisor.apart("prepare", phase, str(cache_folder()), dict(os.environ)))
+            folder, damage = supervisor.apart("prepare", phase, str(cache_folder()), dict(os.environ))
+            return Prepared(Path(folder), damage)
         except (Raised, WorkerDied) as error:
             trace = f"\n{error.trace}" if isinstance(error, Raised) else ""
             raise TrainingError(f"the process that prepares the data {describe(error)}{trace}") from error
@@ -289,8 +306,10 @@ def _attempt(
             if preflight and (figures := gang.check(str(hooks.checkpoints.staging), _room_for_two(phase))) is not None:
                 run.event("preflight", phase=name, **figures)
             last: StoragePath | None = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
-            if last is not None:
-                _export(next(iter(groups.values())), last, run.model(name))
+            hooks.interrupts.training = False  # all is saved: a request to stop does not wait for the export
+            if last is None or hooks.interrupts.requested:
+                return None
+            _export(next(iter(groups.values())), last, run.model(name))
             return last
         finally:
             hooks.meter.end()
@@ -315,10 +334,10 @@ def with_its_start(phase: Phase, run: RunFolder) -> Phase:
         changes: dict[str, str | None] = {"path": str(run.model(phase.from_)), "tokenizer": tokenizer_of(phase.model)}
         changes["tokenizer_revision"] = tokenizer_revision(phase.model)
         phase = phase.model_copy(update={"model": phase.model.model_copy(update=changes)})
-    return _with_its_rewards(phase, run) if isinstance(phase, PPO) else phase
+    return _with_its_rewards(phase, run)
 
 
-def _with_its_rewards(phase: PPO, run: RunFolder) -> PPO:
+def _with_its_rewards(phase: Phase, run: RunFolder) -> Phase:
     """The models of earlier phases in place of their names; the critic starts from a reward model, if there is one."""
 
     def folder(path: str) -> str:
@@ -328,9 +347,8 @@ def _with_its_rewards(phase: PPO, run: RunFolder) -> PPO:
         source.model_copy(update={"path": folder(source.path)}) if source.is_model else source
         for source in phase.rewards
     ]
-    starts = [phase.critic] if phase.critic else [source.path for source in rewards if source.is_model]
-    critic = folder(starts[0]) if starts else phase.model.path
-    return phase.model_copy(update={"reward": rewards, "critic": critic})
+    critic = folder(phase.critic_start) if phase.critic_start else phase.model.path
+    return phase.with_rewards(rewards, critic)
 
 
 def _export(group: Group, checkpoint: StoragePath, out: StoragePath) -> None:

@@ -36,6 +36,7 @@ from training.data.formats import critique_request
 from training.data.questions import Question
 from training.data.row_errors import RowError
 from training.errors import InputError, Problem, TrainingError
+from training.recipes import RECIPES
 
 Answering = Callable[[Sequence[Question]], Sequence[Mapping[str, Any]]]
 """Rows of number, question, sample, response, ended and tokens, in the order of the questions."""
@@ -461,10 +462,16 @@ def _ask(plan: Plan, tasks: Sequence[Task], journal: Journal, say: Callable[[str
         return ask_endpoint(tasks, teacher, journal, plan.parallel, say)
     settings = Questions(data=str(plan.data), temperature=0.3, top_p=0.95, max_new_tokens=plan.max_new_tokens)
     folder = models.model_folder(plan.teacher, trust_remote_code=plan.trust_remote_code)
-    learnt = model_folder.recorded_info(folder).get("recipe") == "cft"
+    learnt = _learnt_critiques(folder)
     with evaluate.asking(folder, plan.loading) as group:
         ask_model(tasks, plan.teacher, journal, _answering(group, settings, plan.seed), say, learnt=learnt)
     return None
+
+
+def _learnt_critiques(folder: str) -> bool:
+    """Whether the model in a folder was trained to write critiques, by what its phase noted."""
+    recipe = RECIPES.get(str(model_folder.recorded_info(folder).get("recipe")))
+    return recipe is not None and recipe.learns_critiques
 
 
 def _answering(group: Any, settings: Questions, seed: int) -> Answering:

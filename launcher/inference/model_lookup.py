@@ -157,7 +157,7 @@ def _checkpoint(
 ) -> Found:
     """A checkpoint as a folder in the cache."""
     phases = run.job().phases
-    writes = [name for name in phases if rewards or RECIPES[phases[name].recipe].makes != "classifier"]
+    writes = [name for name in phases if rewards or not RECIPES[phases[name].recipe].is_classifier]
     if phase is not None and phase not in writes:
         raise InputError.of(run.address, f"phase {phase} trains a reward model, which writes no text")
     saved = [name for name in writes if phase in (None, name) and Checkpoints(run.checkpoints(name)).folders()]

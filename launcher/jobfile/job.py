@@ -46,7 +46,7 @@ from launcher.jobfile.validation_messages import (
 from launcher.jobfile.yaml_with_lines import Document, KeyPath, dotted
 from launcher.process.terminal import printable
 from training import model_folder
-from training.config import PPO, Model, Phase, Resources, Settings, Sharding, Source
+from training.config import Model, Phase, Resources, Settings, Sharding, Source
 from training.data import files, templates
 from training.errors import InputError, Problem
 from training.estimate.parameters import holes
@@ -410,7 +410,7 @@ def _missing_files(job: Job, elsewhere: Sequence[str]) -> Iterator[tuple[KeyPath
                 yield (*prefix, *where), problem
             for problem in model_folder.unmatched_targets(phase.model) if not problems else ():
                 yield (*prefix, "model", "lora", "targets"), problem
-        for key, path in _judging_models(phase) if isinstance(phase, PPO) else ():
+        for key, path in _judging_models(phase):
             for message in _folder_problems(path) if not away(path) else ():
                 yield (*prefix, key), message
         tokenizer = phase.model.tokenizer
@@ -450,10 +450,10 @@ def _template_problem(template: str) -> str | None:
     return f"no template {template}; there are {', '.join(names)}, or name a Jinja file{did_you_mean(template, names)}"
 
 
-def _judging_models(phase: PPO) -> Iterator[tuple[str, str]]:
+def _judging_models(phase: Phase) -> Iterator[tuple[str, str]]:
     """Folders of reward models, and of what the critic starts from."""
     named = [("reward", source.path) for source in phase.rewards if source.is_model]
-    for key, path in [*named, *([("critic", phase.critic)] if phase.critic else [])]:
+    for key, path in [*named, *([("critic", phase.named_critic)] if phase.named_critic else [])]:
         if os.path.isabs(path):
             yield key, path
 
@@ -474,7 +474,7 @@ def _model_problems(phase: Phase) -> list[str]:
             Path(model.path),
             tokenizer_elsewhere=model.tokenizer is not None,
             trust_remote_code=model.trust_remote_code,
-            classifier=(classifier := RECIPES[phase.recipe].makes == "classifier"),
+            classifier=(classifier := RECIPES[phase.recipe].is_classifier),
         )
         model_folder.check_continues(model)
     except InputError as error:

@@ -14,7 +14,7 @@ from launcher.jobfile.problem_collector import ProblemCollector
 from launcher.jobfile.resolved import is_resolved
 from launcher.jobfile.validation_messages import UNKNOWN_KEY, did_you_mean, validated
 from launcher.jobfile.yaml_with_lines import COMMAND_LINE, Document, KeyPath, dotted
-from training.config import PPO, Data, Model, Phase, Questions, RewardSource, Source
+from training.config import Data, Model, Phase, Questions, RewardSource, Source
 from training.data import files
 from training.errors import InputError
 from training.io.paths import absolute
@@ -177,31 +177,28 @@ class _Drafting:
             update["tokenizer"] = self.model_path(("model", "tokenizer"), model.tokenizer)
         update["revision"] = self.revision(phase, update["path"], valid)
         self.check_tokenizer_revision(model, update.get("tokenizer"))
-        return phase.model_copy(
+        anchored = phase.model_copy(
             update={
                 "model": model.model_copy(update=update),
                 "data": self.anchored_data(phase.data),
                 "eval": phase.eval and self.anchored_questions(phase.eval),
-                **(self.anchored_rewards(phase, valid) if isinstance(phase, PPO) else {}),
             }
         )
+        return self.with_anchored_rewards(anchored, valid)
 
-    def anchored_rewards(self, phase: PPO, valid: dict[str, Phase]) -> dict[str, Any]:
-        """Rewards and critic with absolute paths; phases of this job keep their names."""
-        several = isinstance(phase.reward, list)
+    def with_anchored_rewards(self, phase: Phase, valid: dict[str, Phase]) -> Phase:
+        """The phase with absolute paths of rewards and critic; phases of this job keep their names."""
         rewards = []
-        for index, source in enumerate(phase.rewards):
-            key: KeyPath = ("reward", index) if several else ("reward",)
-            where = (*key, "path") if several and isinstance(phase.reward[index], RewardSource) else key
+        for where, source in zip(phase.reward_keys, phase.rewards, strict=True):
             update = {"path": self.reward_path(where, source, valid), "folder": self.reward_folder(where, source)}
             rewards.append(source.model_copy(update=update))
-        critic = phase.critic and self.model_named(("critic",), phase.critic, valid)
-        return {"reward": rewards, "critic": critic}
+        critic = phase.named_critic and self.model_named(("critic",), phase.named_critic, valid)
+        return phase.with_rewards(rewards, critic)
 
     def reward_path(self, where: KeyPath, source: RewardSource, valid: dict[str, Phase]) -> str:
         if source.is_model:
             path = self.model_named(where, source.path, valid)
-            if path in valid and RECIPES[valid[path].recipe].makes != "classifier":
+            if path in valid and not RECIPES[valid[path].recipe].is_classifier:
                 self.add(
                     where,
                     f"`{path}` ends with a language model, not with a reward model; name a phase of the recipe reward",
@@ -291,8 +288,7 @@ class _Drafting:
 
     def check_start(self, phase: Phase, start: Phase) -> None:
         """Problems of starting from what another phase ends with."""
-        made, needed = RECIPES[start.recipe].makes, RECIPES[phase.recipe].makes
-        if made == "classifier" and needed == "model":
+        if RECIPES[start.recipe].is_classifier and not RECIPES[phase.recipe].is_classifier:
             message = (
                 f"`{phase.from_}` ends with a reward model, {phase.recipe} needs a language model; start from another "
                 "phase"

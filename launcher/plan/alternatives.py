@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from launcher.plan.phase_plan import BY_DEGREE, FITS, TIGHT, TOO_LARGE, PhasePlan, gib
-from training.config import PPO, Lora, Placement, Sharding
+from training.config import Lora, Sharding
+from training.recipes import RECIPES, resolve
 
 _MOST_WORKERS = 1024
 _Change = tuple[str, dict[str, Any]]
@@ -40,9 +41,9 @@ def _possible(planned: PhasePlan) -> Iterator[_Change]:
     longest = phase.data.max_length + phase.new_tokens
     if phase.micro_batch is None and planned.groups[0].where.micro_tokens > longest:
         yield f"phases.{planned.name}.micro_tokens={longest}", {"micro_tokens": longest}
-    if isinstance(phase, PPO) and phase.generation == "batched":
-        yield from _smaller(planned, "generation_batch", phase.generation_batch)
-    if not (isinstance(phase, PPO) and phase.groups is not None):
+    for setting, count in phase.memory_counts.items():
+        yield from _smaller(planned, setting, count)
+    if not phase.has_sized_groups:
         for stage in range(phase.sharding.stage + 1, 3 if model.compile else 4):
             yield f"{own}sharding.stage={stage}", {"sharding": phase.sharding.model_copy(update={"stage": stage})}
         yield from _more_workers(planned, own)
@@ -98,7 +99,7 @@ def stages(planned: PhasePlan) -> list[dict[str, Any]]:
             if stage == 3 and lora is not None and lora.bits:
                 continue
             sharding = Sharding(stage=stage, offload=offload)
-            other = planned.changed(sharding=sharding, **_regrouped(planned, sharding))
+            other = planned.changed(**planned.phase.resharded(sharding))
             device, host = (
                 max(sum(getattr(needs, kind).values()) for needs in other.needs) for kind in ("device", "host")
             )
@@ -111,61 +112,18 @@ def stages(planned: PhasePlan) -> list[dict[str, Any]]:
     return rows
 
 
-def _regrouped(planned: PhasePlan, sharding: Sharding) -> dict[str, Any]:
-    groups = getattr(planned.phase, "groups", None)
-    return {} if groups is None else {"groups": [group.model_copy(update={"sharding": sharding}) for group in groups]}
-
-
 def layouts(planned: PhasePlan) -> list[dict[str, Any]]:
-    """Of PPO: who could sit where on the same GPUs, the fastest that fits first."""
-    phase = planned.phase
-    if not isinstance(phase, PPO):
-        return []
+    """Other ways to place the roles on the same GPUs, the fastest that fits first; none for a recipe of one role."""
+    phase, ways = planned.phase, RECIPES[planned.phase.recipe].layouts
     found = []
-    for words, groups in _layouts(phase):
+    for words, groups in resolve(ways)(phase) if ways else ():
         for stage in sorted({2, 3, phase.sharding.stage}):
             other = planned.changed(groups=groups, sharding=Sharding(stage=stage, offload=phase.sharding.offload))
             worst = max(sum(needs.device.values()) or sum(needs.host.values()) for needs in other.needs)
             found.append(
                 {
-                    "layout": words, "stage": stage, "iteration_s": sum(other.iteration().values()), "gib": gib(worst),
+                    "layout": words, "stage": stage, "iteration_s": other.step_s, "gib": gib(worst),
                     "verdict": other.verdict,
                 }
             )  # fmt: skip
     return sorted(found, key=lambda each: (BY_DEGREE.index(each["verdict"]), each["iteration_s"]))
-
-
-def _layouts(phase: PPO) -> Iterator[tuple[str, list[Placement] | None]]:
-    """Ways to seat the roles on as many workers as the phase has."""
-    count = phase.num_workers
-    half, quarter = count // 2, count // 4
-    judged = any(source.is_model for source in phase.rewards)
-    yield f"all roles on {count}", None
-    if half:
-        yield (
-            f"policy, reference on {count - half}; critic, reward on {half}",
-            [
-                Placement(roles=["policy", "reference"], workers=count - half),
-                Placement(roles=["critic", "reward"], workers=half),
-            ],
-        )
-    if quarter:
-        rest = count - half - quarter
-        yield (
-            f"policy, reference on {quarter}; critic, reward on {rest}; rollout on {half}",
-            [
-                Placement(roles=["policy", "reference"], workers=quarter),
-                Placement(roles=["critic", "reward"], workers=rest),
-                Placement(roles=["rollout"], workers=half),
-            ],
-        )  # fmt: skip
-    if judged and count >= 8:
-        eighth = count // 8
-        yield (
-            f"policy, critic on {half}; reference, reward on {2 * eighth}; rollout on {count - half - 2 * eighth}",
-            [
-                Placement(roles=["policy", "critic"], workers=half),
-                Placement(roles=["reference", "reward"], workers=2 * eighth),
-                Placement(roles=["rollout"], workers=count - half - 2 * eighth),
-            ],
-        )  # fmt: skip

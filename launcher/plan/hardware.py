@@ -17,7 +17,7 @@ from cluster import catalog
 from cluster.catalog import Gpu, Machine
 from cluster.errors import Refused
 from cluster.spec import CloudPool, Cluster
-from launcher.plan.local_capacity import num_gpus
+from training.device import num_gpus
 from training.errors import InputError
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")

@@ -13,6 +13,7 @@ from launcher.jobfile.job import Job
 from launcher.jobfile.shared_settings import advised_path
 from launcher.process import ray_address
 from training.config import Phase
+from training.device import DeviceType, device_type, is_accelerator, num_gpus
 from training.engine import compiling
 from training.errors import InputError, Problem
 from training.estimate.memory import PROCESS_BYTES
@@ -20,14 +21,6 @@ from training.model_folder import inspect
 from training.models import kernels
 
 _FP32, _BF16 = 4, 2
-
-
-def num_gpus() -> int:
-    """GPUs that this process may use, without loading a CUDA library."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def check(job: Job, *, inline: bool, force: bool = False) -> None:
@@ -88,21 +81,22 @@ def _cannot_quantize(phase: Phase) -> str | None:
     return None
 
 
-def _device(phase: Phase) -> str:
-    return "cuda" if phase.resources.gpus_per_worker != 0 and num_gpus() else "cpu"
+def device_of(phase: Phase) -> DeviceType:
+    """The type of the device of a phase's workers on this machine."""
+    return device_type(phase.resources.gpus_per_worker != 0 and num_gpus() > 0)
 
 
 def _cannot_fuse(phase: Phase) -> str:
-    return kernels.lacks(_device(phase)) if phase.model.kernels == "liger" else ""
+    return kernels.lacks(device_of(phase)) if phase.model.kernels == "liger" else ""
 
 
 def _cannot_compile(phase: Phase) -> str | None:
-    missing = compiling.lacks(_device(phase)) if phase.model.compile else ""
+    missing = compiling.lacks(device_of(phase)) if phase.model.compile else ""
     return f"this machine {missing}; {compiling.ADVICE}" if missing else None
 
 
 def _too_little_memory(phase: Phase) -> str | None:
-    on_gpus = phase.resources.gpus_per_worker != 0 and num_gpus() > 0
+    on_gpus = is_accelerator(device_of(phase))
     needs = host_bytes(phase, _num_parameters(phase.model.path), on_gpus=on_gpus)
     available = psutil.virtual_memory().available
     if sum(needs.values()) <= available:

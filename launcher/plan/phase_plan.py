@@ -16,11 +16,12 @@ from launcher.plan import step_time
 from launcher.plan.hardware import HardwareProfile
 from launcher.plan.step_time import Seated, Work
 from launcher.plan.workload import rows_in, work_of
-from training.config import PPO, PPO_ROLES, Phase
+from training.config import Phase
 from training.estimate.memory import Models, Needs, Setting, checkpoint_bytes, models_of, recomputes, setting_of, team
 from training.estimate.model_traits import known_of
 from training.estimate.parameters import Shape, of_count, shape_of
 from training.process.cpu_features import cpu_multiplies_bf16
+from training.recipes import RECIPES
 from training.schedule import total_steps
 
 GIB = 1 << 30
@@ -104,7 +105,7 @@ class PhasePlan:
 
     def _named(self) -> list[Seated]:
         """The groups with their roles by name."""
-        roles = PPO_ROLES if isinstance(self.phase, PPO) else ("trainer",)
+        roles = tuple(RECIPES[self.phase.recipe].roles)
         return [group if group.roles else replace(group, roles=roles) for group in self.groups]
 
     def changed(self, **changes: Any) -> PhasePlan:
@@ -172,14 +173,17 @@ class PhasePlan:
 
     # -- time and money ------------------------------------------------------------------------------------------------
 
-    def iteration(self) -> dict[str, float]:
-        assert isinstance(self.phase, PPO)
+    @property
+    def parts_s(self) -> dict[str, float] | None:
+        """Seconds of the parts of a step that begins with responses of the model; None for others."""
+        if self.phase.rollout is None:
+            return None
         return step_time.iteration_s(self.phase, self.models, self._named(), self.machine, self.work)
 
     @property
     def step_s(self) -> float:
-        if isinstance(self.phase, PPO):
-            return sum(self.iteration().values())
+        if (parts := self.parts_s) is not None:
+            return sum(parts.values())
         (group,) = self.groups
         return step_time.step_s(self.models.trained, group.where, self.machine, self.phase.batch, self.work.tokens)
 
@@ -199,8 +203,7 @@ class PhasePlan:
     def time(self) -> dict[str, Any]:
         """Seconds are what is most likely; ranges are those of pace.LOW and pace.HIGH."""
         step = self.step_s
-        samples = self.phase.step_samples * (self.phase.samples_per_prompt if isinstance(self.phase, PPO) else 1)
-        tokens = samples * (self.work.tokens + self.work.response)
+        tokens = self.phase.step_sequences * (self.work.tokens + self.work.response)
         useful = step_time.useful_flops(
             self.models.trained,
             tokens,
@@ -211,8 +214,8 @@ class PhasePlan:
         told: dict[str, Any] = {
             "step_s": step, "range": [step * step_time.LOW, step * step_time.HIGH], "tokens_per_s": tokens / step,
             "steps": self.steps,
-            "mfu": mfu if self.site.on_gpu and not isinstance(self.phase, PPO) else None,
-            "parts_s": self.iteration() if isinstance(self.phase, PPO) else None,
+            "mfu": mfu if self.site.on_gpu and self.phase.rollout is None else None,
+            "parts_s": self.parts_s,
         }  # fmt: skip
         if self.steps is None:
             return told

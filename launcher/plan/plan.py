@@ -12,7 +12,7 @@ from launcher.plan.alternatives import changes, layouts, stages
 from launcher.plan.hardware import HardwareProfile
 from launcher.plan.phase_plan import TOO_LARGE, PhasePlan, PlanInputs, Shapes, gib, worst
 from launcher.plan.step_time import Work
-from training.config import PPO, Phase
+from training.config import Phase
 from training.errors import InputError, Problem
 from training.estimate.memory import Models, checkpoint_bytes
 from training.estimate.parameters import shape_of
@@ -74,7 +74,7 @@ def refuse_what_cannot_fit(job: Job, site: HardwareProfile) -> None:
 def checkpoint_bytes_of(phase: Phase) -> int:
     """Of one checkpoint of a phase whose models are folders. Raises InputError if they are not known."""
     shape = shape_of(phase.model.path, revision=phase.model.revision)
-    critic = shape_of(phase.critic).as_classifier if isinstance(phase, PPO) and phase.critic else None
+    critic = shape_of(phase.named_critic).as_classifier if phase.named_critic else None
     return checkpoint_bytes(phase, Models(shape, critic))
 
 
@@ -136,7 +136,7 @@ def _limits(job: Job, total: Mapping[str, Any] | None) -> Iterator[str]:
 
 def _at(job: Job, phases: Mapping[str, PhasePlan], count: int) -> dict[str, Any]:
     """The job with so many GPUs, as nearly as groups of PPO can keep their proportions."""
-    planned = {name: each.changed(**_resized(each.phase, count)) for name, each in phases.items()}
+    planned = {name: each.changed(**each.phase.resized(count)) for name, each in phases.items()}
     dealt = [each.phase.batch >= max(group.where.workers for group in each.groups) for each in planned.values()]
     told: dict[str, dict[str, Any]] = {name: {"time": each.time()} for name, each in planned.items()}
     first = next(iter(told.values()))["time"]
@@ -152,17 +152,6 @@ def _at(job: Job, phases: Mapping[str, PhasePlan], count: int) -> dict[str, Any]
     }
 
 
-def _resized(phase: Phase, count: int) -> dict[str, Any]:
-    if isinstance(phase, PPO) and phase.groups is not None:
-        before = phase.num_workers
-        return {
-            "groups": [
-                g.model_copy(update={"workers": max(1, round(g.workers * count / before))}) for g in phase.groups
-            ]
-        }
-    return {"resources": phase.resources.model_copy(update={"workers": count, "min_workers": None})}
-
-
 def expected(
     job: Job, name: str, info: PhaseInfo, workers: int, site: HardwareProfile, price: float | None
 ) -> dict[str, Any]:
@@ -171,10 +160,9 @@ def expected(
     `price`: of the machines an hour, as they say it themselves. Raises InputError if a model is not known.
     """
     phase = job.phases[name]
-    if not isinstance(phase, PPO) or phase.groups is None:
+    if not phase.has_sized_groups:
         phase = phase.model_copy(update={"resources": phase.resources.model_copy(update={"workers": workers})})
-    response = float(phase.response_tokens) if isinstance(phase, PPO) else 0.0
-    work = Work(rows=info.num_samples, tokens=info.mean_tokens, response=response)
+    work = Work(rows=info.num_samples, tokens=info.mean_tokens, response=float(phase.new_tokens))
     planned = PhasePlan(name, phase, Shapes(job, None).models(phase), site, PlanInputs(), work, alone=True)
     needs = max(planned.needs, key=lambda each: sum(each.device.values()) or sum(each.host.values()))
     step = planned.step_s

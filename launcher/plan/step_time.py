@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, replace
 
 from cluster.catalog import Machine
-from training.config import PPO, Phase
+from training.config import Phase
 from training.estimate.memory import Models, Setting, activations, checkpoint_bytes, trained
 from training.estimate.parameters import Shape
 
@@ -190,9 +190,11 @@ class Seated:
     where: Setting
 
 
-def iteration_s(phase: PPO, models: Models, groups: list[Seated], machine: Machine, work: Work) -> dict[str, float]:
+def iteration_s(phase: Phase, models: Models, groups: list[Seated], machine: Machine, work: Work) -> dict[str, float]:
     """Seconds of the parts of an iteration of PPO. Roles of one group take turns; groups work at the same time."""
-    responses = phase.rollout_batch * phase.samples_per_prompt
+    rollout = phase.rollout
+    assert rollout is not None, "the model writes no responses"
+    responses = rollout.responses
     length = work.tokens + work.response
     head = work.response / length
     at = {role: group.where for group in groups for role in group.roles}
@@ -208,7 +210,7 @@ def iteration_s(phase: PPO, models: Models, groups: list[Seated], machine: Machi
         prompt=work.tokens,
         response=work.response,
         copies=writers.workers,
-        batch=phase.generation_batch,
+        batch=rollout.batch,
         bytes_each=writers.bytes,
     )
     if "rollout" not in at and writers.stage == 3:
@@ -227,14 +229,13 @@ def iteration_s(phase: PPO, models: Models, groups: list[Seated], machine: Machi
             for role in group.roles
             for shape in asked.get(role, ())
         )
-        beside = 0.0 if group.where is writers or phase.async_ else 1 - 1 / phase.rounds(writers.workers)
+        beside = 0.0 if group.where is writers or rollout.ahead else 1 - 1 / rollout.rounds(writers.workers)
         return seconds - min(seconds, parts["generate"]) * beside
 
     parts["score"] = max(map(left, groups))
-    updates = math.ceil(responses / phase.batch) * phase.ppo_epochs
     size = min(phase.batch, responses)
     learners = {"policy": (policy, head), "critic": (models.critic or policy, 0.0)}
-    parts["learn"] = updates * max(
+    parts["learn"] = rollout.updates * max(
         sum(
             step_s(shape, group.where, machine, size, length, head=share)
             for role, (shape, share) in learners.items()
@@ -242,7 +243,7 @@ def iteration_s(phase: PPO, models: Models, groups: list[Seated], machine: Machi
         )
         for group in groups
     )
-    if phase.async_:  # written while the others score and learn
+    if rollout.ahead:  # written while the others score and learn
         parts["generate"] = max(0.0, parts["generate"] - parts["score"] - parts["learn"])
     return parts
 

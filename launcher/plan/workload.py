@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plan.step_time import Work
-from training.config import PPO, Phase
+from training.config import Phase
 from training.data import files
 from training.data.files import DataFile, HubSplit, Part
 from training.data.formats import critique_request
@@ -31,8 +31,7 @@ def work_of(
 ) -> Work:
     """What there is to do. What is given is taken as it is."""
     seen_rows, seen_tokens, notes = (None, None, []) if rows is not None and tokens is not None else _seen(phase)
-    sides = 2 if phase.recipe == "reward" else 1
-    longest = sides * phase.data.max_length
+    longest = phase.sequences_per_sample * phase.data.max_length
     if tokens is not None and tokens > longest:
         notes.append(f"{tokens:g} tokens are more than data.max_length lets through; taken as {longest}")
         tokens = longest
@@ -43,12 +42,11 @@ def work_of(
                 f"a sample taken as {tokens:g} tokens, half of what data.max_length lets through (--tokens says better)"
             )
     answer = 0.0
-    if isinstance(phase, PPO):
-        answer = min(float(response if response is not None else phase.response_tokens), phase.response_tokens)
+    if phase.rollout is not None:
+        answer = min(float(response if response is not None else phase.new_tokens), phase.new_tokens)
         if response is None:
             notes.append(
-                f"responses taken as long as they may be, {phase.response_tokens} tokens (--response-tokens says "
-                "better)"
+                f"responses taken as long as they may be, {phase.new_tokens} tokens (--response-tokens says better)"
             )
     return Work(rows=rows if rows is not None else seen_rows, tokens=tokens, response=answer, note="; ".join(notes))
 
@@ -66,7 +64,7 @@ def _seen(phase: Phase) -> tuple[int | None, float | None, list[str]]:
         return None, None, [f"{', '.join(away)}: not here, so its rows are not counted (--rows says how many)"]
     encode = _encoder(phase)
     # What is put around the columns of critique data.
-    frame = encode(critique_request("", "")) if phase.recipe == "cft" else 0
+    frame = encode(critique_request("", "")) if RECIPES[phase.recipe].learns_critiques else 0
     count, tokens, looked_at = 0, 0.0, 0
     for part in parts:
         rows, own_tokens, own_rows = _of_file(part, encode, phase)
@@ -109,7 +107,7 @@ def _of_file(part: Part, encode: Any, phase: Phase) -> tuple[int, float, int]:
         looked_at += 1
         told = _learnt(row.value, phase)
         tokens += sum(encode(text) for text in _texts(told))
-        if phase.recipe == "reward":  # what was asked stands before both answers
+        if phase.sequences_per_sample > 1:  # what was asked stands before both answers
             tokens += sum(encode(text) for text in _texts([told.get("prompt"), told.get("conversations")]))
     return _rows(part, read), tokens, looked_at
 
@@ -138,7 +136,7 @@ _COLUMNS = frozenset(
 def _learnt(row: dict[str, Any], phase: Phase) -> dict[str, Any]:
     """The columns that make the sample; all of them if none has a known name. Of a prompt the answer is not read."""
     named = set(phase.data.columns.values())
-    wanted = (_COLUMNS - {"answer", "completion"} if isinstance(phase, PPO) else _COLUMNS) | named
+    wanted = (_COLUMNS - {"answer", "completion"} if phase.rollout is not None else _COLUMNS) | named
     chosen = {name: value for name, value in row.items() if name in wanted}
     return chosen or row
 

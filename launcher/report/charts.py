@@ -10,7 +10,8 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
-from training.metric_schema import Metric, metric
+from training.metric_schema import Metric
+from training.recipes import RECIPES, Recipe, metric
 
 LEARNING, POLICY, MACHINES, REST = _SECTIONS = ("learning", "policy", "machines", "rest")
 """Of a report, in their order."""
@@ -18,10 +19,8 @@ _POINTS = 1200
 """Of a curve: about as many as a wide chart has pixels."""
 
 
-_ANSWERS = ("eval_accuracy", "eval_verdict_accuracy")
-LEARNT = {"ppo": ("reward", *_ANSWERS), "reward": ("loss", "eval_loss", "eval_accuracy")}
-"""Metrics that say whether the model learns, by recipe; of the others `LEARNT_OF_TEXT`."""
-LEARNT_OF_TEXT = ("loss", "eval_loss", *_ANSWERS)
+_LEARNT = tuple(dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.shows_learning))
+"""Metrics that show whether a model learns, of any recipe."""
 _IN_SECTIONS = {
     POLICY: ("kl", "response_tokens", "ended", "entropy", "clip_fraction", "explained_variance", "value_loss"),
     MACHINES: ("tokens_per_s", "step_s", "data_s", "memory_gib", "workers"),
@@ -62,7 +61,7 @@ def number(value: Any) -> float | None:
 
 def learnt(recipe: str) -> tuple[str, ...]:
     """The metrics that say whether a model of this recipe learns."""
-    return LEARNT.get(recipe, LEARNT_OF_TEXT)
+    return RECIPES[recipe].shows_learning if recipe in RECIPES else Recipe.shows_learning
 
 
 def called(recipe: str, name: str) -> Metric:
@@ -118,7 +117,7 @@ def _section(recipe: str, name: str) -> str:
 
 def _place(section: str, name: str) -> tuple[int, int]:
     """In the page."""
-    ordered: dict[str, tuple[str, ...]] = {LEARNING: (*LEARNT_OF_TEXT, "reward"), **_IN_SECTIONS}
+    ordered: dict[str, tuple[str, ...]] = {LEARNING: _LEARNT, **_IN_SECTIONS}
     names = ordered.get(section, ())
     return _SECTIONS.index(section), names.index(name) if name in names else 0
 

@@ -20,6 +20,7 @@ from launcher.jobfile.job import flat
 from launcher.runfolder import run_folder
 from launcher.runfolder.run_folder import RunFolder
 from training.errors import InputError, Problem
+from training.recipes import RECIPES
 
 _Z95 = 1.959963984540054
 _FLIPS = 20_000
@@ -185,8 +186,9 @@ def _comparable(metric: str, first: Side, second: Side) -> bool:
 def _measured_on(metric: str, side: Side) -> tuple[Any, ...]:
     phase = side.run.job().phases[side.phase]
     asked = phase.eval
-    if phase.recipe == "reward" or metric == "eval_loss":
-        return phase.recipe == "reward", phase.data.eval, phase.data.template
+    classifier = RECIPES[phase.recipe].is_classifier  # which answers no questions: all its metrics are of held-out rows
+    if classifier or metric == "eval_loss":
+        return classifier, phase.data.eval, phase.data.template
     if metric.startswith("eval_verdict_"):
         return ("verdicts", asked and asked.verdicts, asked and asked.limit)
     return ("questions", asked and asked.data, asked and asked.limit)

@@ -23,7 +23,7 @@ import launcher
 from launcher.jobfile import job as jobs
 from launcher.jobfile.job import Job
 from launcher.workers.unpack_inputs import FOLDER, INPUTS, JOB
-from training.config import PPO, Data, Phase, Source
+from training.config import Data, Phase, Source
 from training.data import files
 from training.data.files import DataFile
 from training.data.saved_datasets import SPLITS, STATE
@@ -207,14 +207,11 @@ def _carried(phase: Phase, inputs: _Inputs) -> Phase:
         if phase.eval.verdicts is not None:
             asked["verdicts"] = _sources(phase.eval.verdicts, inputs.data)
         changes["eval"] = phase.eval.model_copy(update=asked)
-    if isinstance(phase, PPO):
-        changes["reward"] = [
-            source.model_copy(update={"path": _reward(source.path, carried), "folder": None})
-            for source in phase.rewards
-        ]
-        if phase.critic is not None:
-            changes["critic"] = carried(phase.critic)
-    return phase.model_copy(update=changes)
+    rewards = [
+        source.model_copy(update={"path": _reward(source.path, carried), "folder": None}) for source in phase.rewards
+    ]
+    critic = None if phase.named_critic is None else carried(phase.named_critic)
+    return phase.model_copy(update=changes).with_rewards(rewards, critic)
 
 
 def _data(phase: Phase, inputs: _Inputs) -> Data:

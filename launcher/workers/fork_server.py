@@ -3,8 +3,8 @@
 
 The first FD is a Unix socket to the parent, the second one that listens: who connects to it is a parent, too. A parent
 sends a byte with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the fork server
-answers with JSON lines: {"ready"}, {"started": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the fork server
-ends the workers of a parent that is gone, and itself with the first; the kernel ends them with the fork server.
+answers with JSON lines: {"ready"}, {"started": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the fork
+server ends the workers of a parent that is gone, and itself with the first; the kernel ends them with the fork server.
 """
 
 from __future__ import annotations
@@ -179,14 +179,15 @@ def _serve(connection: Pipe) -> None:
 class WorkerCommands:
     """What a worker can be asked."""
 
-    def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> str:
-        """Tokenise the data of a phase; returns the folder of the training samples.
+    def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> tuple[str, list[str]]:
+        """Tokenise the data of a phase; returns the folder of the training samples, and what was wrong with data that
+        were made anew.
         Raises what prepare_phase raises."""
         os.environ.update(environment)
         from training.data.phase_data import prepare_phase
 
         stores, _ = prepare_phase(phase, Path(cache))
-        return str(stores.train.folder)
+        return str(stores.train.folder), stores.damage
 
     def examine(self, model: Any, environment: dict[str, str], limit_s: int) -> None:
         """Find out what a model's code can do (training/models/probe.py).

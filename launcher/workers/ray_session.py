@@ -18,12 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launcher.plan.local_capacity import num_gpus
 from launcher.process import ray_address
 from launcher.process.short_tempdir import short_tempdir
 from launcher.process.subprocesses import code_folders
 from launcher.workers.errors import NoMachines, RayLost, WorkerDied, describe
 from launcher.workers.supervisor import fork_server_here
+from training.device import device_type, num_gpus
 from training.errors import MusterError, TrainingError
 
 _OBJECT_STORE_BYTES = 128 << 20
@@ -46,7 +46,7 @@ def own_fork_server() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         yield
         return
-    with fork_server_here("cuda" if num_gpus() else "cpu"):
+    with fork_server_here(device_type(num_gpus() > 0)):
         yield
 
 

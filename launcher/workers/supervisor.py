@@ -237,8 +237,8 @@ def apart(name: str, *args: Any) -> Any:
     """Have a fork of the fork server at hand do something (a function of fork_server.WorkerCommands), and end.
     Raises what `WorkerSupervisor.ask` raises.
 
-    What somebody has killed, the fork server or its fork, is tried once more, if need be with a fork server of its own; not if
-    it was ended with the block of `fork_server_here`.
+    What somebody has killed, the fork server or its fork, is tried once more, if need be with a fork server of its own;
+    not if it was ended with the block of `fork_server_here`.
     """
     try:
         return _in_a_fork(name, *args)

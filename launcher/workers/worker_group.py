@@ -20,6 +20,7 @@ from launcher.workers.actor import WorkerActor
 from launcher.workers.errors import Kind, Raised, WorkerDied, WorkerError, first_cause, worker_error
 from launcher.workers.watchdog import Watch
 from training.config import Resources
+from training.device import DeviceType, device_type
 from training.errors import MusterError
 from training.group import Future
 from training.process.authenticated_channel import KEY_BYTES
@@ -174,7 +175,7 @@ class WorkerGroup:
                 num_gpus=self.gpus,
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, bundle),
-            ).remote("cuda" if self.gpus else "cpu", _passed_on())
+            ).remote(device_type(bool(self.gpus)), _passed_on())
             for bundle in bundles
         ]
         self.watch = Watch(self, self.warn)
@@ -188,7 +189,7 @@ class WorkerGroup:
         self.pids = self._each("begin", [(str(self.log_of(rank)),) for rank in range(self.size)])
         host = self.places[0]["address"]
         (port,) = self._results([self.actors[0].ask.remote("listen", host)], "listen")
-        rank_infos = rank_infos_for(self.places, self.resources, "cuda" if self.gpus else "cpu", host, port)
+        rank_infos = rank_infos_for(self.places, self.resources, device_type(bool(self.gpus)), host, port)
         key = secrets.token_bytes(
             KEY_BYTES
         )  # of this process group alone; travels as an argument, through Ray's own connections
@@ -324,7 +325,7 @@ def _passed_on() -> dict[str, str]:
 
 
 def rank_infos_for(
-    places: Sequence[dict[str, Any]], resources: Resources, device: Any, host: str, port: int
+    places: Sequence[dict[str, Any]], resources: Resources, device: DeviceType, host: str, port: int
 ) -> list[RankInfo]:
     """The seat of every worker from where it sits: rank as given, local rank by node, threads shared on a node."""
     by_node: dict[str, list[int]] = {}

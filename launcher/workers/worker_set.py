@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from launcher.workers import ray_session
 from training.config import Phase
+from training.device import DeviceType, device_type, is_available
 from training.group import Group
 from training.recipes import RECIPES
 
@@ -306,10 +307,8 @@ def _inline_groups(phase: Phase, roles: Mapping[str, str], arguments: tuple[Any,
     return {role: InlineGroup(worker, role) for role in roles}
 
 
-def _inline_device(phase: Phase) -> Any:
-    import torch
-
-    return "cuda" if phase.resources.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
+def _inline_device(phase: Phase) -> DeviceType:
+    return device_type(phase.resources.gpus_per_worker != 0 and is_available())
 
 
 @contextmanager

@@ -14,9 +14,11 @@ from benchmarks.architectures import figures_of, look_at
 
 ROOT = Path(__file__).parents[2]
 TWELVE = (
-    "llama", "qwen2", "gemma2", "opt", "bloom", "falcon", "gpt2", "gpt_neox", "mixtral", "mamba", "llama4_text", "jamba",
+    "llama", "qwen2", "gemma2", "opt", "bloom", "falcon", "gpt2", "gpt_neox", "mixtral", "mamba", "llama4_text",
+    "jamba",
 )  # fmt: skip
-"""Of different kinds: positions rotated, learned, or none; tied heads, mixtures of experts, states in place of attention."""
+"""Of different kinds: positions rotated, learned, or none; tied heads, mixtures of experts,
+states in place of attention."""
 
 
 @pytest.mark.cpu

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 
-from benchmarks import data, data_side, save, sft, start, step, workload
+from benchmarks import data, data_side, save, sft, start, step, stop, workload
 from benchmarks.processes import Finished, Line
 
 
@@ -22,7 +24,12 @@ def curve(step_s: float, steps: int = 8, first_step_s: float = 10.0) -> sft.Curv
 
 
 def test_a_printed_curve_is_read_from_between_other_lines():
-    texts = ["noise", '{"step": 1, "loss": 8.0, "step_s": 2.0, "tokens": 30}', "more", '{"step": 2, "loss": 7.0, "step_s": 1.0, "tokens": 50}']  # fmt: skip
+    texts = [
+        "noise",
+        '{"step": 1, "loss": 8.0, "step_s": 2.0, "tokens": 30}',
+        "more",
+        '{"step": 2, "loss": 7.0, "step_s": 1.0, "tokens": 50}',
+    ]
     lines = [Line(float(at), text) for at, text in enumerate(texts)]
     read = sft.printed_curve(Finished(0.0, 4.0, lines, peak_gib=2.5))
     assert read.peak_gib == 2.5
@@ -32,7 +39,9 @@ def test_a_printed_curve_is_read_from_between_other_lines():
 
 
 def test_the_step_ratio_leaves_the_warm_up_out():
-    figures = step.summary([curve(1.0), curve(3.0)], {"dealt": [curve(0.5), curve(1.5)], "padded": [curve(2.0), curve(6.0)]})  # fmt: skip
+    figures = step.summary(
+        [curve(1.0), curve(3.0)], {"dealt": [curve(0.5), curve(1.5)], "padded": [curve(2.0), curve(6.0)]}
+    )
     assert figures["ratio"]["median"] == 2.0
     assert figures["ratio_to_padded"]["max"] == 0.5
     assert figures["dealt_loss_difference"] == 0.0
@@ -48,6 +57,24 @@ def test_a_start_is_cut_at_the_events():
     assert start.parts(run) == pytest.approx(
         {"command line, data, Ray": 3, "workers, imports, model, engine": 6, "first step": 1}
     )
+
+
+def test_what_is_finished_first_does_not_count_as_waiting():
+    figures = stop.summary([stop.Stopped(9.0, 6.0, 75), stop.Stopped(8.0, 6.5, 75), stop.Stopped(4.0, 0.0, 0)])
+    assert figures["over_s"] == {"median": 3.0, "min": 1.5, "max": 4.0}
+    assert figures["statuses"] == [75, 75, 0]
+
+
+def test_the_share_of_an_iteration_is_known_from_the_metrics(tmp_path):
+    (tmp_path / "ppo").mkdir()
+    metrics, run = tmp_path / "ppo/metrics.jsonl", stop.ObservedRun(0, tmp_path)
+    metrics.write_text('{"step": 1, "step_s": 9.0}\n')
+    assert not stop.is_into_iteration(run, 0.0)
+    with metrics.open("a") as rows:
+        rows.write('{"step": 2, "step_s": 60.0}\n{"step": 3')
+    assert [stop.is_into_iteration(run, share) for share in (0.0, 0.5)] == [True, False]
+    os.utime(metrics, (time.time() - 31,) * 2)
+    assert [stop.is_into_iteration(run, share) for share in (0.5, 0.6)] == [True, False]
 
 
 def test_rows_are_equal_for_equal_seeds_and_long_as_those_of_gsm8k():

@@ -1,4 +1,5 @@
-"""The benchmark of a GPU, as far as it goes without one: its jobs are valid, its samples full, its operations counted."""
+"""The benchmark of a GPU, as far as it goes without one: its jobs are valid, its samples full,
+its operations counted."""
 
 from __future__ import annotations
 
@@ -44,8 +45,10 @@ def test_samples_are_full_and_steps_are_measured(work):
 def test_operations_are_those_of_the_convention(tmp_path):
     shape = gpu.SEVEN_B
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "vocab_size": shape.vocabulary, "tie_word_embeddings": False,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": False,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     parameters = 6_738_415_616  # LLaMA-2 7B

@@ -43,7 +43,9 @@ def test_lines_carry_the_time_at_which_they_came(tmp_path):
 
 
 def test_env_is_laid_over_the_environment(tmp_path):
-    finished = run(python("import os; print(os.environ['X'], 'PATH' in os.environ)"), folder=tmp_path, env={"X": "1"}, timeout_s=30)  # fmt: skip
+    finished = run(
+        python("import os; print(os.environ['X'], 'PATH' in os.environ)"), folder=tmp_path, env={"X": "1"}, timeout_s=30
+    )
     assert finished.lines[0].text == "1 True"
 
 

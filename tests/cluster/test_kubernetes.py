@@ -1,4 +1,5 @@
-"""Clusters on Kubernetes: what is rendered is what KubeRay's own schema allows; kubectl is asked for the right things."""
+"""Clusters on Kubernetes: what is rendered is what KubeRay's own schema allows;
+kubectl is asked for the right things."""
 
 from __future__ import annotations
 

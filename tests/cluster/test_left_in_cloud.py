@@ -1,4 +1,5 @@
-"""What is left in a cloud of a cluster whose head is gone: found by its tags, priced, ended. moto answers as EC2 would."""
+"""What is left in a cloud of a cluster whose head is gone: found by its tags, priced, ended.
+moto answers as EC2 would."""
 
 from __future__ import annotations
 
@@ -22,10 +23,24 @@ from tests.cluster.test_orphan_watch import until
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 SPEC = {
-    "provider": "aws", "name": "cloud", "region": "us-west-2", "image": "ami-03cf127a", "user": "root", "instance_profile": "trainer",
+    "provider": "aws",
+    "name": "cloud",
+    "region": "us-west-2",
+    "image": "ami-03cf127a",
+    "user": "root",
+    "instance_profile": "trainer",
     "head": {"instance": "m5.2xlarge", "price": 0.5},
-    "pools": {"big": {"instance": "p4d.24xlarge", "max": 2, "cpus": 1, "market": "spot-first", "spot_price": 11.5, "price": 22}},
-}  # fmt: skip
+    "pools": {
+        "big": {
+            "instance": "p4d.24xlarge",
+            "max": 2,
+            "cpus": 1,
+            "market": "spot-first",
+            "spot_price": 11.5,
+            "price": 22,
+        }
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +86,8 @@ def config(ec2, tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def cloud(config) -> Iterator[Any]:
-    """A cluster of a head and two spot machines, started as Ray's launcher and its autoscaler start them; `cloud("head")`: ids."""
+    """A cluster of a head and two spot machines, started as Ray's launcher
+    and its autoscaler start them; `cloud("head")`: ids."""
     from ray.autoscaler._private.providers import _get_node_provider
 
     nodes = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)

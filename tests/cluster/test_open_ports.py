@@ -1,4 +1,5 @@
-"""What a machine of a cluster shows to whoever reaches it: nothing without the token, also no figures for Prometheus."""
+"""What a machine of a cluster shows to whoever reaches it: nothing without the token,
+also no figures for Prometheus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Machines of a cloud whose head is gone end themselves; one whose head was only slow does not. Real processes; shutting down is a file."""
+"""Machines of a cloud whose head is gone end themselves; one whose head was only slow does not. Real processes;
+shutting down is a file."""
 
 from __future__ import annotations
 
@@ -202,7 +203,8 @@ def test_machines_that_are_never_to_end_themselves_do_not_watch(never, tmp_path)
 
 def test_minutes_below_nought_are_refused(tmp_path, muster):
     (tmp_path / "c.yaml").write_text(
-        "provider: gcp\nproject: p\nzone: z-a\nhead: {instance: n}\norphan_minutes: -1\npools: {a: {instance: n, max: 1, cpus: 1}}\n"
+        "provider: gcp\nproject: p\nzone: z-a\nhead: {instance: n}\norphan_minutes: -1\npools: {a: {instance: n, max: "
+        "1, cpus: 1}}\n"
     )
     answer = muster("cluster", "render", str(tmp_path / "c.yaml"))
     assert answer.status == 2

@@ -1,4 +1,5 @@
-"""The folder of Ray in a Slurm job: one name on all nodes, which nobody can guess, made for its owner alone. With stand-ins for Slurm and Ray."""
+"""The folder of Ray in a Slurm job: one name on all nodes, which nobody can guess, made for its owner alone.
+With stand-ins for Slurm and Ray."""
 
 from __future__ import annotations
 
@@ -13,10 +14,14 @@ from cluster.spec import Slurm
 
 STANDINS = {
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
-    "ray": 'echo "$@" >> "$STARTED"; for word; do case "$word" in --temp-dir=*) stat -c "%a" "$(dirname "${word#*=}")" >> "$MODES";; esac; done; echo --block; exec sleep 60',
-    "python": 'case "$*" in *sys.executable*) echo "$0";; *zipfile*) mkdir "$4";; *) echo "python $*" >> "$STARTED";; esac',
+    "ray": (
+        'echo "$@" >> "$STARTED"; for word; do case "$word" in --temp-dir=*) stat -c "%a" "$(dirname "${word#*=}")" >> '
+        '"$MODES";; esac; done; echo --block; exec sleep 60'
+    ),
+    "python": 'case "$*" in *sys.executable*) echo "$0";; *zipfile*) mkdir "$4";; *) echo "python $*" >> "$STARTED";; '
+    "esac",
     "hostname": "echo 127.0.0.1",
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -39,7 +44,8 @@ def batch(tmp_path):
             (tmp_path / "bin" / name).chmod(0o755)
         (job / "batch.sh").write_text(SlurmProvider(spec).batch_script("one", workers=2, names=()))
         environment = {
-            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURMD_NODENAME": "n1",
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
+            "SLURMD_NODENAME": "n1",
             "STARTED": str(tmp_path / "started"), "MODES": str(tmp_path / "modes"), "HOME": str(tmp_path),
         }  # fmt: skip
         return subprocess.run(["bash", str(job / "batch.sh")], env=environment, timeout=60, check=False).returncode

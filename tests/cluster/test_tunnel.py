@@ -1,4 +1,5 @@
-"""Through SSH on a machine with other users: a tunnel nobody else can take over, and host keys that are looked at. With a real sshd."""
+"""Through SSH on a machine with other users: a tunnel nobody else can take over,
+and host keys that are looked at. With a real sshd."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def dashboard():
 
 def as_a_stranger(code: str) -> str:
     """What Python code prints that another user runs. Raises CalledProcessError if it fails."""
-    drop = f"import contextlib, glob, os, socket; os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER})\n"  # Python may lie in our home
+    # Python may lie in our home
+    drop = f"import contextlib, glob, os, socket; os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER})\n"
     return subprocess.run(
         [sys.executable, "-c", drop + code], capture_output=True, text=True, check=True, timeout=60
     ).stdout
@@ -91,14 +93,11 @@ def test_another_user_who_reads_the_list_of_processes_gets_nowhere(login, dashbo
                 "for file in glob.glob('/proc/[0-9]*/cmdline'):\n"
                 "    with contextlib.suppress(OSError):\n"
                 "        words += open(file).read().split(chr(0))\n"
-                f"(path,) = [word.rpartition(':127.0.0.1:')[0] for word in words if word.endswith(':127.0.0.1:{far}')]\n"
-                "def tried(family, at, do):\n"
-                "    try:\n"
-                "        getattr(socket.socket(family), do)(at)\n"
-                "    except OSError as error:\n"
-                "        return type(error).__name__, error.errno\n"
-                "print(tried(socket.AF_UNIX, path, 'connect'), tried(socket.AF_UNIX, path, 'bind'))\n"
-                f"print(tried(socket.AF_INET, ('127.0.0.1', {here}), 'bind'))\n"
+                "(path,) = [word.rpartition(':127.0.0.1:')[0] for word in words if "
+                f"word.endswith(':127.0.0.1:{far}')]\ndef tried(family, at, do):\n    try:\n        "
+                "getattr(socket.socket(family), do)(at)\n    except OSError as error:\n        return "
+                "type(error).__name__, error.errno\nprint(tried(socket.AF_UNIX, path, 'connect'), "
+                f"tried(socket.AF_UNIX, path, 'bind'))\nprint(tried(socket.AF_INET, ('127.0.0.1', {here}), 'bind'))\n"
             )
             == "('PermissionError', 13) ('PermissionError', 13)\n('OSError', 98)\n"
         )

@@ -1,4 +1,5 @@
-"""On one GPU: Liger's kernels, and compiled layers, give the curve that torch's kernels give. Each in a process of its own."""
+"""On one GPU: Liger's kernels, and compiled layers, give the curve that torch's kernels give.
+Each in a process of its own."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ def test_ppo_on_a_gpu_is_that_on_a_cpu(worker, train, tiny, tmp_path, stage, how
     from training.recipes import RECIPES
 
     settings = {
-        "recipe": "ppo", "reward": "tests.support.some_rewards:nines", "critic": str(tiny / "model"), "rollout_batch": 16, "batch": 8,
+        "recipe": "ppo", "reward": "tests.support.some_rewards:nines", "critic": str(tiny / "model"),
+        "rollout_batch": 16, "batch": 8,
         "response_tokens": 8, "max_steps": 2, "data": {"max_length": 64},
     }  # fmt: skip
     expected = train(1, **settings)
@@ -87,7 +88,8 @@ def test_ppo_on_a_gpu_is_that_on_a_cpu(worker, train, tiny, tmp_path, stage, how
 
 @pytest.mark.parametrize(("stage", "lora"), [(0, None), (1, None), (2, None), (3, None), (2, {"rank": 16})])
 def test_the_memory_that_a_plan_tells(worker, tiny, tmp_path, stage, lora):
-    """Against what CUDA had allocated at most, which neither knows CUDA's context nor what lies between blocks. 110 M parameters."""
+    """Against what CUDA had allocated at most, which neither knows CUDA's context nor what lies
+    between blocks. 110 M parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from training.drivers import supervised

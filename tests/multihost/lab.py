@@ -1,11 +1,13 @@
-"""Machines that can be switched off and cut from the network: namespaces with addresses, process tables and hostnames of their own.
+"""Machines that can be switched off and cut from the network: namespaces with addresses,
+process tables and hostnames of their own.
 
     with Lab("abc") as lab:
         lab.start_ray(head="a")
         lab["a"].run("muster", ...)
         lab.cut("b"); lab.heal("b"); lab["c"].switch_off()
 
-All of it lives in network namespaces that are named after this process and removed at the end; nothing outside is touched.
+All of it lives in network namespaces that are named after this process and removed at the end;
+nothing outside is touched.
 """
 
 from __future__ import annotations
@@ -69,10 +71,25 @@ class Machine:
     def boot(self) -> None:
         script = _BOOT.format(name=self.name, address=self.address, folder=self.folder)
         self.outer = subprocess.Popen(
-            ["ip", "netns", "exec", self.space, "unshare", "--pid", "--mount", "--uts", "--fork", "--kill-child=SIGKILL",
-             "--mount-proc", "bash", "-c", script],
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [
+                "ip",
+                "netns",
+                "exec",
+                self.space,
+                "unshare",
+                "--pid",
+                "--mount",
+                "--uts",
+                "--fork",
+                "--kill-child=SIGKILL",
+                "--mount-proc",
+                "bash",
+                "-c",
+                script,
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert self.outer.stdout is not None
         assert self.outer.stdout.readline().strip() == "up"
         self.init = int(Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children").read_text().split()[0])

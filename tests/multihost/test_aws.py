@@ -1,6 +1,7 @@
 """A cluster on EC2: moto answers as AWS would, machines of namespaces are the instances, with a real sshd each.
 
-Ray's cluster launcher, SSH, the token, the autoscaler on the head and the jobs are all real; only who gives machines is not Amazon.
+Ray's cluster launcher, SSH, the token, the autoscaler on the head and the jobs are all real;
+only who gives machines is not Amazon.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Ec2Lab:
                 self.body_of[one["id"]] = name
 
     def _give(self, name: str, instance: dict[str, Any]) -> None:
-        """What the cloud does when an instance starts: an address, and the key of its user data for those who log in."""
+        """What the cloud does when an instance starts: an address,
+        and the key of its user data for those who log in."""
         machine, folder = self.lab[name], self.lab[name].folder
         subprocess.run(
             ["ip", "-n", machine.space, "addr", "add", f"{instance['address']}/16", "dev", "eth0"], check=True
@@ -143,7 +145,8 @@ class Ec2Lab:
         machine.run("/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config"), log=folder / "sshd.log")
 
     def _have_shutdown(self, machine: Machine) -> None:
-        """`shutdown` on it shuts nothing down but says so in a file; also by its own path, since that would be the one of the real machine."""
+        """`shutdown` on it shuts nothing down but says so in a file; also by its own path,
+        since that would be the one of the real machine."""
         program = machine.folder / "bin/shutdown"
         program.parent.mkdir(exist_ok=True)
         program.write_text(f"#!/bin/sh\ntouch {machine.folder}/off\n")

@@ -1,4 +1,5 @@
-"""A run on several machines of which some are lost, cut off, drained or come back: it goes on by itself, on the same curve."""
+"""A run on several machines of which some are lost, cut off, drained or come back: it goes on
+by itself, on the same curve."""
 
 from __future__ import annotations
 
@@ -170,7 +171,8 @@ def nodes(run: LabRun) -> list[dict]:
     """Machines of the cluster: id and address."""
     code = (
         "import ray, json; ray.init(logging_level='ERROR', log_to_driver=False); "
-        "print(json.dumps([{'id': n['NodeID'], 'address': n['NodeManagerAddress']} for n in ray.nodes() if n['Alive']]))"
+        "print(json.dumps([{'id': n['NodeID'], 'address': n['NodeManagerAddress']} for n in ray.nodes() if "
+        "n['Alive']]))"
     )
     log = run.folder / "nodes.txt"
     run.lab[DRIVER].run(sys.executable, "-c", code, log=log, RAY_ADDRESS=run.lab.address).wait(60)

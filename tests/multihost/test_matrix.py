@@ -1,4 +1,5 @@
-"""Every fault at every moment, and many at random: on real machines, with the weights of a run that nobody disturbed."""
+"""Every fault at every moment, and many at random: on real machines,
+with the weights of a run that nobody disturbed."""
 
 from __future__ import annotations
 
@@ -91,8 +92,9 @@ MOMENTS = {
     "evaluating": ("phases.sft.eval_every=1", 40),
     "exporting": ("phases.sft.checkpoint.every=20", STEPS),
 }
-"""A setting, and the step after which the fault strikes. With a save, or an evaluation, after every step there is always one under
-way; after the last step the model is saved, evaluated and exported, which the run may be done with before the fault strikes."""
+"""A setting, and the step after which the fault strikes. With a save, or an evaluation, after every step there is
+always one under way; after the last step the model is saved, evaluated and exported, which the run may be done with
+before the fault strikes."""
 
 
 def start(run: LabRun, *settings: str) -> None:
@@ -133,7 +135,8 @@ def calm_of(tiny, tmp_path_factory) -> Callable[[str], Result]:
 
 
 CHECKED = {("pretrain", "machine cut off", "evaluating"), ("reward, LoRA", "place killed", "saving")}
-"""What a check of a change has time for, beside test_lost_machines.py and test_recovery.py, which have every fault of SFT."""
+"""What a check of a change has time for, beside test_lost_machines.py and test_recovery.py,
+which have every fault of SFT."""
 
 
 def matrix() -> list[ParameterSet]:

@@ -1,4 +1,5 @@
-"""PPO over groups of workers on several machines, of which one is lost: it ends with the weights of the undisturbed run."""
+"""PPO over groups of workers on several machines, of which one is lost: it ends
+with the weights of the undisturbed run."""
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ class Slurm:
         munge = folder / "munge"
         self.started = [
             self._start(
-                "munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/sock", f"--pid-file={munge}/pid",
+                "munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/sock",
+                f"--pid-file={munge}/pid",
                 f"--log-file={munge}/log", f"--seed-file={munge}/seed",
             )
         ]  # fmt: skip
@@ -107,7 +108,8 @@ def muster(slurm, place) -> Commands:
     commands = Commands(slurm.folder)
     commands.environment |= {"PATH": _PATH, "SLURM_CONF": str(slurm.folder / "slurm.conf")}
     spec = {
-        "provider": "slurm", "folder": str(slurm.folder / "jobs"), "workers_per_node": 1, "storage": str(place / "runs"),
+        "provider": "slurm", "folder": str(slurm.folder / "jobs"), "workers_per_node": 1,
+        "storage": str(place / "runs"),
         "python": shutil.which("python"), "shared": [str(place)], "stop_s": 60,
         "setup": [
             f"export MUSTER_CACHE={slurm.folder}/cache OMP_NUM_THREADS=1 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0",

@@ -24,7 +24,8 @@ _PATIENCE_S = 240
 
 
 class SshLab:
-    """Machines with sshd: `a` gives the commands, `b` leads, `c` and `d` work, `e` is a stranger without a key or a token."""
+    """Machines with sshd: `a` gives the commands, `b` leads, `c` and `d` work,
+    `e` is a stranger without a key or a token."""
 
     def __init__(self, lab: Lab, folder: Path):
         self.lab, self.folder = lab, folder
@@ -138,7 +139,8 @@ def test_the_token_is_in_no_file_but_its_own_and_in_no_command_line(up):
 
 
 def test_strangers_neither_submit_nor_read_nor_connect(up, job):
-    """From another host, without a token and with a wrong one: the dashboard is on loopback, Ray's own door wants the token."""
+    """From another host, without a token and with a wrong one: the dashboard is on loopback,
+    Ray's own door wants the token."""
     head = up.lab[HEAD].address
     said = up.muster("list", "--on", f"http://{head}:8265", machine=STRANGER, status=1)
     assert "does not answer" in said
@@ -157,7 +159,8 @@ def test_strangers_neither_submit_nor_read_nor_connect(up, job):
 
 def test_somebody_elses_cluster_is_reached_through_a_machine_that_sees_it(up):
     spec = {
-        "provider": "existing", "address": "http://127.0.0.1:8265", "ssh": up.lab[HEAD].address, "key": str(up.folder / "key"),
+        "provider": "existing", "address": "http://127.0.0.1:8265", "ssh": up.lab[HEAD].address,
+        "key": str(up.folder / "key"),
         "ssh_options": up.options, "token_file": str(up.folder / "muster/clusters/lab/token"),
     }  # fmt: skip
     (up.folder / "theirs.yaml").write_text(json.dumps(spec))

@@ -1,9 +1,10 @@
 """Makes what test_old_runs.py reads: run it with the Muster of the commit that the archive is named after.
 
-    git worktree add build/old COMMIT && cd build/old && make setup && .venv/bin/python ../../tests/old_runs/make.py COMMIT ../../tests/old_runs
+    git worktree add build/old COMMIT && cd build/old && make setup
+    .venv/bin/python ../../tests/old_runs/make.py COMMIT ../../tests/old_runs
 
-The paths of a run's inputs are part of its job's hash, so everything lies in a folder of a fixed name, where the test unpacks it again.
-Needs the Muster of one commit only: nothing here imports the tests of another.
+The paths of a run's inputs are part of its job's hash, so everything lies in a folder of a fixed name, where the test
+unpacks it again. Needs the Muster of one commit only: nothing here imports the tests of another.
 """
 
 from __future__ import annotations
@@ -25,9 +26,24 @@ model: {path: model, dtype: fp32}
 resources: {workers: 1, gpus_per_worker: 0}
 sharding: {stage: 0}
 phases:
-  pretrain: {data: {train: data/text.jsonl, max_length: 48}, max_steps: 2, batch: 4, learning_rate: 1.0e-2, checkpoint: {every: 1}}
-  sft: {data: {train: data/rows.jsonl, eval: data/heldout.jsonl, max_length: 48}, max_steps: 3, batch: 4, learning_rate: 1.0e-2, checkpoint: {every: 1}}
-  reward: {data: {train: data/pairs.jsonl, max_length: 48}, max_steps: 2, batch: 4, learning_rate: 1.0e-2, checkpoint: {every: 1}}
+  pretrain:
+    data: {train: data/text.jsonl, max_length: 48}
+    max_steps: 2
+    batch: 4
+    learning_rate: 1.0e-2
+    checkpoint: {every: 1}
+  sft:
+    data: {train: data/rows.jsonl, eval: data/heldout.jsonl, max_length: 48}
+    max_steps: 3
+    batch: 4
+    learning_rate: 1.0e-2
+    checkpoint: {every: 1}
+  reward:
+    data: {train: data/pairs.jsonl, max_length: 48}
+    max_steps: 2
+    batch: 4
+    learning_rate: 1.0e-2
+    checkpoint: {every: 1}
   ppo:
     from: sft
     reward: reward
@@ -46,8 +62,21 @@ model: {path: model, dtype: fp32, lora: {rank: 2, alpha: 4}}
 resources: {workers: 2, gpus_per_worker: 0}
 sharding: {stage: 2}
 phases:
-  sft: {data: {train: [{path: data/chats.jsonl, weight: 2}, {path: data/alpaca.jsonl, weight: 1}], template: plain, max_length: 64}, max_steps: 3, batch: 4, learning_rate: 1.0e-2, checkpoint: {every: 1}}
-  cft: {data: {train: data/critiques.jsonl, template: plain, max_length: 200}, max_steps: 2, batch: 4, learning_rate: 1.0e-2, checkpoint: {every: 1}}
+  sft:
+    data:
+      train: [{path: data/chats.jsonl, weight: 2}, {path: data/alpaca.jsonl, weight: 1}]
+      template: plain
+      max_length: 64
+    max_steps: 3
+    batch: 4
+    learning_rate: 1.0e-2
+    checkpoint: {every: 1}
+  cft:
+    data: {train: data/critiques.jsonl, template: plain, max_length: 200}
+    max_steps: 2
+    batch: 4
+    learning_rate: 1.0e-2
+    checkpoint: {every: 1}
 """
 BEGINS = """\
 name: begins
@@ -56,7 +85,12 @@ model: {path: model-bos, dtype: fp32}
 resources: {workers: 1, gpus_per_worker: 0}
 sharding: {stage: 0}
 phases:
-  sft: {data: {train: data/rows.jsonl, max_length: 48}, max_steps: 2, batch: 4, learning_rate: 1.0e-2, checkpoint: {every: 1}}
+  sft:
+    data: {train: data/rows.jsonl, max_length: 48}
+    max_steps: 2
+    batch: 4
+    learning_rate: 1.0e-2
+    checkpoint: {every: 1}
 """
 
 
@@ -122,7 +156,8 @@ def write_data(folder: Path) -> None:
 
 
 def write_model(folder: Path, *, bos: bool = False) -> None:
-    """A LLaMA of a thousand weights whose tokens are the printable characters. `bos`: its tokenizer puts <s> before every text."""
+    """A LLaMA of a thousand weights whose tokens are the printable characters.
+    `bos`: its tokenizer puts <s> before every text."""
     import numpy as np
     from safetensors.numpy import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -150,8 +185,10 @@ def write_model(folder: Path, *, bos: bool = False) -> None:
     size, hidden, inner = len(vocabulary), 4, 8
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": size, "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": hidden,
-        "max_position_embeddings": 256, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "intermediate_size": inner, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+        "head_dim": hidden,
+        "max_position_embeddings": 256, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2,
         "hidden_act": "silu", "rms_norm_eps": 1e-6, "torch_dtype": "float32",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -170,7 +207,8 @@ def write_model(folder: Path, *, bos: bool = False) -> None:
 
 
 def note_hashes() -> None:
-    """By job file what its hash is: of the jobs here, of their resolved forms, and of every configuration that came with the commit."""
+    """By job file what its hash is: of the jobs here, of their resolved forms,
+    and of every configuration that came with the commit."""
     from launcher.jobfile import job
 
     files = [*sorted(ROOT.glob("*.yaml")), *sorted(ROOT.glob("runs/*/job.yaml")), *sorted(ROOT.glob("configs/*.yaml"))]
@@ -179,7 +217,8 @@ def note_hashes() -> None:
 
 
 def make_clusters() -> None:
-    """The record of a cluster on this machine, which is ended again, and those of clusters elsewhere before machines are asked for."""
+    """The record of a cluster on this machine, which is ended again,
+    and those of clusters elsewhere before machines are asked for."""
     from cluster import registry as homes
     from launcher.submit import clusters
 

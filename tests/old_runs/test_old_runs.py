@@ -1,4 +1,5 @@
-"""Runs, checkpoints, token stores and cluster records of earlier commits go on working. `make.py` tells how the archives were made."""
+"""Runs, checkpoints, token stores and cluster records of earlier commits go on working.
+`make.py` tells how the archives were made."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ ROUNDING = 1e-5
 
 @pytest.fixture(scope="module", params=["3f9f597"])
 def unpacked(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """What an archive holds, in the folder where it was made: the paths of a run's inputs are part of its job's hash."""
+    """What an archive holds, in the folder where it was made: the paths of a run's inputs are
+    part of its job's hash."""
     folder = Path(f"/tmp/muster-{request.param}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)

@@ -1,7 +1,7 @@
 """EC2 as far as its API goes (moto's server), and what gives its instances a body: run on the machine that has the API.
 
-Writes what there is into a file OUT again and again; `tests/multihost/test_aws.py` turns it into machines, and says by a file OUT.off.ID
-that the system of one has shut itself down.
+Writes what there is into a file OUT again and again; `tests/multihost/test_aws.py` turns it into machines, and says by
+a file OUT.off.ID that the system of one has shut itself down.
 """
 
 from __future__ import annotations

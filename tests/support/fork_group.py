@@ -1,4 +1,5 @@
-"""Workers for tests: processes forked from one that has imported everything, driven as a Group. A third of a second a group."""
+"""Workers for tests: processes forked from one that has imported everything, driven as a Group.
+A third of a second a group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The command in a process of its own that is forked from one which has imported everything: a tenth of a second instead of ten."""
+"""The command in a process of its own that is forked from one which has imported everything: a
+tenth of a second instead of ten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which tests stay in one process, in order, when processes of pytest-xdist run side by side; and which of these groups start first."""
+"""Which tests stay in one process, in order, when processes of pytest-xdist run side by side;
+and which of these groups start first."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from _pytest.nodeid import coerce_node_id
 
 TESTS = Path(__file__).parents[1]
 SHARED = {"ray_cluster": "ray", "muster_here": "clusters on this machine", "growing": "clusters on this machine"}
-"""Fixtures too expensive for every process, or that take fixed resources of this machine, and the group of their tests."""
+"""Fixtures too expensive for every process, or that take fixed resources of this machine,
+and the group of their tests."""
 TRAINING = "training"
 """Tests that train on several processes of their own. Side by side they would only slow each other down."""
 LONGEST = (TRAINING, "curves")
@@ -34,7 +36,8 @@ def _turn(item: pytest.Item) -> tuple[int, bool]:
 
 
 def arrange(items: list[pytest.Item]) -> None:
-    """Write its group into every test's id, where the scheduler reads it, and put the groups in the order in which they start."""
+    """Write its group into every test's id, where the scheduler reads it,
+    and put the groups in the order in which they start."""
     items.sort(key=_turn)
     for item in items:
         # pytest-xdist 3.8 does this for the mark `xdist_group`, but to an attribute that pytest 9.2 no longer has.

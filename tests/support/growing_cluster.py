@@ -1,4 +1,5 @@
-"""A cluster on this machine that grows and shrinks by itself: Ray's own autoscaler, with a provider of Ray's whose machines are processes."""
+"""A cluster on this machine that grows and shrinks by itself: Ray's own autoscaler,
+with a provider of Ray's whose machines are processes."""
 
 from __future__ import annotations
 
@@ -60,11 +61,25 @@ def _config(port: int, idle_minutes: float) -> dict:
         "gcs_address": f"127.0.0.1:{port}", "head_node_id": HEAD_ID,
     }  # fmt: skip
     return {
-        **{name: [] for name in lists}, "auth": {}, "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False,
-        "cluster_name": "scaling", "max_workers": 3, "upscaling_speed": 1000, "idle_timeout_minutes": idle_minutes,
-        "provider": provider, "head_node_type": "ray.head.default",
+        **{name: [] for name in lists},
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "cluster_name": "scaling",
+        "max_workers": 3,
+        "upscaling_speed": 1000,
+        "idle_timeout_minutes": idle_minutes,
+        "provider": provider,
+        "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            "small": {"resources": {"CPU": 1}, "labels": {PRICE: "2"}, "node_config": {}, "min_workers": 0, "max_workers": 3},
+            "small": {
+                "resources": {"CPU": 1},
+                "labels": {PRICE: "2"},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": 3,
+            },
         },
-    }  # fmt: skip
+    }

@@ -14,8 +14,10 @@ DEEP = "<deep>"
 """Stands for a value that is nested too deeply to be written by `json.dumps`."""
 _DEEP_TEXT = "[" * 5_000 + "]" * 5_000
 VALUES: list[Any] = [
-    float("inf"), float("-inf"), float("nan"), 1e308, 10**13, 2**62, 2**63, 10**400, -1, 0, 0.5, True, None, "", "x", "../../x", "/etc/shadow",
-    "\x1b[2J", "\ud800", "9" * 5000, [], {}, [[]], [None], ["x"], [float("inf")], [10**13], [-1], [2**62, 2**62], {"x": 1}, {"": {}}, DEEP,
+    float("inf"), float("-inf"), float("nan"), 1e308, 10**13, 2**62, 2**63, 10**400, -1, 0, 0.5, True, None, "", "x",
+    "../../x", "/etc/shadow",
+    "\x1b[2J", "\ud800", "9" * 5000, [], {}, [[]], [None], ["x"], [float("inf")], [10**13], [-1], [2**62, 2**62],
+    {"x": 1}, {"": {}}, DEEP,
 ]  # fmt: skip
 bounded = settings(
     max_examples=100, deadline=None, derandomize=True, database=None,

@@ -1,4 +1,5 @@
-"""A Hugging Face hub on this machine: models and data sets with commits and branches, over the protocol that its client speaks; and commands of `muster` that use it."""
+"""A Hugging Face hub on this machine: models and data sets with commits and branches, over the protocol that its client
+speaks; and commands of `muster` that use it."""
 
 from __future__ import annotations
 
@@ -179,7 +180,8 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def run_commands(folder: Path, environment: dict[str, str], *commands: list[str]) -> list[str]:
-    """What commands of `muster` print that end well, in a process of its own: the hub's library reads the environment once."""
+    """What commands of `muster` print that end well, in a process of its own: the hub's library
+    reads the environment once."""
     here = {**os.environ, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(Path(__file__).parents[2])}
     call = [sys.executable, "-c", _COMMANDS, json.dumps(commands)]
     done = subprocess.run(

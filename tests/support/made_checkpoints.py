@@ -31,7 +31,8 @@ def staged(
         for kind, end, sign in (("fp32", ".safetensors", 1), ("exp_avg", OPTIMIZER, -1))
     ]
     manifest = Manifest(
-        phase="sft", step=step, samples=step * 8, optimizer_steps={"trainer": step}, attempt=checkpoints.attempt, world_size=world_size,
+        phase="sft", step=step, samples=step * 8, optimizer_steps={"trainer": step}, attempt=checkpoints.attempt,
+        world_size=world_size,
         zero_stage=2, dtype="float32", chats=False, job_hash="j", data_hash="d", metrics=metrics or {},
         parameters={"w": [4, 5]}, files=files, versions={}, created="2026-01-01T00:00:00+00:00",
     )  # fmt: skip

@@ -60,7 +60,8 @@ class MadeRun:
         self.event("workers", phase=phase, workers=members)
         self.wait(10)
         self.event(
-            "training", phase=phase, step=step, redone_s=redone_s, total_steps=total, parameters=1_111_424, samples=5000, dtype="float32",
+            "training", phase=phase, step=step, redone_s=redone_s, total_steps=total, parameters=1_111_424,
+            samples=5000, dtype="float32",
             device="cpu", attention="sdpa", notes=["3 samples were too long and left out"],
         )  # fmt: skip
 
@@ -69,7 +70,8 @@ class MadeRun:
             self.wait(1.0)
             loss = 4 * math.exp(-step / 80) + 0.3 + self.chance.gauss(0, 0.05)
             row = {
-                "step": step, "loss": loss, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 4000, "target_tokens": 2000,
+                "step": step, "loss": loss, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 4000,
+                "target_tokens": 2000,
                 "samples": 64, "step_s": 0.9, "tokens_per_s": 4444.0, "memory_gib": 0.8, "workers": workers,
                 "attempt": self.attempt,
             }  # fmt: skip
@@ -90,7 +92,8 @@ class MadeRun:
             rows.append(
                 {
                     "number": number, "row": f"q:{number}", "question": question, "expected": "7", "sample": 0,
-                    "response": f"so it is {7 if correct else 8}", "answer": "7", "correct": correct, "ended": True, "tokens": 9,
+                    "response": f"so it is {7 if correct else 8}", "answer": "7", "correct": correct, "ended": True,
+                    "tokens": 9,
                 }
             )  # fmt: skip
         right = sum(row["correct"] for row in rows) / len(rows)
@@ -149,8 +152,10 @@ def rewarded(root: Path, name: str = "rewarded", iterations: int = 60) -> MadeRu
     run = MadeRun(root, name, {"ppo": {"reward": "rules.py:score"}})
     run.start("ppo", total=iterations)
     run.steps(
-        "ppo", 1, iterations, reward=lambda step: step / 30 - 1, kl=lambda step: step / 100, entropy=lambda step: 2 - step / 60,
-        generate_s=lambda _: 0.4, score_s=lambda _: 0.1, learn_s=lambda _: 0.3, response_tokens=lambda step: 20 + step / 10,
+        "ppo", 1, iterations, reward=lambda step: step / 30 - 1, kl=lambda step: step / 100,
+        entropy=lambda step: 2 - step / 60,
+        generate_s=lambda _: 0.4, score_s=lambda _: 0.1, learn_s=lambda _: 0.3,
+        response_tokens=lambda step: 20 + step / 10,
     )  # fmt: skip
     for step in range(1, iterations + 1):
         for place, reward in enumerate((-1.0, 2.0, 0.5, 0.25)):

@@ -1,4 +1,5 @@
-"""The trainer of SFT, telling what its memory hangs on: what restoring takes, which layers recompute; and how often they are compiled."""
+"""The trainer of SFT, telling what its memory hangs on: what restoring takes, which layers recompute;
+and how often they are compiled."""
 
 from tests.support.roles import Peak
 from training.roles.language import LanguageTrainer

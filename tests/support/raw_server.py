@@ -1,4 +1,5 @@
-"""A real server on loopback that reads a request of HTTP and then sends any bytes at all, and replies that no good server sends."""
+"""A real server on loopback that reads a request of HTTP and then sends any bytes at all,
+and replies that no good server sends."""
 
 from __future__ import annotations
 

@@ -184,11 +184,11 @@ class Memory:
         self.profile.__enter__()
 
     def end(self) -> tuple[int, int]:
-        """The most bytes that live tensors had before the optimizer stepped, and the most that there was at any time: what was live at
-        the beginning, and what was allocated since.
+        """The most bytes that live tensors had before the optimizer stepped, and the most that there was at any time:
+        what was live at the beginning, and what was allocated since.
 
-        The second counts every allocation by torch, as a GPU's `max_memory_allocated` does; it misses what another thread frees, as
-        collectives of several workers do.
+        The second counts every allocation by torch, as a GPU's `max_memory_allocated` does; it misses what another
+        thread frees, as collectives of several workers do.
         """
         self.profile.__exit__(None, None, None)
         events = [event for event in self.profile.profiler.kineto_results.events() if event.name() == "[memory]"]

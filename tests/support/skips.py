@@ -13,7 +13,8 @@ MAY_LACK = (
     "the tests run with settings of glibc's",
     "cannot limit the memory of a process",
 )
-"""Beginnings of reasons: hardware and settings of the kernel. A missing tool is not among them: .ci/run installs tools."""
+"""Beginnings of reasons: hardware and settings of the kernel. A missing tool is not among them:
+.ci/run installs tools."""
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -25,7 +25,8 @@ def sshd(folder: Path, port: int, host_key: Path, client_key: Path) -> Iterator[
     """Lets whoever has `client_key` in as the user who runs the tests."""
     Path("/run/sshd").mkdir(exist_ok=True)
     lines = [
-        f"Port {port}", "ListenAddress 127.0.0.1", f"HostKey {host_key}", f"AuthorizedKeysFile {client_key}.pub", "UsePAM no",
+        f"Port {port}", "ListenAddress 127.0.0.1", f"HostKey {host_key}", f"AuthorizedKeysFile {client_key}.pub",
+        "UsePAM no",
         "StrictModes no", f"PidFile {folder}/sshd.pid", "PermitRootLogin yes",
     ]  # fmt: skip
     (folder / "sshd_config").write_text("\n".join(lines) + "\n")

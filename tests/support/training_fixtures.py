@@ -1,4 +1,5 @@
-"""A tiny model, its tokenizer and rows to train it on, made once; and a way to run a recipe's driver on test workers."""
+"""A tiny model, its tokenizer and rows to train it on, made once;
+and a way to run a recipe's driver on test workers."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _attempts = itertools.count(1)
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A folder with model/ (0.1 M parameters, every weight random and large enough to matter) and rows for every recipe.
+    """A folder with model/ (0.1 M parameters, every weight random and large enough to matter)
+    and rows for every recipe.
 
     train.jsonl and eval.jsonl are for SFT; those of another recipe begin with its name: reward.train.jsonl.
     """
@@ -41,7 +43,8 @@ def tiny(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, eos_token_id=0, initializer_range=0.1, tie_word_embeddings=False, max_position_embeddings=256,
+        num_key_value_heads=2, eos_token_id=0, initializer_range=0.1, tie_word_embeddings=False,
+        max_position_embeddings=256,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     return folder

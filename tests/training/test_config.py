@@ -56,7 +56,8 @@ def test_all_impossible_combinations_are_told_at_once():
     [
         {"batch": "8"}, {"batch": 8.0}, {"batch": True}, {"batch": 0}, {"learning_rate": float("nan")},
         {"learning_rate": 0.0}, {"clip": -1.0}, {"seed": -1}, {"seed": 2**63}, {"sharding": {"stage": 4}},
-        {"model": {"path": "m", "dtype": "fp16"}}, {"optimizer": {"betas": [0.9]}}, {"optimizer": {"betas": [0.9, 1.0]}},
+        {"model": {"path": "m", "dtype": "fp16"}}, {"optimizer": {"betas": [0.9]}},
+        {"optimizer": {"betas": [0.9, 1.0]}},
         {"checkpoint": {"every": 0}}, {"checkpoint": {"every": True}}, {"checkpoint": {"every": "0s"}},
         {"checkpoint": {"every": "200"}}, {"checkpoint": {"every": "10 m"}}, {"checkpoint": {"every": "1d"}},
         {"data": {"train": []}}, {"data": {"train": "d", "max_length": 1}}, {"schedule": {"floor": 1.5}}, {"bach": 3},

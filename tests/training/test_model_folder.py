@@ -170,7 +170,10 @@ def test_everything_is_told_at_once(folder):
     (folder / "model.safetensors").unlink()
     (folder / "tokenizer.json").unlink()
     assert problems(folder) == [
-        "config.json: BertForMaskedLM is not a causal language model; expected an architecture such as LlamaForCausalLM",
+        (
+            "config.json: BertForMaskedLM is not a causal language model; expected an architecture such as "
+            "LlamaForCausalLM"
+        ),
         "FOLDER: has no weights: no model.safetensors; the folder holds config.json",
         "FOLDER: has no tokenizer (tokenizer.json or tokenizer.model); copy it here or set model.tokenizer",
     ]
@@ -205,7 +208,10 @@ def test_a_folder_that_is_not_there_a_file_and_an_adapter(folder, tmp_path_facto
 def test_weights_and_config_must_belong_together(folder):
     configure(folder, vocab_size=12, num_hidden_layers=4)
     assert problems(folder) == [
-        "config.json: says vocab_size 12, but the weights' model.embed_tokens.weight has 11 rows; they do not belong together",
+        (
+            "config.json: says vocab_size 12, but the weights' model.embed_tokens.weight has 11 rows; they do not "
+            "belong together"
+        ),
         "FOLDER: its weights lack 2 of 4 layers: 2, 3; copy them again or correct config.json",
     ]
 
@@ -245,7 +251,10 @@ def test_layers_that_the_configuration_does_not_count_are_named(folder):
     assert notes_on(str(folder)) == []
     configure(folder, num_hidden_layers=1)
     assert notes_on(str(folder)) == [
-        "config.json counts 1 layers, and the weights have more: layers 1 are not used; correct num_hidden_layers unless that is meant"
+        (
+            "config.json counts 1 layers, and the weights have more: layers 1 are not used; correct num_hidden_layers "
+            "unless that is meant"
+        )
     ]
     configure(folder, num_hidden_layers=1, num_nextn_predict_layers=1)
     assert notes_on(str(folder)) == [], "layers that predict further tokens are left out by transformers on purpose"

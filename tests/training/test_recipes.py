@@ -1,4 +1,5 @@
-"""What the recipes come to: pretraining on documents, reward models that score alike elsewhere, evaluation by answers."""
+"""What the recipes come to: pretraining on documents, reward models
+that score alike elsewhere, evaluation by answers."""
 
 from __future__ import annotations
 
@@ -235,7 +236,8 @@ def test_a_metric_that_is_not_measured_is_refused(name):
 
 
 def test_a_reward_models_padding_is_no_token_that_sequences_end_with(tiny, train, tmp_path):
-    """One token is all: begin, end, unknown. transformers reads the score where the export says, alone and in padded batches."""
+    """One token is all: begin, end, unknown. transformers reads the score where the export says,
+    alone and in padded batches."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -82,7 +82,7 @@ def _export(checkpoint: StoragePath, out: Path, phase: Phase, merge: bool, shard
 
 def _write(staged: Path, reader: Reader, phase: Phase, merge: bool, shard_bytes: int) -> None:
     dtype = getattr(torch, reader.manifest.dtype)
-    classifier = RECIPES[phase.recipe].makes == "classifier"
+    classifier = RECIPES[phase.recipe].is_classifier
     base, lora = base_of(phase.model.path), phase.model.lora
     renderer = _renderer(phase, learnt_chats=reader.manifest.chats)
     tokenizer = renderer.tokenizer

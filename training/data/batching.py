@@ -59,7 +59,7 @@ def limits_for(
     if phase.micro_tokens != "auto":
         tokens = phase.micro_tokens
     elif on_cpu:
-        small = phase.model.lora is not None or phase.recipe == "reward"
+        small = phase.model.lora is not None or phase.sequences_per_sample > 1
         tokens = _MICRO_TOKENS_CPU_SMALL if small else _MICRO_TOKENS_CPU
     else:
         tokens = max(_MICRO_TOKENS, longest)
@@ -81,7 +81,8 @@ def is_varlen(attention: str) -> bool:
 
 
 def partition_batch(lengths: Sequence[int], num_workers: int, limits: BatchLimits) -> list[list[list[Row]]]:
-    """`partition_batch(...)[worker][micro-batch]` is a list of rows; every worker gets the same number of micro-batches.
+    """`partition_batch(...)[worker][micro-batch]` is a list of rows;
+    every worker gets the same number of micro-batches.
 
     An empty list of rows is a turn that a worker has nothing for: it must still run one forward and backward pass,
     because the collectives of ZeRO-3 count on all workers.

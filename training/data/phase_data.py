@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import PPO, Data, Phase, Source
+from training.config import Data, Phase, Source
 from training.data import files, question_prompts, reward_prompts, reward_signature
 from training.data.files import Located
 from training.data.prepare import prepare
@@ -24,6 +24,11 @@ class Stores:
     eval: TokenStore | None
     weights: list[float] | None
     """Of the sources of `train`; None if every row comes once an epoch."""
+
+    @property
+    def damage(self) -> list[str]:
+        """What was wrong with tokenized data that have just been made anew."""
+        return [found for store in (self.train, self.eval) if store is not None for found in store.damage]
 
 
 def open_stores(phase: Phase, cache: Path, *, verify: bool = True) -> Stores:
@@ -50,8 +55,6 @@ def prepare_phase(phase: Phase, cache: Path) -> tuple[Stores, list[str]]:
     reward functions that cannot be called with the rows, or reward models that cannot be given them."""
     stores = open_stores(phase, cache)
     notes = question_prompts.check(phase, stores.train, cache)
-    if not isinstance(phase, PPO):
-        return stores, notes
     return stores, notes + reward_signature.check(phase, stores.train) + reward_prompts.check(
         phase, stores.train, cache
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.config import PPO, Model
+from training.config import Model, Phase
 from training.data.formats import Parser, Prompt
 from training.data.prepare import tokenizer_content
 from training.data.render import Sample, load_tokenizer, same_tokens, tokenizer_for
@@ -25,7 +25,7 @@ RESPONSE = "Yes"
 """What the prompts are rendered with."""
 
 
-def check(phase: PPO, prompts: TokenStore, cache: Path) -> list[str]:
+def check(phase: Phase, prompts: TokenStore, cache: Path) -> list[str]:
     """Notes on how reward models are given the prompts.
 
     Raises InputError with prompts that their templates refuse, with those that are too long for them, and for a critic
@@ -55,30 +55,30 @@ def _is_folder(path: str) -> bool:
     return "/" in path and os.path.isdir(path)
 
 
-def _too_long(path: str, longest: int, phase: PPO) -> str:
-    window, longest = window_of(path), longest + phase.response_tokens
+def _too_long(path: str, longest: int, phase: Phase) -> str:
+    window, longest = window_of(path), longest + phase.new_tokens
     if window is None or longest <= window:
         return ""
     return (
         f"the reward model {path} was made for {window:,} positions; the longest prompt and a response of "
-        f"{phase.response_tokens:,} tokens come to about {longest:,}"
+        f"{phase.new_tokens:,} tokens come to about {longest:,}"
     )
 
 
-def _critic_problems(phase: PPO, cache: Path) -> list[Problem]:
+def _critic_problems(phase: Phase, cache: Path) -> list[Problem]:
     """The critic starts from the model that it names, else from the first reward model."""
-    starts = [phase.critic] if phase.critic else [source.path for source in phase.rewards if source.is_model]
-    if not starts or not _is_folder(starts[0]) or _same_tokens(starts[0], phase, cache):
+    start = phase.critic_start
+    if start is None or not _is_folder(start) or _same_tokens(start, phase, cache):
         return []
-    start = starts[0] if phase.critic else f"the reward model {starts[0]}"
+    what = start if phase.named_critic else f"the reward model {start}"
     message = (
-        f"the critic starts from {start}, whose tokenizer is not the policy's: it would read the policy's tokens as "
+        f"the critic starts from {what}, whose tokenizer is not the policy's: it would read the policy's tokens as "
         "others; set critic to a model that has the policy's tokenizer"
     )
     return [Problem("", "critic", message)]
 
 
-def _same_tokens(path: str, phase: PPO, cache: Path) -> bool:
+def _same_tokens(path: str, phase: Phase, cache: Path) -> bool:
     """Whether a model reads the policy's tokens as the policy does. One without a tokenizer of its own is taken to."""
     own, policy = tokenizer_of(Model(path=path)), tokenizer_of(phase.model)
     if not has_tokenizer(Path(own)) or not os.path.isdir(policy):
@@ -93,7 +93,7 @@ def _same_tokens(path: str, phase: PPO, cache: Path) -> bool:
     return same
 
 
-def _findings(path: str, phase: PPO, prompts: TokenStore, cache: Path) -> dict[str, Any]:
+def _findings(path: str, phase: Phase, prompts: TokenStore, cache: Path) -> dict[str, Any]:
     """`notes`, `refused` prompts with the reasons, and the tokens of the `longest`."""
     key = [
         prompts.folder.name,
@@ -105,7 +105,7 @@ def _findings(path: str, phase: PPO, prompts: TokenStore, cache: Path) -> dict[s
     return result
 
 
-def _inspect(path: str, phase: PPO, prompts: TokenStore) -> dict[str, Any]:
+def _inspect(path: str, phase: Phase, prompts: TokenStore) -> dict[str, Any]:
     from training.data.model_renderer import renderer_for
 
     renderer, parse = (

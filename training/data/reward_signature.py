@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.config import PPO, RewardSource
+from training.config import Phase, RewardSource
 from training.errors import InputError, Problem
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def signature_of(function: Callable[..., Any]) -> Signature | None:
     )
 
 
-def check(phase: PPO, prompts: TokenStore | None = None) -> list[str]:
+def check(phase: Phase, prompts: TokenStore | None = None) -> list[str]:
     """Raises InputError for a reward function that is not where its path says, or that asks for what there is not.
 
     `prompts`: None if they cannot be read yet. Returns what could not be looked at.
@@ -81,7 +81,7 @@ def check(phase: PPO, prompts: TokenStore | None = None) -> list[str]:
     return notes
 
 
-def notes(phase: PPO, prompts: TokenStore) -> list[str]:
+def notes(phase: Phase, prompts: TokenStore) -> list[str]:
     """What the user should know of how the reward functions of a phase are called."""
     if not _functions(phase):
         return []
@@ -100,7 +100,7 @@ def notes(phase: PPO, prompts: TokenStore) -> list[str]:
     return found
 
 
-def _functions(phase: PPO) -> list[RewardSource]:
+def _functions(phase: Phase) -> list[RewardSource]:
     return [source for source in phase.rewards if source.is_function]
 
 
@@ -108,7 +108,7 @@ def _first_rows(prompts: TokenStore) -> list[dict[str, Any]]:
     return [prompts.row(index) for index in range(min(len(prompts), LOOKED_AT))]
 
 
-def prompt_column(phase: PPO) -> str:
+def prompt_column(phase: Phase) -> str:
     """What the data call the prompt."""
     return phase.data.columns.get("prompt", "prompt")
 
@@ -118,7 +118,7 @@ def is_conversation(prompt: Any) -> bool:
     return isinstance(prompt, list)
 
 
-def _checked(source: RewardSource, phase: PPO, rows: list[dict[str, Any]] | None) -> Iterator[str]:
+def _checked(source: RewardSource, phase: Phase, rows: list[dict[str, Any]] | None) -> Iterator[str]:
     where, _, name = source.path.rpartition(":")
     file = Path(where) if where.endswith(".py") else _file_of(where, source.folder)
     if file is None:
@@ -130,7 +130,7 @@ def _checked(source: RewardSource, phase: PPO, rows: list[dict[str, Any]] | None
 
 
 def _refuse_what_is_missing(
-    source: RewardSource, signature: Signature, phase: PPO, rows: list[dict[str, Any]] | None
+    source: RewardSource, signature: Signature, phase: Phase, rows: list[dict[str, Any]] | None
 ) -> None:
     """Raises InputError for parameters without a default that nothing is given for."""
     if signature.positional_only:

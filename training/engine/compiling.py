@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.device import is_accelerator
 from training.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _MOST_VARIANTS = 64
 
 def lacks(device: str) -> str:
     """What this machine lacks to compile for a device (cpu, cuda), in words; nothing if it can."""
-    if device == "cuda":  # by Triton, in C
+    if is_accelerator(device):  # by Triton, in C
         compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     else:
         compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++"]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from training.config import Optimizer, Phase
 from training.data.collate import to_device
+from training.device import collective_backend, is_accelerator, synchronize, timing_event, torch_device
 from training.engine import compiling
 from training.estimate.memory import bucket_numbers, overlaps
 from training.process import heartbeat
@@ -55,9 +56,9 @@ def derive_config(phase: Phase, rank_info: RankInfo, dtype: torch.dtype) -> dict
     """DeepSpeed's settings for a phase, with the phase's raw `deepspeed:` laid over them."""
     zero: dict[str, Any] = {"stage": phase.sharding.stage}
     if phase.sharding.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": rank_info.device == "cuda"}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": is_accelerator(rank_info.device)}
         if phase.sharding.stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": rank_info.device == "cuda"}
+            zero["offload_param"] = {"device": "cpu", "pin_memory": is_accelerator(rank_info.device)}
     if overlaps(phase.sharding, rank_info.device, rank_info.size):
         zero["overlap_comm"] = True
     config = {
@@ -426,7 +427,8 @@ def computed(
 
 
 def device_of(rank_info: RankInfo) -> torch.device:
-    return torch.device(rank_info.device, rank_info.local_rank) if rank_info.device == "cuda" else torch.device("cpu")
+    """The device that a worker computes on."""
+    return torch_device(rank_info.device, rank_info.local_rank)
 
 
 def whole(parameter: Any) -> AbstractContextManager[Any]:
@@ -444,7 +446,7 @@ class Stopwatch:
     """Adds up the seconds that blocks take on a device, without waiting for it in between."""
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._marks: list[Any] = []
 
     def __enter__(self) -> None:
@@ -454,8 +456,8 @@ class Stopwatch:
         self._mark()
 
     def _mark(self) -> None:
-        if self._on_gpu:
-            self._marks.append(torch.cuda.Event(enable_timing=True))
+        if is_accelerator(self._device.type):
+            self._marks.append(timing_event())
             self._marks[-1].record()
         else:
             self._marks.append(time.perf_counter())
@@ -464,9 +466,9 @@ class Stopwatch:
         """The seconds since the last reading. Waits for the device."""
         marks, self._marks = self._marks, []
         pairs = zip(marks[::2], marks[1::2], strict=True)
-        if not self._on_gpu:
+        if not is_accelerator(self._device.type):
             return float(sum(end - start for start, end in pairs))
-        torch.cuda.synchronize()
+        synchronize(self._device)
         return float(sum(start.elapsed_time(end) for start, end in pairs) / 1000)
 
 
@@ -487,7 +489,7 @@ def _start_deepspeed(rank_info: RankInfo) -> None:
     # not probed for either, which would run the compiler.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(
-        dist_backend="nccl" if rank_info.device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        dist_backend=collective_backend(rank_info.device), auto_mpi_discovery=False, verbose=False
     )
 
 

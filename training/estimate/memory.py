@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from training.config import PPO, Lora, Phase, Sharding
+from training.config import Lora, Phase, Sharding
 from training.data.batching import SDPA_VARLEN, is_varlen, limits_for
+from training.device import ACCELERATOR, DeviceType, device_type, is_accelerator
 from training.estimate.model_traits import Traits, attention_of, rows_of
 from training.estimate.parameters import Shape
 from training.model_folder import adapter_in
-from training.recipes import RECIPES
+from training.recipes import RECIPES, resolve
 
 FP32, BF16 = 4, 2
 MOMENTS = 2 * FP32
@@ -26,7 +27,7 @@ LOGITS_AT_ONCE = 64 << 20
 CACHE_ROOM = 64
 """Places that a cache of keys and values has ready (training/generation/kv_cache.py): all it
 holds is copied once in so many tokens."""
-_BUCKET_NUMBERS = {"cpu": 4_000_000, "cuda": 200_000_000}
+_BUCKET_NUMBERS = {"cpu": 4_000_000, ACCELERATOR: 200_000_000}
 """Of a bucket of gradients, where DeepSpeed's own is of 500 million. A bucket is sent when it is full, so a smaller one
 begins earlier, and leaves less to send when the backward pass is over. On a GPU 400 MB fill any link; on a CPU 16 MB
 stay in the cache until they are sent, and gradients go as they come."""
@@ -76,8 +77,8 @@ class Setting:
         return self.sharding.stage
 
     @property
-    def device(self) -> Literal["cpu", "cuda"]:
-        return "cuda" if self.on_gpu else "cpu"
+    def device(self) -> DeviceType:
+        return device_type(self.on_gpu)
 
     @property
     def bytes(self) -> int:
@@ -119,16 +120,14 @@ def setting_of(
     `known`: what is known of the model's code, if it was examined.
     Raises InputError for a kernel that it does not have.
     """
-    device: Literal["cpu", "cuda"] = "cuda" if on_gpu else "cpu"
+    device = device_type(on_gpu)
     attention: str = phase.model.attention
     if known is not None:
         attention = attention_of(phase.model, known, device)
     elif attention == "auto":
         # Flash attention, where it is installed, takes no more.
         attention = "sdpa" if on_gpu or phase.model.compile else SDPA_VARLEN
-    # Both sequences of a pair lie in one row.
-    most = (2 if phase.recipe == "reward" else 1) * phase.data.max_length + phase.new_tokens
-    longest = most if longest is None else min(longest, most)
+    longest = phase.max_row if longest is None else min(longest, phase.max_row)
     rows = {} if known is None else asdict(rows_of(known, attention, longest))
     limits = limits_for(phase, longest, device, attention, **rows)
     row = limits.row_tokens or longest
@@ -138,18 +137,12 @@ def setting_of(
         if limits.micro_batch is not None
         else max(longest, limits.micro_tokens // row * row)
     )
-    if targets is None:
-        targets = phase.new_tokens / most if isinstance(phase, PPO) else _TARGETS.get(phase.recipe, 1.0)
     return Setting(
         workers=phase.resources.workers, sharding=phase.sharding, dtype=dtype, on_gpu=on_gpu, row_tokens=row,
-        micro_tokens=tokens,
-        targets=targets, lora=phase.model.lora, checkpointing=phase.model.gradient_checkpointing is True,
+        micro_tokens=tokens, targets=phase.target_share if targets is None else targets,
+        lora=phase.model.lora, checkpointing=phase.model.gradient_checkpointing is True,
         eager_attention=attention == "eager", masked_rows=limits.row_tokens is not None and not is_varlen(attention),
     )  # fmt: skip
-
-
-_TARGETS = {"sft": 0.75, "cft": 0.75}
-"""Of a micro-batch's tokens, where nothing is known of the data: the rest are prompts."""
 
 
 def trained(shape: Shape, lora: Lora | None) -> int:
@@ -168,7 +161,7 @@ def overlaps(sharding: Sharding, device: str, workers: int) -> bool:
 
     ZeRO-3 does so anyway; below, gradients are sent once a step; with offload they wait for the host.
     """
-    return sharding.stage == 2 and sharding.offload == "none" and device == "cuda" and workers > 1
+    return sharding.stage == 2 and sharding.offload == "none" and is_accelerator(device) and workers > 1
 
 
 def states(shape: Shape, where: Setting) -> Needs:
@@ -310,7 +303,7 @@ class Models:
     """The shapes of the models of a phase, those with a scalar head as such."""
 
     trained: Shape
-    """Policy and reference, in PPO."""
+    """What is trained; in PPO also the reference."""
     critic: Shape | None = None
     rewards: Sequence[Shape] = ()
 
@@ -318,11 +311,10 @@ class Models:
 def models_of(phase: Phase, shape_of: Callable[[str], Shape]) -> Models:
     """The models of a phase, by a function that knows the shape of each from its path."""
     shape = replace(shape_of(phase.model.path), trains_tokens=_trains_tokens(phase))
-    if not isinstance(phase, PPO):
-        return Models(shape.as_classifier if RECIPES[phase.recipe].makes == "classifier" else shape)
+    recipe, start = RECIPES[phase.recipe], phase.critic_start
     rewards = [shape_of(source.path).as_classifier for source in phase.rewards if source.is_model]
-    critic = shape_of(phase.critic).as_classifier if phase.critic else next(iter(rewards), shape.as_classifier)
-    return Models(shape, critic, rewards)
+    critic = (shape_of(start) if start else shape).as_classifier if "critic" in recipe.roles else None
+    return Models(shape.as_classifier if recipe.is_classifier else shape, critic, rewards)
 
 
 def _trains_tokens(phase: Phase) -> bool:
@@ -348,76 +340,19 @@ def recomputes(phase: Phase, roles: Sequence[str], models: Models, where: Settin
 
 def team(phase: Phase, roles: Sequence[str], models: Models, where: Setting) -> Needs:
     """One worker of a group that hosts these roles of a phase (none named: all)."""
-    if isinstance(phase, PPO):
-        needs = _of_ppo(phase, roles, models, where)
-    else:
-        kind: Kind = "classifier" if RECIPES[phase.recipe].makes == "classifier" else "language"
-        moments = [learning(models.trained, where, kind), _asked(phase, models.trained, where)]
-        most = max(moments, key=lambda parts: sum(parts.values()))
-        needs = states(models.trained, where) + Needs(most, _saving(models.trained, where))
+    needs: Needs = resolve(RECIPES[phase.recipe].memory)(phase, roles, models, where)
     return _with_the_rest(needs, where)
 
 
-def _of_ppo(phase: PPO, roles: Sequence[str], models: Models, where: Setting) -> Needs:
-    """States of all roles, and whatever takes most of what they do one after the other."""
-    needs = Needs()
-    moments: list[Parts] = []
-    one_base = phase.shares_base and "policy" in roles
-
-    def learner(role: str, shape: Shape, kind: Kind, base_is_there: bool) -> None:
-        nonlocal needs
-        held = states(shape, where)
-        # Only the one that learns has gradients, but for those that ZeRO-3 keeps room for.
-        passing = Counter() if where.stage == 3 else Counter({"gradients": held.device.pop("gradients", 0)})
-        if base_is_there:
-            held.device["weights"] = where.bytes * trained(shape, where.lora)
-        needs += _named(role, held + Needs(host=_saving(shape, where)))
-        moments.append(
-            Counter({f"{role} {what}": size for what, size in (learning(shape, where, kind) + passing).items()})
-        )
-
-    for role in roles:
-        if role == "policy":
-            learner(role, models.trained, "policy", False)
-        elif role == "critic" and models.critic is not None:
-            learner(role, models.critic, "classifier", one_base and models.critic.hidden == models.trained.hidden)
-        elif role == "reference" and not one_base:
-            needs += _named(role, Needs(frozen(models.trained, where, sharded=True)))
-        elif role == "reward":
-            for shape in models.rewards:
-                needs += _named(role, Needs(frozen(shape, where, sharded=False)))
-        elif role == "rollout":
-            needs += _named(
-                role, Needs(frozen(models.trained, replace(where, sharding=Sharding(stage=2)), sharded=True))
-            )
-    writes = "rollout" if "rollout" in roles else "policy" if "policy" in roles and not _has_rollout(phase) else ""
-    if writes:
-        tokens = phase.data.max_length + phase.response_tokens
-        responses = phase.rollout_batch * phase.samples_per_prompt
-        parts = writing(
-            models.trained,
-            where,
-            tokens=tokens,
-            responses=responses,
-            batch=phase.generation_batch,
-            gathers=writes == "policy",
-        )
-        moments.append(Counter({f"{writes} {what}": size for what, size in parts.items()}))
-    most = max(moments, key=lambda parts: sum(parts.values()), default=Counter())
-    return needs + Needs(most)
+def of_trainer(phase: Phase, roles: Sequence[str], models: Models, where: Setting) -> Needs:
+    """A worker whose only role is the trainer: its states, and the largest of what it does one after the other."""
+    kind: Kind = "classifier" if RECIPES[phase.recipe].is_classifier else "language"
+    moments = [learning(models.trained, where, kind), _asked(phase, models.trained, where)]
+    most = max(moments, key=lambda parts: sum(parts.values()))
+    return states(models.trained, where) + Needs(most, saving(models.trained, where))
 
 
-def _has_rollout(phase: PPO) -> bool:
-    return any("rollout" in roles for roles, _ in phase.placements)
-
-
-def _named(role: str, needs: Needs) -> Needs:
-    return Needs(
-        *(Counter({f"{role} {what}": size for what, size in parts.items()}) for parts in (needs.device, needs.host))
-    )
-
-
-def _saving(shape: Shape, where: Setting) -> Parts:
+def saving(shape: Shape, where: Setting) -> Parts:
     """The copy of a worker's share that is written while training goes on."""
     return Counter({"copy for saving": (FP32 + MOMENTS) * _share(trained(shape, where.lora), where.workers)})
 
@@ -437,5 +372,5 @@ def _share(count: int, size: int) -> int:
 
 def checkpoint_bytes(phase: Phase, models: Models) -> int:
     """Of one whole checkpoint: weights and two moments in fp32 of everything that is trained."""
-    learners = [models.trained, *([models.critic] if isinstance(phase, PPO) and models.critic is not None else [])]
+    learners = [models.trained, *([models.critic] if models.critic is not None else [])]
     return sum((FP32 + MOMENTS) * trained(shape, phase.model.lora) for shape in learners)

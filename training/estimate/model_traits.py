@@ -18,11 +18,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from training.config import PPO, Model, Phase
+from training.config import Model, Phase
 from training.data.batching import SDPA_VARLEN
+from training.device import ACCELERATOR
 from training.errors import InputError
 from training.io.versions import versions_of
 from training.model_folder import configured_in
+from training.recipes import RECIPES
 
 PASSED_ON = "MUSTER_MODEL_TRAITS"
 """Environment variable by which workers are given what is known of their models,
@@ -139,7 +141,7 @@ def attention_of(model: Model, traits: Traits, device: str, *, flash: bool = Fal
         if not traits.usable(model.attention):
             raise InputError.of("", _unusable(model.attention, traits, device), "model.attention")
         return model.attention
-    wanted = {"cuda": ["flash_attention_2"] if flash else []}.get(device, [] if model.compile else [SDPA_VARLEN])
+    wanted = {ACCELERATOR: ["flash_attention_2"] if flash else []}.get(device, [] if model.compile else [SDPA_VARLEN])
     return next((name for name in (*wanted, "sdpa") if traits.usable(name)), "eager")
 
 
@@ -263,15 +265,14 @@ def refuse(phase: Phase, traits: Traits, attention: str, longest: int) -> None:
             "set is_decoder: true in its config.json if it is one"
         )
         raise InputError.of("", message, "model.path")
-    if phase.recipe != "reward":
-        return
-    if not traits.classifier:
+    if RECIPES[phase.recipe].is_classifier and not traits.classifier:
         message = (
             f"transformers has no sequence classifier of {name} with a linear head called `score`, which a reward "
             "model needs; take a model of another kind"
         )
         raise InputError.of("", message, "model.path")
-    if (above := rows_of(traits, attention, longest).same_length_above) is not None:
+    above = rows_of(traits, attention, longest).same_length_above
+    if phase.sequences_per_sample > 1 and above is not None:
         why = "could not be examined" if traits.unknown else "computes a sequence otherwise beside a longer one"
         way_out = f"set data.max_length to {above} or less" if above else "take a model of another kind"
         message = f"the two sequences of a pair differ in length, and {name} {why}; {way_out}"
@@ -281,7 +282,7 @@ def refuse(phase: Phase, traits: Traits, attention: str, longest: int) -> None:
 def notes(phase: Phase, traits: Traits, attention: str, longest: int) -> Iterator[str]:
     """What goes another way than usual for a phase's model, and why."""
     name = traits.architecture
-    wants_continuous = isinstance(phase, PPO) and phase.generation == "continuous"
+    wants_continuous = phase.rollout is not None and phase.rollout.continuous
     if wants_continuous and not traits.batches_continuously(attention, longest):
         yield (
             f"continuous batching would change what {name} writes: prompts of like length are batched instead "

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from training.config import Model
+from training.device import is_accelerator
 from training.engine import compiling
 from training.errors import InputError
 
@@ -21,7 +22,7 @@ _FUSED = {
 
 def lacks(device: str) -> str:
     """What is missing to use them on a device (cpu, cuda), in words; nothing if they can be."""
-    if device != "cuda":
+    if not is_accelerator(device):
         return "Liger's kernels need a GPU, and there is none for the workers; leave kernels out"
     if find_spec("liger_kernel") is None:
         return "Liger's kernels need the package liger-kernel; pip install liger-kernel"

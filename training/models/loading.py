@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from training.config import Model, Phase
 from training.data.vocabulary import tokenizer_rows
+from training.device import device_type, is_accelerator, is_available, multiplies_bf16, torch_device
 from training.engine.engine import whole
 from training.errors import InputError, Problem
 from training.estimate.model_traits import Traits, attention_of
@@ -53,9 +54,7 @@ def resolve_dtype(setting: str, device: str) -> torch.dtype:
 
 
 def _multiplies_bf16(device: str) -> bool:
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return cpu_multiplies_bf16()
+    return multiplies_bf16() if is_accelerator(device) else cpu_multiplies_bf16()
 
 
 def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = False) -> nn.Module:
@@ -111,7 +110,7 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0, trust_re
 
     `trust_remote_code`: whether Python code that comes with the model may run.
     """
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device_type(is_available())
     adapter = adapter_in(path)
     dtype: Any = "auto" if kind == "cpu" else resolve_dtype("auto", kind)
     revision = adapter.revision if adapter is not None else None
@@ -126,7 +125,7 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0, trust_re
         if classifier and brings_head:
             weight: Any = head_of(lm).weight
             weight.data.copy_(lora.head_in(adapter, HEAD))
-    placed: nn.Module = lm.to(torch.device(kind, gpu) if kind == "cuda" else kind).eval()
+    placed: nn.Module = lm.to(torch_device(kind, gpu)).eval()
     return placed
 
 
@@ -318,7 +317,7 @@ def kernel_of(model: Model, device: str) -> str:
     """The attention kernel of a model that is no adapter. Raises InputError if it cannot have the one that is set."""
     from transformers.utils import is_flash_attn_2_available
 
-    return attention_of(model, traits_for(model), device, flash=device == "cuda" and is_flash_attn_2_available())
+    return attention_of(model, traits_for(model), device, flash=is_accelerator(device) and is_flash_attn_2_available())
 
 
 def _tell_traits(lm: Any, model: Model) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from training.data.batching import BatchLimits, partition_batch
 from training.data.collate import collate, to_device
 from training.data.vocabulary import beyond, rows_in
+from training.device import ACCELERATOR
 from training.errors import InputError
 from training.estimate.model_traits import rows_of, traits_of
 from training.models import loading as models
@@ -20,7 +21,7 @@ from training.models.sparse_last_mlp import last_mlp_at
 from training.profiling.breakdown import FORWARD
 from training.profiling.profiler import part
 
-_AT_ONCE = {"cuda": BatchLimits(micro_tokens=0, micro_batch=32), "cpu": BatchLimits(micro_tokens=512)}
+_AT_ONCE = {ACCELERATOR: BatchLimits(micro_tokens=0, micro_batch=32), "cpu": BatchLimits(micro_tokens=512)}
 """How much is scored at once. A CPU gains nothing from more, and pays for the padding of unlike lengths."""
 
 

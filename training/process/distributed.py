@@ -6,9 +6,11 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import psutil
+
+from training.device import DeviceType, collective_backend, is_accelerator, set_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,7 @@ class RankInfo:
     local_rank: int = 0
     """Number of this worker among those of its node."""
     local_size: int = 1
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: DeviceType = "cpu"
     threads: int = 1
     """CPU threads for the computation."""
     host: str = "127.0.0.1"
@@ -90,10 +92,10 @@ def join(rank_info: RankInfo, key: bytes = b"", listener: socket.socket | None =
 
     torch.set_num_threads(rank_info.threads)
     timeout = timedelta(seconds=rank_info.timeout_s)
-    if rank_info.device == "cuda":
-        torch.cuda.set_device(rank_info.local_rank)
+    if is_accelerator(rank_info.device):
+        set_device(rank_info.local_rank)
     store = dist.HashStore() if rank_info.size == 1 else _shared_store(rank_info, key, listener)
-    backend = "nccl" if rank_info.device == "cuda" else "gloo"
+    backend = collective_backend(rank_info.device)
     dist.init_process_group(backend, store=store, rank=rank_info.rank, world_size=rank_info.size, timeout=timeout)
 
 

@@ -14,8 +14,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
+from training.device import is_accelerator, peak_allocated_bytes, profiler_activities, synchronize
 from training.io.owned_folders import temporary_folder
 from training.process.distributed import RankInfo
 from training.process.memory import peak_bytes
@@ -66,19 +67,14 @@ class _Profile:
     def __init__(self, rank_info: RankInfo):
         self.device = rank_info.device
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it writes a line for everything that it does
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if rank_info.device == "cuda" else [])]
-        self.profiler = profile(activities=activities)
-        self._finish_on_device()
+        self.profiler = profile(activities=profiler_activities(rank_info.device))
+        synchronize(self.device)
         self.profiler.start()
         self.window = record_function(WINDOW)
         self.window.__enter__()
 
-    def _finish_on_device(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
     def written(self, folder: StoragePath, worker: str, steps: str, num_steps: int) -> dict[str, str]:
-        self._finish_on_device()
+        synchronize(self.device)
         self.window.__exit__(None, None, None)
         self.profiler.stop()
         name = f"steps-{steps}.{worker}"
@@ -100,9 +96,9 @@ class _Profile:
 
     def _report(self, head: str, events: Sequence[Event], seconds: dict[Key, float], num_steps: int) -> list[str]:
         total = sum(seconds.values())
-        on_gpu = self.device == "cuda"
-        most = torch.cuda.max_memory_allocated() if on_gpu else peak_bytes()
-        where = "cuda" if on_gpu else f"cpu with {torch.get_num_threads()} thread(s)"
+        on_gpu = is_accelerator(self.device)
+        most = peak_allocated_bytes() if on_gpu else peak_bytes()
+        where = self.device if on_gpu else f"cpu with {torch.get_num_threads()} thread(s)"
         blind = on_gpu and not tells_of_gpu(events)
         return [
             (

@@ -203,6 +203,7 @@ class Policy(_Learning):
             data_hash=self.store.folder.name,
             data_hash_before=self.store.meta.hash_before,
             data_changes=tuple(self.store.meta.changes),
+            data_damage=self.data_damage,
             chats=self.store.meta.chats,
             stop_tokens=self.stops[0],
             stop_tokens_before=self.stops[1],

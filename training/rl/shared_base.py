@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from training.config import PPO, Lora
+from training.device import torch_device
 from training.model_folder import SCORE, adapter_in, base_of
 from training.models import loading as models
 from training.models import lora
@@ -108,7 +109,5 @@ def _base(phase: PPO, dtype: torch.dtype, rank_info: RankInfo) -> Any:
         lm, _ = models.pretrained(settings, dtype, rank_info.device, classifier=False)
         for parameter in lm.parameters():
             parameter.requires_grad = False
-        _bases[key] = lm.to(
-            torch.device(rank_info.device, rank_info.local_rank) if rank_info.device == "cuda" else "cpu"
-        )
+        _bases[key] = lm.to(torch_device(rank_info.device, rank_info.local_rank))
     return _bases[key]

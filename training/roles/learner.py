@@ -22,6 +22,7 @@ from training.checkpoint.async_writer import ShardWriter
 from training.checkpoint.format import OPTIMIZER, WEIGHTS, CheckpointError, File, Reader
 from training.config import Phase
 from training.data.phase_data import Stores, open_stores
+from training.device import device_name, is_accelerator, peak_allocated_bytes, peak_reserved_bytes, total_bytes
 from training.engine.engine import Engine, Fragment, device_of
 from training.errors import InputError, TrainingError
 from training.estimate.memory import models_of, recomputes, setting_of
@@ -58,7 +59,9 @@ class Learner:
         """With the models of all roles: what they share a device with counts where memory is planned."""
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, rank_info.device)
-        self.writer = ShardWriter(pinned=rank_info.device == "cuda")
+        self.writer = ShardWriter(pinned=is_accelerator(rank_info.device))
+        self.data_damage: tuple[str, ...] = ()
+        """What was wrong with tokenized data that this worker has made anew."""
         self.known: Traits | None = None
         """Of the model's code; of a role that opens data, and the same on all workers."""
 
@@ -69,7 +72,7 @@ class Learner:
         # the others then find it there.
         if self.rank_info.local_rank == 0:
             with _tokenizer_on_all_cores():
-                open_stores(self.phase, self.cache)
+                self.data_damage = tuple(open_stores(self.phase, self.cache).damage)
             at_hand(self.phase, self.cache)
         dist.barrier()
         self.phase = self.whole_phase = at_hand(self.phase, self.cache)
@@ -108,7 +111,7 @@ class Learner:
         if asked != "auto" or self.rank_info.device == "cpu":
             return asked is True
         device = device_of(self.rank_info)
-        memory = torch.tensor(float(torch.cuda.get_device_properties(device).total_memory), device=device)
+        memory = torch.tensor(float(total_bytes(device)), device=device)
         dist.all_reduce(memory, dist.ReduceOp.MIN)
         return recomputes_on(self.whole_phase, self.role, self.rank_info.size, self.dtype, float(memory), self.known)
 
@@ -123,18 +126,18 @@ class Learner:
 
     @property
     def device_name(self) -> str:
-        return torch.cuda.get_device_name() if self.rank_info.device == "cuda" else "cpu"
+        return device_name(device_of(self.rank_info))
 
     def gpu_full(self) -> float:
         """The most of its GPU's memory that this worker has taken, as a fraction; 0 without a GPU."""
-        if self.rank_info.device != "cuda":
+        if not is_accelerator(self.rank_info.device):
             return 0.0
-        return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(self.engine.device).total_memory
+        return peak_reserved_bytes() / total_bytes(self.engine.device)
 
     def memory_gib(self) -> float:
         """The most memory that this worker has taken: of its GPU, or of its process."""
-        if self.rank_info.device == "cuda":
-            return torch.cuda.max_memory_allocated() / GIB
+        if is_accelerator(self.rank_info.device):
+            return peak_allocated_bytes() / GIB
         return peak_bytes() / GIB
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------

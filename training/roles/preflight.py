@@ -13,18 +13,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from training.device import (
+    ACCELERATOR,
+    device_name,
+    empty_cache,
+    free_and_total_bytes,
+    is_accelerator,
+    library_versions,
+    synchronize,
+)
 from training.engine.engine import device_of
 from training.io.versions import versions_of
 from training.process.distributed import RankInfo
 from training.storage import Local, open_storage, why_not_writable
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray")
-_PRODUCT = {"cpu": 512, "cuda": 4096}
+_PRODUCT = {"cpu": 512, ACCELERATOR: 4096}
 """Rows of the matrices that are multiplied."""
 _PRODUCTS, _ROWS_CHECKED = 5, 16
 _WRITTEN = 4 << 20
 """Bytes written to storage, and read back."""
-_SENT = {"cpu": 4 << 20, "cuda": 64 << 20}
+_SENT = {"cpu": 4 << 20, ACCELERATOR: 64 << 20}
 """Bytes that every worker sends to the next."""
 _ROUNDS = 3
 
@@ -39,11 +48,12 @@ class Preflight:
     def look(self, storage: str) -> dict[str, Any]:
         """Versions, memory, disks, the device, and how storage below an address takes a few megabytes."""
         shared = Path("/dev/shm")
+        free, total = free_and_total_bytes(self.device)
         return {
             "versions": _versions(self.rank_info.device),
-            "device": torch.cuda.get_device_name(self.device) if self.rank_info.device == "cuda" else "cpu",
-            "device_free": torch.cuda.mem_get_info(self.device)[0] if self.rank_info.device == "cuda" else 0,
-            "device_total": torch.cuda.mem_get_info(self.device)[1] if self.rank_info.device == "cuda" else 0,
+            "device": device_name(self.device),
+            "device_free": free,
+            "device_total": total,
             "shared_memory": shutil.disk_usage(shared).total if shared.is_dir() else 0,
             **self._storage(storage),
             **self._product(),
@@ -71,7 +81,7 @@ class Preflight:
         """Whether a product of matrices of small whole numbers, which every precision holds,
         is right; and how fast it comes."""
         size = _PRODUCT[self.rank_info.device]
-        dtype = torch.bfloat16 if self.rank_info.device == "cuda" else torch.float32
+        dtype = torch.bfloat16 if is_accelerator(self.rank_info.device) else torch.float32
         generator = torch.Generator().manual_seed(7)
         # A row of A has at most 8 ones: sums stay below 256, up to which bf16 has every whole number.
         a = torch.zeros(size, size).scatter_(1, torch.randint(0, size, (size, 8), generator=generator), 1.0)
@@ -79,23 +89,14 @@ class Preflight:
         expected = torch.stack([b[a[row].bool()].sum(0) for row in range(_ROWS_CHECKED)])
         left, right = a.to(self.device, dtype), b.to(self.device, dtype)
         found = (left @ right)[:_ROWS_CHECKED].float().cpu()
-        self._wait()
+        synchronize(self.device)
         began = time.perf_counter()
         for _ in range(_PRODUCTS):
             left @ right
-        self._wait()
+        synchronize(self.device)
         seconds = time.perf_counter() - began
-        self._give_back()
+        empty_cache(self.device)
         return {"product_right": bool((found == expected).all()), "tflops": _PRODUCTS * 2 * size**3 / seconds / 1e12}
-
-    def _give_back(self) -> None:
-        """What torch keeps of a GPU's memory for later."""
-        if self.rank_info.device == "cuda":
-            torch.cuda.empty_cache()
-
-    def _wait(self) -> None:
-        if self.rank_info.device == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def links(self) -> dict[str, Any]:
         """Megabytes a second to the next worker, all sending at once as in a ring;
@@ -111,17 +112,17 @@ class Preflight:
         best = float("inf")
         for _ in range(_ROUNDS):
             dist.barrier()
-            self._wait()
+            synchronize(self.device)
             began = time.perf_counter()
             work = dist.batch_isend_irecv(
                 [dist.P2POp(dist.isend, out, nearest[0]), dist.P2POp(dist.irecv, into, nearest[1])]
             )
             for each in work:
                 each.wait()
-            self._wait()
+            synchronize(self.device)
             best = min(best, time.perf_counter() - began)
         del out, into
-        self._give_back()
+        empty_cache(self.device)
         return {"clock": now, "sent_mb_s": size / best / 1e6}
 
 
@@ -129,20 +130,9 @@ def _versions(device: str) -> dict[str, str]:
     """Of what must be alike everywhere."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     found |= dict.fromkeys(PACKAGES, "missing") | versions_of(PACKAGES)
-    if device == "cuda":
-        found |= {
-            "CUDA": str(torch.version.cuda),
-            "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
-            "driver": _driver(),
-        }
+    if is_accelerator(device):
+        found |= library_versions()
     return found
-
-
-def _driver() -> str:
-    try:
-        return Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()[0]
-    except (OSError, IndexError):
-        return "unknown"
 
 
 def _existing(path: Path) -> Path:

@@ -1,4 +1,5 @@
-"""What a new user gets wrong: each mistake has one clear message, exit status 2, no stack trace, and nothing is left behind."""
+"""What a new user gets wrong: each mistake has one clear message, exit status 2, no stack trace,
+and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -48,18 +49,29 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "batch not possible with the workers": (
         ("run", "job.yaml", "resources.workers=8"),
         [
-            "job.yaml:9: phases.sft.batch: a batch of 4 samples cannot be dealt to 8 workers; choose batch >= 8 or fewer workers"
+            (
+                "job.yaml:9: phases.sft.batch: a batch of 4 samples cannot be dealt to 8 workers; choose batch >= 8 or "
+                "fewer workers"
+            )
         ],
     ),
     "inline with several workers": (
         (*RUN, "resources.workers=2"),
         [
-            "job.yaml: phases.sft.resources.workers: --inline has one worker, the job asks for 2; say resources.workers=1"
+            (
+                "job.yaml: phases.sft.resources.workers: --inline has one worker, the job asks for 2; say "
+                "resources.workers=1"
+            )
         ],
     ),
     "missing data file": (
         (*RUN, f"{TRAIN}data/trian.jsonl"),
-        ["command line: phases.sft.data.train: PLACE/data/trian.jsonl: no such file or folder; did you mean data/train.jsonl?"],
+        [
+            (
+                "command line: phases.sft.data.train: PLACE/data/trian.jsonl: no such file or folder; did you mean "
+                "data/train.jsonl?"
+            )
+        ],
     ),
     "all overrides that are wrong, at once": (
         (*RUN, "phases.sft.learning_rate", "phases.sft.batch=", "phases.sft.learing_rate=1", "phases.sft.epochs=many"),
@@ -73,21 +85,23 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "micro-batch too small for the longest sample": (
         (*RUN, "phases.sft.micro_tokens=10"),
         [
-            "command line: phases.sft.micro_tokens: micro_tokens 10 is smaller than data.max_length 32: the longest sample would "
-            "not fit; choose micro_tokens >= 32"
+            "command line: phases.sft.micro_tokens: micro_tokens 10 is smaller than data.max_length 32: the longest "
+            "sample would not fit; choose micro_tokens >= 32"
         ],
     ),
     "a name that leads out of the storage": (
         (*RUN, "name=../evil"),
         [
-            'command line: name: "../evil" cannot name a folder; use letters, digits and . _ - alone, beginning with a letter or '
+            'command line: name: "../evil" cannot name a folder; use letters, digits and . _ - alone, beginning with a '
+            "letter or "
             "digit, at most 100"
         ],
     ),
     "an unknown tracker": (
         (*RUN, "track=wandbb"),
         [
-            'command line: track: got "wandbb", expected tensorboard, wandb, mlflow or a list (each tensorboard, wandb or mlflow); '
+            'command line: track: got "wandbb", expected tensorboard, wandb, mlflow or a list (each tensorboard, wandb '
+            "or mlflow); "
             "did you mean wandb?"
         ],
     ),
@@ -97,9 +111,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     ),
     "no tokenizer folder": (
         (*RUN, "model.tokenizer=data"),
-        [
-            "command line: model.tokenizer: no tokenizer files (tokenizer.json or tokenizer.model) in PLACE/data"
-        ],
+        ["command line: model.tokenizer: no tokenizer files (tokenizer.json or tokenizer.model) in PLACE/data"],
     ),
     "resume of nothing": (
         ("resume", "nope"),
@@ -117,7 +129,12 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "list of a file": (("list", "--storage", "job.yaml"), ["job.yaml: is a file; give a folder of runs"]),
     "generate without a prompt": (
         ("generate", "model"),
-        ["command line: no prompt: nothing came from the standard input; give lines there, --prompt TEXT or --file FILE"],
+        [
+            (
+                "command line: no prompt: nothing came from the standard input; give lines there, --prompt TEXT or "
+                "--file FILE"
+            )
+        ],
     ),
     "generate with an empty prompt": (
         ("generate", "model", "-p", ""),
@@ -132,7 +149,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
         ("generate", "data", "-p", "x"),
         ["data: neither a run nor a model folder (no job.yaml, no config.json, no adapter_config.json)"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SETTINGS)
@@ -151,8 +168,8 @@ FILES: dict[str, tuple[str, list[str]]] = {
         ["job.yaml:3: name: this key is given twice, first in line 1; keep one"],
     ),
     "unknown keys at any depth, all at once": (
-        "nmae: a\nmodel: {path: model, dtyp: fp32}\nphases:\n  sft:\n    data: {train: data/train.jsonl, tempalte: none}\n"
-        "    schedule:\n      warmpu: 3\n",
+        "nmae: a\nmodel: {path: model, dtyp: fp32}\nphases:\n  sft:\n    data: {train: data/train.jsonl, tempalte: "
+        "none}\n    schedule:\n      warmpu: 3\n",
         [
             "job.yaml:1: nmae: unknown key; did you mean name?",
             "job.yaml:2: model.dtyp: unknown key; did you mean dtype?",
@@ -162,9 +179,13 @@ FILES: dict[str, tuple[str, list[str]]] = {
     ),
     "an empty file": ("", ["job.yaml: the file is empty"]),
     "a storage that is no folder": (
-        "storage: no-such://bucket/runs\nmodel: {path: model}\nphases: {sft: {data: {train: data/train.jsonl, template: none}}}\n",
+        "storage: no-such://bucket/runs\nmodel: {path: model}\nphases: {sft: {data: {train: data/train.jsonl, "
+        "template: none}}}\n",
         [
-            "job.yaml:1: storage: no-such://bucket/runs: no-such:// cannot be used (Protocol not known: no-such); use a folder, s3:// or gs://"
+            (
+                "job.yaml:1: storage: no-such://bucket/runs: no-such:// cannot be used (Protocol not known: no-such); "
+                "use a folder, s3:// or gs://"
+            )
         ],
     ),
 }
@@ -199,7 +220,8 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_else(muster, pl
 MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "without weights": (
         lambda place: (place / "model" / "model.safetensors").unlink(),
-        "PLACE/model: has no weights: no model.safetensors; the folder holds config.json, tokenizer.json, tokenizer_config.json",
+        "PLACE/model: has no weights: no model.safetensors; the folder holds config.json, tokenizer.json, "
+        "tokenizer_config.json",
     ),
     "with truncated weights": (
         lambda place: _truncate(place / "model" / "model.safetensors", 20000),
@@ -207,7 +229,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "of another architecture": (
         lambda place: edit_config(place, architectures=["BertForMaskedLM"], model_type="bert"),
-        "PLACE/model/config.json: BertForMaskedLM is not a causal language model; expected an architecture such as LlamaForCausalLM",
+        "PLACE/model/config.json: BertForMaskedLM is not a causal language model; expected an architecture such as "
+        "LlamaForCausalLM",
     ),
     "with the configuration of another model": (
         lambda place: edit_config(place, num_hidden_layers=3),
@@ -215,14 +238,15 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "with pickled weights": (
         lambda place: (place / "model" / "model.safetensors").rename(place / "model" / "pytorch_model.bin"),
-        "PLACE/model: has its weights in pytorch_model.bin, a pickle, which can run code when it is loaded; convert it where you "
-        "trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors",
+        "PLACE/model: has its weights in pytorch_model.bin, a pickle, which can run code when it is loaded; convert "
+        "it where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes "
+        "safetensors",
     ),
     "without a tokenizer": (
         lambda place: (place / "model" / "tokenizer.json").unlink(),
         "PLACE/model: has no tokenizer (tokenizer.json or tokenizer.model); copy it here or set model.tokenizer",
     ),
-}  # fmt: skip
+}
 
 
 def _truncate(file: Path, size: int) -> None:
@@ -249,9 +273,12 @@ ROWS = [
     ('{"prompt": "1+1=", "completion": ""}', "column `completion` is empty"),
     ('{"prompt": null, "completion": "2"}', "column `prompt` is null"),
     ('["1+1=", "2"]', "expected an object of columns, got a list"),
-    ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}', "assistant turn is empty"),
+    (
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}',
+        "assistant turn is empty",
+    ),
     ('{"q": "1+1="}', "no format fits the columns q"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("arguments", [RUN, ("check", "job.yaml")], ids=["run", "check"])
@@ -360,10 +387,19 @@ def test_quantized_weights_are_not_trained(muster, place):
     ("missing", "changes", "message"),
     [
         (["lm_head.weight"], {}, "lm_head.weight is not in the weights; copy the model again or correct config.json"),
-        (["model.layers.1.mlp.up_proj.weight", "model.norm.weight"], {}, "model.layers.1.mlp.up_proj.weight, model.norm.weight are not in the weights"),
-        ([], {"intermediate_size": 40}, "model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight, model.layers.0.mlp.down_proj.weight and 3 more are of another shape than config.json says"),
+        (
+            ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"],
+            {},
+            "model.layers.1.mlp.up_proj.weight, model.norm.weight are not in the weights",
+        ),
+        (
+            [],
+            {"intermediate_size": 40},
+            "model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight, "
+            "model.layers.0.mlp.down_proj.weight and 3 more are of another shape than config.json says",
+        ),
     ],
-)  # fmt: skip
+)
 def test_weights_of_which_a_part_is_missing(muster, place, missing, changes, message):
     file = place / "model" / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(file).items() if name not in missing}

@@ -172,12 +172,15 @@ def test_a_damaged_checkpoint_is_exit_status_1(muster, run):
     [
         (("export", "sums"), "runs/sums: no checkpoint was saved yet"),
         (("export", "sums", "--phase", "ppo"), "runs/sums: no phase ppo; there are: sft"),
-        (("export", "sums", "--phase", "sft", "--step", "3"), "runs/sums/sft/checkpoints: no checkpoint of step 3; there are: none"),
+        (
+            ("export", "sums", "--phase", "sft", "--step", "3"),
+            "runs/sums/sft/checkpoints: no checkpoint of step 3; there are: none",
+        ),
         (("generate", "sums", "-p", "x"), "runs/sums: the run has no model and no checkpoint yet"),
         (("resume", "smus"), "smus: no such run: neither a run folder nor a name in runs/ (there: sums)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)  # fmt: skip
+)
 def test_what_a_young_run_does_not_have(muster, run, arguments, err):
     answer = muster(*arguments)
     assert (answer.status, answer.err) == (2, f"{err}\n")

@@ -69,7 +69,8 @@ def test_what_a_server_says_of_an_error(place, muster):
     (place / "rows.jsonl").write_text(json.dumps({"question": "1 + 1?", "a": "2"}) + "\n")
     with TeacherServer(lambda number, body: (400, {}, f"no {EVIL}")) as server:
         answer = muster(
-            "critique", "out.jsonl", "--data", "rows.jsonl", "--column", "a", "--teacher", server.url, "--teacher-model", "t"
+            "critique", "out.jsonl", "--data", "rows.jsonl", "--column", "a", "--teacher", server.url,
+            "--teacher-model", "t"
         )  # fmt: skip
     assert answer.status == 2
     assert "owned" in answer.err

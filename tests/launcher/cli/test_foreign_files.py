@@ -22,14 +22,30 @@ from tests.support.made_runs import QUESTIONS, MadeRun
 from training.errors import InputError, MusterError
 
 JOB = {
-    "name": "sums", "seed": 1, "storage": "runs", "env": ["HOME"], "model": {"path": "model", "dtype": "fp32", "lora": {"rank": 4}},
-    "resources": {"workers": 1, "gpus_per_worker": 0}, "sharding": {"stage": 0}, "deepspeed": {"zero_optimization": {"x": 1}},
-    "phases": {"sft": {
-        "data": {"train": [{"path": "data/train.jsonl", "weight": 1}], "eval": "data/heldout.jsonl", "columns": {"prompt": "p"}},
-        "max_steps": 4, "batch": 4, "learning_rate": 1e-3, "checkpoint": {"every": 2, "best": {"metric": "eval_loss"}},
-        "schedule": {"name": "cosine", "warmup": 0.1}, "optimizer": {"betas": [0.9, 0.95]},
-    }},
-}  # fmt: skip
+    "name": "sums",
+    "seed": 1,
+    "storage": "runs",
+    "env": ["HOME"],
+    "model": {"path": "model", "dtype": "fp32", "lora": {"rank": 4}},
+    "resources": {"workers": 1, "gpus_per_worker": 0},
+    "sharding": {"stage": 0},
+    "deepspeed": {"zero_optimization": {"x": 1}},
+    "phases": {
+        "sft": {
+            "data": {
+                "train": [{"path": "data/train.jsonl", "weight": 1}],
+                "eval": "data/heldout.jsonl",
+                "columns": {"prompt": "p"},
+            },
+            "max_steps": 4,
+            "batch": 4,
+            "learning_rate": 1e-3,
+            "checkpoint": {"every": 2, "best": {"metric": "eval_loss"}},
+            "schedule": {"name": "cosine", "warmup": 0.1},
+            "optimizer": {"betas": [0.9, 0.95]},
+        }
+    },
+}
 
 
 @few
@@ -44,11 +60,22 @@ def test_job_files(place, job):
 
 
 CLUSTERS: list[dict[str, Any]] = [
-    {"provider": "ssh", "name": "x", "head": {"host": "a", "cpus": 1}, "pools": {"p": {"hosts": ["b"], "gpus": 1, "gpu": "H100", "price": 1.0}}},
-    {"provider": "aws", "name": "x", "region": "r", "head": {"instance": "m5.large"}, "pools": {"p": {"instance": "p4d.24xlarge", "max": 2}}},
+    {
+        "provider": "ssh",
+        "name": "x",
+        "head": {"host": "a", "cpus": 1},
+        "pools": {"p": {"hosts": ["b"], "gpus": 1, "gpu": "H100", "price": 1.0}},
+    },
+    {
+        "provider": "aws",
+        "name": "x",
+        "region": "r",
+        "head": {"instance": "m5.large"},
+        "pools": {"p": {"instance": "p4d.24xlarge", "max": 2}},
+    },
     {"provider": "slurm", "name": "x", "folder": "/f", "workers_per_node": 1, "options": ["--x"]},
     {"provider": "existing", "name": "x", "address": "http://a:8265", "ssh": "b"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("spec", CLUSTERS, ids=lambda spec: spec["provider"])

@@ -1,4 +1,5 @@
-"""Machines and images bring the dependencies alone, as the docs ask: Muster's code travels with a job and is not installed."""
+"""Machines and images bring the dependencies alone, as the docs ask: Muster's code travels
+with a job and is not installed."""
 
 from __future__ import annotations
 

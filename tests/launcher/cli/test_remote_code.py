@@ -27,7 +27,8 @@ QUESTIONS = "questions.jsonl"
 
 @pytest.fixture
 def foreign(place, muster, monkeypatch) -> Path:
-    """A run of a model with code of its own, after one checkpoint; returns the file that the code leaves behind from now on."""
+    """A run of a model with code of its own, after one checkpoint; returns the file
+    that the code leaves behind from now on."""
     monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(place / "modules"))
     monkeypatch.setattr("training.estimate.model_traits._known", {})

@@ -56,15 +56,29 @@ def computes(work: Path, pid: int) -> bool:
 
 
 INTERRUPTED = {
-    "generate": (["generate", "model", "--file", "prompts.jsonl", "--max-new-tokens", "64", "--out", "o.jsonl"], has_rows("o.jsonl")),
+    "generate": (
+        ["generate", "model", "--file", "prompts.jsonl", "--max-new-tokens", "64", "--out", "o.jsonl"],
+        has_rows("o.jsonl"),
+    ),
     "critique": (
-        ["critique", "c.jsonl", "--data", "questions.jsonl", "--teacher", "model", "--sample", "model", "--max-new-tokens", "64"],
+        [
+            "critique",
+            "c.jsonl",
+            "--data",
+            "questions.jsonl",
+            "--teacher",
+            "model",
+            "--sample",
+            "model",
+            "--max-new-tokens",
+            "64",
+        ],
         has_rows("answers.jsonl"),
     ),
     "eval": (["eval", "model", "--data", "questions.jsonl"], computes),
     "export": (["export", "runs/job", "--out", "exported"], computes),
     "cluster up": (["cluster", "up", "local.yaml"], lambda work, pid: _has_started("gcs_server")),
-}  # fmt: skip
+}
 
 
 def _has_started(what: str) -> bool:
@@ -126,9 +140,13 @@ def test_an_export_to_a_full_disk_says_so_and_leaves_nothing(trained, nothing_le
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["eval", "--help"], ["eval", "model", "--data", "questions.jsonl", "--limit", "2", "--max-new-tokens", "2"]],
+    [
+        ["--help"],
+        ["eval", "--help"],
+        ["eval", "model", "--data", "questions.jsonl", "--limit", "2", "--max-new-tokens", "2"],
+    ],
     ids=["help", "help of a verb", "result"],
-)  # fmt: skip
+)
 def test_a_result_that_cannot_be_printed_is_a_failure_in_words(work, arguments):
     with open("/dev/full", "w") as full:
         ended = subprocess.run(

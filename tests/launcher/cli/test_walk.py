@@ -1,4 +1,5 @@
-"""docs/walk.md, command by command as the page has them, with fewer steps: everything in it works, and what it says comes true."""
+"""docs/walk.md, command by command as the page has them, with fewer steps: everything in it works,
+and what it says comes true."""
 
 from __future__ import annotations
 
@@ -87,8 +88,8 @@ def test_every_phase_of_the_page_is_finished(walker):
         if event["event"] == "phase_finished"
     }
     assert finished == {
-        "word-texts/pretrain", "word-problems/sft", "word-adapters/sft", "word-teacher/cft", "word-student/cft", "sums/sft", "sums/reward",
-        "sums/ppo",
+        "word-texts/pretrain", "word-problems/sft", "word-adapters/sft", "word-teacher/cft", "word-student/cft",
+        "sums/sft", "sums/reward", "sums/ppo",
     }  # fmt: skip
 
 
@@ -96,7 +97,8 @@ def test_pretraining_learns_the_language_and_sft_to_answer(walker):
     losses = walker.measured("word-texts/pretrain", "loss")
     assert losses[0] > 5  # 6.2 is to know nothing of 512 tokens
     assert losses[-1] < 1  # most of what is left are the numbers of a question, which nobody can guess
-    # 200 questions: three standard deviations of a difference are at most 0.15. Measured: 0.05 and 0.76 after so few steps.
+    # 200 questions: three standard deviations of a difference are at most 0.15.
+    # Measured: 0.05 and 0.76 after so few steps.
     assert walker.accuracy("runs/word-problems") > walker.accuracy("runs/word-texts") + 0.3
 
 
@@ -118,8 +120,8 @@ def test_the_reward_model_orders_pairs_and_ppo_rises_under_a_bounded_kl(walker):
     # 200 held-out pairs: a standard deviation at one half is 0.035.
     assert walker.measured("sums/reward", "eval_accuracy")[-1] > 0.75  # measured: 0.97
     rewards, kl = walker.measured("sums/ppo", "reward"), walker.measured("sums/ppo", "kl")
-    # In the first four the critic learns alone. 128 responses an iteration, scores spread by 8: four standard deviations of a
-    # difference are 2. Measured: 4.1.
+    # In the first four the critic learns alone. 128 responses an iteration, scores spread by 8: four standard
+    # deviations of a difference are 2. Measured: 4.1.
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 2
     assert max(kl) < 2  # nats a response, measured: 0.85. It does not run away from what it was
     # Two standard deviations of a difference between two accuracies on 200 questions. Measured: 0.46 and 0.65.

@@ -1,4 +1,5 @@
-"""A wheel that is built from the checkout has every file, and works where only it and the dependencies are installed."""
+"""A wheel that is built from the checkout has every file, and works where only it
+and the dependencies are installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The folder that a command runs in is not a library: nothing of Muster imports what lies there, and a user's own modules are still found."""
+"""The folder that a command runs in is not a library: nothing of Muster imports what lies there,
+and a user's own modules are still found."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def test_a_model_is_examined_without_the_working_folder(place):
     proof = write_hostile(place)
     command = [str(Path(sys.executable).with_name("muster")), "check", "job.yaml"]
     ended = subprocess.run(
-        command, cwd=place, text=True, capture_output=True, timeout=120, env={**os.environ, "MUSTER_CACHE": str(place / "cache")}
+        command, cwd=place, text=True, capture_output=True, timeout=120,
+        env={**os.environ, "MUSTER_CACHE": str(place / "cache")}
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert not proof.exists()
@@ -78,7 +80,8 @@ def test_the_code_that_travels_comes_before_what_is_installed_and_empty_entries_
 
 
 def make_package(folder: Path) -> None:
-    """mypkg/rewards.py, which uses its own package, a module beside it, and a library whose name a file here has too."""
+    """mypkg/rewards.py, which uses its own package, a module beside it,
+    and a library whose name a file here has too."""
     (folder / "mypkg").mkdir()
     (folder / "mypkg/__init__.py").write_text("")
     (folder / "mypkg/parts.py").write_text("ONE = 1.0\n")

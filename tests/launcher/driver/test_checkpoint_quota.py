@@ -1,4 +1,5 @@
-"""`checkpoint_quota`: the oldest checkpoints of a run go, some never do, and what cannot be kept is refused or noted once."""
+"""`checkpoint_quota`: the oldest checkpoints of a run go, some never do,
+and what cannot be kept is refused or noted once."""
 
 from __future__ import annotations
 

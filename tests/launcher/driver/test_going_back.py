@@ -17,8 +17,8 @@ pytestmark = pytest.mark.cpu
 
 PHASES = ("first", "second")
 PHASE = (
-    "{recipe: sft, data: {train: train.jsonl, eval: train.jsonl}, eval_on_start: true, batch: 8, max_steps: 4, learning_rate: 3e-3, "
-    "checkpoint: {every: 2}}"
+    "{recipe: sft, data: {train: train.jsonl, eval: train.jsonl}, eval_on_start: true, batch: 8, max_steps: 4, "
+    "learning_rate: 3e-3, checkpoint: {every: 2}}"
 )
 
 

@@ -1,4 +1,5 @@
-"""A long evaluation at the end of a run: what happens meanwhile costs no step, and a request to stop is answered at once."""
+"""A long evaluation at the end of a run: what happens meanwhile costs no step,
+and a request to stop is answered at once."""
 
 from __future__ import annotations
 

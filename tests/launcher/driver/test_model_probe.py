@@ -1,4 +1,5 @@
-"""Models are examined before a job runs: by a process of its own, with their own code if that is asked for, and on the hub where it answers."""
+"""Models are examined before a job runs: by a process of its own, with their own code if that is asked for,
+and on the hub where it answers."""
 
 from __future__ import annotations
 
@@ -120,8 +121,8 @@ def test_a_model_of_the_hub_is_examined_trained_with_adapters_asked_and_merged(p
     away = {"HF_HUB_OFFLINE": "1"}
     (checked,) = run_commands(place, away, ["check", "hub.yaml"])
     assert (
-        "org/opt is no folder here, so it is a model of the hub or of a bucket; what its code can do is examined when the job runs"
-        in checked
+        "org/opt is no folder here, so it is a model of the hub or of a bucket; what its code can do is examined when "
+        "the job runs" in checked
     )
     with hub_server() as hub:
         hub.repositories["models org/opt"] = Repository()

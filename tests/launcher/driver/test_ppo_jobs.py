@@ -88,14 +88,22 @@ def test_without_a_reward_model_the_critic_starts_from_the_policy(better):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("reward: reward", "reward: rewrd", '"rewrd" is no phase of this job, no run and no model folder; did you mean reward?'),
+        (
+            "reward: reward",
+            "reward: rewrd",
+            '"rewrd" is no phase of this job, no run and no model folder; did you mean reward?',
+        ),
         ("reward: reward", "reward: sft", "`sft` ends with a language model, not with a reward model"),
         ("reward: reward", "reward: ppo", '"ppo" comes later'),
         ("reward: reward", "reward: yours.py:score", "there is no file"),
         ("reward: reward", "rewards: reward", "unknown key; did you mean reward?"),
         ("from: sft", "from: reward", "`reward` ends with a reward model, ppo needs a language model"),
         ("response_tokens: 6", "response_tokens: 0", "response_tokens"),
-        ("response_tokens: 6", "response_tokens: 5000", "edited.yaml:20: phases.ppo.response_tokens: the longest prompt and"),
+        (
+            "response_tokens: 6",
+            "response_tokens: 5000",
+            "edited.yaml:20: phases.ppo.response_tokens: the longest prompt and",
+        ),
         ("batch: 2\n    response", "batch: 5\n    response", "an iteration has 4 responses"),
         ("response_tokens: 6", "response_tokens: 6\n    critic: nowhere", '"nowhere" is no phase of this job'),
         ("max_length: 24}", "max_length: 24, overlong: truncate}", "data.overlong"),
@@ -103,15 +111,19 @@ def test_without_a_reward_model_the_critic_starts_from_the_policy(better):
         *[
             ("response_tokens: 6", f"response_tokens: 6\n    groups: {groups}", message)
             for groups, message in {
-                "[{roles: [policy, critic, critic], workers: 1}]": "one group; reference is named in none, critic is named 2 times, reward is named in none",
-                "[{roles: [policy, reference, critic, reward], workers: 1}, {roles: [critic], workers: 1}]": "critic is named 2 times",
+                "[{roles: [policy, critic, critic], workers: 1}]": (
+                    "one group; reference is named in none, critic is named 2 times, reward is named in none"
+                ),
+                "[{roles: [policy, reference, critic, reward], workers: 1}, {roles: [critic], workers: 1}]": (
+                    "critic is named 2 times"
+                ),
                 "[{roles: [policy, reference, critic, reward, judge], workers: 1}]": "judge",
                 "[{roles: [policy, reference, critic, reward], workers: 3}]": "cannot be dealt to 3 workers",
                 "[]": "groups",
             }.items()
         ],
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told(better, muster, old, new, message):
     assert message in "\n".join(refused(muster, better, edited(better, (old, new))))
 

@@ -30,12 +30,15 @@ def losses(place: Path) -> list[float]:
             "{steps: 4-2}",
             'phases.sft.profile.steps: got "4-2", expected a step such as 10, or the first and the last such as 10-12',
         ),
-        ("{steps: 0}", 'phases.sft.profile.steps: got "0", expected a step such as 10, or the first and the last such as 10-12'),
+        (
+            "{steps: 0}",
+            'phases.sft.profile.steps: got "0", expected a step such as 10, or the first and the last such as 10-12',
+        ),
         ("{steps: 5-6}", "phases.sft.profile.steps: 5-6 comes after the last step, 4 (max_steps)"),
         ("3-4", 'phases.sft.profile: got "3-4" (text), expected a mapping such as {steps: 10-12} or null'),
         ("{step: 3}", "phases.sft.profile.step: unknown key; did you mean steps?"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told_with_its_line(place, muster, given, message):
     text = (place / "job.yaml").read_text()
     assert text.endswith(LAST)

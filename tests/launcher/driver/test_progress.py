@@ -11,7 +11,8 @@ from launcher.driver.progress import PhaseProgress, duration
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")]
+    ("seconds", "text"),
+    [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")]
 )  # fmt: skip
 def test_durations(seconds, text):
     assert duration(seconds) == text
@@ -46,7 +47,8 @@ def test_an_iteration_of_ppo_shows_the_reward_and_where_the_time_goes():
     shown.start(total=10, done=0)
     shown.row(row(10, reward=1.25, kl=0.5, response_tokens=21.4, generate_s=0.52, score_s=0.61, learn_s=2.0))
     assert out.getvalue() == (
-        "sft  step     10/10  reward 1.250  kl 0.500  21 tokens  generate 0.5 s  score 0.6 s  learn 2.0 s  1.50 GiB  left 0:00\n"
+        "sft  step     10/10  reward 1.250  kl 0.500  21 tokens  generate 0.5 s  score 0.6 s  learn 2.0 s  1.50 GiB  "
+        "left 0:00\n"
     )
 
 

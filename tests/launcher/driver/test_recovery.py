@@ -1,4 +1,5 @@
-"""A run that goes on by itself: real faults at real workers, by the real command, and the result of a run that nobody disturbed."""
+"""A run that goes on by itself: real faults at real workers, by the real command,
+and the result of a run that nobody disturbed."""
 
 from __future__ import annotations
 

@@ -118,18 +118,38 @@ DECISIONS: dict[str, tuple[Incident, list[Incident], bool]] = {
     "another process has taken over: at once": (incident(Kind.SUPERSEDED), [], False),
     "the same crash at the same step": (incident(Kind.CRASH), [incident(Kind.CRASH)], False),
     "the same kill at the same step, whatever it looks like": (incident(Kind.KILLED), [incident(Kind.KILLED)], False),
-    "the same but for an address": (incident(Kind.CRASH, message="at 0x7f"), [incident(Kind.CRASH, message="at 0x8a")], False),
+    "the same but for an address": (
+        incident(Kind.CRASH, message="at 0x7f"),
+        [incident(Kind.CRASH, message="at 0x8a")],
+        False,
+    ),
     "another crash at that step": (incident(Kind.CRASH, message="a"), [incident(Kind.CRASH, message="b")], True),
     "the same at another step": (incident(Kind.CRASH, step=8), [incident(Kind.CRASH, step=7)], True),
-    "twice before the first step: a start may fail twice": (incident(Kind.KILLED, step=5), [incident(Kind.KILLED, step=5)], True),
+    "twice before the first step: a start may fail twice": (
+        incident(Kind.KILLED, step=5),
+        [incident(Kind.KILLED, step=5)],
+        True,
+    ),
     "kills up to the budget": (incident(Kind.KILLED), killed(TRIES["infrastructure"] - 1), True),
     "kills beyond it": (incident(Kind.KILLED), killed(TRIES["infrastructure"]), False),
-    "as many, with a checkpoint in between": (incident(Kind.KILLED), killed(TRIES["infrastructure"], checkpoint=4), True),
+    "as many, with a checkpoint in between": (
+        incident(Kind.KILLED),
+        killed(TRIES["infrastructure"], checkpoint=4),
+        True,
+    ),
     "a crash is not charged for kills": (incident(Kind.CRASH), killed(7), True),
-    "crashes beyond their budget": (incident(Kind.CRASH), [incident(Kind.CRASH, step=1), incident(Kind.MEMORY, step=2)], False),
+    "crashes beyond their budget": (
+        incident(Kind.CRASH),
+        [incident(Kind.CRASH, step=1), incident(Kind.MEMORY, step=2)],
+        False,
+    ),
     "a machine taken back: however often": (incident(Kind.PREEMPTED), [incident(Kind.PREEMPTED)] * 50, True),
-    "machines taken back are not charged": (incident(Kind.KILLED), [incident(Kind.PREEMPTED, step=n) for n in range(50)], True),
-}  # fmt: skip
+    "machines taken back are not charged": (
+        incident(Kind.KILLED),
+        [incident(Kind.PREEMPTED, step=n) for n in range(50)],
+        True,
+    ),
+}
 
 
 @pytest.mark.parametrize("case", DECISIONS)

@@ -1,4 +1,5 @@
-"""A whole run on conversations whose turns end with a token that is not the tokenizer's EOS, held against transformers alone.
+"""A whole run on conversations whose turns end with a token that is not the tokenizer's EOS,
+held against transformers alone.
 
 SFT, a reward model and PPO; then the commands that ask the results. Prompts have their content in parts.
 """
@@ -28,7 +29,12 @@ model: {path: model, dtype: fp32}
 resources: {workers: 1, threads: 1, gpus_per_worker: 0}
 sharding: {stage: 0}
 phases:
-  sft: {data: {train: sft.jsonl, max_length: 64}, max_steps: 40, batch: 8, learning_rate: 1.0e-2, eval: {data: questions.jsonl, max_new_tokens: 24}}
+  sft:
+    data: {train: sft.jsonl, max_length: 64}
+    max_steps: 40
+    batch: 8
+    learning_rate: 1.0e-2
+    eval: {data: questions.jsonl, max_new_tokens: 24}
   reward: {data: {train: pairs.jsonl, max_length: 64}, max_steps: 4, batch: 4, learning_rate: 1.0e-2}
   ppo:
     from: sft
@@ -61,8 +67,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model/chat_template.jinja").write_text(TEMPLATES["chatml"])
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.1, tie_word_embeddings=False,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.1,
+        tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     rows = {

@@ -63,7 +63,8 @@ def muster(*words, capsys):
 
 def command(server, out="cft.jsonl", *more):
     return [
-        "critique", out, "--data", "rows.jsonl", "--column", "model_a", "--known", "right", "--teacher", server.url, "--teacher-model", "wise",
+        "critique", out, "--data", "rows.jsonl", "--column", "model_a", "--known", "right", "--teacher", server.url,
+        "--teacher-model", "wise",
         "--key-env", "TEACHER_KEY", *more,
     ]  # fmt: skip
 
@@ -108,7 +109,8 @@ def test_no_key_is_written_anywhere(capsys):
 
 
 def test_a_server_that_misbehaves(capsys):
-    """429 with Retry-After, 500, a cut connection, a time-out and nonsense, each once for somebody: every row is there in the end."""
+    """429 with Retry-After, 500, a cut connection, a time-out and nonsense,
+    each once for somebody: every row is there in the end."""
     write(Path("rows.jsonl"), rows())
     trouble = {
         0: (429, {"Retry-After": "0.05"}, ""),
@@ -136,7 +138,8 @@ def said(text=GOOD, **usage):
 def ask_raw(server, capsys, *more):
     words = ["--parallel", "1", "--timeout", "1", *more]
     return muster(
-        "critique", "cft.jsonl", "--data", "rows.jsonl", "--column", "model_a", "--teacher", server.url, "--teacher-model", "wise", *words,
+        "critique", "cft.jsonl", "--data", "rows.jsonl", "--column", "model_a", "--teacher", server.url,
+        "--teacher-model", "wise", *words,
         capsys=capsys,
     )  # fmt: skip
 
@@ -331,7 +334,8 @@ def test_models_of_ones_own(tiny, capsys):
     """Both as the one who answers and as the teacher; nothing is asked twice."""
     write(Path("rows.jsonl"), [{"question": f"Q: {n} + 1 = ", "answer": str(n + 1)} for n in range(5)])
     words = [
-        "critique", "cft.jsonl", "--data", "rows.jsonl", "--sample", tiny / "model", "--samples", "2", "--max-new-tokens", "8",
+        "critique", "cft.jsonl", "--data", "rows.jsonl", "--sample", tiny / "model", "--samples", "2",
+        "--max-new-tokens", "8",
         "--teacher", tiny / "model",
     ]  # fmt: skip
     status, out, err = muster(*words, capsys=capsys)

@@ -136,7 +136,7 @@ def run(trained, tmp_path, monkeypatch):
     return Path("runs/sums/sft")
 
 
-# -- streaming ----------------------------------------------------------------------------------------------------------
+# -- streaming ---------------------------------------------------------------------------------------------------------
 
 
 def test_text_comes_in_whole_characters_and_is_the_same_in_the_end(template):
@@ -190,7 +190,7 @@ def test_lines_of_a_pipe_are_prompts(place, muster):
     )  # fmt: skip
 
 
-# -- the chat -----------------------------------------------------------------------------------------------------------
+# -- the chat ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_chat_keeps_the_conversation_until_it_begins_anew(chatty, muster):
@@ -251,7 +251,7 @@ def test_an_interruption_ends_the_response_alone_and_then_the_chat(place):
     assert "Traceback" not in shown
 
 
-# -- a file of prompts --------------------------------------------------------------------------------------------------
+# -- a file of prompts -------------------------------------------------------------------------------------------------
 
 
 def test_workers_write_what_one_writes(muster, place, ray_cluster, monkeypatch):
@@ -259,7 +259,20 @@ def test_workers_write_what_one_writes(muster, place, ray_cluster, monkeypatch):
         "launcher.workers.ray_session.ray_session", lambda workers: nullcontext()
     )  # there is one already
     write(place / "q.jsonl", [{"prompt": f"{n} + {'1' * (n % 5)} = ", "answer": str(n)} for n in range(9)])
-    words = ("generate", "model", "--file", "q.jsonl", "--samples", "2", "--temperature", "0.8", "--top-p", "0.9", "--max-new-tokens", "12")  # fmt: skip
+    words = (
+        "generate",
+        "model",
+        "--file",
+        "q.jsonl",
+        "--samples",
+        "2",
+        "--temperature",
+        "0.8",
+        "--top-p",
+        "0.9",
+        "--max-new-tokens",
+        "12",
+    )
     one = json.loads(muster(*words, "--json").out)
     assert len(one) == 18
     assert one[0]["response"] != one[1]["response"]
@@ -336,7 +349,7 @@ def test_rows_that_end_with_an_answer_are_asked_without_it(muster, chatty):
     assert "prompt:   1 + 1\n" in muster("generate", "model", "--file", "q.jsonl", "--max-new-tokens", "4").out
 
 
-# -- checkpoints --------------------------------------------------------------------------------------------------------
+# -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_by_its_step_or_its_folder_is_written_once(muster, run):
@@ -368,21 +381,29 @@ def test_a_run_without_a_model_is_tried_by_its_newest_whole_checkpoint(muster, r
     assert muster("generate", "sums", *words).errors[0] == line.replace("step 4", "step 2")
 
 
-# -- wrong input --------------------------------------------------------------------------------------------------------
+# -- wrong input -------------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "a step that is not there": (("sums", "--step", "3", "-p", "x"), "runs/sums/sft/checkpoints: no checkpoint of step 3; there are: 2, 4"),
+    "a step that is not there": (
+        ("sums", "--step", "3", "-p", "x"),
+        "runs/sums/sft/checkpoints: no checkpoint of step 3; there are: 2, 4",
+    ),
     "a phase that is not there": (("sums", "--phase", "ppo", "-p", "x"), "runs/sums: no phase ppo; there are: sft"),
-    "a step of a model": (("model", "--step", "2", "-p", "x"), "--step: goes with a run; model is the folder of a model"),
+    "a step of a model": (
+        ("model", "--step", "2", "-p", "x"),
+        "--step: goes with a run; model is the folder of a model",
+    ),
     "two steps": (
         ("runs/sums/sft/checkpoints/step-00000002", "--step", "4", "-p", "x"),
         "--step: got 4, but runs/sums/sft/checkpoints/step-00000002 says 2; leave one of them out",
     ),
     "a file in no folder": (
-        ("model", "-p", "x", "--out", "no/r.jsonl"), "no/r.jsonl: there is no folder no; make it, or name another --out",
+        ("model", "-p", "x", "--out", "no/r.jsonl"),
+        "no/r.jsonl: there is no folder no; make it, or name another --out",
     ),
     "a folder as file": (
-        ("model", "-p", "x", "--out", "data"), "data: is no file; name a file for --out, or leave it out to see the responses",
+        ("model", "-p", "x", "--out", "data"),
+        "data: is no file; name a file for --out, or leave it out to see the responses",
     ),
     "a file that is something else": (
         ("model", "-p", "x", "--out", "data/train.jsonl"),
@@ -403,10 +424,11 @@ WRONG = {
     ),
     "a nucleus of one token": (
         ("model", "-p", "x", "--top-p", "0.5"),
-        "--top-p: at temperature 0 the likeliest token is always taken; give a --temperature above 0, or leave --top-p out",
+        "--top-p: at temperature 0 the likeliest token is always taken; give a --temperature above 0, or leave "
+        "--top-p out",
     ),
     "bytes that are no text": (("model", "-p", "\udcff"), "--prompt: the prompt is not UTF-8 text"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -431,8 +453,8 @@ def test_rows_that_cannot_be_asked_are_told_together(muster, place):
     answer = muster("generate", "model", "--file", "q.jsonl")
     assert answer.errors == [
         "q.jsonl:2: column `messages`: the last turn is not one that an assistant answers",
-        "q.jsonl:3: prompt[0]: unknown role 'usr'; known are system, developer, user, assistant, tool, function, ipython, "
-        "tool_call, tool_response",
+        "q.jsonl:3: prompt[0]: unknown role 'usr'; known are system, developer, user, assistant, tool, function, "
+        "ipython, tool_call, tool_response",
     ]
     write(place / "q.jsonl", [{"messages": turns}, {"prompt": "1" * 70}])
     assert muster("generate", "model", "--file", "q.jsonl").errors == [

@@ -197,7 +197,10 @@ BAD = {
             "job.yaml:9: phases.sft.log_every: got 2.5, expected a whole number > 0",
             "job.yaml:10: phases.sft.eval_every: got true, expected a whole number > 0 or null",
             "job.yaml:11: phases.sft.schedule: got 5, expected a mapping of settings",
-            "job.yaml:12: phases.sft.optimizer.betas: got a list of 1, expected a list of 2 (each a number >= 0 and < 1)",
+            (
+                "job.yaml:12: phases.sft.optimizer.betas: got a list of 1, expected a list of 2 (each a number >= 0 "
+                "and < 1)"
+            ),
             "job.yaml:13: phases.sft.checkpoint: got nothing (null), expected a mapping of settings",
         ],
     ),
@@ -215,14 +218,20 @@ BAD = {
         HEAD + "    sharding: {stage: 4}\n    schedule: {name: cosin}\n    micro_tokens: fast\n",
         [
             "job.yaml:5: phases.sft.sharding.stage: got 4, expected 0, 1, 2 or 3",
-            'job.yaml:6: phases.sft.schedule.name: got "cosin", expected cosine, linear or constant; did you mean cosine?',
+            (
+                'job.yaml:6: phases.sft.schedule.name: got "cosin", expected cosine, linear or constant; did you mean '
+                "cosine?"
+            ),
             'job.yaml:7: phases.sft.micro_tokens: got "fast", expected auto or a whole number > 0',
         ],
     ),
     "when to save": (
         HEAD + "    checkpoint: {every: 10min}\n",
         [
-            'job.yaml:5: phases.sft.checkpoint.every: got "10min", expected steps such as 200, or a time such as 90s, 10m or 2h'
+            (
+                'job.yaml:5: phases.sft.checkpoint.every: got "10min", expected steps such as 200, or a time such as '
+                "90s, 10m or 2h"
+            )
         ],
     ),
     "a union is one problem": (
@@ -285,9 +294,13 @@ BAD = {
     "names": (
         "name: a/b\nmodel: {path: org/m}\nphases:\n  a.b: {recipe: sft, data: {train: a.jsonl}}\n",
         [
-            'job.yaml:1: name: "a/b" cannot name a folder; use letters, digits and . _ - alone, beginning with a letter '
+            'job.yaml:1: name: "a/b" cannot name a folder; use letters, digits and . _ - alone, beginning with a '
+            "letter "
             "or digit, at most 100",
-            "job.yaml:4: phases.a.b: a phase's name has letters, digits, _ and - alone and begins with a letter or digit",
+            (
+                "job.yaml:4: phases.a.b: a phase's name has letters, digits, _ and - alone and begins with a letter or "
+                "digit"
+            ),
         ],
     ),
     "recipes": (
@@ -306,7 +319,8 @@ BAD = {
         "  two: {recipe: sft, from: three, data: {train: a.jsonl}}\n"
         "  three: {recipe: sft, from: onee, data: {train: a.jsonl}, model: {path: org/other}}\n",
         [
-            'job.yaml:3: phases.one.from: "two" is no phase before this one; name a folder or a finished run, or remove '
+            'job.yaml:3: phases.one.from: "two" is no phase before this one; name a folder or a finished run, or '
+            "remove "
             "`from` and set model.path",
             'job.yaml:4: phases.two.from: "three" comes later; phases before this one: one',
             'job.yaml:5: phases.three.from: "onee" is no phase of this job; did you mean one?',
@@ -314,19 +328,22 @@ BAD = {
         ],
     ),
     "impossible combinations": (
-        HEAD
-        + "    epochs: 1\n    max_steps: 5\n    batch: 2\n    resources: {workers: 4}\n    checkpoint:\n      best: {}\n",
+        HEAD + "    epochs: 1\n    max_steps: 5\n    batch: 2\n    resources: {workers: 4}\n    checkpoint:\n      "
+        "best: {}\n",
         [
             "job.yaml:6: phases.sft.max_steps: epochs and max_steps exclude each other; keep one",
-            "job.yaml:7: phases.sft.batch: a batch of 2 samples cannot be dealt to 4 workers; choose batch >= 4 or fewer "
-            "workers",
+            "job.yaml:7: phases.sft.batch: a batch of 2 samples cannot be dealt to 4 workers; choose batch >= 4 or "
+            "fewer workers",
             "job.yaml:10: phases.sft.checkpoint.best: checkpoint.best needs data.eval or eval to measure on",
         ],
     ),
     "model paths": (
         "phases:\n  sft: {model: {path: 'a b'}, data: {train: a.jsonl}}\n",
         [
-            'job.yaml:2: phases.sft.model.path: "a b" is neither a folder nor a name on the Hugging Face hub (owner/name)'
+            (
+                'job.yaml:2: phases.sft.model.path: "a b" is neither a folder nor a name on the Hugging Face hub '
+                "(owner/name)"
+            )
         ],
     ),
     "raw DeepSpeed settings that Muster owns": (
@@ -336,7 +353,8 @@ BAD = {
         [
             "job.yaml:2: deepspeed.train_batch_size: Muster sets this itself; remove it and use batch",
             "job.yaml:4: deepspeed.zero_optimization.stage: Muster sets this itself; remove it and use sharding.stage",
-            'job.yaml:5: deepspeed.zero_optimization.reduce_bucket_size: "auto" is filled in by the Hugging Face Trainer '
+            'job.yaml:5: deepspeed.zero_optimization.reduce_bucket_size: "auto" is filled in by the Hugging Face '
+            "Trainer "
             "alone; remove the key or give a value",
             "job.yaml:10: phases.sft.deepspeed.fp16: Muster sets this itself; remove it and use model.dtype",
         ],
@@ -368,8 +386,8 @@ def test_wrong_overrides_are_told_after_the_file_s_own_problems(folder):
         "command line: phases.sft: expected key=value, such as phases.sft.learning_rate=1e-5",
         "command line: phases..x=1: expected key=value, such as phases.sft.learning_rate=1e-5",
         'command line: phases.sft.data.train.0: phases.sft.data.train is "a.jsonl" and has no keys inside',
-        "command line: phases.sft.clip: not valid YAML: a `,` or the closing `]` is missing (expected ',' or ']', but got "
-        "'<stream end>', while parsing a flow sequence)",
+        "command line: phases.sft.clip: not valid YAML: a `,` or the closing `]` is missing (expected ',' or ']', but "
+        "got '<stream end>', while parsing a flow sequence)",
         f"command line: seed: got nothing (null), expected a whole number >= 0 and < {2**63}",
         "command line: resources.workers: got 0, expected a whole number > 0",
         "command line: phases.sft.learing_rate: unknown key; did you mean learning_rate?",
@@ -398,9 +416,9 @@ def test_a_missing_job_file_is_told():
 def test_missing_files_of_all_phases_are_told_at_once(folder):
     Path("empty.jsonl").touch()
     got = errors(
-        "model: {path: ./models/x, tokenizer: ./tok}\nphases:\n  sft:\n    data:\n      train: b.jsonl\n      eval:\n        - a.jsonl\n"
-        "        - empty.jsonl\n      template: missing.jinja\n"
-        "  two: {recipe: sft, data: {train: no/*.jsonl}}\n"
+        "model: {path: ./models/x, tokenizer: ./tok}\nphases:\n  sft:\n    data:\n      train: b.jsonl\n      eval:\n  "
+        "      - a.jsonl\n        - empty.jsonl\n      template: missing.jinja\n  two: {recipe: sft, data: {train: "
+        "no/*.jsonl}}\n"
     )
     assert got == [
         f"job.yaml:1: model.path: {folder}/models/x: no such folder",
@@ -409,7 +427,8 @@ def test_missing_files_of_all_phases_are_told_at_once(folder):
         f"job.yaml:8: phases.sft.data.eval.1: {folder}/empty.jsonl: the file is empty (0 bytes)",
         f"job.yaml:9: phases.sft.data.template: no such file: {folder}/missing.jinja",
         f"job.yaml:10: phases.two.data.train: {folder}/no/*.jsonl: the glob holds no data file; known are "
-        ".jsonl, .ndjson, .json, .csv, .tsv, .jsonl.gz, .ndjson.gz, .json.gz, .csv.gz, .tsv.gz, .parquet, .arrow, .feather",
+        ".jsonl, .ndjson, .json, .csv, .tsv, .jsonl.gz, .ndjson.gz, .json.gz, .csv.gz, .tsv.gz, .parquet, .arrow, "
+        ".feather",
     ]
     assert job.read(Path("job.yaml")).phases["two"].from_ == "sft"
 
@@ -453,7 +472,8 @@ def test_settings_that_deepspeed_does_not_have_are_told_the_name_to_use(folder):
         "job.yaml:2: deepspeed.zero_stage: DeepSpeed has no such setting; the name here is sharding.stage" in found[0]
     )
     assert found[1] == (
-        "job.yaml:4: deepspeed.zero_optimization.reduce_bucket: DeepSpeed has no such setting; did you mean reduce_bucket_size?"
+        "job.yaml:4: deepspeed.zero_optimization.reduce_bucket: DeepSpeed has no such setting; did you mean "
+        "reduce_bucket_size?"
     )
     assert "the name here is phases.NAME.schedule.warmup" in found[2]
     assert found[3:] == ["job.yaml:6: deepspeed.nonsense: DeepSpeed has no such setting"]

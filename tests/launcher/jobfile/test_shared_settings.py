@@ -1,4 +1,5 @@
-"""Overrides at the top of a job: which phases they reach, in a user's file and in the job.yaml of a run, and which have no effect."""
+"""Overrides at the top of a job: which phases they reach, in a user's file and in the job.yaml of a run,
+and which have no effect."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -65,9 +66,10 @@ def without_record(text: str) -> str:
 
 
 OVERRIDES = (
-    "resources.workers=1", "resources={workers: 1}", "resources.threads=2", "sharding.stage=0", "seed=5", "model.lora=null",
-    "model.lora.rank=8", "model={path: org/other}", "deepspeed.zero_optimization.round_robin_gradients=true",
-    "deepspeed={zero_optimization: {overlap_comm: false}}", "phases.more.seed=9", "phases.sft.resources.workers=1",
+    "resources.workers=1", "resources={workers: 1}", "resources.threads=2", "sharding.stage=0", "seed=5",
+    "model.lora=null", "model.lora.rank=8", "model={path: org/other}",
+    "deepspeed.zero_optimization.round_robin_gradients=true", "deepspeed={zero_optimization: {overlap_comm: false}}",
+    "phases.more.seed=9", "phases.sft.resources.workers=1",
 )  # fmt: skip
 
 
@@ -126,7 +128,8 @@ def test_a_phase_that_keeps_its_own_value_is_named_once(folder, capsys):
     loaded = load(TWO, "resources.workers=1")
     assert [phase.resources.workers for phase in loaded.phases.values()] == [2, 1]
     assert capsys.readouterr().err == (
-        "resources.workers=1 does not reach the phase sft, which has a value of its own; use phases.sft.resources.workers=1\n"
+        "resources.workers=1 does not reach the phase sft, which has a value of its own; use "
+        "phases.sft.resources.workers=1\n"
     )
 
 
@@ -157,10 +160,14 @@ phases:
         ("seed=7", "seed", "phases.sft.seed=7"),
         ("model.lora.rank=8", "model.lora.rank", "phases.sft.model.lora.rank=8"),
         ("model.tokenizer=org/others", "model.tokenizer", "phases.sft.model.tokenizer=org/others"),
-        ("deepspeed.zero_optimization.overlap_comm=false", "deepspeed.zero_optimization.overlap_comm", "phases.sft.deepspeed={zero_optimization: {overlap_comm: false}}"),
+        (
+            "deepspeed.zero_optimization.overlap_comm=false",
+            "deepspeed.zero_optimization.overlap_comm",
+            "phases.sft.deepspeed={zero_optimization: {overlap_comm: false}}",
+        ),
         ("model={path: org/model, lora: {rank: 8}}", "model.lora.rank", "phases.sft.model.lora.rank=8"),
     ],
-)  # fmt: skip
+)
 def test_an_override_that_no_phase_takes_over_is_refused_with_the_path_to_use(folder, override, path, use):
     Path("ds.json").write_text('{"zero_optimization": {"overlap_comm": true}}')
     assert errors(ONE, override) == [
@@ -186,7 +193,10 @@ def test_groups_of_workers_are_named(folder, capsys):
     assert errors(PPO, "phases.ppo.resources.workers=4") == [f"command line: phases.ppo.resources.workers: {told}"]
     assert capsys.readouterr().err == ""
     assert load(PPO, "sharding.stage=0", "resources.hang_after=9").phases["ppo"].placements[1][1].sharding.stage == 0
-    told = "sharding.stage=0 does not reach the phase ppo, which has a value of its own; use phases.ppo.groups.0.sharding.stage=0\n"
+    told = (
+        "sharding.stage=0 does not reach the phase ppo, which has a value of its own; use "
+        "phases.ppo.groups.0.sharding.stage=0\n"
+    )
     assert capsys.readouterr().err == told
 
 

@@ -115,9 +115,3 @@ def test_inline_has_one_worker(machine):
     machine(gpus=8, gib=100)
     local_capacity.check(job_of(1), inline=True)
     assert refusal(2, inline=True).endswith("--inline has one worker, the job asks for 2; say resources.workers=1")
-
-
-@pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2), ("GPU-1a, GPU-2b", 2)])
-def test_visible_gpus_are_counted_without_a_cuda_library(monkeypatch, visible, count):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert local_capacity.num_gpus() == count

@@ -159,7 +159,8 @@ def test_flops_of_a_step_are_those_of_the_literature():
 
 
 def test_what_is_known_of_a_model_s_code_counts_for_memory(place, monkeypatch):
-    """A model whose packed samples see each other has rows of one sample; eager attention keeps its weights for every pair of tokens."""
+    """A model whose packed samples see each other has rows of one sample;
+    eager attention keeps its weights for every pair of tokens."""
     from training.estimate.memory import setting_of
 
     (phase,) = jobs.read(SFT_7B, ["phases.sft.data.max_length=1000", "phases.sft.micro_tokens=4096"]).phases.values()
@@ -339,7 +340,8 @@ def test_more_workers_than_there_are_gpus():
 def test_workers_may_sit_in_several_pools(tmp_path):
     file = tmp_path / "two.yaml"
     file.write_text(
-        "provider: ssh\nhead: {host: a}\npools: {p: {hosts: [b, c], gpus: 8, gpu: H100}, q: {hosts: [d, e], gpus: 8, gpu: H100}}\n"
+        "provider: ssh\nhead: {host: a}\npools: {p: {hosts: [b, c], gpus: 8, gpu: H100}, q: {hosts: [d, e], gpus: 8, "
+        "gpu: H100}}\n"
     )
     found = hardware.of_cluster(plan_request.spec_of(str(file)))
     (phase,) = plan.plan(jobs.read(SFT_7B, ["resources.workers=32"]), found)["phases"].values()
@@ -379,8 +381,10 @@ def test_experts_count_for_memory_and_not_for_time(tmp_path):
     folder = tmp_path / "moe"
     folder.mkdir()
     config = {
-        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 1000,
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 1000,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     from training.estimate.parameters import shape_of
@@ -432,7 +436,8 @@ def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, cap
 
     file = tmp_path / "cluster.yaml"
     file.write_text(
-        "provider: ssh\nname: small\nhead: {host: a}\npools: {p: {hosts: [b], gpus: 1, gpu: L4}}\nstorage: s3://bucket\n"
+        "provider: ssh\nname: small\nhead: {host: a}\npools: {p: {hosts: [b], gpus: 1, gpu: L4}}\nstorage: "
+        "s3://bucket\n"
     )
     spec = clusters.load(file)
     monkeypatch.setattr(clusters, "target", lambda on: clusters.Target(spec, None, None))
@@ -462,7 +467,8 @@ def test_a_cluster_is_not_sent_what_cannot_fit(place, tmp_path, monkeypatch, cap
 
 
 def test_status_holds_the_plan_against_what_came(tmp_path):
-    """A run notes what it expects; whoever asks for its status sees both, and what the rest will cost by the real pace."""
+    """A run notes what it expects; whoever asks for its status sees both,
+    and what the rest will cost by the real pace."""
     from launcher.report.status import status, status_lines
     from launcher.runfolder.run_folder import RunFolder
     from launcher.runfolder.small_files import SmallFiles
@@ -472,9 +478,19 @@ def test_status_holds_the_plan_against_what_came(tmp_path):
     job = jobs.read(SFT_7B, [f"storage={tmp_path / 'runs'}", "name=planned"])
     (folder / "job.yaml").write_text(jobs.dump(job))
     for event in (
-        {"event": "started"}, {"event": "workers", "workers": [1, 2]}, {"event": "training", "phase": "sft", "total_steps": 100},
-        {"event": "planned", "phase": "sft", "step_s": 10.0, "range": [7.5, 14.0], "hours": 0.3, "memory_gib": 40.0, "price": 36.0},
-    ):  # fmt: skip
+        {"event": "started"},
+        {"event": "workers", "workers": [1, 2]},
+        {"event": "training", "phase": "sft", "total_steps": 100},
+        {
+            "event": "planned",
+            "phase": "sft",
+            "step_s": 10.0,
+            "range": [7.5, 14.0],
+            "hours": 0.3,
+            "memory_gib": 40.0,
+            "price": 36.0,
+        },
+    ):
         SmallFiles().append(folder / "events.jsonl", {"time": "2026-11-22T00:00:00", "attempt": 1, **event})
     for step in range(1, 11):
         SmallFiles().append(
@@ -487,8 +503,8 @@ def test_status_holds_the_plan_against_what_came(tmp_path):
     assert plan_of_it["left_cost"] == pytest.approx(90 * 20 / 3600 * 36)
     (line,) = [line for line in status_lines(info) if "planned" in line and "a step" in line]
     assert (
-        "a step takes 20 s, planned were 10 (7.5 to 14): 2.00 times the plan; 42.00 GiB, planned 40.00; 18.00 more by this pace"
-        in line
+        "a step takes 20 s, planned were 10 (7.5 to 14): 2.00 times the plan; 42.00 GiB, planned 40.00; 18.00 more by "
+        "this pace" in line
     )
 
 

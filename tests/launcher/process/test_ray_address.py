@@ -48,8 +48,12 @@ def another_protocol(connection: socket.socket) -> None:
 
 @pytest.mark.parametrize(
     ("serve", "words"),
-    [(nothing, "no answer within|timed out"), (drip, "no answer within|timed out"), (another_protocol, "Ray's protocol")],
-)  # fmt: skip
+    [
+        (nothing, "no answer within|timed out"),
+        (drip, "no answer within|timed out"),
+        (another_protocol, "Ray's protocol"),
+    ],
+)
 def test_a_server_that_does_not_speak_as_ray_does_is_refused(monkeypatch, serve, words):
     monkeypatch.setattr(ray_address, "PATIENCE_S", 0.5)
     with serving(serve) as address, pytest.raises(InputError, match=rf"RAY_ADDRESS={address}: .*({words})"):

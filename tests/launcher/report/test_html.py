@@ -52,7 +52,9 @@ class Visit:
         return self.tab.evaluate(
             """Object.fromEntries([...document.querySelectorAll('.chart')].map((chart) => [
                 chart.querySelector('h4').textContent,
-                chart.querySelector('.canvas').data.map((curve) => ({name: curve.name, x: [...curve.x], y: [...curve.y], paths: 0})),
+                chart.querySelector('.canvas').data.map(
+                    (curve) => ({name: curve.name, x: [...curve.x], y: [...curve.y], paths: 0})
+                ),
             ]))"""
         )
 
@@ -176,7 +178,8 @@ def test_light_and_dark(visit):
             (".tag.bad", ".tag.bad"),
         ):
             colours = seen.tab.evaluate(
-                "([a, b]) => [getComputedStyle(document.querySelector(a)).color, getComputedStyle(document.querySelector(b)).backgroundColor]",
+                "([a, b]) => [getComputedStyle(document.querySelector(a)).color, "
+                "getComputedStyle(document.querySelector(b)).backgroundColor]",
                 [selector, ground],
             )
             assert contrast(*map(parsed, colours)) > 4.5, (scheme, selector, colours)

@@ -130,8 +130,14 @@ def test_work_since_the_last_checkpoint_is_lost_when_a_person_stops_at_once(plac
 
 
 @pytest.mark.parametrize(
-    "odd", [{}, {"event": "started"}, {"time": "soon", "event": "started"}, {"time": "2026-03-01T12:00:00+00:00", "event": "sneezed"}]
-)  # fmt: skip
+    "odd",
+    [
+        {},
+        {"event": "started"},
+        {"time": "soon", "event": "started"},
+        {"time": "2026-03-01T12:00:00+00:00", "event": "sneezed"},
+    ],
+)
 def test_events_of_another_version_are_passed_over(place, odd):
     run = finetuned(place, "one")
     events = events_of(run)

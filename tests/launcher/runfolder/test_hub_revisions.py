@@ -95,12 +95,24 @@ def test_the_hub_is_asked_and_says_what_it_has_not(monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.revision=main", "command line: model.revision: has no effect: PLACE/model is no model on the Hugging Face hub"),
-        ("model.tokenizer_revision=main", "command line: model.tokenizer_revision: has no effect: model.tokenizer is not set"),
-        ("phases.sft.data.train=[{path: data/train.jsonl, revision: v1}]", "`revision` has no effect: this is no data set on the Hugging Face hub"),
-        ("phases.sft.data.train=[{path: org/sums@v1, revision: v2}]", "the name says the revision v1, `revision` says v2; keep one"),
+        (
+            "model.revision=main",
+            "command line: model.revision: has no effect: PLACE/model is no model on the Hugging Face hub",
+        ),
+        (
+            "model.tokenizer_revision=main",
+            "command line: model.tokenizer_revision: has no effect: model.tokenizer is not set",
+        ),
+        (
+            "phases.sft.data.train=[{path: data/train.jsonl, revision: v1}]",
+            "`revision` has no effect: this is no data set on the Hugging Face hub",
+        ),
+        (
+            "phases.sft.data.train=[{path: org/sums@v1, revision: v2}]",
+            "the name says the revision v1, `revision` says v2; keep one",
+        ),
     ],
-)  # fmt: skip
+)
 def test_revisions_without_effect_are_refused(place, muster, override, message):
     answer = muster("check", "job.yaml", override)
     assert answer.status == 2
@@ -162,8 +174,14 @@ def test_a_branch_that_moves_does_not_change_a_run(place):
             place,
             ["resume", "runs/once", "--step", "2", "--inline"],
             ["run", "moved.yaml", "--inline"],
-            ["run", "pinned.yaml", "--inline", f"model.revision={first_model}", f"phases.sft.data.train=org/sums@{first_rows}"],
-        )  # fmt: skip
+            [
+                "run",
+                "pinned.yaml",
+                "--inline",
+                f"model.revision={first_model}",
+                f"phases.sft.data.train=org/sums@{first_rows}",
+            ],
+        )
     events = [json.loads(line) for line in (place / "runs/once/events.jsonl").open()]
     (recorded,) = [event["commits"] for event in events if event["event"] == "revisions"]
     assert recorded == {"model org/tiny": first_model, "dataset org/sums": first_rows}

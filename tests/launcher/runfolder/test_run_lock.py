@@ -1,4 +1,5 @@
-"""The lock of a run: nobody else can hold it, looking at a run does not keep it from starting, and runs of older versions hold it too."""
+"""The lock of a run: nobody else can hold it, looking at a run does not keep it from starting,
+and runs of older versions hold it too."""
 
 from __future__ import annotations
 

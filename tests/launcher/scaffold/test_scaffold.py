@@ -1,4 +1,5 @@
-"""What `muster init` writes: honest data, flaws as recorded, a tokenizer without surprises, a model and a job that load."""
+"""What `muster init` writes: honest data, flaws as recorded, a tokenizer without surprises,
+a model and a job that load."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def holds(equation: tuple[int, str, int, int]) -> bool:
 
 
 def follows(right: list, wrong: list, start: int, offset: int = 0) -> bool:
-    """From `start` on both are the same calculation: an operand differs only where it is an earlier result that differs.
+    """From `start` on both are the same calculation: an operand differs only
+    where it is an earlier result that differs.
 
     `offset` 1: the wrong working lacks step `start - 1`, so its operands may stand for that step's left one.
     """

@@ -38,7 +38,8 @@ def test_the_job_goes_along_with_what_it_names_and_muster_and_nothing_else(place
     names = set(written(place))
     carried = {name for name in names if name.startswith("submitted/")}
     assert {Path(name).name for name in carried} == {
-        "job.yaml", "train.jsonl", "heldout.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "job.yaml", "train.jsonl", "heldout.jsonl", "config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     rest = names - carried
     assert {name.partition("/")[0] for name in rest} == {"launcher", "training", "cluster"}
@@ -229,6 +230,7 @@ def test_a_variable_that_is_not_set_is_told_with_its_line(place, muster):
     assert (answer.status, json.dumps(answer.err)) == (
         2,
         json.dumps(
-            "job.yaml:1: env.0: NO_SUCH_VARIABLE is not set in the environment; `export NO_SUCH_VARIABLE=...`, or leave it out\n"
+            "job.yaml:1: env.0: NO_SUCH_VARIABLE is not set in the environment; `export NO_SUCH_VARIABLE=...`, or "
+            "leave it out\n"
         ),
     )

@@ -87,7 +87,10 @@ def test_paths_of_this_machine_begin_at_the_cluster_file(monkeypatch, tmp_path):
 
 
 def test_labels_and_prices_of_pools_are_those_of_their_machines():
-    text = "provider: ssh\nhead: {host: a, price: 1}\npools: {p: {hosts: [b], gpu: A100, price: 2.5, labels: {team/rack: r-7}}}"
+    text = (
+        "provider: ssh\nhead: {host: a, price: 1}\npools: {p: {hosts: [b], gpu: A100, price: 2.5, labels: {team/rack: "
+        "r-7}}}"
+    )
     head, worker = clusters.render(written(text)).split("\n\n")
     assert "--labels=muster/price=1 " in head
     assert "--labels=team/rack=r-7,muster/price=2.5 " in worker
@@ -112,18 +115,46 @@ def test_a_job_that_asks_for_more_than_a_cluster_can_have_is_refused_before_anyt
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
-        ("name: x", ["c.yaml: provider: name where the machines come from: local, existing, ssh, kubernetes, slurm, aws, gcp or azure"]),
-        ("provider: lokal", ["c.yaml:1: provider: name where the machines come from: local, existing, ssh, kubernetes, slurm, aws, gcp or azure; did you mean local?"]),
+        (
+            "name: x",
+            [
+                (
+                    "c.yaml: provider: name where the machines come from: local, existing, ssh, kubernetes, slurm, "
+                    "aws, gcp or azure"
+                )
+            ],
+        ),
+        (
+            "provider: lokal",
+            [
+                (
+                    "c.yaml:1: provider: name where the machines come from: local, existing, ssh, kubernetes, slurm, "
+                    "aws, gcp or azure; did you mean local?"
+                )
+            ],
+        ),
         ("provider: local\ncpu: 4", ["c.yaml:2: cpu: unknown key; did you mean cpus?"]),
         ("provider: local\nname: -rf", ["c.yaml:2: name: "]),
         ("provider: existing\naddress: 10.0.0.5", ["c.yaml:2: address: "]),
         ("provider: existing", ["c.yaml: address: this key is required"]),
-        ("provider: ssh\nhead: {host: -oProxyCommand=x}\npools: {a: {hosts: []}}\nstorage: runs", ["c.yaml:2: head.host: ", "c.yaml:3: pools.a.hosts: "]),
-        ("provider: ssh\nhead: {host: a}\npools: {p: {hosts: [b], labels: {rack: r 7}}}", ["c.yaml:3: pools.p.labels.rack: 'r 7' is no label of Ray's"]),
-        ("provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b, a]}}", ["c.yaml: a: named more than once; a head that is to work too"]),
-        ("provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b]}}\nstorage: runs", ["c.yaml:4: storage: runs: name a bucket, or a folder"]),
+        (
+            "provider: ssh\nhead: {host: -oProxyCommand=x}\npools: {a: {hosts: []}}\nstorage: runs",
+            ["c.yaml:2: head.host: ", "c.yaml:3: pools.a.hosts: "],
+        ),
+        (
+            "provider: ssh\nhead: {host: a}\npools: {p: {hosts: [b], labels: {rack: r 7}}}",
+            ["c.yaml:3: pools.p.labels.rack: 'r 7' is no label of Ray's"],
+        ),
+        (
+            "provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b, a]}}",
+            ["c.yaml: a: named more than once; a head that is to work too"],
+        ),
+        (
+            "provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b]}}\nstorage: runs",
+            ["c.yaml:4: storage: runs: name a bucket, or a folder"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_file_is_told_with_every_line(muster, text, messages):
     written(text)
     answer = muster("cluster", "up", "c.yaml")
@@ -341,7 +372,8 @@ def test_what_is_wrong_with_machines_is_told_with_the_side_to_change():
         raise ClusterError("f cannot be reached: no route")
 
     found = findings_of({
-        "a": machine(), "b": machine(python="3.11.2"), "c": machine(python="3.10.1"), "d": machine(ray="2.9.0"), "e": machine(off=90),
+        "a": machine(), "b": machine(python="3.11.2"), "c": machine(python="3.10.1"), "d": machine(ray="2.9.0"),
+        "e": machine(off=90),
         "f": unreachable, "g": machine(ray=None),
     })  # fmt: skip
     assert [(finding.what, finding.well) for finding in found][:2] == [("a", True), ("b", True)]

@@ -1,4 +1,5 @@
-"""Jobs on a cluster that is up: handed over, side by side, waiting, followed, stopped, gone on with. A real Ray on this machine."""
+"""Jobs on a cluster that is up: handed over, side by side, waiting, followed, stopped, gone on with.
+A real Ray on this machine."""
 
 from __future__ import annotations
 

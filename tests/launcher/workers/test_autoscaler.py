@@ -1,4 +1,5 @@
-"""A cluster that grows and shrinks: Ray's own autoscaler, with machines that are processes of this one (Ray's provider for that)."""
+"""A cluster that grows and shrinks: Ray's own autoscaler, with machines
+that are processes of this one (Ray's provider for that)."""
 
 from __future__ import annotations
 

@@ -16,9 +16,12 @@ GB = 10**9
 def report(machine="10.0.0.2", **changes):
     """Of a GPU that is well."""
     return {
-        "machine": machine, "versions": {"python": "3.11", "torch": "2.13.0", "driver": "570.1"}, "device": "NVIDIA H100", "device_free": 79 * GB,
-        "device_total": 80 * GB, "shared_memory": 8 * GB, "storage_problem": "", "storage_free": 900 * GB, "storage_s": 0.1,
-        "storage_mb_s": 800.0, "product_right": True, "tflops": 700.0, "sent_mb_s": 200_000.0, "clock": 1000.0, **changes,
+        "machine": machine, "versions": {"python": "3.11", "torch": "2.13.0", "driver": "570.1"},
+        "device": "NVIDIA H100", "device_free": 79 * GB,
+        "device_total": 80 * GB, "shared_memory": 8 * GB, "storage_problem": "", "storage_free": 900 * GB,
+        "storage_s": 0.1,
+        "storage_mb_s": 800.0, "product_right": True, "tflops": 700.0, "sent_mb_s": 200_000.0, "clock": 1000.0,
+        **changes,
     }  # fmt: skip
 
 
@@ -42,15 +45,23 @@ def test_machines_that_are_well():
     [
         ({"product_right": False}, "multiplies two matrices to a wrong result", True),
         ({"tflops": 200.0}, "computes 3.5 times slower than the others", True),
-        ({"versions": {"python": "3.11", "torch": "2.12.0", "driver": "570.1"}}, "has torch 2.12.0, the others 2.13.0", True),
-        ({"versions": {"python": "3.11", "torch": "2.13.0", "driver": "550.9"}}, "has driver 550.9, the others 570.1", False),
+        (
+            {"versions": {"python": "3.11", "torch": "2.12.0", "driver": "570.1"}},
+            "has torch 2.12.0, the others 2.13.0",
+            True,
+        ),
+        (
+            {"versions": {"python": "3.11", "torch": "2.13.0", "driver": "550.9"}},
+            "has driver 550.9, the others 570.1",
+            False,
+        ),
         ({"storage_problem": "Permission denied"}, "cannot use the storage, others can: Permission denied", True),
         ({"storage_mb_s": 2.0}, "writes and reads 2.0 MB/s at the storage", False),
         ({"clock": 1400.0}, "has a clock that is 400 s off", False),
         ({"shared_memory": 64 << 20}, "has 64 MiB of shared memory", False),
         ({"device_free": 50 * GB}, "has 27.9 GiB of its GPU in use by somebody else", False),
     ],
-)  # fmt: skip
+)
 def test_a_machine_that_is_not(odd, said, fatal):
     (finding,) = judge(four(**odd), room=0)
     assert finding.message.startswith(said)

@@ -36,7 +36,8 @@ def a_step_a_call():
 
 @pytest.fixture(scope="module")
 def go(train, tiny):
-    """go(workers, stage, dtype, folder=..., stop_after=...) -> Recorder; evaluates, keeps two checkpoints and the best."""
+    """go(workers, stage, dtype, folder=..., stop_after=...) -> Recorder;
+    evaluates, keeps two checkpoints and the best."""
 
     def go(workers: int, stage: int, dtype: str = "fp32", folder=None, stop_after=None) -> Recorder:
         return train(
@@ -146,7 +147,8 @@ class OneSecondAStep(Recorder):
 
 def test_saving_by_the_clock_changes_no_step(whole, train, tiny, tmp_path):
     common = {
-        "stage": 2, "max_steps": STEPS, "data": {"eval": str(tiny / "eval.jsonl")}, "eval_every": 6, "learning_rate": 5e-3,
+        "stage": 2, "max_steps": STEPS, "data": {"eval": str(tiny / "eval.jsonl")}, "eval_every": 6,
+        "learning_rate": 5e-3,
         "schedule": {"warmup": 4, "floor": 0.0}, "checkpoint": {"every": "5s", "keep": 9}, "hooks": OneSecondAStep,
     }  # fmt: skip
     runs = [train(2, checkpoints=tmp_path, stop_after=stop, **common) for stop in (13, None)]

@@ -1,4 +1,5 @@
-"""One checkpoint as files: read by whoever needs a part of it, and not a byte given out that is not as it was written."""
+"""One checkpoint as files: read by whoever needs a part of it,
+and not a byte given out that is not as it was written."""
 
 import json
 import re
@@ -71,12 +72,21 @@ DAMAGES = {
     "a bit of a header": (lambda f: flip_a_bit(f / "worker-1.safetensors", 100), "the header has changed"),
     "truncated": (lambda f: (f / "worker-0.safetensors").write_bytes(b"12345"), "5 bytes, .* were written"),
     "deleted": (lambda folder: (folder / "worker-0.safetensors").unlink(), "missing"),
-    "a folder instead": (lambda f: ((f / "worker-0.safetensors").unlink(), (f / "worker-0.safetensors").mkdir()), "missing"),
-    "manifest cut": (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text()[:99]), "not a readable"),
+    "a folder instead": (
+        lambda f: ((f / "worker-0.safetensors").unlink(), (f / "worker-0.safetensors").mkdir()),
+        "missing",
+    ),
+    "manifest cut": (
+        lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text()[:99]),
+        "not a readable",
+    ),
     "manifest gone": (lambda folder: (folder / "manifest.json").unlink(), "never finished"),
-    "outside": (lambda folder: _rename_a_shard(folder, "../x/worker-0.safetensors"), "worker-0.safetensors' is no name of a shard"),
+    "outside": (
+        lambda folder: _rename_a_shard(folder, "../x/worker-0.safetensors"),
+        "worker-0.safetensors' is no name of a shard",
+    ),
     "of the past": (lambda folder: _edit_manifest(folder, format=1), "written by an older Muster"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.usefixtures("blocks")

@@ -1,4 +1,5 @@
-"""One checkpoint restores at any number of workers and any ZeRO stage: every number exactly, and no worker holds it all."""
+"""One checkpoint restores at any number of workers and any ZeRO stage: every number exactly,
+and no worker holds it all."""
 
 from __future__ import annotations
 

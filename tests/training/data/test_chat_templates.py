@@ -23,19 +23,30 @@ CALLS = {
     "messages": [
         SYSTEM,
         {"role": "user", "content": "2 + 2?"},
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}},
-        ]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}},
+            ],
+        },
         {"role": "tool", "content": "four", "tool_call_id": "abcdefghi"},
         {"role": "assistant", "content": "It is 4"},
         {"role": "user", "content": "Thanks!"},
         {"role": "assistant", "content": "You are welcome"},
     ],
     "tools": [
-        {"type": "function", "function": {"name": name, "description": "It.", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}}
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "description": "It.",
+                "parameters": {"type": "object", "properties": {"a": {"type": "number"}}},
+            },
+        }
         for name in ("add", "weather")
     ],
-}  # fmt: skip
+}
 
 
 def conversations(name: str) -> list[Chat]:
@@ -192,8 +203,8 @@ def test_an_eos_behind_every_text_does_not_count_as_rewriting():
 
 def test_an_eos_behind_the_last_answer_alone_counts_as_rewriting():
     template = (
-        "{% for m in messages %}{{ m.role + ':' + m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token "
+        "}}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     tokenizer = byte_level(chat_template=template)
     ((sample,),) = every(Renderer(tokenizer), Chat(TWO_ANSWERS, (1, 3)))

@@ -377,12 +377,16 @@ def test_messages_in_a_cell_are_read_as_messages(tmp_path):
 @pytest.mark.parametrize(
     ("text", "where", "message"),
     [
-        ("a,b\n1,2\n1,2,3\n1,2\n", "t.csv:3", "expected 2 fields as in the header, got 3; quote fields that contain commas"),
+        (
+            "a,b\n1,2\n1,2,3\n1,2\n",
+            "t.csv:3",
+            "expected 2 fields as in the header, got 3; quote fields that contain commas",
+        ),
         ("a,b\n1,2\n\n1\n1,2\n", "t.csv:4", "expected 2 fields as in the header, got 1"),
-        ("a,b\n1,2\n\"x\" y,2\n1,2\n", "t.csv:3", "broken CSV"),
+        ('a,b\n1,2\n"x" y,2\n1,2\n', "t.csv:3", "broken CSV"),
         (b"a,b\n1,2\n\xff,2\n1,2\n", "t.csv:3", "not UTF-8"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_row_of_csv_is_one_bad_row(tmp_path, text, where, message):
     write(tmp_path / "t.csv", text)
     found = read("t.csv", tmp_path)

@@ -242,22 +242,46 @@ PLAIN_ROW = {"prompt": "2 + 2 = ", "completion": "4"}
 @pytest.mark.parametrize(
     ("row", "note"),
     [
-        ({"messages": [USER, ANSWER], "system_prompt": "Be brief."}, "column `system_prompt` is not read: set data.columns to {system: system_prompt}"),
-        ({"instruction": "2?", "output": "2", "chat_history": [["a", "b"]]}, "set data.columns to {history: chat_history}"),
-        ({"messages": [USER, ANSWER], "history": [["a", "b"]]}, "column `history` is not read: messages has no column `history`"),
-        ({"messages": [USER, ANSWER], "mask": [0, 1]}, "column `mask` is not read: parts are left out of the loss by `weight: 0`"),
+        (
+            {"messages": [USER, ANSWER], "system_prompt": "Be brief."},
+            "column `system_prompt` is not read: set data.columns to {system: system_prompt}",
+        ),
+        (
+            {"instruction": "2?", "output": "2", "chat_history": [["a", "b"]]},
+            "set data.columns to {history: chat_history}",
+        ),
+        (
+            {"messages": [USER, ANSWER], "history": [["a", "b"]]},
+            "column `history` is not read: messages has no column `history`",
+        ),
+        (
+            {"messages": [USER, ANSWER], "mask": [0, 1]},
+            "column `mask` is not read: parts are left out of the loss by `weight: 0`",
+        ),
         ({"messages": [USER, {**ANSWER, "masked": True}]}, "key `masked` in `messages` is not read"),
-        (sharegpt(("human", "a", {}), ("gpt", "b", {"train_on_turn": False})), "key `train_on_turn` in `conversations` is not read"),
+        (
+            sharegpt(("human", "a", {}), ("gpt", "b", {"train_on_turn": False})),
+            "key `train_on_turn` in `conversations` is not read",
+        ),
         ({**PLAIN_ROW, "weight": 0.5}, "column `weight` is not read: sources are weighted"),
-        ({**PLAIN_ROW, "reasoning": "two and two"}, "column `reasoning` is not read: thoughts are learned where they stand in the answer"),
+        (
+            {**PLAIN_ROW, "reasoning": "two and two"},
+            "column `reasoning` is not read: thoughts are learned where they stand in the answer",
+        ),
         ({**PLAIN_ROW, "label": False}, "column `label` is not read"),
         ({**PLAIN_ROW, "context": "Sums."}, "column `context` is not read: it is no part of the prompt"),
         ({"question": "2 + 2?", "chosen": "4", "rejected": "5"}, "set data.columns to {prompt: question}"),
-        ({"prompt": "2 + 2?", "input": "a", "chosen": "4", "rejected": "5"}, "column `input` is not read: the question stands in the prompt"),
-        ({**PLAIN_ROW, "messages": [USER, ANSWER]}, "column `messages` is not read: the row holds two forms; set data.format to choose"),
+        (
+            {"prompt": "2 + 2?", "input": "a", "chosen": "4", "rejected": "5"},
+            "column `input` is not read: the question stands in the prompt",
+        ),
+        (
+            {**PLAIN_ROW, "messages": [USER, ANSWER]},
+            "column `messages` is not read: the row holds two forms; set data.format to choose",
+        ),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, "column `images` is not read: only text is learned"),
     ],
-)  # fmt: skip
+)
 def test_columns_and_keys_that_look_meant_are_mentioned_once(row, note):
     (told,) = remarks(row, row)
     assert note in told
@@ -469,16 +493,41 @@ def pair_of(chosen, rejected) -> Pair:
     ("row", "pair"),
     [
         ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, FIVE]}, PAIR_OF_CHATS),
-        ({"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, FIVE]}, pair_of([SYSTEM, USER, ANSWER], [SYSTEM, USER, FIVE])),
-        ({"prompt": [USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, FIVE]}, pair_of([SYSTEM, USER, ANSWER], [SYSTEM, USER, FIVE])),
-        ({"prompt": [SYSTEM, USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, FIVE]}, pair_of([SYSTEM, USER, ANSWER], [SYSTEM, USER, FIVE])),
-        ({"prompt": ASKED, "chosen": ASKED + " 4", "rejected": ASKED + " 5"}, Pair(PromptCompletion(ASKED, " 4"), PromptCompletion(ASKED, " 5"))),
-        ({"prompt": ASKED + " ", "chosen": ASKED.lstrip() + " 4", "rejected": ASKED + " 5"}, Pair(PromptCompletion(ASKED + " ", "4"), PromptCompletion(ASKED + " ", "5"))),
+        (
+            {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, FIVE]},
+            pair_of([SYSTEM, USER, ANSWER], [SYSTEM, USER, FIVE]),
+        ),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, FIVE]},
+            pair_of([SYSTEM, USER, ANSWER], [SYSTEM, USER, FIVE]),
+        ),
+        (
+            {"prompt": [SYSTEM, USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, FIVE]},
+            pair_of([SYSTEM, USER, ANSWER], [SYSTEM, USER, FIVE]),
+        ),
+        (
+            {"prompt": ASKED, "chosen": ASKED + " 4", "rejected": ASKED + " 5"},
+            Pair(PromptCompletion(ASKED, " 4"), PromptCompletion(ASKED, " 5")),
+        ),
+        (
+            {"prompt": ASKED + " ", "chosen": ASKED.lstrip() + " 4", "rejected": ASKED + " 5"},
+            Pair(PromptCompletion(ASKED + " ", "4"), PromptCompletion(ASKED + " ", "5")),
+        ),
         ({"prompt": "2 + 2?", "chosen": HH.format("4"), "rejected": HH.format("5")}, PAIR_OF_CHATS),
-        ({"prompt": "2 + 2 =", "chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"}, Pair(PromptCompletion("2 + 2 =", " 4"), PromptCompletion("2 + 2 =", " 5"))),
-        ({"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}], "rejected": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "5"}]}, PAIR_OF_CHATS),
+        (
+            {"prompt": "2 + 2 =", "chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"},
+            Pair(PromptCompletion("2 + 2 =", " 4"), PromptCompletion("2 + 2 =", " 5")),
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "2 + 2?"}],
+                "chosen": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}],
+                "rejected": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "5"}],
+            },
+            PAIR_OF_CHATS,
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_prompt_that_the_answers_repeat_stands_once(row, pair):
     parser = Parser("auto", {}, ("sharegpt_preference", "preference"))
     assert parser(row)[1] == pair
@@ -559,12 +608,21 @@ def test_a_row_of_another_recipe_says_whose_it_is():
     [
         ({"messages": json.dumps([USER, ANSWER]), "tools": ""}, {"messages": [USER, ANSWER]}),
         ({"messages": [USER, ANSWER], "tools": json.dumps([TOOL])}, {"messages": [USER, ANSWER], "tools": [TOOL]}),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "0.5"}, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5}),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": ""}, {"prompt": "a", "chosen": "b", "rejected": "c"}),
-        ({"question": "a", "answer": "b", "critique": "c", "verdict": ""}, {"question": "a", "answer": "b", "critique": "c"}),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "0.5"},
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5},
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": ""},
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+        ),
+        (
+            {"question": "a", "answer": "b", "critique": "c", "verdict": ""},
+            {"question": "a", "answer": "b", "critique": "c"},
+        ),
         ({"instruction": "a", "input": "", "output": "b"}, {"instruction": "a", "output": "b"}),
     ],
-)  # fmt: skip
+)
 def test_cells_of_a_table_mean_what_they_would_in_json(row, same_as):
     assert parse(row) == parse(same_as)
 
@@ -579,21 +637,55 @@ def test_a_cell_that_begins_as_a_list_and_is_none_is_told():
         ({"prompt": [USER], "completion": "4"}, {"prompt": [USER], "completion": [ANSWER]}),
         ({"prompt": "2 + 2?", "completion": [ANSWER]}, {"prompt": [USER], "completion": [ANSWER]}),
         ({"prompt": "2 + 2?", "completion": ANSWER}, {"prompt": [USER], "completion": [ANSWER]}),
-        ({"prompt": [USER], "chosen": "4", "rejected": "5"}, {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "5"}]}),
-        ({"prompt": "2 + 2?", "chosen": ANSWER, "rejected": {**ANSWER, "content": "5"}}, {"prompt": [USER], "chosen": "4", "rejected": "5"}),
-        ({"instruction": "a", "output": "b", "history": '[["c", "d"]]'}, {"instruction": "a", "output": "b", "history": [["c", "d"]]}),
+        (
+            {"prompt": [USER], "chosen": "4", "rejected": "5"},
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "5"}]},
+        ),
+        (
+            {"prompt": "2 + 2?", "chosen": ANSWER, "rejected": {**ANSWER, "content": "5"}},
+            {"prompt": [USER], "chosen": "4", "rejected": "5"},
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": '[["c", "d"]]'},
+            {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+        ),
         ({"instruction": "", "input": "a", "output": "b"}, {"instruction": "a", "output": "b"}),
         ({"instruction": "2 + 2?", "chosen": "4", "rejected": "5"}, {"prompt": [USER], "chosen": "4", "rejected": "5"}),
         (
-            {"instruction": "Add.", "input": "2", "history": [["a", "b"]], "system": "S", "chosen": "4", "rejected": "5"},
-            {"prompt": [{**USER, "content": "a"}, {**ANSWER, "content": "b"}, {**USER, "content": "Add.\n2"}], "system": "S", "chosen": "4", "rejected": "5"},
+            {
+                "instruction": "Add.",
+                "input": "2",
+                "history": [["a", "b"]],
+                "system": "S",
+                "chosen": "4",
+                "rejected": "5",
+            },
+            {
+                "prompt": [{**USER, "content": "a"}, {**ANSWER, "content": "b"}, {**USER, "content": "Add.\n2"}],
+                "system": "S",
+                "chosen": "4",
+                "rejected": "5",
+            },
         ),
         ({"messages": [USER, ANSWER], "tools": "null"}, {"messages": [USER, ANSWER]}),
-        ({"prompt": json.dumps([USER]), "chosen": "4", "rejected": "5"}, {"prompt": [USER], "chosen": "4", "rejected": "5"}),
-        ({"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}, {"prompt": [USER], "completion": [ANSWER]}),
+        (
+            {"prompt": json.dumps([USER]), "chosen": "4", "rejected": "5"},
+            {"prompt": [USER], "chosen": "4", "rejected": "5"},
+        ),
+        (
+            {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])},
+            {"prompt": [USER], "completion": [ANSWER]},
+        ),
         ({"messages": {"role": ["user", "assistant"], "content": ["2 + 2?", "4"]}}, {"messages": [USER, ANSWER]}),
         (
-            {"messages": [USER, {"role": "tool_call", "content": json.dumps(CALL["function"])}, {"role": "tool_response", "content": "4"}, ANSWER]},
+            {
+                "messages": [
+                    USER,
+                    {"role": "tool_call", "content": json.dumps(CALL["function"])},
+                    {"role": "tool_response", "content": "4"},
+                    ANSWER,
+                ]
+            },
             {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, ANSWER]},
         ),
         (
@@ -601,7 +693,7 @@ def test_a_cell_that_begins_as_a_list_and_is_none_is_told():
             {"messages": [USER, {**ANSWER, "tool_calls": [CALL]}]},
         ),
     ],
-)  # fmt: skip
+)
 def test_other_tools_ways_to_write_a_row_mean_the_same(row, same_as):
     assert parse(row) == parse(same_as)
 
@@ -639,10 +731,16 @@ def test_a_system_message_beside_texts_is_kept_for_those_who_put_them_into_turns
 @pytest.mark.parametrize(
     ("row", "note"),
     [
-        ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "column `tools` is not read beside plain texts; give the rows as messages"),
-        ({"chosen": "b", "rejected": "c", "system": "S"}, "column `system` is not read beside answers without a prompt"),
+        (
+            {"prompt": "a", "completion": "b", "tools": [TOOL]},
+            "column `tools` is not read beside plain texts; give the rows as messages",
+        ),
+        (
+            {"chosen": "b", "rejected": "c", "system": "S"},
+            "column `system` is not read beside answers without a prompt",
+        ),
     ],
-)  # fmt: skip
+)
 def test_columns_that_texts_have_no_place_for_are_mentioned(row, note):
     parser = Parser("auto", {}, ALL)
     parser(row)

@@ -292,7 +292,10 @@ def test_more_bad_rows_than_the_limit_are_refused_with_all_of_them(tmp_path, tok
     ):
         assert refused(call, bad_rows={"drop": 0.04}) == [
             "a.jsonl:25: column `completion` is empty",
-            "a.jsonl:32: broken JSON: Expecting property name enclosed in double quotes (column 1); a row is one object on one line",
+            (
+                "a.jsonl:32: broken JSON: Expecting property name enclosed in double quotes (column 1); a row is one "
+                "object on one line"
+            ),
             "data.bad_rows: 2 of 32 rows are bad (6.25%), more than the 4.00% that may be dropped",
         ]
     assert stores(tmp_path) == []
@@ -329,7 +332,8 @@ def test_a_source_of_bad_rows_alone_is_told(tmp_path, tokenizer):
     write(tmp_path / "b.jsonl", GOOD[24:25])
     (problem,) = refused(run, tmp_path, tokenizer, ["a.jsonl", "b.jsonl"], bad_rows={"drop": 0.5})
     assert problem == (
-        "b.jsonl: no sample is left, all its rows cannot be used: 1 of 31 rows cannot be used and was dropped (data.bad_rows)"
+        "b.jsonl: no sample is left, all its rows cannot be used: 1 of 31 rows cannot be used and was dropped "
+        "(data.bad_rows)"
     )
 
 
@@ -352,8 +356,8 @@ def test_rows_are_counted_by_format_and_source(tmp_path, tokenizer):
 # ── conversations ──
 
 REWRITING = (
-    "{% for m in messages %}{{ m.role[0] + ':' + ('<>' if loop.last and m.role == 'assistant' else '') + m.content + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    "{% for m in messages %}{{ m.role[0] + ':' + ('<>' if loop.last and m.role == 'assistant' else '') + m.content + "
+    "'\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
 """Writes an answer with its thoughts only as long as nothing follows."""
 

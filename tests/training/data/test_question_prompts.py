@@ -1,4 +1,5 @@
-"""Questions of an evaluation: in which forms rows may hold them, and that those which cannot be put to the model are found before anything runs."""
+"""Questions of an evaluation: in which forms rows may hold them, and that those which cannot be put
+to the model are found before anything runs."""
 
 from __future__ import annotations
 
@@ -29,11 +30,23 @@ def read(tmp_path, *rows, **options):
         ({"question": "2 + 2?", "answer": 4, "system": "Be brief."}, "2 + 2?", Prompt("2 + 2?", "Be brief.")),
         ({"instruction": "Add 2.", "input": "2", "output": "4"}, "Add 2.\n2", Prompt("Add 2.\n2")),
         ({"prompt": [SYSTEM, USER], "answer": "4"}, "2 + 2?", Prompt(Chat([SYSTEM, USER], ()))),
-        ({"prompt": [{**USER, "content": [{"type": "text", "text": "2 + 2?"}]}], "answer": "4"}, "2 + 2?", Prompt(Chat([USER], ()))),
-        ({"messages": [USER, ANSWER], "answer": "4", "system": "Be brief."}, "2 + 2?", Prompt(Chat([SYSTEM, USER], ()))),
-        ({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}, "2 + 2?", Prompt(Chat([USER], ()))),
+        (
+            {"prompt": [{**USER, "content": [{"type": "text", "text": "2 + 2?"}]}], "answer": "4"},
+            "2 + 2?",
+            Prompt(Chat([USER], ())),
+        ),
+        (
+            {"messages": [USER, ANSWER], "answer": "4", "system": "Be brief."},
+            "2 + 2?",
+            Prompt(Chat([SYSTEM, USER], ())),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+            "2 + 2?",
+            Prompt(Chat([USER], ())),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_question_is_asked_as_rows_to_learn_from_have_it(tmp_path, row, text, prompt):
     (question,) = read(tmp_path, row)
     assert (question.text, question.expected, question.prompt) == (text, "4", prompt)

@@ -299,8 +299,8 @@ def test_the_prompt_of_a_chat_keeps_its_tokens_where_a_token_would_straddle():
 
 def test_generation_marks_of_the_template_are_obeyed():
     template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A:' }}{% generation %}{{ m.content }}{% endgeneration %}"
-        "{{ eos_token }}{% else %}{{ 'U:' + m.content }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A:' }}{% generation %}{{ m.content }}{% "
+        "endgeneration %}{{ eos_token }}{% else %}{{ 'U:' + m.content }}{% endif %}{% endfor %}"
     )
     tokenizer = byte_level(chat_template=template)
     assert learnt(rendered(MULTI_TURN, tokenizer), tokenizer) == ["It is 4", "In May"]
@@ -524,8 +524,8 @@ def test_tools_and_thoughts_that_the_template_does_not_write_are_mentioned_once(
 
 
 PICKY = (
-    "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.role + ':' + m.content + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.role + ':' + m.content + eos_token }}{% endif "
+    "%}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 """Writes no other roles, and no calls."""
 
@@ -541,12 +541,18 @@ def test_messages_that_the_template_does_not_write_are_mentioned():
             (sample,) = samples(renderer, example)
             assert "brief" not in text(sample, renderer.tokenizer)
         assert [note for note in renderer.notes if "role" in note] == [
-            f"the chat template does not write messages of the role `{role}` in some conversations: the model does not see them"
+            (
+                f"the chat template does not write messages of the role `{role}` in some conversations: the model does "
+                "not see them"
+            )
         ]
 
 
 def test_a_template_that_begins_an_answer_behind_every_conversation_is_refused():
-    always = "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant' }}"
+    always = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}{{ "
+        "'<|im_start|>assistant' }}"
+    )
     (refused,) = Renderer(byte_level(chat_template=always)).render([turns("2?", "4")])
     assert "begins an answer behind every conversation" in str(refused)
     never, closing = (always.replace("{{ '<|im_start|>assistant' }}", end) for end in ("", "{{ eos_token }}"))

@@ -16,8 +16,8 @@ from training.errors import InputError
 pytestmark = pytest.mark.cpu
 USER = {"role": "user", "content": "2 + 2?"}
 REFUSES_SYSTEM = (
-    "{% for m in messages %}{{ raise_exception('no system role here') if m.role == 'system' }}{{ m.role + m.content + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+    "{% for m in messages %}{{ raise_exception('no system role here') if m.role == 'system' }}{{ m.role + m.content + "
+    "eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
 )
 
 

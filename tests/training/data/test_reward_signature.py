@@ -36,14 +36,23 @@ def refused(path: str, rows=ROWS, **data) -> str:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("def score(prompts, completions, solution): ...", "asks for `solution`, which is no column of the prompts (answer)"),
-        ("def score(completions, *, log_metric): ...", "asks for `log_metric`, which only TRL's trainers have; give it a default"),
-        ("async def score(prompt, completions): ...", "asks for `prompt`, which is no column of the prompts (answer); the prompts come as `prompts`"),
+        (
+            "def score(prompts, completions, solution): ...",
+            "asks for `solution`, which is no column of the prompts (answer)",
+        ),
+        (
+            "def score(completions, *, log_metric): ...",
+            "asks for `log_metric`, which only TRL's trainers have; give it a default",
+        ),
+        (
+            "async def score(prompt, completions): ...",
+            "asks for `prompt`, which is no column of the prompts (answer); the prompts come as `prompts`",
+        ),
         ("def score(completions, /, **others): ...", "takes completions by position alone"),
         ("def scores(completions): ...", "has no function `score`; it has scores"),
         ("def score(completions)\n    pass", "mine.py, line 1 cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_called_is_refused_before_anything_runs(tmp_path, source, message):
     (tmp_path / "mine.py").write_text(source + "\nraise RuntimeError('was run')\n")
     assert message in refused(f"{tmp_path}/mine.py:score")

@@ -1,6 +1,8 @@
-"""What training sees is what serving sees: the tokens of a prompt, and the token that a response ends with, for twelve kinds of models.
+"""What training sees is what serving sees: the tokens of a prompt, and the token that a response ends with,
+for twelve kinds of models.
 
-The tokenizers are of the kinds that the families have, trained on a few lines; the templates are written after what they document.
+The tokenizers are of the kinds that the families have, trained on a few lines;
+the templates are written after what they document.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class Kind:
     adds: str = "$A"
     """What `tokenizer(text)` makes of a text."""
     pieces: str = ""
-    """Of the SentencePiece kind: how a text begins. Empty: bytes, as GPT-2 has them; space: with a space before each piece of text."""
+    """Of the SentencePiece kind: how a text begins. Empty: bytes, as GPT-2 has them;
+    space: with a space before each piece of text."""
     template: str | None = None
     setting: str = "auto"
     """Of `data.template`."""
@@ -59,24 +62,45 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 KINDS = {
     "llama-2": Kind("</s>", "</s>", "<s>", "<s> $A", "prepend", TEMPLATES["llama2"]),
-    "llama-3": Kind("<|end_of_text|>", "<|eot_id|>", "<|begin_of_text|>", "<|begin_of_text|> $A", template=DOCUMENTED["llama3"], special=LLAMA3),
+    "llama-3": Kind(
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|begin_of_text|>",
+        "<|begin_of_text|> $A",
+        template=DOCUMENTED["llama3"],
+        special=LLAMA3,
+    ),
     "mistral": Kind("</s>", "</s>", "<s>", "<s> $A", "metaspace", DOCUMENTED["mistral"], special=("[INST]", "[/INST]")),
     "qwen2.5 base": Kind("<|endoftext|>", "<|im_end|>", template=DOCUMENTED["qwen2.5"], special=CHATML),
     "qwen3": Kind("<|im_end|>", "<|im_end|>", template=DOCUMENTED["qwen3"], special=("<|im_start|>", "<|endoftext|>")),
-    "gemma": Kind("<eos>", "<end_of_turn>", "<bos>", "<bos> $A", "nothing", DOCUMENTED["gemma"], special=("<start_of_turn>", "<end_of_turn>")),
-    "phi": Kind("<|endoftext|>", "<|im_end|>", template=DOCUMENTED["phi4"], special=("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
+    "gemma": Kind(
+        "<eos>",
+        "<end_of_turn>",
+        "<bos>",
+        "<bos> $A",
+        "nothing",
+        DOCUMENTED["gemma"],
+        special=("<start_of_turn>", "<end_of_turn>"),
+    ),
+    "phi": Kind(
+        "<|endoftext|>", "<|im_end|>", template=DOCUMENTED["phi4"], special=("<|im_start|>", "<|im_sep|>", "<|im_end|>")
+    ),
     "smollm2": Kind("<|im_end|>", "<|im_end|>", "<|im_start|>", template=SMOLLM2, special=("<|endoftext|>",)),
     "gpt-2": Kind("<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
     "gpt-neox": Kind("<|endoftext|>", "<|endoftext|>", "<|endoftext|>", special=("<|padding|>",)),
     "deepseek": Kind(
-        "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<｜begin▁of▁sentence｜> $A", template=DOCUMENTED["deepseek"],
+        "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<｜begin▁of▁sentence｜>",
+        "<｜begin▁of▁sentence｜> $A",
+        template=DOCUMENTED["deepseek"],
         special=("<｜User｜>", "<｜Assistant｜>"),
     ),
     "chatml on a base model": Kind("</s>", "<|im_end|>", "<s>", "<s> $A", "prepend", setting="chatml", special=CHATML),
     "one that adds EOS": Kind("</s>", "</s>", "<s>", "<s> $A </s>", "metaspace", TEMPLATES["llama2"]),
     "one that adds a space": Kind("</s>", "<|im_end|>", "<s>", pieces="space", setting="chatml", special=CHATML),
     "one that adds two tokens": Kind("<eop>", "<eop>", "<sop>", "[gMASK] <sop> $A", special=("[gMASK]",)),
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -222,8 +246,8 @@ def test_generation_stops_where_a_turn_that_calls_tools_ends():
 
 def test_generation_stops_at_the_end_of_a_turn_whose_prompt_begins_thoughts():
     template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' "
+        "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
     )
     core = tokenizer_of("qwen2.5 base").backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", chat_template=template)

@@ -171,7 +171,8 @@ def test_new_rows_begin_as_the_mean_of_the_others(added, train, stage):
 
 @pytest.mark.parametrize("added", ["tied"], indirect=True)
 def test_policy_reference_and_critic_grow_alike(added, tiny, train):
-    """With adapters each role trains an embedding of its own, so none shares a base; sharded or not, the curve is the same."""
+    """With adapters each role trains an embedding of its own, so none shares a base;
+    sharded or not, the curve is the same."""
     rows = [json.loads(line) for line in (tiny / "ppo.train.jsonl").read_text().splitlines()[:32]]
     prompts = added / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({**row, "prompt": f"<|look|>{row['prompt']}"}) + "\n" for row in rows))

@@ -1,4 +1,5 @@
-"""Which checkpoint a run goes on from: the newest whole one, or the one that is asked for, of this job and these data."""
+"""Which checkpoint a run goes on from: the newest whole one, or the one that is asked for,
+of this job and these data."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""The memory that a plan tells, against what is measured: tensors before the optimizer steps, and the most that was ever allocated."""
+"""The memory that a plan tells, against what is measured: tensors before the optimizer steps,
+and the most that was ever allocated."""
 
 from __future__ import annotations
 
@@ -14,13 +15,29 @@ from training.estimate.parameters import shape_of
 from training.recipes import RECIPES, resolve
 
 SHAPES = {
-    "wide": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 2000},
-    "deep": {
-        "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "vocab_size": 500,
+    "wide": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "vocab_size": 2000,
     },
-    "lexical": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 20000},
-}  # fmt: skip
+    "deep": {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 500,
+    },
+    "lexical": {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 20000,
+    },
+}
 LORA = {"rank": 8, "alpha": 16}
 TOLERANCE = 0.10
 ALWAYS = ("process", "copy for saving")
@@ -29,7 +46,8 @@ ALWAYS = ("process", "copy for saving")
 
 @pytest.fixture(scope="module")
 def folders(tiny, tmp_path_factory):
-    """A folder for each shape, with a model and rows of one length, so that micro-batches are as full as they may be."""
+    """A folder for each shape, with a model and rows of one length,
+    so that micro-batches are as full as they may be."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,11 +116,19 @@ def one_in_three(cases: list[tuple]) -> list:
     return [case if place % 3 == 0 else pytest.param(*case, marks=pytest.mark.long) for place, case in enumerate(cases)]
 
 
-STATES = [
-    ("wide", stage, workers, dtype, lora)
-    for stage in (0, 1, 2, 3) for workers in (1, 2) for dtype in ("bf16", "fp32") for lora in (None,)
-    if (stage, workers, dtype) != (1, 2, "fp32")  # most of the gradients are gone by then; the peaks below have them
-] + [("deep", stage, 2, "bf16", LORA) for stage in (0, 1, 2, 3)] + [("lexical", stage, 2, "bf16", None) for stage in (2, 3)]  # fmt: skip
+STATES = (
+    [
+        ("wide", stage, workers, dtype, lora)
+        for stage in (0, 1, 2, 3)
+        for workers in (1, 2)
+        for dtype in ("bf16", "fp32")
+        for lora in (None,)
+        # With these most of the gradients are gone by then; the peaks below have them.
+        if (stage, workers, dtype) != (1, 2, "fp32")
+    ]
+    + [("deep", stage, 2, "bf16", LORA) for stage in (0, 1, 2, 3)]
+    + [("lexical", stage, 2, "bf16", None) for stage in (2, 3)]
+)
 
 
 @pytest.mark.cpu
@@ -122,16 +148,31 @@ def test_model_states(folders, tmp_path, name, stage, workers, dtype, lora):
 PEAKS = [
     (recipe, name, stage, dtype, lora, settings)
     for recipe, name, stage, dtype, lora, settings in [
-        ("sft", "wide", 0, "bf16", None, {}), ("sft", "wide", 1, "bf16", None, {}), ("sft", "wide", 2, "bf16", None, {}),
-        ("sft", "wide", 3, "bf16", None, {}), ("sft", "wide", 0, "fp32", None, {}), ("sft", "wide", 1, "fp32", None, {}),
-        ("sft", "wide", 2, "fp32", None, {}), ("sft", "wide", 3, "fp32", None, {}),
-        ("sft", "lexical", 2, "bf16", None, {}), ("sft", "deep", 2, "bf16", None, {"micro_batch": 8, "batch": 16}),
-        ("sft", "deep", 3, "bf16", LORA, {"micro_batch": 8, "batch": 16}), ("sft", "deep", 2, "fp32", LORA, {"micro_batch": 8, "batch": 16}),
-        ("pretrain", "lexical", 2, "bf16", None, {"data": {"max_length": 128}, "micro_batch": None, "micro_tokens": 512, "batch": 32}),
-        ("cft", "deep", 1, "bf16", None, {}), ("reward", "deep", 2, "bf16", None, {"micro_batch": 4}),
+        ("sft", "wide", 0, "bf16", None, {}),
+        ("sft", "wide", 1, "bf16", None, {}),
+        ("sft", "wide", 2, "bf16", None, {}),
+        ("sft", "wide", 3, "bf16", None, {}),
+        ("sft", "wide", 0, "fp32", None, {}),
+        ("sft", "wide", 1, "fp32", None, {}),
+        ("sft", "wide", 2, "fp32", None, {}),
+        ("sft", "wide", 3, "fp32", None, {}),
+        ("sft", "lexical", 2, "bf16", None, {}),
+        ("sft", "deep", 2, "bf16", None, {"micro_batch": 8, "batch": 16}),
+        ("sft", "deep", 3, "bf16", LORA, {"micro_batch": 8, "batch": 16}),
+        ("sft", "deep", 2, "fp32", LORA, {"micro_batch": 8, "batch": 16}),
+        (
+            "pretrain",
+            "lexical",
+            2,
+            "bf16",
+            None,
+            {"data": {"max_length": 128}, "micro_batch": None, "micro_tokens": 512, "batch": 32},
+        ),
+        ("cft", "deep", 1, "bf16", None, {}),
+        ("reward", "deep", 2, "bf16", None, {"micro_batch": 4}),
         ("reward", "wide", 3, "fp32", None, {}),
     ]
-]  # fmt: skip
+]
 
 
 @pytest.mark.cpu

@@ -1,4 +1,5 @@
-"""What is known of a model, and which way its samples take for it: pure decisions, and the files that results are kept in."""
+"""What is known of a model, and which way its samples take for it: pure decisions,
+and the files that results are kept in."""
 
 from __future__ import annotations
 
@@ -17,8 +18,13 @@ from training.estimate.model_traits import Kernel, Rows, Traits
 GOOD = Kernel(exists=True, right=True, packs=True, pads=True, trees=True)
 LEAKS = replace(GOOD, packs=False)
 NONE = Kernel(exists=False)
-LLAMA = Traits(architecture="LlamaForCausalLM", body=True, last_mlp=True, generation="batched",
-               kernels={"eager": GOOD, "sdpa": GOOD, SDPA_VARLEN: GOOD, "flash_attention_2": Kernel(exists=True, right=True)})  # fmt: skip
+LLAMA = Traits(
+    architecture="LlamaForCausalLM",
+    body=True,
+    last_mlp=True,
+    generation="batched",
+    kernels={"eager": GOOD, "sdpa": GOOD, SDPA_VARLEN: GOOD, "flash_attention_2": Kernel(exists=True, right=True)},
+)
 GEMMA2 = replace(LLAMA, architecture="Gemma2ForCausalLM", kernels={"eager": GOOD, "sdpa": NONE, SDPA_VARLEN: NONE})
 OPT = replace(LLAMA, architecture="OPTForCausalLM", kernels=dict.fromkeys(("eager", "sdpa", SDPA_VARLEN), LEAKS))
 STRANGE = Traits(architecture="OwnForCausalLM", unknown="ValueError: no sizes")
@@ -135,7 +141,17 @@ def test_continuous_batching_is_for_models_that_keep_packed_samples_apart():
     assert GEMMA2.batches_continuously("eager", 100)
     unfit = [OPT, STRANGE, replace(LLAMA, generation="alone"), replace(LLAMA, rotary_limit=64)]
     assert not any(known.batches_continuously("eager", 100) for known in unfit)
-    ppo = PPO(recipe="ppo", model={"path": "m"}, data={"train": "p.jsonl"}, epochs=1, reward="r", batch=4, rollout_batch=4, generation="continuous", resources={"gpus_per_worker": 1})  # fmt: skip
+    ppo = PPO(
+        recipe="ppo",
+        model={"path": "m"},
+        data={"train": "p.jsonl"},
+        epochs=1,
+        reward="r",
+        batch=4,
+        rollout_batch=4,
+        generation="continuous",
+        resources={"gpus_per_worker": 1},
+    )
     assert "continuous batching would change what OPTForCausalLM writes" in next(
         model_traits.notes(ppo, OPT, "sdpa", 100)
     )

@@ -82,7 +82,8 @@ def test_a_phase_is_not_finished_before_its_last_evaluation_is(tiny, train, tmp_
 
 def test_an_interrupted_evaluation_of_ppo_is_done_again(tiny, train, tmp_path):
     common = settings(
-        tiny, recipe="ppo", data={"max_length": 64}, reward="tests.support.some_rewards:length", critic=str(tiny / "model"),
+        tiny, recipe="ppo", data={"max_length": 64}, reward="tests.support.some_rewards:length",
+        critic=str(tiny / "model"),
         rollout_batch=8, batch=8, response_tokens=4, critic_learning_rate=3e-3, eval_every=1, max_steps=2,
     )  # fmt: skip
     whole = train(1, **common)

@@ -1,4 +1,5 @@
-"""Files of models, checkpoints and data that somebody spoilt: refused in words, or read; never a traceback, never the machine's memory."""
+"""Files of models, checkpoints and data that somebody spoilt: refused in words, or read;
+never a traceback, never the machine's memory."""
 
 from __future__ import annotations
 
@@ -41,9 +42,12 @@ def model(template, tmp_path_factory) -> Path:
 
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 260, "hidden_size": 16, "intermediate_size": 32,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "tie_word_embeddings": False, "eos_token_id": 0, "hidden_act": "silu", "rms_norm_eps": 1e-6, "torch_dtype": "float32",
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 260, "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False, "eos_token_id": 0, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    "torch_dtype": "float32",
     "quantization_config": {"quant_method": "x"}, "auto_map": {"AutoConfig": "x.Y"},
 }  # fmt: skip
 
@@ -126,8 +130,10 @@ def test_the_index_of_weights(tmp_path_factory, template, index):
 
 
 ADAPTER = {
-    "peft_type": "LORA", "base_model_name_or_path": "BASE", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM",
-    "revision": None, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False,
+    "peft_type": "LORA", "base_model_name_or_path": "BASE", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"],
+    "task_type": "CAUSAL_LM",
+    "revision": None, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+    "use_rslora": False,
 }  # fmt: skip
 
 
@@ -235,12 +241,22 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "a", "completion": "b"},
     {"instruction": "a", "input": "b", "output": "c", "history": [["a", "b"]]},
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s", "tools": "[]"},
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text", "text": "b"}], "tool_calls": [
-        {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}], "weight": 1}], "tools": [{"type": "function"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "b"}],
+                "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+                "weight": 1,
+            },
+        ],
+        "tools": [{"type": "function"}],
+    },
     {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.0},
     {"question": "a", "answer": "b", "critique": "c", "verdict": "right"},
     {"text": "a"},
-]  # fmt: skip
+]
 
 
 @bounded

@@ -1,4 +1,5 @@
-"""A user's path names the file that the operating system would open, and keeps its text where nothing forces another."""
+"""A user's path names the file that the operating system would open,
+and keeps its text where nothing forces another."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import pytest
 from training.io.paths import absolute
 
 PATHS = (
-    "link/../file", "link/../../file", "link/sub/../../file", "./link/.././file", "link/../deep/../file", "real/../file",
-    "away/../file", "link/back/../file", "chain/../file",
+    "link/../file", "link/../../file", "link/sub/../../file", "./link/.././file", "link/../deep/../file",
+    "real/../file", "away/../file", "link/back/../file", "chain/../file",
 )  # fmt: skip
 
 

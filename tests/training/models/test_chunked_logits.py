@@ -35,7 +35,8 @@ def micro():
     index = torch.randperm(80)[:PLACES].sort().values
     targets = torch.randint(VOCABULARY, (PLACES,))
     return {
-        "input_ids": torch.randint(VOCABULARY, (2, 40)), "position_ids": None, "target_index": index, "target_ids": targets,
+        "input_ids": torch.randint(VOCABULARY, (2, 40)), "position_ids": None, "target_index": index,
+        "target_ids": targets,
     }  # fmt: skip
 
 
@@ -89,7 +90,8 @@ def test_chunks_change_neither_losses_nor_gradients(lm, micro, made, monkeypatch
     # Sums of 37 fp32 terms, in another order.
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(asked, whole, rtol=1e-6, atol=1e-6)
-    # Of both signs: what matters is the largest. Some units in the last place (6e-8) on the way back through two layers.
+    # Of both signs: what matters is the largest. Some units in the last place (6e-8)
+    # on the way back through two layers.
     for name, gradient in gradients.items():
         atol = 1e-5 * float(gradient.abs().max())
         torch.testing.assert_close(of_chunks[name], gradient, rtol=0, atol=atol, msg=name)

@@ -1,4 +1,5 @@
-"""Which kernels a model gets. Liger's need a GPU, so what they compute is tested in tests/gpu/test_kernels_on_gpu.py."""
+"""Which kernels a model gets. Liger's need a GPU, so what they compute is tested in
+tests/gpu/test_kernels_on_gpu.py."""
 
 from __future__ import annotations
 

@@ -238,11 +238,13 @@ def test_names_in_files_may_lack_the_prefix_of_the_model(tiny, train, tmp_path, 
 
 
 def test_merging_goes_by_the_names_of_the_loaded_model_where_files_have_others(tiny, train, tmp_path):
-    """Experts lie apart in the files of Mixtral and are one tensor in the loaded model; which adapters leave out, and it is told."""
+    """Experts lie apart in the files of Mixtral and are one tensor in the loaded model;
+    which adapters leave out, and it is told."""
     from transformers import MixtralConfig
 
     config = MixtralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
         num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256, initializer_range=0.2,
     )  # fmt: skip
     base = model_of(tiny, tmp_path / "base", config)

@@ -40,7 +40,8 @@ def test_noise_of_a_part_of_a_model_is_off(tmp_path):
     ("model_type", "noise"), [("mixtral", {"router_jitter_noise": 0.3}), ("phimoe", {"input_jitter_noise": 0.3})]
 )
 def test_routers_send_tokens_to_experts_in_training_as_in_evaluation(model_type, noise, tmp_path):
-    """The router of phimoe draws experts at random in training; its `router_jitter_noise` is no noise, but a threshold of its choice."""
+    """The router of phimoe draws experts at random in training; its `router_jitter_noise` is no noise,
+    but a threshold of its choice."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,5 @@
-"""Probes of models with small copies: what they find out, and that what is trained because of it is what a row alone gives."""
+"""Probes of models with small copies: what they find out, and that what is trained because of it
+is what a row alone gives."""
 
 from __future__ import annotations
 
@@ -12,10 +13,14 @@ import pytest
 pytestmark = pytest.mark.cpu
 
 SMALL = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "n_layer": 2, "n_head": 4, "n_layers": 2, "n_heads": 4, "d_model": 32, "word_embed_proj_dim": 32, "n_embd": 32,
-    "head_dim": 8, "max_position_embeddings": 128, "max_seq_len": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "layer_types": None,
-    "intermediate_size_mlp": 48, "num_local_experts": 2, "state_size": 8, "time_step_rank": 4, "sliding_window": 8, "rotary_dim": 4,
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2, "n_layer": 2, "n_head": 4, "n_layers": 2, "n_heads": 4, "d_model": 32,
+    "word_embed_proj_dim": 32, "n_embd": 32,
+    "head_dim": 8, "max_position_embeddings": 128, "max_seq_len": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "layer_types": None,
+    "intermediate_size_mlp": 48, "num_local_experts": 2, "state_size": 8, "time_step_rank": 4, "sliding_window": 8,
+    "rotary_dim": 4,
 }  # fmt: skip
 
 
@@ -104,10 +109,19 @@ def test_a_model_that_sees_later_tokens_is_found_out():
     [
         ({"rope_type": "dynamic", "factor": 4.0}, 2048),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, None),
-        ({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 32, "short_factor": [1.0] * 64, "long_factor": [4.0] * 64}, 32),
+        (
+            {
+                "rope_type": "longrope",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0] * 64,
+                "long_factor": [4.0] * 64,
+            },
+            32,
+        ),
     ],
     ids=lambda value: value["rope_type"] if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_rotary_factors_that_depend_on_the_longest_sample_are_found_out(rope, limit):
     assert found("llama", rope_parameters={"rope_theta": 1e4, **rope}).rotary_limit == limit
 
@@ -171,7 +185,8 @@ ROUTED = {
 
 
 NOTED = {
-    "opt": ["a row of its own"], "falcon": ["a row of its own"], "bloom": ["eager attention", "a row of its own"], "gemma2": ["eager attention"],
+    "opt": ["a row of its own"], "falcon": ["a row of its own"], "bloom": ["eager attention", "a row of its own"],
+    "gemma2": ["eager attention"],
     "llama4_text": [], "bamba": ["a row of its own"], "llama": ["rotary factors", "above 24 tokens"],
 }  # fmt: skip
 """Parts of what is said of each."""
@@ -191,7 +206,8 @@ def test_the_loss_of_a_routed_model_is_that_of_its_rows_alone(kind, place, monke
     folder = model_in(place / "own", config, place / "model")
     data = {"train": str(place / "rows.jsonl"), "template": "none", "max_length": 64}
     phase = SFT(
-        recipe="sft", model={"path": str(folder), "dtype": "fp32"}, data=data, max_steps=1, batch=12, sharding={"stage": 0},
+        recipe="sft", model={"path": str(folder), "dtype": "fp32"}, data=data, max_steps=1, batch=12,
+        sharding={"stage": 0},
         resources={"gpus_per_worker": 0},
     )  # fmt: skip
     group = _inline_groups(phase, RECIPES["sft"].roles, (phase, "cache"))["trainer"]

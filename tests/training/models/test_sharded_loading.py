@@ -34,7 +34,8 @@ def test_a_worker_of_four_loads_little_more_than_its_quarter(model_folder, recor
     with ForkGroup(1, "tests.support.roles:LoadProbe") as group:
         unsharded = results(group.call("load", str(folder), 0))[0]
     print(
-        f"model {whole / MIB:.0f} MiB; ZeRO-3 on 4 workers {sharded / MIB:.0f} MiB each; unsharded {unsharded / MIB:.0f} MiB"
+        f"model {whole / MIB:.0f} MiB; ZeRO-3 on 4 workers {sharded / MIB:.0f} MiB each; unsharded "
+        f"{unsharded / MIB:.0f} MiB"
     )
     assert unsharded > 0.9 * whole, "the probe does not see what is loaded"
     # A quarter, and the file's or the layer's tensors that are in hand at one moment.

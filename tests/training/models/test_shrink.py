@@ -76,8 +76,14 @@ def test_small_copies_of_a_configuration_are_the_same(kind):
 def test_rotary_settings_keep_their_kind_and_fit_the_small_heads():
     from training.models.shrink import ROTARY_LIMIT, shrunk
 
-    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096,
-                "short_factor": [1.0] * 48, "long_factor": [float(i) for i in range(1, 49)], "factor": 32.0}  # fmt: skip
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 4096,
+        "short_factor": [1.0] * 48,
+        "long_factor": [float(i) for i in range(1, 49)],
+        "factor": 32.0,
+    }
     rope = shrunk(_config("phi3", rope_parameters=longrope)).rope_parameters
     assert (rope["rope_type"], rope["original_max_position_embeddings"]) == ("longrope", ROTARY_LIMIT)
     assert len(rope["long_factor"]) == len(rope["short_factor"]) == 4

@@ -5,7 +5,8 @@ import pytest
 pytestmark = pytest.mark.cpu
 
 SHAPE = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "initializer_range": 0.3, "pad_token_id": 0,
 }  # fmt: skip
 PLACES = (3, 4, 5, 17, 38)
@@ -31,7 +32,8 @@ def micro(places):
 
 
 def rows_of_last_mlp(lm):
-    """How many places its MLPs have been given, in the order of the layers; as many as a row has if it was given rows."""
+    """How many places its MLPs have been given, in the order of the layers;
+    as many as a row has if it was given rows."""
     seen = []
     for layer in lm.model.layers:
         layer.mlp.gate_proj.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[:-1].numel()))

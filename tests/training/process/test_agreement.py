@@ -1,4 +1,5 @@
-"""Values that all workers must share, compared by three workers; and no collective of theirs that unpickles what it is sent."""
+"""Values that all workers must share, compared by three workers; and no collective of theirs
+that unpickles what it is sent."""
 
 from __future__ import annotations
 

@@ -218,11 +218,16 @@ def store_at(address, key=KEY, timeout_s=10.0):
 
 
 OPERATIONS = [
-    ("set", "a", "1"), ("get", "a"), ("set", "a", "\0ü"), ("get", "a"), ("add", "n", 5), ("add", "n", -7), ("get", "n"), ("add", "new", 0),
-    ("get", "new"), ("check", ["a", "n"]), ("check", ["a", "missing"]), ("compare_set", "a", "other", "x"), ("compare_set", "a", "\0ü", "x"), ("get", "a"),
-    ("compare_set", "missing", "expected", "x"), ("check", ["missing"]), ("compare_set", "missing", "", "x"), ("get", "missing"),
-    ("append", "list", "one"), ("append", "list", ",two"), ("get", "list"), ("multi_set", ["p", "q"], ["1", "2"]), ("multi_get", ["q", "p"]),
-    ("delete_key", "p"), ("delete_key", "p"), ("check", ["p"]), ("wait", ["q", "a"]), ("wait", ["q"], timedelta(seconds=1)),
+    ("set", "a", "1"), ("get", "a"), ("set", "a", "\0ü"), ("get", "a"), ("add", "n", 5), ("add", "n", -7), ("get", "n"),
+    ("add", "new", 0),
+    ("get", "new"), ("check", ["a", "n"]), ("check", ["a", "missing"]), ("compare_set", "a", "other", "x"),
+    ("compare_set", "a", "\0ü", "x"), ("get", "a"),
+    ("compare_set", "missing", "expected", "x"), ("check", ["missing"]), ("compare_set", "missing", "", "x"),
+    ("get", "missing"),
+    ("append", "list", "one"), ("append", "list", ",two"), ("get", "list"), ("multi_set", ["p", "q"], ["1", "2"]),
+    ("multi_get", ["q", "p"]),
+    ("delete_key", "p"), ("delete_key", "p"), ("check", ["p"]), ("wait", ["q", "a"]),
+    ("wait", ["q"], timedelta(seconds=1)),
 ]  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""A profile of some steps: which steps, what it leaves, where it says that the time went, and that nothing else changes."""
+"""A profile of some steps: which steps, what it leaves, where it says that the time went,
+and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def test_every_moment_is_counted_once_and_computing_hides_communication():
     )
     train = "trainer.train"
     assert seconds == {
-        (train, "forward"): 30, (train, "backward"): 20, ("", "waiting"): 20, (train, "communication"): 15, (train, "data"): 10,
+        (train, "forward"): 30, (train, "backward"): 20, ("", "waiting"): 20, (train, "communication"): 15,
+        (train, "data"): 10,
         (train, "rest"): 5,
     }  # fmt: skip
     assert summary(seconds, count=1) == "forward 30%"
@@ -108,9 +110,11 @@ def test_a_trace_of_a_gpu_is_understood(tmp_path):
     """Kernels know the operator that launched them, also one of the backward pass's own thread."""
     path = written(
         tmp_path / "trace.json",
-        note("profiled steps", 0, 100), note("trainer.train", 0, 100), note("forward", 10, 20), note("backward", 30, 40),
+        note("profiled steps", 0, 100), note("trainer.train", 0, 100), note("forward", 10, 20),
+        note("backward", 30, 40),
         event("aten::linear", 11, 14, id=6), event("aten::mm", 12, 13, id=7), event("aten::mm", 31, 32, thread=2, id=8),
-        event("cudaLaunchKernel", 12, 13, kind="cuda_runtime", id=7), event("forward", 15, 45, kind="gpu_user_annotation"),
+        event("cudaLaunchKernel", 12, 13, kind="cuda_runtime", id=7),
+        event("forward", 15, 45, kind="gpu_user_annotation"),
         event("gemm", 15, 45, kind="kernel", thread=7, id=7), event("gemm", 45, 75, kind="kernel", thread=7, id=8),
         event("ncclDevKernel_AllReduce", 60, 90, kind="kernel", thread=8, id=9),
     )  # fmt: skip
@@ -280,7 +284,8 @@ def test_a_profile_of_the_named_steps_and_the_same_losses(tiny, train, recipe, w
 @pytest.mark.cpu
 def test_a_profile_of_an_iteration_of_ppo_has_all_roles_of_each_group(tiny, train):
     settings = {
-        "recipe": "ppo", "reward": NINES, "critic": str(tiny / "model"), "rollout_batch": 8, "batch": 8, "response_tokens": 6,
+        "recipe": "ppo", "reward": NINES, "critic": str(tiny / "model"), "rollout_batch": 8, "batch": 8,
+        "response_tokens": 6,
         "max_steps": 2, "data": {"max_length": 64},
         "groups": [{"roles": ["policy", "reference"], "workers": 1}, {"roles": ["critic", "reward"], "workers": 1}],
     }  # fmt: skip

@@ -21,7 +21,8 @@ NINES = "tests.support.some_rewards:nines"
 
 def settings(tiny, **more):
     return {
-        "recipe": "ppo", "reward": NINES, "critic": str(tiny / "model"), "rollout_batch": 16, "batch": 8, "response_tokens": 8,
+        "recipe": "ppo", "reward": NINES, "critic": str(tiny / "model"), "rollout_batch": 16, "batch": 8,
+        "response_tokens": 8,
         "max_steps": 3, "learning_rate": 1e-3, "critic_learning_rate": 3e-3, "data": {"max_length": 64}, **more,
     }  # fmt: skip
 
@@ -110,12 +111,22 @@ def test_it_learns_what_is_rewarded(tiny, train):
 # ── resuming ──
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 2)])
-def test_it_goes_on_bit_for_bit(tiny, train, tmp_path, workers, stage):
+class StopsWithin(Recorder):
+    """Asked to stop in the middle of the iteration after `stop_after`."""
+
+    times_asked = 0
+
+    def stop_requested(self) -> bool:
+        self.times_asked += super().stop_requested()
+        return self.times_asked > 1  # the first time is before the iteration
+
+
+@pytest.mark.parametrize(("workers", "stage", "kind"), [(1, 0, StopsWithin), (2, 2, Recorder)])
+def test_it_goes_on_bit_for_bit(tiny, train, tmp_path, workers, stage, kind):
     """Weights of both learners, moments, beta, the statistics of scores, the place in the prompts."""
     more = {"kl": {"target": 0.5}, "normalize_scores": True, "max_steps": 4, "checkpoint": {"every": 2}}
     whole = train(workers, stage=stage, **settings(tiny, **more))
-    train(workers, tmp_path, stop_after=2, stage=stage, **settings(tiny, **more))
+    train(workers, tmp_path, stop_after=2, stage=stage, hooks=kind, **settings(tiny, **more))
     on = train(workers, tmp_path, stage=stage, **settings(tiny, **more))
     assert on.first == 2
     assert (curve(on) == curve(whole)[2:]).all()
@@ -178,9 +189,10 @@ def test_ahead_the_curve_does_not_depend_on_the_machines_either(tiny, train, wri
     assert curve(other) == pytest.approx(curve(written_ahead), rel=1e-3, abs=1e-4)
 
 
-def test_what_was_written_ahead_is_learnt_from_after_an_interruption(tiny, train, tmp_path, written_ahead):
+@pytest.mark.parametrize("kind", [Recorder, StopsWithin])
+def test_what_was_written_ahead_is_learnt_from_after_an_interruption(tiny, train, tmp_path, written_ahead, kind):
     """The policy that wrote it is no more: it is part of the checkpoint."""
-    first = train(1, tmp_path, stop_after=2, **settings(tiny, **ahead(max_steps=4)))
+    first = train(1, tmp_path, stop_after=2, hooks=kind, **settings(tiny, **ahead(max_steps=4)))
     on = train(1, tmp_path, **settings(tiny, **ahead(max_steps=4)))
     assert (len(first.rows), on.first) == (2, 2)
     assert (curve(on) == curve(written_ahead)[2:]).all()
@@ -262,7 +274,7 @@ def improved(shares, weights, rate, names, numbers):
     return {"means": [means] * len(shares), "grad_norms": [1.0] * len(shares), "memory_gib": 1.0, "gpu_full": 0.0}
 
 
-def driven(tiny, tmp_path, **more):
+def driven(tiny, tmp_path, hooks=None, **more):
     """What the roles were asked in two iterations of 4 responses, and what was logged."""
     asked = []
     phase = phase_of(tiny, **settings(tiny, rollout_batch=4, batch=2, max_steps=2, checkpoint={"every": 5}, **more))
@@ -285,7 +297,8 @@ def driven(tiny, tmp_path, **more):
         attention="sdpa", device="cpu", data_hash="d", chats=False, notes=[],
     )  # fmt: skip
     learning = {
-        "limits": BatchLimits(micro_tokens=64), "computed": ones, "improve": improved, "cannot_save_to": None, "get_ready": None,
+        "limits": BatchLimits(micro_tokens=64), "computed": ones, "improve": improved, "cannot_save_to": None,
+        "get_ready": None,
         "is_saving": False, "restore": None, "publish": None,
     }  # fmt: skip
     answers = {
@@ -300,7 +313,7 @@ def driven(tiny, tmp_path, **more):
         },
         "reward": {"setup": None, "scores": lambda part: [np.array([each.number], np.float32) for each in part]},
     }
-    hooks = Recorder(tmp_path)
+    hooks = hooks or Recorder(tmp_path)
     seated = {role for roles, _ in phase.placements for role in roles}
     groups = {role: Fake(role, asked, table) for role, table in answers.items() if role in seated}
     hooks.last = ppo.run(phase, groups, hooks)
@@ -329,6 +342,16 @@ def test_the_driver_generates_scores_and_improves(tiny, tmp_path):
     assert [sample["reward"] for sample in hooks.sampled[:4]] == [0.0, 3.0, 1.0, 2.0]
 
 
+def test_a_request_to_stop_does_not_wait_for_the_rest_of_an_iteration_that_has_learnt_nothing(tiny, tmp_path):
+    asked, hooks = driven(tiny, tmp_path, StopsWithin(tmp_path, stop_after=1))
+    assert asked_to_work(asked) == [*ITERATION, ("policy", "roll_out")]
+    assert hooks.last is None
+    assert [folder.name for folder in hooks.checkpoints.folders()] == ["step-00000001"]
+    on, again = driven(tiny, tmp_path)
+    assert asked_to_work(on) == ITERATION
+    assert again.last == again.checkpoints.at(2)
+
+
 @pytest.mark.parametrize("writers", ["policy", "rollout"])
 def test_a_round_is_scored_while_the_next_is_written(tiny, tmp_path, writers):
     apart = {"groups": LAYOUTS["rollout apart"]} if writers == "rollout" else {}
@@ -336,7 +359,8 @@ def test_a_round_is_scored_while_the_next_is_written(tiny, tmp_path, writers):
     scoring = ITERATION[1:5]
     first = [each for each in asked if each[1] in ("roll_out", "written", "computed", "scores")][:12]
     assert first == [
-        (writers, "roll_out"), (writers, "roll_out"), (writers, "written", 0), *scoring, (writers, "written", 1), *scoring,
+        (writers, "roll_out"), (writers, "roll_out"), (writers, "written", 0), *scoring, (writers, "written", 1),
+        *scoring,
     ]  # fmt: skip
     assert (hooks.rows[0]["reward"], hooks.rows[0]["tokens"]) == (1.5, 10)
 
@@ -440,7 +464,8 @@ def test_adapters_go_on_bit_for_bit(tiny, train, tmp_path):
 
 
 def test_a_policy_that_starts_from_an_adapter_is_compared_with_it(tiny, train, tmp_path):
-    """The reference is base and adapter as they were: a copy of the adapter in the shared base, or merged in a base of its own."""
+    """The reference is base and adapter as they were: a copy of the adapter in the shared base,
+    or merged in a base of its own."""
     from training.checkpoint.export import export
 
     sft = train(1, lora=LORA, max_steps=4)

@@ -1,4 +1,5 @@
-"""What responses are worth: functions and endpoints that are well, and those that are not; reward models of another tokenizer."""
+"""What responses are worth: functions and endpoints that are well, and those that are not;
+reward models of another tokenizer."""
 
 from __future__ import annotations
 

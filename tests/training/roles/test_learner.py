@@ -15,7 +15,8 @@ SETTING = "TOKENIZERS_PARALLELISM"
 
 @pytest.fixture
 def seen(tiny, monkeypatch):
-    """From a worker's place on its node to the tokenizer's setting at every opening of the data, and whether that verifies them."""
+    """From a worker's place on its node to the tokenizer's setting at every opening of the data,
+    and whether that verifies them."""
     from tests.support.training_fixtures import phase_of
     from training.process.distributed import RankInfo
     from training.roles import learner

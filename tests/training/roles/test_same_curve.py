@@ -1,4 +1,5 @@
-"""Same job, same curve: one canonical run a recipe, held against a loop in plain torch whatever the machines and the cutting."""
+"""Same job, same curve: one canonical run a recipe, held against a loop
+in plain torch whatever the machines and the cutting."""
 
 from __future__ import annotations
 
@@ -18,25 +19,27 @@ STEPS, BATCH, RATE = 20, 16, 3e-3
 EVAL_EVERY = 8
 
 FP32_STEP = 1e-6
-"""Largest relative difference of a loss. A loss is a sum of some 200 fp32 terms, added up in another order: that is worth a few
-units in the last place (6e-8), and what it does to the weights is as small again. Measured over this table: 3.2e-7."""
+"""Largest relative difference of a loss. A loss is a sum of some 200 fp32 terms, added up in another order: that is
+worth a few units in the last place (6e-8), and what it does to the weights is as small again. Measured over this table:
+3.2e-7."""
 FP32_DRIFT = 2e-7
-"""Largest mean of the relative differences. Rounding has no preferred side: over 20 steps its mean is about the spread (1e-7)
-over the root of 20. A sample counted twice or a mean of means leans to one side at every step. Measured: 3e-8, of pairs
-2.8e-6, where one rounding is carried on from step to step."""
+"""Largest mean of the relative differences. Rounding has no preferred side: over 20 steps its mean is about the spread
+(1e-7) over the root of 20. A sample counted twice or a mean of means leans to one side at every step. Measured: 3e-8,
+of pairs 2.8e-6, where one rounding is carried on from step to step."""
 FP32_NORM = 3e-6
-"""Largest relative difference of a gradient norm: terms of both signs were added up before it is taken. Measured: 5.5e-7."""
+"""Largest relative difference of a gradient norm: terms of both signs were added up before it is
+taken. Measured: 5.5e-7."""
 FP32_WEIGHTS = 5e-5
-"""Largest difference of a weight (they are of size 0.1, and each moves by up to RATE a step). Where a gradient is so small that it
-is mostly rounding, Adam's division by its size makes that rounding count. Measured: 2.1e-5."""
+"""Largest difference of a weight (they are of size 0.1, and each moves by up to RATE a step). Where a gradient is so
+small that it is mostly rounding, Adam's division by its size makes that rounding count. Measured: 2.1e-5."""
 PAIR = 20
-"""How many times as far the figures of a reward model may lie. Its loss hangs on differences of two rewards of size 1, each one dot
-product that errs by some 1e-7. Where pairs are learnt the loss falls to e^-difference, of which an error of the difference is a
-relative error, averaged over 16 pairs alone. Measured: 7.4e-6 of a loss, 1.4e-5 of a norm."""
+"""How many times as far the figures of a reward model may lie. Its loss hangs on differences of two rewards of size 1,
+each one dot product that errs by some 1e-7. Where pairs are learnt the loss falls to e^-difference, of which an error
+of the difference is a relative error, averaged over 16 pairs alone. Measured: 7.4e-6 of a loss, 1.4e-5 of a norm."""
 BF16_STEP, BF16_DRIFT = 2**-7, 2**-9
-"""bf16 keeps 8 bits: a rounding errs by up to 2^-9 of the value. On its way to the loss an activation is rounded some 16 times
-(8 a layer, 2 layers), with random signs: 4 x 2^-9 = 2^-7 at the most. The mean over all steps averages that out; what remains is
-the rounding of the weights themselves, once: 2^-9. Measured: 2.8e-3 and 8e-4."""
+"""bf16 keeps 8 bits: a rounding errs by up to 2^-9 of the value. On its way to the loss an activation is rounded some
+16 times (8 a layer, 2 layers), with random signs: 4 x 2^-9 = 2^-7 at the most. The mean over all steps averages that
+out; what remains is the rounding of the weights themselves, once: 2^-9. Measured: 2.8e-3 and 8e-4."""
 
 
 @dataclass
@@ -50,8 +53,8 @@ class Curve:
 
 
 def canonical(tiny, name, **settings):
-    """The canonical phase of an entry of CANONICAL, with what training has: clipping, decay on and off, warm-up and decay of
-    the rate, several epochs."""
+    """The canonical phase of an entry of CANONICAL, with what training has: clipping, decay on and off, warm-up and
+    decay of the rate, several epochs."""
     recipe, own = CANONICAL[name]
     prefix = "" if recipe == "sft" else f"{recipe}."
     data = {"eval": str(tiny / f"{prefix}eval.jsonl"), **own.get("data", {}), **settings.pop("data", {})}
@@ -141,7 +144,8 @@ CANONICAL = {
 
 
 def test_every_recipe_has_a_canonical_run():
-    """Of PPO, whose batches come from the policy itself, the formulas and the layouts are held against each other in rl/."""
+    """Of PPO, whose batches come from the policy itself, the formulas
+    and the layouts are held against each other in rl/."""
     assert {recipe for recipe, _ in CANONICAL.values()} == RECIPES.keys() - {"ppo"}
 
 
@@ -178,7 +182,8 @@ def run(name, tiny, tmp_path_factory):
 
 
 def table(*places: tuple, also: tuple[tuple, ...] = (), seldom: tuple[tuple, ...] = ()):
-    """Parameters of a test at some places: SFT at all that are no `seldom` ones, other entries `also` at some; the rest in the long tests."""
+    """Parameters of a test at some places: SFT at all that are no `seldom` ones, other entries `also` at some;
+    the rest in the long tests."""
 
     def long(entry: str, place: tuple) -> list[pytest.MarkDecorator]:
         return [] if place in also or (entry == "sft" and place not in seldom) else [pytest.mark.long]
@@ -285,8 +290,8 @@ def test_inline(name, plain, tiny, tmp_path, workers, stage):
 
 @table((2, 1))
 def test_stages_1_and_2_agree_bit_for_bit(run, workers, stage):
-    # They do the same sums in the same order. ZeRO-0 runs Adam over other stretches of memory, and ZeRO-3 brings a matrix
-    # product of its own for the gradients of weights, so those agree to rounding.
+    # They do the same sums in the same order. ZeRO-0 runs Adam over other stretches of memory, and ZeRO-3 brings a
+    # matrix product of its own for the gradients of weights, so those agree to rounding.
     assert run(workers, stage).losses == run(workers, stage + 1).losses
 
 
