@@ -29,7 +29,7 @@ from launcher.runfolder import hub_revisions
 from launcher.runfolder.cache import cache_folder
 from launcher.runfolder.run_folder import RunFolder
 from launcher.workers import supervisor
-from launcher.workers.failures import NoMachines, Raised, WorkerDied, describe
+from launcher.workers.errors import NoMachines, Raised, WorkerDied, describe
 from launcher.workers.worker_set import WorkerSet, worker_set_of
 from training.config import Phase
 from training.data.token_store import BAD_ROWS

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from launcher.process.subprocesses import module_command, with_own_code
 from launcher.workers import supervisor
-from launcher.workers.failures import Raised, WorkerDied, describe
+from launcher.workers.errors import Raised, WorkerDied, describe
 from training.config import Model, Phase
 from training.errors import InputError, Problem
 from training.estimate import model_traits

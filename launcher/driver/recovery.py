@@ -1,5 +1,5 @@
-"""What happens in a phase after a failure: remembered, judged, told, and waited for.
-The judgement itself is launcher/workers/failures.py."""
+"""What happens in a phase after a failure: recorded, decided, reported and waited for.
+The decision itself is launcher/driver/retry_policy.py."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from launcher.driver.open_run import OpenRun
-from launcher.workers.failures import Decision, Incident, NoMachines, WorkerError, decide, kind_of, told
+from launcher.driver.retry_policy import Decision, Incident, decide, describe_decision
+from launcher.workers.errors import NoMachines, WorkerError, kind_of
 from training.config import Phase
 from training.errors import Diverged, InputError, MusterError, Superseded, TrainingError
 
 
 class GaveUp(TrainingError):
-    """A phase that is not tried again, in the words that the person was told."""
+    """A phase that is not tried again, in the words that the person has read."""
 
 
 class Recovery:
@@ -37,7 +38,7 @@ class Recovery:
         self.run.event(
             "incident", phase=self.name, **incident.fields(), retry=decision.retry, why=decision.why, skip=decision.skip
         )
-        words = told(error, incident, decision)
+        words = describe_decision(error, incident, decision)
         if not decision.retry:
             raise GaveUp(words) from error
         self.say(f"{self.name}: {words}")
