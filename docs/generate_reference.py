@@ -345,7 +345,7 @@ def _plain_type(option: Any) -> str:
 def _modules() -> Iterator[str]:
     yield "# Modules\n"
     yield _HEAD
-    yield "Each module in the words of its first line. [architecture.md](../architecture.md) explains how they work together.\n"
+    yield "Each module with its first line. [architecture.md](../architecture.md) explains how they work together.\n"
     for package in OUR_PACKAGES:
         for folder in sorted({file.parent for file in (_ROOT / package).rglob("*.py")}):
             name, files = folder.relative_to(_ROOT).as_posix(), sorted(folder.glob("[!_]*.py"))
