@@ -135,7 +135,7 @@ def _note_damage(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
 
 
 def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
-    """Start a call in a daemon thread. Returns a function that waits for it and returns its result or raises its error."""
+    """Start a call in a daemon thread. Returns a function that waits for its result, or raises its error."""
     results: list[Result] = []
     errors: list[BaseException] = []
 

@@ -172,7 +172,7 @@ def _changes(held: RunFolder, job: Job) -> list[str]:
 
 
 def check(job: Job, start_next_attempt: ResumeOptions = ResumeOptions(), only: str | None = None) -> None:
-    """Raises InputError if the run folder of a job holds other files, a different job or a finished run. Writes nothing.
+    """Raises InputError if the run folder of a job holds other files, a different job or a finished run. Read-only.
 
     `only`: the one phase to run. Raises InputError if it does not exist, is finished, or starts from an unfinished one.
     """

@@ -98,6 +98,6 @@ class Interrupts:
             with suppress(OSError):  # the terminal may be gone
                 os.write(
                     2,
-                    b"\nstopping after the current step is finished and saved; press Ctrl-C again to stop immediately\n",
+                    b"\nstopping once the current step is saved; press Ctrl-C again to stop immediately\n",
                 )
         self.requested, self.number = True, number
