@@ -67,7 +67,8 @@ class _Drafting:
         if draft.get("epochs") is None and draft.get("max_steps") is None:
             draft["epochs"] = 1
         phase = validated(self.settings_class(), draft, self.add_unless_known)
-        return phase and self.anchored(phase, valid)
+        anchored = phase and self.anchored(phase, valid)
+        return anchored if self.recipe in RECIPES else None
 
     def add(self, path: KeyPath, message: str) -> None:
         self.report.add(origin(self.document.data, ("phases", self.name, *path)), message)
@@ -288,7 +289,7 @@ class _Drafting:
 
     def check_start(self, phase: Phase, start: Phase) -> None:
         """Problems of starting from what another phase ends with."""
-        if RECIPES[start.recipe].is_classifier and not RECIPES[phase.recipe].is_classifier:
+        if self.recipe in RECIPES and RECIPES[start.recipe].is_classifier and not RECIPES[self.recipe].is_classifier:
             message = (
                 f"`{phase.from_}` ends with a reward model, {phase.recipe} needs a language model; start from another "
                 "phase"
