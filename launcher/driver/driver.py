@@ -347,8 +347,10 @@ def _with_its_rewards(phase: Phase, run: RunFolder) -> Phase:
         source.model_copy(update={"path": folder(source.path)}) if source.is_model else source
         for source in phase.rewards
     ]
-    critic = folder(phase.critic_start) if phase.critic_start else phase.model.path
-    return phase.with_rewards(rewards, critic)
+    named = {key: folder(path) for key, path in phase.named_models.items()}
+    if "critic" in RECIPES[phase.recipe].roles:
+        named["critic"] = folder(phase.critic_start) if phase.critic_start else phase.model.path
+    return phase.with_models(named, rewards)
 
 
 def _export(group: Group, checkpoint: StoragePath, out: StoragePath) -> None:
