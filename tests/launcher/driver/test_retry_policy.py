@@ -186,8 +186,8 @@ def test_an_incident_is_told_in_one_paragraph():
         "killed: worker 1 on 10.0.0.2 was killed by SIGKILL",
         "workers 0 failed because of it",
         "whole log: nowhere/rank-0.log",
-        "going on from the checkpoint of step 54 (3 steps to do again); 7 more tries before the next checkpoint",
-        "somebody or something outside of Muster killed it",
+        "retrying from the checkpoint of step 54 (repeating 3 steps); 7 retries left until the next checkpoint",
+        "something outside Muster killed it",
     ]
 
 
@@ -196,7 +196,7 @@ def test_giving_up_says_why_and_what_to_change():
     text = describe_decision(
         WorkerError(0, Kind.MEMORY, "raised: OutOfMemoryError: CUDA", LOG), now, decide(now, [now])
     )
-    assert "not tried again: the same at step 7 as before" in text
+    assert "not retrying: the same failure recurred at step 7" in text
     assert "set a smaller micro_tokens" in text
 
 
@@ -242,4 +242,4 @@ def test_an_incident_is_written_down_and_read_back():
 
 
 def test_a_decision_to_stop_has_nothing_else():
-    assert decide(incident(Kind.PROGRAM), []) == Decision(False, "an error in the program comes back every time")
+    assert decide(incident(Kind.PROGRAM), []) == Decision(False, "a program error recurs on every attempt")
