@@ -42,6 +42,10 @@ BENCHMARKS = {
     "recover": Benchmark(
         "benchmarks.recover", "from a killed worker to the next finished step, against a cold start (target: 1.0)"
     ),
+    "stop": Benchmark(
+        "benchmarks.stop",
+        "from SIGTERM to the exit, by activity (target: 5 s beyond the work in progress); cost of checksums and HMAC",
+    ),
     "lora": Benchmark("benchmarks.lora", "step time and memory of a worker with LoRA against all weights"),
     "generation": Benchmark(
         "benchmarks.generation",

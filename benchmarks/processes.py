@@ -85,7 +85,7 @@ def run(
         raise CommandFailed(_report(command, f"did not end within {timeout_s:.0f} s", lines)) from None
     finally:
         ended.set()
-        _end(process)
+        end(process)
         reader.join(_GRACE_S)
     if status != 0:
         raise CommandFailed(_report(command, f"ended with status {status}", lines))
@@ -100,7 +100,7 @@ def _read(output: IO[str], lines: list[Line], clock: float, on_line: Callable[[L
 
 def _watch(pid: int, looks: list[float], ended: threading.Event) -> None:
     while not ended.wait(_LOOK_S):
-        looks.append(sum(map(_pss_gib, [pid, *(member.pid for member in _descendants(pid))])))
+        looks.append(sum(map(_pss_gib, [pid, *(member.pid for member in descendants(pid))])))
 
 
 def _pss_gib(pid: int) -> float:
@@ -117,9 +117,9 @@ def _report(command: Sequence[str], what: str, lines: Sequence[Line]) -> str:
     return "\n".join([f"{' '.join(command)} {what}; its last lines:", *(line.text for line in lines[-_TAIL:])])
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def end(process: subprocess.Popen[str]) -> None:
     """End the command and all that it started; a command that is through has only its process group left to end."""
-    family = _descendants(process.pid)
+    family = descendants(process.pid)
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -132,7 +132,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
+def descendants(pid: int) -> list[psutil.Process]:
     try:
         children: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
         return children

@@ -114,10 +114,10 @@ def muster(
     """`muster run` in the new folder `folder`. `on_line` sees each line of its output
     as it comes. Raises CommandFailed."""
     folder.mkdir()
-    job = folder / "job.yaml"
-    job.write_text(json.dumps(_job(work, training)))
+    file = folder / "job.yaml"
+    file.write_text(json.dumps(job(work, training)))
     finished = run(
-        ["muster", "run", str(job)],
+        ["muster", "run", str(file)],
         folder=folder,
         env=environment(cache),
         timeout_s=training.timeout_s,
@@ -144,7 +144,8 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return _json_rows((folder / "runs/bench/events.jsonl").read_text().splitlines())
 
 
-def _job(work: Workload, training: Training) -> dict[str, Any]:
+def job(work: Workload, training: Training) -> dict[str, Any]:
+    """The job of Muster."""
     data = {
         "train": str(work.rows),
         "template": "none",

@@ -36,5 +36,7 @@ class PhaseInfo:
     """Of PPO: the tokens that end a response."""
     stop_tokens_before: tuple[int, ...] = ()
     """The same in versions that did not look for the end of a turn."""
+    data_damage: tuple[str, ...] = ()
+    """What was wrong with tokenized data that this worker has made anew."""
     notes: list[str]
     """What the user should be told."""

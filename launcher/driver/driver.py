@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from rich.console import Console
 
@@ -29,7 +29,7 @@ from launcher.runfolder import hub_revisions
 from launcher.runfolder.cache import cache_folder
 from launcher.runfolder.run_folder import RunFolder
 from launcher.workers import supervisor
-from launcher.workers.failures import NoMachines, Raised, WorkerDied, describe
+from launcher.workers.errors import NoMachines, Raised, WorkerDied, describe
 from launcher.workers.worker_set import WorkerSet, worker_set_of
 from training.config import Phase
 from training.data.token_store import BAD_ROWS
@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says of a run beside the job."""
+    """Options of a run that the command line gives beside the job."""
 
     inline: bool
     only: str | None
@@ -61,10 +61,10 @@ def run_job(
     only: str | None = None,
     preflight: bool = True,
 ) -> ExitStatus:
-    """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone; `preflight`: whether
-    machines are looked at before the first step.
+    """Run a job to its end, or resume it; returns the exit status. `only`: run that phase alone; `preflight`: check the
+    machines before the first step.
 
-    Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
+    Raises InputError before a run folder is touched or a worker is started, TrainingError if Ray cannot be started.
     """
     open_run.check(job, resume_options, only)
     recorded = open_run.recorded_commits(job)
@@ -72,13 +72,14 @@ def run_job(
     with ExitStack() as stack:
         outputs = stack.enter_context(output.kept_going())
         interrupts = stack.enter_context(Interrupts())
-        stores = _get_ready(job, recorded | looked_up, stack, inline=inline)
+        prepared = _get_ready(job, recorded | looked_up, stack, inline=inline)
         run = open_run.begin(job, resume_options)
         stack.callback(run.close)
         outputs.report_to(partial(_note_output, run))
         if looked_up:
             run.event("revisions", commits=looked_up)
-        _list_bad_rows(run, stores)
+        _list_bad_rows(run, prepared)
+        _note_damage(run, prepared)
         status = _run_phases(run, job, interrupts, console, RunOptions(inline, only, preflight))
         interrupts.end()
         return status
@@ -89,8 +90,17 @@ def _note_output(run: OpenRun, stream: str, error: str) -> None:
         run.event("output_failed", stream=stream, error=error)
 
 
-def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Path]:
-    """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile. Returns what `prepare` does."""
+class Prepared(NamedTuple):
+    """The prepared data of a phase."""
+
+    folder: Path
+    """The folder of the tokenized training samples."""
+    damage: list[str]
+    """What was wrong with tokenized data that had to be rebuilt."""
+
+
+def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Prepared]:
+    """Prepare the data while Ray starts, which is mostly waiting. Returns what `prepare` returns."""
     if inline:
         return prepare(job, commits)
     from launcher.workers.ray_session import own_fork_server, ray_session
@@ -104,23 +114,28 @@ def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline
 
 
 def _sweep_stores() -> None:
-    """What was begun of a store by a process that had to end before."""
+    """Remove unfinished token stores of processes that ended early."""
     from training.data.token_store import sweep_unfinished
 
     sweep_unfinished(cache_folder())
 
 
-def _list_bad_rows(run: OpenRun, stores: Mapping[str, Path]) -> None:
-    """Rows that were dropped, in the folder of their phase."""
-    for phase, folder in stores.items():
+def _list_bad_rows(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
+    """Copy the list of dropped rows into the folder of their phase."""
+    for phase, (folder, _) in prepared.items():
         if (folder / BAD_ROWS).exists():
             run.phase(phase).mkdir(exist_ok=True)
             shutil.copyfile(folder / BAD_ROWS, run.phase(phase) / BAD_ROWS)
 
 
+def _note_damage(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
+    for phase, (_, damage) in prepared.items():
+        for finding in damage:
+            run.event("data_damaged", phase=phase, finding=finding, rank=None)
+
+
 def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
-    """Begin a call in a thread that ends with the process; returns what waits for it
-    and gives its result or raises its error."""
+    """Start a call in a daemon thread. Returns a function that waits for its result, or raises its error."""
     results: list[Result] = []
     errors: list[BaseException] = []
 
@@ -150,7 +165,7 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
     meter = Budget(run.folder, job.max_hours, job.max_cost, files=run.files)
     try:
         if meter.reached:
-            raise InputError.of(run.address, f"{meter.reached}; raise the limit to go on")
+            raise InputError.of(run.address, f"{meter.reached}; raise the limit to resume")
         wanted = [name for name in _unfinished(run, job) if how.only in (None, name)]
         if wanted and (finished := [name for name in job.phases if name in run.finished_phases()]):
             say(f"finished phases: {', '.join(finished)}; to run: {', '.join(wanted)}")
@@ -158,11 +173,11 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
     except KeyboardInterrupt:
         with suppress(StorageError):
             run.event("interrupted", orderly=False)
-        say(f"stopped at once; `muster resume {run.address}` goes on from the last checkpoint")
+        say(f"stopped immediately; resume from the last checkpoint with `muster resume {run.address}`")
         return after_signal(interrupts.number)
     except (MusterError, OSError) as error:
         _record_failure(run, error)
-        say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.address}` goes on")
+        say(f"{job.name} failed\n{error}\nFix this, then resume with `muster resume {run.address}`")
         if isinstance(error, NoMachines):
             return ExitStatus.TRY_AGAIN
         return ExitStatus.INVALID_INPUT if isinstance(error, InputError) else ExitStatus.FAILED
@@ -173,18 +188,19 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
     _record_end(run, job, rest, stopped=not done)
     if not done and meter.reached and not interrupts.requested:
         say(
-            f"stopped and saved: {meter.reached}; `muster resume {run.address} max_hours=...` or `max_cost=...` goes on"
+            f"stopped and saved: {meter.reached}; resume with `muster resume {run.address} max_hours=...` or "
+            "`max_cost=...`"
         )
         return ExitStatus.LIMIT_REACHED
     if done and rest:
         say(f"{how.only} is finished; `muster resume {run.address}` runs the remaining phases: {', '.join(rest)}")
     elif not done:
-        say(f"stopped; `muster resume {run.address}` goes on")
+        say(f"stopped; resume with `muster resume {run.address}`")
     return ExitStatus.DONE if done else after_signal(interrupts.number)
 
 
 def _record_end(run: OpenRun, job: Job, rest: list[str], *, stopped: bool) -> None:
-    """`rest`: the phases that are not finished. Without `stopped` they were left out by --only."""
+    """Record how the run ended. `rest`: the phases that are not finished; unless `stopped`, --only excluded them."""
     if stopped:
         run.event("interrupted")
     elif rest:
@@ -198,25 +214,26 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
         run.event("failed", error=str(error) if isinstance(error, MusterError) else repr(error))
 
 
-def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Path]:
-    """Check and tokenise the data of every phase, once: the folder of its training samples, by phase; and examine its
-    models. Raises InputError with all that is wrong with any of them.
+def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Prepared]:
+    """Check and tokenize the data of every phase once; returns them by phase. Also examines the models.
+    Raises InputError with every problem of any of them.
 
-    `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another
-    that has imported what it takes; which is seconds, and 0.3 GiB.
+    `commits`: the commits of sources on the Hugging Face hub; see hub_revisions.py. `apart`: use a fork of the fork
+    server, if there is one, which has the imports already; that saves seconds, and 0.3 GiB in this process.
     """
     from training.data import questions
     from training.data.phase_data import prepare_phase as prepare_data
 
-    def prepare_phase(phase: Phase) -> Path:
+    def prepare_phase(phase: Phase) -> Prepared:
         phase = hub_revisions.with_commits(phase, commits or {})
         questions.check(phase)
         model_probe.examined(phase, apart=apart)
         if not (apart and supervisor.has_fork_server()):
             stores, _ = prepare_data(phase, cache_folder())
-            return stores.train.folder
+            return Prepared(stores.train.folder, stores.damage)
         try:
-            return Path(supervisor.apart("prepare", phase, str(cache_folder()), dict(os.environ)))
+            folder, damage = supervisor.apart("prepare", phase, str(cache_folder()), dict(os.environ))
+            return Prepared(Path(folder), damage)
         except (Raised, WorkerDied) as error:
             trace = f"\n{error.trace}" if isinstance(error, Raised) else ""
             raise TrainingError(f"the process that prepares the data {describe(error)}{trace}") from error
@@ -271,7 +288,7 @@ def _run_phase(
                     run.event("limit_reached", phase=name, what=meter.reached)
                     return False
                 run.event("moved", phase=name, why=gang.why_moved)
-                progress.say(f"{name}: saved; {gang.why_moved}, so the workers are gathered anew")
+                progress.say(f"{name}: saved; {gang.why_moved}; restarting the workers")
             run.start_next_attempt()
     run.event("phase_finished", phase=name, checkpoint=str(last), model=str(run.model(name)))
     progress.say(f"{name}: done; the model is in {run.model(name)}")
@@ -281,7 +298,7 @@ def _run_phase(
 def _attempt(
     run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: WorkerSet, *, preflight: bool
 ) -> StoragePath | None:
-    """One attempt at a phase, from its newest checkpoint: its last checkpoint, None if it was stopped before."""
+    """Run one attempt of a phase from its newest checkpoint. Returns its last checkpoint, or None if it was stopped."""
     with gang.attempt(run.phase(name) / "logs" / f"attempt-{run.attempt}") as groups:
         run.event("workers", phase=name, workers=gang.members())
         hooks.meter.begin(gang.price())
@@ -289,15 +306,17 @@ def _attempt(
             if preflight and (figures := gang.check(str(hooks.checkpoints.staging), _room_for_two(phase))) is not None:
                 run.event("preflight", phase=name, **figures)
             last: StoragePath | None = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
-            if last is not None:
-                _export(next(iter(groups.values())), last, run.model(name))
+            hooks.interrupts.training = False  # all is saved: a request to stop does not wait for the export
+            if last is None or hooks.interrupts.requested:
+                return None
+            _export(next(iter(groups.values())), last, run.model(name))
             return last
         finally:
             hooks.meter.end()
 
 
 def _room_for_two(phase: Phase) -> int:
-    """Bytes of two checkpoints, the one that is kept until the next is whole; 0 if the model is not known yet."""
+    """Return the bytes of two checkpoints: one is kept until the next is complete. 0 if the model is not known yet."""
     from launcher.plan import plan
 
     try:
@@ -307,8 +326,8 @@ def _room_for_two(phase: Phase) -> int:
 
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:
-    """The phase with the model of the phase that it starts from, the tokenizer that its data was checked with, and the
-    commits of the Hugging Face hub that the run uses."""
+    """Return the phase with the model of the phase that it starts from, the tokenizer that its data was checked with,
+    and the commits of the Hugging Face hub that the run uses."""
     phase = hub_revisions.with_commits(phase, run.commits())
     if phase.starts_from_phase:
         assert phase.from_ is not None
@@ -319,7 +338,7 @@ def with_its_start(phase: Phase, run: RunFolder) -> Phase:
 
 
 def _with_its_rewards(phase: Phase, run: RunFolder) -> Phase:
-    """The models of earlier phases in place of their names; the critic starts from a reward model, if there is one."""
+    """Replace names of earlier phases by their models; the critic starts from a reward model, if there is one."""
 
     def folder(path: str) -> str:
         return path if "/" in path else str(run.model(path))
@@ -328,8 +347,10 @@ def _with_its_rewards(phase: Phase, run: RunFolder) -> Phase:
         source.model_copy(update={"path": folder(source.path)}) if source.is_model else source
         for source in phase.rewards
     ]
-    critic = folder(phase.critic_start) if phase.critic_start else phase.model.path
-    return phase.with_rewards(rewards, critic)
+    named = {key: folder(path) for key, path in phase.named_models.items()}
+    if "critic" in RECIPES[phase.recipe].roles:
+        named["critic"] = folder(phase.critic_start) if phase.critic_start else phase.model.path
+    return phase.with_models(named, rewards)
 
 
 def _export(group: Group, checkpoint: StoragePath, out: StoragePath) -> None:

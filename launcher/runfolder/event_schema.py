@@ -53,6 +53,13 @@ EVENTS: dict[str, Event] = {
         of_phase=False,
     ),
     "phase_started": Event("A phase begins, or continues from its newest checkpoint."),
+    "data_damaged": Event(
+        "Tokenized data in the cache of a machine differed from what was written there, and were prepared again.",
+        {
+            "finding": "Which file, and what is wrong with it.",
+            "rank": "Rank of the worker that found it; null if it was found while the run was prepared.",
+        },
+    ),
     "workers": Event(
         "The workers of an attempt have started.",
         {"workers": "Rank of each worker, address of its machine, and its process id."},

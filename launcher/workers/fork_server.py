@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.process.output import Output
+from launcher.workers.errors import Raised
 from launcher.workers.exception_kinds import evidence_of
-from launcher.workers.failures import Raised
 from launcher.workers.ipc import Pipe
 
 STACKS = signal.SIGUSR1
@@ -179,14 +179,15 @@ def _serve(connection: Pipe) -> None:
 class WorkerCommands:
     """What a worker can be asked."""
 
-    def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> str:
-        """Tokenise the data of a phase; returns the folder of the training samples.
+    def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> tuple[str, list[str]]:
+        """Tokenise the data of a phase; returns the folder of the training samples, and what was wrong with data that
+        were made anew.
         Raises what prepare_phase raises."""
         os.environ.update(environment)
         from training.data.phase_data import prepare_phase
 
         stores, _ = prepare_phase(phase, Path(cache))
-        return str(stores.train.folder)
+        return str(stores.train.folder), stores.damage
 
     def examine(self, model: Any, environment: dict[str, str], limit_s: int) -> None:
         """Find out what a model's code can do (training/models/probe.py).

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 
-from benchmarks import data, data_side, save, sft, start, step, workload
+from benchmarks import data, data_side, save, sft, start, step, stop, workload
 from benchmarks.processes import Finished, Line
 
 
@@ -55,6 +57,24 @@ def test_a_start_is_cut_at_the_events():
     assert start.parts(run) == pytest.approx(
         {"command line, data, Ray": 3, "workers, imports, model, engine": 6, "first step": 1}
     )
+
+
+def test_what_is_finished_first_does_not_count_as_waiting():
+    figures = stop.summary([stop.Stopped(9.0, 6.0, 75), stop.Stopped(8.0, 6.5, 75), stop.Stopped(4.0, 0.0, 0)])
+    assert figures["over_s"] == {"median": 3.0, "min": 1.5, "max": 4.0}
+    assert figures["statuses"] == [75, 75, 0]
+
+
+def test_the_share_of_an_iteration_is_known_from_the_metrics(tmp_path):
+    (tmp_path / "ppo").mkdir()
+    metrics, run = tmp_path / "ppo/metrics.jsonl", stop.ObservedRun(0, tmp_path)
+    metrics.write_text('{"step": 1, "step_s": 9.0}\n')
+    assert not stop.is_into_iteration(run, 0.0)
+    with metrics.open("a") as rows:
+        rows.write('{"step": 2, "step_s": 60.0}\n{"step": 3')
+    assert [stop.is_into_iteration(run, share) for share in (0.0, 0.5)] == [True, False]
+    os.utime(metrics, (time.time() - 31,) * 2)
+    assert [stop.is_into_iteration(run, share) for share in (0.5, 0.6)] == [True, False]
 
 
 def test_rows_are_equal_for_equal_seeds_and_long_as_those_of_gsm8k():

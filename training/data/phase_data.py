@@ -25,6 +25,11 @@ class Stores:
     weights: list[float] | None
     """Of the sources of `train`; None if every row comes once an epoch."""
 
+    @property
+    def damage(self) -> list[str]:
+        """What was wrong with tokenized data that have just been made anew."""
+        return [found for store in (self.train, self.eval) if store is not None for found in store.damage]
+
 
 def open_stores(phase: Phase, cache: Path, *, verify: bool = True) -> Stores:
     """Raises InputError for rows that cannot be used, in training or evaluation data, or that leave no room for a

@@ -148,8 +148,8 @@ def prepare(
     looked for. A store is found again by the content of files (see `files.digest`), tokenizer and template, and by the
     settings that make a difference. One that is not as it was written is made anew. `verify`: read all of it to find
     that out; False where another process has just done so. `store.meta` has the counts, and in `notes` what the user
-    should be told. Raises InputError: the bad rows, a source of which no sample is left, data or a cache that cannot be
-    read or written.
+    should be told; `store.damage` says why one was made anew. Raises InputError: the bad rows, a source of which no
+    sample is left, data or a cache that cannot be read or written.
     """
     from training.data.render import Renderer, load_tokenizer
     from training.data.token_store import TokenStore
@@ -163,25 +163,30 @@ def prepare(
     try:
         words = tokenizer_content(tokenizer_path, trust_remote_code, revision)
         folder = cache / _key(sources, data, formats, words, base, memo=cache / "digests")
-        found = _existing(folder, data, verify)
-        return found if found is not None else TokenStore.open(_build(folder, sources, data, parser, renderer()))
+        damage: list[str] = []
+        store = _existing(folder, data, verify, damage)
+        if store is None:
+            store = TokenStore.open(_build(folder, sources, data, parser, renderer()))
+        store.damage = damage
+        return store
     except OSError as error:
         raise InputError.of(
             str(cache), f"cannot read the data or write the token cache (MUSTER_CACHE names another folder): {error}"
         ) from error
 
 
-def _existing(folder: Path, data: Data, verify: bool) -> TokenStore | None:
-    """The store at `folder`, or at its place for rows that make use of CHANGES."""
+def _existing(folder: Path, data: Data, verify: bool, damage: list[str]) -> TokenStore | None:
+    """The store at `folder`, or at its place for rows that make use of CHANGES. What is wrong with one is added to
+    `damage`."""
     for with_bos, changed in product((True, False) if data.bos == "auto" else (False,), (True, False)):
-        store = _usable(_changed(folder, changed=changed, with_bos=with_bos), verify)
+        store = _usable(_changed(folder, changed=changed, with_bos=with_bos), verify, damage)
         if store is not None and (with_bos or data.bos == "none" or store.meta.same_without_bos):
             return store
     return None
 
 
-def _usable(folder: Path, verify: bool) -> TokenStore | None:
-    """The store at `folder`. One that is damaged is removed, and a warning says so;
+def _usable(folder: Path, verify: bool, damage: list[str]) -> TokenStore | None:
+    """The store at `folder`. One that is damaged is removed, which a warning and `damage` say;
     one of a version without checksums is removed."""
     from training.data.token_store import TokenStore
 
@@ -196,6 +201,7 @@ def _usable(folder: Path, verify: bool) -> TokenStore | None:
             return store
     except (OSError, ValueError, TypeError) as error:
         _LOG.warning("the tokenized data in the cache are damaged and are made anew: %s", error)
+        damage.append(str(error))
     _remove(folder, found)
     return None
 

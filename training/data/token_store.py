@@ -130,6 +130,8 @@ class TokenStore:
         """Raises FileNotFoundError if there is no store, ValueError
         if a file of it has been cut short, or meta.json changed."""
         self.folder = folder
+        self.damage: list[str] = []
+        """What was wrong with the store in the place of which this one has just been made. `prepare` sets it."""
         entries = json.loads((folder / META).read_text(encoding="utf-8"))
         self.meta = Meta(**entries)
         if self.meta.checksum and self.meta.checksum != _checksum_of_meta(entries):

@@ -25,7 +25,7 @@ def is_evaluated_at(phase: Phase, step: int) -> bool:
 
 
 class Interrupted(Exception):
-    """The run is to stop. The evaluation is due again."""
+    """The run is to stop. The evaluation, or the iteration of PPO, is done again when it goes on."""
 
 
 def answered(

@@ -79,3 +79,10 @@ class Hooks(Protocol):
     def stop_requested(self) -> bool:
         """Whether to save and return at the next opportunity."""
         ...
+
+
+def note_damage(infos: Sequence[PhaseInfo], hooks: Hooks) -> None:
+    """An event for everything that workers have found damaged. `infos`: of all workers, in rank order."""
+    for rank, info in enumerate(infos):
+        for finding in info.data_damage:
+            hooks.event("data_damaged", finding=finding, rank=rank)

@@ -19,7 +19,7 @@ import numpy as np
 
 from training.config import PPO, Stop
 from training.drivers.evaluating import Interrupted, answered, is_evaluated_at
-from training.drivers.hooks import Hooks
+from training.drivers.hooks import Hooks, note_damage
 from training.drivers.profiled_steps import Profiled
 from training.drivers.restore import SETUP_S, resume
 from training.drivers.saver import Saver
@@ -45,12 +45,14 @@ _Asked = tuple[str, list[int], list[Future]]
 
 def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> StoragePath | None:
     """Train the phase to its end; returns the checkpoint that it ends with, or None if it was asked to stop before."""
-    info: PhaseInfo = results_of(groups, "setup", timeout_s=SETUP_S)["policy"][0]
+    infos: list[PhaseInfo] = results_of(groups, "setup", timeout_s=SETUP_S)["policy"]
+    note_damage(infos, hooks)
+    info = infos[0]
     learners = {role: groups[role] for role in LEARNERS}
     found = resume(learners, hooks, info)
     results_of(learners, "get_ready", timeout_s=SETUP_S)
     step, state = (found.step, State(**found.state)) if found is not None else (0, State(phase.kl.beta))
-    loop = _Loop(phase, groups, info, state)
+    loop = _Loop(phase, groups, info, state, hooks.stop_requested)
     saver = Saver(phase, learners, hooks, info, newest=step)
     profiled = Profiled(phase, groups, hooks)
     is_last = step == info.total_steps or bool(state.reached)
@@ -62,8 +64,13 @@ def run(phase: PPO, groups: Mapping[str, Group], hooks: Hooks) -> StoragePath | 
     while step < info.total_steps and not state.reached and not hooks.stop_requested():
         step += 1
         profiled.before(step)
-        with saver.kept_on_failure():
-            row, experience = loop.iterate(step)
+        try:
+            with saver.kept_on_failure():
+                row, experience = loop.iterate(step)
+        except Interrupted:
+            profiled.end(step)
+            step -= 1
+            break
         profiled.after(step)
         hooks.log({"step": step, "iteration": step, **row, "workers": groups["policy"].size})
         hooks.samples(step, experience.table(_SAMPLES))
@@ -96,8 +103,15 @@ def reached(stop: Stop, row: Mapping[str, Any]) -> str:
 class _Loop:
     """The iterations."""
 
-    def __init__(self, phase: PPO, groups: Mapping[str, Group], info: PhaseInfo, state: State):
-        self.phase, self.info, self.state = phase, info, state
+    def __init__(
+        self,
+        phase: PPO,
+        groups: Mapping[str, Group],
+        info: PhaseInfo,
+        state: State,
+        stop_requested: Callable[[], bool],
+    ):
+        self.phase, self.info, self.state, self.stop_requested = phase, info, state, stop_requested
         self.policy, self.critic, self.reward = groups["policy"], groups["critic"], groups["reward"]
         self.rollout = groups.get("rollout")
         self.computing = {role: groups[role] for role in _SAYS}
@@ -112,7 +126,10 @@ class _Loop:
         self.seconds: dict[str, float] = {}
 
     def iterate(self, step: int) -> tuple[dict[str, Any], Experience]:
-        """One iteration. Returns its metrics and what it was learnt from. Raises Diverged."""
+        """One iteration. Returns its metrics and what it was learnt from.
+
+        Raises Diverged, and Interrupted if the run is to stop before anything is learned: all is as it was before.
+        """
         began, worked = time.perf_counter(), time.thread_time()
         self.seconds = {}
         asked = [(written, self.ask(written)) for written in self.written(step)]
@@ -120,6 +137,10 @@ class _Loop:
             for written, answers in asked:
                 _take(written, answers)
         experience = Experience.together([written for written, _ in asked])
+        if self.stop_requested():
+            if self.phase.async_:  # the policy that wrote this cannot be had again
+                self.ahead, self._being_written = experience, []
+            raise Interrupted
         measures = estimate(experience, self.phase, self.state)
         if self.phase.async_:
             measures |= weigh(experience)
@@ -145,13 +166,15 @@ class _Loop:
         results(loading, PART_S)
 
     def written(self, step: int) -> Iterator[Experience]:
-        """Responses to the prompts of an iteration, those of a round as soon as they are there."""
+        """Responses to the prompts of an iteration, those of a round as soon as they are there. Raises Interrupted."""
         if self.phase.async_:
             yield self._written_ahead(step)
             return
         for futures in self._begin_to_write(step):
             with self._timed("generate"):
                 experience = _experience_of(futures)
+            if self.stop_requested():
+                raise Interrupted
             yield experience
 
     def _begin_to_write(self, step: int) -> list[list[Future]]:

@@ -12,7 +12,7 @@ from functools import partial
 
 from training.config import Phase
 from training.drivers.evaluating import Interrupted, answered, is_evaluated_at, measured_on_data
-from training.drivers.hooks import Hooks
+from training.drivers.hooks import Hooks, note_damage
 from training.drivers.profiled_steps import Profiled
 from training.drivers.restore import SETUP_S, resume
 from training.drivers.saver import Saver
@@ -33,7 +33,9 @@ _SAVING_CALL_S = 0.25
 def run(phase: Phase, groups: Mapping[str, Group], hooks: Hooks) -> StoragePath | None:
     """Train the phase to its end; returns the checkpoint that it ends with, or None if it was asked to stop before."""
     trainer = groups["trainer"]
-    info: PhaseInfo = results(trainer.call("setup"), SETUP_S)[0]
+    infos: list[PhaseInfo] = results(trainer.call("setup"), SETUP_S)
+    note_damage(infos, hooks)
+    info = infos[0]
     learners = {"trainer": trainer}
     found = resume(learners, hooks, info)
     step = found.step if found is not None else 0

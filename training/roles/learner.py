@@ -60,6 +60,8 @@ class Learner:
         self.cache = Path(cache)
         self.dtype = models.resolve_dtype(phase.model.dtype, rank_info.device)
         self.writer = ShardWriter(pinned=is_accelerator(rank_info.device))
+        self.data_damage: tuple[str, ...] = ()
+        """What was wrong with tokenized data that this worker has made anew."""
         self.known: Traits | None = None
         """Of the model's code; of a role that opens data, and the same on all workers."""
 
@@ -70,7 +72,7 @@ class Learner:
         # the others then find it there.
         if self.rank_info.local_rank == 0:
             with _tokenizer_on_all_cores():
-                open_stores(self.phase, self.cache)
+                self.data_damage = tuple(open_stores(self.phase, self.cache).damage)
             at_hand(self.phase, self.cache)
         dist.barrier()
         self.phase = self.whole_phase = at_hand(self.phase, self.cache)

@@ -93,6 +93,7 @@ class Trainer(Learner):
             data_hash=self.store.folder.name,
             data_hash_before=self.store.meta.hash_before,
             data_changes=tuple(self.store.meta.changes),
+            data_damage=self.data_damage,
             chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,

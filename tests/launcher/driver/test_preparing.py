@@ -11,7 +11,7 @@ import pytest
 
 from launcher.driver import driver
 from launcher.jobfile import job as jobs
-from launcher.workers.failures import Raised, WorkerDied
+from launcher.workers.errors import Raised, WorkerDied
 from tests.launcher.driver.test_run import finish, folder, losses, nothing_left, processes_of, start, wait_for
 from training.errors import InputError, TrainingError
 
@@ -60,7 +60,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.cpu
-def test_turned_bits_in_the_token_cache_do_not_change_the_curve(place, muster, monkeypatch, caplog):
+def test_turned_bits_in_the_token_cache_are_an_event_and_do_not_change_the_curve(place, muster, monkeypatch, caplog):
     cache = place / "cache"
     monkeypatch.setenv("MUSTER_CACHE", str(cache))
     assert muster("run", "job.yaml", "--inline", "name=whole").status == 0
@@ -71,6 +71,33 @@ def test_turned_bits_in_the_token_cache_do_not_change_the_curve(place, muster, m
     assert muster("run", "job.yaml", "--inline", "name=damaged").status == 0
     assert "tokens.bin: the content has changed" in caplog.text
     assert curve(place / "runs/damaged") == curve(place / "runs/whole")
+    assert [finding_of(event) for event in noted(place / "runs/damaged")] == ["tokens.bin: the content has changed"] * 2
+    assert noted(place / "runs/whole") == []
+
+
+def noted(run: Path) -> list[dict]:
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    return [event for event in events if event["event"] == "data_damaged"]
+
+
+def finding_of(event: dict) -> str:
+    """Of the damage of one file that was found when the run was prepared: without its folder and what comes after."""
+    assert (event["phase"], event["rank"]) == ("sft", None)
+    return event["finding"].rpartition("/")[2].partition(" since")[0]
+
+
+def test_what_another_process_has_found_damaged_comes_back_with_the_data(place, monkeypatch):
+    monkeypatch.setenv("MUSTER_CACHE", str(place / "cache"))
+    job = jobs.load(place / "job.yaml")
+    (folder, damage) = driver.prepare(job)["sft"]
+    assert damage == []
+    (folder / "targets.bin").write_bytes(b"1234")
+    from launcher.workers.supervisor import fork_server_here
+
+    with fork_server_here("cpu"):
+        (again, damage) = driver.prepare(job, apart=True)["sft"]
+    assert again == folder
+    assert [finding.partition(":")[0] for finding in damage] == [f"{folder}/targets.bin"]
 
 
 @pytest.mark.cpu

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -72,3 +75,34 @@ def test_a_signal_before_training_ends_the_run_with_its_status(folder, nothing_l
     assert status == after_signal(number), out
     assert "Traceback" not in out
     assert [path.name for path in (folder / "cache").glob(".*")] == []
+
+
+def sigterm_at(audited: str, name: str) -> None:
+    """SIGTERM to this process when it first makes a path of this name, as one of Python's audit events says."""
+    armed = [True]
+
+    def hook(event: str, arguments: tuple) -> None:
+        if not armed or event != audited:
+            return
+        *_, made = (path for path in arguments if isinstance(path, str | bytes))
+        if Path(os.fsdecode(made)).name == name:
+            armed.clear()
+            signal.raise_signal(signal.SIGTERM)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("moment", ["the last save", "the export"])
+def test_a_request_to_stop_does_not_wait_for_the_export_which_is_done_when_the_run_goes_on(place, muster, moment):
+    steps = 3
+    sigterm_at(*{"the last save": ("os.rename", f"step-{steps:08d}"), "the export": ("os.mkdir", ".tmp-model")}[moment])
+    answer = muster("run", "job.yaml", "--inline", f"phases.sft.max_steps={steps}")
+    assert answer.status == 75, answer.out + answer.err
+    folder = Path("runs/sums/sft")
+    assert list(folder.glob("*model")) == []
+    answer = muster("resume", "runs/sums", "--inline")
+    assert answer.status == 0, answer.out + answer.err
+    assert (folder / "model/model.safetensors").exists()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["attempt"]) for row in rows if "loss" in row] == [(step, 1) for step in (1, 2, 3)]

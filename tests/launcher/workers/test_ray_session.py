@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -19,9 +20,20 @@ pytestmark = pytest.mark.cpu
 
 
 def kill(temporary: str, what: str) -> None:
-    """`kill -9` of a process that was started with this folder for temporary files, by a part of its command."""
+    """`kill -9` of a process that was started with this TMPDIR, or of a child of one, by a part of its command.
+
+    The agents of the raylet are found as its children: the titles that they set overwrite their environment.
+    """
     ours = [psutil.Process(pid) for pid in processes_of(temporary)]
-    next(process for process in ours if what in " ".join(process.cmdline())).kill()
+    family = [*ours, *(child for process in ours for child in process.children())]
+    next(process for process in family if what in command_of(process)).kill()
+
+
+def command_of(process: psutil.Process) -> str:
+    """Empty if it has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 @pytest.mark.faults
@@ -49,6 +61,23 @@ def test_what_ends_beside_the_workers_costs_the_steps_since_the_checkpoint_at_mo
 
 
 @pytest.mark.faults
+def test_an_agent_of_the_raylet_costs_what_the_raylet_costs(run: Run, undisturbed, nothing_left):
+    """The raylet ends as soon as one of its two agents does, and another Ray is started. Ray's other processes cost
+    nothing."""
+    run.start()
+    run.reach(10)
+    for helper in ("dashboard/dashboard.py", "autoscaler/_private/monitor.py", "log_monitor.py"):
+        kill(str(nothing_left), helper)
+    kill(str(nothing_left), "ray::DashboardAgent")
+    go_on(run, attempt=2)
+    kill(str(nothing_left), "ray::RuntimeEnvAgent")
+    go_on(run, attempt=3)
+    run.finish()
+    assert [incident["class"] for incident in run.events("incident")] == ["lost machine"] * 2
+    assert run.result == undisturbed
+
+
+@pytest.mark.faults
 def test_where_no_ray_starts_again_the_run_is_saved_and_can_be_resumed(run: Run, undisturbed, monkeypatch):
     temporary = tempfile.mkdtemp(prefix="mt-", dir="/tmp")
     monkeypatch.setenv("TMPDIR", temporary)
@@ -72,6 +101,14 @@ def test_where_no_ray_starts_again_the_run_is_saved_and_can_be_resumed(run: Run,
 
 
 def go_on(run: Run, attempt: int) -> None:
-    """Until an attempt has done some steps."""
+    """Until an attempt has done more steps than any before it: the same failure at the same step twice ends the run."""
     run.wait_for(lambda: len(run.events("training")) == attempt, f"attempt {attempt}")
-    run.wait_for(lambda: run.steps[-1]["attempt"] == attempt and run.steps[-1]["step"] % 20 > 5, "steps")
+    failed = max((incident["step"] for incident in run.events("incident")), default=0)
+
+    def has_done_some() -> bool:
+        if not run.steps:  # what is done again is taken out of the curve
+            return False
+        last = run.steps[-1]
+        return last["attempt"] == attempt and last["step"] > failed and last["step"] % 20 > 5
+
+    run.wait_for(has_done_some, "steps")

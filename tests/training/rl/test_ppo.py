@@ -111,12 +111,22 @@ def test_it_learns_what_is_rewarded(tiny, train):
 # ── resuming ──
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 2)])
-def test_it_goes_on_bit_for_bit(tiny, train, tmp_path, workers, stage):
+class StopsWithin(Recorder):
+    """Asked to stop in the middle of the iteration after `stop_after`."""
+
+    times_asked = 0
+
+    def stop_requested(self) -> bool:
+        self.times_asked += super().stop_requested()
+        return self.times_asked > 1  # the first time is before the iteration
+
+
+@pytest.mark.parametrize(("workers", "stage", "kind"), [(1, 0, StopsWithin), (2, 2, Recorder)])
+def test_it_goes_on_bit_for_bit(tiny, train, tmp_path, workers, stage, kind):
     """Weights of both learners, moments, beta, the statistics of scores, the place in the prompts."""
     more = {"kl": {"target": 0.5}, "normalize_scores": True, "max_steps": 4, "checkpoint": {"every": 2}}
     whole = train(workers, stage=stage, **settings(tiny, **more))
-    train(workers, tmp_path, stop_after=2, stage=stage, **settings(tiny, **more))
+    train(workers, tmp_path, stop_after=2, stage=stage, hooks=kind, **settings(tiny, **more))
     on = train(workers, tmp_path, stage=stage, **settings(tiny, **more))
     assert on.first == 2
     assert (curve(on) == curve(whole)[2:]).all()
@@ -179,9 +189,10 @@ def test_ahead_the_curve_does_not_depend_on_the_machines_either(tiny, train, wri
     assert curve(other) == pytest.approx(curve(written_ahead), rel=1e-3, abs=1e-4)
 
 
-def test_what_was_written_ahead_is_learnt_from_after_an_interruption(tiny, train, tmp_path, written_ahead):
+@pytest.mark.parametrize("kind", [Recorder, StopsWithin])
+def test_what_was_written_ahead_is_learnt_from_after_an_interruption(tiny, train, tmp_path, written_ahead, kind):
     """The policy that wrote it is no more: it is part of the checkpoint."""
-    first = train(1, tmp_path, stop_after=2, **settings(tiny, **ahead(max_steps=4)))
+    first = train(1, tmp_path, stop_after=2, hooks=kind, **settings(tiny, **ahead(max_steps=4)))
     on = train(1, tmp_path, **settings(tiny, **ahead(max_steps=4)))
     assert (len(first.rows), on.first) == (2, 2)
     assert (curve(on) == curve(written_ahead)[2:]).all()
@@ -263,7 +274,7 @@ def improved(shares, weights, rate, names, numbers):
     return {"means": [means] * len(shares), "grad_norms": [1.0] * len(shares), "memory_gib": 1.0, "gpu_full": 0.0}
 
 
-def driven(tiny, tmp_path, **more):
+def driven(tiny, tmp_path, hooks=None, **more):
     """What the roles were asked in two iterations of 4 responses, and what was logged."""
     asked = []
     phase = phase_of(tiny, **settings(tiny, rollout_batch=4, batch=2, max_steps=2, checkpoint={"every": 5}, **more))
@@ -302,7 +313,7 @@ def driven(tiny, tmp_path, **more):
         },
         "reward": {"setup": None, "scores": lambda part: [np.array([each.number], np.float32) for each in part]},
     }
-    hooks = Recorder(tmp_path)
+    hooks = hooks or Recorder(tmp_path)
     seated = {role for roles, _ in phase.placements for role in roles}
     groups = {role: Fake(role, asked, table) for role, table in answers.items() if role in seated}
     hooks.last = ppo.run(phase, groups, hooks)
@@ -329,6 +340,16 @@ def test_the_driver_generates_scores_and_improves(tiny, tmp_path):
     assert (row["reward"], row["response_tokens"], row["ended"], row["tokens"]) == (1.5, 2.5, 0.75, 10)
     # What is written down: the least and the most rewarded, and the first others.
     assert [sample["reward"] for sample in hooks.sampled[:4]] == [0.0, 3.0, 1.0, 2.0]
+
+
+def test_a_request_to_stop_does_not_wait_for_the_rest_of_an_iteration_that_has_learnt_nothing(tiny, tmp_path):
+    asked, hooks = driven(tiny, tmp_path, StopsWithin(tmp_path, stop_after=1))
+    assert asked_to_work(asked) == [*ITERATION, ("policy", "roll_out")]
+    assert hooks.last is None
+    assert [folder.name for folder in hooks.checkpoints.folders()] == ["step-00000001"]
+    on, again = driven(tiny, tmp_path)
+    assert asked_to_work(on) == ITERATION
+    assert again.last == again.checkpoints.at(2)
 
 
 @pytest.mark.parametrize("writers", ["policy", "rollout"])

@@ -47,6 +47,18 @@ def test_metrics_have_what_the_design_promises(train):
     assert 0 < row["data_s"] < row["step_s"]
 
 
+def test_tokenized_data_that_a_worker_finds_damaged_are_made_anew_and_noted(train, tiny):
+    whole = train(2, max_steps=2)
+    tokens = tiny / "cache" / whole.info.data_hash / "tokens.bin"
+    tokens.write_bytes(bytes(byte ^ 1 for byte in tokens.read_bytes()))
+    again = train(2, max_steps=2)
+    assert again.losses == whole.losses
+    noted = [info for kind, info in again.events if kind == "data_damaged"]
+    assert [info["rank"] for info in noted] == [0]
+    assert noted[0]["finding"].startswith(f"{tokens}: the content has changed")
+    assert "data_damaged" not in [kind for kind, _ in whole.events]
+
+
 def test_a_smaller_last_batch_ends_the_epoch(train):
     run = train(1, max_steps=None, epochs=1)
     assert [row["samples"] for row in run.rows] == [16] * 16 + [4]
