@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 GCS, RAYLET = "gcs_server", "raylet"
-"""Ray's own names of the two processes that it cannot do without."""
+"""Ray's names of its two essential processes."""
 HEAD_RESOURCE = "node:__internal_head__"
 """The resource by which the head of a cluster is found; Ray has no public query for it."""
 
 
 def job_config(code_folders: Sequence[str]) -> Any:
-    """The `JobConfig` that has Ray's workers find Muster's code in these folders.
+    """Return the `JobConfig` with which Ray's workers import Muster's code from these folders.
 
     Private: `_client_job`, Ray's switch against importing from the working folder first, which a submitted job does not
     need (RAY_JOB_CONFIG_JSON_ENV_VAR is set there); `_py_driver_sys_path`, where workers import from.
@@ -32,7 +32,7 @@ def job_config(code_folders: Sequence[str]) -> Any:
 
 
 def local_settings(folder: str, *, keep_idle_ms: int, without_gcs_s: int) -> dict[str, Any]:
-    """Arguments of `ray.init` for a Ray on loopback with its files in a folder.
+    """Return the arguments of `ray.init` for a Ray on loopback with its files in a folder.
 
     Private: `_node_ip_address`, `_temp_dir` and `_system_config`, with two of its keys: how long idle worker processes
     are kept, and how long the raylet and the workers wait for a GCS that has ended. Ray does not start with others.
@@ -49,9 +49,9 @@ def local_settings(folder: str, *, keep_idle_ms: int, without_gcs_s: int) -> dic
 
 @contextmanager
 def processes_in_own_sessions() -> Iterator[None]:
-    """In the block Ray starts each of its processes in a session of its own, and SIGTERM waits for the end of the
-    block: Ray's handlers, of which one aborts the process, are replaced by ours there. If the block fails, nothing of
-    Ray stays behind.
+    """Make Ray start each of its processes in a separate session within the block, and block SIGTERM until its end,
+    where our handlers replace those of Ray, one of which aborts the process. If the block fails, all processes of Ray
+    are killed.
 
     Private: `ray._private.services.ConsolePopen`, the class that starts Ray's processes, and
     `ray._private.utils.set_sigterm_handler`, both replaced for the length of the block. Ray has no settings for that.
@@ -86,7 +86,7 @@ def processes_in_own_sessions() -> Iterator[None]:
 
 
 def essential_processes() -> dict[str, subprocess.Popen[bytes]]:
-    """The processes that `ray.init` has started and Ray cannot do without, by Ray's names.
+    """Return the essential processes that `ray.init` started, by Ray's names.
 
     Private: `ray._private.worker._global_node` and its table `all_processes`.
     """
@@ -98,7 +98,7 @@ def essential_processes() -> dict[str, subprocess.Popen[bytes]]:
 
 
 def draining_nodes() -> dict[str, int]:
-    """Machines that are being taken back, by node id, with the Unix time in ms when they will be gone (0: not said).
+    """Return the machines that are being drained, by node id, with their deadline (Unix time, ms; 0: unknown).
 
     Private: `ray._private.state.state.get_draining_nodes`.
     """
@@ -108,7 +108,7 @@ def draining_nodes() -> dict[str, int]:
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
-    """The free resources of each living machine, by node id; Ray's public function sums them up.
+    """Return the free resources of each live machine, by node id; Ray's public function returns their sum.
 
     Private: `ray._private.state.available_resources_per_node`.
     """
@@ -119,7 +119,7 @@ def free_resources() -> Mapping[str, Mapping[str, float]]:
 
 
 def autoscaling_state(timeout_s: float) -> Any | None:
-    """What version 2 of the autoscaler reports (a protobuf `AutoscalingState`); None where none does.
+    """Return the report of version 2 of the autoscaler (a protobuf `AutoscalingState`); None where there is none.
 
     Private: `ray._raylet.GcsClient.get_cluster_status` and the generated message `GetClusterStatusReply`.
     """
@@ -134,7 +134,7 @@ def autoscaling_state(timeout_s: float) -> Any | None:
 
 
 def silence_job_client() -> None:
-    """Have the client of Ray Jobs log errors only: uploads and closed connections are Muster's to tell.
+    """Make the client of Ray Jobs log errors only: Muster itself reports uploads and closed connections.
 
     Private: the modules `ray.dashboard.modules.dashboard_sdk` and `ray.dashboard.modules.job.sdk`, for their `logger`.
     """
