@@ -377,13 +377,25 @@ def loaded_shapes(folder: Path, trust_remote_code: bool = False) -> dict[str, tu
 
     Loads torch. None if transformers cannot build a model of this configuration.
     """
-    from training.estimate.parameters import on_meta_device
-
     try:
         config = foreign_files.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return on_meta_device(config, trust_remote_code)
+
+
+def on_meta_device(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes as transformers makes them, without memory; None if it does not know the architecture."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        settings = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            lm: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, AttributeError, ImportError, TypeError, RuntimeError):
+        return None
+    return {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
 
 
 def stored_as(parameter: str, stored: Mapping[str, Any]) -> str | None:

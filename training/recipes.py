@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 from training import metric_schema
 from training.config import CFT, PPO, SFT, Phase, Pretrain, Reward
@@ -31,9 +31,8 @@ class Recipe:
     """What its phases measure."""
     exports: str = ""
     """Prefix, in checkpoints of several roles, of the parameters that the phase ends with."""
-    makes: Literal["model", "classifier"] = "model"
-    """What its phases end with: a causal language model, or one with a scalar head."""
-
+    is_classifier: bool = False
+    """Whether its phases train a model with a scalar head, in place of a causal language model."""
     memory: str = "training.estimate.memory:of_trainer"
     """What a worker holds: a function of (phase, roles, models, setting) that returns `Needs`."""
     layouts: str = ""
@@ -51,11 +50,6 @@ class Recipe:
     def learns_critiques(self) -> bool:
         """Whether its models learn to write critiques."""
         return "critique" in self.formats
-
-    @property
-    def is_classifier(self) -> bool:
-        """Whether its phases train a model with a scalar head."""
-        return self.makes == "classifier"
 
 
 _SUPERVISED = "training.drivers.supervised:run"
@@ -86,7 +80,7 @@ RECIPES: dict[str, Recipe] = {
         formats=("sharegpt_preference", "preference"),
         run=_SUPERVISED,
         roles={"trainer": "training.roles.reward:RewardTrainer"},
-        makes="classifier",
+        is_classifier=True,
         metrics=metric_schema.PAIRS,
         shows_learning=("loss", "eval_loss", "eval_accuracy"),
     ),

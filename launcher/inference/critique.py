@@ -95,7 +95,7 @@ class Journal:
 
 def from_columns(data: Path, columns: Sequence[str], known: str | None, limit: int | None) -> list[Task]:
     """The answers that a file holds in some columns. Raises InputError with the rows that lack one."""
-    (source,) = files.expand(str(data), Path.cwd(), what="", split="")
+    source = questions.find_source(str(data))
     tasks: list[Task] = []
     problems: list[Problem] = []
     rows = (row for part in source.parts for row in files.rows(part))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.data import files
+from training.data import files, questions
 from training.data.files import DataFile, Part, Row
 from training.data.formats import Chat, Parser, Prompt
 from training.data.row_errors import RowError
@@ -78,8 +78,7 @@ def _parts(file: Path) -> Sequence[Part]:
     known = (*files.DATA_SUFFIXES, *files.FOREIGN)
     if file.is_file() and not file.name.endswith(known):
         return (DataFile(str(file), str(file)),)
-    (source,) = files.expand(str(file), Path.cwd(), what="", split="")
-    return source.parts
+    return questions.find_source(str(file)).parts
 
 
 def _of_row(read: Row) -> Given:

@@ -67,7 +67,8 @@ class _Drafting:
         if draft.get("epochs") is None and draft.get("max_steps") is None:
             draft["epochs"] = 1
         phase = validated(self.settings_class(), draft, self.add_unless_known)
-        return phase and self.anchored(phase, valid)
+        anchored = phase and self.anchored(phase, valid)
+        return anchored if self.recipe in RECIPES else None
 
     def add(self, path: KeyPath, message: str) -> None:
         self.report.add(origin(self.document.data, ("phases", self.name, *path)), message)
@@ -184,16 +185,16 @@ class _Drafting:
                 "eval": phase.eval and self.anchored_questions(phase.eval),
             }
         )
-        return self.with_anchored_rewards(anchored, valid)
+        return self.with_anchored_models(anchored, valid)
 
-    def with_anchored_rewards(self, phase: Phase, valid: dict[str, Phase]) -> Phase:
-        """The phase with absolute paths of rewards and critic; phases of this job keep their names."""
+    def with_anchored_models(self, phase: Phase, valid: dict[str, Phase]) -> Phase:
+        """The phase with absolute paths of rewards and named models; phases of this job keep their names."""
         rewards = []
         for where, source in zip(phase.reward_keys, phase.rewards, strict=True):
             update = {"path": self.reward_path(where, source, valid), "folder": self.reward_folder(where, source)}
             rewards.append(source.model_copy(update=update))
-        critic = phase.named_critic and self.model_named(("critic",), phase.named_critic, valid)
-        return phase.with_rewards(rewards, critic)
+        named = {key: self.model_named((key,), path, valid) for key, path in phase.named_models.items()}
+        return phase.with_models(named, rewards)
 
     def reward_path(self, where: KeyPath, source: RewardSource, valid: dict[str, Phase]) -> str:
         if source.is_model:
@@ -288,7 +289,7 @@ class _Drafting:
 
     def check_start(self, phase: Phase, start: Phase) -> None:
         """Problems of starting from what another phase ends with."""
-        if RECIPES[start.recipe].is_classifier and not RECIPES[phase.recipe].is_classifier:
+        if self.recipe in RECIPES and RECIPES[start.recipe].is_classifier and not RECIPES[self.recipe].is_classifier:
             message = (
                 f"`{phase.from_}` ends with a reward model, {phase.recipe} needs a language model; start from another "
                 "phase"

@@ -10,9 +10,10 @@ from typing import Any
 
 from launcher.plan.step_time import Work
 from training.config import Phase
-from training.data import files
+from training.data import files, questions
 from training.data.files import DataFile, HubSplit, Part
 from training.data.formats import critique_request
+from training.data.phase_data import sources_of
 from training.data.row_errors import RowError
 from training.errors import InputError
 from training.model_folder import tokenizer_of
@@ -54,7 +55,7 @@ def work_of(
 def _seen(phase: Phase) -> tuple[int | None, float | None, list[str]]:
     """Rows, tokens of one on average, and what of it could not be seen."""
     try:
-        located = files.expand(phase.data.train, Path.cwd(), documents=RECIPES[phase.recipe].reads_documents)
+        located = sources_of(phase, held_out=False)
     except InputError as error:
         told = "; ".join(problem.message for problem in error.problems)
         return None, None, [f"data.train cannot be looked at ({told})"]
@@ -73,9 +74,9 @@ def _seen(phase: Phase) -> tuple[int | None, float | None, list[str]]:
 
 
 def rows_in(path: str) -> int | None:
-    """Of a file or folder; None if it is not here."""
+    """Rows of a file or folder of questions; None if it is not here."""
     try:
-        (source,) = files.expand(path, Path.cwd())
+        source = questions.find_source(path)
     except InputError:
         return None
     here = [part for part in source.parts if isinstance(part, DataFile) and "://" not in part.path]

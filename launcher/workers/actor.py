@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from launcher.workers import unpack_inputs
-from launcher.workers.failures import Raised, WorkerDied
+from launcher.workers.errors import Raised, WorkerDied
 from launcher.workers.supervisor import WorkerHealth, WorkerSupervisor
 
 

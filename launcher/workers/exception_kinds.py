@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 
-from launcher.workers.failures import Kind, Raised
+from launcher.workers.errors import Kind, Raised
 from training.errors import MusterError
 
 _PROCESS_GROUP = ("torch.distributed", "deepspeed.comm", "training.process.distributed")

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.process.output import Output
+from launcher.workers.errors import Raised
 from launcher.workers.exception_kinds import evidence_of
-from launcher.workers.failures import Raised
 from launcher.workers.ipc import Pipe
 
 STACKS = signal.SIGUSR1

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.ray_node import PRICE
 from launcher.workers import autoscaler, ray_session
-from launcher.workers.failures import NoMachines
+from launcher.workers.errors import NoMachines
 from training.config import Resources
 from training.errors import InputError
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.workers.failures import Kind, WorkerError
+from launcher.workers.errors import Kind, WorkerError
 from training.errors import TrainingError
 from training.group import results
 

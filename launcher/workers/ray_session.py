@@ -21,7 +21,7 @@ from typing import Any
 from launcher.process import ray_address
 from launcher.process.short_tempdir import short_tempdir
 from launcher.process.subprocesses import code_folders
-from launcher.workers.failures import NoMachines, RayLost, WorkerDied, describe
+from launcher.workers.errors import NoMachines, RayLost, WorkerDied, describe
 from launcher.workers.supervisor import fork_server_here
 from training.device import device_type, num_gpus
 from training.errors import MusterError, TrainingError

@@ -25,7 +25,7 @@ from typing import Any
 
 from launcher.process.short_tempdir import SOCKET_PATH, short_tempdir
 from launcher.process.subprocesses import module_command, with_own_code
-from launcher.workers.failures import WorkerDied
+from launcher.workers.errors import WorkerDied
 from launcher.workers.fork_server import STACKS
 from launcher.workers.ipc import Pipe
 from launcher.workers.preemption import Listener

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from launcher.workers import placement, ray_session
-from launcher.workers.failures import Kind, RayLost, WorkerError
+from launcher.workers.errors import Kind, RayLost, WorkerError
 from launcher.workers.supervisor import WorkerHealth
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from launcher.jobfile.job import ENV_NAMES
 from launcher.workers import placement, ray_session
 from launcher.workers.actor import WorkerActor
-from launcher.workers.failures import Kind, Raised, WorkerDied, WorkerError, first_cause, worker_error
+from launcher.workers.errors import Kind, Raised, WorkerDied, WorkerError, first_cause, worker_error
 from launcher.workers.watchdog import Watch
 from training.config import Resources
 from training.device import DeviceType, device_type

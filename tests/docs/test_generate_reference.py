@@ -11,9 +11,10 @@ import pytest
 
 from cluster.spec import SPECS
 from docs import generate_reference
+from launcher.driver.retry_policy import Incident
 from launcher.jobfile.job import TopLevel
 from launcher.runfolder.event_schema import COMMON, EVENTS, OF_A_PHASE
-from launcher.workers.failures import Incident, Kind
+from launcher.workers.errors import Kind
 from training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]

@@ -1,9 +1,4 @@
-"""Tokenizer and embedding: token ids that the embedding has no row for, and an embedding that grows for added tokens.
-
-New rows begin as the mean of the others, of the embedding and of the head alike: the first probabilities of the old
-tokens stay nearly what they were (https://nlp.stanford.edu/~johnhew/vocab-expansion.html), and no random number is
-needed, so all workers begin with the same rows.
-"""
+"""Tokenizer and embedding: token ids that the embedding has no row for."""
 
 from __future__ import annotations
 
@@ -93,46 +88,14 @@ def beyond(ids: Iterable[int], rows: int | None, tokenizer: Any = None) -> str |
     )
 
 
-def grow(lm: Any, rows: int) -> bool:
-    """Give the embedding and the head so many rows, if they have fewer; whether they had.
-    ZeRO-3 may have sharded the model."""
-    before = _shape(lm.get_input_embeddings().weight)[0]
-    if rows <= before:
-        return False
-    try:
-        lm.resize_token_embeddings(rows, mean_resizing=False)
-    except (TypeError, ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
-        raise InputError.of("", f"the embedding of {type(lm).__name__} cannot be resized: {error}", "model") from error
-    head = lm.get_output_embeddings()
-    for parameter in [*lm.get_input_embeddings().parameters(), *(head.parameters() if head is not None else ())]:
-        if _shape(parameter)[0] != rows:
-            name = type(lm).__name__
-            raise InputError.of(
-                "", f"the embedding of {name} cannot be resized: its head keeps {before:,} rows", "model"
-            )
-        _fill_with_mean(parameter, before)
-    return True
-
-
-def _fill_with_mean(parameter: Any, before: int) -> None:
-    import torch
-
-    from training.engine.engine import whole
-
-    with torch.no_grad(), whole(parameter):
-        if parameter.numel():  # not on a worker that holds none of it
-            values = parameter.data
-            values[before:] = values[:before].mean(0, dtype=torch.float32).to(values.dtype)
-
-
-def _shape(parameter: Any) -> Sequence[int]:
-    """Also of a parameter that ZeRO-3 has sharded."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def rows_in(lm: Any) -> int:
     """Rows of the embedding of a loaded model."""
-    return int(_shape(lm.get_input_embeddings().weight)[0])
+    return rows_of(lm.get_input_embeddings().weight)
+
+
+def rows_of(parameter: Any) -> int:
+    """Rows of a parameter, also of one that ZeRO-3 has sharded."""
+    return int(getattr(parameter, "ds_shape", parameter.shape)[0])
 
 
 def _tokenizer(model: Model) -> Any:

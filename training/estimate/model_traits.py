@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -307,3 +308,20 @@ def notes(phase: Phase, traits: Traits, attention: str, longest: int) -> Iterato
             f"the rotary factors of {name} depend on the longest sample of a micro-batch above {traits.rotary_limit:,} "
             "tokens: each sample has a row of its own, and longer ones are computed with others of the same length"
         )
+
+
+def traits_of(lm: Any) -> Traits:
+    """What is known of a model that is loaded: what it was loaded with, else what its configuration says. Probes it in
+    this process if nothing is known yet."""
+    found = getattr(lm, "traits", None)
+    if found is None:
+        key = key_of(lm.config.to_dict())
+        found = lm.traits = known(key) or _probed(lm.config, key)
+    return found
+
+
+def _probed(config: Any, key: str) -> Traits:
+    # By name: the probe imports torch and much of what asks for traits.
+    found: Traits = import_module("training.models.probe").probe(config)
+    remember(key, found)
+    return found

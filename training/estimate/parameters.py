@@ -160,7 +160,7 @@ def of_config(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> 
         )
     if kind in _LLAMAS_KIND:
         return of_tensors(config, _of_llamas_kind(config))
-    tensors = on_meta_device(config, trust_remote_code)
+    tensors = model_folder.on_meta_device(config, trust_remote_code)
     if tensors is not None:
         return of_tensors(config, tensors)
     if not _number(config, "hidden_size", "n_embd", "d_model"):
@@ -298,20 +298,6 @@ def holes(folder: Path, *, classifier: bool = False) -> list[str]:
     absent = [name for name in wanted if name not in stored]
     misfits = [name for name, shape in wanted.items() if name in stored and stored[name] != shape]
     return model_folder.described_holes(absent, misfits)
-
-
-def on_meta_device(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes as transformers makes them, without memory; None if it does not know the architecture."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        settings = AutoConfig.for_model(**config)
-        with torch.device("meta"):
-            lm: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, AttributeError, ImportError, TypeError, RuntimeError):
-        return None
-    return {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
 
 
 def _looked_up(name: str, revision: str | None) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from training.evaluation.generated_answers import GenerationEval, by_answer
 from training.generation.sampling import Continued, Heard, Sampling, generate_all
 from training.model_folder import CLASSIFIER_SUFFIX, adapter_in, inspect, window_of
 from training.models import loading as models
+from training.models.scoring import score
 from training.process.distributed import RankInfo
-from training.roles.reward import score
 
 
 class Evaluator:

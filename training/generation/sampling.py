@@ -20,8 +20,8 @@ from torch import Tensor
 from training.data.order import mix
 from training.data.vocabulary import beyond, rows_in
 from training.errors import InputError
+from training.estimate.model_traits import traits_of
 from training.generation.kv_cache import give_room
-from training.models.probe import traits_of
 from training.process import heartbeat
 
 Heard = Callable[[int, int], None]

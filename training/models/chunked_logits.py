@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from training.estimate.memory import LOGITS_AT_ONCE
-from training.models.probe import traits_of
+from training.estimate.model_traits import traits_of
 from training.models.sparse_last_mlp import last_mlp_at
 
 Measure = Callable[..., Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.config import Model, Phase
-from training.data import vocabulary
+from training.data.vocabulary import tokenizer_rows
 from training.device import device_type, is_accelerator, is_available, multiplies_bf16, torch_device
 from training.engine.engine import whole
 from training.errors import InputError, Problem
@@ -33,6 +33,7 @@ from training.model_folder import (
 )
 from training.models import attention, kernels, lora
 from training.models.chunked_logits import apply_head_chunked
+from training.models.embedding import grow
 from training.models.probe import traits_for
 from training.process.cpu_features import cpu_multiplies_bf16
 from training.seeding import seed_for
@@ -69,7 +70,7 @@ def load(phase: Phase, dtype: torch.dtype, device: str, *, classifier: bool = Fa
     lm, fresh_head = pretrained(settings, dtype, device, classifier=classifier)
     if adapter is not None:
         _bring_rows(lm, adapter)
-    grows = phase.model.resize_embedding == "auto" and vocabulary.grow(lm, vocabulary.tokenizer_rows(phase.model))
+    grows = phase.model.resize_embedding == "auto" and grow(lm, tokenizer_rows(phase.model))
     if adapter is not None and phase.model.lora is None:
         lora.merge(lm, adapter)
     elif phase.model.lora is not None:
@@ -131,7 +132,7 @@ def for_inference(path: str, *, classifier: bool = False, gpu: int = 0, trust_re
 def _bring_rows(lm: Any, adapter: Adapter) -> None:
     """The embedding and the head that an adapter brings, in place of the model's own."""
     if adapter.embedding_rows is not None:
-        vocabulary.grow(lm, adapter.embedding_rows)
+        grow(lm, adapter.embedding_rows)
     lora.put_whole(lm, adapter)
 
 

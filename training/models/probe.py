@@ -63,21 +63,6 @@ def traits_for(model: Model) -> Traits:
     return found
 
 
-def traits_of(lm: Any) -> Traits:
-    """What is known of a model that is loaded: what it was loaded with, else what its configuration says."""
-    found = getattr(lm, "traits", None)
-    if found is None:
-        key = known_traits.key_of(lm.config.to_dict())
-        found = lm.traits = known_traits.known(key) or _probed(lm.config, key)
-    return found
-
-
-def _probed(config: Any, key: str, *, trust_remote_code: bool = False) -> Traits:
-    found = probe(config, trust_remote_code=trust_remote_code)
-    known_traits.remember(key, found)
-    return found
-
-
 def probe(config: Any, *, trust_remote_code: bool = False) -> Traits:
     """Probes a small copy of a model of this configuration."""
     from transformers import AutoModelForCausalLM
@@ -295,7 +280,7 @@ class _Probe:
         )
 
     def has_classifier(self) -> bool:
-        from training.roles.reward import scores
+        from training.models.scoring import scores
 
         lm = self.classifier("eager")
         lm.traits = Traits(architecture="")
@@ -307,7 +292,7 @@ class _Probe:
     def has_trees(self, attention: str) -> bool:
         """Whether pairs that share what they begin with have the scores of their sequences alone."""
         from training.data.shared_prefix_pairs import mask_of, trees
-        from training.roles.reward import scores
+        from training.models.scoring import scores
 
         lm = self.classifier(attention)
         lm.traits = Traits(architecture="")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from training.config import PPO
 from training.models.chunked_logits import apply_head_chunked
+from training.models.scoring import scores
 from training.rl.losses import entropies, k3, policy_terms, token_log_probs, value_terms
-from training.roles.reward import scores
 
 
 class _OfTokens(nn.Module):

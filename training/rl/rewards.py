@@ -18,11 +18,11 @@ from training.data.model_renderer import renderer_for
 from training.data.render import Sample
 from training.data.reward_signature import prompt_column
 from training.data.row_errors import RowError
+from training.models.scoring import score
 from training.process.distributed import RankInfo
 from training.rl.experience import Response
 from training.rl.reward_functions import RewardEndpoint, RewardError, RewardFunction
 from training.rl.shared_base import reward_model
-from training.roles.reward import score
 
 RewardScorer = Callable[[Sequence[Response]], list[float]]
 

@@ -30,14 +30,13 @@ from training.data.vocabulary import check_tokens, rows_in
 from training.data.vocabulary import notes as vocabulary_notes
 from training.engine.engine import Frozen, computed, device_of
 from training.errors import InputError
-from training.estimate.model_traits import notes, refuse, rows_of
+from training.estimate.model_traits import notes, refuse, rows_of, traits_of
 from training.evaluation.accuracy import Answers
 from training.evaluation.generated_answers import EvalSuite, Sitting, exam_of
 from training.generation.sampling import Continued, Sampling, generate_all
 from training.model_folder import has_tokenizer, tokenizer_of, tokenizer_revision
 from training.models import loading as models
 from training.models import lora
-from training.models.probe import traits_of
 from training.phase_info import PhaseInfo
 from training.process.distributed import RankInfo
 from training.profiling.breakdown import DATA, GENERATION

@@ -11,7 +11,7 @@ import pytest
 
 from launcher.driver import driver
 from launcher.jobfile import job as jobs
-from launcher.workers.failures import Raised, WorkerDied
+from launcher.workers.errors import Raised, WorkerDied
 from tests.launcher.driver.test_run import finish, folder, losses, nothing_left, processes_of, start, wait_for
 from training.errors import InputError, TrainingError
 

@@ -97,7 +97,7 @@ def test_an_error_in_the_program_is_not_tried_again(run):
     out = run.finish(status=1)
     assert (run.incident["class"], run.incident["retry"]) == ("error in the program", False)
     assert "its traceback ends with:" in out
-    assert "not tried again: an error in the program comes back every time" in out
+    assert "not retrying: a program error recurs on every attempt" in out
     assert len(run.events("started")) == 1
 
 

@@ -7,20 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.workers.failures import (
-    TRIES,
-    Decision,
-    Incident,
-    Kind,
-    Raised,
-    WorkerDied,
-    WorkerError,
-    decide,
-    first_cause,
-    kind_of,
-    told,
-    worker_error,
-)
+from launcher.driver.retry_policy import TRIES, Decision, Incident, decide, describe_decision
+from launcher.workers.errors import Kind, Raised, WorkerDied, WorkerError, first_cause, kind_of, worker_error
 from training.errors import (
     Diverged,
     InputError,
@@ -194,19 +182,21 @@ def test_a_machine_is_avoided_after_two_failures_on_it():
 def test_an_incident_is_told_in_one_paragraph():
     error = WorkerError(1, Kind.KILLED, "was killed by SIGKILL", LOG, node=NODE, collateral=[0])
     now = incident(Kind.KILLED, step=58, checkpoint=54)
-    assert told(error, now, decide(now, [])).splitlines() == [
+    assert describe_decision(error, now, decide(now, [])).splitlines() == [
         "killed: worker 1 on 10.0.0.2 was killed by SIGKILL",
         "workers 0 failed because of it",
         "whole log: nowhere/rank-0.log",
-        "going on from the checkpoint of step 54 (3 steps to do again); 7 more tries before the next checkpoint",
-        "somebody or something outside of Muster killed it",
+        "retrying from the checkpoint of step 54 (repeating 3 steps); 7 retries left until the next checkpoint",
+        "something outside Muster killed it",
     ]
 
 
 def test_giving_up_says_why_and_what_to_change():
     now = incident(Kind.MEMORY)
-    text = told(WorkerError(0, Kind.MEMORY, "raised: OutOfMemoryError: CUDA", LOG), now, decide(now, [now]))
-    assert "not tried again: the same at step 7 as before" in text
+    text = describe_decision(
+        WorkerError(0, Kind.MEMORY, "raised: OutOfMemoryError: CUDA", LOG), now, decide(now, [now])
+    )
+    assert "not retrying: the same failure recurred at step 7" in text
     assert "set a smaller micro_tokens" in text
 
 
@@ -252,4 +242,4 @@ def test_an_incident_is_written_down_and_read_back():
 
 
 def test_a_decision_to_stop_has_nothing_else():
-    assert decide(incident(Kind.PROGRAM), []) == Decision(False, "an error in the program comes back every time")
+    assert decide(incident(Kind.PROGRAM), []) == Decision(False, "a program error recurs on every attempt")

@@ -314,6 +314,14 @@ BAD = {
             "job.yaml:7: phases.y: got nothing (null), expected a mapping",
         ],
     ),
+    "a phase that starts from one of an unknown recipe": (
+        "model: {path: org/m}\nphases:\n  stf: {data: {train: a.jsonl}}\n  sft: {data: {train: a.jsonl}}\n"
+        "  ppo: {data: {train: a.jsonl}, reward: stf, async: 2}\n",
+        [
+            'job.yaml:3: phases.stf.recipe: there is no recipe "stf"; did you mean sft?',
+            "job.yaml:5: phases.ppo.async: got 2, expected 0 or 1",
+        ],
+    ),
     "where a phase starts": (
         "model: {path: org/m}\nphases:\n  one: {recipe: sft, from: two, data: {train: a.jsonl}}\n"
         "  two: {recipe: sft, from: three, data: {train: a.jsonl}}\n"

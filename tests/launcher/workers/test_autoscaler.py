@@ -49,7 +49,7 @@ def test_a_gang_brings_its_machines_at_once_says_what_is_coming_and_they_go_when
     assert "sft: done; the model is in" in said
     file = str(growing.cluster.file)
     again = growing("resume", said.split()[0], "--step", "2", "--on", file).split()[0]
-    assert "sft: goes on after step 2" in growing("logs", "-f", again, "--on", file)
+    assert "sft: resuming after step 2" in growing("logs", "-f", again, "--on", file)
     until(lambda: growing.cluster.machines() == 0, lambda: growing.cluster.dashboard.nodes())
 
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from launcher.workers.errors import Kind
 from launcher.workers.exception_kinds import kind_of
-from launcher.workers.failures import Kind
 
 PEER = """
 import datetime, os, sys, time

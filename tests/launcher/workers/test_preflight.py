@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from launcher.driver.retry_policy import Incident, decide
 from launcher.workers import preflight
-from launcher.workers.failures import Incident, Kind, decide
+from launcher.workers.errors import Kind
 from launcher.workers.preflight import judge
 from training.group import results
 

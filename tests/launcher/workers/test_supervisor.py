@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from launcher.jobfile import job as jobs
-from launcher.workers.failures import Kind, Raised, WorkerDied
+from launcher.workers.errors import Kind, Raised, WorkerDied
 from launcher.workers.supervisor import WorkerSupervisor, apart, fork_server_here, has_fork_server
 from training.data.phase_data import open_stores
 from training.errors import InputError

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from launcher.workers.failures import Kind, NoMachines, WorkerError
+from launcher.workers.errors import Kind, NoMachines, WorkerError
 from training.config import Resources
 from training.errors import InputError, TrainingError
 from training.group import results

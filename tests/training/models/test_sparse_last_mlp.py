@@ -46,7 +46,7 @@ def learnt(lm, places, *, in_full=False):
     from torch.nn import functional
 
     from training.models.loading import TokenLoss
-    from training.roles.reward import scores
+    from training.models.scoring import scores
 
     ids, index, targets = micro(places)
     if hasattr(lm, "score"):

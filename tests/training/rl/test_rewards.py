@@ -188,7 +188,7 @@ def test_sequences_of_unlike_lengths_are_scored_as_each_alone():
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from training.roles.reward import score
+    from training.models.scoring import score
 
     torch.manual_seed(1)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -204,7 +204,7 @@ def test_sequences_of_unlike_lengths_are_scored_as_each_alone():
 def test_a_sequence_with_more_tokens_than_the_model_has_positions_is_refused():
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    from training.roles.reward import score
+    from training.models.scoring import score
 
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=12, num_labels=1, pad_token_id=0)
     lm = GPT2ForSequenceClassification(config).eval()
