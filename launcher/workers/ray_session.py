@@ -1,7 +1,7 @@
-"""A connection to Ray: to the cluster at RAY_ADDRESS, or to one of our own on this machine that ends with us.
+"""Connects to Ray: to the cluster at RAY_ADDRESS, or to an own instance on this machine that ends with this process.
 
-The processes of a Ray of our own hear no signal that is meant for the job: they have sessions of their own. If one of
-them ends all the same, `lost` says so at once, without asking Ray, and `restart` starts another Ray.
+The processes of an own instance run in separate sessions, so that signals for the job do not reach them. If one of them
+ends nevertheless, `lost` reports it immediately, without a call to Ray, and `restart` starts another instance.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from training.errors import MusterError, TrainingError
 _OBJECT_STORE_BYTES = 128 << 20
 """Calls carry metrics and file names; weights for a rollout group pass through in pieces of 32 MiB."""
 _LONGEST_FOLDER = 38
-"""Bytes: the paths of Ray's sockets begin with it and must fit in 107."""
+"""Bytes. The paths of Ray's sockets begin with the folder and may have 107 bytes."""
 _KEEP_IDLE_MS = 600_000
-"""Ray begins processes for actors when it starts, and by itself ends them after a second in which nobody needs them."""
+"""Ray starts processes for actors in advance, and by default ends them after one idle second."""
 _WITHOUT_GCS_S = 3600
-"""How long the rest of our own Ray lives on without its GCS (Ray's default: a minute): as long
-as saving a large model may take."""
+"""How long the rest of our own Ray survives without its GCS (Ray's default: a minute): as long as saving a large model
+may take."""
 _GCS, _RAYLET = "gcs_server", "raylet"
-"""Ray's own names of the two processes that it cannot do without."""
+"""Ray's names of its two essential processes."""
 
 
 @contextmanager
 def own_fork_server() -> Iterator[None]:
-    """A fork server for the length of the block, where Ray will be our own.
-    Its imports take as long as Ray's start: begin it before."""
+    """Run a fork server within the block if Ray will be an own instance.
+    Its imports take as long as Ray's start, so start it first."""
     if os.environ.get("RAY_ADDRESS"):
         yield
         return
@@ -52,7 +52,7 @@ def own_fork_server() -> Iterator[None]:
 
 @contextmanager
 def ray_session(num_workers: int) -> Iterator[None]:
-    """Be connected to Ray for the length of the block."""
+    """Connect to Ray within the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
@@ -67,7 +67,7 @@ def _joined(address: str) -> Iterator[None]:
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or token_file.exists()
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
     with _connected(
-        f"the Ray cluster at {address} does not let us in", "is RAY_AUTH_TOKEN its token?", address=address
+        f"cannot connect to the Ray cluster at {address}", "check that RAY_AUTH_TOKEN is its token", address=address
     ):
         yield
 
@@ -99,7 +99,7 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
 
 
 def _job_config() -> Any:
-    """Where Ray's workers find Muster's code. Ray itself would have them import from the working folder first.
+    """Set where Ray's workers import Muster's code from. By default Ray imports from the working folder first.
 
     `_client_job` is Ray's own switch against that (its client has it);
     a submitted job has a folder of its own, which Ray takes instead.
@@ -112,11 +112,11 @@ def _job_config() -> Any:
 
 @contextmanager
 def _processes_apart() -> Iterator[None]:
-    """In the block Ray starts each of its processes in a session of its own, and SIGTERM waits for the end of the
-    block: Ray's handlers, of which one aborts the process, are replaced by ours there. If the block fails, nothing of
-    Ray stays behind.
+    """Make Ray start each of its processes in a separate session within the block, and block SIGTERM until its end,
+    where our handlers replace those of Ray, one of which aborts the process. If the block fails, all processes of Ray
+    are killed.
 
-    Ray has no settings for that. The private names that this replaces are held by
+    Ray has no settings for that. The private names that this replaces are tested by
     tests/launcher/workers/test_ray_session.py.
     """
     from ray import _private
@@ -150,16 +150,15 @@ def _processes_apart() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Lost:
-    """What has ended of a Ray of our own."""
+    """The processes of our own Ray that have ended."""
 
     words: str
     workers_answer: bool
-    """Whether calls of workers are still answered: only the GCS is gone, which new workers need."""
+    """Whether workers still answer calls: only the GCS is gone, which new workers need."""
 
 
 class _OwnRay:
-    """A Ray of this process alone: bound to loopback, opened by a token nobody else has,
-    its files in a folder of its own."""
+    """A Ray instance for this process alone: bound to loopback, protected by a secret token, with a private folder."""
 
     def __init__(self, num_workers: int):
         self.num_workers = num_workers
@@ -171,7 +170,7 @@ class _OwnRay:
             folder = stack.enter_context(short_tempdir(_LONGEST_FOLDER))
             inside = f"{folder}/r"  # Ray opens its folder to everyone; the one around it is ours alone
             stack.enter_context(_environment(inside))
-            advice = f"is there room in {folder} and /dev/shm?"
+            advice = f"check the free space in {folder} and /dev/shm"
             stack.enter_context(_connected("Ray did not start on this machine", advice, **self._settings(inside)))
             self._processes = _processes_of_ray()
             self._running = stack.pop_all()
@@ -208,7 +207,7 @@ class _OwnRay:
 
 
 _own: _OwnRay | None = None
-"""The one of this process, if it has one: Ray itself is one connection a process."""
+"""The instance of this process, if it has one: Ray allows one connection per process."""
 
 
 @contextmanager
@@ -224,24 +223,24 @@ def _local(num_workers: int) -> Iterator[None]:
 
 
 def is_own() -> bool:
-    """Whether the Ray that this process is connected to is one of its own."""
+    """Return whether this process is connected to an own Ray instance."""
     return _own is not None
 
 
 def lost() -> Lost | None:
-    """What has ended of a Ray of our own, None while all of it lives, and of the Ray of others.
+    """Return what has ended of our own Ray instance; None while all of it runs, or if Ray is not ours.
     Asks the kernel, not Ray."""
     return None if _own is None else _own.lost()
 
 
 def check() -> None:
-    """Raises RayLost if something of a Ray of our own has ended: whatever asks Ray now would wait for ever."""
+    """Raises RayLost if a process of our own Ray has ended, since any call to Ray would now block forever."""
     if (found := lost()) is not None:
         raise RayLost(found.words)
 
 
 def restart() -> None:
-    """Start another Ray of our own in place of one that is lost. Raises NoMachines if that fails twice."""
+    """Start another Ray instance in place of a lost one. Raises NoMachines if that fails twice."""
     assert _own is not None
     _own.end()
     try:
@@ -250,11 +249,11 @@ def restart() -> None:
         try:
             _own.start()
         except (MusterError, OSError) as error:
-            raise NoMachines(f"Ray has ended and does not start again: {error}") from error
+            raise NoMachines(f"Ray ended and could not be restarted: {error}") from error
 
 
 def _processes_of_ray() -> dict[str, subprocess.Popen[bytes]]:
-    """The processes that `ray.init` has started and Ray cannot do without, by Ray's names."""
+    """Return the essential processes that `ray.init` started, by Ray's names."""
     from ray._private import worker
 
     node: Any = worker._global_node
@@ -264,13 +263,13 @@ def _processes_of_ray() -> dict[str, subprocess.Popen[bytes]]:
 
 @cache
 def _token() -> str:
-    """That nobody else has. One for the life of this process: Ray reads it once."""
+    """Return a secret token. It stays the same for this process, since Ray reads it once."""
     return secrets.token_hex(32)
 
 
 @contextmanager
 def _environment(folder: str) -> Iterator[None]:
-    """What Ray reads from the environment, for the length of the block."""
+    """Set the environment variables that Ray reads, within the block."""
     own: Mapping[str, str] = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": _token(),

@@ -101,7 +101,7 @@ def test_where_no_ray_starts_again_the_run_is_saved_and_can_be_resumed(run: Run,
     finally:
         subprocess.run(["umount", "--lazy", temporary], check=True)
         shutil.rmtree(temporary)
-    assert "Ray has ended and does not start again" in out
+    assert "Ray ended and could not be restarted" in out
     assert "Read-only file system" in out
     assert run.events("checkpoint")[-1]["step"] == run.steps[-1]["step"]
     monkeypatch.delenv("TMPDIR")
