@@ -7,6 +7,7 @@ The texts are those in the code: docstrings under fields, help texts of options,
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import textwrap
@@ -62,8 +63,10 @@ ENVIRONMENT = {
 }
 """Environment variables that Muster reads. Those that it sets for itself are not listed."""
 
-TRIED = Path(__file__).resolve().parents[1] / ".ci" / "tried.yaml"
+_ROOT = Path(__file__).resolve().parents[1]
+TRIED = _ROOT / ".ci" / "tried.yaml"
 """The sets of versions that the tests have passed with. It is in the checkout only, where these pages are generated."""
+OUR_PACKAGES = ("launcher", "training", "cluster")
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "peft", "datasets", "fsspec")
 """Those whose versions Muster bounds from above."""
 
@@ -85,6 +88,7 @@ def pages() -> dict[str, str]:
         "cluster.md": _clusters(),
         "commands.md": _commands(),
         "metrics.md": _metrics(),
+        "modules.md": _modules(),
         "versions.md": _versions(yaml.safe_load(TRIED.read_text(encoding="utf-8"))),
     }
     return {name: "\n".join(lines).rstrip() + "\n" for name, lines in made.items()}
@@ -336,6 +340,30 @@ def _plain_type(option: Any) -> str:
 
 
 # Metrics and events
+
+
+def _modules() -> Iterator[str]:
+    yield "# Modules\n"
+    yield _HEAD
+    yield "Each module with its first line. [architecture.md](../architecture.md) explains how they work together.\n"
+    for package in OUR_PACKAGES:
+        for folder in sorted({file.parent for file in (_ROOT / package).rglob("*.py")}):
+            name, files = folder.relative_to(_ROOT).as_posix(), sorted(folder.glob("[!_]*.py"))
+            if not files:
+                continue
+            yield f"## `{name}/`\n"
+            if said := _first_sentence(folder / "__init__.py"):
+                yield f"{said}\n"
+            yield "| module | |\n|---|---|"
+            for file in files:
+                yield f"| `{file.stem}` | {_first_sentence(file)} |"
+            yield ""
+
+
+def _first_sentence(file: Path) -> str:
+    """The first line of a module's docstring as a table shows it; some lines wrap."""
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split()).replace("|", "\\|")
 
 
 def _metrics() -> Iterator[str]:

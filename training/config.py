@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -465,19 +465,21 @@ class Phase(Settings):
         return []
 
     @property
-    def named_critic(self) -> str | None:
-        """The model that the settings name for the critic to start from."""
-        return None
+    def named_models(self) -> dict[str, str]:
+        """Models that settings beside `model` and the rewards name: a phase of this job, a run or a model folder, by
+        the key of the setting."""
+        return {}
 
     @property
     def critic_start(self) -> str | None:
         """The model that the critic starts from: the named one, else the first reward that is a model.
         None: the model of the phase."""
-        return self.named_critic or next((source.path for source in self.rewards if source.is_model), None)
+        reward = next((source.path for source in self.rewards if source.is_model), None)
+        return self.named_models.get("critic", reward)
 
-    def with_rewards(self, rewards: list[RewardSource], critic: str | None) -> Self:
-        """The phase with other `rewards` and `named_critic`; one that has none as it is."""
-        return self
+    def with_models(self, named: Mapping[str, str], rewards: list[RewardSource]) -> Self:
+        """The phase with other `named_models` and `rewards`."""
+        return self.model_copy(update=dict(named))
 
     @property
     def has_sized_groups(self) -> bool:
@@ -892,11 +894,11 @@ class PPO(Phase):
         ]
 
     @property
-    def named_critic(self) -> str | None:
-        return self.critic
+    def named_models(self) -> dict[str, str]:
+        return {"critic": self.critic} if self.critic else {}
 
-    def with_rewards(self, rewards: list[RewardSource], critic: str | None) -> Self:
-        return self.model_copy(update={"reward": rewards, "critic": critic})
+    def with_models(self, named: Mapping[str, str], rewards: list[RewardSource]) -> Self:
+        return self.model_copy(update={**named, "reward": rewards})
 
     def settings_without_effect(self) -> Iterator[tuple[str, str]]:
         yield from super().settings_without_effect()

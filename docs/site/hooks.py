@@ -3,17 +3,21 @@ scripts for offline use."""
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
 
+import mermaidx
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 from pymdownx.superfences import fence_code_format
 
+_LOG = logging.getLogger("mkdocs.hooks.diagrams")  # with --strict a warning ends the build
+_DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[([^\]]*)\]\((\.\./[^)\s]*)\)")
 
 
@@ -28,6 +32,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
     """A link to a file outside of docs/ leads to the repository; where `repo_url` is not set,
     it becomes the file's path."""
+    for diagram in _DIAGRAM.findall(markdown):
+        _check_diagram(diagram, page.file.src_uri)
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def outside(link: re.Match[str]) -> str:
@@ -52,6 +58,13 @@ def on_post_build(config: MkDocsConfig) -> None:
     assets = Path(config.site_dir, "assets")
     shutil.copy(str(files("mermaidx") / "assets/mermaid.js"), assets / "mermaid.js")
     shutil.copy(Path(__file__).with_name("worker_from_disk.js"), assets / "iframe-worker.js")
+
+
+def _check_diagram(diagram: str, page: str) -> None:
+    try:
+        mermaidx.render(diagram).svg()
+    except RuntimeError as error:
+        _LOG.warning("%s: a diagram is not valid: %s", page, error)
 
 
 def _expanded(nav: list, docs: Path) -> list:

@@ -1,5 +1,4 @@
-"""`muster chaos`: kills parts of a run at random, for drills. What a run survives it should have
-survived before it matters."""
+"""`muster chaos`: injects faults by killing random parts of a running job, to test recovery before it matters."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def drill(
     Raises InputError if the run is not running, or has no such victim.
     """
     if run.state() != "running":
-        raise InputError.of(run.address, f"is not running (it is {run.state()}); a drill needs a run at work")
+        raise InputError.of(run.address, f"is not running (it is {run.state()}); chaos needs a running job")
     chance = random.Random(seed)
     kill = _killer(run, victim)
     killed = 0
@@ -46,25 +45,25 @@ def drill(
 
 
 def _beyond_its_last_failure(run: RunFolder) -> bool:
-    """Whether that step is done: the same failure at the same step again is taken
-    for a fault of the program, and the run given up."""
+    """Return whether the step of the last failure is done: a second failure at the same step would
+    count as a program error and end the run."""
     failure = next((event for event in reversed(run.events()) if event["event"] == "incident"), None)
     return failure is None or any(row["step"] >= failure["step"] for row in run.metrics(failure["phase"])[-1:])
 
 
 def _killer(run: RunFolder, victim: Victim) -> Callable[[random.Random], str | None]:
-    """A function that kills one and says whom; None if there was nobody at that moment."""
+    """Return a function that kills one victim and returns its description, or None if there is none at that moment."""
     if victim == "driver":
         return lambda chance: _kill_driver(run)
     if address := os.environ.get("RAY_ADDRESS"):
         return lambda chance: _kill_through_ray(run, victim, chance, address)
     if victim == "node":
-        raise InputError.of("--kill", "this run has one machine; with RAY_ADDRESS a machine of its cluster is killed")
+        raise InputError.of("--kill", "this run has one machine; set RAY_ADDRESS to kill a machine of its cluster")
     return lambda chance: _kill_here(run, chance)
 
 
 def _workers(run: RunFolder) -> list[dict[str, Any]]:
-    """Those of the attempt under way; none while it gathers them."""
+    """Return the workers of the current attempt; empty while they start."""
     workers: list[dict[str, Any]] = []
     for event in run.events():
         if event["event"] in ("started", "incident"):
@@ -75,11 +74,11 @@ def _workers(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _kill_driver(run: RunFolder) -> str | None:
-    """The lock says which process it is, and on which machine: only one on this machine is killed."""
+    """Kill the driver that the lock file names. It must run on this machine."""
     words = (run.folder / LOCK).read_text().split()
     pid, host = int(words[1]), words[3]
     if host != os.uname().nodename or not psutil.pid_exists(pid):
-        raise InputError.of(run.address, f"its driver is process {pid} on {host}; run the drill there")
+        raise InputError.of(run.address, f"its driver is process {pid} on {host}; run this command there")
     os.kill(pid, signal.SIGKILL)
     return f"the driver, process {pid}"
 

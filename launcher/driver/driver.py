@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says of a run beside the job."""
+    """Options of a run that the command line gives beside the job."""
 
     inline: bool
     only: str | None
@@ -61,10 +61,10 @@ def run_job(
     only: str | None = None,
     preflight: bool = True,
 ) -> ExitStatus:
-    """Run a job to its end, or go on with it; returns the exit status. `only`: that phase alone; `preflight`: whether
-    machines are looked at before the first step.
+    """Run a job to its end, or resume it; returns the exit status. `only`: run that phase alone; `preflight`: check the
+    machines before the first step.
 
-    Raises InputError before a run folder is touched or a worker is started, TrainingError if there is no Ray to be had.
+    Raises InputError before a run folder is touched or a worker is started, TrainingError if Ray cannot be started.
     """
     open_run.check(job, resume_options, only)
     recorded = open_run.recorded_commits(job)
@@ -91,16 +91,16 @@ def _note_output(run: OpenRun, stream: str, error: str) -> None:
 
 
 class Prepared(NamedTuple):
-    """The data of a phase."""
+    """The prepared data of a phase."""
 
     folder: Path
-    """Of the tokenized training samples."""
+    """The folder of the tokenized training samples."""
     damage: list[str]
-    """What was wrong with tokenized data that were made anew."""
+    """What was wrong with tokenized data that had to be rebuilt."""
 
 
 def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline: bool) -> dict[str, Prepared]:
-    """Data and Ray: Ray's start is mostly waiting, so the data are prepared meanwhile. Returns what `prepare` does."""
+    """Prepare the data while Ray starts, which is mostly waiting. Returns what `prepare` returns."""
     if inline:
         return prepare(job, commits)
     from launcher.workers.ray_session import own_fork_server, ray_session
@@ -114,14 +114,14 @@ def _get_ready(job: Job, commits: Mapping[str, str], stack: ExitStack, *, inline
 
 
 def _sweep_stores() -> None:
-    """What was begun of a store by a process that had to end before."""
+    """Remove unfinished token stores of processes that ended early."""
     from training.data.token_store import sweep_unfinished
 
     sweep_unfinished(cache_folder())
 
 
 def _list_bad_rows(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
-    """Rows that were dropped, in the folder of their phase."""
+    """Copy the list of dropped rows into the folder of their phase."""
     for phase, (folder, _) in prepared.items():
         if (folder / BAD_ROWS).exists():
             run.phase(phase).mkdir(exist_ok=True)
@@ -135,8 +135,7 @@ def _note_damage(run: OpenRun, prepared: Mapping[str, Prepared]) -> None:
 
 
 def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
-    """Begin a call in a thread that ends with the process; returns what waits for it
-    and gives its result or raises its error."""
+    """Start a call in a daemon thread. Returns a function that waits for its result, or raises its error."""
     results: list[Result] = []
     errors: list[BaseException] = []
 
@@ -166,7 +165,7 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
     meter = Budget(run.folder, job.max_hours, job.max_cost, files=run.files)
     try:
         if meter.reached:
-            raise InputError.of(run.address, f"{meter.reached}; raise the limit to go on")
+            raise InputError.of(run.address, f"{meter.reached}; raise the limit to resume")
         wanted = [name for name in _unfinished(run, job) if how.only in (None, name)]
         if wanted and (finished := [name for name in job.phases if name in run.finished_phases()]):
             say(f"finished phases: {', '.join(finished)}; to run: {', '.join(wanted)}")
@@ -174,11 +173,11 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
     except KeyboardInterrupt:
         with suppress(StorageError):
             run.event("interrupted", orderly=False)
-        say(f"stopped at once; `muster resume {run.address}` goes on from the last checkpoint")
+        say(f"stopped immediately; resume from the last checkpoint with `muster resume {run.address}`")
         return after_signal(interrupts.number)
     except (MusterError, OSError) as error:
         _record_failure(run, error)
-        say(f"{job.name} failed\n{error}\nwhen that is mended, `muster resume {run.address}` goes on")
+        say(f"{job.name} failed\n{error}\nFix this, then resume with `muster resume {run.address}`")
         if isinstance(error, NoMachines):
             return ExitStatus.TRY_AGAIN
         return ExitStatus.INVALID_INPUT if isinstance(error, InputError) else ExitStatus.FAILED
@@ -189,18 +188,19 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
     _record_end(run, job, rest, stopped=not done)
     if not done and meter.reached and not interrupts.requested:
         say(
-            f"stopped and saved: {meter.reached}; `muster resume {run.address} max_hours=...` or `max_cost=...` goes on"
+            f"stopped and saved: {meter.reached}; resume with `muster resume {run.address} max_hours=...` or "
+            "`max_cost=...`"
         )
         return ExitStatus.LIMIT_REACHED
     if done and rest:
         say(f"{how.only} is finished; `muster resume {run.address}` runs the remaining phases: {', '.join(rest)}")
     elif not done:
-        say(f"stopped; `muster resume {run.address}` goes on")
+        say(f"stopped; resume with `muster resume {run.address}`")
     return ExitStatus.DONE if done else after_signal(interrupts.number)
 
 
 def _record_end(run: OpenRun, job: Job, rest: list[str], *, stopped: bool) -> None:
-    """`rest`: the phases that are not finished. Without `stopped` they were left out by --only."""
+    """Record how the run ended. `rest`: the phases that are not finished; unless `stopped`, --only excluded them."""
     if stopped:
         run.event("interrupted")
     elif rest:
@@ -215,11 +215,11 @@ def _record_failure(run: OpenRun, error: Exception) -> None:
 
 
 def prepare(job: Job, commits: Mapping[str, str] | None = None, *, apart: bool = False) -> dict[str, Prepared]:
-    """Check and tokenise the data of every phase, once; returns them by phase. Also examine its models.
-    Raises InputError with all that is wrong with any of them.
+    """Check and tokenize the data of every phase once; returns them by phase. Also examines the models.
+    Raises InputError with every problem of any of them.
 
-    `commits`: of what is on the Hugging Face hub; see revisions.py. `apart`: not in this process, if there is another
-    that has imported what it takes; which is seconds, and 0.3 GiB.
+    `commits`: the commits of sources on the Hugging Face hub; see hub_revisions.py. `apart`: use a fork of the fork
+    server, if there is one, which has the imports already; that saves seconds, and 0.3 GiB in this process.
     """
     from training.data import questions
     from training.data.phase_data import prepare_phase as prepare_data
@@ -288,7 +288,7 @@ def _run_phase(
                     run.event("limit_reached", phase=name, what=meter.reached)
                     return False
                 run.event("moved", phase=name, why=gang.why_moved)
-                progress.say(f"{name}: saved; {gang.why_moved}, so the workers are gathered anew")
+                progress.say(f"{name}: saved; {gang.why_moved}; restarting the workers")
             run.start_next_attempt()
     run.event("phase_finished", phase=name, checkpoint=str(last), model=str(run.model(name)))
     progress.say(f"{name}: done; the model is in {run.model(name)}")
@@ -298,7 +298,7 @@ def _run_phase(
 def _attempt(
     run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: WorkerSet, *, preflight: bool
 ) -> StoragePath | None:
-    """One attempt at a phase, from its newest checkpoint: its last checkpoint, None if it was stopped before."""
+    """Run one attempt of a phase from its newest checkpoint. Returns its last checkpoint, or None if it was stopped."""
     with gang.attempt(run.phase(name) / "logs" / f"attempt-{run.attempt}") as groups:
         run.event("workers", phase=name, workers=gang.members())
         hooks.meter.begin(gang.price())
@@ -316,7 +316,7 @@ def _attempt(
 
 
 def _room_for_two(phase: Phase) -> int:
-    """Bytes of two checkpoints, the one that is kept until the next is whole; 0 if the model is not known yet."""
+    """Return the bytes of two checkpoints: one is kept until the next is complete. 0 if the model is not known yet."""
     from launcher.plan import plan
 
     try:
@@ -326,8 +326,8 @@ def _room_for_two(phase: Phase) -> int:
 
 
 def with_its_start(phase: Phase, run: RunFolder) -> Phase:
-    """The phase with the model of the phase that it starts from, the tokenizer that its data was checked with, and the
-    commits of the Hugging Face hub that the run uses."""
+    """Return the phase with the model of the phase that it starts from, the tokenizer that its data was checked with,
+    and the commits of the Hugging Face hub that the run uses."""
     phase = hub_revisions.with_commits(phase, run.commits())
     if phase.starts_from_phase:
         assert phase.from_ is not None
@@ -338,7 +338,7 @@ def with_its_start(phase: Phase, run: RunFolder) -> Phase:
 
 
 def _with_its_rewards(phase: Phase, run: RunFolder) -> Phase:
-    """The models of earlier phases in place of their names; the critic starts from a reward model, if there is one."""
+    """Replace names of earlier phases by their models; the critic starts from a reward model, if there is one."""
 
     def folder(path: str) -> str:
         return path if "/" in path else str(run.model(path))
@@ -347,8 +347,10 @@ def _with_its_rewards(phase: Phase, run: RunFolder) -> Phase:
         source.model_copy(update={"path": folder(source.path)}) if source.is_model else source
         for source in phase.rewards
     ]
-    critic = folder(phase.critic_start) if phase.critic_start else phase.model.path
-    return phase.with_rewards(rewards, critic)
+    named = {key: folder(path) for key, path in phase.named_models.items()}
+    if "critic" in RECIPES[phase.recipe].roles:
+        named["critic"] = folder(phase.critic_start) if phase.critic_start else phase.model.path
+    return phase.with_models(named, rewards)
 
 
 def _export(group: Group, checkpoint: StoragePath, out: StoragePath) -> None:

@@ -43,7 +43,7 @@ def pass_on(phase: Phase) -> None:
 def _models(phase: Phase) -> Iterator[Model]:
     """Those whose configuration is on this machine, or to be had from the hub at once."""
     rewards = (source.path for source in phase.rewards if source.is_model)
-    paths = [phase.model.path, phase.named_critic or "", *rewards]
+    paths = [phase.model.path, *phase.named_models.values(), *rewards]
     for path in dict.fromkeys(base_of(path) for path in paths if path):
         revision = phase.model.revision if path == phase.model.path else None
         if on_hub(path):

@@ -1,6 +1,7 @@
-"""Beginning to work on a run: alone, in a folder that holds this job and nothing else.
+"""Opens a run for writing: exclusively, in a folder that holds this job and nothing else.
 
-One process works on a run at a time: in a folder a lock says which, in a bucket the claim of the latest attempt.
+One process works on a run at a time. In a local folder a lock ensures that; in a bucket, the claim of the latest
+attempt.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ from training.io.versions import MUSTER, versions_of
 from training.storage import StoragePath, is_remote, open_storage
 
 _LOCK_S = 2.0
-"""How long a lock is tried to be taken."""
+"""How long to wait for a lock."""
 
 
 class OpenRun(RunFolder):
-    """A run that this process works on: what happens is written down."""
+    """A run that this process writes to."""
 
     def __init__(self, folder: Path, attempt: int, lock: IO[str], remote: StoragePath | None = None):
         super().__init__(folder, remote)
@@ -59,7 +60,7 @@ class OpenRun(RunFolder):
         self._mirror = None if remote is None else Mirror(folder, remote, Claim(remote / CLAIMS, attempt))
 
     def start_next_attempt(self) -> None:
-        """Begin the next attempt in this process, after one that has failed or was to move. Raises Superseded."""
+        """Start the next attempt in this process, after one failed or moved to other workers. Raises Superseded."""
         if self.remote is not None and self._mirror is not None:
             self._mirror.claim = Claim(self.remote / CLAIMS, self.attempt + 1)
         self.attempt += 1
@@ -73,17 +74,17 @@ class OpenRun(RunFolder):
             self._mirror.wake()
 
     def events(self) -> list[dict[str, Any]]:
-        """Also those that cannot be written at the moment."""
+        """Return all events, including those that cannot be written at the moment."""
         return list(self._events)
 
     def flush(self) -> None:
-        """Make sure that what was written is where the run is kept. Raises StorageError, OSError, Superseded."""
+        """Write everything to where the run is stored. Raises StorageError, OSError, Superseded."""
         self.files.flush()
         if self._mirror is not None:
             self._mirror.flush()
 
     def close(self) -> None:
-        """Raises as `flush` does, if the rest could not be copied to where the run is kept."""
+        """Flush and release the lock. Raises as `flush` does if the rest cannot be written."""
         try:
             self.files.flush()
             if self._mirror is not None:
@@ -94,19 +95,19 @@ class OpenRun(RunFolder):
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeOptions:
-    """How to go on with a run, beyond going on where it stopped."""
+    """Options of resuming a run, other than from where it stopped."""
 
     rewind: Mapping[str, int] = field(default_factory=dict)
-    """Steps to take phases back to; 0 is the beginning."""
+    """Step to rewind each phase to; 0 is its beginning."""
     accept_changes: bool = False
-    """Go on though the job or its data are no longer what the checkpoints were trained on."""
+    """Resume even if the job or its data differ from what the checkpoints were trained on."""
 
 
 def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, int]:
-    """What it takes to go on from a checkpoint: its phase (None: the last that has any) there,
-    later ones at their beginning.
+    """Return the step to rewind each phase to, in order to resume from a checkpoint: its phase (None: the last one with
+    checkpoints) to that step, later phases to their beginning.
 
-    Raises InputError if there is no such phase or checkpoint, or the checkpoint has no optimizer state any more.
+    Raises InputError if there is no such phase or checkpoint, or if the checkpoint no longer has optimizer state.
     """
     name = phase_with_checkpoints(run, phase)
     checkpoints = Checkpoints(run.checkpoints(name))
@@ -118,17 +119,17 @@ def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, 
         steps = ", ".join(str(step_of(each)) for each in resumable) or "none"
         raise InputError.of(
             str(folder),
-            "has its weights alone (checkpoint.keep_weights), to generate, evaluate and export from; a run cannot be "
-            f"resumed from it. {name} can be resumed at: {steps}",
+            "has weights only (checkpoint.keep_weights): it can be used to generate, evaluate and export, but not to "
+            f"resume a run. {name} can be resumed at: {steps}",
         )
     names = list(run.job().phases)
     return {name: step, **dict.fromkeys(names[names.index(name) + 1 :], 0)}
 
 
 def begin(job: Job, start_next_attempt: ResumeOptions = ResumeOptions()) -> OpenRun:
-    """Make the run folder of a job, or go on in the one it has.
+    """Create the run folder of a job, or open the one it has.
 
-    Raises InputError as `check` does, and if the folder cannot be written or is being worked on.
+    Raises InputError as `check` does, and if the folder cannot be written or another process uses it.
     """
     check(job, start_next_attempt)
     remote = open_storage(_address(job)) if is_remote(job.storage) else None
@@ -161,7 +162,7 @@ def _begin(held: RunFolder, job: Job, lock: IO[str], start_next_attempt: ResumeO
 
 
 def _versions() -> dict[str, str]:
-    """Of the packages that the result may hang on, here; preflight sees to it that all workers have the same."""
+    """Return the installed versions of packages that affect the result; preflight checks that all workers match."""
     packages = (MUSTER, "torch", "deepspeed", "transformers", "peft", "ray")
     return {"python": platform.python_version(), **versions_of(packages)}
 
@@ -171,9 +172,9 @@ def _changes(held: RunFolder, job: Job) -> list[str]:
 
 
 def check(job: Job, start_next_attempt: ResumeOptions = ResumeOptions(), only: str | None = None) -> None:
-    """Raises InputError if the run folder of a job holds something else, another job or a finished run. Writes nothing.
+    """Raises InputError if the run folder of a job holds other files, a different job or a finished run. Read-only.
 
-    So it does if `only` that phase is to be run and it is none, is finished, or starts from one that is not.
+    `only`: the one phase to run. Raises InputError if it does not exist, is finished, or starts from an unfinished one.
     """
     address = _address(job)
     finished: set[str] = set()
@@ -192,7 +193,7 @@ def check(job: Job, start_next_attempt: ResumeOptions = ResumeOptions(), only: s
 
 
 def recorded_commits(job: Job) -> dict[str, str]:
-    """What `RunFolder.commits` says of the run of a job; empty if it has not begun."""
+    """Return `RunFolder.commits` of the run of a job; empty if it has not started."""
     address = _address(job)
     with told_as_input(address):
         if not is_remote(address):
@@ -204,13 +205,16 @@ def recorded_commits(job: Job) -> dict[str, str]:
 def _refuse_phase(job: Job, only: str, finished: set[str]) -> None:
     if only not in job.phases:
         raise InputError.of(
-            "--only", f"there is no phase {only}{did_you_mean(only, job.phases)}; there are {', '.join(job.phases)}"
+            "--only",
+            f"there is no phase {only}{did_you_mean(only, job.phases)}; the phases are {', '.join(job.phases)}",
         )
     if only in finished:
-        raise InputError.of("--only", f"{only} is finished; go back with `muster resume RUN --step N --phase {only}`")
+        raise InputError.of("--only", f"{only} is finished; rewind it with `muster resume RUN --step N --phase {only}`")
     phase = job.phases[only]
     if phase.starts_from_phase and phase.from_ not in finished:
-        raise InputError.of("--only", f"{only} starts from {phase.from_}, which is not finished; run that first")
+        raise InputError.of(
+            "--only", f"{only} starts from {phase.from_}, which is not finished; run {phase.from_} first"
+        )
 
 
 def _address(job: Job) -> str:
@@ -218,7 +222,7 @@ def _address(job: Job) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file such that a full disk or a crash leaves the old one."""
+    """Replace a file atomically: after a full disk or a crash the old one is intact."""
     beside = path.with_name(f".{path.name}")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
@@ -229,7 +233,7 @@ def _refuse_others(held: RunFolder, job: Job, start_next_attempt: ResumeOptions)
         if strangers := sorted(name for name in held.root.children() if name not in (LOCK, f".{JOB}", CLAIMS)):
             raise InputError.of(
                 held.address,
-                f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose another name or "
+                f"not a run folder, and not empty (it holds {', '.join(strangers[:3])}); choose a different name or "
                 "storage",
             )
         return
@@ -240,21 +244,20 @@ def _refuse_others(held: RunFolder, job: Job, start_next_attempt: ResumeOptions)
     if not start_next_attempt.accept_changes and (changes := _changes(held, job)):
         raise InputError.of(
             held.address,
-            "this run folder holds another job; choose another `name:`, remove the folder, or go on with it all the "
-            "same: "
-            "`muster resume RUN --accept-changes key=value ...`. What differs:\n  " + "\n  ".join(changes),
+            "this run folder belongs to a different job; choose a different `name:`, remove the folder, or resume it "
+            "with the changes: "
+            "`muster resume RUN --accept-changes key=value ...`. Differences:\n  " + "\n  ".join(changes),
         )
     if is_over:
         raise InputError.of(
             held.address,
-            "this run is finished; choose another `name:`, remove the folder to run it again, or go back with "
+            "this run is finished; choose a different `name:`, remove the folder to run it again, or rewind it with "
             "`muster resume RUN --step N`",
         )
 
 
 def _refuse_overrides_of(finished: set[str], held: RunFolder, job: Job) -> None:
-    """Raises InputError for settings from the command line that change nothing but phases
-    which will not be run again."""
+    """Raises InputError for settings from the command line that change only phases which are finished."""
     before = {name: phase.model_dump(by_alias=True) for name, phase in held.job().phases.items()}
     after = {name: phase.model_dump(by_alias=True) for name, phase in job.phases.items()}
     problems = []
@@ -264,14 +267,14 @@ def _refuse_overrides_of(finished: set[str], held: RunFolder, job: Job) -> None:
         changed = {name for name in names if value_at(before.get(name), inside) != value_at(after[name], inside)}
         if changed and changed <= finished:
             name = min(changed, key=list(after).index)
-            told = f"the phase {name} is finished; `muster resume RUN --step N --phase {name}` goes back into it"
-            problems.append(Problem("command line", dotted(path), f"has no effect: {told}"))
+            reason = f"the phase {name} is finished; rewind it with `muster resume RUN --step N --phase {name}`"
+            problems.append(Problem("command line", dotted(path), f"has no effect: {reason}"))
     if problems:
         raise InputError(problems)
 
 
 def _from_command_line(job: Job) -> Iterator[KeyPath]:
-    """The settings of phases, and those for all phases, that were given there."""
+    """Yield the settings of phases and the shared ones that were given on the command line."""
     for path, value in yaml_with_lines.paths(job.document.data):
         of_phases = path[0] in SHARED or (path[0] == "phases" and len(path) > 2)
         if of_phases and not isinstance(value, dict | list) and job.document.lines.get(path) == COMMAND_LINE:
@@ -279,14 +282,14 @@ def _from_command_line(job: Job) -> Iterator[KeyPath]:
 
 
 def _take_lock(path: Path) -> IO[str]:
-    """For its owner alone: whoever may read a file may lock it."""
+    """Take the lock of a run. The file is private to its owner, since anyone who can read a file can lock it."""
     lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
     with suppress(PermissionError):  # somebody else's, who lets us write it
         os.fchmod(lock.fileno(), 0o600)
     if not _locked(lock):
         holder = lock.read().strip()
         lock.close()
-        raise InputError.of(str(path.parent), f"this run is being worked on by {holder}")
+        raise InputError.of(str(path.parent), f"this run is in use by {holder}")
     lock.seek(0)
     lock.truncate()
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -295,7 +298,7 @@ def _take_lock(path: Path) -> IO[str]:
 
 
 def _locked(lock: IO[str]) -> bool:
-    """Whether it could be taken, within a time: `muster status` holds it for a moment."""
+    """Try to take a lock for a short while, since `muster status` holds it briefly. Returns whether that worked."""
     deadline = time.monotonic() + _LOCK_S
     while True:
         try:

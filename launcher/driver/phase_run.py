@@ -1,4 +1,4 @@
-"""One phase of a run while it is driven: where its metrics and events go, when it should stop."""
+"""Hooks of one running phase: they record its metrics and events and decide when it stops."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from training.phase_info import PhaseInfo
 from training.storage import StoragePath
 
 _NEARLY_FULL = 0.95
-"""Of a GPU's memory: above it a warning is due."""
+"""Fraction of a GPU's memory above which a warning is given."""
 _NOT_FOR_TRACKERS = ("step", "attempt", "workers")
 
 
 class PhaseRun:
-    """What a recipe's driver is offered while it runs one phase (the `Hooks` of training/recipes)."""
+    """The hooks that a recipe's driver calls while it runs one phase (`Hooks` of training/drivers/hooks.py)."""
 
     def __init__(
         self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Budget, progress: PhaseProgress,
@@ -83,7 +83,9 @@ class PhaseRun:
     def paces(self, seconds_a_token: Sequence[float]) -> None:
         for rank, times in self.stragglers.look(seconds_a_token).items():
             machine = self.gang.members()[rank]["machine"]
-            self.warn(f"worker {rank} on {machine} takes {times:.1f} times as long as the others, who wait for it")
+            self.warn(
+                f"worker {rank} on {machine} is {times:.1f} times as slow as the other workers, which wait for it"
+            )
 
     def gpus_full(self, fractions: Sequence[float]) -> None:
         for rank, fraction in enumerate(fractions):
@@ -91,8 +93,8 @@ class PhaseRun:
                 self.told_full.add(rank)
                 machine = self.gang.members()[rank]["machine"]
                 self.warn(
-                    f"worker {rank} on {machine} has taken {fraction:.0%} of its GPU's memory; a longer batch may not "
-                    "fit: smaller micro_tokens, gradient_checkpointing or a higher sharding.stage give room"
+                    f"worker {rank} on {machine} uses {fraction:.0%} of its GPU's memory; a longer batch may run out "
+                    "of memory. Lower micro_tokens, set gradient_checkpointing, or raise sharding.stage"
                 )
 
     def warn(self, what: str) -> None:
@@ -102,12 +104,12 @@ class PhaseRun:
     def event(self, kind: str, **fields: Any) -> None:
         self.run.event(kind, phase=self.name, **fields)
         if kind == "checkpoint_damaged":
-            self.progress.say(f"{fields['finding']}; looking at the one before")
+            self.progress.say(f"{fields['finding']}; trying the previous checkpoint")
         elif kind == "checkpoint_set_aside":
-            self.progress.say(f"{self.name}: the checkpoint of step {fields['step']} is set aside")
+            self.progress.say(f"{self.name}: set aside the checkpoint of step {fields['step']}")
         elif kind == "save_failed":
             self.progress.say(
-                f"the checkpoint of step {fields['step']} was not saved ({fields['error']}); trying once more"
+                f"saving the checkpoint of step {fields['step']} failed ({fields['error']}); retrying once"
             )
         elif kind == "checkpoint":
             self.saved_step = fields["step"]
@@ -118,12 +120,12 @@ class PhaseRun:
                 f"{fields['table']}"
             )
         elif kind == "profile_failed":
-            self.progress.say(f"{self.name}: there is no profile {{steps: {fields['steps']}}}: {fields['error']}")
+            self.progress.say(f"{self.name}: profile {{steps: {fields['steps']}}} failed: {fields['error']}")
         elif kind == "reached":
-            self.progress.say(f"{self.name}: ends after step {fields['step']}: {fields['what']}")
+            self.progress.say(f"{self.name}: stopping after step {fields['step']}: {fields['what']}")
         elif kind == "restored":
             self.step = self.saved_step = fields["step"]
-            self.progress.say(f"{self.name}: goes on after step {fields['step']}")
+            self.progress.say(f"{self.name}: resuming after step {fields['step']}")
 
     def flush(self) -> None:
         self.run.flush()
@@ -131,7 +133,7 @@ class PhaseRun:
     def started(self, info: PhaseInfo, step: int, *, evaluates: bool = False) -> None:
         for note in info.notes:
             self.progress.say(f"{self.name}: {note}")
-        more = ", Liger's kernels" if info.kernels == "liger" else ""
+        more = ", Liger kernels" if info.kernels == "liger" else ""
         more += ", activations recomputed" if info.recomputes else ""
         self.progress.say(
             f"{self.name}: {info.num_parameters:,} parameters, {info.dtype} on {info.device}, {info.attention} "
@@ -151,7 +153,7 @@ class PhaseRun:
         self.progress.start(info.total_steps, step)
 
     def _note_plan(self, info: PhaseInfo) -> None:
-        """For `muster status`. Machines or models that nobody knows have no plan."""
+        """Record the plan for `muster status`. Unknown machines or models have no plan."""
         members = self.gang.members()
         fullest = max(Counter(member["machine"] for member in members).values())
         try:
@@ -160,13 +162,13 @@ class PhaseRun:
         except InputError:
             return
         except Exception as error:  # a defect of the plan is no reason to stop the training
-            self.warn(f"no plan can be made of this phase ({error!r})")
+            self.warn(f"this phase cannot be planned ({error!r})")
             return
         self.event("planned", **expected)
 
     def _forget_after(self, step: int, *, evaluates: bool) -> float:
-        """Drop what was written of steps that will be done again: the file is the curve,
-        each step in it once. Returns their seconds."""
+        """Remove the rows of steps that will be repeated, so that the file has each step once.
+        Returns the seconds that those steps took."""
         forgotten_s = 0.0
         self.run.files.flush()
         for path in (self.folder / run_folder.METRICS, self.folder / run_folder.SAMPLES):
@@ -189,15 +191,15 @@ class PhaseRun:
             return
         self.event("quota_exceeded", quota=self.job.checkpoint_quota, bytes=excess)
         self.progress.say(
-            f"{self.name}: checkpoint_quota {self.job.checkpoint_quota} cannot be kept: the checkpoints that must stay "
-            f"and the next one take {excess / 1e9:,.2f} GB more"
+            f"{self.name}: checkpoint_quota {self.job.checkpoint_quota} is exceeded: the checkpoints that must be kept "
+            f"and the next one need {excess / 1e9:,.2f} GB more"
         )
 
     def save_requested(self, step: int) -> bool:
         if (identity := save_request.take(self.run)) is None:
             return False
         self.event("save_requested", step=step, id=identity)
-        self.progress.say(f"{self.name}: saves step {step}, as `muster save` asks")
+        self.progress.say(f"{self.name}: saving step {step}, as requested by `muster save`")
         return True
 
     def clock(self) -> float:
@@ -208,7 +210,7 @@ class PhaseRun:
         return self.interrupts.requested or self.meter.reached is not None or self.gang.reason_to_move() is not None
 
     def step_in_hand(self) -> int:
-        """The step that was under way at last; the one that is done if none was."""
+        """Return the step in progress, or the last finished step if there is none."""
         return max(self.step + 1, self.gang.step_in_hand()) if self.training else self.step
 
     def close(self) -> None:

@@ -1,5 +1,4 @@
-"""What happens in a phase after a failure: recorded, decided, reported and waited for.
-The decision itself is launcher/driver/retry_policy.py."""
+"""Handles the failures of a phase: records them, reports the decision of retry_policy.py and waits before a retry."""
 
 from __future__ import annotations
 
@@ -15,19 +14,19 @@ from training.errors import Diverged, InputError, MusterError, Superseded, Train
 
 
 class GaveUp(TrainingError):
-    """A phase that is not tried again, in the words that the person has read."""
+    """A phase failed and is not retried. The message describes the failure for the user."""
 
 
 class Recovery:
-    """The failures of one phase of a run, those of earlier attempts included."""
+    """The failures of one phase of a run, including those of earlier attempts."""
 
     def __init__(self, run: OpenRun, name: str, phase: Phase, say: Callable[[str], None]):
         self.run, self.name, self.phase, self.say = run, name, phase, say
         self.past = incidents(run.events(), name)
 
     def after(self, error: MusterError, *, step: int, checkpoint: int) -> Decision:
-        """What to do after a failure, once it is time to. Raises GaveUp,
-        or the error itself where there is nothing to judge."""
+        """Decide what to do after a failure, and wait before a retry. Raises GaveUp if there is none,
+        or the error itself if it is not a failure to recover from."""
         if isinstance(error, InputError | Superseded | NoMachines):
             raise error
         # An attempt that fails before it has found the checkpoint has not lost it.
@@ -46,7 +45,7 @@ class Recovery:
         return decision
 
     def skipped(self) -> frozenset[int]:
-        """Steps whose batches are not trained on."""
+        """Return the steps whose batches are skipped."""
         return frozenset(
             event["skip"]
             for event in self.run.events()
@@ -55,7 +54,7 @@ class Recovery:
 
 
 def incidents(events: Iterable[Mapping[str, Any]], phase: str) -> list[Incident]:
-    """What a run has written down of a phase's failures since a person last started it, oldest first."""
+    """Return the recorded failures of a phase since the user last started the run, oldest first."""
     found: list[Incident] = []
     for event in events:
         if event["event"] == "started" and not event.get("by_itself"):

@@ -1,4 +1,4 @@
-"""What Ctrl-C, SIGTERM and a closed terminal mean: for every command from its first moment on, and while a job runs."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP (a closed terminal) for every command from its start, and while a job runs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _last = signal.SIGINT
 
 
 def status() -> int:
-    """The exit status of this command, which a KeyboardInterrupt has ended."""
+    """Return the exit status of a command that a KeyboardInterrupt ended."""
     return after_signal(_last)
 
 
 def exit_on_signals() -> None:
-    """From here on signals end this process at once, with the status that says so.
-    For the time when nothing is begun yet."""
+    """Make signals end this process immediately, with the exit status of the signal.
+    For the time before anything has started."""
     _handle(lambda number, frame: os._exit(after_signal(number)))
 
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """In the block every signal that asks for the end raises KeyboardInterrupt."""
+    """Make every signal that requests the end raise KeyboardInterrupt within the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -44,8 +44,8 @@ def raised() -> Iterator[None]:
 
 
 def _handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
-    """Have signals handled; not a hang-up if whoever started us wants that ignored (nohup).
-    Returns the handlers before."""
+    """Install a handler for all signals, except SIGHUP if it is ignored already (nohup).
+    Returns the previous handlers."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     numbers = [number for number in _NUMBERS if number != signal.SIGHUP or not ignores_hangup]
     return {number: signal.signal(number, handler) for number in numbers}
@@ -62,16 +62,16 @@ def _remember(number: int) -> None:
 
 
 class Interrupts:
-    """What Ctrl-C, SIGTERM and SIGHUP do for the length of a `with` block.
+    """Handles Ctrl-C, SIGTERM and SIGHUP within a `with` block.
 
-    While a phase trains, the first asks for an orderly end and a second Ctrl-C ends at once; at other times the first
-    does, since there is nothing to save. Once the end has begun, nothing interrupts the tidying up.
+    While a phase trains, the first signal requests a graceful stop, and a second Ctrl-C stops immediately. At other
+    times the first one stops immediately, since there is nothing to save. The final cleanup is not interrupted.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.number = 0
-        """The signal that asked."""
+        """The signal that requested the stop."""
         self.training = False
         self._ending = False
 
@@ -84,7 +84,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def end(self) -> None:
-        """From here on there is only tidying up."""
+        """Ignore signals from now on, since only cleanup is left."""
         self._ending = True
 
     def _received(self, number: int, frame: FrameType | None) -> None:
@@ -96,5 +96,8 @@ class Interrupts:
         if not self.requested:
             # Not by print: the main thread may be in the middle of one, and that cannot be entered twice.
             with suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping: the step in hand is finished and saved; Ctrl-C again to stop at once\n")
+                os.write(
+                    2,
+                    b"\nstopping once the current step is saved; press Ctrl-C again to stop immediately\n",
+                )
         self.requested, self.number = True, number

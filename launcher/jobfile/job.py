@@ -453,7 +453,7 @@ def _template_problem(template: str) -> str | None:
 def _judging_models(phase: Phase) -> Iterator[tuple[str, str]]:
     """Folders of reward models, and of what the critic starts from."""
     named = [("reward", source.path) for source in phase.rewards if source.is_model]
-    for key, path in [*named, *([("critic", phase.named_critic)] if phase.named_critic else [])]:
+    for key, path in [*named, *phase.named_models.items()]:
         if os.path.isabs(path):
             yield key, path
 

@@ -185,16 +185,16 @@ class _Drafting:
                 "eval": phase.eval and self.anchored_questions(phase.eval),
             }
         )
-        return self.with_anchored_rewards(anchored, valid)
+        return self.with_anchored_models(anchored, valid)
 
-    def with_anchored_rewards(self, phase: Phase, valid: dict[str, Phase]) -> Phase:
-        """The phase with absolute paths of rewards and critic; phases of this job keep their names."""
+    def with_anchored_models(self, phase: Phase, valid: dict[str, Phase]) -> Phase:
+        """The phase with absolute paths of rewards and named models; phases of this job keep their names."""
         rewards = []
         for where, source in zip(phase.reward_keys, phase.rewards, strict=True):
             update = {"path": self.reward_path(where, source, valid), "folder": self.reward_folder(where, source)}
             rewards.append(source.model_copy(update=update))
-        critic = phase.named_critic and self.model_named(("critic",), phase.named_critic, valid)
-        return phase.with_rewards(rewards, critic)
+        named = {key: self.model_named((key,), path, valid) for key, path in phase.named_models.items()}
+        return phase.with_models(named, rewards)
 
     def reward_path(self, where: KeyPath, source: RewardSource, valid: dict[str, Phase]) -> str:
         if source.is_model:

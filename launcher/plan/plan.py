@@ -74,7 +74,8 @@ def refuse_what_cannot_fit(job: Job, site: HardwareProfile) -> None:
 def checkpoint_bytes_of(phase: Phase) -> int:
     """Of one checkpoint of a phase whose models are folders. Raises InputError if they are not known."""
     shape = shape_of(phase.model.path, revision=phase.model.revision)
-    critic = shape_of(phase.named_critic).as_classifier if phase.named_critic else None
+    named = phase.named_models.get("critic")
+    critic = shape_of(named).as_classifier if named else None
     return checkpoint_bytes(phase, Models(shape, critic))
 
 

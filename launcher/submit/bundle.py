@@ -210,8 +210,8 @@ def _carried(phase: Phase, inputs: _Inputs) -> Phase:
     rewards = [
         source.model_copy(update={"path": _reward(source.path, carried), "folder": None}) for source in phase.rewards
     ]
-    critic = None if phase.named_critic is None else carried(phase.named_critic)
-    return phase.model_copy(update=changes).with_rewards(rewards, critic)
+    named = {key: carried(path) for key, path in phase.named_models.items()}
+    return phase.model_copy(update=changes).with_models(named, rewards)
 
 
 def _data(phase: Phase, inputs: _Inputs) -> Data:

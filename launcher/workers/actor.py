@@ -1,4 +1,4 @@
-"""The Ray actor of a worker. Its process imports what stands here and little more: every worker waits for that."""
+"""The Ray actor of a worker. This module imports little, since every worker waits for its imports."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from launcher.workers.supervisor import WorkerHealth, WorkerSupervisor
 
 
 class WorkerActor:
-    """A worker's host, and what Ray knows of where it is. Its control methods answer while the worker is busy."""
+    """Runs a worker's supervisor and reports its location. The control methods answer while the worker is busy."""
 
     def __init__(self, device: str, environment: dict[str, str]):
         os.environ.update(environment)
         self.environment = environment
-        """For the worker too: the fork server may be older than what stands in it."""
+        """The worker needs it too, since the fork server may have started before it was set."""
         unpack_inputs.land()
         self.host = WorkerSupervisor(device)
         self.log = Path()
@@ -71,8 +71,8 @@ def _own_id() -> str | None:
 
 @contextmanager
 def _signed() -> Iterator[None]:
-    """Evidence says whose it is, as Ray's own errors do: a call of other workers
-    that is given this answer fails with it."""
+    """Set the actor id in evidence, as Ray does in its own errors: a call of other workers that takes this result as
+    an argument fails with it."""
     try:
         yield
     except (Raised, WorkerDied) as evidence:

@@ -1,59 +1,51 @@
-"""What the autoscaler of a cluster says of a gang that waits: what is coming,
-what did not come, whether it ever can."""
+"""The autoscaler's report about a waiting gang: pending machines, refused machines, and infeasible requests."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import ray
+from launcher.workers import ray_compat
 
 _ANSWER_S = 10.0
 _LONGEST_REASON = 160
-"""Characters of what a cloud says."""
-_UNKNOWN = "the head's monitor.log says why"
-"""Ray's autoscaler does not always pass it on."""
+"""Characters of a cloud's message."""
+_UNKNOWN = "see monitor.log on the head"
+"""Ray's autoscaler does not always pass the reason on."""
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """As of the autoscaler's last round; it makes one every five seconds."""
+    """The state at the autoscaler's last round, which it makes every five seconds."""
 
     coming: Mapping[str, int]
-    """Machines that are on their way, by pool."""
+    """Pending machines, by pool."""
     refused: tuple[str, ...] = ()
-    """What the provider said of machines that it did not give."""
+    """The provider's messages about refused machines."""
     impossible: bool = False
-    """All machines that it may start, beside those that are up and in use, would not be enough."""
+    """The request does not fit even if the autoscaler starts all machines that it may start."""
 
     def __str__(self) -> str:
         coming = ", ".join(f"{count} {pool}" for pool, count in self.coming.items())
-        return "; ".join([f"coming: {coming or 'none'}", *self.refused])
+        return "; ".join([f"pending: {coming or 'none'}", *self.refused])
 
 
 def outlook(gang: str, since: float) -> Outlook | None:
-    """`gang`: id of its placement group, in hexadecimal digits. Refusals before `since` (Unix, s) are not told again.
+    """`gang`: id of its placement group, in hexadecimal digits. Refusals before `since` (Unix time, s) are left out.
 
-    None where no autoscaler reports (that is its version 2).
+    Returns None if no autoscaler reports (only its version 2 does).
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # in C++
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]  # generated
-
-    reply = GetClusterStatusReply()
-    client: Any = GcsClient(ray.get_runtime_context().gcs_address)
-    reply.ParseFromString(client.get_cluster_status(timeout_s=_ANSWER_S))
-    if not reply.HasField("autoscaling_state"):
+    said = ray_compat.autoscaling_state(timeout_s=_ANSWER_S)
+    if said is None:
         return None
-    said = reply.autoscaling_state
     coming = Counter[str]()
     for request in said.pending_instance_requests:
         coming[request.ray_node_type_name] += request.count
     for machine in said.pending_instances:
         coming[machine.ray_node_type_name] += 1
     refused = {
-        f"{failed.ray_node_type_name} was not given: {' '.join(failed.reason.split())[:_LONGEST_REASON] or _UNKNOWN}"
+        f"{failed.ray_node_type_name} was refused: {' '.join(failed.reason.split())[:_LONGEST_REASON] or _UNKNOWN}"
         for failed in said.failed_instance_requests
         if failed.failed_ts >= since
     }

@@ -1,4 +1,5 @@
-"""What workers fail with, as exceptions, and which failure the others follow from. Knows neither Ray nor processes."""
+"""Exceptions for failures of workers, and the choice of the failure that caused the others. Uses neither Ray nor
+processes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _TAIL_LINES = 15
 
 
 class Kind(StrEnum):
-    """What a failure is, by what can be done about it."""
+    """The kind of a failure; it determines what can be done about it."""
 
     INPUT = "wrong input"
     PROGRAM = "error in the program"
@@ -41,14 +42,14 @@ class Kind(StrEnum):
 
 
 class Evidence(MusterError):
-    """What is known of a worker that failed."""
+    """Base class of what is known about a failed worker."""
 
     actor_id: str | None = None
-    """Of the worker's place, once it has left that."""
+    """The id of the worker's actor; set when the error leaves the actor."""
 
 
 class Raised(Evidence):
-    """A worker's code raised something that is no message for people. `kind` was decided there (exception_kinds.py)."""
+    """Code of a worker raised an unexpected exception. The worker determined `kind` (exception_kinds.py)."""
 
     def __init__(self, name: str, message: str, trace: str, kind: Kind = Kind.PROGRAM):
         super().__init__(name, message, trace, kind)
@@ -56,19 +57,19 @@ class Raised(Evidence):
 
 
 class WorkerDied(Evidence):
-    """A worker's process ended. `status`: its exit status, or minus the signal; `reason` if there is more to say.
+    """A worker's process ended. `status`: its exit status, or the negated signal number; `reason`: details, if any.
 
-    `short_of_memory`: the kernel killed processes of its machine for want of memory while it lived.
+    `short_of_memory`: the kernel's OOM killer killed processes on the machine while the worker ran.
     """
 
     def __init__(self, status: int, reason: str = "", short_of_memory: bool = False):
         super().__init__(status, reason, short_of_memory)
         self.status, self.short_of_memory = status, short_of_memory
-        self.reason = reason or ("the kernel was short of memory" if short_of_memory else "")
+        self.reason = reason or ("the kernel ran out of memory" if short_of_memory else "")
 
 
 class WorkerError(TrainingError):
-    """A failure of one worker: which one and where, what kind, what there is to read."""
+    """The failure of one worker: its rank and machine, the kind of failure, and its log."""
 
     def __init__(
         self, rank: int, kind: Kind, message: str, log: Path, *, node: str = "", trace: str = "",
@@ -84,10 +85,10 @@ class WorkerError(TrainingError):
         if self.collateral:
             lines.append(f"workers {', '.join(map(str, self.collateral))} failed because of it")
         if self.trace:
-            lines += ["its traceback ends with:", *_last_lines(self.trace)]
+            lines += ["end of its traceback:", *_last_lines(self.trace)]
         elif tail := _tail(self.log):
-            lines += ["the end of its log:", *tail]
-        return "\n".join([*lines, f"whole log: {self.log}"])
+            lines += ["end of its log:", *tail]
+        return "\n".join([*lines, f"full log: {self.log}"])
 
     def __reduce__(self) -> Any:
         return _worker_error, (
@@ -100,12 +101,11 @@ class WorkerError(TrainingError):
 
 
 class NoMachines(TrainingError):
-    """The machines that a job asks for did not come. The run is well and can be resumed when they are there."""
+    """The machines that a job needs did not become available. The run is intact and can be resumed later."""
 
 
 class RayLost(TrainingError):
-    """Processes of a Ray of our own have ended, which the workers need. They are lost with it;
-    another Ray can be started."""
+    """Processes of Muster's own Ray instance ended, and the workers with them. Another instance can be started."""
 
 
 def _worker_error(rank: int, kind: Kind, message: str, log: Path, rest: dict[str, Any]) -> WorkerError:
@@ -113,15 +113,15 @@ def _worker_error(rank: int, kind: Kind, message: str, log: Path, rest: dict[str
 
 
 def worker_error(rank: int, evidence: Raised | WorkerDied, log: Path, node: str) -> WorkerError:
-    """What a worker's evidence says, as a failure of that worker."""
+    """Turn evidence about a worker into an error that names the worker."""
     kind = evidence.kind if isinstance(evidence, Raised) else _kind_of_death(evidence)
     trace = evidence.trace if isinstance(evidence, Raised) else ""
     return WorkerError(rank, kind, describe(evidence), log, node=node, trace=trace)
 
 
 def describe(evidence: Raised | WorkerDied) -> str:
-    """What a process did, behind its name."""
-    return f"raised: {evidence.name}: {evidence.message}" if isinstance(evidence, Raised) else _told_death(evidence)
+    """Describe what a process did, as the predicate of a sentence that begins with its name."""
+    return f"raised: {evidence.name}: {evidence.message}" if isinstance(evidence, Raised) else _describe_death(evidence)
 
 
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
@@ -133,7 +133,7 @@ def _kind_of_death(death: WorkerDied) -> Kind:
     return Kind.CRASH if death.status >= 0 or -death.status in _CRASHES else Kind.KILLED
 
 
-def _told_death(death: WorkerDied) -> str:
+def _describe_death(death: WorkerDied) -> str:
     how = (
         f"ended with status {death.status}"
         if death.status >= 0
@@ -152,14 +152,14 @@ _LIKELY_CAUSE = (
     Kind.HANG,
     Kind.CONNECTION,
 )
-"""Of failures at one time, the earlier here the likelier the cause of the others."""
+"""Kinds of simultaneous failures, the most likely cause first."""
 
 
 def first_cause(failures: Sequence[MusterError]) -> MusterError:
-    """The failure that the others follow from; it names the others as collateral."""
-    told = [failure for failure in failures if not isinstance(failure, WorkerError)]
-    if told:  # in words for people: the worker knew what it said
-        return told[0]
+    """Return the failure that caused the others; it lists them as collateral."""
+    expected = [failure for failure in failures if not isinstance(failure, WorkerError)]
+    if expected:  # these have messages for the user and name the cause themselves
+        return expected[0]
     errors = [failure for failure in failures if isinstance(failure, WorkerError)]
     cause = min(errors, key=lambda error: (_LIKELY_CAUSE.index(error.kind), error.rank))
     others = sorted({error.rank for error in errors} - {cause.rank})
@@ -169,7 +169,7 @@ def first_cause(failures: Sequence[MusterError]) -> MusterError:
 
 
 def kind_of(error: MusterError) -> Kind:
-    """The kind of a first cause."""
+    """Return the kind of a failure that `first_cause` has returned."""
     kinds: dict[type[MusterError], Kind] = {
         InputError: Kind.INPUT,
         Diverged: Kind.DIVERGED,

@@ -1,8 +1,7 @@
-"""What kind of failure an exception of a worker is. Decided in the worker,
-by the type of the exception and the code that raised it.
+"""Classifies exceptions in a worker by their type and the code that raised them.
 
-Words in a message decide nothing: anybody may say "NCCL" or "Connection refused". Two errors of torch have no type of
-their own; they are told by the place in torch's C++ code that they name.
+The text of a message decides nothing, since any code may print "NCCL" or "Connection refused". Two errors of torch
+have no type of their own; they are recognized by the location in torch's C++ code that they name.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _CPU_ALLOCATOR = re.compile(r"\[enforce fail at \S*alloc_cpu\.cpp:\d+\]")
 
 
 def evidence_of(error: Exception, trace: str) -> MusterError:
-    """The error itself if it is meant for people, else what there is to know of it."""
+    """Return the error itself if its message is for the user, else the evidence about it."""
     if isinstance(error, MusterError):
         return error
     return Raised(type(error).__name__, str(error), trace, kind_of(error))
@@ -38,12 +37,12 @@ def kind_of(error: Exception) -> Kind:
 
 
 def _torch_type(module: str, name: str) -> type[Exception]:
-    """The type, without loading torch: where it is not loaded nobody has raised it."""
+    """Return the type without loading torch: if torch is not loaded, nothing can have raised it."""
     return getattr(sys.modules.get(module), name, _Never)
 
 
 class _Never(Exception):
-    """Nobody raises it."""
+    """Is never raised."""
 
 
 def _is_of_torch(error: Exception, place: re.Pattern[str]) -> bool:

@@ -1,10 +1,10 @@
-"""A process that has imported what workers need and forks one in a moment:
+"""A process that has imported what workers need and forks them quickly:
 `python -m launcher.workers.fork_server FD DEVICE [FD]`.
 
-The first FD is a Unix socket to the parent, the second one that listens: who connects to it is a parent, too. A parent
+The first FD is a Unix socket to the parent, the second a listening socket: each connection is another parent. A parent
 sends a byte with two file descriptors (a connection, the memory of the pulse) for each worker it wants; the fork server
-answers with JSON lines: {"ready"}, {"started": pid}, {"gone": pid, "status": code}. Nobody outlives the other: the fork
-server ends the workers of a parent that is gone, and itself with the first; the kernel ends them with the fork server.
+answers with JSON lines: {"ready"}, {"started": pid}, {"gone": pid, "status": code}. The fork server ends the workers of
+a parent that is gone, and exits when the first parent is gone; the kernel ends the workers with the fork server.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from launcher.workers.exception_kinds import evidence_of
 from launcher.workers.ipc import Pipe
 
 STACKS = signal.SIGUSR1
-"""Makes a worker write the stacks of its threads to its log."""
+"""The signal that makes a worker write the stack traces of its threads to its log."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -72,22 +72,22 @@ def _tell(parent: socket.socket, **fields: Any) -> None:
 
 
 class _ForkServer:
-    """Who asks for workers, and whose they are."""
+    """The parents that request workers, and the workers of each."""
 
     def __init__(self, first: socket.socket, listener: socket.socket | None, own: tuple[socket.socket, ...]):
         self.parents = {first}
         self.own = (*own, *([listener] if listener is not None else []))
-        """Sockets that are nothing to a worker."""
+        """Sockets that a worker must close."""
         self.parent_of: dict[int, socket.socket] = {}
-        """Of each worker that lives."""
+        """The parent of each running worker, by process id."""
 
     def accept(self, parent: socket.socket) -> None:
-        """Somebody else who may ask."""
+        """Add a parent."""
         self.parents.add(parent)
         _tell(parent, ready=True)
 
     def answer(self, parent: socket.socket) -> None:
-        """Do what a parent asks, or end its workers if it is gone."""
+        """Handle a request of a parent, or end its workers if it is gone."""
         try:
             request, descriptors, _, _ = socket.recv_fds(parent, 1, 2)
         except OSError:
@@ -102,7 +102,7 @@ class _ForkServer:
                 os.kill(pid, signal.SIGKILL)
 
     def reap(self) -> None:
-        """Tell the parents of workers that have ended."""
+        """Report workers that have ended to their parents."""
         while self.parent_of:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
@@ -110,7 +110,7 @@ class _ForkServer:
             _tell(self.parent_of.pop(pid), gone=pid, status=os.waitstatus_to_exitcode(status))
 
     def end(self) -> None:
-        """End all workers, and wait until they are gone with what they held."""
+        """End all workers, and wait until they have released their resources."""
         for pid in self.parent_of:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -135,7 +135,7 @@ class _ForkServer:
 
 
 def _end_with(fork_server: int) -> None:
-    """Have the kernel kill this process when the fork server is gone."""
+    """Make the kernel kill this process when the fork server ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != fork_server:
         os._exit(1)
@@ -158,7 +158,7 @@ def _live(connection: int, memory: int) -> NoReturn:
 
 
 def _serve(connection: Pipe) -> None:
-    """Do what is asked until nobody is there to ask. Each request is (function name of `WorkerCommands`, arguments)."""
+    """Serve requests until the connection closes. Each request is (method name of `WorkerCommands`, arguments)."""
     commands = WorkerCommands()
     while True:
         try:
@@ -177,11 +177,11 @@ def _serve(connection: Pipe) -> None:
 
 
 class WorkerCommands:
-    """What a worker can be asked."""
+    """The requests that a worker serves."""
 
     def prepare(self, phase: Any, cache: str, environment: dict[str, str]) -> tuple[str, list[str]]:
-        """Tokenise the data of a phase; returns the folder of the training samples, and what was wrong with data that
-        were made anew.
+        """Tokenize the data of a phase. Returns the folder of the training samples, and what was wrong with data that
+        had to be rebuilt.
         Raises what prepare_phase raises."""
         os.environ.update(environment)
         from training.data.phase_data import prepare_phase
@@ -199,7 +199,7 @@ class WorkerCommands:
         traits_for(model)
 
     def begin(self, log: str, environment: dict[str, str]) -> int:
-        """Write to `log` from now on. Answers with the pid."""
+        """Redirect the output to `log`. Returns the process id."""
         os.environ.update(environment)
         os.makedirs(os.path.dirname(log), exist_ok=True)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,8 +1,8 @@
-"""Objects over a Unix socket between a worker's process and the actor beside it. Large arrays lie in shared memory:
-written once, read where they lie.
+"""Sends objects over a Unix socket between a worker's process and its actor. Large arrays go through shared memory,
+which is written once and read in place.
 
-A pipe of the standard library copies an array six times on its way: weights for a rollout group would take a minute
-where this takes seconds.
+A pipe of the standard library copies an array six times: sending weights to a rollout group would take a minute instead
+of seconds.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from multiprocessing.connection import wait
 from typing import Any
 
 _LARGE_BYTES = 1 << 20
-"""Of an array that goes through shared memory."""
+"""Smallest size of an array that goes through shared memory."""
 _HEAD = struct.Struct("!QQ")
-"""Bytes of the pickle, number of arrays outside of it."""
+"""Bytes of the pickle, number of arrays in shared memory."""
 
 
 class Pipe:
-    """One end of a stream socket. Only for ends that trust each other: what is sent is pickled."""
+    """One end of a stream socket. Both ends must trust each other, since values are pickled."""
 
     def __init__(self, end: socket.socket):
         self.end = end
@@ -32,7 +32,7 @@ class Pipe:
         return self.end.fileno()
 
     def poll(self) -> bool:
-        """Whether there is something to receive, or the other end is gone."""
+        """Return whether there is something to receive, or the other end is gone."""
         return bool(wait([self.end], 0))
 
     def send(self, value: Any) -> None:
@@ -40,7 +40,7 @@ class Pipe:
         outside: list[memoryview] = []
 
         def stays(buffer: pickle.PickleBuffer) -> bool:
-            """Whether a part of the value is pickled with the rest."""
+            """Return whether a buffer is small enough to be part of the pickle."""
             raw = buffer.raw()
             if raw.nbytes < _LARGE_BYTES:
                 return True
@@ -78,8 +78,7 @@ class Pipe:
 
 
 class _Shared:
-    """Memory without a name that holds some buffers one behind the other, by its descriptor.
-    It lives for as long as somebody reads."""
+    """Anonymous shared memory that holds buffers one after another. It exists until its last reader closes it."""
 
     def __init__(self, buffers: list[memoryview]):
         self.descriptor = os.memfd_create("muster")
@@ -97,7 +96,7 @@ class _Shared:
 
 
 def _mapped(descriptor: int, sizes: array[int]) -> list[memoryview]:
-    """The buffers of shared memory that the other end has written."""
+    """Map the buffers that the other end wrote to shared memory."""
     memory = memoryview(mmap.mmap(descriptor, sum(sizes), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
     os.close(descriptor)
     out = []

@@ -1,4 +1,4 @@
-"""The machines of a Ray cluster: what there is, what is free, and a gang of places on it."""
+"""The machines of a Ray cluster, their free resources, and gang scheduling of workers on them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.ray_node import PRICE
-from launcher.workers import autoscaler, ray_session
+from launcher.workers import autoscaler, ray_compat, ray_session
 from launcher.workers.errors import NoMachines
 from training.config import Resources
 from training.errors import InputError
 
 _FIRST_WORD_S, _NEXT_WORD_S, _NEXT_LOOK_S = 3.0, 15.0, 3.0
-"""How long to wait silently."""
+"""Seconds before the first progress line, between two lines, and between two looks."""
 _LOOK_S = 0.1
 _MARKET = "ray.io/market-type"
-"""Label of machines that Muster's clusters start."""
-_HEAD = "node:__internal_head__"
-"""What Ray gives the head to be found by."""
+"""Label of machines in clusters that Muster starts."""
 _SETTLE_S = 30.0
-"""Longest time for a gang of places on machines that are there and free."""
+"""Longest time to schedule a gang on machines that are free."""
 
 
 def gpus_per_worker(resources: Resources) -> int:
@@ -38,56 +36,52 @@ def gpus_per_worker(resources: Resources) -> int:
 
 
 def bundle(resources: Resources, gpus: int) -> dict[str, float]:
-    """What one worker takes, in Ray's words."""
+    """Return the resources of one worker, by Ray's names."""
     needs = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 1.0}
     return needs | ({f"accelerator_type:{resources.accelerator}": 0.001} if resources.accelerator else {})
 
 
 def node(node_id: str) -> dict[str, Any]:
-    """What Ray knows of a machine; empty if it does not."""
+    """Return Ray's record of a machine; empty if it has none."""
     return by_id().get(node_id, {})
 
 
 def by_id() -> dict[str, dict[str, Any]]:
-    """What Ray knows of all machines, also of those that are gone."""
+    """Return Ray's records of all machines by id, including those that are gone."""
     return {found["NodeID"]: found for found in ray.nodes()}
 
 
 def draining() -> dict[str, float]:
-    """Machines that are being taken back, by id, with the time (Unix, s; 0: not said) when they will be gone."""
-    from ray._private.state import state
-
-    return {node_id: deadline_ms / 1000 for node_id, deadline_ms in state.get_draining_nodes().items()}
+    """Return the machines that are being drained, by id, with their deadline (Unix time, s; 0: unknown)."""
+    return {node_id: deadline_ms / 1000 for node_id, deadline_ms in ray_compat.draining_nodes().items()}
 
 
 def fitting(needs: Mapping[str, float], avoid: frozenset[str] = frozenset()) -> int:
-    """How many workers that need this would find a free place on other machines than those to avoid (ids)."""
-    from ray._private.state import available_resources_per_node
-
+    """Return how many workers with these needs fit on free machines, without those to avoid (ids)."""
     leaving = draining()
     alive = {found["NodeID"] for found in ray.nodes() if found["Alive"]}
     usable = {
         node_id: free
-        for node_id, free in available_resources_per_node().items()
+        for node_id, free in ray_compat.free_resources().items()
         if node_id in alive and node_id not in avoid and node_id not in leaving
     }
     return sum(_places(free, needs) for free in usable.values())
 
 
 def avoidable(needs: Mapping[str, float], least: int, avoid: frozenset[str]) -> frozenset[str]:
-    """The machines to avoid, none if `least` workers would not find a place without them."""
+    """Return the machines to avoid; none if `least` workers do not fit without them."""
     others = [found for found in ray.nodes() if found["Alive"] and found["NodeManagerAddress"] not in avoid]
     return avoid if sum(_places(found["Resources"], needs) for found in others) >= least else frozenset()
 
 
 def ids(addresses: frozenset[str]) -> frozenset[str]:
-    """Of the machines with these addresses."""
+    """Return the ids of the machines with these addresses."""
     found = ray.nodes() if addresses else []
     return frozenset(node["NodeID"] for node in found if node["NodeManagerAddress"] in addresses)
 
 
 def _places(resources: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """How many workers find a place in so much of everything."""
+    """Return how many workers fit into these resources."""
     return min(int((resources.get(kind, 0.0) + 1e-6) // amount) for kind, amount in needs.items())
 
 
@@ -100,17 +94,16 @@ def gather(
     avoid: frozenset[str],
     say: Callable[[str], None],
 ) -> PlacementGroup:
-    """Places for `wanted` workers, or after `wait_s` for as many as there is room for, if those are `least` or more.
+    """Reserve resources for `wanted` workers, or after `wait_s` for as many as fit, if those are `least` or more.
 
-    Where there are enough machines and others use them, it waits its turn, however long that takes. `avoid`: ids of
-    machines that are not to be used. Raises NoMachines, RayLost, and InputError for what an autoscaler says can never
-    come.
+    If there are enough machines and other jobs use them, it waits without a limit. `avoid`: ids of machines that must
+    not be used. Raises NoMachines, RayLost, and InputError if the autoscaler reports that the request can never be met.
     """
     return _Search(needs, least, wait_s, avoid, say).find(wanted)
 
 
 class _Search:
-    """For the places of one gang."""
+    """The search for machines for one gang."""
 
     def __init__(
         self, needs: Mapping[str, float], least: int, wait_s: float, avoid: frozenset[str], say: Callable[[str], None]
@@ -118,8 +111,8 @@ class _Search:
         self.needs, self.least, self.wait_s, self.avoid, self.say = needs, least, wait_s, avoid, say
         self.began, self.began_at = time.monotonic(), time.time()
         self.on_demand: bool | None = None
-        """Whether machines are asked for on demand because the spot ones did not come.
-        False: there are none. None: not yet."""
+        """Whether to request on-demand machines because no spot machines are available.
+        False: there are no on-demand pools. None: not yet."""
 
     def find(self, wanted: int) -> PlacementGroup:
         said_at, told, patience = self.began - _NEXT_WORD_S, None, _FIRST_WORD_S
@@ -142,7 +135,7 @@ class _Search:
                     return self._smaller(wanted, f"{state}, after {waited:.0f} s")
                 if now - said_at >= _NEXT_WORD_S or outlook != told:
                     said_at, told = now, outlook
-                    self.say(f"waiting for machines since {waited:.0f} s: {state}")
+                    self.say(f"waiting for machines for {waited:.0f} s: {state}")
         except BaseException:
             if ray_session.lost() is None:
                 remove_placement_group(group)
@@ -150,7 +143,7 @@ class _Search:
         return group
 
     def _until(self, patience: float) -> float:
-        """How long to wait for the next look: not beyond the end of `wait_s`, as long as that lies ahead."""
+        """Return how long to wait for the next look: at most until the end of `wait_s`, before that."""
         left = self.began + self.wait_s - time.monotonic()
         return min(patience, left) if left > 0 else patience
 
@@ -165,57 +158,59 @@ class _Search:
         return request
 
     def _elsewhere(self, outlook: autoscaler.Outlook) -> bool:
-        """Whether to ask in another market from now on.
+        """Return whether to request machines of the other market (spot or on-demand) from now on.
 
-        Ray's autoscaler asks for the kind of machine with the highest priority again and again,
-        also where the cloud has none.
+        Ray's autoscaler requests the machine type with the highest priority repeatedly, even if the cloud has none.
         """
         if self.on_demand is None and outlook.refused:
             self.on_demand = True
-            self.say(f"{'; '.join(outlook.refused)}; asking for machines on demand")
+            self.say(f"{'; '.join(outlook.refused)}; requesting on-demand machines")
             return True
         if self.on_demand and outlook.impossible:
             self.on_demand = False
-            self.say("there are no pools with machines on demand; asking again for those that were refused")
+            self.say("there are no on-demand pools; requesting the refused machines again")
             return True
         return False
 
     def _as_few_as_may_be(self, wanted: int, state: str) -> PlacementGroup:
-        """After the autoscaler has said that it can never bring `wanted`."""
+        """Request the minimum, after the autoscaler reported that it can never provide `wanted`."""
         if self.least == wanted:
             raise InputError.of(
-                "resources.workers", f"the cluster cannot grow so far: {state}; ask for fewer, or give it larger pools"
+                "resources.workers",
+                f"the cluster cannot grow that large: {state}; set fewer workers, or enlarge its pools",
             )
-        self.say(f"the cluster cannot grow so far: {state}; asking for {self.least}, resources.min_workers")
+        self.say(
+            f"the cluster cannot grow that large: {state}; requesting {self.least} workers (resources.min_workers)"
+        )
         return self.find(self.least)
 
     def _smaller(self, wanted: int, state: str) -> PlacementGroup:
         count = min(wanted, fitting(self.needs, self.avoid))
         if count < self.least:
             fewer = "" if self.least == wanted else f", resources.min_workers is {self.least}"
-            raise NoMachines(f"the machines did not come: {state}{fewer}; ask for fewer resources.workers")
+            raise NoMachines(f"not enough machines became available: {state}{fewer}; lower resources.workers")
         group = self._request(count)
         if not _comes(group, _SETTLE_S):
             remove_placement_group(group)
-            raise NoMachines(f"the machines that were free are free no longer: {_shortage(self.needs, count)}")
-        self.say(f"going on with {count} of {wanted} workers: {state}")
+            raise NoMachines(f"another job took the free machines: {_shortage(self.needs, count)}")
+        self.say(f"continuing with {count} of {wanted} workers: {state}")
         return group
 
 
 def _others_work(needs: Mapping[str, float]) -> bool:
-    """Whether anything that a worker needs is in use; then what is impossible now need not be later."""
+    """Return whether any resource that a worker needs is in use; then a request may be possible later."""
     there, free = ray.cluster_resources(), ray.available_resources()
     return any(free.get(kind, 0.0) < there.get(kind, 0.0) for kind in needs)
 
 
 def _taken(needs: Mapping[str, float], least: int, avoid: frozenset[str]) -> bool:
-    """Whether `least` workers would find a place if nobody else were there, and now do not."""
+    """Return whether `least` workers would fit if no other job ran, but do not fit now."""
     there = [found for found in ray.nodes() if found["Alive"] and found["NodeID"] not in avoid]
     return fitting(needs, avoid) < least <= sum(_places(found["Resources"], needs) for found in there)
 
 
 def _comes(group: PlacementGroup, within_s: float) -> bool:
-    """Whether a gang has its places within a time. (Its own `wait` takes whole seconds.) Raises RayLost."""
+    """Wait for a placement group (its own `wait` takes whole seconds). Returns whether it is ready. Raises RayLost."""
     deadline = time.monotonic() + within_s
     while not _has_places(group):
         if time.monotonic() >= deadline:
@@ -233,20 +228,24 @@ def _shortage(needs: Mapping[str, float], count: int) -> str:
     wanted = [kind for kind in needs if kind != "CPU"] or ["CPU"]
     there, free = ray.cluster_resources(), ray.available_resources()
     has = ", ".join(f"{there.get(kind, 0):.0f} {kind} ({free.get(kind, 0):.0f} free)" for kind in wanted)
-    return f"{count} workers wanted, each with one {' and one '.join(wanted)}; the cluster has {has}"
+    return f"{count} workers need one {' and one '.join(wanted)} each; the cluster has {has}"
 
 
 def price(node_ids: Collection[str]) -> float | None:
-    """What the machines with these ids cost in an hour, whole, and the head; None if one of them does not say."""
+    """Return the price per hour of the machines with these ids and the head; None if one has no price."""
     there = [found for found in ray.nodes() if found["Alive"]]
     used = [found for found in there if found["NodeID"] in node_ids]
-    head = [found for found in there if _HEAD in found["Resources"] and found not in used and PRICE in found["Labels"]]
+    head = [
+        found
+        for found in there
+        if ray_compat.HEAD_RESOURCE in found["Resources"] and found not in used and PRICE in found["Labels"]
+    ]
     prices = [found["Labels"].get(PRICE) for found in (*used, *head)]
     return None if None in prices else sum(map(float, prices))
 
 
 def kill_on(address: str, pid: int | None) -> None:
-    """Kill a process on a machine by its id there; None: Ray itself, and all that it runs there. For drills."""
+    """Kill a process on a machine by its process id; None: Ray and its processes there. For `muster chaos`."""
     node_id = next(
         found["NodeID"] for found in ray.nodes() if found["NodeManagerAddress"] == address and found["Alive"]
     )

@@ -1,13 +1,13 @@
-"""Spot notices: asks the metadata service of a machine's cloud whether the machine is about to be taken back.
+"""Spot notices: polls the metadata service of the machine's cloud for a coming preemption.
 
-| cloud | what is asked | says so by |
+| cloud | request | notice |
 |---|---|---|
 | AWS | `/latest/meta-data/spot/instance-action` (with an IMDSv2 token) | 200 instead of 404; two minutes before |
 | GCP | `/computeMetadata/v1/instance/preempted` | `TRUE`; half a minute before |
 | Azure | `/metadata/scheduledevents?api-version=2020-07-01` | an event of type Preempt; half a minute before |
 
-Which cloud it is the firmware says (`/sys/class/dmi/id/sys_vendor`); elsewhere nothing is asked. `MUSTER_METADATA_URL`
-names another endpoint and `MUSTER_CLOUD` another cloud: aws, gcp, azure, or none.
+The firmware tells which cloud it is (`/sys/class/dmi/id/sys_vendor`); other machines send no requests.
+`MUSTER_METADATA_URL` sets another endpoint and `MUSTER_CLOUD` another cloud: aws, gcp, azure, or none.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _ADDRESSES = {
 }
 _TIMEOUT_S = 2.0
 _EVERY_S = 5.0
-"""GCP and Azure give half a minute."""
+"""Short enough for GCP and Azure, which give a notice of half a minute."""
 
 
 def cloud() -> str | None:
-    """aws, gcp, azure; None on machines of other kinds."""
+    """Return aws, gcp or azure; None on other machines."""
     if (named := os.environ.get("MUSTER_CLOUD")) is not None:
         return named if named in _ADDRESSES else None
     try:
@@ -43,7 +43,7 @@ def cloud() -> str | None:
 
 
 def notice(cloud: str) -> str | None:
-    """What the cloud says of this machine's end, None if it says nothing."""
+    """Return the cloud's preemption notice for this machine, None if there is none."""
     address = os.environ.get("MUSTER_METADATA_URL", _ADDRESSES[cloud]).rstrip("/")
     try:
         with foreign_files.made_sense_of(RequestError):
@@ -83,7 +83,7 @@ def _get(url: str, headers: dict[str, str], method: str = "GET") -> str:
 
 
 class Listener:
-    """Asks again and again, in a thread that ends with the process. `said` is the notice, once there is one."""
+    """Polls for a notice in a daemon thread. `said` is the notice, once there is one."""
 
     def __init__(self) -> None:
         self.said: str | None = None

@@ -1,9 +1,8 @@
-"""Checks on the real machines before the first step: are they alike, healthy, fast enough,
-and can they save? Seconds, not minutes.
+"""Preflight: checks within seconds before the first step that the machines are alike, healthy, fast enough and can
+write checkpoints.
 
-Workers report (training/roles/preflight.py); `judge` is pure: reports in, findings out. A machine that is unfit is
-named and avoided, if there are others; what all machines have in common, such as storage that is full, ends the run
-before it costs anything.
+Workers send reports (training/roles/preflight.py); `judge` is pure: reports in, findings out. An unfit machine is
+named and avoided, if there are others. A problem of all machines, such as full storage, ends the run at its start.
 """
 
 from __future__ import annotations
@@ -25,33 +24,33 @@ if TYPE_CHECKING:
 TARGET = "training.roles.preflight:Preflight"
 TIMEOUT_S = 120.0
 _CLOCK_S = 60.0
-"""Apart by more than that, storage refuses signatures and times in logs mislead."""
+"""With a larger difference, storage rejects signatures and times in logs are misleading."""
 _SLOW_DEVICE = 0.5
-"""Of the median of the others. A processor is shared with who knows whom, so there it is told, not judged."""
+"""Fraction of the median. CPUs are often shared, so a slow CPU is a warning, not an error."""
 _SLOW_LINK = 0.25
 _SLOW_STORAGE_MB_S = 10.0
 _SHARED_MEMORY = 64 << 20
-"""What containers get by default; NCCL and data loaders between processes of a machine need more."""
+"""The default of containers; NCCL and data loaders between processes of a machine need more."""
 _BUSY = 0.1
-"""Of a GPU's memory that others use."""
+"""Fraction of a GPU's memory in use by other processes."""
 _FEW = 3
-"""Fewer workers than that, and nobody can say who of them is slow."""
+"""Smallest number of workers among which a slow one can be identified."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not well."""
+    """A problem that the checks found."""
 
     message: str
     rank: int | None = None
-    """Whose machine it is about; None: all of them."""
+    """The worker whose machine has the problem; None: all of them."""
     fatal: bool = False
 
 
 def check(workers: WorkerGroup, storage: str, room: int, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Have workers look around, and judge. `room`: bytes that checkpoints need. Returns figures for the record.
+    """Run the checks on all workers. `room`: bytes that checkpoints need. Returns figures for the event.
 
-    Raises WorkerError for a machine that is unfit, TrainingError for what no other machine would mend.
+    Raises WorkerError for an unfit machine, TrainingError for a problem that other machines would have too.
     """
     began = time.monotonic()
     group = workers.build("preflight", TARGET)
@@ -79,7 +78,7 @@ def check(workers: WorkerGroup, storage: str, room: int, warn: Callable[[str], N
 
 
 def judge(reports: Sequence[Mapping[str, Any]], room: int) -> list[Finding]:
-    """What is not well, by the reports of all workers in the order of their ranks."""
+    """Return the problems that the reports of all workers, in rank order, show."""
     return [
         *_versions(reports), *_devices(reports), *_storage(reports, room), *_links(reports), *_clocks(reports),
         *_memory(reports),
@@ -94,7 +93,7 @@ def _versions(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
             (usual, _), *_ = found.most_common(1)
             odd = [rank for rank, report in enumerate(reports) if report["versions"].get(name) != usual]
             has = reports[odd[0]]["versions"].get(name, "missing")
-            message = f"has {name} {has}, the others {usual}: give all machines the same packages"
+            message = f"has {name} {has}, the others have {usual}; install the same packages on all machines"
             # A driver may differ, as long as it serves the same CUDA.
             findings.append(Finding(message, odd[0], fatal=name != "driver"))
     return findings
@@ -104,22 +103,20 @@ def _devices(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
     findings = []
     for rank, report in enumerate(reports):
         if not report["product_right"]:
-            findings.append(
-                Finding("multiplies two matrices to a wrong result: its device is broken", rank, fatal=True)
-            )
+            findings.append(Finding("computes a wrong product of two matrices: its device is faulty", rank, fatal=True))
         used = report["device_total"] - report["device_free"]
         if report["device_total"] and used > _BUSY * report["device_total"]:
-            findings.append(Finding(f"has {used / 2**30:.1f} GiB of its GPU in use by somebody else", rank))
+            findings.append(Finding(f"has {used / 2**30:.1f} GiB of its GPU in use by another process", rank))
     on_gpus = all(report["device"] != "cpu" for report in reports)
     for rank, times in _slower(reports, "tflops", _SLOW_DEVICE):
         findings.append(
-            Finding(f"computes {times:.1f} times slower than the others: all would wait for it", rank, fatal=on_gpus)
+            Finding(f"computes {times:.1f} times slower than the others, which would wait for it", rank, fatal=on_gpus)
         )
     return findings
 
 
 def _links(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Links within machines among themselves, those between machines among themselves."""
+    """Compare links within machines with each other, and links between machines with each other."""
     size = len(reports)
     findings = []
     for inside in (True, False):
@@ -135,17 +132,17 @@ def _links(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
             speed, where = reports[rank]["sent_mb_s"], reports[to]["machine"]
             # Slow to the next and from the one before: it is this machine's.
             own = inside or (index - 1) % len(kind) in slow
-            message = f"sends {speed:,.0f} MB/s to {where}, {times:.1f} times less than others"
+            message = f"sends {speed:,.0f} MB/s to {where}, {times:.1f} times slower than other links"
             findings.append(Finding(message, rank, fatal=own and reports[rank]["device"] != "cpu"))
     return findings
 
 
 def _slower(reports: Sequence[Mapping[str, Any]], what: str, limit: float) -> list[tuple[int, float]]:
-    """(place, how many times slower than the median) of those that fall below `limit` of it."""
+    """Return (index, how many times slower than the median) of the reports below `limit` times the median."""
     if len(reports) < _FEW:
         return []
     median = statistics.median(report[what] for report in reports)
-    return [(place, median / report[what]) for place, report in enumerate(reports) if report[what] < limit * median]
+    return [(index, median / report[what]) for index, report in enumerate(reports) if report[what] < limit * median]
 
 
 def _storage(reports: Sequence[Mapping[str, Any]], room: int) -> list[Finding]:
@@ -155,7 +152,7 @@ def _storage(reports: Sequence[Mapping[str, Any]], room: int) -> list[Finding]:
         message = f"the storage cannot be used: {problem}"
         return [
             Finding(
-                message if everywhere else f"cannot use the storage, others can: {problem}",
+                message if everywhere else f"cannot use the storage, but other machines can: {problem}",
                 None if everywhere else rank,
                 fatal=True,
             )
@@ -163,11 +160,11 @@ def _storage(reports: Sequence[Mapping[str, Any]], room: int) -> list[Finding]:
     findings = []
     free = min((report["storage_free"] for report in reports if report["storage_free"] is not None), default=None)
     if free is not None and free < room:
-        told = (
-            f"the storage has {free / 1e9:,.1f} GB free, two checkpoints take {room / 1e9:,.1f}: make room, or name "
-            "another storage"
+        message = (
+            f"the storage has {free / 1e9:,.1f} GB free, but two checkpoints need {room / 1e9:,.1f} GB; free some "
+            "space, or set a different `storage`"
         )
-        findings.append(Finding(told, fatal=True))
+        findings.append(Finding(message, fatal=True))
     slow = [
         (report["storage_mb_s"], rank)
         for rank, report in enumerate(reports)
@@ -175,7 +172,7 @@ def _storage(reports: Sequence[Mapping[str, Any]], room: int) -> list[Finding]:
     ]
     if slow:
         speed, rank = min(slow)
-        findings.append(Finding(f"writes and reads {speed:.1f} MB/s at the storage: checkpoints will take long", rank))
+        findings.append(Finding(f"reads and writes the storage at {speed:.1f} MB/s: checkpoints will be slow", rank))
     return findings
 
 
@@ -183,7 +180,11 @@ def _clocks(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
     median = statistics.median(report["clock"] for report in reports)
     apart = [(abs(report["clock"] - median), rank) for rank, report in enumerate(reports)]
     worst, rank = max(apart)
-    return [Finding(f"has a clock that is {worst:,.0f} s off: set it (chrony, ntpd)", rank)] if worst > _CLOCK_S else []
+    return (
+        [Finding(f"has a clock that is off by {worst:,.0f} s; synchronize it (chrony, ntpd)", rank)]
+        if worst > _CLOCK_S
+        else []
+    )
 
 
 def _memory(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -198,14 +199,14 @@ def _memory(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
     size = reports[small[0]]["shared_memory"] >> 20
     return [
         Finding(
-            f"has {size} MiB of shared memory (/dev/shm): give its container more (--shm-size, an emptyDir in memory)",
+            f"has {size} MiB of shared memory (/dev/shm); raise its container's limit (--shm-size, emptyDir in memory)",
             small[0],
         )
     ]
 
 
 def _figures(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The worst and the median of what was measured."""
+    """Return the minimum and the median of each measurement."""
     measured = {}
     for name in ("tflops", "storage_mb_s", "sent_mb_s"):
         values = [report[name] for report in reports if report.get(name) is not None]

@@ -1,7 +1,7 @@
-"""A connection to Ray: to the cluster at RAY_ADDRESS, or to one of our own on this machine that ends with us.
+"""Connects to Ray: to the cluster at RAY_ADDRESS, or to an own instance on this machine that ends with this process.
 
-The processes of a Ray of our own hear no signal that is meant for the job: they have sessions of their own. If one of
-them ends all the same, `lost` says so at once, without asking Ray, and `restart` starts another Ray.
+The processes of an own instance run in separate sessions, so that signals for the job do not reach them. If one of them
+ends nevertheless, `lost` reports it immediately, without a call to Ray, and `restart` starts another instance.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,7 @@ from typing import Any
 from launcher.process import ray_address
 from launcher.process.short_tempdir import short_tempdir
 from launcher.process.subprocesses import code_folders
+from launcher.workers import ray_compat
 from launcher.workers.errors import NoMachines, RayLost, WorkerDied, describe
 from launcher.workers.supervisor import fork_server_here
 from training.device import device_type, num_gpus
@@ -29,20 +29,18 @@ from training.errors import MusterError, TrainingError
 _OBJECT_STORE_BYTES = 128 << 20
 """Calls carry metrics and file names; weights for a rollout group pass through in pieces of 32 MiB."""
 _LONGEST_FOLDER = 38
-"""Bytes: the paths of Ray's sockets begin with it and must fit in 107."""
+"""Bytes. The paths of Ray's sockets begin with the folder and may have 107 bytes."""
 _KEEP_IDLE_MS = 600_000
-"""Ray begins processes for actors when it starts, and by itself ends them after a second in which nobody needs them."""
+"""Ray starts processes for actors in advance, and by default ends them after one idle second."""
 _WITHOUT_GCS_S = 3600
-"""How long the rest of our own Ray lives on without its GCS (Ray's default: a minute): as long
-as saving a large model may take."""
-_GCS, _RAYLET = "gcs_server", "raylet"
-"""Ray's own names of the two processes that it cannot do without."""
+"""How long the rest of our own Ray survives without its GCS (Ray's default: a minute): as long as saving a large model
+may take."""
 
 
 @contextmanager
 def own_fork_server() -> Iterator[None]:
-    """A fork server for the length of the block, where Ray will be our own.
-    Its imports take as long as Ray's start: begin it before."""
+    """Run a fork server within the block if Ray will be an own instance.
+    Its imports take as long as Ray's start, so start it first."""
     if os.environ.get("RAY_ADDRESS"):
         yield
         return
@@ -52,7 +50,7 @@ def own_fork_server() -> Iterator[None]:
 
 @contextmanager
 def ray_session(num_workers: int) -> Iterator[None]:
-    """Be connected to Ray for the length of the block."""
+    """Connect to Ray within the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
@@ -67,7 +65,7 @@ def _joined(address: str) -> Iterator[None]:
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or token_file.exists()
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
     with _connected(
-        f"the Ray cluster at {address} does not let us in", "is RAY_AUTH_TOKEN its token?", address=address
+        f"cannot connect to the Ray cluster at {address}", "check that RAY_AUTH_TOKEN is its token", address=address
     ):
         yield
 
@@ -78,12 +76,12 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
     from ray.exceptions import RayError
 
     try:
-        with _processes_apart():
+        with ray_compat.processes_in_own_sessions():
             ray.init(
                 namespace="muster",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                job_config=_job_config(),
+                job_config=ray_compat.job_config(code_folders()),
                 **settings,
             )
     except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
@@ -98,68 +96,17 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
         ray.shutdown()
 
 
-def _job_config() -> Any:
-    """Where Ray's workers find Muster's code. Ray itself would have them import from the working folder first.
-
-    `_client_job` is Ray's own switch against that (its client has it);
-    a submitted job has a folder of its own, which Ray takes instead.
-    """
-    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-    from ray.job_config import JobConfig
-
-    return JobConfig(_client_job=RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ, _py_driver_sys_path=code_folders())
-
-
-@contextmanager
-def _processes_apart() -> Iterator[None]:
-    """In the block Ray starts each of its processes in a session of its own, and SIGTERM waits for the end of the
-    block: Ray's handlers, of which one aborts the process, are replaced by ours there. If the block fails, nothing of
-    Ray stays behind.
-
-    Ray has no settings for that. The private names that this replaces are held by
-    tests/launcher/workers/test_ray_session.py.
-    """
-    from ray import _private
-
-    services: Any = _private.services
-    utils: Any = _private.utils
-    popen, take_sigterm = services.ConsolePopen, utils.set_sigterm_handler
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(*args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> subprocess.Popen[bytes]:
-        def in_child() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-            preexec_fn()
-
-        started.append(popen(*args, preexec_fn=in_child, start_new_session=True, **kwargs))
-        return started[-1]
-
-    services.ConsolePopen, utils.set_sigterm_handler = start, lambda handler: None
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    try:
-        yield
-    except BaseException:
-        for process in started:
-            process.kill()
-        raise
-    finally:
-        services.ConsolePopen, utils.set_sigterm_handler = popen, take_sigterm
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
 @dataclass(frozen=True)
 class Lost:
-    """What has ended of a Ray of our own."""
+    """The processes of our own Ray that have ended."""
 
     words: str
     workers_answer: bool
-    """Whether calls of workers are still answered: only the GCS is gone, which new workers need."""
+    """Whether workers still answer calls: only the GCS is gone, which new workers need."""
 
 
 class _OwnRay:
-    """A Ray of this process alone: bound to loopback, opened by a token nobody else has,
-    its files in a folder of its own."""
+    """A Ray instance for this process alone: bound to loopback, protected by a secret token, with a private folder."""
 
     def __init__(self, num_workers: int):
         self.num_workers = num_workers
@@ -171,9 +118,9 @@ class _OwnRay:
             folder = stack.enter_context(short_tempdir(_LONGEST_FOLDER))
             inside = f"{folder}/r"  # Ray opens its folder to everyone; the one around it is ours alone
             stack.enter_context(_environment(inside))
-            advice = f"is there room in {folder} and /dev/shm?"
+            advice = f"check the free space in {folder} and /dev/shm"
             stack.enter_context(_connected("Ray did not start on this machine", advice, **self._settings(inside)))
-            self._processes = _processes_of_ray()
+            self._processes = ray_compat.essential_processes()
             self._running = stack.pop_all()
 
     def _settings(self, folder: str) -> dict[str, Any]:
@@ -183,12 +130,7 @@ class _OwnRay:
             "num_cpus": max(self.num_workers, os.cpu_count() or 1),
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
-            "_node_ip_address": "127.0.0.1",
-            "_temp_dir": folder,
-            "_system_config": {
-                "idle_worker_killing_time_threshold_ms": _KEEP_IDLE_MS,
-                "gcs_rpc_server_reconnect_timeout_s": _WITHOUT_GCS_S,
-            },
+            **ray_compat.local_settings(folder, keep_idle_ms=_KEEP_IDLE_MS, without_gcs_s=_WITHOUT_GCS_S),
         }
 
     def lost(self) -> Lost | None:
@@ -196,7 +138,7 @@ class _OwnRay:
         if not ended:
             return None
         words = " and ".join(f"Ray's {name} {describe(WorkerDied(status))}" for name, status in ended.items())
-        return Lost(words, workers_answer=_RAYLET not in ended)
+        return Lost(words, workers_answer=ray_compat.RAYLET not in ended)
 
     def end(self) -> None:
         if self.lost() is not None:  # what is left would wait for what is gone
@@ -208,7 +150,7 @@ class _OwnRay:
 
 
 _own: _OwnRay | None = None
-"""The one of this process, if it has one: Ray itself is one connection a process."""
+"""The instance of this process, if it has one: Ray allows one connection per process."""
 
 
 @contextmanager
@@ -224,24 +166,24 @@ def _local(num_workers: int) -> Iterator[None]:
 
 
 def is_own() -> bool:
-    """Whether the Ray that this process is connected to is one of its own."""
+    """Return whether this process is connected to an own Ray instance."""
     return _own is not None
 
 
 def lost() -> Lost | None:
-    """What has ended of a Ray of our own, None while all of it lives, and of the Ray of others.
+    """Return what has ended of our own Ray instance; None while all of it runs, or if Ray is not ours.
     Asks the kernel, not Ray."""
     return None if _own is None else _own.lost()
 
 
 def check() -> None:
-    """Raises RayLost if something of a Ray of our own has ended: whatever asks Ray now would wait for ever."""
+    """Raises RayLost if a process of our own Ray has ended, since any call to Ray would now block forever."""
     if (found := lost()) is not None:
         raise RayLost(found.words)
 
 
 def restart() -> None:
-    """Start another Ray of our own in place of one that is lost. Raises NoMachines if that fails twice."""
+    """Start another Ray instance in place of a lost one. Raises NoMachines if that fails twice."""
     assert _own is not None
     _own.end()
     try:
@@ -250,27 +192,18 @@ def restart() -> None:
         try:
             _own.start()
         except (MusterError, OSError) as error:
-            raise NoMachines(f"Ray has ended and does not start again: {error}") from error
-
-
-def _processes_of_ray() -> dict[str, subprocess.Popen[bytes]]:
-    """The processes that `ray.init` has started and Ray cannot do without, by Ray's names."""
-    from ray._private import worker
-
-    node: Any = worker._global_node
-    started = node.all_processes
-    return {name: started[name][0].process for name in (_GCS, _RAYLET)}
+            raise NoMachines(f"Ray ended and could not be restarted: {error}") from error
 
 
 @cache
 def _token() -> str:
-    """That nobody else has. One for the life of this process: Ray reads it once."""
+    """Return a secret token. It stays the same for this process, since Ray reads it once."""
     return secrets.token_hex(32)
 
 
 @contextmanager
 def _environment(folder: str) -> Iterator[None]:
-    """What Ray reads from the environment, for the length of the block."""
+    """Set the environment variables that Ray reads, within the block."""
     own: Mapping[str, str] = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": _token(),

@@ -1,4 +1,4 @@
-"""Workers that compute more slowly than the others, and so hold all of them up. Pure: paces in, names out."""
+"""Finds stragglers: workers that compute more slowly than the others, which wait for them. Pure."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from statistics import median
 
 _SLOW = 1.5
-"""Times the median of the workers."""
+"""Multiple of the median above which a worker counts as slow."""
 _LOOKS = 5
-"""A worker is slow when it was in so many looks in a row: one slow step is nothing."""
+"""Number of consecutive slow looks that make a worker a straggler: one slow step does not."""
 
 
 class Stragglers:
-    """Remembers the last looks."""
+    """Remembers which workers were slow in the last looks."""
 
     def __init__(self) -> None:
         self._looks: deque[set[int]] = deque(maxlen=_LOOKS)
         self._known: set[int] = set()
 
     def look(self, paces: Sequence[float]) -> dict[int, float]:
-        """Workers that have turned out slow, with how many times the median they take.
+        """Return new stragglers, with their time as a multiple of the median.
 
-        `paces`: what each worker needed for its own part of the work [s a token], without waiting for others.
+        `paces`: time of each worker for its own part of the work [s per token], without waiting for others.
         """
         usual = median(paces)
         if usual <= 0 or len(paces) < 2:

@@ -1,9 +1,7 @@
-"""One worker's place on a node: keeps its process, watches it from outside,
-and begins a new one in a moment when it is gone.
+"""Supervises the process of one worker: starts it, watches it from outside, and replaces it quickly when it ends.
 
-Lives in a Ray actor (actor.py) and knows nothing of Ray. The process is a fork of a fork server that has imported
-everything, so that a worker that was killed costs the time of a fork, not of the imports; the actor beside it answers
-whatever the worker does.
+Runs in a Ray actor (actor.py) but does not use Ray. The process is forked from a fork server that has imported
+everything, so that restarting a worker takes a fork, not the imports. The actor answers even while the worker is busy.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from training.process import heartbeat as pulse
 from training.process.memory import TUNABLES
 
 _BIRTH_S = 300.0
-"""Longest time for the imports of a fork server, on a machine that is busy with many."""
+"""Longest time for the imports of a fork server, on a machine that starts many at once."""
 _STACKS_S = 2.0
 AT_HAND = "MUSTER_FORK_SERVER"
 """Environment variable: device and socket of a fork server on this machine."""
@@ -44,20 +42,20 @@ _SOCKET = "fork"
 
 @dataclass(frozen=True)
 class WorkerHealth:
-    """What is seen of a worker from outside."""
+    """The state of a worker as seen from outside."""
 
     pulse: pulse.Pulse | None
-    """None: it does not live."""
+    """None: it is not running."""
     state: str
-    """The kernel's letter: R runs, S sleeps, D waits for a disk, T is stopped, Z is dead."""
+    """The kernel's state letter: R running, S sleeping, D waiting for a disk, T stopped, Z dead."""
     memory: float
     """Fraction of the machine's memory that is in use."""
     notice: str | None
-    """What its cloud says of the machine's end, if it says something."""
+    """The cloud's preemption notice for the machine, if there is one."""
 
 
 class WorkerSupervisor:
-    """The place of one worker. `begin` starts its process; everything else is asked of that. `device`: cpu or cuda."""
+    """The supervisor of one worker. `begin` starts its process; `ask` sends requests to it. `device`: cpu or cuda."""
 
     def __init__(self, device: str):
         self.device = device
@@ -66,7 +64,7 @@ class WorkerSupervisor:
         self.worker: _Worker | None = None
 
     def begin(self, log: str, environment: dict[str, str]) -> int:
-        """Start a process, after ending the one there is. Answers with its pid.
+        """Start a process, after ending the current one. Returns its process id.
         A fork server that has ended is replaced."""
         self.end()
         if self.fork_server.gone.is_set():
@@ -76,20 +74,20 @@ class WorkerSupervisor:
         return int(self.worker.ask("begin", log, environment))
 
     def ask(self, name: str, *args: Any) -> Any:
-        """Have the worker do something (a function of fork_server.WorkerCommands).
+        """Send a request to the worker (a method of fork_server.WorkerCommands) and return the result.
         Raises Raised, WorkerDied, or a MusterError that it raised."""
         if self.worker is None:
             raise WorkerDied(0, "it was not started")
         return self.worker.ask(name, *args)
 
     def end(self) -> None:
-        """Kill the worker, if there is one, whatever it does. Returns when it is gone."""
+        """Kill the worker, if there is one. Returns when it is gone."""
         if self.worker is not None:
             self.worker.kill()
             self.worker = None
 
     def health(self) -> WorkerHealth:
-        """Answers while the worker is busy."""
+        """Return the state of the worker, even while it is busy."""
         import psutil
 
         memory = psutil.virtual_memory().percent / 100
@@ -98,7 +96,7 @@ class WorkerSupervisor:
         return WorkerHealth(pulse.read(worker.memory), _state(worker.pid), memory, self.notices.said)
 
     def stacks(self, log: Path) -> str:
-        """The Python stacks of the worker's threads, as it writes them to its log. Empty if it does not answer."""
+        """Return the stack traces that the worker writes to its log; empty if it does not answer."""
         if (worker := self.worker) is None or worker.gone.is_set():
             return ""
         before = log.stat().st_size
@@ -112,7 +110,7 @@ class WorkerSupervisor:
 
 
 class _Worker:
-    """A forked process: its pipe, its pulse, and how it ended."""
+    """A forked process: its pipe, its heartbeat, and its exit status."""
 
     def __init__(self, pid: int, pipe: Pipe, memory: mmap.mmap):
         self.pid, self.pipe, self.memory = pid, pipe, memory
@@ -139,7 +137,7 @@ class _Worker:
         return WorkerDied(self.status, short_of_memory=_oom_kills() > self._oom_kills)
 
     def ended(self, status: int) -> None:
-        """The fork server says so."""
+        """Record the exit status that the fork server reports."""
         self.status = status
         self.gone.set()
         os.close(self._ended)
@@ -152,8 +150,8 @@ class _Worker:
 
 
 class _ForkServer:
-    """The process that forks workers, and the thread that hears from it: the one at hand
-    on this machine, else one of our own."""
+    """The process that forks workers, and the thread that receives its messages. It uses the fork server of this
+    machine if there is one, or starts one."""
 
     def __init__(self, device: str):
         self.process: subprocess.Popen[bytes] | None = None
@@ -168,14 +166,14 @@ class _ForkServer:
         self.pid = 0
         self.workers: dict[int, _Worker] = {}
         self._gone_early: dict[int, int] = {}
-        """How workers ended that died before they were known here."""
+        """Exit statuses of workers that ended before they were registered here."""
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, name="fork_server", daemon=True).start()
 
     def fork(self) -> _Worker:
-        """A new worker. Raises WorkerDied if the fork server is gone."""
+        """Fork a worker. Raises WorkerDied if the fork server is gone."""
         if not self.ready.wait(_BIRTH_S) or self.gone.is_set():
-            raise WorkerDied(self._status(), "its imports failed or took too long")
+            raise WorkerDied(self._status(), "the fork server failed to start: its imports failed or took too long")
         ours, theirs = socket.socketpair()
         descriptor = os.memfd_create("pulse")
         os.ftruncate(descriptor, pulse.SIZE)
@@ -185,7 +183,7 @@ class _ForkServer:
         theirs.close()
         os.close(descriptor)
         if not self.started.wait(60) or self.gone.is_set():
-            raise WorkerDied(self._status(), "no process could be forked")
+            raise WorkerDied(self._status(), "the fork server could not fork a process")
         worker = _Worker(self.pid, Pipe(ours), memory)
         with self._lock:
             self.workers[worker.pid] = worker
@@ -195,13 +193,13 @@ class _ForkServer:
         return worker
 
     def _status(self) -> int:
-        """Of the process, where that is known."""
+        """Return the exit status of the fork server, 0 if it is unknown."""
         return (self.process.poll() if self.process is not None else 0) or 0
 
     def _listen(self) -> None:
         with self.control.makefile("r") as lines, suppress(OSError):
             for line in lines:
-                self._told(json.loads(line))
+                self._receive(json.loads(line))
         if self.process is not None:
             self.process.wait()
         self.gone.set()
@@ -210,7 +208,7 @@ class _ForkServer:
         for worker in list(self.workers.values()):  # the kernel kills them with their parent
             worker.ended(-signal.SIGKILL)
 
-    def _told(self, info: dict[str, Any]) -> None:
+    def _receive(self, info: dict[str, Any]) -> None:
         if "ready" in info:
             self.ready.set()
         elif "started" in info:
@@ -234,11 +232,11 @@ class _ForkServer:
 
 
 def apart(name: str, *args: Any) -> Any:
-    """Have a fork of the fork server at hand do something (a function of fork_server.WorkerCommands), and end.
+    """Run one request (a method of fork_server.WorkerCommands) in a new fork of the fork server of this machine.
     Raises what `WorkerSupervisor.ask` raises.
 
-    What somebody has killed, the fork server or its fork, is tried once more, if need be with a fork server of its own;
-    not if it was ended with the block of `fork_server_here`.
+    If the fork server or its fork was killed, it retries once, if necessary with its own fork server; not if the block
+    of `fork_server_here` has ended.
     """
     try:
         return _in_a_fork(name, *args)
@@ -257,7 +255,7 @@ def _in_a_fork(name: str, *args: Any) -> Any:
 
 
 def has_fork_server() -> bool:
-    """Whether there is one at hand."""
+    """Return whether there is a fork server on this machine."""
     return bool(_device_at_hand())
 
 
@@ -267,10 +265,10 @@ def _device_at_hand() -> str:
 
 @contextmanager
 def fork_server_here(device: str) -> Iterator[None]:
-    """For the length of the block a fork server for all workers on this machine, which begins to import at once.
+    """Run a fork server for all workers on this machine within the block. Its imports start immediately.
 
-    Whoever starts them knows it by the environment. Their memory is one process's, and nobody has to wait for the
-    imports after Ray has started.
+    Supervisors find it through the environment. The workers share its memory, and none has to wait for imports after
+    Ray has started.
     """
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -295,7 +293,7 @@ def fork_server_here(device: str) -> Iterator[None]:
 
 
 def _at_hand(device: str) -> socket.socket | None:
-    """A connection to the machine's fork server for a device, if there is one."""
+    """Connect to the machine's fork server for a device. Returns None if there is none."""
     its_device, _, path = os.environ.get(AT_HAND, "").partition(":")
     if its_device != device:
         return None
@@ -309,7 +307,7 @@ def _at_hand(device: str) -> socket.socket | None:
 
 
 def _start_fork_server(parent: socket.socket, device: str, *listeners: socket.socket) -> subprocess.Popen[bytes]:
-    """Start the process; `parent` is its end of the connection and closed here."""
+    """Start the process; `parent` is its end of the connection, which is closed here."""
     descriptors = [parent.fileno(), *(listener.fileno() for listener in listeners)]
     command = module_command("launcher.workers.fork_server", str(descriptors[0]), device, *map(str, descriptors[1:]))
     # In a session of its own a Ctrl-C on a terminal is not for it.
@@ -336,7 +334,7 @@ def _state(pid: int) -> str:
 
 
 def _oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory since the machine started, in any control group."""
+    """Return how many processes the OOM killer has killed since the machine started, in any control group."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -345,7 +343,7 @@ def _oom_kills() -> int:
 
 
 def _what_is_added(log: Path, before: int) -> str:
-    """What a process appends to a file within a moment, until it has nothing more to say."""
+    """Return what a process appends to a file, until the file stops growing."""
     deadline, size, still = time.monotonic() + _STACKS_S, before, 0
     while time.monotonic() < deadline and still < 3:
         time.sleep(0.05)

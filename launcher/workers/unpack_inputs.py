@@ -1,7 +1,7 @@
-"""Puts what came along with a submitted job (launcher/submit/bundle.py) in its place on a machine of the cluster.
+"""Unpacks the files of a submitted job (launcher/submit/bundle.py) on a machine of the cluster.
 
-Inputs get a place that depends on their content alone, so the job is the same job in every submission,
-and goes on where it stopped.
+The path of an input depends only on its content, so the job is the same in every submission and resumes where it
+stopped.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from pathlib import Path
 from launcher.runfolder.cache import cache_folder
 
 FOLDER, INPUTS, JOB = "submitted", "inputs", "job.yaml"
-"""In a bundle."""
+"""Names in a bundle."""
 
 
 def land(unpacked: Path = Path()) -> Path | None:
-    """The folder of the job file, with the inputs beside it, after copying them there;
-    None where no bundle was unpacked."""
+    """Copy the inputs and return the folder of the job file; None if no bundle was unpacked."""
     came = unpacked / FOLDER
     if not came.is_dir():
         return None
@@ -32,7 +31,7 @@ def land(unpacked: Path = Path()) -> Path | None:
 
 
 def _copy(folder: Path, to: Path) -> None:
-    """All or nothing, also when several workers of a machine do it at once."""
+    """Copy a folder atomically; several workers of a machine may do it at the same time."""
     if to.exists():
         return
     draft = Path(tempfile.mkdtemp(dir=to.parent, prefix="."))

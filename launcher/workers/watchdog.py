@@ -1,8 +1,7 @@
-"""Looks at the workers of a group while a call waits for them: machines that fall silent, and calls that get nowhere.
+"""Watches the workers of a group during a call, to detect lost machines and hangs.
 
-Nobody is given up on one sign alone. A machine is lost when its worker's place does not answer and the machine cannot
-be reached or Ray has given it up; a hang is a call that outlasts `hang_after` in which no worker has done anything for
-as long.
+One sign alone is not enough. A machine is lost if its worker's actor does not answer and the machine cannot be reached
+or Ray reports it dead. A call hangs if it takes longer than `hang_after` and no worker made progress for as long.
 """
 
 from __future__ import annotations
@@ -24,45 +23,45 @@ if TYPE_CHECKING:
     from launcher.workers.worker_group import WorkerGroup
 
 _SILENCE_S = 6.0
-"""A place that does not answer for so long is asked after."""
+"""If an actor does not answer for this time, its machine is checked."""
 _REACH_S = 2.0
 _COUNTED = ("train", "evaluate", "answer", "restore", "roll_out", "computed", "improve")
-"""Calls in which workers tell of every small thing that they have done."""
+"""Calls in which workers report progress frequently."""
 _STACKS_S = 10.0
 _FULL = 0.95
 """Fraction of a machine's memory in use that is worth a warning."""
 
 
 class Watch:
-    """Keeps the latest signs of every worker."""
+    """Keeps the latest health report of every worker."""
 
     def __init__(self, group: WorkerGroup, warn: Callable[[str], None]):
         self.group = group
         self.warn = warn
         self.every_s = max(1.0, group.size / 80)
-        """Seconds between two looks; a look is one short call a worker."""
+        """Seconds between two looks; a look is one short call per worker."""
         self.health: dict[int, WorkerHealth] = {}
         self._asked: dict[int, ray.ObjectRef[Any]] = {}
         self._answered: dict[int, float] = {}
         self._last = 0.0
         self._nodes: list[dict[str, Any]] = []
         self.lost: set[int] = set()
-        """Workers that are gone with their places."""
+        """Workers whose actors are gone."""
         self._warned: set[str] = set()
         self.leaving: str | None = None
-        """Which machine is about to be taken back, or what of Ray has ended, if there is such a thing: in words."""
+        """Describes a machine that will be preempted or a part of Ray that ended; None if there is none."""
         self.leaving_node: str | None = None
-        """Id of the machine."""
+        """Id of the machine that will be preempted."""
 
     def arrived(self) -> None:
-        """All places have answered for the first time. Remembers how to reach their machines while Ray can tell."""
+        """Record the addresses of all machines while Ray can tell them. Call it when all actors have answered once."""
         known = placement.by_id()
         self._nodes = [known.get(place["node"], {}) for place in self.group.places]
         self._answered = dict.fromkeys(range(self.group.size), time.monotonic())
 
     def look(self, method: str = "", since_s: float = 0.0) -> None:
-        """A glance at all workers, while `method`, if one is, is under way since `since_s`. Raises WorkerError for what
-        is lost or hangs, RayLost if that is Ray itself."""
+        """Check all workers; `method`, if given, has been running for `since_s`. Raises WorkerError for a lost or hung
+        worker, RayLost if Ray itself is lost."""
         self._look_at_ray()
         now = time.monotonic()
         if not self._nodes or now - self._last < self.every_s:
@@ -75,14 +74,14 @@ class Watch:
         for rank, when in self._answered.items():
             if now - when > _SILENCE_S and not self._can_reach(rank):
                 self.lost.add(rank)
-                message = f"cannot be reached for {now - when:.0f} s, nor can its machine"
+                message = f"and its machine have not been reachable for {now - when:.0f} s"
                 raise self._error(rank, Kind.MACHINE, message)
         hang_after = self.group.resources.hang_after
         if since_s > hang_after and (stuck := self._stuck(method, hang_after)) is not None:
             raise self._hang(stuck, method)
 
     def _look_at_ray(self) -> None:
-        """Without its GCS, workers that have begun answer on: there is time to save, and to go on with another Ray."""
+        """Without the GCS, running workers still answer: there is time to save, and to continue on another Ray."""
         if (found := ray_session.lost()) is None:
             return
         if not (found.workers_answer and self._nodes):
@@ -112,18 +111,18 @@ class Watch:
         for rank, node in enumerate(self._nodes):
             notice = self.health[rank].notice if rank in self.health else None
             if notice is not None or node["NodeID"] in draining:
-                why = notice or "it is being drained"
-                self.leaving = f"{node['NodeManagerAddress']} is about to be taken back ({why})"
+                why = notice or "Ray drains it"
+                self.leaving = f"{node['NodeManagerAddress']} is being preempted ({why})"
                 self.leaving_node = node["NodeID"]
 
     def _look_for_full_memory(self) -> None:
         for rank, health in self.health.items():
             if health.memory > _FULL and (node := self.group.node_of(rank)) not in self._warned:
                 self._warned.add(node)
-                self.warn(f"{health.memory:.0%} of the memory of {node} is in use; a worker there may be killed for it")
+                self.warn(f"{health.memory:.0%} of the memory of {node} is in use; the kernel may kill a worker there")
 
     def _can_reach(self, rank: int) -> bool:
-        """Whether the machine of a worker answers, and Ray has not given it up."""
+        """Return whether the machine of a worker answers and Ray does not report it dead."""
         node = self._nodes[rank]
         with suppress(RayError):
             if ray_session.lost() is None and not placement.node(node["NodeID"]).get("Alive", True):
@@ -135,7 +134,7 @@ class Watch:
         return True
 
     def _stuck(self, method: str, hang_after: float) -> int | None:
-        """The worker that all wait for, if nothing has moved for too long."""
+        """Return the worker that the others wait for, if no worker has made progress for too long."""
         alive = {rank: health.pulse for rank, health in self.health.items() if health.pulse is not None}
         stopped = [rank for rank, pulse in alive.items() if pulse.beat_s > hang_after]
         if stopped:
@@ -148,14 +147,14 @@ class Watch:
         health = self.health[rank]
         assert health.pulse is not None
         if health.pulse.beat_s > self.group.resources.hang_after:
-            what = f"is stopped (state {health.state}) since {health.pulse.beat_s:.0f} s"
+            what = f"has been stopped (state {health.state}) for {health.pulse.beat_s:.0f} s"
         else:
-            what = f"does not get on with step {health.pulse.step} since {health.pulse.progress_s:.0f} s"
+            what = f"has made no progress at step {health.pulse.step} for {health.pulse.progress_s:.0f} s"
         path = self._save_stacks()
-        return self._error(rank, Kind.HANG, f"{what}, in `{method}`; the stacks of all workers: {path}")
+        return self._error(rank, Kind.HANG, f"{what}, in `{method}`; stack traces of all workers: {path}")
 
     def _save_stacks(self) -> str:
-        """What every worker is doing, in one file beside the logs."""
+        """Write the stack traces of all workers to one file in the log folder."""
         refs = [actor.stacks.remote() for actor in self.group.actors]
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=_STACKS_S)
         path = self.group.logs / "stacks.txt"
@@ -168,38 +167,38 @@ class Watch:
         return str(path)
 
     def overdue(self, method: str, timeout_s: float, ranks: Sequence[int]) -> WorkerError:
-        """A call that some workers have not answered in time."""
+        """Return the error of a call that some workers have not answered in time."""
         who = ", ".join(map(str, ranks))
         message = (
-            f"has not answered `{method}` within {timeout_s:.0f} s (workers {who}); the stacks of all workers: "
+            f"has not answered `{method}` within {timeout_s:.0f} s (workers {who}); stack traces of all workers: "
             f"{self._save_stacks()}"
         )
         return self._error(ranks[0], Kind.HANG, message)
 
     def died(self, rank: int, error: RayActorError) -> WorkerError:
-        """What became of a worker whose place has died."""
+        """Return the error of a worker whose actor has died."""
         self.lost.add(rank)
         if not self._nodes:
-            return self._error(rank, Kind.KILLED, f"was killed before it began: {_first_line(error)}")
+            return self._error(rank, Kind.KILLED, f"was killed before it started: {_first_line(error)}")
         if getattr(error, "preempted", False):
-            return self._error(rank, Kind.PREEMPTED, "is gone with its machine, which was being drained")
+            return self._error(rank, Kind.PREEMPTED, "was lost with its machine, which was being drained")
         if not self._can_reach(rank):
-            return self._error(rank, Kind.MACHINE, "is gone with its machine")
-        return self._error(rank, Kind.KILLED, "was killed together with the process that watched over it")
+            return self._error(rank, Kind.MACHINE, "was lost with its machine")
+        return self._error(rank, Kind.KILLED, "was killed together with its supervisor process")
 
     def unreachable(self) -> WorkerError | None:
-        """What became of the first worker whose machine cannot be reached."""
+        """Return the error of the first worker whose machine cannot be reached, None if all can."""
         for rank in range(len(self._nodes)):
             if not self._can_reach(rank):
                 self.lost.add(rank)
-                return self._error(rank, Kind.MACHINE, "is gone with its machine")
+                return self._error(rank, Kind.MACHINE, "was lost with its machine")
         return None
 
     def _error(self, rank: int, kind: Kind, message: str) -> WorkerError:
         return WorkerError(rank, kind, message, self.group.log_of(rank), node=self.group.node_of(rank))
 
     def steps(self) -> Mapping[int, int]:
-        """The step that each worker was last seen at."""
+        """Return the last known step of each worker."""
         return {rank: health.pulse.step for rank, health in self.health.items() if health.pulse is not None}
 
 

@@ -1,4 +1,4 @@
-"""Workers on Ray: one placement group, one actor a worker, driven as a Group."""
+"""A group of workers on Ray: one placement group and one actor per worker, used as a Group."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from training.process.authenticated_channel import KEY_BYTES
 from training.process.distributed import RankInfo
 
 START_S = 300.0
-"""Longest time for starting the processes and making the process group."""
+"""Longest time to start the processes and create the process group."""
 _PASSED_ON = ("HF_", "NCCL_", "MUSTER_", "AWS_", "GOOGLE_", "FSSPEC_")
 _GRACE_S = 2.0
-"""After a first error, how long to wait for others: a victim's death is often seen after its survivors' complaints."""
+"""How long to wait for other errors after the first one: the death of a worker is often seen after the errors that it
+causes in others."""
 
 
 class _Call:
-    """One method called on every worker. It fails as a whole: an error of one worker is an error of all of them."""
+    """One method called on every worker. An error of one worker is an error of the whole call."""
 
     def __init__(self, refs: Sequence[ray.ObjectRef[Any]], group: WorkerGroup, method: str):
         self.refs = list(refs)
@@ -45,7 +46,7 @@ class _Call:
         self.answers: dict[ray.ObjectRef[Any], Any] = {}
 
     def wait(self, ref: ray.ObjectRef[Any], timeout_s: float | None) -> Any:
-        """The answer of one worker, within `timeout_s` of the call.
+        """Return the result of one worker, within `timeout_s` of the call.
         Raises the first cause as soon as any worker fails."""
         while ref not in self.answers:
             left = None if timeout_s is None else max(0.0, self.began + timeout_s - time.monotonic())
@@ -62,7 +63,7 @@ class _Call:
         return self.answers[ref]
 
     def _take(self) -> None:
-        """Every answer that is there by now: one by one, a thousand workers would take their time."""
+        """Fetch all results that are ready at once: one by one is slow for a thousand workers."""
         ready, self.waiting = ray.wait(self.waiting, num_returns=len(self.waiting), timeout=0)
         try:
             self.answers.update(zip(ready, ray.get(ready), strict=True))
@@ -78,7 +79,7 @@ class _Call:
             raise self._explained(ref, error) from None
 
     def _explained(self, ref: ray.ObjectRef[Any], error: RayError) -> Exception:
-        """The first cause among the errors that come in within the grace period."""
+        """Return the first cause among the errors that arrive within the grace period."""
         failures = [self._failure(ref, error)]
         others = [other for other in self.refs if other is not ref]
         ready, _ = ray.wait(others, num_returns=len(others), timeout=_GRACE_S) if others else ([], [])
@@ -90,7 +91,7 @@ class _Call:
         return first_cause(failures)
 
     def _failure(self, ref: ray.ObjectRef[Any], error: RayError) -> MusterError:
-        """Also what befell other workers whose answer this call was given."""
+        """Return the failure behind an error, also of other workers whose results are arguments of this call."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         group, rank = self.group.whose(cause) or (self.group, self.refs.index(ref))
         log, node = group.log_of(rank), group.node_of(rank)
@@ -99,7 +100,7 @@ class _Call:
         if isinstance(cause, MusterError):
             return cause
         if isinstance(cause, OutOfMemoryError):
-            return WorkerError(rank, Kind.MEMORY, "was ended by Ray: the machine was short of memory", log, node=node)
+            return WorkerError(rank, Kind.MEMORY, "was killed by Ray: the machine ran out of memory", log, node=node)
         if isinstance(cause, RayActorError):
             return group.watch.died(rank, cause)
         if isinstance(cause, RayError):
@@ -120,11 +121,11 @@ class _RayFuture:
 
 
 class WorkerGroup:
-    """N workers on a Ray cluster, placed together or not at all. Between `begin` and `end` their processes live.
+    """N workers on a Ray cluster, gang-scheduled. Their processes run between `begin` and `end`.
 
-    `avoid`: addresses of machines that are used only if there are no others; `never`: ids of some that are not used at
-    all. `say` receives a line when gathering takes time, `warn` one when a machine is in a bad way. Raises NoMachines
-    if they do not come.
+    `avoid`: addresses of machines that are used only if there are no others; `never`: ids of machines that are not used
+    at all. `say` receives progress lines while waiting for machines, `warn` warnings about machines. Raises NoMachines
+    if not enough machines become available.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class WorkerGroup:
         self.logs = Path()
         self.actors: list[Any] = []
         self.others: list[WorkerGroup] = []
-        """Groups that work with this one: their answers may be arguments of its calls."""
+        """Groups of the same phase: their results may be arguments of this group's calls."""
         self.placement: PlacementGroup = placement.gather(
             self.bundle,
             wanted=resources.workers,
@@ -183,7 +184,7 @@ class WorkerGroup:
         self.watch.arrived()
 
     def begin(self, logs: Path) -> None:
-        """Start a process for every worker and make the process group. Their output goes to files in `logs`."""
+        """Start a process for every worker and create the process group. Their output goes to files in `logs`."""
         self.logs = logs
         self.watch.health.clear()
         self.pids = self._each("begin", [(str(self.log_of(rank)),) for rank in range(self.size)])
@@ -205,11 +206,11 @@ class WorkerGroup:
         return self.logs / f"rank-{rank}.log"
 
     def node_of(self, rank: int) -> str:
-        """Address of the machine of a worker, empty as long as it is not known."""
+        """Return the address of a worker's machine, empty while it is unknown."""
         return self.places[rank]["address"] if self.places else ""
 
     def whose(self, evidence: object) -> tuple[WorkerGroup, int] | None:
-        """Which worker of this group or the others an error names."""
+        """Return which worker of this group or the others an error names."""
         wanted = getattr(evidence, "actor_id", None)
         for group in (self, *self.others):
             for rank, place in enumerate(group.places):
@@ -218,11 +219,11 @@ class WorkerGroup:
         return None
 
     def unreachable(self) -> WorkerError | None:
-        """What became of the first worker of this group or the others whose machine is lost."""
+        """Return the error of the first worker of this group or the others whose machine is lost."""
         return next(filter(None, (group.watch.unreachable() for group in (self, *self.others))), None)
 
     def build(self, role: str, target: str, *args: Any) -> RoleGroup:
-        """Make a role on every worker; returns the group that drives it."""
+        """Create a role on every worker. Returns the group that calls it."""
         self._all("ask", "build", role, target, args)
         return RoleGroup(self, role)
 
@@ -238,8 +239,8 @@ class WorkerGroup:
         return [call.wait(ref, START_S) for ref in refs]
 
     def read_log(self, rank: int, offset: int) -> bytes:
-        """What worker `rank` has written to its log since byte `offset`;
-        works while it is busy. Empty if it is gone."""
+        """Return what worker `rank` has written to its log since byte `offset`, even while it is busy; empty if it is
+        gone."""
         if rank in self.watch.lost:
             return b""
         try:
@@ -249,7 +250,7 @@ class WorkerGroup:
             return b""
 
     def can_avoid(self, nodes: frozenset[str]) -> bool:
-        """Whether some of the workers are on these machines, and there are others for them."""
+        """Return whether some workers run on these machines and could run on others."""
         least = self.resources.min_workers or self.resources.workers
         mine = {place["address"] for place in self.places}
         if ray_session.lost() is not None:
@@ -257,13 +258,13 @@ class WorkerGroup:
         return bool(nodes & mine) and bool(placement.avoidable(self.bundle, least, nodes))
 
     def could_grow(self) -> bool:
-        """Whether there are free machines for more of the workers that the job asks for."""
+        """Return whether there are free machines for more of the workers that the job requests."""
         if self.size >= self.resources.workers or ray_session.lost() is not None:
             return False
         return placement.fitting(self.bundle, self.avoid) > 0
 
     def end(self) -> bool:
-        """End the processes now, also those that hang. Whether all places are still there, to begin again."""
+        """End the processes, including those that hang. Returns whether all actors can start new ones."""
         ends = [actor.end.remote() for actor in self.actors]
         if self.watch.lost:
             return False
@@ -274,8 +275,7 @@ class WorkerGroup:
         return True
 
     def close(self) -> None:
-        """End all there is of the workers and give the machines back.
-        Where Ray is lost they end with what is left of it."""
+        """End all actors and release the machines. If Ray is lost, they end with it."""
         if ray_session.lost() is None:
             for actor in self.actors:
                 ray.kill(actor)
@@ -284,11 +284,11 @@ class WorkerGroup:
 
 
 _END_S = 10.0
-"""Longest time for ending processes on machines that answer."""
+"""Longest time to end processes on machines that answer."""
 
 
 class RoleGroup:
-    """One role of a worker group, as recipes see it."""
+    """One role of a worker group, for recipes."""
 
     def __init__(self, workers: WorkerGroup, role: str):
         self.workers = workers
@@ -313,21 +313,21 @@ class RoleGroup:
 
 
 def _passed(argument: Any) -> Any:
-    """Of a future its reference: Ray brings what it stands for to the worker itself, not by way of this process."""
+    """Replace a future by its reference: Ray sends the value to the worker directly, not through this process."""
     return argument.ref if isinstance(argument, _RayFuture) else argument
 
 
 def _passed_on() -> dict[str, str]:
-    """What workers on other machines need of this process's environment;
-    an argument, since Ray shows runtime environments."""
-    asked = os.environ.get(ENV_NAMES, "").split()
-    return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) or name in asked}
+    """Return the environment variables that workers on other machines need.
+    They are passed as an argument, since anyone on the cluster can read Ray's runtime environments."""
+    requested = os.environ.get(ENV_NAMES, "").split()
+    return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) or name in requested}
 
 
 def rank_infos_for(
     places: Sequence[dict[str, Any]], resources: Resources, device: DeviceType, host: str, port: int
 ) -> list[RankInfo]:
-    """The seat of every worker from where it sits: rank as given, local rank by node, threads shared on a node."""
+    """Return the RankInfo of every worker: local ranks count per node, and a node's cores are shared as threads."""
     by_node: dict[str, list[int]] = {}
     for rank, place in enumerate(places):
         by_node.setdefault(place["node"], []).append(rank)
@@ -352,5 +352,5 @@ def rank_infos_for(
 
 
 def _visible_gpus(places: Sequence[dict[str, Any]], node: str) -> str:
-    """All GPUs of the job's workers on a node, in order of rank: NCCL's fast paths need to see the neighbours."""
+    """Return all GPUs of the job's workers on a node, in rank order: NCCL's fast paths need to see the neighbors."""
     return ",".join(gpu for place in places if place["node"] == node for gpu in place["gpus"])

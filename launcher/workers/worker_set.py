@@ -1,8 +1,7 @@
-"""The workers of one phase over all its attempts: gathered on Ray or one in this process,
-kept where they still serve, given back.
+"""The workers of one phase over all its attempts: groups on Ray, or one worker in this process.
 
-After a failure only the processes are ended. Their places, with everything imported, begin the next attempt, unless a
-place is gone or its machine is to be avoided: then new machines are gathered.
+After a failure only the processes are ended. Their actors, with everything imported, start the next attempt, unless an
+actor is gone or its machine must be avoided: then new machines are requested.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
     from launcher.workers.worker_group import WorkerGroup
 
 _GROW_S = 30.0
-"""How long to wait for machines that were seen free."""
+"""How long to wait for machines that were free."""
 _FOLLOWED = 8
-"""Of more workers than this only the first one's output is shown; every log file has its own."""
+"""With more workers than this, only the output of the first one is shown; every worker has a log file."""
 
 
 class WorkerSet(Protocol):
@@ -36,41 +35,41 @@ class WorkerSet(Protocol):
 
     @property
     def why_moved(self) -> str | None:
-        """Why the last attempt was to go on elsewhere."""
+        """Why the last attempt moved to other machines, None if it did not."""
         ...
 
     def attempt(self, logs: Path) -> Any:
-        """For the length of a `with` block: the groups by role, with the roles built.
+        """Return a context manager of the groups by role, with the roles built.
         Their output goes to files in `logs`."""
         ...
 
     def members(self) -> list[dict[str, Any]]:
-        """Rank, address of the machine and process id there, of every worker."""
+        """Return rank, machine address and process id of every worker."""
         ...
 
     def check(self, storage: str, room: int) -> dict[str, Any] | None:
-        """Look at machines that were not looked at before. `room`: bytes that checkpoints need. Returns figures, None
-        if there are no new machines. Raises what launcher/workers/preflight.py raises."""
+        """Run the preflight checks on new machines. `room`: bytes that checkpoints need. Returns figures, None if there
+        are no new machines. Raises what launcher/workers/preflight.py raises."""
         ...
 
     def price(self) -> float | None:
-        """What the machines cost in an hour; None if that is not known."""
+        """Return the price of the machines per hour; None if it is unknown."""
         ...
 
     def avoid(self, nodes: frozenset[str]) -> None:
-        """Do not use these machines any more."""
+        """Exclude these machines from now on."""
         ...
 
     def step_in_hand(self) -> int:
-        """The latest step that a worker was seen at, 0 if none was."""
+        """Return the latest known step of a worker, 0 if there is none."""
         ...
 
     def saved(self) -> None:
-        """A checkpoint was committed: a good moment to go on with other machines."""
+        """Note that a checkpoint was committed: a good moment to move to other machines."""
         ...
 
     def reason_to_move(self) -> str | None:
-        """Why the phase should be saved and go on elsewhere, if it should."""
+        """Return why the phase should be saved and moved to other machines, None if it should not."""
         ...
 
 
@@ -78,9 +77,9 @@ class WorkerSet(Protocol):
 def worker_set_of(
     phase: Phase, name: str, cache: Path, say: Callable[[str], None], warn: Callable[[str], None], *, inline: bool
 ) -> Iterator[WorkerSet]:
-    """The workers for a phase. `say` receives lines for the terminal, `warn` what is also worth remembering."""
+    """Create the workers of a phase. `say` receives lines to show, `warn` warnings, which are also recorded."""
     if inline:
-        yield _InlineGang(phase, cache)
+        yield _InlineWorkerSet(phase, cache)
         return
     _warn_of_few_cores(phase, say)
     targets = RECIPES[phase.recipe].roles
@@ -96,7 +95,7 @@ def worker_set_of(
 
 
 class _RayWorkerSet:
-    """One or several groups of workers on Ray. They are gathered, fail, move and end together."""
+    """One or several groups of workers on Ray. They start, fail, move and end together."""
 
     def __init__(self, placements: Sequence[GroupWorkers]):
         self.placements = placements
@@ -121,7 +120,7 @@ class _RayWorkerSet:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """In the block whoever waits for one group looks at all of them, and knows whose answer it waits for."""
+        """Make the groups know each other within the block: a call to one group watches all of them."""
         together = [team.workers for team in self.placements if team.workers is not None]
         for workers in together:
             workers.others = [other for other in together if other is not workers]
@@ -160,7 +159,7 @@ class _RayWorkerSet:
 
 
 class GroupWorkers:
-    """One group of workers, over all attempts, and the roles that it hosts."""
+    """One group of workers over all attempts, with the roles that it runs."""
 
     def __init__(
         self, phase: Phase, roles: Mapping[str, str], name: str, cache: Path, say: Callable[[str], None],
@@ -170,9 +169,9 @@ class GroupWorkers:
         self.workers: WorkerGroup | None = None
         self._avoided: frozenset[str] = frozenset()
         self._leaving: frozenset[str] = frozenset()
-        """Ids of machines that are about to go."""
+        """Ids of machines that will be preempted."""
         self._checked: frozenset[str] = frozenset()
-        """Ids of machines that were found well."""
+        """Ids of machines that passed the preflight checks."""
         self._grow, self._size, self._no_growth_before = False, 0, 0.0
         self.why_moved: str | None = None
 
@@ -239,7 +238,7 @@ class GroupWorkers:
         if self.workers is None:
             return None
         leaving = self.workers.watch.leaving
-        return leaving or ("there are machines for more workers" if self._grow else None)
+        return leaving or ("machines for more workers are available" if self._grow else None)
 
     def close(self) -> None:
         if self.workers is not None:
@@ -250,11 +249,11 @@ class GroupWorkers:
 def _warn_of_few_cores(phase: Phase, say: Callable[[str], None]) -> None:
     cores = os.cpu_count() or 1
     if "RAY_ADDRESS" not in os.environ and phase.num_workers > cores and phase.resources.gpus_per_worker != 1:
-        say(f"{phase.num_workers} workers share {cores} cores: they take turns")
+        say(f"{phase.num_workers} workers share {cores} CPU cores, so they run one after another")
 
 
-class _InlineGang:
-    """One worker in this process. Nobody watches over it: what fails, fails."""
+class _InlineWorkerSet:
+    """One worker in this process, without supervision and retries."""
 
     why_moved: str | None = None
 
@@ -275,21 +274,21 @@ class _InlineGang:
         return None
 
     def avoid(self, nodes: frozenset[str]) -> None:
-        """There is one machine."""
+        """Do nothing, since there is only one machine."""
 
     def step_in_hand(self) -> int:
         return 0
 
     def saved(self) -> None:
-        """Nothing will change."""
+        """Do nothing, since there is only one machine."""
 
     def reason_to_move(self) -> str | None:
         return None
 
 
 def _inline_groups(phase: Phase, roles: Mapping[str, str], arguments: tuple[Any, ...]) -> dict[str, Group]:
-    """The roles in this process. Its process group of one is made once
-    and kept: DeepSpeed remembers groups for good."""
+    """Create the roles in this process. Its process group of one worker is created once and kept, since DeepSpeed
+    never forgets groups."""
     import torch.distributed as dist
 
     from training.group import InlineGroup, Worker
@@ -313,7 +312,7 @@ def _inline_device(phase: Phase) -> DeviceType:
 
 @contextmanager
 def _following(workers: WorkerGroup, label: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Show what workers print, with their names, while the block runs."""
+    """Show the output of workers, with their names, within the block."""
     ended = threading.Event()
     followed = range(workers.size if workers.size <= _FOLLOWED else 1)
     offsets = dict.fromkeys(followed, 0)

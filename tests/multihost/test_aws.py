@@ -228,7 +228,7 @@ def test_a_cluster_comes_up_grows_for_a_job_shrinks_and_leaves_nothing(ec2_lab, 
     assert [(rule["FromPort"], rule["ToPort"]) for rule in open_to_all] == [(22, 22)]
 
     said = ec2_lab.muster("run", str(place / "job.yaml"), "resources.workers=2", "--on", "cloud")
-    assert "coming: 2 big-spot" in said
+    assert "pending: 2 big-spot" in said
     assert "sft: done; the model is in" in said
     workers = [one for one in ec2_lab.instances() if one["type"] == WORKER]
     assert [one["spot"] for one in workers] == [True, True]
@@ -239,7 +239,7 @@ def test_a_cluster_comes_up_grows_for_a_job_shrinks_and_leaves_nothing(ec2_lab, 
     until(lambda: len(ec2_lab.instances()) == 1, ec2_lab.instances)  # idle for a minute
     Path(f"{ec2_lab.state_file}.no-spot").touch()
     said = ec2_lab.muster("run", str(place / "job.yaml"), "name=dear", "resources.workers=2", "--on", "cloud")
-    assert "big-spot was not given: the head's monitor.log says why; asking for machines on demand" in said
+    assert "big-spot was refused: see monitor.log on the head; requesting on-demand machines" in said
     assert "sft: done; the model is in" in said
     assert [one["spot"] for one in ec2_lab.instances() if one["type"] == WORKER] == [False, False]
     assert "cloud is down" in ec2_lab.muster("cluster", "down", "cloud")

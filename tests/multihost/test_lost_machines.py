@@ -115,7 +115,7 @@ def test_a_machine_on_which_two_workers_died_is_avoided(lab, run, victim, undist
         lab[victim].run("kill", "-9", str(run.worker(rank)["pid"]), log=run.log).wait(60)
         run.wait_for(lambda attempt=attempt: len(run.events("incident")) == attempt, f"incident {attempt}")
     out = run.finish()
-    assert f"avoided from now on: {lab[victim].address}" in out
+    assert f"excluded from now on: {lab[victim].address}" in out
     assert victim not in {run.machine_of(0), run.machine_of(1)}
     assert run.result == undisturbed
 

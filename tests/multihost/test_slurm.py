@@ -172,7 +172,7 @@ def test_a_job_that_is_taken_back_saves_is_queued_again_and_goes_on(muster, slur
     assert (Path(saved["checkpoint"]) / "manifest.json").exists()
     # As at the end of the allocation's time, or from a scheduler that wants the node: SIGTERM to the batch script.
     slurm("scancel", "--batch", "--signal=TERM", number)
-    until(lambda: "goes on after step" in muster("logs", name, *ON), lambda: muster("logs", name, *ON))
+    until(lambda: "resuming after step" in muster("logs", name, *ON), lambda: muster("logs", name, *ON))
     events = [json.loads(line) for line in (place / "runs/taken/events.jsonl").open()]
     assert [event["attempt"] for event in events if event["event"] == "started"] == [1, 2]
     assert "checkpoint" in [event["event"] for event in events]

@@ -208,7 +208,7 @@ def test_a_machine_is_lost_and_the_job_goes_on_with_the_other(up, job):
         time.sleep(0.2)
     up.lab[WORKERS[1]].switch_off()
     said = up.muster("logs", "-f", submitted["id"], "--on", "lab")
-    assert "going on with 1 of 2 workers" in said
+    assert "continuing with 1 of 2 workers" in said
     assert "sft: done" in said
     assert "cannot be reached" in up.muster("cluster", "down", "lab", status=1)
     assert "lab" in up.muster("cluster", "status")

@@ -114,7 +114,7 @@ class MadeRun:
         self.wait(2)
         self.event(
             "incident", phase=phase, **{"class": "killed"}, message="was killed by SIGKILL", step=step,
-            checkpoint=checkpoint, rank=1, node="10.0.0.2", retry=retry, why="7 more tries before the next checkpoint",
+            checkpoint=checkpoint, rank=1, node="10.0.0.2", retry=retry, why="7 retries left until the next checkpoint",
         )  # fmt: skip
         self.wait(5)
 

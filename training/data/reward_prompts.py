@@ -70,7 +70,7 @@ def _critic_problems(phase: Phase, cache: Path) -> list[Problem]:
     start = phase.critic_start
     if start is None or not _is_folder(start) or _same_tokens(start, phase, cache):
         return []
-    what = start if phase.named_critic else f"the reward model {start}"
+    what = start if "critic" in phase.named_models else f"the reward model {start}"
     message = (
         f"the critic starts from {what}, whose tokenizer is not the policy's: it would read the policy's tokens as "
         "others; set critic to a model that has the policy's tokenizer"

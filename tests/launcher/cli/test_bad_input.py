@@ -366,7 +366,7 @@ def test_a_run_folder_that_holds_something_else_stays_as_it_is(muster, place):
     (place / "runs" / "sums").mkdir(parents=True)
     (place / "runs" / "sums" / "notes.txt").write_text("mine")
     assert refused(muster, place, RUN) == [
-        f"{place}/runs/sums: not a run folder, and not empty (it holds notes.txt); choose another name or storage"
+        f"{place}/runs/sums: not a run folder, and not empty (it holds notes.txt); choose a different name or storage"
     ]
 
 
@@ -450,13 +450,13 @@ def test_a_full_disk_ends_the_run_keeps_earlier_checkpoints_and_the_run_goes_on_
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
     assert "File too large" in out
-    assert "` goes on" in out
+    assert "stopped; resume with `muster resume " in out
     assert "Traceback" not in out
     assert muster("checkpoints", "sums").status == 0, "one is damaged"
     assert not list(place.glob("runs/sums/sft/checkpoints/.*"))
     kept = max(entry["step"] for entry in json.loads(muster("checkpoints", "sums", "--json").out))
     again = subprocess.run([*command, "resume", "sums", "--inline"], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again
-    assert f"sft: goes on after step {kept}\n" in again.stdout
+    assert f"sft: resuming after step {kept}\n" in again.stdout
     rows = [json.loads(line) for line in (place / "runs/sums/sft/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 61))

@@ -202,7 +202,7 @@ def test_an_export_writes_over_nothing(muster, run, monkeypatch, out, message):
 @pytest.mark.parametrize(
     ("kill", "err"),
     [
-        ("rank", "is not running (it is lost); a drill needs a run at work"),
+        ("rank", "is not running (it is lost); chaos needs a running job"),
         ("all", "'all' is not one of 'rank', 'node', 'driver'"),
     ],
 )

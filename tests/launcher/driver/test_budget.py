@@ -73,7 +73,7 @@ def test_a_run_saves_stops_and_says_so_and_goes_on_with_a_higher_limit(muster, p
 
     answer = muster(*long, "max_hours=0.003")
     assert answer.status == 2
-    assert "raise the limit to go on" in answer.out
+    assert "raise the limit to resume" in answer.out
     assert muster("resume", "sums", "--inline", "max_hours=0.006").status == 3
     events = [json.loads(line) for line in (run / "events.jsonl").open()]
     assert next(event["step"] for event in events if event["event"] == "restored") > 0

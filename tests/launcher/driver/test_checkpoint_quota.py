@@ -120,7 +120,7 @@ def test_a_run_stays_within_its_quota_and_says_once_when_it_cannot(muster, place
     assert [step_of(f) for f in Checkpoints(place_of(run)).folders()] == [4, 5, 6]
     assert "quota_exceeded" not in (run / "events.jsonl").read_text()
     answer = muster("run", "job.yaml", "--inline", "--force", *often, "name=small", "checkpoint_quota=0.1MB")
-    assert (answer.status, answer.out.count("checkpoint_quota 0.1MB cannot be kept")) == (0, 1), answer.out
+    assert (answer.status, answer.out.count("checkpoint_quota 0.1MB is exceeded")) == (0, 1), answer.out
     assert [step_of(f) for f in Checkpoints(place_of(Path("runs/small"))).folders()] == [5, 6]
 
 

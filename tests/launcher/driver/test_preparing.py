@@ -21,7 +21,7 @@ __all__ = ["folder", "nothing_left"]
 @pytest.mark.parametrize(
     ("evidence", "words"),
     [
-        (WorkerDied(-signal.SIGKILL, short_of_memory=True), "was killed by SIGKILL.*short of memory"),
+        (WorkerDied(-signal.SIGKILL, short_of_memory=True), "was killed by SIGKILL.*ran out of memory"),
         (WorkerDied(1, "its imports failed or took too long"), "ended with status 1.*its imports failed"),
         (
             Raised("ZeroDivisionError", "division by zero", "trace"),

@@ -56,7 +56,7 @@ def test_the_place_of_a_worker_is_killed(run, undisturbed, nothing_left):
     next(place for place in ours if place.cmdline()[:1] and place.cmdline()[0].startswith("ray::WorkerActor")).kill()
     run.finish()
     assert run.incident["class"] == "killed"
-    assert "with the process that watched over it" in run.incident["message"]
+    assert "with its supervisor process" in run.incident["message"]
     assert run.result == undisturbed
 
 
@@ -70,7 +70,7 @@ def test_a_stopped_worker_is_a_hang_with_the_stacks_of_the_others(run, undisturb
     assert hang_after <= time.monotonic() - began
     run.finish()
     assert (run.incident["class"], run.incident["rank"]) == ("hang", 1)
-    assert "is stopped (state T)" in run.incident["message"]
+    assert "has been stopped (state T)" in run.incident["message"]
     stacks = (run.folder / "runs/job/sft/logs/attempt-1/stacks.txt").read_text()
     assert "== worker 1 on 127.0.0.1\ndoes not answer" in stacks
     # Whether it waits within a step, or between two blocks of steps when the other stopped there.
@@ -96,8 +96,8 @@ def test_an_error_in_the_program_is_not_tried_again(run):
     run.start("deepspeed.communication_data_type=nonsense")
     out = run.finish(status=1)
     assert (run.incident["class"], run.incident["retry"]) == ("error in the program", False)
-    assert "its traceback ends with:" in out
-    assert "not tried again: an error in the program comes back every time" in out
+    assert "end of its traceback:" in out
+    assert "not retrying: a program error recurs on every attempt" in out
     assert len(run.events("started")) == 1
 
 

@@ -185,9 +185,9 @@ def test_an_incident_is_told_in_one_paragraph():
     assert describe_decision(error, now, decide(now, [])).splitlines() == [
         "killed: worker 1 on 10.0.0.2 was killed by SIGKILL",
         "workers 0 failed because of it",
-        "whole log: nowhere/rank-0.log",
-        "going on from the checkpoint of step 54 (3 steps to do again); 7 more tries before the next checkpoint",
-        "somebody or something outside of Muster killed it",
+        "full log: nowhere/rank-0.log",
+        "retrying from the checkpoint of step 54 (repeating 3 steps); 7 retries left until the next checkpoint",
+        "something outside Muster killed it",
     ]
 
 
@@ -196,7 +196,7 @@ def test_giving_up_says_why_and_what_to_change():
     text = describe_decision(
         WorkerError(0, Kind.MEMORY, "raised: OutOfMemoryError: CUDA", LOG), now, decide(now, [now])
     )
-    assert "not tried again: the same at step 7 as before" in text
+    assert "not retrying: the same failure recurred at step 7" in text
     assert "set a smaller micro_tokens" in text
 
 
@@ -206,7 +206,7 @@ def test_the_message_has_the_end_of_the_traceback():
     assert lines[:3] == [
         "worker 3 raised: ValueError: x",
         "workers 0, 1 failed because of it",
-        "its traceback ends with:",
+        "end of its traceback:",
     ]
     assert lines[3:-1] == [f"  line {number}" for number in range(25, 40)]
 
@@ -215,7 +215,7 @@ def test_without_a_traceback_the_end_of_the_log_is_shown(tmp_path):
     log = tmp_path / "rank-1.log"
     log.write_bytes(b"x" * 100_000 + b"\n" + b"\n".join(b"row %d" % n for n in range(30)) + b"\n\xff")
     lines = str(WorkerError(1, Kind.KILLED, "was killed", log)).splitlines()
-    assert lines[1] == "the end of its log:"
+    assert lines[1] == "end of its log:"
     assert lines[2:-1] == [*(f"  row {n}" for n in range(16, 30)), "  �"]
 
 
@@ -242,4 +242,4 @@ def test_an_incident_is_written_down_and_read_back():
 
 
 def test_a_decision_to_stop_has_nothing_else():
-    assert decide(incident(Kind.PROGRAM), []) == Decision(False, "an error in the program comes back every time")
+    assert decide(incident(Kind.PROGRAM), []) == Decision(False, "a program error recurs on every attempt")

@@ -215,7 +215,7 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on_later_bit_for_bit(whole, fol
     assert done < STEPS
     status, out = muster(folder, "resume", "job")
     assert status == 0, out
-    assert f"goes on after step {done}" in out
+    assert f"resuming after step {done}" in out
     assert losses(folder) == losses(whole[0])
     assert [row["step"] for row in metrics(folder) if "loss" in row] == list(range(1, STEPS + 1))
 

@@ -189,7 +189,7 @@ def test_phases_hand_on_their_models_and_are_not_run_again(chain, muster):
     answer = muster("run", "chain.yaml", "--inline", "--only", "reward")
     assert (answer.status, answer.errors) == (
         2,
-        ["--only: reward starts from sft, which is not finished; run that first"],
+        ["--only: reward starts from sft, which is not finished; run sft first"],
     )
     assert not (chain / "runs").exists()
     answer = muster("run", "chain.yaml", "--inline", "--only", "sft")
@@ -206,9 +206,9 @@ def test_phases_hand_on_their_models_and_are_not_run_again(chain, muster):
     assert answer.status == 0, answer
     assert ended(chain) == ["sft", "more"]
     answer = muster("run", "chain.yaml", "--inline", "--only", "sft")
-    assert answer.errors == ["--only: sft is finished; go back with `muster resume RUN --step N --phase sft`"]
+    assert answer.errors == ["--only: sft is finished; rewind it with `muster resume RUN --step N --phase sft`"]
     answer = muster("run", "chain.yaml", "--inline", "--only", "rewrad")
-    assert answer.errors == ["--only: there is no phase rewrad; did you mean reward?; there are sft, reward, more"]
+    assert answer.errors == ["--only: there is no phase rewrad; did you mean reward?; the phases are sft, reward, more"]
     answer = muster("resume", "chain", "--inline")
     assert answer.status == 0, answer
     assert "finished phases: sft, more; to run: reward" in answer.out

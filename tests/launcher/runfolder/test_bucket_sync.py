@@ -61,7 +61,7 @@ def test_workers_on_ray_keep_a_run_in_a_bucket_and_another_machine_goes_on(s3, t
     other = {"MUSTER_CACHE": str(tmp_path / "another machine's cache")}
     status, out = muster(folder, "resume", f"{storage}/job", more, "--accept-changes", **other)
     assert status == 0, out
-    assert f"goes on after step {done}" in out
+    assert f"resuming after step {done}" in out
     curve = [row["step"] for row in rows(f"{storage}/job", "sft/metrics.jsonl") if "loss" in row]
     assert curve == list(range(1, done + 11))
     assert {"config.json", "model.safetensors"} <= place_at(f"{storage}/job/sft/model").children().keys()
@@ -142,7 +142,7 @@ def test_a_run_says_whether_it_is_at_work(job):
 
 def test_two_processes_of_one_machine_cannot_work_on_one_run(job):
     run = open_run.begin(job)
-    with pytest.raises(InputError, match="this run is being worked on by process"):
+    with pytest.raises(InputError, match="this run is in use by process"):
         open_run.begin(job)
     run.close()
 

@@ -49,7 +49,7 @@ def test_every_start_is_a_new_attempt(job):
 
 def test_two_processes_cannot_work_on_one_run(job):
     run = open_run.begin(job)
-    with pytest.raises(InputError, match=f"this run is being worked on by process {os.getpid()} on "):
+    with pytest.raises(InputError, match=f"this run is in use by process {os.getpid()} on "):
         open_run.begin(job)
     assert run.attempts() == 1
     run.close()
@@ -62,7 +62,7 @@ def test_a_folder_that_holds_another_job_is_refused_with_what_differs(job):
     with pytest.raises(InputError) as caught:
         open_run.begin(changed("phases.sft.learning_rate=2e-3", "phases.sft.log_every=5"))
     first, *differences = str(caught.value).splitlines()
-    assert first.startswith(f"{folder_of(job)}: this run folder holds another job; choose another `name:`")
+    assert first.startswith(f"{folder_of(job)}: this run folder belongs to a different job; choose a different `name:`")
     assert differences == ["  phases.sft.learning_rate: 0.001 -> 0.002"]
     assert (folder_of(job) / "job.yaml").read_bytes() == before
 
@@ -286,7 +286,7 @@ def test_settings_of_a_finished_phase_are_refused_unless_it_is_done_again(finish
     told = "command line: phases.first.resources.threads: has no effect: the phase first is finished; "
     with pytest.raises(InputError) as caught:
         open_run.check(of_first, back)
-    assert str(caught.value) == f"{told}`muster resume RUN --step N --phase first` goes back into it"
+    assert str(caught.value) == f"{told}rewind it with `muster resume RUN --step N --phase first`"
     open_run.check(of_first, open_run.ResumeOptions(rewind={"first": 2, "second": 0}))
     open_run.check(of_second, back)
     open_run.check(of_both, back)

@@ -76,7 +76,7 @@ def test_a_run_that_is_looked_at_for_a_moment_starts(begin, place):
 
 def test_a_run_at_work_is_refused_by_name_of_who_holds_it(begin):
     begin()
-    with pytest.raises(InputError, match=f"is being worked on by process {os.getpid()} on "):
+    with pytest.raises(InputError, match=f"is in use by process {os.getpid()} on "):
         begin()
 
 

@@ -135,7 +135,7 @@ def test_two_jobs_run_side_by_side_and_a_third_waits_and_says_for_what(muster_he
     assert "is running; `muster stop" in muster_here("resume", names[1], "--on", "here", status=2)
     again = muster_here("resume", names[0], "phases.sft.log_every=2", "--on", "here").split()[0]
     until(
-        lambda: "goes on after step" in muster_here("logs", again, "--on", "here"),
+        lambda: "resuming after step" in muster_here("logs", again, "--on", "here"),
         lambda: muster_here("logs", again, "--on", "here"),
     )
     for name in (again, names[1]):

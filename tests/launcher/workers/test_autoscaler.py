@@ -43,19 +43,17 @@ def test_a_gang_brings_its_machines_at_once_says_what_is_coming_and_they_go_when
     assert growing.cluster.machines() == 0
     said = growing.run(job, "resources.workers=2")
     # both at a time; the first may be up already when they are told of
-    assert re.search(
-        r"2 workers wanted, each with one CPU; the cluster has \d CPU \(\d free\); coming: 2 small", said
-    ), said
+    assert re.search(r"2 workers need one CPU each; the cluster has \d CPU \(\d free\); pending: 2 small", said), said
     assert "sft: done; the model is in" in said
     file = str(growing.cluster.file)
     again = growing("resume", said.split()[0], "--step", "2", "--on", file).split()[0]
-    assert "sft: goes on after step 2" in growing("logs", "-f", again, "--on", file)
+    assert "sft: resuming after step 2" in growing("logs", "-f", again, "--on", file)
     until(lambda: growing.cluster.machines() == 0, lambda: growing.cluster.dashboard.nodes())
 
 
 def test_what_can_never_come_is_told_at_once(growing, job):
     said = growing.run(job, "name=toolarge", "resources.workers=4", status=2)
-    assert "resources.workers: the cluster cannot grow so far: 4 workers wanted, each with one CPU" in said
+    assert "resources.workers: the cluster cannot grow that large: 4 workers need one CPU each" in said
     assert growing.cluster.machines() == 0
 
 

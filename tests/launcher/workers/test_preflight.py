@@ -43,23 +43,27 @@ def test_machines_that_are_well():
 @pytest.mark.parametrize(
     ("odd", "said", "fatal"),
     [
-        ({"product_right": False}, "multiplies two matrices to a wrong result", True),
+        ({"product_right": False}, "computes a wrong product of two matrices", True),
         ({"tflops": 200.0}, "computes 3.5 times slower than the others", True),
         (
             {"versions": {"python": "3.11", "torch": "2.12.0", "driver": "570.1"}},
-            "has torch 2.12.0, the others 2.13.0",
+            "has torch 2.12.0, the others have 2.13.0",
             True,
         ),
         (
             {"versions": {"python": "3.11", "torch": "2.13.0", "driver": "550.9"}},
-            "has driver 550.9, the others 570.1",
+            "has driver 550.9, the others have 570.1",
             False,
         ),
-        ({"storage_problem": "Permission denied"}, "cannot use the storage, others can: Permission denied", True),
-        ({"storage_mb_s": 2.0}, "writes and reads 2.0 MB/s at the storage", False),
-        ({"clock": 1400.0}, "has a clock that is 400 s off", False),
+        (
+            {"storage_problem": "Permission denied"},
+            "cannot use the storage, but other machines can: Permission denied",
+            True,
+        ),
+        ({"storage_mb_s": 2.0}, "reads and writes the storage at 2.0 MB/s", False),
+        ({"clock": 1400.0}, "has a clock that is off by 400 s", False),
         ({"shared_memory": 64 << 20}, "has 64 MiB of shared memory", False),
-        ({"device_free": 50 * GB}, "has 27.9 GiB of its GPU in use by somebody else", False),
+        ({"device_free": 50 * GB}, "has 27.9 GiB of its GPU in use by another process", False),
     ],
 )
 def test_a_machine_that_is_not(odd, said, fatal):
@@ -85,7 +89,7 @@ def test_a_slow_processor_is_told_and_not_judged():
 def test_what_no_other_machine_would_mend():
     (full,) = judge([report(storage_free=5 * GB)] * 2, room=20 * GB)
     assert (full.rank, full.fatal) == (None, True)
-    assert "5.0 GB free, two checkpoints take 20.0" in full.message
+    assert "5.0 GB free, but two checkpoints need 20.0" in full.message
     (broken,) = judge([report(storage_problem="Read-only file system")] * 3, room=0)
     assert (broken.rank, broken.fatal) == (None, True)
 

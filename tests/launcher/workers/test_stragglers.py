@@ -48,4 +48,4 @@ def test_a_gpu_that_is_nearly_full_is_told_once(monkeypatch):
     for fractions in ([0.0, 0.9, 0.5], [0.0, 0.97, 0.5], [0.0, 0.99, 0.5]):
         run.gpus_full(fractions)
     assert len(told) == 1
-    assert told[0].startswith("worker 1 on 10.0.0.1 has taken 97% of its GPU's memory")
+    assert told[0].startswith("worker 1 on 10.0.0.1 uses 97% of its GPU's memory")

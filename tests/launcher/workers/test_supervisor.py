@@ -130,7 +130,7 @@ def little_memory(host) -> Iterator[None]:
 def test_a_worker_that_the_kernel_kills_for_memory_is_told_as_such(host):
     with pytest.raises(WorkerDied) as caught:
         call(host, "take_memory", 400 << 20)
-    assert (caught.value.status, caught.value.reason) == (-signal.SIGKILL, "the kernel was short of memory")
+    assert (caught.value.status, caught.value.reason) == (-signal.SIGKILL, "the kernel ran out of memory")
 
 
 def test_after_a_death_another_begins_without_the_imports(host, tmp_path):

@@ -94,7 +94,7 @@ def test_a_collective_that_one_worker_never_enters_is_a_hang(ray_cluster, tmp_pa
     hang_after = 2.0
     with probes(tmp_path, hang_after=hang_after) as group:
         began = time.monotonic()
-        with pytest.raises(WorkerError, match="does not get on with step 7") as caught:
+        with pytest.raises(WorkerError, match="has made no progress at step 7") as caught:
             results(group.call("train", 0), 60)
         took = time.monotonic() - began
     assert (caught.value.rank, caught.value.kind) == (0, Kind.HANG)
@@ -185,7 +185,7 @@ def test_a_gang_that_does_not_fit_waits_says_what_is_missing_and_gives_up(ray_cl
     from launcher.workers.worker_group import WorkerGroup
 
     with pytest.raises(
-        NoMachines, match=r"did not come: 999 workers wanted, each with one CPU; the cluster has \d+ CPU .*, after 2 s"
+        NoMachines, match=r"became available: 999 workers need one CPU each; the cluster has \d+ CPU .*, after 2 s"
     ):
         WorkerGroup(Resources(workers=999, wait_for_machines=2.0), print, print)
 
@@ -197,7 +197,7 @@ def test_a_gang_that_may_be_smaller_takes_what_there_is(ray_cluster):
     workers = WorkerGroup(Resources(workers=999, min_workers=1, wait_for_machines=1.0), said.append, print)
     try:
         assert 1 <= workers.size < 999
-        assert said[-1].startswith(f"going on with {workers.size} of 999 workers")
+        assert said[-1].startswith(f"continuing with {workers.size} of 999 workers")
         assert not workers.could_grow()
     finally:
         workers.close()
@@ -222,7 +222,7 @@ def test_where_others_have_the_machines_a_gang_waits_its_turn(ray_cluster):
     finally:
         leave.join()
     assert workers.size == free > 0
-    assert f"{free} workers wanted, each with one CPU; the cluster has" in said[0]
+    assert f"{free} workers need one CPU each; the cluster has" in said[0]
 
 
 def test_two_groups_do_not_meet(ray_cluster, tmp_path):
