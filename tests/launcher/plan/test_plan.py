@@ -272,7 +272,7 @@ def test_refusals(place, capsys, tmp_path):
         (["--gpu", "H100", "--tokens", "inf"], "--tokens: inf is out of all proportion"),
         (["--gpu", "H100", "--parameters", "nan"], "nan is out of all proportion"),
         (["--gpu", "H100", "--price", "inf"], "inf is out of all proportion"),
-        (["--on", "nowhere"], "no cluster nowhere is up"),
+        (["--on", "nowhere"], "no cluster nowhere is running"),
     ):
         status, _, err = muster("plan", "job.yaml", *words, capsys=capsys)
         assert (status, told in err) == (2, True), (words, err)
