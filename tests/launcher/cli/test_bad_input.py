@@ -59,7 +59,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
         (*RUN, "resources.workers=2"),
         [
             (
-                "job.yaml: phases.sft.resources.workers: --inline has one worker, the job asks for 2; say "
+                "job.yaml: phases.sft.resources.workers: --inline has one worker, but the job requests 2; set "
                 "resources.workers=1"
             )
         ],
@@ -420,7 +420,7 @@ def test_a_storage_on_a_disk_that_cannot_be_written(muster, place):
     """/sys takes no folders, from root neither; a chmod would not stop root."""
     (line,) = refused(muster, place, (*RUN, "storage=/sys/kernel"))
     assert line.startswith("/sys/kernel/sums: cannot use the run folder: ")
-    assert "choose another `storage`" in line
+    assert "choose a different `storage`" in line
 
 
 @pytest.mark.parametrize(

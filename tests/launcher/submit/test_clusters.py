@@ -146,7 +146,7 @@ def test_a_job_that_asks_for_more_than_a_cluster_can_have_is_refused_before_anyt
         ),
         (
             "provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b]}}\nstorage: runs",
-            ["c.yaml:4: storage: runs: name a bucket, or a folder"],
+            ["c.yaml:4: storage: runs: set a bucket, or the absolute path"],
         ),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_local_run_folder_is_refused_where_the_cluster_does_not_see_it(place, 
     answer = muster("submit", "job.yaml", "--on", "c.yaml")
     assert answer.status == 2
     assert "is a folder of this machine" in answer.err
-    assert "name a bucket" in answer.err
+    assert "set a bucket" in answer.err
 
 
 def test_bad_jobs_are_refused_before_anything_is_sent(place, muster):
