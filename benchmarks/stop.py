@@ -113,7 +113,6 @@ def summary(stopped: Sequence[Stopped]) -> dict[str, Any]:
 def _activities(work: workload.Workload, folder: Path, options: Options, batch_s: float) -> dict[str, Activity]:
     """`batch_s`: seconds of one batch of generated answers."""
     many = workload.make(folder / "many", _MANY_ROWS)
-    large = workload.make(folder / "large", _FEW_ROWS, shape=workload.LARGE)
     roles = trl_ppo.make(folder / "ppo")
 
     def job(of: workload.Workload, steps: int = _STEPS, batch: int = 16, **settings: Any) -> dict[str, Any]:
@@ -122,7 +121,6 @@ def _activities(work: workload.Workload, folder: Path, options: Options, batch_s
         return made
 
     questions: dict[str, Any] = {"eval": {"data": str(_questions(work)), **_EVALUATION}, "eval_on_start": True}
-    exporting = job(large, steps=1, batch=2)
     return {
         "starting Ray": Activity(job(work), lambda run, _: run.has_process("gcs_server")),
         "preparing data": Activity(job(many), lambda run, _: run.has_process("raylet/raylet"), keeps_cache=False),
@@ -130,19 +128,19 @@ def _activities(work: workload.Workload, folder: Path, options: Options, batch_s
         "loading the model": Activity(job(work), lambda run, _: bool(run.events("workers"))),
         "training": Activity(job(work), lambda run, _: len(run.metrics()) >= 4, _step_and_save),
         "PPO": Activity(
-            trl_ppo.job(roles, options.stage, _STEPS),
+            trl_ppo.job(roles, options.stage, _STEPS, rollout_batch=16, batch=8),
             lambda run, nth: is_into_iteration(run, nth / options.rounds),
             _part_and_save,
         ),
         "evaluating": Activity(job(work, **questions), _evaluates, lambda run: batch_s),
-        "exporting": Activity(exporting, lambda run, _: bool(run.events("checkpoint"))),
+        "exporting": Activity(job(work, steps=1), lambda run, _: bool(run.events("checkpoint"))),
     }  # fmt: skip
 
 
 def is_into_iteration(run: ObservedRun, share: float) -> bool:
-    """Whether that share of the third iteration has gone by, if it is as long as the second."""
+    """Whether that share of the second iteration has gone by, if it is as long as the first."""
     rows = run.metrics()
-    return len(rows) >= 2 and time.time() - _written_at(run) >= share * rows[1]["step_s"]
+    return bool(rows) and time.time() - _written_at(run) >= share * rows[-1]["step_s"]
 
 
 def _written_at(run: ObservedRun) -> float:

@@ -94,11 +94,11 @@ RECIPES: dict[str, Recipe] = {
         metrics=metric_schema.POLICY,
         shows_learning=("reward", *_ANSWERS),
         roles={
-            "policy": "training.rl.roles:Policy",
-            "reference": "training.rl.roles:Reference",
-            "critic": "training.rl.roles:Critic",
-            "reward": "training.rl.roles:RewardRole",
-            "rollout": "training.rl.roles:Rollout",
+            "policy": "training.rl.policy:Policy",
+            "reference": "training.rl.frozen_roles:Reference",
+            "critic": "training.rl.critic:Critic",
+            "reward": "training.rl.frozen_roles:RewardRole",
+            "rollout": "training.rl.rollout:Rollout",
         },
     ),
 }

@@ -22,7 +22,7 @@ import yaml
 from cluster import orphan_watch
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError
-from cluster.providers import Finding, Instance, Say, environment, refuse
+from cluster.providers import Finding, Instance, Say, environment, ray_launcher_compat, refuse
 from cluster.ray_node import PRICE, head_arguments, of_type, price_label
 from cluster.registry import ClusterRecord
 from cluster.remote_shell import HERE, Login
@@ -107,7 +107,7 @@ class CloudProvider(ABC, Generic[Spec]):
             self.tidy(config["cluster_name"], say)
 
     def _remove_stopped(self, config: dict[str, Any]) -> None:
-        nodes, deadline = _nodes(config), time.monotonic() + _STOPPED_S
+        nodes, deadline = ray_launcher_compat.node_provider(config), time.monotonic() + _STOPPED_S
         while stopped := self.stopped(nodes):
             if time.monotonic() > deadline:
                 raise ClusterError(f"machines that were shut down are left: {', '.join(stopped)}")
@@ -121,7 +121,7 @@ class CloudProvider(ABC, Generic[Spec]):
             return []
         config = self._recorded(home)
         with _launcher("the cloud does not say which machines there are"):
-            nodes = _nodes(config)
+            nodes = ray_launcher_compat.node_provider(config)
             running, stopped = nodes.non_terminated_nodes({}), self.stopped(nodes)
             return [_instance(nodes, each, config, each not in running) for each in dict.fromkeys([*running, *stopped])]
 
@@ -239,13 +239,6 @@ class CloudProvider(ABC, Generic[Spec]):
         return "; ".join(steps)
 
 
-def _nodes(config: dict[str, Any]) -> Any:
-    """Ray's node provider: the cloud's machines that have the cluster's tag."""
-    from ray.autoscaler._private.providers import _get_node_provider
-
-    return _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
-
-
 def _instance(nodes: Any, node: str, config: dict[str, Any], stopped: bool) -> Instance:
     tags = {} if stopped else nodes.node_tags(node)
     kind = tags.get("ray-user-node-type", "")
@@ -277,20 +270,8 @@ def _known_hosts(home: ClusterRecord) -> dict[str, str]:
 @contextmanager
 def _host_keys_kept(home: ClusterRecord) -> Iterator[None]:
     """Have Ray's launcher look at host keys, which it switches off: it copies the token."""
-    from ray.autoscaler._private import command_runner
-
-    module: Any = command_runner
-    own: Any = module.SSHOptions
-
-    class Pinned(own):  # type: ignore[misc]  # Ray has no types here
-        def __init__(self, ssh_key: Any, control_path: Any = None, **options: Any):
-            super().__init__(ssh_key, control_path, **_known_hosts(home), **options)
-
-    module.SSHOptions = Pinned
-    try:
+    with ray_launcher_compat.ssh_options(_known_hosts(home)):
         yield
-    finally:
-        module.SSHOptions = own
 
 
 def _command(name: str) -> Finding:

@@ -62,7 +62,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 def _check_diagram(diagram: str, page: str) -> None:
     try:
-        mermaidx.render(diagram)
+        mermaidx.render(diagram).svg()
     except RuntimeError as error:
         _LOG.warning("%s: a diagram is not valid: %s", page, error)
 

@@ -7,7 +7,6 @@ sealed.
 from __future__ import annotations
 
 import asyncio
-import logging
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,17 +18,15 @@ from typing import Any
 import aiohttp
 import ray
 import requests
-from ray.dashboard.modules import dashboard_sdk
-from ray.dashboard.modules.job import sdk
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, Refused
 from launcher.submit import sealed_env
+from launcher.workers import ray_compat
 
-for _module in (dashboard_sdk, sdk):
-    _module.logger.setLevel(logging.ERROR)  # uploads and closed connections are ours to tell
+ray_compat.silence_job_client()
 
 Door = Callable[[], AbstractContextManager[Dashboard]]
 _ENTRYPOINT = (

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import ray
+from launcher.workers import ray_compat
 
 _ANSWER_S = 10.0
 _LONGEST_REASON = 160
@@ -37,15 +36,9 @@ def outlook(gang: str, since: float) -> Outlook | None:
 
     Returns None if no autoscaler reports (only its version 2 does).
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # in C++
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]  # generated
-
-    reply = GetClusterStatusReply()
-    client: Any = GcsClient(ray.get_runtime_context().gcs_address)
-    reply.ParseFromString(client.get_cluster_status(timeout_s=_ANSWER_S))
-    if not reply.HasField("autoscaling_state"):
+    said = ray_compat.autoscaling_state(timeout_s=_ANSWER_S)
+    if said is None:
         return None
-    said = reply.autoscaling_state
     coming = Counter[str]()
     for request in said.pending_instance_requests:
         coming[request.ray_node_type_name] += request.count

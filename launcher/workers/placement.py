@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.ray_node import PRICE
-from launcher.workers import autoscaler, ray_session
+from launcher.workers import autoscaler, ray_compat, ray_session
 from launcher.workers.errors import NoMachines
 from training.config import Resources
 from training.errors import InputError
@@ -25,8 +25,6 @@ _FIRST_WORD_S, _NEXT_WORD_S, _NEXT_LOOK_S = 3.0, 15.0, 3.0
 _LOOK_S = 0.1
 _MARKET = "ray.io/market-type"
 """Label of machines in clusters that Muster starts."""
-_HEAD = "node:__internal_head__"
-"""The resource by which Ray marks the head."""
 _SETTLE_S = 30.0
 """Longest time to schedule a gang on machines that are free."""
 
@@ -55,20 +53,16 @@ def by_id() -> dict[str, dict[str, Any]]:
 
 def draining() -> dict[str, float]:
     """Return the machines that are being drained, by id, with their deadline (Unix time, s; 0: unknown)."""
-    from ray._private.state import state
-
-    return {node_id: deadline_ms / 1000 for node_id, deadline_ms in state.get_draining_nodes().items()}
+    return {node_id: deadline_ms / 1000 for node_id, deadline_ms in ray_compat.draining_nodes().items()}
 
 
 def fitting(needs: Mapping[str, float], avoid: frozenset[str] = frozenset()) -> int:
     """Return how many workers with these needs fit on free machines, without those to avoid (ids)."""
-    from ray._private.state import available_resources_per_node
-
     leaving = draining()
     alive = {found["NodeID"] for found in ray.nodes() if found["Alive"]}
     usable = {
         node_id: free
-        for node_id, free in available_resources_per_node().items()
+        for node_id, free in ray_compat.free_resources().items()
         if node_id in alive and node_id not in avoid and node_id not in leaving
     }
     return sum(_places(free, needs) for free in usable.values())
@@ -241,7 +235,11 @@ def price(node_ids: Collection[str]) -> float | None:
     """Return the price per hour of the machines with these ids and the head; None if one has no price."""
     there = [found for found in ray.nodes() if found["Alive"]]
     used = [found for found in there if found["NodeID"] in node_ids]
-    head = [found for found in there if _HEAD in found["Resources"] and found not in used and PRICE in found["Labels"]]
+    head = [
+        found
+        for found in there
+        if ray_compat.HEAD_RESOURCE in found["Resources"] and found not in used and PRICE in found["Labels"]
+    ]
     prices = [found["Labels"].get(PRICE) for found in (*used, *head)]
     return None if None in prices else sum(map(float, prices))
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,7 @@ from typing import Any
 from launcher.process import ray_address
 from launcher.process.short_tempdir import short_tempdir
 from launcher.process.subprocesses import code_folders
+from launcher.workers import ray_compat
 from launcher.workers.errors import NoMachines, RayLost, WorkerDied, describe
 from launcher.workers.supervisor import fork_server_here
 from training.device import device_type, num_gpus
@@ -35,8 +35,6 @@ _KEEP_IDLE_MS = 600_000
 _WITHOUT_GCS_S = 3600
 """How long the rest of our own Ray survives without its GCS (Ray's default: a minute): as long as saving a large model
 may take."""
-_GCS, _RAYLET = "gcs_server", "raylet"
-"""Ray's names of its two essential processes."""
 
 
 @contextmanager
@@ -78,12 +76,12 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
     from ray.exceptions import RayError
 
     try:
-        with _processes_apart():
+        with ray_compat.processes_in_own_sessions():
             ray.init(
                 namespace="muster",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                job_config=_job_config(),
+                job_config=ray_compat.job_config(code_folders()),
                 **settings,
             )
     except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
@@ -96,56 +94,6 @@ def _connected(failure: str, advice: str, **settings: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _job_config() -> Any:
-    """Set where Ray's workers import Muster's code from. By default Ray imports from the working folder first.
-
-    `_client_job` is Ray's own switch against that (its client has it);
-    a submitted job has a folder of its own, which Ray takes instead.
-    """
-    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-    from ray.job_config import JobConfig
-
-    return JobConfig(_client_job=RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ, _py_driver_sys_path=code_folders())
-
-
-@contextmanager
-def _processes_apart() -> Iterator[None]:
-    """Make Ray start each of its processes in a separate session within the block, and block SIGTERM until its end,
-    where our handlers replace those of Ray, one of which aborts the process. If the block fails, all processes of Ray
-    are killed.
-
-    Ray has no settings for that. The private names that this replaces are tested by
-    tests/launcher/workers/test_ray_session.py.
-    """
-    from ray import _private
-
-    services: Any = _private.services
-    utils: Any = _private.utils
-    popen, take_sigterm = services.ConsolePopen, utils.set_sigterm_handler
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(*args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> subprocess.Popen[bytes]:
-        def in_child() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-            preexec_fn()
-
-        started.append(popen(*args, preexec_fn=in_child, start_new_session=True, **kwargs))
-        return started[-1]
-
-    services.ConsolePopen, utils.set_sigterm_handler = start, lambda handler: None
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    try:
-        yield
-    except BaseException:
-        for process in started:
-            process.kill()
-        raise
-    finally:
-        services.ConsolePopen, utils.set_sigterm_handler = popen, take_sigterm
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @dataclass(frozen=True)
@@ -172,7 +120,7 @@ class _OwnRay:
             stack.enter_context(_environment(inside))
             advice = f"check the free space in {folder} and /dev/shm"
             stack.enter_context(_connected("Ray did not start on this machine", advice, **self._settings(inside)))
-            self._processes = _processes_of_ray()
+            self._processes = ray_compat.essential_processes()
             self._running = stack.pop_all()
 
     def _settings(self, folder: str) -> dict[str, Any]:
@@ -182,12 +130,7 @@ class _OwnRay:
             "num_cpus": max(self.num_workers, os.cpu_count() or 1),
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
-            "_node_ip_address": "127.0.0.1",
-            "_temp_dir": folder,
-            "_system_config": {
-                "idle_worker_killing_time_threshold_ms": _KEEP_IDLE_MS,
-                "gcs_rpc_server_reconnect_timeout_s": _WITHOUT_GCS_S,
-            },
+            **ray_compat.local_settings(folder, keep_idle_ms=_KEEP_IDLE_MS, without_gcs_s=_WITHOUT_GCS_S),
         }
 
     def lost(self) -> Lost | None:
@@ -195,7 +138,7 @@ class _OwnRay:
         if not ended:
             return None
         words = " and ".join(f"Ray's {name} {describe(WorkerDied(status))}" for name, status in ended.items())
-        return Lost(words, workers_answer=_RAYLET not in ended)
+        return Lost(words, workers_answer=ray_compat.RAYLET not in ended)
 
     def end(self) -> None:
         if self.lost() is not None:  # what is left would wait for what is gone
@@ -250,15 +193,6 @@ def restart() -> None:
             _own.start()
         except (MusterError, OSError) as error:
             raise NoMachines(f"Ray ended and could not be restarted: {error}") from error
-
-
-def _processes_of_ray() -> dict[str, subprocess.Popen[bytes]]:
-    """Return the essential processes that `ray.init` started, by Ray's names."""
-    from ray._private import worker
-
-    node: Any = worker._global_node
-    started = node.all_processes
-    return {name: started[name][0].process for name in (_GCS, _RAYLET)}
 
 
 @cache

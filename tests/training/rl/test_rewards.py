@@ -284,8 +284,8 @@ def test_a_coroutine_function_is_waited_for(judge, tmp_path):
 
 
 def test_none_is_no_vote_but_somebody_has_to_give_one(tiny, tmp_path):
+    from training.rl.frozen_roles import RewardRole
     from training.rl.rewards import RewardError
-    from training.rl.roles import RewardRole
 
     (tmp_path / "mine.py").write_text(
         "def even(completions, **others):\n    return [1.0 if int(c) % 2 == 0 else None for c in completions]\n"
@@ -300,7 +300,7 @@ def test_none_is_no_vote_but_somebody_has_to_give_one(tiny, tmp_path):
 
 
 def test_several_rewards_are_weighted(tiny):
-    from training.rl.roles import RewardRole
+    from training.rl.frozen_roles import RewardRole
 
     sources = [
         {"path": "tests.support.some_rewards:nines"},
@@ -330,7 +330,7 @@ def other_words(tiny, tmp_path_factory):
 
 
 def test_a_critic_of_another_tokenizer_is_refused(tiny, other_words):
-    from training.rl.roles import Critic
+    from training.rl.critic import Critic
 
     with pytest.raises(InputError, match=r"critic: the critic would read the policy's tokens as others"):
         Critic(RankInfo(rank=0, size=1), phase_of(tiny, "ppo", reward="-", batch=4, critic=str(other_words)), "")
