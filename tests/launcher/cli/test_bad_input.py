@@ -205,7 +205,7 @@ def test_a_thousand_workers_do_not_fit_this_machine(muster, place, monkeypatch):
     (line,) = refused(muster, place, ("run", "job.yaml", "resources.workers=100000", "phases.sft.batch=100000"))
     assert line.startswith("job.yaml: phases.sft.resources.workers: needs at least 43,9")
     assert "this machine has" in line
-    assert "take fewer workers" in line
+    assert "use fewer workers" in line
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_else(muster, place, monkeypatch):
