@@ -41,7 +41,7 @@ class Learning:
     """Of one run."""
 
     rewards: list[float]
-    behind_kl: float
+    staleness_kl: float
     """The largest of all iterations."""
 
     @property
@@ -87,10 +87,10 @@ def _learning(options: Options, folder: Path) -> dict[str, Any]:
             settings = {**WAYS[way], **STRONG, "critic": str(roles.policy), "seed": number}
             place = folder / f"{way}-{number}"
             _, rows = trl_ppo.muster(roles, options, LEARNT, place, folder / "cache", groups=APART, **settings)
-            of_way.append(Learning([row["reward"] for row in rows], max(row.get("behind_kl", 0.0) for row in rows)))
+            of_way.append(Learning([row["reward"] for row in rows], max(row.get("staleness_kl", 0.0) for row in rows)))
     return {
         "iterations": LEARNT,
         "ahead_gained_to_turns": ratios(*([run.gained for run in runs[way]] for way in ("ahead", "turns"))),
         **{f"{way}_gained": spread([run.gained for run in of_way]) for way, of_way in runs.items()},
-        "behind_kl": spread([run.behind_kl for run in runs["ahead"]]),
+        "staleness_kl": spread([run.staleness_kl for run in runs["ahead"]]),
     }

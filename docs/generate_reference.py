@@ -30,7 +30,7 @@ from launcher.jobfile.validation_messages import annotation_of, bare_of, describ
 from launcher.process.exit_status import ExitStatus
 from launcher.runfolder import event_schema
 from training.config import Phase
-from training.metric_schema import Columns
+from training.metric_schema import ALIASES, Columns
 from training.recipes import RECIPES
 
 REQUIRED = "required"
@@ -379,6 +379,10 @@ def _metrics() -> Iterator[str]:
     for recipes in told.values():
         yield f"### {', '.join(recipes)}\n"
         yield from _columns(RECIPES[recipes[0]].metrics)
+    yield "### Old names\n"
+    yield "Runs of versions before 0.2 have these names. This version reads them. It also writes them, in"
+    yield "`metrics.jsonl`, to trackers and in the output of `--json`; later versions write only the current names.\n"
+    yield from _table(("old name", "current name"), ((f"`{old}`", f"`{name}`") for old, name in ALIASES.items()))
     yield "## `events.jsonl`\n"
     yield "The folder of the run has one object per event.\n"
     yield from _table(

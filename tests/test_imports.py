@@ -56,7 +56,7 @@ def test_the_scan_sees_imports_inside_functions():
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        ("deepspeed", {"training/engine/engine.py"}),
+        ("deepspeed", {"training/engine/engine.py", "training/engine/deepspeed_compat.py"}),
         ("ray", RAY | {"cluster/providers/cloud.py", "cluster/providers/ray_launcher_compat.py"}),
     ],
 )

@@ -5,7 +5,11 @@ The reference page and the labels of curves come from it, and a test fails for a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,30 @@ class Metric:
 
 
 Columns = dict[str, Metric]
+
+ALIASES = {
+    "ended": "eos_rate",
+    "behind_kl": "staleness_kl",
+    "eval_ended": "eval_eos_rate",
+    "eval_verdict_ended": "eval_verdict_eos_rate",
+}
+"""Current names by the names before 0.2. This version writes both; rows with either can be read."""
+
+
+def with_current_names(row: Mapping[str, Value]) -> dict[str, Value]:
+    """A row of metrics that any version wrote, with the current names only."""
+    return {ALIASES.get(name, name): value for name, value in row.items()}
+
+
+def with_old_names(value: Any) -> Any:
+    """A row of metrics, or data that contain such rows, with each renamed metric under both of its names."""
+    if isinstance(value, list):
+        return [with_old_names(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    row = {name: with_old_names(item) for name, item in value.items()}
+    return row | {old: row[name] for old, name in ALIASES.items() if name in row}
+
 
 ROW: Columns = {
     "step": Metric("step", "", "The step after which the row was written, counted from 1."),
@@ -105,7 +133,7 @@ def _answers(prefix: str, what: str, right: str) -> Columns:
             "0 to 1",
             "Fraction of questions for which at least one of K responses is correct; only with `eval.samples` above 1.",
         ),
-        f"eval_{prefix}ended": Metric(
+        f"eval_{prefix}eos_rate": Metric(
             f"finished {what}s",
             "0 to 1",
             "Fraction of responses that ended by themselves; the others were cut off at `eval.max_new_tokens`.",
@@ -198,7 +226,7 @@ _POLICY: Columns = {
         "tokens",
         "Mean length of the responses, including the end-of-text token.",
     ),
-    "ended": Metric(
+    "eos_rate": Metric(
         "finished responses",
         "0 to 1",
         "Fraction of responses that ended by themselves; the others were cut off at `response_tokens`.",
@@ -225,7 +253,7 @@ _POLICY: Columns = {
         "KL divergence between the policy that generated the responses and the one that is being trained; "
         "`kl.stop` limits it.",
     ),
-    "behind_kl": Metric(
+    "staleness_kl": Metric(
         "KL by staleness",
         "nats per token",
         "KL divergence between the policy that generated the responses and the one at the beginning of the "

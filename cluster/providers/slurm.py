@@ -178,67 +178,81 @@ class SlurmProvider:
     def batch_script(self, name: str, *, workers: int, names: tuple[str, ...], words: Sequence[str] = ()) -> str:
         """What Slurm runs on the first node of the allocation."""
         spec = self.spec
-        nodes = -(-workers // spec.workers_per_node)
-        cpus = f"--cpus-per-task={spec.cpus_per_node or spec.workers_per_node}"
-        gpus = [f"--gpus-per-node={spec.gpus_per_node}"] if spec.gpus_per_node else []
-        export = f"--export={','.join(names)}" if names else "--export=NIL"
-        options = [
-            f"--job-name={name}", f"--nodes={nodes}", "--ntasks-per-node=1",
-            cpus, *gpus,
-            *(f"--{key}={value}" for key in ("partition", "account", "qos") if (value := getattr(spec, key))),
-            f"--time={spec.time}", f"--signal=B:TERM@{spec.notice_s}", "--requeue", "--open-mode=append",
-            f"--output={spec.folder}/{name}/out.log", export, *spec.options,
-        ]  # fmt: skip
-        start = (
-            f"ray start --num-cpus={spec.workers_per_node} --num-gpus={spec.gpus_per_node} --disable-usage-stats "
-            "--block"
-        )
         lines = [
             "#!/bin/bash -l",
-            *(f"#SBATCH {option}" for option in options),
+            *(f"#SBATCH {option}" for option in self._options(name, workers, names)),
             "",
             f"cd {self._of(name)}",
             *spec.setup,
             f'export PATH="$(dirname "$({spec.python} -c "import sys; print(sys.executable)")"):$PATH"',
             "[ -d code ] || { rm -rf draft; python -m zipfile -e bundle.zip draft && mv draft code; }",
             'cd code; rm -f ../ray.log; export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
-            "(umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n' > ../token)",
-            'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$(realpath ../token)" RAY_USAGE_STATS_ENABLED=0',
-            (
-                "export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 "
-                f"{' '.join(f'{name}={value}' for name, value in NO_METRICS_PORTS.items())}"
-            ),
-            # one name on all nodes, which nobody can guess; Ray opens its own folder to everyone,
-            # the one around it is ours alone
-            'temporary="/tmp/muster-$(sha256sum < ../token | cut -c1-16)"',
-            f"port=$(({_PORTS[0]} + SLURM_JOB_ID % {_PORTS[1]})); others=$((SLURM_NNODES - 1))",
-            'address="$(hostname -I | cut -d" " -f1)"; address="${address:-127.0.0.1}"',
-            "# a step gets what the allocation has, not one core of it",
-            f'step() {{ srun --overlap --export=ALL --ntasks-per-node=1 {" ".join([cpus, *gpus])} "$@"; }}',
-            'step --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES mkdir -m 700 "$temporary" || exit 1',
-            f'step --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" {start} --head --include-dashboard=false \\',
-            '  --node-ip-address="$address" --port=$port --temp-dir="$temporary/r" > ../ray.log 2>&1 &',
-            "until grep -q -s -e --block ../ray.log; do kill -0 $! || { tail ../ray.log; exit 1; }; sleep 0.5; done",
-            "if [ $others -gt 0 ]; then",
-            f'  step --nodes=$others --ntasks=$others --exclude="$SLURMD_NODENAME" {start} \\',
-            '    --address="$address:$port" --temp-dir="$temporary/r" >> ../ray.log 2>&1 &',
-            "fi",
-            'RAY_ADDRESS="$address:$port" '
-            + shlex.join(["python", "-P", "-u", "-m", "launcher.cli.cluster_entrypoint", *words])
-            + " &",
-            "job=$!",
-            "trap 'kill -TERM $job' TERM",
-            "wait $job; status=$?",
-            "while kill -0 $job 2> /dev/null; do wait $job; status=$?; done",
-            "kill $(jobs -p) 2> /dev/null; wait",
-            'step --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES rm -rf "$temporary"',
-            "# 75: nothing is wrong with the job, but its machines are taken back",
-            'if [ $status = 75 ] && [ ! -e ../stop ] && scontrol requeue "$SLURM_JOB_ID"; then sleep 60',
-            "else echo $status > ../status; fi",
-            "exit $status",
+            *self._start_ray(),
+            *_run_job(words),
             "",
         ]
         return "\n".join(lines)
+
+    def _options(self, name: str, workers: int, names: tuple[str, ...]) -> list[str]:
+        """Options of sbatch; `names`: the environment variables that go along."""
+        spec = self.spec
+        return [
+            f"--job-name={name}", f"--nodes={-(-workers // spec.workers_per_node)}", "--ntasks-per-node=1",
+            *self._of_a_node(),
+            *(f"--{key}={value}" for key in ("partition", "account", "qos") if (value := getattr(spec, key))),
+            f"--time={spec.time}", f"--signal=B:TERM@{spec.notice_s}", "--requeue", "--open-mode=append",
+            f"--output={spec.folder}/{name}/out.log", f"--export={','.join(names)}" if names else "--export=NIL",
+            *spec.options,
+        ]  # fmt: skip
+
+    def _of_a_node(self) -> list[str]:
+        """What an allocation has of each node, and a step too: without a word it gets one core."""
+        gpus = [f"--gpus-per-node={self.spec.gpus_per_node}"] if self.spec.gpus_per_node else []
+        return [f"--cpus-per-task={self.spec.cpus_per_node or self.spec.workers_per_node}", *gpus]
+
+    def _start_ray(self) -> list[str]:
+        """Lines that start a Ray on all nodes of the allocation, whose address they leave in $address:$port."""
+        spec = self.spec
+        start = f"ray start --num-cpus={spec.workers_per_node} --num-gpus={spec.gpus_per_node} --disable-usage-stats"
+        no_ports = " ".join(f"{name}={value}" for name, value in NO_METRICS_PORTS.items())
+        return [
+            "(umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n' > ../token)",
+            'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$(realpath ../token)" RAY_USAGE_STATS_ENABLED=0',
+            f"export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 {no_ports}",
+            # One name on all nodes, which nobody can guess. Ray opens its own folder to everyone; the one around it is
+            # ours alone.
+            'temporary="/tmp/muster-$(sha256sum < ../token | cut -c1-16)"',
+            f"port=$(({_PORTS[0]} + SLURM_JOB_ID % {_PORTS[1]})); others=$((SLURM_NNODES - 1))",
+            'address="$(hostname -I | cut -d" " -f1)"; address="${address:-127.0.0.1}"',
+            f'step() {{ srun --overlap --export=ALL --ntasks-per-node=1 {" ".join(self._of_a_node())} "$@"; }}',
+            'step --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES mkdir -m 700 "$temporary" || exit 1',
+            f'step --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" {start} --block --head \\',
+            '  --include-dashboard=false --node-ip-address="$address" --port=$port --temp-dir="$temporary/r" \\',
+            "  > ../ray.log 2>&1 &",
+            "until grep -q -s -e --block ../ray.log; do kill -0 $! || { tail ../ray.log; exit 1; }; sleep 0.5; done",
+            "if [ $others -gt 0 ]; then",
+            f'  step --nodes=$others --ntasks=$others --exclude="$SLURMD_NODENAME" {start} --block \\',
+            '    --address="$address:$port" --temp-dir="$temporary/r" >> ../ray.log 2>&1 &',
+            "fi",
+        ]
+
+
+def _run_job(words: Sequence[str]) -> list[str]:
+    """Lines that run the job on that Ray, pass SIGTERM on, and end what was started."""
+    job = shlex.join(["python", "-P", "-u", "-m", "launcher.cli.cluster_entrypoint", *words])
+    return [
+        f'RAY_ADDRESS="$address:$port" {job} &',
+        "job=$!",
+        "trap 'kill -TERM $job' TERM",
+        "wait $job; status=$?",
+        "while kill -0 $job 2> /dev/null; do wait $job; status=$?; done",
+        "kill $(jobs -p) 2> /dev/null; wait",
+        'step --nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES rm -rf "$temporary"',
+        "# 75: nothing is wrong with the job, but its machines are taken back",
+        'if [ $status = 75 ] && [ ! -e ../stop ] && scontrol requeue "$SLURM_JOB_ID"; then sleep 60',
+        "else echo $status > ../status; fi",
+        "exit $status",
+    ]
 
 
 PROVIDER = SlurmProvider

@@ -21,6 +21,7 @@ from launcher.process.exit_status import ExitStatus
 from launcher.process.terminal import printable
 from training import __version__
 from training.errors import InputError, MusterError
+from training.metric_schema import with_old_names
 
 Arguments = ParamSpec("Arguments")
 
@@ -207,6 +208,11 @@ def show(value: Any, as_lines: Callable[[Any], Iterable[str]], as_json: bool) ->
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def show_metrics(value: Any, as_lines: Callable[[Any], Iterable[str]], as_json: bool) -> None:
+    """Like `show`. In JSON, renamed metrics have their old names, too."""
+    show(with_old_names(value) if as_json else value, as_lines, as_json)
 
 
 def console() -> Any:

@@ -21,6 +21,7 @@ from launcher.cli.common import (
     TrustRemoteCode,
     console,
     show,
+    show_metrics,
     verb,
 )  # fmt: skip
 from launcher.cli.common import app as app
@@ -234,7 +235,7 @@ def status(run: RunName, on: On = None, as_json: Json = False) -> None:
     from launcher.report import status as tables
     from launcher.runfolder import run_folder
 
-    show(tables.status(run_folder.find(run)), tables.status_lines, as_json)
+    show_metrics(tables.status(run_folder.find(run)), tables.status_lines, as_json)
 
 
 @verb("muster compare word-sft word-cft", "muster compare runs/word-sft/sft runs/word-cft/cft")
@@ -249,7 +250,7 @@ def compare(
     """
     from launcher.report import compare as comparing
 
-    show(comparing.compare(first, second), comparing.lines, as_json)
+    show_metrics(comparing.compare(first, second), comparing.lines, as_json)
 
 
 @verb("muster checkpoints word-problems", "muster checkpoints word-problems --verify")
@@ -268,7 +269,7 @@ def checkpoints(
     from launcher.runfolder import run_folder
 
     found = tables.checkpoints(run_folder.find(run), deep=verify)
-    show(found, tables.checkpoint_lines, as_json)
+    show_metrics(found, tables.checkpoint_lines, as_json)
     return ExitStatus.DONE if all(entry["whole"] for entry in found) else ExitStatus.FAILED
 
 
@@ -422,7 +423,7 @@ def eval_(
     report = measure(
         data, settings, template=template, workers=workers, seed=seed, out=out, trust_remote_code=trust_remote_code
     )
-    show(report, evaluate.lines, as_json)
+    show_metrics(report, evaluate.lines, as_json)
 
 
 @verb("muster report word-problems", "muster report word-sft runs/word-cft/cft --out report.html")

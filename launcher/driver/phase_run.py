@@ -20,6 +20,7 @@ from launcher.workers.stragglers import Stragglers
 from launcher.workers.worker_set import WorkerSet
 from training.checkpoint.repository import opened
 from training.errors import InputError
+from training.metric_schema import with_old_names
 from training.phase_info import PhaseInfo
 from training.storage import StoragePath
 
@@ -62,10 +63,11 @@ class PhaseRun:
         )
 
     def log(self, row: Mapping[str, Any]) -> None:
-        self.run.files.append(self.folder / run_folder.METRICS, {**row, "attempt": self.run.attempt})
+        written = with_old_names(row)
+        self.run.files.append(self.folder / run_folder.METRICS, {**written, "attempt": self.run.attempt})
         self.step = row["step"]
         self.progress.row(row)
-        numbers = {name: value for name, value in row.items() if name not in _NOT_FOR_TRACKERS}
+        numbers = {name: value for name, value in written.items() if name not in _NOT_FOR_TRACKERS}
         for tracker in self.trackers:
             tracker.log(row["step"], numbers)
 

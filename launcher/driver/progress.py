@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-_UNSHOWN = ("_low", "_high", "_ended", "_tokens", "_per_s")
+_UNSHOWN = ("_low", "_high", "_eos_rate", "_tokens", "_per_s")
 """Ends of the names of evaluation metrics that would make the line too long; metrics.jsonl has them."""
 
 

@@ -77,7 +77,7 @@ class Conversation:
         typed = Typewriter()
         try:
             turns = self._fitting([*self.turns, {"role": "user", "content": line}])
-            content = Chat(turns, learnt=()) if self.model.chat else line
+            content = Chat(turns, loss_turns=()) if self.model.chat else line
             one = respond(self.model, content, key_of(self.seed, self.number), self.settings, typed.say)
             note = "" if one.ended else self._why_cut(len(one.tokens))
         except KeyboardInterrupt:
@@ -98,10 +98,10 @@ class Conversation:
         window = self.model.window
         if window is None or not self.model.chat:
             return turns
-        self.model.ids(Chat(turns[-1:], learnt=()))  # what does not fit alone is refused, and nothing forgotten
+        self.model.ids(Chat(turns[-1:], loss_turns=()))  # what does not fit alone is refused, and nothing forgotten
         room = min(self.settings.max_new_tokens, window // _ROOM)
         left = turns
-        while len(left) > 2 and len(self.model.tokens(Chat(left, learnt=()))) + room > window:
+        while len(left) > 2 and len(self.model.tokens(Chat(left, loss_turns=()))) + room > window:
             left = left[2:]
         if gone := len(turns) - len(left):
             warn(f"(the model has {window:,} positions: the oldest {gone} turns are forgotten; /new begins anew)")

@@ -243,7 +243,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     passed = "".join(f", {name} {report[name]:.1%}" for name in report if name.startswith("pass@"))
     yield (
         f"accuracy {report['accuracy']:.1%} (95 %: {report['accuracy_low']:.1%} to "
-        f"{report['accuracy_high']:.1%}){passed} of {report['questions']:,} questions; {report['ended']:.0%} of the "
+        f"{report['accuracy_high']:.1%}){passed} of {report['questions']:,} questions; {report['eos_rate']:.0%} of the "
         f"responses ended by themselves, {report['response_tokens']:.0f} tokens long; {report['tokens_per_s']:,.0f} "
         "tokens/s"
     )

@@ -22,7 +22,7 @@ _POINTS = 1200
 _LEARNT = tuple(dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.shows_learning))
 """Metrics that show whether a model learns, of any recipe."""
 _IN_SECTIONS = {
-    POLICY: ("kl", "response_tokens", "ended", "entropy", "clip_fraction", "explained_variance", "value_loss"),
+    POLICY: ("kl", "response_tokens", "eos_rate", "entropy", "clip_fraction", "explained_variance", "value_loss"),
     MACHINES: ("tokens_per_s", "step_s", "data_s", "memory_gib", "workers"),
 }
 _NO_CURVES = ("step", "iteration", "attempt", "tokens", "target_tokens", "samples", "ppo_epochs", "skipped")

@@ -29,7 +29,7 @@ from training.errors import InputError, Problem
 _EVALUATIONS = 12
 """Rows of a table of evaluations: the first, the last, and some between."""
 _INCIDENTS = 30
-_APART = ("_low", "_high", "_per_s", "_ended", "_tokens")
+_APART = ("_low", "_high", "_per_s", "_eos_rate", "_tokens")
 _SECRET_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
 SPENT_ON = {
     WAITING: "starting workers, waiting for machines",

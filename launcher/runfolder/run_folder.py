@@ -27,6 +27,7 @@ from launcher.runfolder.bucket_sync import is_alive
 from training.checkpoint.repository import Checkpoints
 from training.errors import InputError, StorageError
 from training.io.paths import absolute
+from training.metric_schema import with_current_names
 from training.storage import Local, StoragePath, is_remote, open_storage
 
 PATIENCE_S = 10.0
@@ -134,7 +135,8 @@ class RunFolder:
             return [file.parent.name for file in sorted(self.folder.glob(f"*/{METRICS}"))]
 
     def metrics(self, phase: str) -> list[dict[str, Any]]:
-        rows = json_rows(self.phase(phase) / METRICS)
+        """All rows of metrics, the oldest first, with the current names of the metrics."""
+        rows = map(with_current_names, json_rows(self.phase(phase) / METRICS))
         return [row for row in rows if all(_is_figure(name, value) for name, value in row.items())]
 
     def evaluations(self, phase: str) -> list[dict[str, Any]]:

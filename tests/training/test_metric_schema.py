@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from training.config import CFT, Reward
+from training.metric_schema import ALIASES, with_current_names, with_old_names
 from training.recipes import RECIPES, metric
 
 pytestmark = pytest.mark.cpu
@@ -61,3 +62,14 @@ def test_what_a_best_checkpoint_may_be_chosen_by_is_in_the_table():
     assert all(metric("cft", name) for name in CFT(recipe="cft", **draft).eval_metrics())
     assert metric("sft", "eval_pass@16") == metric("sft", "eval_pass@K")
     assert metric("sft", "reward") is None
+
+
+def test_a_renamed_metric_is_written_under_both_names_and_read_under_the_current_one():
+    for old, name in ALIASES.items():
+        assert any(metric(recipe, name) for recipe in RECIPES)
+        assert not any(metric(recipe, old) for recipe in RECIPES)
+    row = {"step": 3, "eos_rate": 0.5, "loss": 1.0}
+    assert with_old_names(row) == {**row, "ended": 0.5}
+    assert with_old_names({"rows": [row]}) == {"rows": [{**row, "ended": 0.5}]}
+    assert with_current_names(with_old_names(row)) == row
+    assert with_current_names({"step": 3, "ended": 0.5, "loss": 1.0}) == row

@@ -286,7 +286,7 @@ def _last_tokens(tokenizer: Any, chats: bool) -> set[int]:
     ends = {tokenizer.eos_token_id}
     if chats:
         turns = [("user", "a"), ("assistant", "b")]
-        chat = Chat([{"role": role, "content": text} for role, text in turns], learnt=(1,))
+        chat = Chat([{"role": role, "content": text} for role, text in turns], loss_turns=(1,))
         ends |= {int(each.ids[-1]) for each in Renderer(tokenizer).render([chat]) if isinstance(each, Sample)}
     return ends
 

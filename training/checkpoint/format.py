@@ -26,6 +26,7 @@ import xxhash
 from training.errors import MusterError
 from training.io.foreign_files import loads, made_sense_of
 from training.io.paths import is_below
+from training.metric_schema import with_current_names
 from training.storage import StoragePath
 
 MANIFEST = "manifest.json"
@@ -111,7 +112,7 @@ class Manifest:
         try:
             with made_sense_of(lambda why: CheckpointError(f"{path}: not a readable manifest ({why})")):
                 manifest = cls._parse(path)
-            return replace(manifest, metrics=_evaluation(folder) or manifest.metrics)
+            return replace(manifest, metrics=with_current_names(_evaluation(folder) or manifest.metrics))
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {MANIFEST}: the checkpoint was never finished") from None
         except OSError as error:

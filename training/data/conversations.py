@@ -77,13 +77,13 @@ class Conversations:
         """
         try:
             chat = self._in_form(chat, template)
-            if chat.learnt and not GENERATION.search(template) and self._always_opens(template):
+            if chat.loss_turns and not GENERATION.search(template) and self._always_opens(template):
                 return RowError(
                     "the chat template begins an answer behind every conversation, also where none is asked for (it "
                     "does not look at add_generation_prompt), so the end of an answer cannot be told from it; set "
                     "data.template to one that does"
                 )
-            if not chat.learnt:
+            if not chat.loss_turns:
                 text = self._render(chat, template, len(chat.messages))
                 text.encode()
                 self._look_for_unwritten(chat, template, len(chat.messages), text)
@@ -119,9 +119,9 @@ class Conversations:
         return self._opens[template]
 
     def _sequences(self, chat: Chat, template: str) -> list[Written]:
-        wanted = chat.learnt[-1:] if self._turns == "last" else chat.learnt
+        wanted = chat.loss_turns[-1:] if self._turns == "last" else chat.loss_turns
         text, spans = self._longest(chat, template, wanted)
-        sequences = [Written(text, _flat(spans, wanted), len(chat.learnt) - len(spans))]
+        sequences = [Written(text, _flat(spans, wanted), len(chat.loss_turns) - len(spans))]
         if self._turns != "all":
             return sequences
         sequences = [sequences[0]._replace(left_out=0)]
@@ -134,7 +134,7 @@ class Conversations:
         """A text in which the last of the wanted answers is intact,
         and the spans of all that are: the whole conversation, or up to there."""
         last = wanted[-1] + 1
-        for count in dict.fromkeys((len(chat.messages) if wanted[-1] == chat.learnt[-1] else last, last)):
+        for count in dict.fromkeys((len(chat.messages) if wanted[-1] == chat.loss_turns[-1] else last, last)):
             text, spans = self._intact(chat, template, count, wanted)
             if wanted[-1] in spans:
                 break
@@ -308,7 +308,7 @@ class Conversations:
         errors: list[Exception] = []
         for form in _forms(chat):
             try:
-                written.append((form, self._render(form, template, len(form.messages), prompt=not form.learnt)))
+                written.append((form, self._render(form, template, len(form.messages), prompt=not form.loss_turns)))
             except Exception as error:
                 errors.append(error)
                 continue
@@ -327,7 +327,7 @@ class Conversations:
             return form
         bare = replace(form, tools=[tool.get("function", tool) for tool in form.tools])
         try:
-            if _names_tools(self._render(bare, template, len(bare.messages), prompt=not bare.learnt), form.tools):
+            if _names_tools(self._render(bare, template, len(bare.messages), prompt=not bare.loss_turns), form.tools):
                 self.changes.add("arguments")
                 return bare
         except Exception:  # the form at hand can be written

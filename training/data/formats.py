@@ -46,8 +46,8 @@ class Chat:
     """A conversation in the form that chat templates read (OpenAI's, tool arguments as objects)."""
 
     messages: list[Message]
-    learnt: tuple[int, ...]
-    """Places of the assistant turns that are learnt, ascending."""
+    loss_turns: tuple[int, ...]
+    """Indices of the assistant turns that count in the loss, ascending."""
     tools: list[dict[str, Any]] | None = None
     """Functions that may be called, as JSON schemas."""
 
@@ -579,11 +579,11 @@ def _chat(messages: list[Message], tools: list[dict[str, Any]] | None, remarks: 
         remarks.note(
             "assistant messages that open a conversation or belong to the prompt are not learned, whatever their weight"
         )
-    learnt = tuple(place for place in turns if place >= max(first, 1) and messages[place].get("weight") != 0)
-    if not learnt:
+    loss_turns = tuple(place for place in turns if place >= max(first, 1) and messages[place].get("weight") != 0)
+    if not loss_turns:
         reason = "all open the conversation, belong to the prompt or have weight 0" if turns else "there is none"
         raise RowError(f"no assistant turn to learn: {reason}")
-    return Chat(_bare(messages), learnt, tools)
+    return Chat(_bare(messages), loss_turns, tools)
 
 
 def _bare(messages: list[Message]) -> list[Message]:
@@ -747,7 +747,7 @@ def critique_request(question: str, answer: str) -> str:
 
 
 def _asked(user: str, assistant: str) -> Chat:
-    return Chat([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], learnt=(1,))
+    return Chat([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], loss_turns=(1,))
 
 
 def _parse_preference(record: Record) -> Example:
@@ -913,7 +913,7 @@ def _transcript(text: str, place: str) -> Answer:
     ]
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
         raise RowError(f"{place}: the transcript does not end with an answer of the assistant")
-    return Chat(turns, learnt=(len(turns) - 1,))
+    return Chat(turns, loss_turns=(len(turns) - 1,))
 
 
 def _parse_sharegpt_preference(record: Record) -> Example:
@@ -935,7 +935,7 @@ def _sharegpt_side(record: Record, column: str, before: list[Message]) -> tuple[
     turn = {"from": "gpt", "value": answer} if isinstance(answer, str) else answer
     messages = [*before, _turn(turn, place, record.remarks)]
     chat = _judged(messages, record, column)
-    return replace(chat, learnt=chat.learnt[-1:]), False
+    return replace(chat, loss_turns=chat.loss_turns[-1:]), False
 
 
 def _parse_prompts(record: Record) -> Example:

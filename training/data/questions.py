@@ -133,7 +133,7 @@ def _conversation(read: Row, row: Mapping[str, Any], name: str | None) -> tuple[
     parse = next(parse for column, parse in _CHATS.items() if column in row)
     _, chat = parse(row, from_arrow=read.from_arrow)
     assert isinstance(chat, Chat)
-    last = chat.learnt[-1]
+    last = chat.loss_turns[-1]
     return Chat(chat.messages[:last], (), chat.tools), chat.messages[last]["content"]
 
 

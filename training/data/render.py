@@ -233,7 +233,7 @@ class Renderer:
         for place, each in enumerate(rendered):
             chat = self._as_chat(answers[place])
             if isinstance(each, RowError) and isinstance(chat, Chat):
-                (rendered[place],) = self._chats([replace(chat, learnt=())])
+                (rendered[place],) = self._chats([replace(chat, loss_turns=())])
         return rendered
 
     def _cut_off(self, asked: Sequence[tuple[Prompt, str]]) -> list[Sample | RowError]:
@@ -461,7 +461,7 @@ class Renderer:
     def _check_syntax(self, template: str) -> None:
         from jinja2 import TemplateError, TemplateSyntaxError
 
-        greeting = Chat([{"role": "user", "content": "Hi"}], learnt=())
+        greeting = Chat([{"role": "user", "content": "Hi"}], loss_turns=())
         try:
             self._write(greeting, template, 1, prompt=True)
         except TemplateSyntaxError as error:
@@ -512,8 +512,8 @@ def _conversation(system: str, question: str, answer: str | None = None) -> Chat
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
     if answer is None:
-        return Chat(messages, learnt=())
-    return Chat([*messages, {"role": "assistant", "content": answer}], learnt=(len(messages),))
+        return Chat(messages, loss_turns=())
+    return Chat([*messages, {"role": "assistant", "content": answer}], loss_turns=(len(messages),))
 
 
 def _joined(chosen: Sample | RowError, rejected: Sample | RowError, margin: float) -> Sample | RowError:

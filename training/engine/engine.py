@@ -1,7 +1,7 @@
 """One DeepSpeed engine: the step over a global batch, and the training state it holds, piece by piece.
 
-The only file that imports DeepSpeed and the only one that reads its internals (pinned by
-tests/training/roles/test_trainer.py). Knows nothing of data, files or recipes.
+Beside deepspeed_compat.py, which reads DeepSpeed's private state, the only file that imports DeepSpeed.
+Knows nothing of data, files or recipes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from training.config import Optimizer, Phase
 from training.data.collate import to_device
 from training.device import collective_backend, is_accelerator, synchronize, timing_event, torch_device
-from training.engine import compiling
+from training.engine import compiling, deepspeed_compat
 from training.estimate.memory import bucket_numbers, overlaps
 from training.process import heartbeat
 from training.process.distributed import RankInfo, limit_waits
@@ -94,8 +94,7 @@ def parameter_groups(module: nn.Module, settings: Optimizer) -> list[dict[str, A
     free: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            # ds_shape: under ZeRO-3 the tensor itself is an empty placeholder.
-            num_dims = len(getattr(parameter, "ds_shape", parameter.shape))
+            num_dims = len(deepspeed_compat.whole_shape(parameter))
             (free if num_dims < 2 or id(parameter) in embeddings else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -128,7 +127,7 @@ class Engine:
             lm: Any = module.lm
             lm.activation_checkpointing_enable({"use_reentrant": False})
         self.shapes = {
-            name.removeprefix(_WRAPPER_PREFIX): tuple(getattr(p, "ds_shape", p.shape))
+            name.removeprefix(_WRAPPER_PREFIX): deepspeed_compat.whole_shape(p)
             for name, p in module.named_parameters()
             if p.requires_grad
         }
@@ -295,36 +294,20 @@ class Engine:
                 yield self._fragment(p, 0, p.numel(), _views(p.data.view(-1), self.ds.optimizer.state.get(p)))
 
     def _of_partitions(self) -> Iterator[Fragment]:
-        for parameters, flat in self._partitions():
+        for parameters, flat in deepspeed_compat.partitions(self.ds.optimizer):
             for p in parameters:
-                if (mapping := p._hp_mapping) is not None:
-                    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    views = _views(flat.data, self._inner_optimizer.state.get(flat), here.start, here.numel)
-                    yield self._fragment(p, there.start, there.numel, views)
-
-    def _partitions(self) -> Iterator[tuple[list[Any], Tensor]]:
-        """Parameters of each group and this worker's flat fp32 partition of them, under ZeRO-1 and 2."""
-        zero = self.ds.optimizer
-        if hasattr(zero, "bf16_groups"):  # ZeRO-1 in bf16 has an optimizer class of its own
-            yield from zip(zero.bf16_groups, zero.fp32_groups_flat_partition, strict=True)
-        else:
-            yield from zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
-
-    def _weight_partitions(self) -> list[list[Tensor]]:
-        """Of each group the weights to compute with, cut as the workers' partitions are; views, under ZeRO-1 and 2."""
-        zero = self.ds.optimizer
-        name = "bf16_partitioned_groups" if hasattr(zero, "bf16_groups") else "parallel_partitioned_bit16_groups"
-        partitions: list[list[Tensor]] = getattr(zero, name)
-        return partitions
+                if (here := deepspeed_compat.slice_in_partition(p)) is not None:
+                    views = _views(flat.data, self._inner_optimizer.state.get(flat), here.flat_start, here.count)
+                    yield self._fragment(p, here.start, here.count, views)
 
     def _of_sharded_weights(self) -> Iterator[Fragment]:
         zero = self.ds.optimizer
-        for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        for parameters, flat in deepspeed_compat.sharded_partitions(zero):
             offset = 0
             for p in parameters:
-                length = p.ds_tensor.ds_numel  # of every worker's part, the last one padded
+                length, whole_length = deepspeed_compat.shard_length(p)
                 start = self.rank * length
-                count = max(0, min(length, p.ds_numel - start))
+                count = max(0, min(length, whole_length - start))
                 if count:
                     views = _views(flat.data, zero.optimizer.state.get(flat), offset, count)
                     yield self._fragment(p, start, count, views)
@@ -357,9 +340,9 @@ class Engine:
         if self.stage == 0:
             yield from (p for group in self.ds.optimizer.param_groups for p in group["params"])
         elif self.stage < 3:
-            yield from (flat for _, flat in self._partitions())
+            yield from (flat for _, flat in deepspeed_compat.partitions(self.ds.optimizer))
         else:
-            yield from self.ds.optimizer.fp32_partitioned_groups_flat
+            yield from (flat for _, flat in deepspeed_compat.sharded_partitions(self.ds.optimizer))
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -368,22 +351,19 @@ class Engine:
         if self.stage == 0:
             return
         if self.stage < 3:
-            for parameters, flat in self._partitions():
-                for p in parameters:
-                    if p._hp_mapping is not None and zero.optimizer.state.get(flat):
-                        p._hp_mapping.set_optim_state_fragment(flat, zero.optimizer.state[flat])
-            for parts, (_, flat) in zip(self._weight_partitions(), self._partitions(), strict=True):
+            for parameters, flat in deepspeed_compat.partitions(self.ds.optimizer):
+                if state := zero.optimizer.state.get(flat):
+                    for p in parameters:
+                        deepspeed_compat.renew_state_views(p, flat, state)
+            partitions = deepspeed_compat.partitions(zero)
+            for parts, (_, flat) in zip(deepspeed_compat.weight_partitions(zero), partitions, strict=True):
                 parts[self.rank].copy_(flat.data)
                 # Into place: gloo's all-gather, which DeepSpeed's own function uses,
                 # takes three times as long and a copy.
                 for rank, part in enumerate(parts):
                     dist.broadcast(part, rank)
         else:
-            for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
-                whole, parts = zero.fp16_partitioned_groups_flat[number], zero.fp16_partitioned_groups[number]
-                whole.data.copy_(flat.data)
-                for part, value in zip(parts, zero.unflatten(whole, parts), strict=True):
-                    part.data = value.data
+            deepspeed_compat.publish_shards(zero)
 
 
 class Frozen:
@@ -434,7 +414,7 @@ def device_of(rank_info: RankInfo) -> torch.device:
 def whole(parameter: Any) -> AbstractContextManager[Any]:
     """For the length of a block the whole of a parameter that ZeRO-3 may have sharded;
     what worker 0 makes of it stays."""
-    if not hasattr(parameter, "ds_id"):
+    if not deepspeed_compat.is_sharded(parameter):
         return nullcontext()
     import deepspeed
 
@@ -484,10 +464,7 @@ def _start_deepspeed(rank_info: RankInfo) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of what DeepSpeed calls
-    # DeepSpeed compiles a CPU op at first use, minutes of silence, and waits for ever on the lock of a killed
-    # compilation. Only its inference collectives need the op. Its table of usable ops is the switch; given empty, it is
-    # not probed for either, which would run the compiler.
-    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed_compat.disable_compiled_ops()
     deepspeed.init_distributed(
         dist_backend=collective_backend(rank_info.device), auto_mpi_discovery=False, verbose=False
     )

@@ -37,7 +37,7 @@ def measured(rows: Sequence[Row], prefix: str = "eval_") -> dict[str, float]:
     found = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
     if samples > 1:
         found[f"pass@{samples}"] = sum(pass_at(samples, samples, sum(each)) for each in by_question.values()) / count
-    found["ended"] = sum(row["ended"] for row in rows) / len(rows)
+    found["eos_rate"] = sum(row["ended"] for row in rows) / len(rows)
     found["response_tokens"] = sum(row["tokens"] for row in rows) / len(rows)
     return {f"{prefix}{name}": value for name, value in found.items()}
 

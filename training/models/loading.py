@@ -17,6 +17,7 @@ from torch.nn import functional
 from training.config import Model, Phase
 from training.data.vocabulary import tokenizer_rows
 from training.device import device_type, is_accelerator, is_available, multiplies_bf16, torch_device
+from training.engine.deepspeed_compat import whole_shape
 from training.engine.engine import whole
 from training.errors import InputError, Problem
 from training.estimate.model_traits import Traits, attention_of
@@ -250,7 +251,7 @@ def set_head(lm: nn.Module, phase: Phase, adapter: Adapter | None, *, fresh: boo
         setattr(lm, HEAD, head)
     weight: Any = head_of(lm).weight
     weight.requires_grad = True
-    shape = getattr(weight, "ds_shape", weight.shape)
+    shape = whole_shape(weight)
     if adapter is not None and HEAD in adapter.heads:
         values = lora.head_in(adapter, HEAD)
     elif fresh:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.config import Lora, Phase
+from training.engine.deepspeed_compat import whole_shape
 from training.engine.engine import whole
 from training.errors import InputError
 from training.model_folder import (
@@ -117,7 +118,7 @@ def left_out(lm: nn.Module, settings: Lora | None) -> list[str]:
     sizes = {
         name: math.prod(shape)
         for name, parameter in lm.named_parameters()
-        if len(shape := getattr(parameter, "ds_shape", parameter.shape)) == 3 and not _is_convolution(lm, name)
+        if len(shape := whole_shape(parameter)) == 3 and not _is_convolution(lm, name)
     }
     notes = [targets.left_out(lm)]
     if sizes:

@@ -57,7 +57,7 @@ def estimate(experience: Experience, phase: PPO, state: State) -> dict[str, floa
             1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
         ),
         "response_tokens": float(lengths.mean()),
-        "ended": sum(response.ended for response in experience.responses) / len(experience),
+        "eos_rate": sum(response.ended for response in experience.responses) / len(experience),
         "tokens": int(lengths.sum()),
         "samples": len(experience),
     }
@@ -68,7 +68,7 @@ def weigh(experience: Experience) -> dict[str, float]:
     old_BT, written_BT = experience.padded("old"), experience.padded("written")
     mask_BT = experience.mask
     experience.unpad("importance", importance(old_BT, written_BT))
-    return {"behind_kl": float(k3(old_BT, written_BT)[mask_BT].mean())}
+    return {"staleness_kl": float(k3(old_BT, written_BT)[mask_BT].mean())}
 
 
 def _final(scores_B: torch.Tensor, experience: Experience, phase: PPO, state: State) -> torch.Tensor:

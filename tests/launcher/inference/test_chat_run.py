@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.runfolder.run_folder import RunFolder
+from launcher.runfolder.run_folder import RunFolder, json_rows
 from tests.training.data.test_serving_tokens import tokenizer_of
 from training.data.templates import TEMPLATES
 
@@ -168,9 +168,11 @@ def test_what_is_generated_ends_where_an_answer_ended_in_training(here, run, mus
         (ours,) = json.loads(answer.out)
         assert (ours["ended"], ours["response"]) == (True, tokenizer.decode(theirs[:-1]))
     measured = json.loads(muster("eval", "chats", "--data", "questions.jsonl", "--max-new-tokens", "24", "--json").out)
-    assert measured["ended"] == 1.0
+    assert measured["eos_rate"] == measured["ended"] == 1.0
     evaluated = [row for row in RunFolder(run).metrics("sft") if "eval_accuracy" in row][-1]
-    assert evaluated["eval_ended"] == 1.0
+    assert evaluated["eval_eos_rate"] == 1.0
+    written = [row for row in json_rows(run / "sft/metrics.jsonl") if "eval_accuracy" in row][-1]
+    assert (written["eval_eos_rate"], written["eval_ended"]) == (1.0, 1.0)
 
 
 def test_a_reward_model_of_another_make_is_asked_alike_by_ppo_and_by_eval(here, run, folder):

@@ -158,3 +158,12 @@ def test_what_cannot_be_compared(made):
             (Path("runs/other/sft/metrics.jsonl")).write_text('{"step": 20, "eval_margin": 1.0}\n')
         with pytest.raises(InputError, match=told):
             compare(*pair)
+
+
+def test_a_metric_is_compared_with_the_same_metric_under_its_old_name(made, muster):
+    made("older", metrics={"eval_ended": 0.25})
+    made("newer", metrics={"eval_eos_rate": 0.75, "eval_ended": 0.75})
+    assert list(compare("older", "newer")["metrics"]) == ["eval_eos_rate"]
+    found = json.loads(muster("compare", "older", "newer", "--json").out)["metrics"]
+    assert found["eval_eos_rate"]["values"] == [0.25, 0.75]
+    assert found["eval_ended"] == found["eval_eos_rate"]

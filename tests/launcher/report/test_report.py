@@ -252,6 +252,17 @@ def test_a_long_table_of_evaluations_keeps_the_first_the_last_and_the_one_that_c
     assert (len(steps) <= 13, phase["evaluations"]["of"]) == (True, 40)
 
 
+def test_a_run_that_an_older_version_began_has_one_curve_of_a_renamed_metric(place):
+    run = MadeRun(place, "begun", {"ppo": {"reward": "rules.py:score"}})
+    run.start("ppo", total=4)
+    run.steps("ppo", 1, 2, ended=lambda step: step / 8)
+    run.start("ppo", total=4, step=2)
+    run.steps("ppo", 3, 4, eos_rate=lambda step: step / 8, ended=lambda step: step / 8)
+    charts_of_rates = [chart for chart in report.report(["begun"])["charts"] if chart["fraction"]]
+    assert [chart["metric"] for chart in charts_of_rates] == ["eos_rate"]
+    assert charts_of_rates[0]["curves"][0]["value"] == [0.125, 0.25, 0.375, 0.5]
+
+
 def test_one_phase_alone_and_a_run_that_is_named_twice(place):
     run = finetuned(place, "one")
     assert [p["name"] for p in report.report(["one/sft"])["runs"][0]["phases"]] == ["sft"]

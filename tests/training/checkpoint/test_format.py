@@ -149,6 +149,11 @@ def test_quick_verification_reads_no_content(tmp_path):
     assert len(verify(folder)) == 1
 
 
+def test_evaluations_of_older_versions_have_the_current_names(tmp_path):
+    folder = save_in(tmp_path, 7, metrics={"eval_accuracy": 0.25, "eval_ended": 0.5})
+    assert Manifest.read(folder).metrics == {"eval_accuracy": 0.25, "eval_eos_rate": 0.5}
+
+
 def test_the_manifest_comes_back_as_it_was_written(tmp_path):
     folder = save_in(tmp_path, 7, metrics={"eval_loss": 1 / 3})
     manifest = Manifest.read(folder)

@@ -91,7 +91,7 @@ def test_what_is_learned_with_marks_is_what_inference_sees_and_the_same_as_witho
             starts = [
                 place for place in range(1, len(sample.ids)) if sample.targets[place] and not sample.targets[place - 1]
             ]
-            prompts = [inference(marked, chat, turn)[0] for turn in chat.learnt] if not chat.tools else []
+            prompts = [inference(marked, chat, turn)[0] for turn in chat.loss_turns] if not chat.tools else []
             assert not prompts or all(sample.ids[:start].tolist() in prompts for start in starts)
 
 

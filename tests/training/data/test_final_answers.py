@@ -110,4 +110,4 @@ def test_responses_are_measured_by_question():
     assert found["eval_accuracy"] == 0.25
     assert found["eval_pass@2"] == 0.5
     assert (found["eval_accuracy_low"], found["eval_accuracy_high"]) == interval(0.5, 2)
-    assert found["eval_ended"] == 0.5
+    assert found["eval_eos_rate"] == 0.5

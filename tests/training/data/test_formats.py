@@ -103,7 +103,7 @@ def test_sharegpt_with_system_and_tools():
     _, chat = parse(row)
     assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "tool", "assistant"]
     assert chat.messages[2] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    assert (chat.learnt, chat.tools) == ((2, 4), [TOOL])
+    assert (chat.loss_turns, chat.tools) == ((2, 4), [TOOL])
 
 
 def test_openai_messages_with_tools_and_parts():
@@ -115,17 +115,17 @@ def test_openai_messages_with_tools_and_parts():
     assert chat.messages[0] == USER
     assert chat.messages[1]["tool_calls"] == [{"id": "1", **CALL}]
     assert chat.messages[2] == result
-    assert chat.learnt == (1, 3)
+    assert chat.loss_turns == (1, 3)
 
 
 def test_only_the_completion_of_message_lists_is_learnt():
     _, chat = parse({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
-    assert chat.learnt == (3,)
+    assert chat.loss_turns == (3,)
 
 
 def test_a_turn_of_weight_zero_and_one_that_opens_are_not_learnt():
     _, chat = parse({"messages": [ANSWER, USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]})
-    assert chat.learnt == (4,)
+    assert chat.loss_turns == (4,)
     assert chat.messages[2] == ANSWER
 
 
@@ -183,7 +183,7 @@ def test_the_answer_to_judge_cannot_be_one_that_is_not_learned():
     assert "column `chosen`: the last message has weight 0 (or train, loss: false)" in error(row)
     earlier = [USER, {**ANSWER, "weight": 0}, USER]
     row = {"chosen": [*earlier, ANSWER], "rejected": [*earlier, {**ANSWER, "content": "5"}]}
-    assert parse(row)[1].chosen.learnt == (3,)
+    assert parse(row)[1].chosen.loss_turns == (3,)
 
 
 def test_system_and_history_of_an_alpaca_row_come_first_and_the_answers_of_the_history_are_learned():
@@ -574,7 +574,7 @@ def test_a_transcript_of_several_turns_is_judged_at_its_end():
     text = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2 + 2?\n\nAssistant: 4"
     chosen = parse({"chosen": text, "rejected": text + "0"})[1].chosen
     assert [turn["role"] for turn in chosen.messages] == ["user", "assistant", "user", "assistant"]
-    assert chosen.learnt == (3,)
+    assert chosen.loss_turns == (3,)
 
 
 @pytest.mark.parametrize(

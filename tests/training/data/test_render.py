@@ -258,7 +258,7 @@ def test_llama2_writes_the_system_turn_into_the_first_question():
 
 
 def test_only_the_turns_that_are_to_be_learnt_are():
-    chat = Chat(MULTI_TURN.messages, learnt=(3,))
+    chat = Chat(MULTI_TURN.messages, loss_turns=(3,))
     assert learnt(rendered(chat, template="chatml")) == ["In May<|im_end|>"]
 
 
@@ -310,7 +310,7 @@ def test_generation_marks_give_way_where_only_some_turns_are_to_be_learnt():
     template = "{% for m in messages %}{{ m.role + ':' }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     tokenizer = byte_level(chat_template=template)
-    assert learnt(rendered(Chat(MULTI_TURN.messages, learnt=(3,)), tokenizer), tokenizer) == ["In May"]
+    assert learnt(rendered(Chat(MULTI_TURN.messages, loss_turns=(3,)), tokenizer), tokenizer) == ["In May"]
 
 
 def test_the_first_token_is_never_learnt():
@@ -514,7 +514,7 @@ def test_tools_and_thoughts_that_the_template_does_not_write_are_mentioned_once(
     renderer = Renderer(byte_level(chat_template=CALLS.replace("CALL", "'call'")))
     chat = with_call({})
     thoughtful = Chat(
-        [*chat.messages[:-1], {**chat.messages[-1], "reasoning_content": "two and two"}], chat.learnt, chat.tools
+        [*chat.messages[:-1], {**chat.messages[-1], "reasoning_content": "two and two"}], chat.loss_turns, chat.tools
     )
     assert all(isinstance(result, Sample) for result in renderer.render([thoughtful, thoughtful]))
     assert renderer.notes == [

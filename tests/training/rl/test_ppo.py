@@ -44,7 +44,7 @@ def test_the_first_iteration_is_at_the_reference(plain):
     assert {
         "iteration",
         "explained_variance",
-        "ended",
+        "eos_rate",
         "clip_fraction",
         "generate_s",
         "score_s",
@@ -178,7 +178,7 @@ def test_responses_are_a_policy_behind_but_for_the_first(tiny, train, plain, wri
         written_ahead.rows[1]["response_tokens"] == still.rows[1]["response_tokens"]
     )  # by the policy as it was at first
     assert written_ahead.rows[1]["reward"] == still.rows[1]["reward"]
-    behind = [row["behind_kl"] for row in written_ahead.rows]
+    behind = [row["staleness_kl"] for row in written_ahead.rows]
     assert behind[0] == pytest.approx(0, abs=1e-6)
     assert min(behind[1:]) > 1e-4
 
@@ -337,7 +337,7 @@ def test_the_driver_generates_scores_and_improves(tiny, tmp_path):
     assert asked_to_work(asked) == ITERATION * 2
     assert asked[:4] == [(role, "setup") for role in ("policy", "reference", "critic", "reward")]
     row = hooks.rows[0]
-    assert (row["reward"], row["response_tokens"], row["ended"], row["tokens"]) == (1.5, 2.5, 0.75, 10)
+    assert (row["reward"], row["response_tokens"], row["eos_rate"], row["tokens"]) == (1.5, 2.5, 0.75, 10)
     # What is written down: the least and the most rewarded, and the first others.
     assert [sample["reward"] for sample in hooks.sampled[:4]] == [0.0, 3.0, 1.0, 2.0]
 
