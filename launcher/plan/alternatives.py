@@ -1,5 +1,5 @@
-"""What else a phase could be on the same site: changes that make it fit, other ZeRO stages,
-other seats for the roles of PPO."""
+"""Alternatives for a phase on the same machines: changes that make it fit, other ZeRO stages, and other placements of
+the roles of PPO."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from training.recipes import RECIPES, resolve
 
 _MOST_WORKERS = 1024
 _Change = tuple[str, dict[str, Any]]
-"""As it is written on the command line; the settings of the phase that it replaces."""
+"""The override as written on the command line; the settings of the phase that it replaces."""
 
 
 def changes(planned: PhasePlan) -> list[str]:
-    """Single changes that make it fit, as they are written on the command line, what disturbs least first and those
-    that are tight last; pairs if there are none."""
+    """Return single changes that make it fit, as command line overrides, the least intrusive first and tight ones last;
+    pairs of changes if there are none."""
     single = list(_possible(planned))
     found = [(planned.changed(**settings).verdict, words) for words, settings in single]
     if all(verdict == TOO_LARGE for verdict, _ in found):
@@ -29,7 +29,7 @@ def changes(planned: PhasePlan) -> list[str]:
 
 
 def _possible(planned: PhasePlan) -> Iterator[_Change]:
-    """Changes of a phase, what disturbs least first."""
+    """Yield possible changes of a phase, the least intrusive first."""
     phase, model, on_gpu = planned.phase, planned.phase.model, planned.site.on_gpu
     own = "" if planned.alone else f"phases.{planned.name}."  # before settings that a job may have at its top
     if model.gradient_checkpointing is False:
@@ -68,7 +68,7 @@ def _possible(planned: PhasePlan) -> Iterator[_Change]:
 
 
 def _smaller(planned: PhasePlan, name: str, count: int | None) -> Iterator[_Change]:
-    """A count halved until it fits."""
+    """Yield a count that is halved until it fits."""
     while count is not None and count > 1:
         count //= 2
         if planned.changed(**{name: count}).verdict == FITS or count == 1:
@@ -77,7 +77,7 @@ def _smaller(planned: PhasePlan, name: str, count: int | None) -> Iterator[_Chan
 
 
 def _more_workers(planned: PhasePlan, own: str) -> Iterator[_Change]:
-    """The fewest workers that fit, in whole machines, if there are as many."""
+    """Yield the smallest number of workers that fits, in whole machines, if there are enough."""
     phase, site = planned.phase, planned.site
     resources, step = phase.resources, planned.machine.gpus if site.on_gpu else 1
     most = min(_MOST_WORKERS, phase.batch, site.most_gpus or _MOST_WORKERS)
@@ -90,7 +90,7 @@ def _more_workers(planned: PhasePlan, own: str) -> Iterator[_Change]:
 
 
 def stages(planned: PhasePlan) -> list[dict[str, Any]]:
-    """The stages with and without offload, side by side."""
+    """Return all ZeRO stages with and without offload."""
     lora = planned.phase.model.lora
     rows = []
     numbers: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
@@ -113,7 +113,7 @@ def stages(planned: PhasePlan) -> list[dict[str, Any]]:
 
 
 def layouts(planned: PhasePlan) -> list[dict[str, Any]]:
-    """Other ways to place the roles on the same GPUs, the fastest that fits first; none for a recipe of one role."""
+    """Return other placements of the roles on the same GPUs, the fastest that fits first; none for one role."""
     phase, ways = planned.phase, RECIPES[planned.phase.recipe].layouts
     found = []
     for words, groups in resolve(ways)(phase) if ways else ():

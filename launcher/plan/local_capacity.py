@@ -1,5 +1,5 @@
-"""Whether this machine has room for a job's workers, before anything is started.
-A cluster that we join decides for itself."""
+"""Checks whether this machine has the capacity for a job's workers, before anything starts.
+Jobs on an existing cluster are not checked here."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _FP32, _BF16 = 4, 2
 
 
 def check(job: Job, *, inline: bool, force: bool = False) -> None:
-    """Raises InputError for phases that ask for more workers than this machine can hold,
-    or a cluster that is not there.
+    """Raises InputError for phases that request more workers than this machine has capacity for,
+    or if RAY_ADDRESS is not a cluster.
 
-    `force`: memory is not looked at.
+    `force`: do not check memory.
     """
     address = os.environ.get("RAY_ADDRESS")
     if address and not inline:
@@ -51,19 +51,19 @@ def check(job: Job, *, inline: bool, force: bool = False) -> None:
 def _one_inline(job: Job, name: str) -> str | None:
     phase = job.phases[name]
     if len(phase.placements) > 1:
-        return f"--inline has one worker, which holds all roles; leave `groups` out (phases.{name}.groups=null)"
+        return f"--inline has one worker, which runs all roles; remove `groups` (phases.{name}.groups=null)"
     if phase.num_workers == 1:
         return None
     setting = advised_path(job.document, job.own_settings, name, "resources.workers")
-    return f"--inline has one worker, the job asks for {phase.num_workers}; say {setting}=1"
+    return f"--inline has one worker, but the job requests {phase.num_workers}; set {setting}=1"
 
 
 def _too_few_gpus(phase: Phase) -> str | None:
     gpus, resources = num_gpus(), phase.resources
     if not gpus and resources.gpus_per_worker == 1:
-        return "gpus_per_worker is 1, this machine has no GPU; leave it at auto to train on CPUs"
+        return "gpus_per_worker is 1, but this machine has no GPU; set it to auto to train on CPUs"
     if gpus and resources.gpus_per_worker != 0 and phase.num_workers > gpus:
-        return f"{phase.num_workers} workers need a GPU each, this machine has {gpus}"
+        return f"{phase.num_workers} workers need a GPU each, but this machine has {gpus}"
     return None
 
 
@@ -73,11 +73,11 @@ def _cannot_quantize(phase: Phase) -> str | None:
         return None
     if phase.resources.gpus_per_worker == 0 or not num_gpus():
         return (
-            "4-bit weights need a GPU, and there is none for the workers; leave `bits` out to train adapters on whole "
-            "weights"
+            "4-bit weights need a GPU, and there is none for the workers; remove `bits` to train adapters on "
+            "full-precision weights"
         )
     if find_spec("bitsandbytes") is None:
-        return "4-bit weights need the package bitsandbytes; pip install bitsandbytes"
+        return "4-bit weights need the package bitsandbytes; install it with pip install bitsandbytes"
     return None
 
 
@@ -103,16 +103,16 @@ def _too_little_memory(phase: Phase) -> str | None:
         return None
     parts = ", ".join(f"{what} {_gib(need)}" for what, need in needs.items())
     return (
-        f"needs at least {_gib(sum(needs.values()))} GiB of memory ({parts}), this machine has {_gib(available)} GiB "
-        "free; take fewer workers, a smaller model or a higher sharding.stage, set RAY_ADDRESS to train on more "
+        f"needs at least {_gib(sum(needs.values()))} GiB of memory ({parts}), but this machine has {_gib(available)} "
+        "GiB free; use fewer workers, a smaller model or a higher sharding.stage, set RAY_ADDRESS to train on more "
         "machines, or try it with --force"
     )
 
 
 def host_bytes(phase: Phase, num_parameters: int, *, on_gpus: bool) -> dict[str, int]:
-    """Memory of the machine that a phase with all its workers there is certain to take, by what for.
+    """Return the least host memory that a phase with all its workers on this machine needs, by purpose.
 
-    Gradients, activations and buffers come on top; so do adapters, which are small beside the frozen weights.
+    Gradients, activations, buffers and adapters, which are small compared with frozen weights, are not included.
     """
     workers, stage = phase.resources.workers, phase.sharding.stage
     optimizer_here = not on_gpus or phase.sharding.offload == "cpu"
@@ -131,7 +131,7 @@ def host_bytes(phase: Phase, num_parameters: int, *, on_gpus: bool) -> dict[str,
 
 
 def _num_parameters(model: str) -> int:
-    """0 for a model that is not here to be looked at."""
+    """Return the number of parameters, 0 for a model that is not on this machine."""
     folder = Path(model)
     if not folder.is_dir():
         return 0

@@ -89,7 +89,7 @@ class PhasePlan:
     ):
         self.name, self.phase, self.models, self.site, self.asked = name, phase, models, site, asked
         self.alone = alone
-        """The only phase of its job."""
+        """Whether it is the only phase of its job."""
         self.work = work or work_of(phase, rows=asked.rows, tokens=asked.tokens, response=asked.response)
         self.machine = site.for_workers(phase.num_workers)
         self.dtype: Any = phase.model.dtype
@@ -124,21 +124,21 @@ class PhasePlan:
 
     @property
     def verdict(self) -> Verdict:
-        """Of the worst of its groups."""
+        """The verdict on the worst of its groups."""
         if self._missing_places:
             return TOO_LARGE
         return worst(self.verdict_of(group, needs) for group, needs in zip(self.groups, self.needs, strict=True))
 
     @property
     def _missing_places(self) -> str:
-        """That there are fewer GPUs than workers, in words."""
+        """Describes that there are fewer GPUs than workers; empty if there are enough."""
         most = self.site.most_gpus
         if not self.site.on_gpu or most is None or self.phase.num_workers <= most:
             return ""
-        return f"{self.phase.num_workers} workers, there are {most} GPUs at most"
+        return f"{self.phase.num_workers} workers, but at most {most} GPUs"
 
     def verdict_of(self, group: Seated, needs: Needs) -> Verdict:
-        """Of one of its groups."""
+        """Return the verdict on one of its groups."""
         gpu, machine = self.machine.gpu.memory_gib * GIB, self.machine.memory_gib * GIB
         on_device, host = sum(needs.device.values()), self._on_a_machine(group, needs)
         certain = on_device - needs.device["fragmentation"]
@@ -148,13 +148,13 @@ class PhasePlan:
         return TIGHT if near else FITS
 
     def _on_a_machine(self, group: Seated, needs: Needs) -> float:
-        """Of its memory, by all workers of the phase that are on it."""
+        """Return the bytes of a machine's memory that all workers of the phase on it need."""
         if not self.site.on_gpu:
             return sum(sum(n.host.values()) * g.where.workers for g, n in zip(self.groups, self.needs, strict=True))
         return sum(needs.host.values()) * min(group.where.workers, self.machine.gpus)
 
     def why(self) -> Iterator[str]:
-        """What does not fit, in words."""
+        """Yield descriptions of what does not fit."""
         if self._missing_places:
             yield self._missing_places
         for group, needs in zip(self.groups, self.needs, strict=True):
@@ -164,12 +164,12 @@ class PhasePlan:
                 parts = ", ".join(f"{what} {size / GIB:,.1f}" for what, size in needs.device.most_common(4))
                 yield (
                     f"{who}needs {sum(needs.device.values()) / GIB:,.1f} GiB of each GPU ({parts} ...), "
-                    f"{_article(self.machine.gpu.name)} has {limit:g}"
+                    f"but {_article(self.machine.gpu.name)} has {limit:g}"
                 )
             host = self._on_a_machine(group, needs)
             if host > self.machine.memory_gib * GIB and not self.machine.memory_assumed:
                 there = self.machine.memory_gib
-                yield f"{who}needs {host / GIB:,.1f} GiB of memory on a machine, there are {there:,.1f}"
+                yield f"{who}needs {host / GIB:,.1f} GiB of memory per machine, but a machine has {there:,.1f}"
 
     # -- time and money ------------------------------------------------------------------------------------------------
 

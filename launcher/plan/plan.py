@@ -1,5 +1,5 @@
-"""`muster plan`: what a job needs of memory, time and money, before anybody pays.
-Whether it fits, and if not the smallest change that does."""
+"""`muster plan`: estimates memory, time and cost of a job before you rent GPUs: whether it fits, and if not, which
+smallest change makes it fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.phase_info import PhaseInfo
 
 
 def plan(job: Job, site: HardwareProfile, asked: PlanInputs = PlanInputs()) -> dict[str, Any]:
-    """The whole plan. Raises InputError if a model is not known well enough."""
+    """Return the whole plan. Raises InputError if too little is known of a model."""
     shapes = Shapes(job, asked.parameters)
     phases = {
         name: PhasePlan(name, phase, shapes.models(phase), site, asked, alone=len(job.phases) == 1)
@@ -41,7 +41,7 @@ def plan(job: Job, site: HardwareProfile, asked: PlanInputs = PlanInputs()) -> d
 
 
 def refuse_what_cannot_fit(job: Job, site: HardwareProfile) -> None:
-    """Raises InputError for phases whose workers cannot hold what they must, with what would fit."""
+    """Raises InputError for phases that run out of memory by the plan, with a change that would fit."""
     shapes = Shapes(job, None)
     problems = []
     for name, phase in job.phases.items():
@@ -57,14 +57,14 @@ def refuse_what_cannot_fit(job: Job, site: HardwareProfile) -> None:
         except InputError:
             continue  # a model of which nothing is known yet
         if planned.verdict == TOO_LARGE:
-            told = "; ".join(planned.why())
+            reasons = "; ".join(planned.why())
             fitting = changes(planned)
-            advice = f"it would fit with {fitting[0]}" if fitting else "nothing that a plan knows makes it fit"
+            advice = f"it would fit with {fitting[0]}" if fitting else "no single change makes it fit"
             problems.append(
                 Problem(
                     str(job.file),
                     f"phases.{name}",
-                    f"{told}; {advice} (`muster plan` shows more, --force runs it all the same)",
+                    f"{reasons}; {advice} (see `muster plan`; --force runs it anyway)",
                 )
             )
     if problems:
@@ -72,7 +72,7 @@ def refuse_what_cannot_fit(job: Job, site: HardwareProfile) -> None:
 
 
 def checkpoint_bytes_of(phase: Phase) -> int:
-    """Of one checkpoint of a phase whose models are folders. Raises InputError if they are not known."""
+    """Return the bytes of one checkpoint of a phase. Raises InputError if its models are not local folders."""
     shape = shape_of(phase.model.path, revision=phase.model.revision)
     named = phase.named_models.get("critic")
     critic = shape_of(named).as_classifier if named else None
@@ -113,7 +113,7 @@ def _machine(site: HardwareProfile) -> dict[str, Any]:
 
 
 def _summed(phases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Over all phases; None if the steps of one are not known."""
+    """Return the sums over all phases; None if the number of steps of one is unknown."""
     times = [phase["time"] for phase in phases.values()]
     if any("hours" not in each for each in times):
         return None
@@ -126,17 +126,17 @@ def _summed(phases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _limits(job: Job, total: Mapping[str, Any] | None) -> Iterator[str]:
-    """Limits of the job that it may well reach before its end."""
+    """Yield the limits that the job will or may reach before its end."""
     if total is None:
         return
     for name, limit, found in (("max_hours", job.max_hours, total["hours"]), ("max_cost", job.max_cost, total["cost"])):
         if limit is not None and found is not None and found[2] > limit:
             how = "will" if found[0] > limit else "may"
-            yield f"{name} is {limit:g}: the job {how} stop there, before its end"
+            yield f"{name} is {limit:g}: the job {how} reach it and stop before its end"
 
 
 def _at(job: Job, phases: Mapping[str, PhasePlan], count: int) -> dict[str, Any]:
-    """The job with so many GPUs, as nearly as groups of PPO can keep their proportions."""
+    """Return the plan of the job with `count` GPUs; groups of PPO keep their proportions as nearly as possible."""
     planned = {name: each.changed(**each.phase.resized(count)) for name, each in phases.items()}
     dealt = [each.phase.batch >= max(group.where.workers for group in each.groups) for each in planned.values()]
     told: dict[str, dict[str, Any]] = {name: {"time": each.time()} for name, each in planned.items()}
@@ -149,16 +149,17 @@ def _at(job: Job, phases: Mapping[str, PhasePlan], count: int) -> dict[str, Any]
         "total": _summed(told),
         "verdict": worst(each.verdict for each in planned.values())
         if all(dealt)
-        else "batch is smaller than the workers",
+        else "batch is smaller than the number of workers",
     }
 
 
 def expected(
     job: Job, name: str, info: PhaseInfo, workers: int, site: HardwareProfile, price: float | None
 ) -> dict[str, Any]:
-    """What a run notes of the plan for a phase, once its data and machines are known, to be compared with what comes.
+    """Return the plan that a run records for a phase once its data and machines are known, to compare it with the
+    measurements.
 
-    `price`: of the machines an hour, as they say it themselves. Raises InputError if a model is not known.
+    `price`: of the machines per hour, from their labels. Raises InputError if a model is not known.
     """
     phase = job.phases[name]
     if not phase.has_sized_groups:

@@ -9,7 +9,7 @@ from launcher.plan.phase_plan import FITS, TIGHT
 
 GIB = 1 << 30
 _STOPS_PAYING = 0.7
-"""Of the speed that the first figure's GPUs have each."""
+"""Share of the best speed per GPU below which more GPUs are called inefficient."""
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
@@ -31,14 +31,14 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"note: {note}" for note in report["notes"])
     if not machine["gpu"]:
         yield (
-            "note: for machines without a GPU, by what this one does at the moment; --gpu H100 or --on CLUSTER plans "
-            "for others"
+            "note: this plan is for machines without a GPU at the measured speed of this one; use --gpu H100 or "
+            "--on CLUSTER to plan for others"
         )
 
 
 def _phase_lines(name: str, phase: Mapping[str, Any], machine: Mapping[str, Any]) -> Iterator[str]:
     yield ""
-    near = ": above 92 % of the memory, with what lies between blocks" if phase["verdict"] == TIGHT else ""
+    near = ": above 92 % of the memory, including fragmentation" if phase["verdict"] == TIGHT else ""
     what = f"{phase['recipe']}, {phase['dtype']}, {_workers(phase['workers'])}"
     yield f"{name} ({what}): {phase['verdict'].upper()}{near}"
     for group in phase["groups"]:
@@ -93,23 +93,24 @@ def _time_lines(phase: Mapping[str, Any]) -> Iterator[str]:
         more = f", answers to questions {_seconds(time['evaluations_s'])}" if time["evaluations_s"] else ""
         yield f"  {time['steps']:,} steps and the start ({_seconds(time['start_s'])}){more}: {_money(time)}"
     else:
-        yield "  how many steps is not known: the data is not here, and max_steps is not set (--rows says how many)"
+        yield "  the number of steps is unknown: the data is not here and max_steps is not set; use --rows"
     size = checkpoint["bytes"] / 1e9
     notice = ""
     if checkpoint["notice_s"] is not None:
         fits = "fits into" if checkpoint["within_notice"] else "does NOT fit into"
         hand = "iteration" if time["parts_s"] else "step"
         notice = (
-            f"; with the {hand} in hand it {fits} the {checkpoint['notice_s']:g} s before a spot machine is taken back"
+            f"; together with the current {hand} it {fits} the {checkpoint['notice_s']:g} s before a spot machine "
+            "is preempted"
         )
     yield (
-        f"  a checkpoint: {size:,.2f} GB in {_seconds(checkpoint['seconds'])}{notice}; storage for all that is kept: "
-        f"{checkpoint['disk_bytes'] / 1e9:,.2f} GB"
+        f"  a checkpoint: {size:,.2f} GB in {_seconds(checkpoint['seconds'])}{notice}; storage for all "
+        f"kept checkpoints: {checkpoint['disk_bytes'] / 1e9:,.2f} GB"
     )
 
 
 def _scaling_lines(rows: Sequence[Mapping[str, Any]], phases: int) -> Iterator[str]:
-    """What more GPUs bring; `each` is the speed of one of them against one where it is highest."""
+    """Yield the scaling table; `each` is the speed per GPU relative to the best row."""
     if not rows:
         return
     yield ""
@@ -119,11 +120,11 @@ def _scaling_lines(rows: Sequence[Mapping[str, Any]], phases: int) -> Iterator[s
     best = max(map(_speed_of_one, usable))
     for row in rows:
         each = _speed_of_one(row) / best
-        told = _money(row["total"]) if row["total"] is not None else "not known: --rows says how much data there is"
+        told = _money(row["total"]) if row["total"] is not None else "unknown: give the number of rows with --rows"
         of_first = "" if phases > 1 else f" {_seconds(row['step_s']):>10} {row['tokens_per_s']:>10,.0f}"
         verdict = "" if row["verdict"] == FITS else f"  {row['verdict']}"
         more = row["gpus"] > min(usable, key=_slowness)["gpus"]
-        pays = "  hardly pays" if each < _STOPS_PAYING and more and row in usable else ""
+        pays = "  inefficient" if each < _STOPS_PAYING and more and row in usable else ""
         yield f"{row['gpus']:>6}{of_first} {each:>6.0%}   {told}{verdict}{pays}"
 
 
@@ -132,7 +133,7 @@ def _slowness(row: Mapping[str, Any]) -> float:
 
 
 def _speed_of_one(row: Mapping[str, Any]) -> float:
-    """By the hours of the whole job, where they are known."""
+    """Return the speed per GPU, from the hours of the whole job if they are known."""
     if row["total"] is not None:
         return float(1 / (row["total"]["hours"][1] * row["gpus"]))
     return float(row["tokens_per_s"] / row["gpus"])

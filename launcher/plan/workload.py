@@ -1,5 +1,5 @@
-"""How much data a phase has, at a glance: rows counted, the lengths of a few hundred of them.
-What cannot be seen is assumed, and told."""
+"""Estimates the amount of data of a phase: the number of rows, and the lengths of a few hundred of them.
+Unknown values are assumed, with a note."""
 
 from __future__ import annotations
 
@@ -20,49 +20,54 @@ from training.model_folder import tokenizer_of
 from training.recipes import RECIPES
 
 _LOOKED_AT = 200
-"""Rows of a file."""
+"""Number of rows of a file whose lengths are measured."""
 _BYTES_A_TOKEN = 3.6
-"""Of English text and mathematics, about."""
+"""Approximate value for English text and mathematics."""
 _COUNTED_BYTES = 2 << 30
-"""Of larger files the lines are estimated."""
+"""The number of lines of larger files is estimated."""
 
 
 def work_of(
     phase: Phase, *, rows: int | None = None, tokens: float | None = None, response: float | None = None
 ) -> Work:
-    """What there is to do. What is given is taken as it is."""
+    """Return the amount of work. Given values are used as they are."""
     seen_rows, seen_tokens, notes = (None, None, []) if rows is not None and tokens is not None else _seen(phase)
     longest = phase.sequences_per_sample * phase.data.max_length
     if tokens is not None and tokens > longest:
-        notes.append(f"{tokens:g} tokens are more than data.max_length lets through; taken as {longest}")
+        notes.append(f"{tokens:g} tokens exceed data.max_length; the plan uses {longest}")
         tokens = longest
     if tokens is None:
         tokens = min(seen_tokens, longest) if seen_tokens is not None else longest / 2
         if seen_tokens is None:
             notes.append(
-                f"a sample taken as {tokens:g} tokens, half of what data.max_length lets through (--tokens says better)"
+                f"the plan assumes {tokens:g} tokens per sample, half of data.max_length; give the mean with --tokens"
             )
     answer = 0.0
     if phase.rollout is not None:
         answer = min(float(response if response is not None else phase.new_tokens), phase.new_tokens)
         if response is None:
             notes.append(
-                f"responses taken as long as they may be, {phase.new_tokens} tokens (--response-tokens says better)"
+                f"the plan assumes responses of the maximum length, {phase.new_tokens} tokens; give the mean with "
+                "--response-tokens"
             )
     return Work(rows=rows if rows is not None else seen_rows, tokens=tokens, response=answer, note="; ".join(notes))
 
 
 def _seen(phase: Phase) -> tuple[int | None, float | None, list[str]]:
-    """Rows, tokens of one on average, and what of it could not be seen."""
+    """Return the number of rows, their mean number of tokens, and notes on what is unknown."""
     try:
         located = sources_of(phase, held_out=False)
     except InputError as error:
-        told = "; ".join(problem.message for problem in error.problems)
-        return None, None, [f"data.train cannot be looked at ({told})"]
+        reasons = "; ".join(problem.message for problem in error.problems)
+        return None, None, [f"data.train cannot be read ({reasons})"]
     parts = [part for source in located for part in source.parts]
     away = [part.shown for part in parts if isinstance(part, HubSplit) or "://" in part.path]
     if away:
-        return None, None, [f"{', '.join(away)}: not here, so its rows are not counted (--rows says how many)"]
+        return (
+            None,
+            None,
+            [f"{', '.join(away)}: not on this machine, so the number of rows is unknown; give it with --rows"],
+        )
     encode = _encoder(phase)
     # What is put around the columns of critique data.
     frame = encode(critique_request("", "")) if RECIPES[phase.recipe].learns_critiques else 0
@@ -74,7 +79,7 @@ def _seen(phase: Phase) -> tuple[int | None, float | None, list[str]]:
 
 
 def rows_in(path: str) -> int | None:
-    """Rows of a file or folder of questions; None if it is not here."""
+    """Return the number of rows of a file or folder of questions; None if it is not on this machine."""
     try:
         source = questions.find_source(path)
     except InputError:
@@ -86,7 +91,7 @@ def rows_in(path: str) -> int | None:
 
 
 def _encoder(phase: Phase) -> Any:
-    """Tokens in a text: by the model's tokenizer if it lies here as tokenizer.json, else by a rule of thumb."""
+    """Return a function that counts tokens: with the model's tokenizer.json if it is local, else by text length."""
     file = Path(tokenizer_of(phase.model)) / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer
@@ -97,7 +102,7 @@ def _encoder(phase: Phase) -> Any:
 
 
 def _of_file(part: Part, encode: Any, phase: Phase) -> tuple[int, float, int]:
-    """Rows of a file, tokens of those that were looked at, and their number."""
+    """Return the number of rows of a file, the tokens of the measured rows, and the number of those."""
     assert isinstance(part, DataFile), "hub splits are not opened"
     looked_at, read, tokens = 0, 0, 0.0
     reader = files.rows(part)

@@ -1,8 +1,8 @@
-"""`muster compare`: two runs side by side. How far apart are they on what both measured, could that be chance, what
-differs in their settings, what did each take?
+"""`muster compare`: statistical comparison of two runs: metrics that both measured, significance of the difference,
+settings, time and cost.
 
-Answers to the same questions are compared in pairs, which sees far smaller differences than two
-accuracies with their intervals do.
+Responses to the same questions are compared in pairs, which detects much smaller differences than two accuracies with
+their intervals.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def compare(first: str, second: str) -> dict[str, Any]:
         )
         raise InputError.of(
             f"{first}, {second}",
-            f"no metric was measured by both ({has}); `muster eval` asks both models the same questions",
+            f"no metric was measured by both ({has}); evaluate both models on the same questions with `muster eval`",
         )
     return {
         "runs": [_told(side, end) for side, end in zip(sides, ends, strict=True)],
@@ -107,7 +107,7 @@ def _end(side: Side) -> dict[str, Any]:
     """The evaluation of the step that the phase ended with, else its last one. Raises InputError if there is none."""
     rows = side.run.evaluations(side.phase)
     if not rows:
-        raise InputError.of(side.name, "nothing was evaluated; give the phase data.eval or eval, or use `muster eval`")
+        raise InputError.of(side.name, "has no evaluations; set data.eval or eval in the phase, or use `muster eval`")
     chosen = side.run.chosen_step(side.phase)
     return next((row for row in reversed(rows) if row["step"] == chosen), rows[-1])
 
@@ -208,7 +208,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{'':<28}{first['name']:>{width}}  {second['name']:>{width}}  difference"
     for name, found in report["metrics"].items():
         values = "  ".join(f"{value:>{width}.4f}" for value in found["values"])
-        told = "not comparable: other rows" if found["difference"] is None else f"{found['difference']:+.4f}"
+        told = "not comparable: different rows" if found["difference"] is None else f"{found['difference']:+.4f}"
         yield f"{name:<28}{values}  {told}"
     for label, key in (("recipe", "recipe"), ("evaluated at step", "step"), ("steps", "steps"), ("workers", "workers")):
         yield f"{label:<28}{_or_dash(first[key]):>{width}}  {_or_dash(second[key]):>{width}}"
@@ -220,7 +220,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{'cost of the whole run':<28}{costs[0]:>{width}}  {costs[1]:>{width}}"
     yield from _verdict(report["answers"], first["name"], second["name"])
     if report["settings"]:
-        yield "settings that differ:"
+        yield "different settings:"
     for key, (before, after) in report["settings"].items():
         yield f"  {key}: {_short(before)} | {_short(after)}"
 
@@ -228,20 +228,20 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
 def _verdict(paired: Mapping[str, Any] | None, first: str, second: str) -> Iterator[str]:
     if paired is None:
         yield (
-            "no test: there are no answers of both to the same questions (`eval:` in a phase writes them), so chance "
-            "is not ruled out"
+            "no significance test: the two have no responses to the same questions (set `eval:` in a phase to write "
+            "them)"
         )
         return
     told = (
-        f"{paired['questions']:,} questions that both were asked: {second} is {100 * paired['difference']:+.1f} points "
+        f"{paired['questions']:,} shared questions: {second} is {100 * paired['difference']:+.1f} points "
         f"(95 %: {100 * paired['low']:+.1f} to {100 * paired['high']:+.1f}); better on {paired['better']}, worse on "
         f"{paired['worse']}; p = {paired['p']:.3g} ({paired['test']})"
     )
     yield told
     if paired["p"] < 0.05:
-        yield f"{second if paired['difference'] > 0 else first} is better, and chance alone would hardly do that"
+        yield f"{second if paired['difference'] > 0 else first} is better; the difference is statistically significant"
     else:
-        yield "that may well be chance: ask more questions to tell them apart"
+        yield "the difference is not statistically significant; evaluate more questions"
 
 
 def _or_dash(value: Any) -> str:

@@ -26,9 +26,9 @@ def write(report: Mapping[str, Any], out: Path) -> Path:
     or that cannot be written."""
     try:
         if out.exists() and not out.is_file():
-            raise InputError.of(str(out), "is no file; give a file such as report.html", "--out")
+            raise InputError.of(str(out), "is not a file; give a file such as report.html", "--out")
         if out.exists() and not _is_ours(out):
-            raise InputError.of(str(out), "is there and is no report; choose another file", "--out")
+            raise InputError.of(str(out), "exists and is not a report; choose a different file", "--out")
         html = render(report)
         place = out.resolve()
         with tempfile.NamedTemporaryFile(

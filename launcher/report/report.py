@@ -35,17 +35,17 @@ SPENT_ON = {
     WAITING: "starting workers, waiting for machines",
     LOADING: "loading model, data and checkpoint",
     "steps": "steps",
-    "sync": "sending weights to those that write",
-    "generate": "writing responses",
-    "score": "judging responses",
+    "sync": "sending weights to the rollout workers",
+    "generate": "generating responses",
+    "score": "scoring responses",
     "learn": "learning from responses",
     "evaluating": "evaluating",
     "saving": "waiting for checkpoints",
-    "other": "the rest",
-    REDONE: "training that was lost and done again",
-    RECOVERING: "noticing failures and starting anew",
+    "other": "other",
+    REDONE: "repeating lost training",
+    RECOVERING: "detecting failures and restarting",
 }
-"""What time is spent on."""
+"""Descriptions of the parts of the time."""
 
 
 def report(names: Sequence[str]) -> dict[str, Any]:
@@ -63,7 +63,9 @@ def report(names: Sequence[str]) -> dict[str, Any]:
         parts += mine
     if not any(part.rows for part in parts):
         addresses = ", ".join(run.address for run, _ in chosen)
-        raise InputError.of(addresses, "nothing was trained yet (no metrics); `muster run` or `muster resume` first")
+        raise InputError.of(
+            addresses, "nothing was trained yet (no metrics); use `muster run` or `muster resume` first"
+        )
     times = [phase["time"] for run in told for phase in run["phases"]]
     sources = [charts.Source(part.key, part.recipe, part.rows) for part in parts]
     return {
@@ -104,7 +106,7 @@ def _settings(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
         run.job()
     except InputError as error:
         more = f" and {len(error.problems) - 1} more" if len(error.problems) > 1 else ""
-        problems.append(f"its job cannot be read any more as it stands: {error.problems[0]}{more}")
+        problems.append(f"this version cannot read the job: {error.problems[0]}{more}")
     try:
         settings = yaml_with_lines.load(run.folder / run_folder.JOB).data
     except InputError as error:
@@ -189,7 +191,7 @@ def _incident(event: Mapping[str, Any]) -> dict[str, Any]:
         "who": None if event.get("rank") is None else f"worker {event['rank']} on {event.get('node')}",
         "message": samples.short(event.get("message")),
         "lost_steps": max(0, int(step - checkpoint) - 1) if step is not None and checkpoint is not None else None,
-        "then": "went on by itself" if event.get("retry") else "given up",
+        "then": "recovered automatically" if event.get("retry") else "not retried",
         "why": event.get("why"),
     }
 

@@ -1,4 +1,4 @@
-"""What `muster list`, `status` and `checkpoints` say of runs: as data, and as lines for a terminal."""
+"""`muster list`, `status` and `checkpoints`: describes runs, as data and as lines for a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.storage import StoragePath, is_remote
 
 
 def status(run: RunFolder) -> dict[str, Any]:
-    """Where a run stands."""
+    """Return the status of a run."""
     events = run.events()
     finished = run.finished_phases()
     phases = {name: _phase(run, name, name in finished, events) for name in run.job().phases}
@@ -33,10 +33,10 @@ def status(run: RunFolder) -> dict[str, Any]:
 
 
 def _problem(event: Mapping[str, Any]) -> str | None:
-    """What a person should know of an event, if it is of that kind."""
+    """Describe an event that is a problem; None for other events."""
     if event["event"] == "incident":
         who = "" if event["rank"] is None else f"worker {event['rank']} on {event['node']} "
-        what = "tried again" if event["retry"] else "given up"
+        what = "retried" if event["retry"] else "not retried"
         return (
             f"{event['time'][:19]} step {event['step']}: {event['class']}: {who}{event['message']}; {what}: "
             f"{event['why']}"
@@ -69,7 +69,7 @@ def _phase(run: RunFolder, name: str, finished: bool, events: Sequence[Mapping[s
 
 
 def against_plan(planned: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], left: float | None) -> dict[str, Any]:
-    """What was expected beside what came, and what is left by what came."""
+    """Compare the plan with the measurements, and estimate the remaining cost from these."""
     real, price = _median_step_s(steps), planned["price"]
     memory = max(row["memory_gib"] for row in steps[-50:])
     return {
@@ -91,10 +91,10 @@ def _median_step_s(steps: Sequence[Mapping[str, Any]]) -> float:
 
 def status_lines(info: Mapping[str, Any]) -> Iterator[str]:
     workers = f", {info['workers']} workers" if info["workers"] else ""
-    yield f"{info['name']}: {info['state']}, attempt {info['attempts']}{workers}, began {info['started']}"
+    yield f"{info['name']}: {info['state']}, attempt {info['attempts']}{workers}, started {info['started']}"
     for name, phase in info["phases"].items():
         if not phase["step"]:
-            yield f"  {name}: not begun"
+            yield f"  {name}: not started"
             continue
         parts = [f"step {phase['step']}/{phase['total_steps']}", f"loss {phase['loss']:.4f}"]
         parts += [f"{metric} {value:.4f}" for metric, value in phase["evaluation"].items()]
@@ -103,7 +103,7 @@ def status_lines(info: Mapping[str, Any]) -> Iterator[str]:
         parts.append("checkpoints " + (", ".join(map(str, phase["checkpoints"])) or "none"))
         yield f"  {name}: " + "  ".join(parts)
         if phase["plan"] is not None:
-            yield f"  {name}: {_told_plan(phase['plan'])}"
+            yield f"  {name}: {_describe_plan(phase['plan'])}"
         if phase["model"]:
             yield f"  {name}: model in {phase['model']}"
     if info["state"] == "partial":
@@ -112,20 +112,19 @@ def status_lines(info: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {problem}"
 
 
-def _told_plan(plan: Mapping[str, Any]) -> str:
+def _describe_plan(plan: Mapping[str, Any]) -> str:
     low, high = plan["range"]
     within = "as planned" if low <= plan["real_step_s"] <= high else f"{plan['times']:.2f} times the plan"
-    told = (
-        f"a step takes {plan['real_step_s']:.3g} s, planned were {plan['step_s']:.3g} ({low:.3g} to {high:.3g}): "
-        f"{within}"
+    text = (
+        f"a step takes {plan['real_step_s']:.3g} s, planned {plan['step_s']:.3g} ({low:.3g} to {high:.3g}): {within}"
+        f"; {plan['real_memory_gib']:.2f} GiB, planned {plan['memory_gib']:.2f}"
     )
-    told += f"; {plan['real_memory_gib']:.2f} GiB, planned {plan['memory_gib']:.2f}"
-    return told + (f"; {plan['left_cost']:,.2f} more by this pace" if plan["left_cost"] is not None else "")
+    return text + (f"; remaining cost {plan['left_cost']:,.2f}" if plan["left_cost"] is not None else "")
 
 
 def listing(storage: str) -> list[dict[str, Any]]:
-    """All runs in a folder, the newest last, or in a bucket. Raises InputError if there is no such folder, unless it is
-    the default one."""
+    """Return the status of all runs in a folder, the newest last, or in a bucket. Raises InputError if the folder does
+    not exist, unless it is the default one."""
     folder = Path(storage)
     if not is_remote(storage) and not folder.is_dir() and (folder.exists() or folder != RUNS):
         raise InputError.of(storage, "is a file; give a folder of runs" if folder.exists() else "no such folder")
@@ -133,7 +132,7 @@ def listing(storage: str) -> list[dict[str, Any]]:
 
 
 def _status_or_problem(run: RunFolder) -> dict[str, Any]:
-    """One run that cannot be read must not hide the others."""
+    """Return the status of a run; one that cannot be read must not hide the others."""
     try:
         return status(run)
     except InputError as error:
@@ -157,7 +156,7 @@ def listing_lines(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def checkpoints(run: RunFolder, *, deep: bool) -> list[dict[str, Any]]:
-    """Every checkpoint of a run; with `deep`, every byte of it is read, else it is whole if every file has its size."""
+    """Return every checkpoint of a run. With `deep`, every byte is verified, otherwise only the sizes of the files."""
     found = []
     for phase in run.job().phases:
         for folder in Checkpoints(run.checkpoints(phase)).folders():

@@ -1,5 +1,5 @@
-"""What a run did when: its events as stretches of time, moments and failures.
-Pure, and patient with events of other versions."""
+"""Builds the timeline of a run from its events: intervals, moments and failures.
+Pure; it accepts events of other versions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from datetime import datetime
 from typing import Any
 
 WAITING, LOADING, TRAINING, REDONE, RECOVERING = "waiting", "loading", "training", "redone", "recovering"
-"""Waiting for machines; loading model, data and checkpoint; training; training that was lost;
-from a failure to the next attempt."""
+"""Kinds of intervals: waiting for machines; loading model, data and checkpoint; training; training that was lost; the
+time from a failure to the next attempt."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """From `begin` to `end`, in seconds since the run began."""
+    """An interval from `begin` to `end`, in seconds since the run started."""
 
     phase: str
     kind: str
@@ -26,7 +26,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Moment:
-    """Something that happened at `at`, in seconds since the run began."""
+    """An event at the time `at`, in seconds since the run started."""
 
     phase: str
     kind: str
@@ -37,17 +37,17 @@ class Moment:
 
 @dataclass
 class Timeline:
-    """Of a run."""
+    """The timeline of a run."""
 
     began: datetime | None = None
     stretches: list[Stretch] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
     vanished: int = 0
-    """Drivers that ended without a word."""
+    """Number of drivers that ended without a final event."""
 
     @property
     def end(self) -> float:
-        """Seconds from the beginning to the last thing that is known."""
+        """Seconds from the start to the last known moment."""
         ends = [each.end for each in self.stretches] + [each.at for each in self.moments]
         return max(ends, default=0.0)
 
@@ -56,13 +56,13 @@ class Timeline:
 
     @property
     def active(self) -> float:
-        """Seconds in which something was done or waited for: pauses between two starts by a person do not count."""
+        """Seconds of activity or waiting, without the time between a stop and the next start by a user."""
         return sum(each.end - each.begin for each in self.stretches)
 
 
 def timeline(events: Iterable[Mapping[str, Any]], until: datetime | None = None, trained_s: float = 0.0) -> Timeline:
-    """The timeline of a run's events. `until`: now, for a run that is at work; `trained_s`: seconds of steps behind its
-    last checkpoint, for one whose driver is gone."""
+    """Build the timeline of a run's events. `until`: now, for a running one; `trained_s`: seconds of steps after the
+    last checkpoint, for a run whose driver is gone."""
     teller = _Teller()
     for event in events:
         teller.hear(event)
@@ -110,11 +110,11 @@ class _Teller:
             self.saved = at
         elif kind == "incident":
             self.lose(at)
-            self.note("failure", at, _told(event))
+            self.note("failure", at, _describe(event))
             self.open(RECOVERING, at)
         elif kind == "interrupted":
             if self.kind is not None:  # else --only ended the run in a version before 0.2
-                self.note("stopped", at, "stopped by a person or a scheduler")
+                self.note("stopped", at, "stopped by a user or a scheduler")
             self.close(at) if event.get("orderly", True) else self.lose(at)
         elif kind in ("phase_finished", "done", "partial", "moved", "limit_reached", "failed"):
             self.close(at)
@@ -142,15 +142,15 @@ class _Teller:
         elif kind == "rewound":
             to = event.get("to")
             steps = ", ".join(f"{name} to step {step}" for name, step in to.items()) if isinstance(to, dict) else ""
-            self.note("rewound", at, f"taken back: {steps}")
+            self.note("rewound", at, f"rewound: {steps}")
 
     def _end(self, kind: str, event: Mapping[str, Any], at: float) -> None:
         if kind == "moved":
-            self.note("moved", at, f"saved, and gathered anew: {event.get('why')}")
+            self.note("moved", at, f"saved, and moved to other machines: {event.get('why')}")
         elif kind == "limit_reached":
             self.note("stopped", at, str(event.get("what")))
         elif kind == "failed":
-            self.note("failure", at, "given up: " + str(event.get("error")).partition("\n")[0])
+            self.note("failure", at, "failed: " + str(event.get("error")).partition("\n")[0])
         elif kind == "phase_finished":
             self.note("done", at, f"{self.phase} is finished")
 
@@ -159,7 +159,7 @@ class _Teller:
         count = len(members) if isinstance(members, list) else 0
         before = self.workers.get(self.phase)
         if before is not None and before != count:
-            self.note("resize", at, f"goes on with {count} workers instead of {before}")
+            self.note("resize", at, f"continues with {count} workers instead of {before}")
         self.workers[self.phase] = count
 
     def open(self, kind: str, at: float) -> None:
@@ -171,7 +171,7 @@ class _Teller:
         self.kind = None
 
     def lose(self, at: float) -> None:
-        """What was trained since the last checkpoint is gone."""
+        """Mark the training since the last checkpoint as lost."""
         if self.kind == TRAINING and self.since <= self.saved < at:
             saved = self.saved
             self.close(saved)
@@ -179,15 +179,15 @@ class _Teller:
         self.close(at)
 
     def vanish(self) -> None:
-        """The driver has written no ending, as after SIGKILL or a power cut: what is known ends with its last word."""
+        """Handle a driver that wrote no final event, as after SIGKILL: the interval ends with its last event."""
         self.found.vanished += 1
         self.vanished = (self.last, self.attempt)
-        self.note("failure", self.last, "the process that drove the run was gone without a word")
+        self.note("failure", self.last, "the driver process ended without a final event")
         self.close(self.last)
 
     def found_lost(self, seconds: Any, at: float) -> None:
-        """What the steps that a vanished driver had done behind its last checkpoint took,
-        known when they are done again."""
+        """Add the time of the steps after the last checkpoint of a vanished driver, which is known once they are
+        repeated."""
         if self.vanished is not None and isinstance(seconds, int | float) and seconds > 0:
             since, attempt = self.vanished
             self.found.stretches.append(Stretch(self.phase, REDONE, since, min(at, since + seconds), attempt))
@@ -197,7 +197,7 @@ class _Teller:
         self.found.moments.append(Moment(self.phase, kind, at, text))
 
 
-def _told(event: Mapping[str, Any]) -> str:
+def _describe(event: Mapping[str, Any]) -> str:
     who = "" if event.get("rank") is None else f"worker {event.get('rank')} on {event.get('node')} "
-    then = "went on by itself" if event.get("retry") else "given up"
+    then = "recovered automatically" if event.get("retry") else "not retried"
     return f"{event.get('class')}: {who}{event.get('message')} (step {event.get('step')}); {then}"

@@ -1,7 +1,7 @@
-"""The small files of a run in a bucket: written to a folder of this machine, and copied to the bucket as they change.
+"""Copies the small files of a run to a bucket: they are written to a local folder and uploaded when they change.
 
-job.yaml, events, metrics, TensorBoard, logs. Checkpoints and models never pass through here:
-workers write them to the bucket.
+These are job.yaml, events, metrics, TensorBoard files and logs. Workers write checkpoints and models to the bucket
+themselves.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from training.io.owned_folders import temporary_folder
 from training.storage import StoragePath, upload_file
 
 FETCHED, FETCHED_OF_PHASES = ("job.yaml", "events.jsonl", "spent.json"), ("metrics.jsonl",)
-"""What tells how far a run is."""
+"""The files that show the progress of a run."""
 ALIVE = ".alive"
-"""A time: the driver was at work then."""
+"""File with the last time at which the driver was running."""
 SAVE = ".save"
-"""A request to save now (save_now.py), by its id."""
+"""File with the id of a request to save now (save_request.py)."""
 ALIVE_S = 120.0
-"""A driver that has not said so for this long is gone."""
+"""A driver that has not updated the file for this time is gone."""
 _PAUSE_S = 5.0
 _SHARE_OF_TIME = 0.1
-"""Large files take longer: copying must not keep the network busy."""
+"""Largest share of time spent on copying, so that large files do not keep the network busy."""
 _END_S = 60.0
-"""For a copy that is under way to end."""
+"""Longest time for a running copy to end."""
 
 
 _until_the_end = ExitStack()
@@ -40,13 +40,13 @@ atexit.register(_until_the_end.close)
 
 
 def working_folder(remote: StoragePath) -> Path:
-    """Where this machine keeps the small files of a run in a bucket while it works on it."""
+    """Return the local folder for the small files of a run in a bucket."""
     key = hashlib.sha256(remote.address.encode()).hexdigest()[:16]
     return cache_folder() / "runs" / key / remote.name
 
 
 def view(remote: StoragePath) -> Path:
-    """A copy of a run's small files to look at, gone when this process ends."""
+    """Return a temporary copy of a run's small files, which is deleted when this process ends."""
     copy = _until_the_end.enter_context(temporary_folder("muster-view-")) / remote.name
     copy.mkdir()
     fetch(remote, copy)
@@ -54,7 +54,7 @@ def view(remote: StoragePath) -> Path:
 
 
 def fetch(remote: StoragePath, folder: Path) -> None:
-    """Make the small files in a folder those of the bucket. The bucket is the truth, also of what it does not have."""
+    """Replace the small files in a folder by those of the bucket; files that the bucket does not have are deleted."""
     phases = {name for name, size in remote.children().items() if size is None and not name.startswith(".")}
     phases |= {path.parent.name for name in FETCHED_OF_PHASES for path in folder.glob(f"*/{name}")}
     names = [*FETCHED, *(f"{phase}/{name}" for phase in sorted(phases) for name in FETCHED_OF_PHASES)]
@@ -70,7 +70,7 @@ def fetch(remote: StoragePath, folder: Path) -> None:
 
 
 def is_alive(remote: StoragePath) -> bool:
-    """Whether a driver has worked on the run a moment ago."""
+    """Return whether a driver is running, by the time in the bucket."""
     try:
         said = datetime.fromisoformat((remote / ALIVE).read().decode())
     except (FileNotFoundError, ValueError):
@@ -79,8 +79,8 @@ def is_alive(remote: StoragePath) -> bool:
 
 
 class Mirror:
-    """Copies what changes in a folder to a bucket, every few seconds, until the run is closed
-    or a later attempt claims it."""
+    """Copies changed files of a folder to a bucket every few seconds, until the run is closed or a later attempt claims
+    it."""
 
     def __init__(self, folder: Path, remote: StoragePath, claim: Claim):
         self.folder, self.remote, self.claim = folder, remote, claim
@@ -92,11 +92,11 @@ class Mirror:
         self._thread.start()
 
     def wake(self) -> None:
-        """Something has happened that should be in the bucket soon."""
+        """Request a copy soon."""
         self._woken.set()
 
     def flush(self) -> None:
-        """Copy what has changed, now. Raises StorageError, OSError, and Superseded if the run is not ours any more."""
+        """Copy all changes now. Raises StorageError, OSError, and Superseded if another process has claimed the run."""
         with self._busy:
             self.claim.check()
             (self.remote / ALIVE).write(datetime.now(UTC).isoformat().encode())
@@ -105,7 +105,7 @@ class Mirror:
                 self._send(path)
 
     def _fetch_request(self) -> None:
-        """Put a new request to save into the folder, where the driver looks for it."""
+        """Copy a new request to save into the local folder, where the driver looks for it."""
         with suppress(FileNotFoundError):
             request = (self.remote / SAVE).read()
             if request != self._request:
@@ -140,7 +140,7 @@ class Mirror:
             self._closed.wait(1.0)  # events come in groups
 
     def close(self) -> None:
-        """Copy the rest. Raises as `flush` does."""
+        """Copy the remaining changes. Raises as `flush` does."""
         self._closed.set()
         self._woken.set()
         self._thread.join(_END_S)  # else it might copy, and say that it is alive, after the end

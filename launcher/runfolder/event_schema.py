@@ -1,6 +1,6 @@
-"""What stands in events.jsonl: the one table of kinds of events and of what each says.
+"""The schema of events.jsonl: all kinds of events and their fields.
 
-The reference page is generated from it, and a test fails for an event in the code that is not in it.
+The reference page is generated from it, and a test fails for an event in the code that is not listed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Event:
 
     meaning: str
     fields: dict[str, str] = field(default_factory=dict)
-    """What it says beside COMMON and, of a phase, OF_A_PHASE."""
+    """Its fields in addition to COMMON and, for events of a phase, OF_A_PHASE."""
     of_phase: bool = True
 
 
@@ -42,7 +42,7 @@ EVENTS: dict[str, Event] = {
         of_phase=False,
     ),
     "rewound": Event(
-        "A user took the run back to an earlier step (`--step`).",
+        "A user rewound the run to an earlier step (`--step`).",
         {"to": "Step of each phase; 0 is its beginning."},
         of_phase=False,
     ),
@@ -131,7 +131,7 @@ EVENTS: dict[str, Event] = {
         },
     ),
     "save_failed": Event(
-        "A checkpoint could not be written. It is tried once more.", {"step": "Its step.", "error": "The reason."}
+        "A checkpoint could not be written. Saving is retried once.", {"step": "Its step.", "error": "The reason."}
     ),
     "checkpoint_damaged": Event(
         "A damaged checkpoint was found and is not used.", {"finding": "The damaged file and what is wrong with it."}
@@ -193,14 +193,16 @@ EVENTS: dict[str, Event] = {
         },
     ),
     "interrupted": Event(
-        "The run was stopped.", {"orderly": "false: stopped at once, without a checkpoint."}, of_phase=False
+        "The run was stopped.", {"orderly": "false: stopped immediately, without a checkpoint."}, of_phase=False
     ),
     "partial": Event(
         "The phases that `--only` chose are finished, and others remain. Versions before 0.2 wrote `interrupted`.",
         {"finished": "Phases that are finished.", "remaining": "Phases that are not."},
         of_phase=False,
     ),
-    "failed": Event("The run failed and stays so until a user resumes it.", {"error": "The reason."}, of_phase=False),
+    "failed": Event(
+        "The run failed. It stays failed until a user resumes it.", {"error": "The reason."}, of_phase=False
+    ),
     "done": Event("All phases are finished.", of_phase=False),
 }
-"""In the order in which a run meets them."""
+"""In the order in which they occur in a run."""

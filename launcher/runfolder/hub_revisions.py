@@ -19,11 +19,11 @@ from training.model_folder import on_hub
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PATIENCE_S = 10.0
-"""For an answer of the hub."""
+"""Longest time for a response of the hub."""
 
 
 class Named(NamedTuple):
-    """A model or data set on the hub, as a job names it."""
+    """A model or data set on the hub that a job names."""
 
     kind: Literal["model", "dataset"]
     name: str
@@ -32,12 +32,12 @@ class Named(NamedTuple):
 
     @property
     def key(self) -> str:
-        """How it is recorded: `model owner/name@v1`."""
+        """The key by which it is recorded: `model owner/name@v1`."""
         return f"{self.kind} {self.name}" + (f"@{self.revision}" if self.revision else "")
 
 
 def with_commits(phase: Phase, commits: Mapping[str, str]) -> Phase:
-    """The phase with the commits in place of branches and tags, as far as they are known."""
+    """Return the phase with branches and tags replaced by their commits, as far as they are known."""
     model = phase.model.model_copy(
         update={
             "revision": _commit("model", phase.model.path, phase.model.revision, commits),
@@ -72,7 +72,7 @@ def _sources(given: Any, commits: Mapping[str, str]) -> Any:
 
 
 def _data_set(path: str, revision: str | None = None) -> Named | None:
-    """The data set on the hub that a source names; None for files."""
+    """Return the data set on the hub that a source names; None for files."""
     if not HUB_NAME.fullmatch(path) or Path(path).exists():
         return None
     name, own = hub_name(path)
@@ -80,7 +80,7 @@ def _data_set(path: str, revision: str | None = None) -> Named | None:
 
 
 def look_up(job: Job, recorded: Mapping[str, str]) -> dict[str, str]:
-    """The commits of what a job names and is not recorded yet, by key; without those of which nothing can be found out.
+    """Look up the commits of a job's models and data sets that are not recorded yet, by key. Unknown ones are omitted.
 
     Raises InputError for names and revisions that the hub does not have.
     """
@@ -117,7 +117,7 @@ def _named(phase: Phase) -> Iterator[Named]:
 
 
 def commit_of(named: Named) -> str | None:
-    """The commit that a branch or tag is now; by the library's cache if the hub does not answer. None: nobody knows.
+    """Return the current commit of a branch or tag; from the library's cache if the hub does not answer. None: unknown.
 
     Raises InputError if the hub has no such model, data set or revision.
     """

@@ -1,10 +1,9 @@
-"""A run to look at: what it was asked, what happened, what came of it.
-`launcher/driver/open_run.py` begins to work on one.
+"""Reads a run: its job, events, metrics and results. `launcher/driver/open_run.py` opens one for writing.
 
 runs/NAME/job.yaml, events.jsonl,
 runs/NAME/PHASE/{metrics.jsonl, answers/, profile/, tensorboard/, checkpoints/, model/, logs/...}
 
-It is in a folder or in a bucket; of a bucket the small files are copied to this machine first.
+It is in a folder or in a bucket. The small files of a bucket are copied to this machine first.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from training.metric_schema import with_current_names
 from training.storage import Local, StoragePath, is_remote, open_storage
 
 PATIENCE_S = 10.0
-"""How long a person is kept waiting for a bucket that does not answer."""
+"""How long a command waits for a bucket that does not answer."""
 RUNS = Path("runs")
-"""Where runs are looked for when a name alone is given."""
+"""The folder in which a run is searched by name."""
 JOB, EVENTS, METRICS, LOCK = JOB_FILE, "events.jsonl", "metrics.jsonl", ".lock"
 ENDINGS = ("done", "partial", "failed", "interrupted")
 """Events that end an attempt, and the states of a run after them."""
@@ -43,7 +42,7 @@ _NO_RUN = "not a run folder (there is no job.yaml in it)"
 
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file that is perhaps being written: what was cut short, or is no object, is left out."""
+    """Yield the rows of a JSONL file that may be being written; incomplete rows and non-objects are skipped."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -57,7 +56,7 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def evaluations_in(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those rows of metrics that evaluations wrote."""
+    """Return the rows of metrics that evaluations wrote."""
     whole = (row for row in rows if type(row.get("step")) is int)
     return [row for row in whole if any(name.startswith("eval_") for name in row)]
 
@@ -68,7 +67,7 @@ _MOST = 2**63
 
 
 def _is_figure(name: str, value: Any) -> bool:
-    """Whether a value can stand under the name of a metric. A row in which one cannot was not written by a run."""
+    """Return whether a value is valid for a metric of this name. A run writes no row with an invalid one."""
     if name in _AMOUNTS:
         return isinstance(value, int | float) and 0 <= value < _MOST
     if name in _FIGURES or name.startswith("eval_"):
@@ -82,8 +81,8 @@ def _rewound(event: Mapping[str, Any]) -> dict[str, int]:
 
 
 class RunFolder:
-    """A run. `folder` has its small files; checkpoints and models are below `root`,
-    which is the same unless it is a bucket."""
+    """A run. `folder` has its small files; checkpoints and models are below `root`, which is the same folder except for
+    buckets."""
 
     def __init__(self, folder: Path, remote: StoragePath | None = None):
         self.folder = folder
@@ -99,17 +98,17 @@ class RunFolder:
 
     @property
     def address(self) -> str:
-        """As a person names the run."""
+        """The address by which the user names the run."""
         return str(self.root)
 
     def job(self) -> Job:
-        """The job as it was resolved when the run began. Raises InputError if this is no run folder."""
+        """Return the job as it was resolved when the run started. Raises InputError if this is not a run folder."""
         if not (self.folder / JOB).exists():
             raise InputError.of(self.address, _NO_RUN)
         return jobs.read(self.folder / JOB)
 
     def job_here(self, overrides: Sequence[str] = ()) -> Job:
-        """The job to go on with, in the folder where it lies now.
+        """Return the job to resume, with the folder where the run is now.
         Raises InputError for overrides that would move it."""
         refuse_another_folder(overrides)
         here = self.address if self.remote else str(self.folder.resolve())
@@ -129,7 +128,7 @@ class RunFolder:
         return self.root / phase / "profile"
 
     def phase_names(self) -> list[str]:
-        """Of the job; of one that this version cannot read those that have metrics."""
+        """Return the phases of the job; if this version cannot read the job, the phases that have metrics."""
         try:
             return list(self.job().phases)
         except InputError:
@@ -141,17 +140,17 @@ class RunFolder:
         return [row for row in rows if all(_is_figure(name, value) for name, value in row.items())]
 
     def evaluations(self, phase: str) -> list[dict[str, Any]]:
-        """Rows of metrics that evaluations wrote, the oldest first."""
+        """Return the rows of metrics that evaluations wrote, the oldest first."""
         return evaluations_in(self.metrics(phase))
 
     def chosen_step(self, phase: str) -> int | None:
-        """The step whose weights a finished phase ended with: the last one, or the best. None: it has not finished."""
+        """Return the step whose weights a finished phase ended with: the last or the best. None: it is not finished."""
         ends = [e for e in self.events() if e["event"] == "phase_finished" and e.get("phase") == phase]
         step = str(ends[-1].get("checkpoint")).rpartition("-")[2] if ends else ""
         return int(step) if step.isdigit() else None
 
     def answers(self, phase: str, step: int, kind: str = "") -> list[dict[str, Any]]:
-        """Responses of the evaluation at a step; `kind` is `verdict-` for critiques. Empty if it wrote none."""
+        """Return the responses of the evaluation at a step; `kind` is `verdict-` for critiques. May be empty."""
         return list(json_rows(self.phase(phase) / ANSWERS / f"{kind}step-{step:08d}.jsonl"))
 
     def events(self) -> list[dict[str, Any]]:
@@ -168,8 +167,8 @@ class RunFolder:
         return finished
 
     def rewound_to(self) -> dict[str, int]:
-        """Steps to which phases were taken back and from which they have not gone on yet,
-        by phase; 0: their beginning."""
+        """Return the steps to which phases were rewound and from which they have not been resumed yet, by phase; 0: the
+        beginning."""
         to: dict[str, int] = {}
         for event in self.events():
             if event["event"] == "rewound":
@@ -179,12 +178,12 @@ class RunFolder:
         return to
 
     def accepted_before(self) -> int:
-        """The last attempt that accepted changes of job or data: checkpoints of attempts before
-        it may differ. 0: none."""
+        """Return the last attempt that accepted changes of job or data: checkpoints of earlier attempts may differ.
+        0: none."""
         return max((e["attempt"] for e in self.events() if e["event"] == "changes_accepted"), default=0)
 
     def commits(self) -> dict[str, str]:
-        """What branches and tags of the Hugging Face hub were when the run began to use them; see revisions.py."""
+        """Return the commits of branches and tags on the Hugging Face hub that the run uses; see hub_revisions.py."""
         found: dict[str, str] = {}
         for event in self.events():
             if event["event"] == "revisions" and isinstance(event.get("commits"), dict):
@@ -210,18 +209,20 @@ class RunFolder:
 
 
 def refuse_another_folder(overrides: Sequence[str]) -> None:
-    """Raises InputError for overrides of what names the run's folder."""
+    """Raises InputError for overrides that would change the run's folder."""
     for override in overrides:
         if override.partition("=")[0].strip() in ("name", "storage"):
             raise InputError.of(
-                "command line", "a run keeps its folder; `muster run` with another name begins a new one", override
+                "command line",
+                "a run cannot change its folder; start a new run with `muster run` and a different name",
+                override,
             )
 
 
 def find(text: str, storage: Path = RUNS) -> RunFolder:
-    """The run that a person means: a folder, a name under `storage`, or an address in a bucket.
+    """Return the run that the user names: a folder, a name under `storage`, or an address in a bucket.
 
-    Raises InputError that lists those that exist.
+    Raises InputError that lists the existing ones.
     """
     if is_remote(text):
         remote = open_storage(text, patience_s=PATIENCE_S)
@@ -236,14 +237,14 @@ def find(text: str, storage: Path = RUNS) -> RunFolder:
             return RunFolder(Path(absolute(folder)) if folder.name in ("", "..") else folder)
     if Path(text).is_file():
         raise InputError.of(
-            text, f"is a file, not a run; `muster run {text}` begins a run of a job file, or goes on with it"
+            text, f"is a file, not a run; start or resume the run of a job file with `muster run {text}`"
         )
     known = ", ".join(run.name for run in runs_in(str(storage))) or "none"
     raise InputError.of(text, f"no such run: neither a run folder nor a name in {storage}/ (there: {known})")
 
 
 def find_part(text: str) -> tuple[RunFolder, str | None]:
-    """The run, and the phase if one is named, of RUN or RUN/PHASE.
+    """Return the run, and the phase if there is one, of RUN or RUN/PHASE.
     Raises InputError if there is no such run or phase."""
     try:
         return find(text), None
@@ -254,14 +255,14 @@ def find_part(text: str) -> tuple[RunFolder, str | None]:
     try:
         run = find(head)
     except InputError:
-        raise InputError.of(text, "no such run; name a run folder, a run below runs/, or RUN/PHASE") from None
+        raise InputError.of(text, "no such run; give a run folder, the name of a run in runs/, or RUN/PHASE") from None
     if phase not in (names := run.phase_names()):
         raise InputError.of(run.address, f"no phase {phase}; there are: {', '.join(names)}")
     return run, phase
 
 
 def labels(chosen: Sequence[RunFolder]) -> list[str]:
-    """Names, with as much of the address before them as tells them apart."""
+    """Return unique labels: the names, with as much of the address before them as necessary."""
     addresses = [run.address if run.remote else str(run.folder.resolve()) for run in chosen]
     found = [run.name for run in chosen]
     depth = 2
@@ -274,7 +275,7 @@ def labels(chosen: Sequence[RunFolder]) -> list[str]:
 
 
 def runs_in(storage: str) -> list[RunFolder]:
-    """All runs in a folder, the newest last; or in a bucket, by name."""
+    """Return all runs in a folder, the newest last, or in a bucket, by name."""
     if not is_remote(storage):
         jobs_found = sorted(Path(storage).glob(f"*/{JOB}"), key=lambda path: path.stat().st_mtime)
         return [RunFolder(path.parent) for path in jobs_found]
@@ -285,7 +286,7 @@ def runs_in(storage: str) -> list[RunFolder]:
 
 
 def phase_with_checkpoints(run: RunFolder, phase: str | None) -> str:
-    """The phase that is asked for, or the last that has checkpoints. Raises InputError if there is none."""
+    """Return the given phase, or the last one with checkpoints. Raises InputError if there is none."""
     names = list(run.job().phases)
     if phase is not None and phase not in names:
         raise InputError.of(run.address, f"no phase {phase}; there are: {', '.join(names)}")
@@ -293,19 +294,19 @@ def phase_with_checkpoints(run: RunFolder, phase: str | None) -> str:
         return phase
     saved = [name for name in names if Checkpoints(run.checkpoints(name)).folders()]
     if not saved:
-        raise InputError.of(run.address, "no checkpoint was saved yet")
+        raise InputError.of(run.address, "has no checkpoints yet")
     return saved[-1]
 
 
 @contextmanager
 def told_as_input(address: str) -> Iterator[None]:
-    """In the block a folder or bucket that cannot be used is wrong input."""
+    """Turn errors of a folder or bucket within the block into InputError."""
     try:
         yield
     except StorageError as error:
         raise InputError.of("", f"{error}; check the network, the address and the credentials") from error
     except OSError as error:
-        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another `storage`"
+        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a different `storage`"
         raise InputError.of(address, f"cannot use the run folder: {error.strerror or error}; {advice}") from error
 
 
@@ -323,7 +324,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _is_locked_by_another_user(path: Path) -> bool:
-    """By what the kernel lists: the file itself is its owner's alone. Sees the locks of this machine only."""
+    """Return whether the kernel lists a lock on the file, which is private to its owner. Only for this machine."""
     try:
         inode, locks = path.stat().st_ino, Path("/proc/locks").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""`muster save`: ask the driver of a run for a checkpoint now, and wait until it is committed. The run goes on.
+"""`muster save`: requests a checkpoint from the driver of a run and waits until it is committed. The run continues.
 
-The request is a small file in the run's folder, which its driver looks for between two calls; in a bucket the mirror
-fetches it. What comes of it stands in events.jsonl.
+The request is a small file in the run's folder, which the driver looks for between two calls; in a bucket the mirror
+fetches it. The result is recorded in events.jsonl.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from training.errors import InputError, StorageError, TrainingError
 
 _LOOK_S, _LOOK_IN_BUCKET_S = 0.2, 2.0
 _LONGEST_ID = 64
-"""Bytes: whoever may write to the folder chooses what is in the file."""
+"""Bytes. The length is limited since anyone who can write to the folder can write the file."""
 _NO_STEPS = ("started", "incident", "moved", "phase_started", "phase_finished")
 """Events after which no step is trained until the event `training`."""
 _ENDS = (*ENDINGS, "phase_finished")
@@ -28,7 +28,7 @@ Event = Mapping[str, Any]
 
 
 def take(run: RunFolder) -> str | None:
-    """The driver's side: the id of a request that has come, which is then answered; None if there is none."""
+    """Take a request, in the driver; returns its id, None if there is none."""
     path = run.folder / SAVE
     if not os.path.exists(path):
         return None
@@ -41,10 +41,10 @@ def take(run: RunFolder) -> str | None:
 
 
 def request(run: RunFolder, *, is_running: bool = False) -> dict[str, Any]:
-    """Phase, step and address of the checkpoint that is committed for us, or of one that already has all steps.
+    """Request a checkpoint; returns its phase, step and address, or those of one that already has all steps.
 
-    `is_running`: that is known, though the run's lock may not be seen from this machine. Raises InputError where there
-    is nothing to be saved, TrainingError if the run ends before it has saved.
+    `is_running`: the run is known to be running, though this machine may not see its lock. Raises InputError if there
+    is nothing to save, TrainingError if the run ends before it has saved.
     """
     before = _events(run)
     if not is_running and (state := run.state()) != "running":
@@ -53,8 +53,8 @@ def request(run: RunFolder, *, is_running: bool = False) -> dict[str, Any]:
     if phase is None:
         raise InputError.of(
             run.address,
-            f"trains no step at the moment: data, workers or a model are prepared; {_newest(before)}, there is "
-            "nothing to save beyond it",
+            f"trains no step at the moment: it prepares data, workers or a model; {_newest(before)}, and there is "
+            "nothing newer to save",
         )
     if (last := next(_checkpoints(before, phase, total), None)) is not None:
         return _answer(last)
@@ -82,7 +82,7 @@ def _wait(run: RunFolder, identity: str, first: int, *, watch: bool) -> dict[str
             if saved:
                 return _answer(saved[-1])
             how = "its process is gone" if is_lost else "it has ended"
-            raise TrainingError(f"{run.address}: was not saved: {how}; {_newest(events)}")
+            raise TrainingError(f"{run.address}: saving failed: {how}; {_newest(events)}")
         time.sleep(_LOOK_IN_BUCKET_S if run.remote else _LOOK_S)
 
 
@@ -93,7 +93,7 @@ def _events(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _trained(events: Sequence[Event]) -> tuple[str | None, int]:
-    """The phase whose steps are trained at the moment, None if there is none, and its last step."""
+    """Return the phase that trains steps at the moment, None if there is none, and its last step."""
     last = next((e for e in reversed(events) if e["event"] in (*_NO_STEPS, "training")), None)
     if last is None or last["event"] != "training":
         return None, 0
@@ -101,7 +101,7 @@ def _trained(events: Sequence[Event]) -> tuple[str | None, int]:
 
 
 def _checkpoints(events: Sequence[Event], phase: str, step: int) -> Iterator[Event]:
-    """Of this step or a later one, made or restored in the attempt under way, the oldest first."""
+    """Return checkpoints of this step or later, saved or restored in the current attempt, the oldest first."""
     attempt = events[-1]["attempt"]
     mine = (event for event in events if event.get("phase") == phase and event["attempt"] == attempt)
     return (event for event in mine if event["event"] in ("checkpoint", "restored") and event["step"] >= step)
@@ -112,7 +112,7 @@ def _answered(run: RunFolder, events: Sequence[Event], identity: str) -> dict[st
     if taken is None:
         return None
     if taken["step"] == 0:
-        raise InputError.of(run.address, "no step is trained yet; there is nothing to save")
+        raise InputError.of(run.address, "has not trained a step yet; there is nothing to save")
     found = next(_checkpoints(events, taken["phase"], taken["step"]), None)
     return None if found is None else _answer(found)
 
@@ -129,4 +129,4 @@ def _newest(events: Sequence[Event]) -> str:
 
 
 def lines(answer: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{answer['phase']}: step {answer['step']} is saved in {answer['checkpoint']}; the run goes on"
+    yield f"{answer['phase']}: saved step {answer['step']} in {answer['checkpoint']}; the run continues"

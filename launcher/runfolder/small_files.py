@@ -1,7 +1,7 @@
-"""The small files of a run (events, metrics, what was spent), written with the patience of storage: a full disk, a
-storage that is not mounted for a moment or a network file system that hangs does not end a run.
+"""Writes the small files of a run (events, metrics, budget) with retries, so that a full disk, a storage that is not
+mounted for a moment or a hanging network file system does not end the run.
 
-What cannot be written is kept in memory and tried again with everything that is written later, and by `flush`.
+Data that cannot be written is kept in memory and retried with every later write, and by `flush`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from training.errors import StorageError
 from training.storage import default_patience_s
 
 _AGAIN_S = 1.0
-"""Pause before what has failed is tried again."""
+"""Pause before a retry."""
 _LOG = logging.getLogger("muster.storage")
 Result = TypeVar("Result")
 
 
 class SmallFiles:
-    """Files of one writer. Every method raises StorageError once writing has failed for `patience_s`,
-    and keeps the data all the same."""
+    """Files of one writer. Every method raises StorageError once writing has failed for `patience_s`, and keeps the
+    data for a later retry."""
 
     def __init__(
         self,
@@ -38,20 +38,20 @@ class SmallFiles:
         self.patience_s = default_patience_s() if patience_s is None else patience_s
         self._clock, self._sleep = clock, sleep
         self._waiting: dict[Path, _Appended | _Replaced] = {}
-        """What is still to be written, the oldest first."""
+        """Data still to be written, the oldest first."""
         self._failing_since: float | None = None
         self._tried_at = 0.0
         self._lock = threading.RLock()
 
     def append(self, path: Path, row: Mapping[str, Any]) -> None:
-        """Add one row to a JSONL file, in one write, so that a reader sees it whole or not at all."""
+        """Append one row to a JSONL file in one write, so that a reader sees all of it or nothing."""
         with self._lock:
             self._waiting.setdefault(path, _Appended()).data += json.dumps(row).encode() + b"\n"
             self._write_soon()
 
     def replace(self, path: Path, text: str, *, new_folder: bool = False) -> None:
-        """Write a file such that a full disk or a crash leaves the old one.
-        `new_folder`: make the folder that it lies in."""
+        """Replace a file atomically: after a full disk or a crash the old one is intact.
+        `new_folder`: create its folder."""
         with self._lock:
             self._waiting[path] = _Replaced(text.encode(), new_folder)
             self._write_soon()
@@ -63,7 +63,7 @@ class SmallFiles:
                 self._sleep(_AGAIN_S)
 
     def patiently(self, operation: Callable[[], Result]) -> Result:
-        """The result of an operation on files, which is tried again while it raises OSError."""
+        """Run an operation on files, with retries while it raises OSError; returns its result."""
         with self._lock:
             while True:
                 try:
@@ -76,12 +76,12 @@ class SmallFiles:
                     return result
 
     def _write_soon(self) -> None:
-        """At once, or, while that fails, now and then: each try may take long."""
+        """Write immediately, or from time to time while writing fails, since each attempt may take long."""
         if self._failing_since is None or self._clock() - self._tried_at >= _AGAIN_S:
             self._write()
 
     def _write(self) -> bool:
-        """Try to write what is waiting; whether all of it is written."""
+        """Try to write the waiting data. Returns whether all of it is written."""
         self._tried_at = self._clock()
         try:
             for path in list(self._waiting):
@@ -97,20 +97,19 @@ class SmallFiles:
         now = self._clock()
         if self._failing_since is None:
             self._failing_since = now
-            _LOG.warning("%s; what is to be written is kept in memory and tried again", error)
+            _LOG.warning("%s; the data is kept in memory and retried", error)
         if now - self._failing_since > self.patience_s:
             since, self._failing_since = self._failing_since, None
-            raise StorageError(f"cannot be written for {now - since:.0f} s: {error}") from error
+            raise StorageError(f"writing has failed for {now - since:.0f} s: {error}") from error
 
 
 class _Appended:
-    """Rows for the end of a file."""
+    """Rows to append to a file."""
 
     def __init__(self) -> None:
         self.data = b""
         self._start: int | None = None
-        """Where they begin in the file, once that was tried: what a failed try has left there is
-        cut off by the next."""
+        """Their offset in the file after the first attempt: the next attempt truncates what a failed one has left."""
 
     def write(self, path: Path) -> None:
         with path.open("ab", buffering=0) as file:
@@ -123,7 +122,7 @@ class _Appended:
 
 
 class _Replaced:
-    """The content of a file, to which rows may be added."""
+    """The new content of a file, to which rows may be appended."""
 
     def __init__(self, data: bytes, new_folder: bool):
         self.data, self._new_folder = data, new_folder
@@ -143,7 +142,7 @@ class _Replaced:
 
 
 def _ends_with_a_row(path: Path) -> bool:
-    """False if the last row was cut short, by a full disk or a crash."""
+    """Return False if the last row is incomplete after a full disk or a crash."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size == 0:
@@ -153,7 +152,7 @@ def _ends_with_a_row(path: Path) -> bool:
 
 
 def _write_all(file: Any, data: bytes) -> None:
-    """One call to the system, unless the disk is nearly full."""
+    """Write all bytes: one system call, unless the disk is nearly full."""
     done = file.write(data)
     while done < len(data):
         done += file.write(data[done:])

@@ -1,5 +1,5 @@
-"""What a job takes along to a cluster: Muster's own packages, the resolved job, and the small local files that it
-names. Nothing else: no hidden files, of data folders the files that are read, and no link that leads out of a folder.
+"""Builds the bundle that is uploaded with a job: Muster's packages, the resolved job, and the small local files that it
+names. It has no hidden files, of data folders only the files that are read, and no links that lead out of a folder.
 
 launcher/ training/ cluster/                  so that the cluster runs the Muster of this machine
 submitted/job.yaml                            paths of what is carried are relative to it
@@ -31,27 +31,27 @@ from training.errors import InputError, Problem
 from training.recipes import RECIPES
 
 LIMIT = 90 << 20
-"""Bytes. Ray takes 100 MiB, packed."""
+"""Bytes. Ray accepts 100 MiB, compressed."""
 PACKAGES = ("launcher", "training", "cluster")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""Of every file in the bundle: equal contents are then an equal bundle, which is not sent twice."""
+"""Timestamp of every file in the bundle: equal contents then give an equal bundle, which is uploaded once."""
 
 
 @dataclass
 class _Inputs:
-    """Local files and folders that go along."""
+    """Local files and folders that are uploaded."""
 
     shared: Sequence[str]
-    """Folders that the cluster sees as they are."""
+    """Folders that the cluster can access under the same path."""
     files: dict[str, Path] = field(default_factory=dict)
-    """By name in the bundle."""
+    """Files by their name in the bundle."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Bytes of what was named."""
+    """Bytes of each named path."""
     problems: list[Problem] = field(default_factory=list)
-    """What cannot go along."""
+    """Problems of files that cannot be uploaded."""
 
     def carried(self, path: str) -> str:
-        """The path of a local file or folder for the job in the bundle; any other text as it is."""
+        """Return the path in the bundle of a local file or folder; any other text unchanged."""
         given = Path(path)
         if not self._goes_along(path) or not given.exists():
             return path
@@ -60,7 +60,7 @@ class _Inputs:
         return self._add(path, given.name, self._own(given, _below(given)))
 
     def data(self, source: Source, *, documents: bool = False, split: str = "") -> str:
-        """The same for rows: of a folder or a glob the files that are read. Arguments as of `files.expand`."""
+        """Do the same for data: only the files of a folder or glob that are read. Arguments as of `files.expand`."""
         if not self._goes_along(source.path):
             return source.path
         (located,) = files.expand([source], Path("/"), documents=documents, split=split)
@@ -79,15 +79,15 @@ class _Inputs:
         return os.path.isabs(path) and not any(Path(path).is_relative_to(folder) for folder in self.shared)
 
     def _own(self, folder: Path, found: Iterable[Path]) -> dict[str, Path]:
-        """Files by their path in a folder. Links that lead out of it become problems."""
+        """Return files by their path in a folder. Links that lead out of it become problems."""
         own: dict[str, Path] = {}
         for file in found:
             if _leads_out(file, folder):
-                told = (
-                    f"is a link to {os.path.realpath(file)}, which is no file in {folder}, and is not sent; put a copy "
-                    "in its place, or remove it"
+                message = (
+                    f"is a link to {os.path.realpath(file)}, which is not a file in {folder}, so it is not uploaded; "
+                    "replace it by a copy, or remove it"
                 )
-                self.problems.append(Problem(str(file), "", told))
+                self.problems.append(Problem(str(file), "", message))
             else:
                 own[str(file.relative_to(folder))] = file
         return own
@@ -101,8 +101,8 @@ class _Inputs:
 
 
 def _below(folder: Path) -> list[Path]:
-    """The files below a folder, sorted, without hidden ones and what Python leaves behind;
-    links to folders are given like files."""
+    """Return the files below a folder, sorted, without hidden files and __pycache__;
+    links to folders are listed like files."""
     return sorted(_walk(folder))
 
 
@@ -117,8 +117,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _leads_out(file: Path, folder: Path) -> bool:
-    """Whether what a path in a folder means lies elsewhere. A snapshot of the Hugging Face cache
-    is links to blobs beside it."""
+    """Return whether a path in a folder resolves to a file outside. The links of a snapshot in the Hugging Face cache
+    to the blobs beside it are allowed."""
     target, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
     if target.is_file() and target.is_relative_to(root):
         return False
@@ -126,7 +126,7 @@ def _leads_out(file: Path, folder: Path) -> bool:
 
 
 def _before_magic(pattern: Path) -> Path:
-    """The folder that all matches of a glob lie below."""
+    """Return the folder above all matches of a glob."""
     parts = list(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
     return Path(*parts)
 
@@ -140,7 +140,7 @@ def _digest(files: dict[str, Path]) -> str:
 
 
 def write(job: Job, storage: str, shared: Sequence[str], file: Path) -> None:
-    """Write the bundle of a job whose runs are kept in `storage`. Raises InputError for local files that
+    """Write the bundle of a job whose runs are stored in `storage`. Raises InputError for local files that
     are too large, and for links that lead out of the folders that the job names."""
     inputs = _Inputs(shared)
     phases = {name: _carried(phase, inputs) for name, phase in job.phases.items()}
@@ -172,7 +172,7 @@ def _check_sizes(sizes: dict[str, int]) -> None:
     if sum(sizes.values()) <= LIMIT:
         return
     advice = (
-        "upload it to storage and name its address (s3://...), or put it into a folder that the cluster sees (`shared` "
+        "upload it and set its address (s3://...), or put it into a folder that the cluster can access (`shared` "
         "in the cluster file)"
     )
     largest = sorted(sizes.items(), key=lambda item: -item[1])
@@ -183,7 +183,7 @@ def _check_sizes(sizes: dict[str, int]) -> None:
                 Problem(
                     path,
                     "",
-                    f"{size / 2**20:,.0f} MiB are too much to go along with a job ({LIMIT >> 20} MiB in all); {advice}",
+                    f"{size / 2**20:,.0f} MiB are too much to upload with a job ({LIMIT >> 20} MiB in total); {advice}",
                 )
             )
         rest -= size
@@ -232,6 +232,6 @@ def _sources(given: Any, carried: Callable[[Source], str]) -> Any:
 
 
 def _reward(path: str, carried: Callable[[str], str]) -> str:
-    """A reward may be a function in a file: /folder/mine.py:score."""
+    """Return the path of a reward in the bundle; it may be a function in a file: /folder/mine.py:score."""
     file, colon, name = path.rpartition(":")
     return f"{carried(file)}:{name}" if colon and os.path.isabs(file) else carried(path)

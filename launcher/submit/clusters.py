@@ -1,4 +1,5 @@
-"""Clusters as a person names them: a cluster file, the name of one that is up, or the address of somebody else's."""
+"""Resolves clusters that the user names: a cluster file, the name of a running cluster, or the address of an existing
+one."""
 
 from __future__ import annotations
 
@@ -32,18 +33,18 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Target:
-    """A cluster that can be used now."""
+    """A running cluster."""
 
     spec: Cluster
     provider: Provider
     home: ClusterRecord | None
-    """None: somebody else's."""
+    """None: Muster did not start it."""
 
     def connection(self) -> AbstractContextManager[Dashboard]:
         return self.provider.connection(self.home)
 
     def jobs(self) -> AbstractContextManager[Session]:
-        """A connection to whoever takes jobs there."""
+        """Connect to the job service of the cluster."""
         if self.spec.provider == "slurm":
             from launcher.submit.slurm_jobs import SlurmSession
 
@@ -54,14 +55,14 @@ class Target:
 
 
 def load(file: Path) -> Cluster:
-    """The settings in a cluster file. Raises InputError with every problem."""
+    """Load the settings of a cluster file. Raises InputError with every problem."""
     document = yaml_with_lines.load(file)
     report = ProblemCollector(document)
     data = {"name": file.stem, **document.data}
     given = data.get("provider")
     if not isinstance(given, str) or given not in SPECS:
         meant = did_you_mean(given, SPECS) if isinstance(given, str) else ""
-        report.add(("provider",), f"name where the machines come from: {listed(SPECS)}{meant}")
+        report.add(("provider",), f"set it to {listed(SPECS)}{meant}")
         report.raise_any()
     spec = validated(SPECS[str(given)], data, report.add)
     if (
@@ -71,7 +72,8 @@ def load(file: Path) -> Cluster:
         and not is_remote(spec.storage)
     ):
         report.add(
-            ("storage",), f"{spec.storage}: name a bucket, or a folder that every machine sees by its absolute path"
+            ("storage",),
+            f"{spec.storage}: set a bucket, or the absolute path of a folder that every machine can access",
         )
     report.raise_any()
     assert spec is not None, "its problems were raised"
@@ -79,8 +81,8 @@ def load(file: Path) -> Cluster:
 
 
 def _from_anywhere(spec: Cluster, folder: Path) -> Cluster:
-    """The settings with paths of this machine absolute: they are used from other folders later on.
-    Relative ones begin at the file."""
+    """Return the settings with absolute local paths, since they are used from other folders later.
+    Relative paths are relative to the file."""
     changes: dict[str, Any] = {}
     for name in ("key", "token_file"):
         if (path := getattr(spec, name, None)) is not None:
@@ -91,16 +93,16 @@ def _from_anywhere(spec: Cluster, folder: Path) -> Cluster:
 
 
 def target(text: str) -> Target:
-    """The cluster that `--on` means. Raises InputError if there is none, or it is not up."""
+    """Return the cluster that `--on` names. Raises InputError if there is none, or it is not running."""
     if text.startswith(("http://", "https://")):
-        return _somebody_elses(Existing(provider="existing", name="address", address=text.rstrip("/")))
+        return _existing(Existing(provider="existing", name="address", address=text.rstrip("/")))
     if text.endswith((".yaml", ".yml")) or os.path.isfile(text):
         spec = load(Path(text))
-        return _up(spec.name) if spec.made_by_muster else _somebody_elses(spec)
+        return _up(spec.name) if spec.made_by_muster else _existing(spec)
     return _up(text)
 
 
-def _somebody_elses(spec: Cluster) -> Target:
+def _existing(spec: Cluster) -> Target:
     return Target(spec, provider_of(spec), None)
 
 
@@ -108,8 +110,8 @@ def _up(name: str) -> Target:
     home = homes.find(name)
     if home is None:
         up = [known.name for known in homes.known()]
-        meant = did_you_mean(name, up) or f"; clusters that are up: {', '.join(up) or 'none'}"
-        raise InputError.of("--on", f"no cluster {name} is up{meant}; `muster cluster up FILE` starts one", name)
+        meant = did_you_mean(name, up) or f"; running clusters: {', '.join(up) or 'none'}"
+        raise InputError.of("--on", f"no cluster {name} is running{meant}; `muster cluster up FILE` starts one", name)
     spec = _recorded(home)
     return Target(spec, provider_of(spec), home)
 
@@ -125,11 +127,11 @@ def render(file: Path) -> str:
 
 @output.kept_going()  # machines that nobody takes back would cost money
 def up(file: Path, say: Say) -> str:
-    """Start a cluster; returns its name. Whatever goes wrong, and Ctrl-C: what was started is ended again, or told."""
+    """Start a cluster; returns its name. After an error or Ctrl-C it ends or reports all that was started."""
     spec = load(file)
     provider = provider_of(spec)
     if not spec.made_by_muster:
-        raise Refused(f"{spec.name} is somebody else's cluster (provider: {spec.provider}): use it with --on {file}")
+        raise Refused(f"Muster does not start {spec.name} (provider: {spec.provider}); use it with --on {file}")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     home = homes.claim(
         spec.name, {"spec": spec.model_dump(exclude_defaults=True), "mark": new_mark(), "started": started}
@@ -140,7 +142,7 @@ def up(file: Path, say: Say) -> str:
         home.remove()
         raise
     except BaseException as error:
-        say("that did not work; ending what was started")
+        say("starting the cluster failed; ending what was started")
         try:
             _end(home, provider, say)
         except ClusterError as left:
@@ -150,29 +152,29 @@ def up(file: Path, say: Say) -> str:
 
 
 def down(name: str, say: Say, *, force: bool = False) -> None:
-    """End a cluster. Raises Refused while jobs run on it and ClusterError if something is left, unless `force`."""
+    """End a cluster. Raises Refused while jobs run on it and ClusterError if something remains, unless `force`."""
     found = _up(name)
     assert found.home is not None, "it is ours"
     running = [] if force else _running(found)
     if running:
         raise Refused(
-            f"jobs run on {name}: {', '.join(running)}; `muster stop ID --on {name}` saves and stops one, --force ends "
-            "them"
+            f"jobs are running on {name}: {', '.join(running)}; save and stop each with `muster stop ID --on {name}`, "
+            "or end them with --force"
         )
     _end(found.home, found.provider, say, force=force)
 
 
 def _end(home: ClusterRecord, provider: Provider, say: Say, *, force: bool = False) -> None:
-    """`force`: forget the cluster also if something of it cannot be reached."""
+    """`force`: remove the record of the cluster even if parts of it cannot be reached."""
     try:
         provider.down(home, say)
     except ClusterError as error:
         if force:
-            say(f"{error}\nleft as it is")
+            say(f"{error}\nremaining parts of the cluster are left unchanged")
             home.remove()
             return
         raise ClusterError(
-            f"{error}\nnot all of {home.name} was ended; `muster cluster down {home.name}` tries again"
+            f"{error}\nparts of {home.name} still exist; retry with `muster cluster down {home.name}`"
         ) from None
     home.remove()
 
@@ -185,7 +187,7 @@ def _running(found: Target) -> list[str]:
 
 
 def status(name: str | None) -> list[dict[str, Any]]:
-    """Machines, GPUs and jobs of a cluster, or of all that this machine knows."""
+    """Return machines, GPUs and jobs of a cluster, or of all clusters that this machine has started."""
     found = [_up(name)] if name else [_up(home.name) for home in homes.known()]
     return [_status(one) for one in found]
 
@@ -215,7 +217,7 @@ def _status(found: Target) -> dict[str, Any]:
 
 
 def _without_head(found: Target) -> dict[str, Any]:
-    """What the cloud says of a cluster whose head does not answer. Empty: there is no cloud to ask."""
+    """Return the cloud's list of machines of a cluster whose head does not answer; empty if it is not in a cloud."""
     from cluster.providers.cloud import CloudProvider
 
     if not isinstance(found.provider, CloudProvider) or found.home is None:
@@ -235,7 +237,7 @@ def _without_head(found: Target) -> dict[str, Any]:
 
 def status_lines(clusters: Sequence[dict[str, Any]]) -> Iterator[str]:
     if not clusters:
-        yield "no clusters; `muster cluster up FILE` starts one"
+        yield "no clusters; start one with `muster cluster up FILE`"
     for info in clusters:
         nodes = info["nodes"]
         gpus = sum(node["gpus"] for node in nodes)
@@ -253,18 +255,24 @@ def status_lines(clusters: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _left_lines(info: Mapping[str, Any]) -> Iterator[str]:
-    """What is left of a cluster in a cloud whose head does not answer."""
+    """Yield the remaining machines in the cloud of a cluster whose head does not answer."""
     if "cloud_problem" in info:
         yield f"  {info['cloud_problem']}"
     if (instances := info.get("instances")) is None:
         return
     down = f"`muster cluster down {info['name']}`"
     if not instances:
-        yield f"  the cloud has no machine of it any more; {down} removes the rest"
+        yield f"  the cloud has no more machines of this cluster; {down} removes the other resources"
         return
     yield f"  the cloud still has {len(instances)} of its machines{_price(info)}; {down} ends them:"
     for one in instances:
-        role = "stopped, its disk is left" if one["stopped"] else "head" if one["head"] else f"worker of {one['kind']}"
+        role = (
+            "stopped, but its disk still exists"
+            if one["stopped"]
+            else "head"
+            if one["head"]
+            else f"worker of {one['kind']}"
+        )
         yield f"  {one['id']:<20} {one['address']:<16} {role}"
 
 

@@ -1,4 +1,4 @@
-"""Jobs on a cluster, whoever takes them there: hand one over, look at them, follow one, stop one."""
+"""Jobs on a cluster, through Ray or Slurm: submit, list, follow, save and stop them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from launcher.submit import bundle
 _OVER = ("succeeded", "failed", "stopped")
 _LOOK_S = 0.5
 _AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Pauses before the connection is tried again; the last one counts from then on."""
+"""Pauses before each reconnection; the last one repeats."""
 
 
 class Session(Protocol):
-    """A connection to whoever takes jobs. Raises ClusterError if it breaks, Refused for what cannot be."""
+    """A connection to a job service. Raises ClusterError if it breaks, Refused for an invalid request."""
 
     def submit(
         self,
@@ -34,33 +34,33 @@ class Session(Protocol):
         environment: Mapping[str, str],
         words: Sequence[str],
     ) -> None:
-        """Hand over a bundle. `info`: job, run. `environment`: secrets,
-        not to be written down in the clear. `words`: onsite's."""
+        """Submit a bundle. `info`: job, run. `environment`: secrets, which must not be stored in plain text.
+        `words`: arguments of launcher/cli/cluster_entrypoint.py."""
         ...
 
     def jobs(self) -> list[dict[str, Any]]:
-        """Muster's jobs, the oldest first: id, job, run, state, message, submitted, ended, exit_status."""
+        """Return Muster's jobs, the oldest first: id, job, run, state, message, submitted, ended, exit_status."""
         ...
 
     def stream(self, name: str, seen: int) -> Iterator[str]:
-        """What a job prints beyond the first `seen` characters, as it comes, until there is no more for now."""
+        """Yield the output of a job after the first `seen` characters, until there is no more for now."""
         ...
 
     def rest(self, name: str, seen: int) -> str:
-        """All that a job has printed beyond the first `seen` characters."""
+        """Return the output of a job after the first `seen` characters."""
         ...
 
     def save(self, name: str, run: str) -> str:
-        """Have launcher/cli/cluster_save.py ask the job's run for a checkpoint; returns what that prints."""
+        """Run launcher/cli/cluster_save.py to request a checkpoint of the job's run; returns its output."""
         ...
 
     def stop(self, name: str) -> None:
-        """Ask a job to save and end."""
+        """Request that a job saves and ends."""
         ...
 
 
 Open = Callable[[], AbstractContextManager[Session]]
-"""Connects, and again if the last connection has broken."""
+"""Opens a connection; called again after the last one broke."""
 
 
 def submit(
@@ -72,7 +72,7 @@ def submit(
     environment: Mapping[str, str],
     words: Sequence[str],
 ) -> str:
-    """Hand a job over; returns its id there. Raises InputError for what cannot go along, Refused, ClusterError."""
+    """Submit a job; returns its id there. Raises InputError for files that it cannot upload, Refused, ClusterError."""
     name = f"{job.name}-{secrets.token_hex(3)}"
     workers = max(phase.num_workers for phase in job.phases.values())
     with tempfile.TemporaryDirectory() as folder, connect() as there:
@@ -83,7 +83,7 @@ def submit(
 
 
 def listing(connect: Open) -> list[dict[str, Any]]:
-    """The jobs there that came from Muster, the oldest first."""
+    """Return the jobs there that Muster submitted, the oldest first."""
     with connect() as there:
         return there.jobs()
 
@@ -97,13 +97,13 @@ def status(connect: Open, name: str) -> dict[str, Any]:
 def _status(there: Session, name: str) -> dict[str, Any]:
     known = {info["id"]: info for info in there.jobs()}
     if name not in known:
-        meant = did_you_mean(name, known) or f"; there are {', '.join(known) or 'none'}"
+        meant = did_you_mean(name, known) or f"; its jobs are {', '.join(known) or 'none'}"
         raise Refused(f"no job {name} on this cluster{meant}")
     return known[name]
 
 
 def follow(connect: Open, name: str, write: Callable[[str], None], say: Callable[[str], None]) -> dict[str, Any]:
-    """Pass on what a job prints until it is over, through any number of lost connections; returns how it ended."""
+    """Show the output of a job until it ends, through any number of lost connections; returns how it ended."""
     seen, failures, was_there = 0, 0, False
     while True:
         try:
@@ -122,20 +122,20 @@ def follow(connect: Open, name: str, write: Callable[[str], None], say: Callable
             if not was_there or isinstance(error, Refused):
                 raise
             if failures == 0:
-                say(f"the connection is lost ({error}); the job goes on without it; trying again")
+                say(f"the connection is lost ({error}); the job keeps running; reconnecting")
             time.sleep(_AGAIN_S[min(failures, len(_AGAIN_S) - 1)])
             failures += 1
 
 
 def logs(connect: Open, name: str) -> str:
-    """All that a job has printed so far."""
+    """Return the output of a job so far."""
     with connect() as there:
         _status(there, name)
         return there.rest(name, 0)
 
 
 def save(connect: Open, name: str) -> dict[str, Any]:
-    """Have a job save now and go on, and wait until it has; returns the checkpoint.
+    """Make a job save now and continue, and wait for it; returns the checkpoint.
     Raises Refused if it cannot, ClusterError."""
     with connect() as there:
         info = _status(there, name)
@@ -145,23 +145,23 @@ def save(connect: Open, name: str) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(said.strip().rpartition("\n")[2])
     except ValueError:
-        raise ClusterError(f"{name}: the request to save was not understood there: {said.strip()}") from None
+        raise ClusterError(f"{name}: unexpected answer to the request to save: {said.strip()}") from None
     if "error" in answer:
         raise Refused(answer["error"])
     return answer
 
 
 def stop(connect: Open, name: str, within_s: float) -> dict[str, Any]:
-    """Ask a job to save and end, and wait until it has; returns how it ended. Raises ClusterError if it has not."""
+    """Request that a job saves and ends, and wait for it; returns how it ended. Raises ClusterError on a timeout."""
     with connect() as there:
         info = _status(there, name)
         if is_over(info):
-            raise Refused(f"{name} is over: {info['state']}, since {info['ended']}")
+            raise Refused(f"{name} has already ended: {info['state']} at {info['ended']}")
         there.stop(name)
         deadline = time.monotonic() + within_s
         while not is_over(info := _status(there, name)):
             if time.monotonic() > deadline:
-                raise ClusterError(f"{name} was asked to stop and is {info['state']} after {within_s:.0f} s")
+                raise ClusterError(f"{name} did not stop within {within_s:.0f} s (it is {info['state']})")
             time.sleep(_LOOK_S)
         return info
 

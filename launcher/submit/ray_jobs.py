@@ -1,7 +1,7 @@
-"""Jobs through Ray Jobs, for every cluster that is Ray's own.
+"""Jobs through Ray Jobs, for every Ray cluster.
 
-What Ray keeps of a job everyone on the cluster can read: its metadata hold no secret,
-and its environment holds them sealed.
+Everyone on the cluster can read what Ray stores about a job: its metadata have no secrets, and its environment has them
+sealed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ENTRYPOINT = (
 _SAVE = (*_ENTRYPOINT[:-1], "launcher.cli.cluster_save")
 _LOOK_S = 0.5
 _RUN, _JOB = "muster_run", "muster_job"
-"""Metadata by which our jobs are known."""
+"""Metadata keys that mark Muster's jobs."""
 
 
 class RaySession:
@@ -63,11 +63,12 @@ class RaySession:
         )
 
     def _check_version(self) -> None:
-        """Jobs and workers speak to the cluster with the Ray that is there; they were tested with ours."""
+        """Raises Refused for another version of Ray: Muster's jobs were tested with the local one."""
         there, ours = self.dashboard.version(), ray.__version__
         if there != ours:
             raise Refused(
-                f"{self.dashboard.shown} runs Ray {there}, here is {ours}; install ray=={there} here, or {ours} there"
+                f"{self.dashboard.shown} runs Ray {there}, but this machine has {ours}; install ray=={there} here, or "
+                f"ray=={ours} there"
             )
 
     def _sealed(self, environment: Mapping[str, str]) -> dict[str, str]:
@@ -75,8 +76,8 @@ class RaySession:
             return {}
         if self.dashboard.token is None:
             raise Refused(
-                f"{self.dashboard.shown} has no token to seal `env` with: give it one, or set the variables on its "
-                "machines"
+                f"{self.dashboard.shown} has no token to encrypt `env` with; give it a token, or set the variables on "
+                "its machines"
             )
         return {sealed_env.VARIABLE: sealed_env.seal(environment, self.dashboard.token)}
 
@@ -105,7 +106,7 @@ class RaySession:
         return self.client.get_job_logs(name)[seen:]
 
     def save(self, name: str, run: str) -> str:
-        """By a small job beside it, with its code and its environment: that runs where its driver does."""
+        """Run a small job with the same code and environment on the machine of the job's driver."""
         environment = self.client.get_job_info(name).runtime_env
         helper = self.client.submit_job(entrypoint=shlex.join([*_SAVE, run]), runtime_env=environment)
         try:
@@ -121,7 +122,7 @@ class RaySession:
 
 @contextmanager
 def opened(connection: Door, stop_s: int) -> Iterator[RaySession]:
-    """Raises Refused for a wrong token, ClusterError for a cluster that does not answer or understand."""
+    """Raises Refused for a wrong token, ClusterError for a cluster that does not answer or answers with an error."""
     with connection() as dashboard:
         dashboard.version()  # tells a wrong token in plain words
         try:

@@ -1,8 +1,7 @@
-"""Values of environment variables on their way to a cluster: sealed with its token,
-which both sides have and nobody else.
+"""Encrypts environment variables for a cluster with its token, which only the two sides have.
 
-What a job is submitted with can be read by whoever may look at the cluster, so a secret must not stand there in the
-clear. The key is derived from the token (HKDF, RFC 5869); sealing is Fernet (AES-128-CBC with HMAC-SHA256).
+Everyone with access to the cluster can read what a job is submitted with, so it must not have secrets in plain text.
+The key is derived from the token (HKDF, RFC 5869); sealing is Fernet (AES-128-CBC with HMAC-SHA256).
 """
 
 from __future__ import annotations
@@ -34,12 +33,14 @@ def unseal(sealed: str, token: str) -> dict[str, str]:
     try:
         values: dict[str, str] = json.loads(_fernet(token).decrypt(sealed.encode()))
     except InvalidToken:
-        raise InputError.of("env", "was sealed with another token than this cluster's; submit the job again") from None
+        raise InputError.of(
+            "env", "was encrypted with a different token than this cluster's; submit the job again"
+        ) from None
     return values
 
 
 def open_environment() -> None:
-    """Put what was sealed for this process into its environment, and the sealed text out of it."""
+    """Decrypt the variables for this process into its environment, and remove the encrypted text."""
     sealed = os.environ.pop(VARIABLE, None)
     if sealed is not None:
         token = os.environ.get("RAY_AUTH_TOKEN") or Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text().strip()

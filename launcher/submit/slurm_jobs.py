@@ -1,4 +1,4 @@
-"""Jobs through Slurm: the same verbs as on a Ray cluster, said to sbatch, squeue and scancel."""
+"""Jobs through Slurm: the same operations as on a Ray cluster, with sbatch, squeue and scancel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.providers.slurm import SlurmProvider
 
 
 class SlurmSession:
-    """What is asked is asked anew each time: nothing is kept open."""
+    """Runs a Slurm command for each call; no connection stays open."""
 
     def __init__(self, provider: SlurmProvider):
         self.provider = provider

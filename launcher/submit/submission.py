@@ -1,7 +1,6 @@
-"""A job file goes to a cluster: checked here, packed with what it needs, submitted.
+"""Submits a job file to a cluster: checks it here, packs it with its inputs, and submits it.
 
-What was submitted is noted in ~/.muster/jobs/ID.json (the file and the settings laid over it, no secret),
-so that `resume` finds it.
+Each submission is recorded in ~/.muster/jobs/ID.json (the file and the overrides, no secrets) for `resume`.
 """
 
 from __future__ import annotations
@@ -31,9 +30,10 @@ from training.storage import is_remote
 def submit(
     file: Path, overrides: Sequence[str], on: str, words: Sequence[str] = (), *, force: bool = False
 ) -> dict[str, Any]:
-    """Id, run and cluster of the job. `words`: for launcher/cli/cluster_entrypoint.py; `force`: also what cannot fit.
+    """Submit a job; returns its id, run and cluster. `words`: arguments of launcher/cli/cluster_entrypoint.py; `force`:
+    submit it even if it cannot fit.
 
-    Raises InputError for all that is wrong with job or cluster, before anything is sent.
+    Raises InputError with every problem of job or cluster, before anything is sent.
     """
     found = clusters.target(on)
     job = jobs.load(file, overrides, elsewhere=found.spec.shared)
@@ -59,17 +59,17 @@ def submit(
 def resume(
     name: str, overrides: Sequence[str], on: str, words: Sequence[str], *, force: bool = False
 ) -> dict[str, Any]:
-    """Submit a job once more, with further settings. Raises Refused while it runs,
-    InputError if it is not known here."""
+    """Submit a job again, with further overrides. Raises Refused while it runs,
+    InputError if it was not submitted from this machine."""
     refuse_another_folder(overrides)
     info = jobs_there.status(clusters.target(on).jobs, name)
     if not jobs_there.is_over(info):
-        raise Refused(f"{name} is {info['state']}; `muster stop {name} --on {on}` saves and ends it")
+        raise Refused(f"{name} is {info['state']}; save and stop it first with `muster stop {name} --on {on}`")
     try:
         note = json.loads(_note(name).read_text())
     except OSError:
         raise InputError.of(
-            name, "was not submitted from this machine; submit its job file again, which goes on where it stopped"
+            name, "was not submitted from this machine; submit its job file again to resume it where it stopped"
         ) from None
     return submit(Path(note["file"]), [*note["overrides"], *overrides], on, words, force=force)
 
@@ -84,7 +84,7 @@ def _write_note(name: str, note: Mapping[str, Any]) -> None:
 
 
 def _check_room(phase: Phase, spec: Cluster) -> None:
-    """Raises InputError if the phase asks for more workers than the cluster can ever have."""
+    """Raises InputError if the phase requests more workers than the cluster can ever have."""
     wanted: dict[tuple[bool, str | None], int] = {}
     for _, team in phase.placements:
         resources = _with_gpus(team, spec).resources
@@ -97,14 +97,15 @@ def _check_room(phase: Phase, spec: Cluster) -> None:
         if spec.offers and workers > places:
             what = "resources.accelerator" if gpu and not places else "resources.workers"
             each = f"{'GPU' if on_gpus else 'CPU'}{f' of type {gpu}' if gpu else ''}"
-            has = f"{places:.0f} such places at most" if places else "none"
-            told = f"{workers} workers with a {each} each; {spec.name} has {has} ({', '.join(map(str, spec.offers))})"
-            raise InputError([Problem("", what, told)])
+            has = f"at most {places:.0f}" if places else "none"
+            offers = ", ".join(map(str, spec.offers))
+            message = f"{workers} workers need a {each} each; {spec.name} has {has} ({offers})"
+            raise InputError([Problem("", what, message)])
 
 
 def _with_gpus(phase: Phase, spec: Cluster) -> Phase:
-    """The phase with or without a GPU for each worker, as the cluster file has it: none may be up
-    yet when the job looks."""
+    """Return the phase with `gpus_per_worker` decided by the cluster file, since no machine with GPUs may be running
+    when the job starts."""
     known = [offer.gpus for offer in spec.offers if offer.gpus is not None]
     undecided = len(known) < len(spec.offers) and not any(known)
     if phase.resources.gpus_per_worker != "auto" or not spec.offers or undecided:
@@ -114,7 +115,7 @@ def _with_gpus(phase: Phase, spec: Cluster) -> Phase:
 
 
 def _storage(job: Job, spec: Cluster) -> str:
-    """Where the run is kept: not in a folder of this machine, unless the cluster is this machine."""
+    """Return where the run is stored: not in a folder of this machine, unless the cluster is this machine."""
     if (
         is_remote(job.storage)
         or spec.provider == "local"
@@ -125,15 +126,15 @@ def _storage(job: Job, spec: Cluster) -> str:
         return spec.storage.rstrip("/")
     raise InputError.of(
         str(job.file),
-        f"{job.storage} is a folder of this machine, which the cluster does not see; name a bucket (s3://...) here, or "
-        "`storage` in the cluster file",
+        f"{job.storage} is a folder of this machine, which the cluster cannot access; set a bucket (s3://...) here, or "
+        "set `storage` in the cluster file",
         "storage",
     )
 
 
 def submitted_lines(info: Mapping[str, Any]) -> Iterator[str]:
     yield f"{info['id']} is submitted; its run is {info['run']}"
-    yield f"`muster logs -f {info['id']} --on {info['on']}` follows it"
+    yield f"follow it with `muster logs -f {info['id']} --on {info['on']}`"
 
 
 def job_lines(jobs_found: Sequence[Mapping[str, Any]]) -> Iterator[str]:

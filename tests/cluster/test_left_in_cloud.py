@@ -131,7 +131,7 @@ def test_what_is_left_without_its_head_is_found_by_tags_priced_and_ended(ec2, cl
     ec2.stop_instances(InstanceIds=workers[:1])  # as one that was shut down, where that does not terminate
     said = muster("cluster", "status", "cloud").out
     assert "2 of its machines, 11.50 an hour" in said
-    assert f"{workers[0]}" in next(line for line in said.splitlines() if "stopped, its disk is left" in line)
+    assert f"{workers[0]}" in next(line for line in said.splitlines() if "stopped, but its disk still exists" in line)
 
     assert len(groups(ec2)) == 1
     answer = muster("cluster", "down", "cloud")

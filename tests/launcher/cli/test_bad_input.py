@@ -59,7 +59,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
         (*RUN, "resources.workers=2"),
         [
             (
-                "job.yaml: phases.sft.resources.workers: --inline has one worker, the job asks for 2; say "
+                "job.yaml: phases.sft.resources.workers: --inline has one worker, but the job requests 2; set "
                 "resources.workers=1"
             )
         ],
@@ -205,7 +205,7 @@ def test_a_thousand_workers_do_not_fit_this_machine(muster, place, monkeypatch):
     (line,) = refused(muster, place, ("run", "job.yaml", "resources.workers=100000", "phases.sft.batch=100000"))
     assert line.startswith("job.yaml: phases.sft.resources.workers: needs at least 43,9")
     assert "this machine has" in line
-    assert "take fewer workers" in line
+    assert "use fewer workers" in line
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_else(muster, place, monkeypatch):
@@ -420,7 +420,7 @@ def test_a_storage_on_a_disk_that_cannot_be_written(muster, place):
     """/sys takes no folders, from root neither; a chmod would not stop root."""
     (line,) = refused(muster, place, (*RUN, "storage=/sys/kernel"))
     assert line.startswith("/sys/kernel/sums: cannot use the run folder: ")
-    assert "choose another `storage`" in line
+    assert "choose a different `storage`" in line
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_check_of_data_on_the_hub_says_that_it_has_not_read_it(muster, place):
 
 def test_list_and_status_of_a_run(muster, run):
     assert muster("list").out == f"{'sums':<24} {'lost':<12} sft 0/?\n"
-    assert muster("status", "sums").out.splitlines()[1] == "  sft: not begun"
+    assert muster("status", "sums").out.splitlines()[1] == "  sft: not started"
     assert json.loads(muster("status", "sums", "--json").out)["state"] == "lost"
     assert [entry["name"] for entry in json.loads(muster("list", "--json").out)] == ["sums"]
 
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_exit_status_1(muster, run):
 @pytest.mark.parametrize(
     ("arguments", "err"),
     [
-        (("export", "sums"), "runs/sums: no checkpoint was saved yet"),
+        (("export", "sums"), "runs/sums: has no checkpoints yet"),
         (("export", "sums", "--phase", "ppo"), "runs/sums: no phase ppo; there are: sft"),
         (
             ("export", "sums", "--phase", "sft", "--step", "3"),
@@ -263,4 +263,6 @@ def test_a_job_file_and_a_run_folder_that_were_confused_are_told(muster, tmp_pat
     )
     answer = muster("resume", "job.yaml")
     assert answer.status == 2
-    assert answer.err.startswith("job.yaml: is a file, not a run; `muster run job.yaml` begins a run")
+    assert answer.err.startswith(
+        "job.yaml: is a file, not a run; start or resume the run of a job file with `muster run job.yaml`"
+    )

@@ -45,7 +45,7 @@ def test_workers_may_outnumber_the_cores_as_far_as_memory_reaches(machine):
     assert told.startswith(
         "job.yaml: phases.sft.resources.workers: needs at least 439.5 GiB of memory (workers 439.5, "
     )
-    assert "this machine has 4.5 GiB free; take fewer workers, " in told
+    assert "this machine has 4.5 GiB free; use fewer workers, " in told
 
 
 def test_a_model_counts_with_its_copy_for_saving_before_anything_starts(machine, monkeypatch):
@@ -91,7 +91,7 @@ def test_on_gpus_a_worker_has_one_to_itself(machine):
     local_capacity.check(
         jobs.load(Path("job.yaml"), ["resources.workers=2", "resources.gpus_per_worker=auto"]), inline=False
     )
-    with pytest.raises(InputError, match="3 workers need a GPU each, this machine has 2"):
+    with pytest.raises(InputError, match="3 workers need a GPU each, but this machine has 2"):
         local_capacity.check(
             jobs.load(Path("job.yaml"), ["resources.workers=3", "resources.gpus_per_worker=auto"]), inline=False
         )
@@ -114,4 +114,4 @@ def test_a_cluster_that_is_joined_decides_for_itself(machine, monkeypatch):
 def test_inline_has_one_worker(machine):
     machine(gpus=8, gib=100)
     local_capacity.check(job_of(1), inline=True)
-    assert refusal(2, inline=True).endswith("--inline has one worker, the job asks for 2; say resources.workers=1")
+    assert refusal(2, inline=True).endswith("--inline has one worker, but the job requests 2; set resources.workers=1")

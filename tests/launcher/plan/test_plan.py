@@ -194,9 +194,9 @@ def test_a_checkpoint_against_the_notice():
         assert phase["checkpoint"]["notice_s"] == 120
         assert phase["checkpoint"]["within_notice"] is fits
         told = (
-            "with the step in hand it fits into the 120 s"
+            "together with the current step it fits into the 120 s"
             if fits
-            else "with the step in hand it does NOT fit into the 120 s"
+            else "together with the current step it does NOT fit into the 120 s"
         )
         assert sum(told in line for line in plan_lines.lines(report)) == 1
 
@@ -272,7 +272,7 @@ def test_refusals(place, capsys, tmp_path):
         (["--gpu", "H100", "--tokens", "inf"], "--tokens: inf is out of all proportion"),
         (["--gpu", "H100", "--parameters", "nan"], "nan is out of all proportion"),
         (["--gpu", "H100", "--price", "inf"], "inf is out of all proportion"),
-        (["--on", "nowhere"], "no cluster nowhere is up"),
+        (["--on", "nowhere"], "no cluster nowhere is running"),
     ):
         status, _, err = muster("plan", "job.yaml", *words, capsys=capsys)
         assert (status, told in err) == (2, True), (words, err)
@@ -334,7 +334,7 @@ def test_exit_status_tells_whether_it_fits(place, capsys):
 def test_more_workers_than_there_are_gpus():
     ssh = hardware.of_cluster(plan_request.spec_of(str(CONFIGS / "clusters" / "ssh.yaml")))
     (phase,) = plan.plan(jobs.read(SFT_7B, ["resources.workers=17"]), ssh)["phases"].values()
-    assert (phase["verdict"], phase["why"][0]) == ("does not fit", "17 workers, there are 16 GPUs at most")
+    assert (phase["verdict"], phase["why"][0]) == ("does not fit", "17 workers, but at most 16 GPUs")
 
 
 def test_workers_may_sit_in_several_pools(tmp_path):
@@ -399,7 +399,9 @@ def test_experts_count_for_memory_and_not_for_time(tmp_path):
 
 
 def test_a_limit_that_comes_before_the_end_is_told():
-    assert planned(SFT_7B, "max_cost=0.01")["limits"] == ["max_cost is 0.01: the job will stop there, before its end"]
+    assert planned(SFT_7B, "max_cost=0.01")["limits"] == [
+        "max_cost is 0.01: the job will reach it and stop before its end"
+    ]
     assert planned(SFT_7B, "max_hours=1000")["limits"] == []
 
 
@@ -503,8 +505,8 @@ def test_status_holds_the_plan_against_what_came(tmp_path):
     assert plan_of_it["left_cost"] == pytest.approx(90 * 20 / 3600 * 36)
     (line,) = [line for line in status_lines(info) if "planned" in line and "a step" in line]
     assert (
-        "a step takes 20 s, planned were 10 (7.5 to 14): 2.00 times the plan; 42.00 GiB, planned 40.00; 18.00 more by "
-        "this pace" in line
+        "a step takes 20 s, planned 10 (7.5 to 14): 2.00 times the plan; 42.00 GiB, planned 40.00; "
+        "remaining cost 18.00" in line
     )
 
 

@@ -72,7 +72,9 @@ def test_losses_on_other_rows_are_not_subtracted(made, capsys):
     found = compare("before", "after")
     assert found["metrics"]["eval_loss"] == {"values": [1.25, 1.25], "difference": None}
     assert found["metrics"]["eval_accuracy"]["difference"] == 0.5
-    assert next(line for line in lines(found) if line.startswith("eval_loss")).endswith("not comparable: other rows")
+    assert next(line for line in lines(found) if line.startswith("eval_loss")).endswith(
+        "not comparable: different rows"
+    )
 
 
 def test_runs_of_one_name_are_told_apart_and_all_bad_names_told(made, tmp_path, muster):
@@ -134,7 +136,7 @@ def test_the_terminal(made, capsys):
         app(["compare", "a", "b"])
     out = capsys.readouterr().out
     assert ended.value.code == 0
-    assert "that may well be chance" in out
+    assert "the difference is not statistically significant" in out
     assert "eval_accuracy" in out
     with pytest.raises(SystemExit):
         app(["compare", "a", "b", "--json"])
@@ -149,7 +151,7 @@ def test_what_cannot_be_compared(made):
     for pair, told in (
         (("trained", "nowhere"), "no such run"),
         (("trained", "trained/ppo"), "no phase ppo"),
-        (("trained", "silent"), "nothing was evaluated"),
+        (("trained", "silent"), "has no evaluations"),
         (("trained", "other"), "eval_margin"),
     ):
         if told == "eval_margin":

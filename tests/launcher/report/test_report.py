@@ -44,8 +44,8 @@ def test_a_timeline_tells_what_was_lost_apart_from_what_was_kept(place):
     assert found.active == found.end == sum(seconds for _, seconds in told)
     moments = [(moment.kind, moment.text) for moment in found.moments if moment.kind in ("failure", "resize")]
     assert moments == [
-        ("failure", "killed: worker 1 on 10.0.0.2 was killed by SIGKILL (step 157); went on by itself"),
-        ("resize", "goes on with 3 workers instead of 4"),
+        ("failure", "killed: worker 1 on 10.0.0.2 was killed by SIGKILL (step 157); recovered automatically"),
+        ("resize", "continues with 3 workers instead of 4"),
     ]
 
 
@@ -336,7 +336,7 @@ def test_a_run_at_work_and_phases_that_have_not_begun(place):
     (told,) = report.report(["young"])["runs"]
     assert told["state"] == "lost"  # nobody holds its lock
     assert [phase["state"] for phase in told["phases"]] == ["begun", "not begun"]
-    assert "not begun" in page.render(report.report(["young"]))
+    assert "not started" in page.render(report.report(["young"]))
 
 
 def test_secrets_in_addresses_are_not_shown(place):
@@ -368,14 +368,14 @@ def test_the_command_writes_a_page_replaces_its_own_and_nothing_else(place, must
     refused = muster("report", "one", "--out", "letter.html")
     assert (refused.status, refused.errors) == (
         2,
-        ["letter.html: --out: is there and is no report; choose another file"],
+        ["letter.html: --out: exists and is not a report; choose a different file"],
     )
     assert (place.parent / "letter.html").read_text() == "Dear Mia"
-    assert "is no file" in muster("report", "one", "--out", str(place)).err
+    assert "is not a file" in muster("report", "one", "--out", str(place)).err
     assert "cannot be written" in muster("report", "one", "--out", "no/such/place.html").err
     os.mkfifo("pipe")
     for no_file in ("pipe", "/dev/full"):  # neither waited for nor read
-        assert "is no file" in muster("report", "one", "--out", no_file).err
+        assert "is not a file" in muster("report", "one", "--out", no_file).err
     (place.parent / "empty.html").touch()
     (place.parent / "link.html").symlink_to("empty.html")
     assert muster("report", "one", "--out", "link.html").status == 0
@@ -400,7 +400,7 @@ def test_a_run_without_metrics(place, muster):
     MadeRun(place, "empty", {"sft": {}})
     answer = muster("report", "empty")
     assert (answer.status, answer.errors) == (
-        2, ["runs/empty: nothing was trained yet (no metrics); `muster run` or `muster resume` first"],
+        2, ["runs/empty: nothing was trained yet (no metrics); use `muster run` or `muster resume` first"],
     )  # fmt: skip
     finetuned(place, "one")
     assert muster("report", "empty", "one").status == 0

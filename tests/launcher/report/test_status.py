@@ -38,7 +38,7 @@ def test_a_run_that_has_just_begun(run):
     info = status.status(run)
     assert (info["state"], info["attempts"], info["problems"]) == ("running", 1, [])
     assert info["phases"]["sft"]["step"] == 0
-    assert list(status.status_lines(info))[1:] == ["  sft: not begun"]
+    assert list(status.status_lines(info))[1:] == ["  sft: not started"]
 
 
 def test_status_tells_step_loss_evaluation_time_left_and_checkpoints(run):

@@ -112,7 +112,7 @@ def test_a_full_disk_at_the_start_leaves_the_run_as_it_was(job, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(InputError, match="cannot use the run folder: No space left on device; make room"):
+    with pytest.raises(InputError, match="cannot use the run folder: No space left on device; free some space"):
         open_run.begin(job)
     monkeypatch.undo()
     assert (folder_of(job) / "job.yaml").read_text() == before
@@ -305,5 +305,5 @@ def test_a_run_goes_on_with_overrides_at_the_top_for_all_phases(finished):
 
 @pytest.mark.parametrize("override", ["name=x", "storage=x", " name =x"])
 def test_a_run_keeps_its_folder(finished, override):
-    with pytest.raises(InputError, match="a run keeps its folder"):
+    with pytest.raises(InputError, match="a run cannot change its folder"):
         finished.job_here([override])

@@ -84,7 +84,7 @@ def test_a_run_that_has_all_its_steps_saved_is_not_asked(run):
 
 
 def test_where_there_is_nothing_to_save_the_newest_checkpoint_is_named(run):
-    with pytest.raises(InputError, match="no step is trained yet"):
+    with pytest.raises(InputError, match="has not trained a step yet"):
         asked(run, step=0)
     run.event("checkpoint", phase="sft", step=5, checkpoint="c/5")
     run.event("incident", phase="sft", step=6)
@@ -104,7 +104,7 @@ def test_a_request_that_nobody_can_have_made_is_answered_all_the_same(run):
 
 
 def test_a_run_that_ends_before_it_has_saved_says_so(run):
-    with pytest.raises(TrainingError, match="was not saved: it has ended; it has no checkpoint yet"):
+    with pytest.raises(TrainingError, match="saving failed: it has ended; it has no checkpoint yet"):
         asked(run, ("failed", {"error": "-"}))
 
 

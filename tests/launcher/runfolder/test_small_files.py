@@ -61,7 +61,7 @@ def test_rows_wait_for_a_folder_that_is_away_for_a_moment(tmp_path, files, clock
 def test_what_lasts_too_long_is_an_error_and_nothing_is_forgotten(tmp_path, files, clock):
     folder = tmp_path / "storage"
     files.append(folder / "metrics.jsonl", {"step": 1})
-    with pytest.raises(StorageError, match=r"cannot be written for 30\d s: .*metrics.jsonl"):
+    with pytest.raises(StorageError, match=r"writing has failed for 30\d s: .*metrics.jsonl"):
         files.flush()
     folder.mkdir()
     files.append(folder / "metrics.jsonl", {"step": 2})

@@ -187,7 +187,7 @@ def test_large_files_are_refused_by_name_with_advice(place, monkeypatch):
         written(place)
     (problem,) = refused.value.problems
     assert problem.where == str(place / "model")  # the data alone would do
-    assert "upload it to storage" in problem.message
+    assert "upload it and set its address" in problem.message
 
 
 TOKEN, OTHER = "a" * 64, "b" * 64
@@ -198,7 +198,7 @@ def test_secrets_are_sealed_with_the_clusters_token():
     assert "hf_secret" not in text
     assert "HF_TOKEN" not in text
     assert sealed_env.unseal(text, TOKEN) == {"HF_TOKEN": "hf_secret"}
-    with pytest.raises(InputError, match="another token"):
+    with pytest.raises(InputError, match="a different token"):
         sealed_env.unseal(text, OTHER)
 
 

@@ -105,11 +105,11 @@ def test_a_job_that_asks_for_more_than_a_cluster_can_have_is_refused_before_anyt
     workers = str(place / "job.yaml"), "resources.workers=9", "resources.gpus_per_worker=auto", "phases.sft.batch=9"
     answer = muster("submit", *workers, *shared)
     assert answer.status == 2
-    told = "resources.workers: 9 workers with a GPU each; far has 8 such places at most (small: 2 of 4 A10G)"
+    told = "resources.workers: 9 workers need a GPU each; far has at most 8 (small: 2 of 4 A10G)"
     assert answer.errors == [f"command line: {told}"]
     answer = muster("submit", str(place / "job.yaml"), "resources={workers: 1, accelerator: H100}", *shared)
     assert answer.status == 2
-    assert "1 workers with a GPU of type H100 each; far has none (small: 2 of 4 A10G)" in answer.err
+    assert "1 workers need a GPU of type H100 each; far has none (small: 2 of 4 A10G)" in answer.err
 
 
 @pytest.mark.parametrize(
@@ -117,18 +117,13 @@ def test_a_job_that_asks_for_more_than_a_cluster_can_have_is_refused_before_anyt
     [
         (
             "name: x",
-            [
-                (
-                    "c.yaml: provider: name where the machines come from: local, existing, ssh, kubernetes, slurm, "
-                    "aws, gcp or azure"
-                )
-            ],
+            [("c.yaml: provider: set it to local, existing, ssh, kubernetes, slurm, aws, gcp or azure")],
         ),
         (
             "provider: lokal",
             [
                 (
-                    "c.yaml:1: provider: name where the machines come from: local, existing, ssh, kubernetes, slurm, "
+                    "c.yaml:1: provider: set it to local, existing, ssh, kubernetes, slurm, "
                     "aws, gcp or azure; did you mean local?"
                 )
             ],
@@ -151,7 +146,7 @@ def test_a_job_that_asks_for_more_than_a_cluster_can_have_is_refused_before_anyt
         ),
         (
             "provider: ssh\nhead: {host: a}\npools: {a: {hosts: [b]}}\nstorage: runs",
-            ["c.yaml:4: storage: runs: name a bucket, or a folder"],
+            ["c.yaml:4: storage: runs: set a bucket, or the absolute path"],
         ),
     ],
 )
@@ -173,7 +168,7 @@ def test_a_cluster_that_is_not_up_is_told(muster, verb):
     answer = muster(*verb, "--on", "trail")
     assert (answer.status, answer.err) == (
         2,
-        "--on: trail: no cluster trail is up; did you mean trial?; `muster cluster up FILE` starts one\n",
+        "--on: trail: no cluster trail is running; did you mean trial?; `muster cluster up FILE` starts one\n",
     )
 
 
@@ -186,7 +181,7 @@ def test_somebody_elses_cluster_is_neither_started_nor_ended(muster):
     written("provider: existing\naddress: http://127.0.0.1:9")
     answer = muster("cluster", "up", "c.yaml")
     assert answer.status == 2
-    assert "somebody else's" in answer.err
+    assert "Muster does not start" in answer.err
 
 
 def test_a_cluster_that_does_not_answer_is_told_plainly(muster):
@@ -205,7 +200,7 @@ def test_a_local_run_folder_is_refused_where_the_cluster_does_not_see_it(place, 
     answer = muster("submit", "job.yaml", "--on", "c.yaml")
     assert answer.status == 2
     assert "is a folder of this machine" in answer.err
-    assert "name a bucket" in answer.err
+    assert "set a bucket" in answer.err
 
 
 def test_bad_jobs_are_refused_before_anything_is_sent(place, muster):
@@ -255,7 +250,7 @@ def test_what_cannot_be_ended_is_told_and_remembered(monkeypatch):
     monkeypatch.setattr(clusters, "provider_of", lambda spec: broken)
     with pytest.raises(
         ClusterError,
-        match="b did not start\nb cannot be reached\nnot all of c was ended; `muster cluster down c` tries again",
+        match="b did not start\nb cannot be reached\nparts of c still exist; retry with `muster cluster down c`",
     ):
         clusters.up(written("provider: local"), lambda text: None)
     assert [home.name for home in homes.known()] == ["c"]
@@ -357,7 +352,7 @@ def test_another_version_of_ray_is_told_with_what_to_do_on_which_side(muster, pl
         answer = muster("submit", "job.yaml", "storage=s3://b/runs", "--on", address)
         server.shutdown()
     ours = version("ray")
-    told = f"{address} runs Ray 2.49.0, here is {ours}; install ray==2.49.0 here, or {ours} there\n"
+    told = f"{address} runs Ray 2.49.0, but this machine has {ours}; install ray==2.49.0 here, or ray=={ours} there\n"
     assert (answer.status, answer.err) == (2, told)
 
 

@@ -98,7 +98,7 @@ def test_a_job_is_followed_to_its_end_and_its_run_is_where_the_job_says(muster_h
     (info,) = [one for one in muster_here.json("list") if one["job"] == "sums"]
     assert (info["state"], info["exit_status"], info["run"]) == ("succeeded", 0, str(job.parent / "runs/sums"))
     assert muster_here("logs", info["id"], "--on", "here") in said
-    assert "is over: succeeded" in muster_here("stop", info["id"], "--on", "here", status=2)
+    assert "has already ended: succeeded" in muster_here("stop", info["id"], "--on", "here", status=2)
     assert f"did you mean {info['id']}?" in muster_here("status", info["id"][:-1], "--on", "here", status=2)
 
 
