@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.logits_process import LogitsProcessorList
 
 from training.data.batching import SDPA_VARLEN
+from training.estimate.transformers_compat import attention_in_use
 from training.generation.sampling import Continued, Sampling, sample_token, uniform
 from training.process import heartbeat
 
@@ -49,7 +50,7 @@ def generate_all(
 @contextmanager
 def _plain_attention(lm: Any) -> Iterator[None]:
     """For the length of a block torch's kernel instead of ours, which knows no pages."""
-    ours = lm.config._attn_implementation == SDPA_VARLEN
+    ours = attention_in_use(lm) == SDPA_VARLEN
     if ours:
         lm.set_attn_implementation("sdpa")
     try:

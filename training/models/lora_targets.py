@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from training.models.peft_compat import refuses_layer
+
 _BASE = ".base_layer"
 _READ_PAST = frozenset({"correction_coefs"})
 """Linear layers of Gemma 3n whose weights its code reads past the layer
@@ -42,7 +44,9 @@ def all_linear(lm: Any) -> tuple[list[str], list[str]]:
     ends = ends_of(body, (name for name, _ in lm.named_modules()))
     renamed = _renamed(lm, body)
     refused = [
-        end for end in ends if end in _READ_PAST or is_refused(lm, end) or any(_has_end(name, end) for name in renamed)
+        end
+        for end in ends
+        if end in _READ_PAST or refuses_layer(lm, end) or any(_has_end(name, end) for name in renamed)
     ]
     return [end for end in ends if end not in refused], refused
 
@@ -70,25 +74,6 @@ def _ends(name: str) -> Iterator[str]:
     """`c`, `b.c`, `a.b.c`."""
     parts = name.split(".")
     return (".".join(parts[start:]) for start in reversed(range(len(parts))))
-
-
-def is_refused(lm: Any, end: str) -> bool:
-    """Whether PEFT does not take a name for that of a linear layer of this type of model.
-
-    Of mixtures of experts it takes the names that experts had as single layers for the tensor that holds all of them;
-    of some models with states it refuses layers whose weights the fused kernel reads past the adapter.
-    """
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    config = LoraConfig(target_modules=[end])
-    try:
-        _check_lora_target_modules_mamba(config, lm, end.rpartition(".")[2])
-        convert_peft_config_for_transformers(config, lm, None)
-    except ValueError:
-        return True
-    return not config.target_modules
 
 
 def _renamed(lm: Any, layers: Sequence[str]) -> list[str]:

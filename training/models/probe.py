@@ -25,6 +25,7 @@ from training.data.batching import SDPA_VARLEN
 from training.data.collate import Sample, collate
 from training.errors import InputError
 from training.estimate import model_traits as known_traits
+from training.estimate import transformers_compat
 from training.estimate.model_traits import Generation, Kernel, Traits
 from training.models.shrink import ORDINARY_TOKENS, POSITIONS, ROTARY_LIMIT, shrunk, small_model
 
@@ -37,12 +38,6 @@ caches that are wrong differ by a hundredth."""
 _LENGTHS = (5, 17, 11)
 """Of the samples: shorter and longer than the windows of a small copy."""
 _NEW_TOKENS = 6
-_ON_GPUS = {
-    "flash_attention_2": "_supports_flash_attn",
-    "flash_attention_3": "_supports_flash_attn",
-    "flex_attention": "_supports_flex_attn",
-}
-"""Kernels that cannot be tried here, and what the class of a model says of them."""
 
 Ids = NDArray[np.int64]
 
@@ -93,10 +88,6 @@ def _plainly() -> Iterator[None]:
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
-    deepspeed: Any = sys.modules.get("transformers.integrations.deepspeed")
-    sharding = getattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
-    if sharding is not None:  # under ZeRO-3 transformers would shard the small copy
-        deepspeed.unset_hf_deepspeed_config()
     try:
         with (
             warnings.catch_warnings(),
@@ -105,12 +96,11 @@ def _plainly() -> Iterator[None]:
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.device("cpu"),
+            transformers_compat.unsharded(),
         ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        if sharding is not None:
-            deepspeed._hf_deepspeed_config_weak_ref = sharding
         logging.set_verbosity(before)
 
 
@@ -139,8 +129,8 @@ class _Probe:
 
         attention.register()
         kernels = {name: self.kernel(name) for name in ("eager", "sdpa", SDPA_VARLEN)}
-        for name, flag in _ON_GPUS.items():
-            has_it = bool(getattr(self.lm, flag, False))
+        for name in transformers_compat.GPU_KERNELS:
+            has_it = transformers_compat.declares_kernel(self.lm, name)
             kernels[name] = Kernel(exists=has_it, right=has_it)
         return Traits(
             architecture=type(self.lm).__name__,
@@ -178,7 +168,7 @@ class _Probe:
 
         if name == "eager":
             return self.lm
-        if name == SDPA_VARLEN and not self.lm._supports_attention_backend:
+        if name == SDPA_VARLEN and not transformers_compat.accepts_own_kernels(self.lm):
             return None
         try:
             return small_model(self.small, AutoModelForCausalLM, name, trust_remote_code=self.trust_remote_code)

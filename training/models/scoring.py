@@ -16,6 +16,7 @@ from training.data.vocabulary import beyond, rows_in
 from training.device import ACCELERATOR
 from training.errors import InputError
 from training.estimate.model_traits import rows_of, traits_of
+from training.estimate.transformers_compat import attention_in_use
 from training.models import loading as models
 from training.models.sparse_last_mlp import last_mlp_at
 from training.profiling.breakdown import FORWARD
@@ -64,7 +65,7 @@ def score(lm: Any, sequences: Sequence[np.ndarray], *, head: nn.Module | None = 
     if positions is not None and longest > positions:
         message = f"a prompt with its response has {longest:,} tokens, the model has {positions:,} positions"
         raise InputError.of("the reward model", f"{message}; shorten the prompts or the responses")
-    above = rows_of(traits_of(lm), lm.config._attn_implementation, max(lengths, default=0)).same_length_above
+    above = rows_of(traits_of(lm), attention_in_use(lm), max(lengths, default=0)).same_length_above
     for rows in partition_batch(lengths, 1, replace(_AT_ONCE[device.type], same_length_above=above))[0]:
         places = [place for row in rows for place in row]
         with part(FORWARD):

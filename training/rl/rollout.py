@@ -17,6 +17,7 @@ from training.data.render import Renderer, tokenizer_for
 from training.data.turn_end import stop_tokens
 from training.engine.engine import computed, device_of
 from training.estimate.model_traits import traits_of
+from training.estimate.transformers_compat import attention_in_use
 from training.generation.sampling import Continued, Sampling, generate_all
 from training.models import loading as models
 from training.process.distributed import RankInfo
@@ -88,7 +89,7 @@ class Prompts:
 
 def _generation(phase: PPO, lm: Any) -> Callable[..., list[Continued]]:
     longest = phase.data.max_length + phase.response_tokens
-    if phase.generation == "batched" or not traits_of(lm).batches_continuously(lm.config._attn_implementation, longest):
+    if phase.generation == "batched" or not traits_of(lm).batches_continuously(attention_in_use(lm), longest):
         return partial(generate_all, batch=phase.generation_batch)
     from training.generation import continuous_batching  # takes seconds to import
 
