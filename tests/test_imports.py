@@ -103,6 +103,24 @@ def test_the_scan_sees_the_accelerator(code):
     assert any(map(names_the_accelerator, ast.walk(ast.parse(code))))
 
 
+def private_imports(file: Path) -> Iterator[str]:
+    """Modules and names with an underscore that a file imports from other libraries."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] not in PACKAGES:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if "._" in name and not name.startswith("__future__"))
+
+
+def test_private_names_of_other_libraries_are_imported_in_compat_modules_only():
+    users = {file for package in PACKAGES for file in sources(package) if any(private_imports(file))}
+    assert users
+    assert [file for file in users if not file.stem.endswith("_compat")] == []
+
+
 def test_few_files_speak_to_actors():
     callers = [
         file.relative_to(ROOT).as_posix()
