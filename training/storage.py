@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from training.errors import InputError, StorageError
+from training.io.fsspec_compat import path_in
 from training.io.owned_folders import temporary_folder
 from training.io.paths import is_below
 
@@ -234,7 +235,7 @@ class Remote(StoragePath):
         self.address = address
         self.filesystem = filesystem
         self.patience_s = patience_s
-        self._path = filesystem._strip_protocol(address)
+        self._path = path_in(filesystem, address)
 
     def __truediv__(self, name: str) -> Remote:
         return Remote(f"{self.address}/{name}", self.filesystem, self.patience_s)

@@ -29,6 +29,7 @@ import fsspec
 
 from training.config import Source
 from training.data import saved_datasets
+from training.data.datasets_compat import fingerprint
 from training.data.row_errors import RowError, UnreadableFile
 from training.errors import InputError, Problem
 from training.io.paths import absolute
@@ -577,7 +578,7 @@ def digest(part: Part, memo: Path) -> str:
     its store tells of it (size, time, ETag). A hub data set: its fingerprint.
     """
     if isinstance(part, HubSplit):
-        return str(_hub_dataset(part)._fingerprint)
+        return fingerprint(_hub_dataset(part))
     if "://" in part.path:
         fs, name = fsspec.core.url_to_fs(part.path)
         return str(fs.ukey(name))
