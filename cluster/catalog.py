@@ -1,5 +1,5 @@
-"""GPUs and rented machines, from the dated table beside this file: memory, speed, links, prices.
-What is not in it a cluster file adds."""
+"""The catalog of GPUs and rented machines: memory, speed, links and prices, from the dated table beside this file.
+A cluster file can add others."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def gpu(name: str, custom: Mapping[str, Any] | None = None) -> Gpu:
         known = [each for each in names if each.upper() in near]
         meant = f"did you mean {', '.join(known)}" if known else f"known: {', '.join(rows)}"
         raise Refused(
-            f"{name or '(nothing)'}: no GPU of that name is in the catalogue; {meant}. One of your own, or a part of "
-            "one (MIG), goes under `custom:` in a cluster file"
+            f"{name or '(nothing)'}: no GPU of that name is in the catalog; {meant}. Define other GPUs and parts "
+            "of GPUs (MIG) under `custom:` in a cluster file"
         )
     row = rows[names[found]]
     if (like := row.get("like")) is not None:

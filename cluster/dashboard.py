@@ -1,4 +1,4 @@
-"""The door of a Ray cluster: the address of its dashboard, as seen from here, and the token that opens it."""
+"""A connection to a Ray cluster: the address of its dashboard as seen from here, and its token."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cluster.errors import ClusterError, Refused
 
 _ANSWER_S = 20.0
 _NO_ANSWER = (OSError, ValueError, http.client.HTTPException, RecursionError, OverflowError, MemoryError)
-"""What Python's client and JSON raise for replies that are cut, and for those that are none."""
+"""The exceptions of Python's HTTP client and JSON for truncated and invalid replies."""
 
 
 @dataclass(frozen=True)
 class Dashboard:
-    """Where a cluster takes jobs."""
+    """The dashboard of a cluster, which accepts jobs."""
 
     url: str
     """Of this moment: perhaps the end of a tunnel."""
@@ -55,15 +55,17 @@ class Dashboard:
             ) from None
         except _NO_ANSWER as error:
             reason = getattr(error, "reason", error)
-            raise ClusterError(f"{self.shown} does not answer at {self.url}: {reason}; is the cluster up?") from None
+            raise ClusterError(
+                f"{self.shown} does not answer at {self.url}: {reason}; check that the cluster is running"
+            ) from None
 
     def _told_of_token(self, code: int) -> str:
         if self.token is None:
             return (
-                f"{self.shown} wants a token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or `token_file` in the "
+                f"{self.shown} requires a token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or `token_file` in the "
                 "cluster file"
             )
-        return f"{self.shown} does not take our token ({code}); is it the token of this cluster?"
+        return f"{self.shown} rejects the token ({code}); check that it is the token of this cluster"
 
     def version(self) -> str:
         """Of Ray there."""
@@ -89,10 +91,10 @@ class Dashboard:
 
     @contextmanager
     def _form_of(self, path: str) -> Iterator[None]:
-        """In the block an answer of another form than Ray's raises ClusterError."""
+        """Raise ClusterError for unexpected answers within the block."""
         try:
             yield
         except (KeyError, TypeError, AttributeError):
             raise ClusterError(
-                f"{self.shown} answers something else than Ray to {path}; is it a Ray cluster's dashboard?"
+                f"{self.shown} gives an unexpected answer to {path}; check that it is the dashboard of a Ray cluster"
             ) from None

@@ -1,11 +1,11 @@
-"""What a person is told when a cluster cannot do what was asked."""
+"""Errors of clusters, with messages for the user."""
 
 from __future__ import annotations
 
 
 class ClusterError(Exception):
-    """A machine, a provider or a cluster does not do what it should. The text says which, what and what to do."""
+    """A machine, a provider or a cluster failed. The message says which, why, and what to do."""
 
 
 class Refused(ClusterError):
-    """What was asked cannot work as it was given: nothing was started."""
+    """The request is invalid. Nothing was started."""

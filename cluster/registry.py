@@ -1,5 +1,5 @@
-"""What this machine knows of clusters: ~/.muster/clusters/NAME with cluster.json and token,
-both for their owner alone."""
+"""The records of clusters that this machine started: ~/.muster/clusters/NAME with cluster.json and token, both private
+to their owner."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ClusterRecord:
         return record
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Replace the record, at once and whole."""
+        """Replace the record atomically."""
         draft = self.folder / f".{_RECORD}"
         draft.write_text(json.dumps(record, indent=1))
         os.replace(draft, self.folder / _RECORD)
@@ -67,8 +67,7 @@ def claim(name: str, record: Mapping[str, Any]) -> ClusterRecord:
         home.folder.mkdir(mode=0o700)
     except FileExistsError:
         raise Refused(
-            f"there is a cluster {name} already; `muster cluster down {name}` ends it, another `name` makes a second "
-            "one"
+            f"the cluster {name} exists already; end it with `muster cluster down {name}`, or choose a different `name`"
         ) from None
     home.write(record)
     descriptor = os.open(home.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -83,6 +82,6 @@ def find(name: str) -> ClusterRecord | None:
 
 
 def known() -> list[ClusterRecord]:
-    """All clusters that this machine knows, by name."""
+    """Return all clusters that this machine started, by name."""
     folders = sorted(clusters_folder().glob(f"*/{_RECORD}"))
     return [ClusterRecord(path.parent) for path in folders]

@@ -1,5 +1,5 @@
-"""Running commands on a machine: this one, or one that is reached by SSH. Scripts are bash;
-secrets go through standard input."""
+"""Runs commands on a machine: this one, or a remote one through SSH. Scripts are bash; secrets go through standard
+input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = TypeVar("Answer")
 _AT_ONCE = 16
 _SHOWN_LINES = 15
 _SSH_FAILED = 255
-"""Exit status of ssh itself."""
+"""Exit status of ssh if ssh itself failed."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Machine:
         except subprocess.TimeoutExpired:
             raise ClusterError(f"{self.name} did not answer within {timeout_s:.0f} s") from None
         except FileNotFoundError:
-            raise ClusterError(f"there is no command {command[0]} on this machine; install it") from None
+            raise ClusterError(f"the command {command[0]} is not installed on this machine; install it") from None
         if done.returncode:
             said = "\n  ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-_SHOWN_LINES:])
             what = "cannot be reached" if self.prefix and done.returncode == _SSH_FAILED else "failed"
@@ -78,7 +78,7 @@ def over_ssh(host: str, login: Login) -> Machine:
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A port that nobody listens on at this moment."""
+    """Return a port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind((address, 0))
         return int(probe.getsockname()[1])

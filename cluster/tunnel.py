@@ -59,8 +59,8 @@ def refuse_strangers_port(port: int, shown: str) -> None:
     answering = own_address or [uid for address, uid in found if not address.strip("0")]
     if others := set(answering) - {os.getuid()}:
         raise Refused(
-            f"another user (uid {min(others)}) listens on port {port} of this machine in place of {shown}; is it still "
-            "up?"
+            f"another user (uid {min(others)}) listens on port {port} of this machine in place of {shown}; check "
+            "that it is still running"
         )
 
 

@@ -1,4 +1,4 @@
-"""A Ray cluster that somebody else started: used, never started or ended."""
+"""An existing Ray cluster: Muster uses it and never starts or ends it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class ExistingProvider:
         self.spec = spec
 
     def render(self) -> str:
-        return f"# nothing would be applied: {self.spec.address} is somebody else's cluster\n"
+        return f"# nothing to apply: {self.spec.address} is an existing cluster\n"
 
     def up(self, home: ClusterRecord, say: Say) -> None:
-        raise Refused(f"{self.spec.name} is somebody else's cluster (provider: existing): it is not ours to start")
+        raise Refused(f"{self.spec.name} is an existing cluster (provider: existing), which Muster does not start")
 
     def down(self, home: ClusterRecord, say: Say) -> None:
-        raise Refused(f"{self.spec.name} is somebody else's cluster (provider: existing): it is not ours to end")
+        raise Refused(f"{self.spec.name} is an existing cluster (provider: existing), which Muster does not end")
 
     @contextmanager
     def connection(self, home: ClusterRecord | None) -> Iterator[Dashboard]:

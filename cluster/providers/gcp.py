@@ -1,4 +1,4 @@
-"""Compute Engine: what Ray's launcher is told of it, and what keeps it from working."""
+"""Compute Engine: the configuration for Ray's launcher, and checks of the prerequisites."""
 
 from __future__ import annotations
 

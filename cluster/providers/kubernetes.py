@@ -1,5 +1,4 @@
-"""A RayCluster of KubeRay, through kubectl: rendered, applied, reached by a port-forward
-that each command opens itself."""
+"""A RayCluster of KubeRay, managed with kubectl and reached through a port-forward that each command opens."""
 
 from __future__ import annotations
 
@@ -69,15 +68,15 @@ class KubernetesProvider:
             "KubeRay": (("get", "crd", "rayclusters.ray.io"), "install the KubeRay operator, 1.5 or newer"),
             "the right to make RayClusters": (
                 ("auth", "can-i", "create", "rayclusters.ray.io"),
-                "ask for that right in this namespace",
+                "request this permission for the namespace",
             ),
             "the right to make secrets": (
                 ("auth", "can-i", "create", "secrets"),
-                "ask for that right: the token is kept in one",
+                "request this permission: a secret stores the token",
             ),
             "the right to forward ports": (
                 ("auth", "can-i", "create", "pods/portforward"),
-                "ask for that right: jobs go through one",
+                "request this permission: jobs are submitted through a forwarded port",
             ),
         }
         findings: list[Finding] = []
@@ -122,7 +121,9 @@ class KubernetesProvider:
             overdue.cancel()
             if said is None:
                 process.kill()
-                raise ClusterError(f"no way to the cluster {self.spec.name}: {process.communicate()[1].strip()}")
+                raise ClusterError(
+                    f"cannot connect to the cluster {self.spec.name}: {process.communicate()[1].strip()}"
+                )
             refuse_strangers_port(int(said[1]), f"the cluster {self.spec.name}")
             yield int(said[1])
         finally:

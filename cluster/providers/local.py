@@ -1,4 +1,4 @@
-"""Ray on this machine, bound to loopback: for several jobs, without starting Ray anew for each."""
+"""Ray on this machine, bound to loopback, so that several jobs can share one Ray instance."""
 
 from __future__ import annotations
 

@@ -55,12 +55,14 @@ class SlurmProvider:
 
     def up(self, home: ClusterRecord, say: Say) -> None:
         raise Refused(
-            f"{self.spec.name} is Slurm's: there is nothing to start; `muster submit JOB --on FILE` asks for an "
-            "allocation"
+            f"{self.spec.name} is a Slurm cluster, which is not started; request an allocation with "
+            "`muster submit JOB --on FILE`"
         )
 
     def down(self, home: ClusterRecord, say: Say) -> None:
-        raise Refused(f"{self.spec.name} is Slurm's: there is nothing to end; `muster stop ID --on FILE` ends a job")
+        raise Refused(
+            f"{self.spec.name} is a Slurm cluster, which is not ended; end a job with `muster stop ID --on FILE`"
+        )
 
     @contextmanager
     def connection(self, home: ClusterRecord | None) -> Iterator[Dashboard]:
@@ -74,12 +76,12 @@ class SlurmProvider:
         checks = {
             "Slurm": (
                 f"sinfo --noheader {partition} --format='%P %D nodes %a' | grep .",
-                "load Slurm's module, or name the login machine and the partition",
+                "load the Slurm module, or set `login` and `partition`",
             ),
             "the folder": (
                 f"mkdir -p {self._folder} && touch {self._folder}/.try && rm {self._folder}/.try && echo can be "
                 "written",
-                "choose a `folder` that you may write and all nodes see",
+                "choose a `folder` that you can write to and all nodes can access",
             ),
         }
         for what, (script, advice) in checks.items() if findings[0].well else ():
@@ -121,7 +123,7 @@ class SlurmProvider:
                 "\n".join(lines), given=values + base64.b64encode(bundle).decode(), timeout_s=300
             ).strip()
         except ClusterError as error:
-            raise Refused(f"Slurm does not take the job: {error}") from None
+            raise Refused(f"Slurm rejects the job: {error}") from None
 
     def jobs(self) -> list[dict[str, Any]]:
         """All jobs in the folder, the oldest first."""
@@ -142,7 +144,7 @@ class SlurmProvider:
         elif status:
             state = "succeeded" if status == "0" else "failed"
         else:
-            state, told = "failed", "is gone from Slurm's queue"
+            state, told = "failed", "is no longer in the Slurm queue"
         return {
             "id": row["id"],
             **info,

@@ -1,4 +1,4 @@
-"""Machines that you own, reached by SSH: Ray is started on each, a head first; drivers of jobs run on that."""
+"""Your own machines, through SSH: Ray is started on each, the head first; drivers of jobs run on the head."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class SshProvider:
         }
 
     def up(self, home: ClusterRecord, say: Say) -> None:
-        say(f"looking at {len(self.spec.hosts)} machines")
+        say(f"checking {len(self.spec.hosts)} machines")
         refuse(self.doctor())
         cluster_id, token = home.record()["mark"], home.token()
         head = self.spec.head.address or self._node(self.spec.head.host).look()["address"]
         (first, script), *others = self._scripts(cluster_id, head).items()
         say(f"starting Ray on {first}")
         self._node(first, cluster_id).start(script, token)
-        say(f"starting Ray on {len(others)} machines for workers")
+        say(f"starting Ray on {len(others)} worker machines")
         all_of(on_all({host: partial(self._node(host, cluster_id).start, script, token) for host, script in others}))
 
     def down(self, home: ClusterRecord, say: Say) -> None:

@@ -29,7 +29,7 @@ def converse(model: TextGenerator, name: str, settings: Sampling, seed: int) -> 
     """Read lines and respond to them until the person leaves."""
     with suppress(ImportError):
         import readline  # noqa: F401 (lines can be edited from now on)
-    how = "a chat" if model.chat else "it has learnt no chats: every line is continued as it stands"
+    how = "a chat" if model.chat else "this model was not trained for chats: it continues every line as it is"
     warn(f"{name}: {how}; /help")
     conversation = Conversation(model, settings, seed)
     while True:
@@ -104,10 +104,10 @@ class Conversation:
         while len(left) > 2 and len(self.model.tokens(Chat(left, loss_turns=()))) + room > window:
             left = left[2:]
         if gone := len(turns) - len(left):
-            warn(f"(the model has {window:,} positions: the oldest {gone} turns are forgotten; /new begins anew)")
+            warn(f"(the model has {window:,} positions: the oldest {gone} turns are dropped; /new starts a new chat)")
         return left
 
     def _why_cut(self, tokens: int) -> str:
         if tokens >= self.settings.max_new_tokens:
-            return f"(cut off at {tokens:,} tokens; --max-new-tokens takes more)"
+            return f"(cut off at {tokens:,} tokens; raise --max-new-tokens)"
         return f"(cut off: the model's {self.model.window:,} positions are full)"

@@ -1,4 +1,4 @@
-"""`muster eval`: asks a model questions with known answers, or two models the same ones before a judge."""
+"""`muster eval`: evaluates a model on questions with known answers, or compares two models by a reward model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def settings(data: Path, *, question: str | None, answer: str | None, **others: 
 def refuse_odd_options(against: str | None, reward: str | None, samples: int, temperature: float) -> None:
     """Raises InputError for options of the command line that do not go together."""
     if (against is None) != (reward is None):
-        raise InputError.of("command line", "--against and --reward go together")
+        raise InputError.of("command line", "--against and --reward must be given together")
     if samples > 1 and temperature == 0:
         raise InputError.of("--temperature", "several samples at temperature 0 are the same; choose one, such as 0.7")
 
@@ -141,14 +141,15 @@ def _check_reward_model(reward_model: str, asked: Sequence[Question], trust_remo
 
 def _refuse_template(template: str) -> None:
     if template not in TEMPLATES:
-        raise InputError.of("--template", f"{template} is none of {', '.join(TEMPLATES)}")
+        raise InputError.of("--template", f"got {template}, expected one of {', '.join(TEMPLATES)}")
 
 
 def refuse_unused_top_p(temperature: float, top_p: float) -> None:
     """Raises InputError where it would have no effect."""
     if temperature == 0 and top_p < 1:
         message = (
-            "at temperature 0 the likeliest token is always taken; give a --temperature above 0, or leave --top-p out"
+            "has no effect at temperature 0, where the most likely token is chosen; set --temperature above 0, "
+            "or omit it"
         )
         raise InputError.of("--top-p", message)
 

@@ -45,7 +45,7 @@ def export(
         if out is not None
         else run.root / name / f"model-{step_of(folder)}{'-merged' if merge else ''}"
     )
-    advice = "make room, or choose another --out"
+    advice = "free some space, or choose a different --out"
     _write(run, name, folder, target, advice, merge=merge, trust_remote_code=trust_remote_code)
     return {"phase": name, "step": step_of(folder), "model": str(target)}
 
@@ -67,7 +67,7 @@ def in_cache(
     if kept.exists():
         return kept
     say(f"{checkpoint}: written as a model to {kept}")
-    advice = "make room, or set MUSTER_CACHE to another folder"
+    advice = "free some space, or set MUSTER_CACHE to a different folder"
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(".tmp-", str(kept.parent)) as beside:

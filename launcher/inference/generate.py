@@ -22,7 +22,7 @@ from training.errors import InputError, Problem
 _ANSWER_S = 24 * 3600.0
 _TOLD_EVERY_S = 10.0
 Row = dict[str, Any]
-_NO_RESPONSES = "is there, and holds something else than responses; name another --out"
+_NO_RESPONSES = "exists and is not a file of responses; choose a different --out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +85,17 @@ def _refuse(plan: Plan) -> None:
         raise InputError.of("--temperature", "several samples at temperature 0 are the same; choose one, such as 0.7")
     evaluate.refuse_unused_top_p(plan.temperature, plan.top_p)
     if plan.limit is not None and plan.file is None:
-        raise InputError.of("--limit", "goes with --file")
+        raise InputError.of("--limit", "needs --file")
     if plan.out is None:
         return
     if plan.out.exists() and not plan.out.is_file():
-        raise InputError.of(str(plan.out), "is no file; name a file for --out, or leave it out to see the responses")
+        raise InputError.of(str(plan.out), "is not a file; set --out to a file, or omit it to print the responses")
     if plan.file is not None and plan.out.exists() and plan.out.resolve() == plan.file.resolve():
-        raise InputError.of(str(plan.out), "is the file of the prompts; name another --out")
+        raise InputError.of(str(plan.out), "is the file with the prompts; choose a different --out")
     if not plan.out.absolute().parent.is_dir():
-        raise InputError.of(str(plan.out), f"there is no folder {plan.out.parent}; make it, or name another --out")
+        raise InputError.of(
+            str(plan.out), f"the folder {plan.out.parent} does not exist; create it, or choose a different --out"
+        )
 
 
 # -- one by one --------------------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def _from_stdin(plan: Plan) -> Iterable[Row] | Row:
     lines = prompts.typed(sys.stdin or ())
     first = next(lines, None)
     if first is None:
-        message = "no prompt: nothing came from the standard input; give lines there, --prompt TEXT or --file FILE"
+        message = "no prompt: the standard input is empty; write lines to it, or use --prompt TEXT or --file FILE"
         raise InputError.of("command line", message)
     given = itertools.chain([first], lines)
     if not plan.one_by_one:
@@ -130,7 +132,7 @@ def _refuse_for_chat(plan: Plan) -> None:
     options = {"--workers": plan.workers > 1, "--out": plan.out, "--samples": plan.samples > 1, "--json": plan.as_json}
     if wrong := [option for option, is_given in options.items() if is_given]:
         message = (
-            "the chat in a terminal has one worker and one response at a time; give prompts, by --prompt or --file"
+            "a chat in the terminal has one worker and one response at a time; give prompts with --prompt or --file"
         )
         raise InputError.of(wrong[0], message)
 
@@ -197,7 +199,7 @@ def _in_batches(plan: Plan, model: model_lookup.Found, given: Sequence[Given]) -
                 written += 1
             files.flush()
         except KeyboardInterrupt:
-            model_lookup.warn(f"{plan.out}: {written:,} of {len(asked):,} responses; the same command goes on")
+            model_lookup.warn(f"{plan.out}: {written:,} of {len(asked):,} responses; run the same command to continue")
             raise
     return {"out": str(plan.out), "prompts": len(given), "responses": len(asked), "before": len(asked) - len(left)}
 
@@ -268,7 +270,7 @@ def _done(out: Path, given: Sequence[Given], by: Mapping[str, Any]) -> set[tuple
         if row["number"] < len(given) and given[row["number"]].row["prompt"] != row["prompt"]:
             other.append("prompt")
         if other := [name for name in other if name != "sampling"]:
-            message = f"is there, and holds responses with another {', '.join(other)}; name another --out, or remove it"
+            message = f"has responses with a different {', '.join(other)}; choose a different --out, or remove the file"
             raise InputError.of(str(out), message)
         done.add((row["number"], row["sample"]))
     _cut_torn(out)

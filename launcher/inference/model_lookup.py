@@ -70,14 +70,14 @@ def found(
     if folder is not None:
         if phase is not None or step is not None:
             option = "--step" if step is not None else "--phase"
-            raise InputError.of(option, f"goes with a run; {text} is the folder of a model")
+            raise InputError.of(option, f"needs a run; {text} is the folder of a model")
         modelfiles.fetch_base(str(folder))
         modelfiles.inspect(folder, classifier=rewards, trust_remote_code=trust_remote_code)
         return Found(str(folder), str(folder))
     meant = _meant(text)
     for option, asked, said in (("--phase", phase, meant.phase), ("--step", step, meant.step)):
         if None not in (asked, said) and asked != said:
-            raise InputError.of(option, f"got {asked}, but {text} says {said}; leave one of them out")
+            raise InputError.of(option, f"got {asked}, but {text} says {said}; omit one of them")
     run, phase, step = find(meant.run), phase or meant.phase, step if step is not None else meant.step
     if phase is not None and phase not in (phases := run.job().phases):
         raise InputError.of(run.address, f"no phase {phase}; there are: {', '.join(phases)}")
@@ -159,7 +159,7 @@ def _checkpoint(
     phases = run.job().phases
     writes = [name for name in phases if rewards or not RECIPES[phases[name].recipe].is_classifier]
     if phase is not None and phase not in writes:
-        raise InputError.of(run.address, f"phase {phase} trains a reward model, which writes no text")
+        raise InputError.of(run.address, f"phase {phase} trains a reward model, which generates no text")
     saved = [name for name in writes if phase in (None, name) and Checkpoints(run.checkpoints(name)).folders()]
     if not saved and step is None:
         what = "run" if phase is None else f"phase {phase}"

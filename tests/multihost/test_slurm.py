@@ -195,5 +195,5 @@ def test_what_slurm_refuses_is_told(muster, place):
     text = (place / "slurm.yaml").read_text().replace('"stop_s"', '"partition": "nowhere", "stop_s"')
     (place / "slurm.yaml").write_text(text)
     said = muster("submit", "job.yaml", *ON, status=2)
-    assert "Slurm does not take the job" in said
+    assert "Slurm rejects the job" in said
     assert "invalid partition" in said

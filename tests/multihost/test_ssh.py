@@ -145,7 +145,7 @@ def test_strangers_neither_submit_nor_read_nor_connect(up, job):
     said = up.muster("list", "--on", f"http://{head}:8265", machine=STRANGER, status=1)
     assert "does not answer" in said
     # Also on the head itself, where the dashboard listens, nobody is let in without the token.
-    for token, answer in (("", "wants a token"), ("0" * 64, "does not take our token")):
+    for token, answer in (("", "requires a token"), ("0" * 64, "rejects the token")):
         for verb in (("submit", str(job), "storage=s3://nowhere/runs"), ("list",), ("logs", "x"), ("stop", "x")):
             said = up.muster(*verb, "--on", "http://127.0.0.1:8265", machine=HEAD, status=2, RAY_AUTH_TOKEN=token)
             assert answer in said
@@ -170,7 +170,7 @@ def test_somebody_elses_cluster_is_reached_through_a_machine_that_sees_it(up):
 
 def test_a_name_is_used_once(up):
     said = up.muster("cluster", "up", str(up.file()), status=2)
-    assert "there is a cluster lab already" in said
+    assert "the cluster lab exists already" in said
 
 
 @pytest.mark.faults

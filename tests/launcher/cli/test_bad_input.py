@@ -131,7 +131,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
         ("generate", "model"),
         [
             (
-                "command line: no prompt: nothing came from the standard input; give lines there, --prompt TEXT or "
+                "command line: no prompt: the standard input is empty; write lines to it, or use --prompt TEXT or "
                 "--file FILE"
             )
         ],

@@ -222,7 +222,7 @@ def test_a_chat_longer_than_the_model_forgets_its_beginning_and_says_so(chatty):
     terminal = Terminal("model", "--max-new-tokens", "8")
     terminal.until("> ")
     assert "forgotten" not in terminal.ask("1 + 1 = 2 or so")
-    assert "(the model has 64 positions: the oldest 2 turns are forgotten; /new begins anew)" in terminal.ask(
+    assert "(the model has 64 positions: the oldest 2 turns are dropped; /new starts a new chat)" in terminal.ask(
         "2 + 2 = 4 or so, I think"
     )
     refused = terminal.ask("1 + " * 15 + "x")
@@ -237,7 +237,7 @@ def test_a_chat_longer_than_the_model_forgets_its_beginning_and_says_so(chatty):
 def test_an_interruption_ends_the_response_alone_and_then_the_chat(place):
     edit(place / "model" / "config.json", max_position_embeddings=1_000_000, eos_token_id=None)
     terminal = Terminal("model", "--max-new-tokens", "900000", "--seed", "1")
-    assert "it has learnt no chats: every line is continued as it stands" in terminal.until("> ")
+    assert "this model was not trained for chats: it continues every line as it is" in terminal.until("> ")
     terminal.type("go on\n")
     terminal.until("go on\r\n")
     while len(terminal.seen) < 20:
@@ -315,7 +315,7 @@ def test_responses_go_to_a_file_as_they_come_and_are_gone_on_with(muster, place,
 
     monkeypatch.setattr(Evaluator, "continued", cut_off)
     answer = muster(*words, "--out", "r.jsonl")
-    assert (answer.status, answer.err) == (130, "r.jsonl: 4 of 6 responses; the same command goes on\n")
+    assert (answer.status, answer.err) == (130, "r.jsonl: 4 of 6 responses; run the same command to continue\n")
     assert len(rows_of(out)) == 4
     out.write_bytes(out.read_bytes() + b'{"number": 4, "sam')
     answer = muster(*words, "--out", "r.jsonl")
@@ -326,7 +326,7 @@ def test_responses_go_to_a_file_as_they_come_and_are_gone_on_with(muster, place,
     assert rows_of(out)[0]["model"] == "model"
     before = out.read_bytes()
     other = muster(*words, "--out", "r.jsonl", "--seed", "1")
-    message = "r.jsonl: is there, and holds responses with another seed; name another --out, or remove it\n"
+    message = "r.jsonl: has responses with a different seed; choose a different --out, or remove the file\n"
     assert (other.status, other.err) == (2, message)
     assert out.read_bytes() == before
 
@@ -391,23 +391,23 @@ WRONG = {
     "a phase that is not there": (("sums", "--phase", "ppo", "-p", "x"), "runs/sums: no phase ppo; there are: sft"),
     "a step of a model": (
         ("model", "--step", "2", "-p", "x"),
-        "--step: goes with a run; model is the folder of a model",
+        "--step: needs a run; model is the folder of a model",
     ),
     "two steps": (
         ("runs/sums/sft/checkpoints/step-00000002", "--step", "4", "-p", "x"),
-        "--step: got 4, but runs/sums/sft/checkpoints/step-00000002 says 2; leave one of them out",
+        "--step: got 4, but runs/sums/sft/checkpoints/step-00000002 says 2; omit one of them",
     ),
     "a file in no folder": (
         ("model", "-p", "x", "--out", "no/r.jsonl"),
-        "no/r.jsonl: there is no folder no; make it, or name another --out",
+        "no/r.jsonl: the folder no does not exist; create it, or choose a different --out",
     ),
     "a folder as file": (
         ("model", "-p", "x", "--out", "data"),
-        "data: is no file; name a file for --out, or leave it out to see the responses",
+        "data: is not a file; set --out to a file, or omit it to print the responses",
     ),
     "a file that is something else": (
         ("model", "-p", "x", "--out", "data/train.jsonl"),
-        "data/train.jsonl: is there, and holds something else than responses; name another --out",
+        "data/train.jsonl: exists and is not a file of responses; choose a different --out",
     ),
     "a long prompt": (
         ("model", "-p", "1 + " * 20),
@@ -417,15 +417,15 @@ WRONG = {
         ("model", "--chat", "-p", "x"),
         "model: the tokenizer has no chat template; ask it plainly (without --chat, or with --template plain)",
     ),
-    "a limit of nothing": (("model", "-p", "x", "--limit", "2"), "--limit: goes with --file"),
+    "a limit of nothing": (("model", "-p", "x", "--limit", "2"), "--limit: needs --file"),
     "equal samples": (
         ("model", "-p", "x", "--samples", "2"),
         "--temperature: several samples at temperature 0 are the same; choose one, such as 0.7",
     ),
     "a nucleus of one token": (
         ("model", "-p", "x", "--top-p", "0.5"),
-        "--top-p: at temperature 0 the likeliest token is always taken; give a --temperature above 0, or leave "
-        "--top-p out",
+        "--top-p: has no effect at temperature 0, where the most likely token is chosen; set --temperature above 0, "
+        "or omit it",
     ),
     "bytes that are no text": (("model", "-p", "\udcff"), "--prompt: the prompt is not UTF-8 text"),
 }
@@ -442,7 +442,7 @@ def test_a_file_that_is_no_jsonl_is_left_as_it_is(muster, place):
     (place / "letter.txt").write_text("Dear Mia")
     answer = muster("generate", "model", "-p", "x", "--out", "letter.txt")
     assert (answer.status, answer.errors) == (
-        2, ["letter.txt: is there, and holds something else than responses; name another --out"],
+        2, ["letter.txt: exists and is not a file of responses; choose a different --out"],
     )  # fmt: skip
     assert (place / "letter.txt").read_text() == "Dear Mia"
 
@@ -466,5 +466,5 @@ def test_rows_that_cannot_be_asked_are_told_together(muster, place):
 @pytest.mark.parametrize("option", [("--workers", "2"), ("--json",), ("--out", "r.jsonl")], ids=" ".join)
 def test_a_chat_takes_no_options_of_files(place, option):
     status, shown = Terminal("model", *option).end()
-    message = "the chat in a terminal has one worker and one response at a time; give prompts, by --prompt or --file"
+    message = "a chat in the terminal has one worker and one response at a time; give prompts with --prompt or --file"
     assert (status, shown) == (2, f"{option[0]}: {message}\n")

@@ -285,7 +285,7 @@ def test_eval_refuses_what_it_cannot_use(chain, muster, asked):
     assert "neither a run nor a model folder" in line("eval", "data", "--data", asked)
     assert (
         line("eval", "model", "--data", asked, "--reward", "model")
-        == "command line: --against and --reward go together"
+        == "command line: --against and --reward must be given together"
     )
     answer = muster("eval", "model", "--data", asked, "--template", "loud")
     assert (answer.status, "'loud' is not one of 'auto', 'plain', 'chat'" in answer.err) == (2, True)

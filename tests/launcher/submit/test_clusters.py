@@ -214,7 +214,7 @@ def test_a_name_belongs_to_one_cluster_and_its_token_to_its_owner(tmp_path):
     assert len(home.token()) == 64
     assert home.token_file.stat().st_mode & 0o777 == 0o600
     assert home.folder.stat().st_mode & 0o777 == 0o700
-    with pytest.raises(Refused, match="there is a cluster one already"):
+    with pytest.raises(Refused, match="the cluster one exists already"):
         homes.claim("one", {"spec": {}})
     assert [known.name for known in homes.known()] == ["one"]
     assert homes.claim("two", {}).token() != home.token()
