@@ -287,7 +287,7 @@ def test_ray_is_imported_after_the_environment_that_its_token_is_in():
     code = """
 import sys
 from launcher.inference import evaluate, generate
-from launcher.workers.worker_group import ray_session as session
+from launcher.workers import ray_session as session
 def ray_session(workers):
     assert "ray" not in sys.modules
     raise SystemExit("as it should be")
