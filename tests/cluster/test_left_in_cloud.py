@@ -142,7 +142,7 @@ def test_what_is_left_without_its_head_is_found_by_tags_priced_and_ended(ec2, cl
 
 
 def test_a_cluster_whose_machines_have_all_ended_and_are_forgotten_is_taken_down_at_once(ec2, config, muster):
-    assert "the cloud has no machine of it any more" in muster("cluster", "status").out
+    assert "the cloud has no more machines of this cluster" in muster("cluster", "status").out
     answer = muster("cluster", "down", "cloud")
     assert answer.status == 0, answer.err
     assert "waiting for the machines" not in answer.out

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import sys
+import time
 from contextlib import suppress
 
 import psutil
@@ -52,8 +53,10 @@ def test_no_port_serves_figures_to_everybody(monkeypatch):
     spec = Local(provider="local", name="here")
     try:
         node.start(node.script(arguments, environment=environment(spec)), "a" * 64)
-        ports = listening(mark)
-        assert len(ports) > 4, "the ports of Ray are not seen"
+        deadline = time.monotonic() + 60  # its agents listen a moment after it is there
+        while len(ports := listening(mark)) <= 4:
+            assert time.monotonic() < deadline, f"the ports of Ray are not seen: {ports}"
+            time.sleep(0.2)
         assert not [port for _, port in ports if figures(port)]
     finally:
         node.end()

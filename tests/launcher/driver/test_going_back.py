@@ -132,7 +132,7 @@ def test_settings_at_the_top_reach_the_phases_of_a_run_and_keep_its_curve(finish
     job = folder / "runs/job/job.yaml"
     job.write_text(job.read_text().replace("workers: 1\n", "workers: 2\n"))  # as a run on two workers would have it
     status, out = muster(folder, "resume", "job", "--step", "2", "--inline", "sharding.stage=0")
-    assert (status, out.count("say resources.workers=1")) == (2, 2), out
+    assert (status, out.count("set resources.workers=1")) == (2, 2), out
     status, out = muster(folder, "resume", "job", "--step", "2", "--inline", "resources.workers=1", "sharding.stage=0")
     assert status == 0, out
     checkpoints = folder / "runs/job/second/checkpoints"

@@ -173,7 +173,7 @@ def test_a_bucket_with_something_else_or_another_job_is_refused(job, s3):
         open_run.check(job)
     (place_at(f"{s3.url}/runs/sums") / "thesis.tex").remove()
     open_run.begin(job).close()
-    with pytest.raises(InputError, match=r"another job; .*\n  phases.sft.learning_rate: 0.001 -> 0.5"):
+    with pytest.raises(InputError, match=r"a different job; .*\n  phases.sft.learning_rate: 0.001 -> 0.5"):
         open_run.check(jobs.load(job.file, [f"storage={job.storage}", "phases.sft.learning_rate=0.5"]))
 
 

@@ -60,7 +60,7 @@ def test_what_can_never_come_is_told_at_once(growing, job):
 @pytest.mark.faults
 def test_fewer_workers_will_do_if_the_job_says_so(growing, job):
     said = growing.run(job, "name=fewer", "resources.workers=4", "resources.min_workers=2")
-    assert "asking for 2, resources.min_workers" in said
+    assert "requesting 2 workers (resources.min_workers)" in said
     assert "sft: done; the model is in" in said
 
 
