@@ -127,7 +127,8 @@ class Manifest:
         files = [File(**entry) for entry in raw["files"]]
         if strays := [file.name for file in files if not is_below(file.name)]:
             raise ValueError(f"{strays[0]!r} is no name of a shard")
-        manifest = cls(**{**raw, "files": files})
+        metrics = {name: float(value) for name, value in raw.get("metrics", {}).items()}
+        manifest = cls(**{**raw, "files": files, "metrics": metrics})
         manifest._check()
         return manifest
 

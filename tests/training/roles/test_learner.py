@@ -27,7 +27,7 @@ def seen(tiny, monkeypatch):
 
         def opening(*_: object, verify: bool = True) -> SimpleNamespace:
             found.append((os.environ.get(SETTING), verify))
-            return SimpleNamespace(train=store, eval=None)
+            return SimpleNamespace(train=store, eval=None, damage=[])
 
         monkeypatch.setattr(learner, "open_stores", opening)
         monkeypatch.setattr(learner.dist, "barrier", lambda: None)
