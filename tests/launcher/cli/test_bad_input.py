@@ -450,7 +450,7 @@ def test_a_full_disk_ends_the_run_keeps_earlier_checkpoints_and_the_run_goes_on_
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
     assert "File too large" in out
-    assert "stopped; resume with `muster resume " in out
+    assert "resume with `muster resume " in out
     assert "Traceback" not in out
     assert muster("checkpoints", "sums").status == 0, "one is damaged"
     assert not list(place.glob("runs/sums/sft/checkpoints/.*"))

@@ -264,9 +264,9 @@ def test_a_fork_that_cannot_do_what_it_should_says_so():
 
 HOLDER = """
 import sys, time
-from launcher.workers.supervisor import Host
-host = Host("cpu")
-print(host.fork server.process.pid, host.begin(sys.argv[1], {}), flush=True)
+from launcher.workers.supervisor import WorkerSupervisor
+host = WorkerSupervisor("cpu")
+print(host.fork_server.process.pid, host.begin(sys.argv[1], {}), flush=True)
 time.sleep(600)
 """
 
