@@ -91,7 +91,9 @@ class Interrupts:
         if self._ending or (self.requested and not self.training):
             return
         if not self.training or (self.requested and number == signal.SIGINT):
-            self._ending, self.number = True, number
+            # Python drops an exception that is raised in a destructor or a callback of the import system: then the
+            # request is met like one that comes during training.
+            self._ending, self.requested, self.number = True, True, number
             _raise(number, frame)
         if not self.requested:
             # Not by print: the main thread may be in the middle of one, and that cannot be entered twice.

@@ -235,15 +235,17 @@ def apart(name: str, *args: Any) -> Any:
     """Run one request (a method of fork_server.WorkerCommands) in a new fork of the fork server of this machine.
     Raises what `WorkerSupervisor.ask` raises.
 
-    If the fork server or its fork was killed, it retries once, if necessary with its own fork server; not if the block
-    of `fork_server_here` has ended.
+    If the fork server or its fork was killed, it retries, if necessary with its own fork server; not if the block of
+    `fork_server_here` has ended. It retries twice, since a fork server that is ending may still accept a connection.
     """
-    try:
-        return _in_a_fork(name, *args)
-    except WorkerDied as death:
-        if not has_fork_server() or death.status not in (0, -signal.SIGKILL) or death.short_of_memory:
-            raise
-        return _in_a_fork(name, *args)
+    for is_last in (False, False, True):
+        try:
+            return _in_a_fork(name, *args)
+        except WorkerDied as death:
+            is_over = not has_fork_server() or death.status not in (0, -signal.SIGKILL) or death.short_of_memory
+            if is_last or is_over:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def _in_a_fork(name: str, *args: Any) -> Any:

@@ -50,7 +50,7 @@ class GrowingCluster:
         self.node.end()
 
 
-def _config(port: int, idle_minutes: float) -> dict:
+def _config(port: int, idle_minutes: float) -> dict[str, Any]:
     lists = (
         "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
         "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
