@@ -157,19 +157,19 @@ def _in_background(function: Callable[[], Result]) -> Callable[[], Result]:
     return wait
 
 
-def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console, how: RunOptions) -> ExitStatus:
+def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console, options: RunOptions) -> ExitStatus:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"run {run.address}, attempt {run.attempt}")
-    meter = Budget(run.folder, job.max_hours, job.max_cost, files=run.files)
+    budget = Budget(run.folder, job.max_hours, job.max_cost, files=run.files)
     try:
-        if meter.reached:
-            raise InputError.of(run.address, f"{meter.reached}; raise the limit to resume")
-        wanted = [name for name in _unfinished(run, job) if how.only in (None, name)]
+        if budget.reached:
+            raise InputError.of(run.address, f"{budget.reached}; raise the limit to resume")
+        wanted = [name for name in _unfinished(run, job) if options.only in (None, name)]
         if wanted and (finished := [name for name in job.phases if name in run.finished_phases()]):
             say(f"finished phases: {', '.join(finished)}; to run: {', '.join(wanted)}")
-        done = all(_run_phase(run, job, name, interrupts, meter, console, how) for name in wanted)
+        done = all(_run_phase(run, job, name, interrupts, budget, console, options) for name in wanted)
     except KeyboardInterrupt:
         with suppress(StorageError):
             run.event("interrupted", orderly=False)
@@ -186,14 +186,14 @@ def _run_phases(run: OpenRun, job: Job, interrupts: Interrupts, console: Console
         raise
     rest = list(_unfinished(run, job))
     _record_end(run, job, rest, stopped=not done)
-    if not done and meter.reached and not interrupts.requested:
+    if not done and budget.reached and not interrupts.requested:
         say(
-            f"stopped and saved: {meter.reached}; resume with `muster resume {run.address} max_hours=...` or "
+            f"stopped and saved: {budget.reached}; resume with `muster resume {run.address} max_hours=...` or "
             "`max_cost=...`"
         )
         return ExitStatus.LIMIT_REACHED
     if done and rest:
-        say(f"{how.only} is finished; `muster resume {run.address}` runs the remaining phases: {', '.join(rest)}")
+        say(f"{options.only} is finished; `muster resume {run.address}` runs the remaining phases: {', '.join(rest)}")
     elif not done:
         say(f"stopped; resume with `muster resume {run.address}`")
     return ExitStatus.DONE if done else after_signal(interrupts.number)
@@ -247,10 +247,10 @@ def _unfinished(run: OpenRun, job: Job) -> Iterator[str]:
 
 
 def _run_phase(
-    run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Budget, console: Console, how: RunOptions
+    run: OpenRun, job: Job, name: str, interrupts: Interrupts, budget: Budget, console: Console, options: RunOptions
 ) -> bool:
     """Whether the phase came to its end; False when it was asked to stop, or has used up what it may."""
-    if interrupts.requested or meter.reached:
+    if interrupts.requested or budget.reached:
         return False
     phase = with_its_start(job.phases[name], run)
     progress = PhaseProgress(name, console, phase.log_every)
@@ -261,34 +261,34 @@ def _run_phase(
         run.event("warning", phase=name, what=what)
         progress.say(f"{name}: {what}")
 
-    if not how.inline:
+    if not options.inline:
         model_probe.examined(phase)
         model_probe.pass_on(phase)
     recovery = Recovery(run, name, phase, progress.say)
-    with worker_set_of(phase, name, cache_folder(), progress.say, warn, inline=how.inline) as gang:
+    with worker_set_of(phase, name, cache_folder(), progress.say, warn, inline=options.inline) as worker_set:
         while True:
             run.files.flush()  # while the storage is away, an attempt would begin anew in its place
-            hooks = PhaseRun(run, job, name, interrupts, meter, progress, gang, recovery.skipped())
+            hooks = PhaseRun(run, job, name, interrupts, budget, progress, worker_set, recovery.skipped())
             try:
                 with closing(hooks):
-                    last = _attempt(run, phase, name, hooks, gang, preflight=how.preflight)
+                    last = _attempt(run, phase, name, hooks, worker_set, preflight=options.preflight)
             except MusterError as error:
-                if how.inline:
+                if options.inline:
                     raise
                 decision = recovery.after(error, step=hooks.step_in_hand(), checkpoint=hooks.saved_step)
                 if interrupts.requested:
                     return False
-                gang.avoid(decision.avoid)
+                worker_set.avoid(decision.avoid)
             else:
                 if last is not None:
                     break
                 if interrupts.requested:
                     return False
-                if meter.reached:
-                    run.event("limit_reached", phase=name, what=meter.reached)
+                if budget.reached:
+                    run.event("limit_reached", phase=name, what=budget.reached)
                     return False
-                run.event("moved", phase=name, why=gang.why_moved)
-                progress.say(f"{name}: saved; {gang.why_moved}; restarting the workers")
+                run.event("moved", phase=name, why=worker_set.why_moved)
+                progress.say(f"{name}: saved; {worker_set.why_moved}; restarting the workers")
             run.start_next_attempt()
     run.event("phase_finished", phase=name, checkpoint=str(last), model=str(run.model(name)))
     progress.say(f"{name}: done; the model is in {run.model(name)}")
@@ -296,14 +296,17 @@ def _run_phase(
 
 
 def _attempt(
-    run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, gang: WorkerSet, *, preflight: bool
+    run: OpenRun, phase: Phase, name: str, hooks: PhaseRun, worker_set: WorkerSet, *, preflight: bool
 ) -> StoragePath | None:
     """Run one attempt of a phase from its newest checkpoint. Returns its last checkpoint, or None if it was stopped."""
-    with gang.attempt(run.phase(name) / "logs" / f"attempt-{run.attempt}") as groups:
-        run.event("workers", phase=name, workers=gang.members())
-        hooks.meter.begin(gang.price())
+    with worker_set.attempt(run.phase(name) / "logs" / f"attempt-{run.attempt}") as groups:
+        run.event("workers", phase=name, workers=worker_set.members())
+        hooks.budget.begin(worker_set.price())
         try:
-            if preflight and (figures := gang.check(str(hooks.checkpoints.staging), _room_for_two(phase))) is not None:
+            if (
+                preflight
+                and (figures := worker_set.check(str(hooks.checkpoints.staging), _room_for_two(phase))) is not None
+            ):
                 run.event("preflight", phase=name, **figures)
             last: StoragePath | None = resolve(RECIPES[phase.recipe].run)(phase, groups, hooks)
             hooks.interrupts.training = False  # all is saved: a request to stop does not wait for the export
@@ -312,7 +315,7 @@ def _attempt(
             _export(next(iter(groups.values())), last, run.model(name))
             return last
         finally:
-            hooks.meter.end()
+            hooks.budget.end()
 
 
 def _room_for_two(phase: Phase) -> int:

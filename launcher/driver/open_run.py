@@ -126,12 +126,12 @@ def rewinding(run: RunFolder, step: int, phase: str | None = None) -> dict[str, 
     return {name: step, **dict.fromkeys(names[names.index(name) + 1 :], 0)}
 
 
-def begin(job: Job, start_next_attempt: ResumeOptions = ResumeOptions()) -> OpenRun:
+def begin(job: Job, options: ResumeOptions = ResumeOptions()) -> OpenRun:
     """Create the run folder of a job, or open the one it has.
 
     Raises InputError as `check` does, and if the folder cannot be written or another process uses it.
     """
-    check(job, start_next_attempt)
+    check(job, options)
     remote = open_storage(_address(job)) if is_remote(job.storage) else None
     folder = Path(job.storage) / job.name if remote is None else bucket_sync.working_folder(remote)
     with told_as_input(_address(job)):
@@ -140,23 +140,23 @@ def begin(job: Job, start_next_attempt: ResumeOptions = ResumeOptions()) -> Open
         try:
             if remote is not None:
                 bucket_sync.fetch(remote, folder)
-            return _begin(RunFolder(folder, remote), job, lock, start_next_attempt)
+            return _begin(RunFolder(folder, remote), job, lock, options)
         except BaseException:
             lock.close()
             raise
 
 
-def _begin(held: RunFolder, job: Job, lock: IO[str], start_next_attempt: ResumeOptions) -> OpenRun:
-    _refuse_others(held, job, start_next_attempt)  # once more: another process may have come before the lock
+def _begin(held: RunFolder, job: Job, lock: IO[str], options: ResumeOptions) -> OpenRun:
+    _refuse_others(held, job, options)  # once more: another process may have come before the lock
     changes = _changes(held, job) if (held.folder / JOB).exists() else []
     _replace(held.folder / JOB, jobs.dump(job))
     claimed = newest_claim(held.remote / CLAIMS) if held.remote else 0
     run = OpenRun(held.folder, max(held.attempts(), claimed) + 1, lock, held.remote)
     run.event("started", host=socket.gethostname(), pid=os.getpid(), versions=_versions())
-    if start_next_attempt.accept_changes:
+    if options.accept_changes:
         run.event("changes_accepted", changes=changes)
-    if start_next_attempt.rewind:
-        run.event("rewound", to=dict(start_next_attempt.rewind))
+    if options.rewind:
+        run.event("rewound", to=dict(options.rewind))
     run.flush()
     return run
 
@@ -171,7 +171,7 @@ def _changes(held: RunFolder, job: Job) -> list[str]:
     return jobs.differences(replace(held.job(), name=job.name), job)
 
 
-def check(job: Job, start_next_attempt: ResumeOptions = ResumeOptions(), only: str | None = None) -> None:
+def check(job: Job, options: ResumeOptions = ResumeOptions(), only: str | None = None) -> None:
     """Raises InputError if the run folder of a job holds other files, a different job or a finished run. Read-only.
 
     `only`: the one phase to run. Raises InputError if it does not exist, is finished, or starts from an unfinished one.
@@ -181,12 +181,12 @@ def check(job: Job, start_next_attempt: ResumeOptions = ResumeOptions(), only: s
     with told_as_input(address):
         if not is_remote(address):
             if Path(address).is_dir():
-                _refuse_others(RunFolder(Path(address)), job, start_next_attempt)
+                _refuse_others(RunFolder(Path(address)), job, options)
                 finished = RunFolder(Path(address)).finished_phases()
         else:
             remote = open_storage(address, patience_s=PATIENCE_S)
             run = RunFolder(bucket_sync.view(remote), remote)
-            _refuse_others(run, job, start_next_attempt)
+            _refuse_others(run, job, options)
             finished = run.finished_phases()
     if only is not None:
         _refuse_phase(job, only, finished)
@@ -228,7 +228,7 @@ def _replace(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def _refuse_others(held: RunFolder, job: Job, start_next_attempt: ResumeOptions) -> None:
+def _refuse_others(held: RunFolder, job: Job, options: ResumeOptions) -> None:
     if not (held.folder / JOB).exists():
         if strangers := sorted(name for name in held.root.children() if name not in (LOCK, f".{JOB}", CLAIMS)):
             raise InputError.of(
@@ -237,11 +237,11 @@ def _refuse_others(held: RunFolder, job: Job, start_next_attempt: ResumeOptions)
                 "storage",
             )
         return
-    finished = held.finished_phases() - start_next_attempt.rewind.keys()
-    is_over = not start_next_attempt.rewind and finished >= set(job.phases)
+    finished = held.finished_phases() - options.rewind.keys()
+    is_over = not options.rewind and finished >= set(job.phases)
     if not is_over:
         _refuse_overrides_of(finished, held, job)
-    if not start_next_attempt.accept_changes and (changes := _changes(held, job)):
+    if not options.accept_changes and (changes := _changes(held, job)):
         raise InputError.of(
             held.address,
             "this run folder belongs to a different job; choose a different `name:`, remove the folder, or resume it "

@@ -33,17 +33,17 @@ class PhaseRun:
     """The hooks that a recipe's driver calls while it runs one phase (`Hooks` of training/drivers/hooks.py)."""
 
     def __init__(
-        self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, meter: Budget, progress: PhaseProgress,
-        gang: WorkerSet,
+        self, run: OpenRun, job: Job, name: str, interrupts: Interrupts, budget: Budget, progress: PhaseProgress,
+        worker_set: WorkerSet,
         skipped: frozenset[int],
     ):  # fmt: skip
-        self.run, self.name, self.interrupts, self.meter, self.progress, self.gang = (
+        self.run, self.name, self.interrupts, self.budget, self.progress, self.worker_set = (
             run,
             name,
             interrupts,
-            meter,
+            budget,
             progress,
-            gang,
+            worker_set,
         )
         self.job = job
         self.skipped = skipped
@@ -82,7 +82,7 @@ class PhaseRun:
 
     def paces(self, seconds_a_token: Sequence[float]) -> None:
         for rank, times in self.stragglers.look(seconds_a_token).items():
-            machine = self.gang.members()[rank]["machine"]
+            machine = self.worker_set.members()[rank]["machine"]
             self.warn(
                 f"worker {rank} on {machine} is {times:.1f} times as slow as the other workers, which wait for it"
             )
@@ -91,7 +91,7 @@ class PhaseRun:
         for rank, fraction in enumerate(fractions):
             if fraction >= _NEARLY_FULL and rank not in self.told_full:
                 self.told_full.add(rank)
-                machine = self.gang.members()[rank]["machine"]
+                machine = self.worker_set.members()[rank]["machine"]
                 self.warn(
                     f"worker {rank} on {machine} uses {fraction:.0%} of its GPU's memory; a longer batch may run out "
                     "of memory. Lower micro_tokens, set gradient_checkpointing, or raise sharding.stage"
@@ -113,7 +113,7 @@ class PhaseRun:
             )
         elif kind == "checkpoint":
             self.saved_step = fields["step"]
-            self.gang.saved()
+            self.worker_set.saved()
         elif kind == "profiled":
             self.progress.say(
                 f"{self.name}: profile {{steps: {fields['steps']}}} of {fields['worker']}: {fields['summary']}; "
@@ -154,11 +154,11 @@ class PhaseRun:
 
     def _note_plan(self, info: PhaseInfo) -> None:
         """Record the plan for `muster status`. Unknown machines or models have no plan."""
-        members = self.gang.members()
+        members = self.worker_set.members()
         fullest = max(Counter(member["machine"] for member in members).values())
         try:
             where = hardware.of_device(info.device, fullest)
-            expected = plan.expected(self.job, self.name, info, len(members), where, self.gang.price())
+            expected = plan.expected(self.job, self.name, info, len(members), where, self.worker_set.price())
         except InputError:
             return
         except Exception as error:  # a defect of the plan is no reason to stop the training
@@ -206,12 +206,14 @@ class PhaseRun:
         return time.monotonic()
 
     def stop_requested(self) -> bool:
-        self.meter.count()
-        return self.interrupts.requested or self.meter.reached is not None or self.gang.reason_to_move() is not None
+        self.budget.count()
+        return (
+            self.interrupts.requested or self.budget.reached is not None or self.worker_set.reason_to_move() is not None
+        )
 
     def step_in_hand(self) -> int:
         """Return the step in progress, or the last finished step if there is none."""
-        return max(self.step + 1, self.gang.step_in_hand()) if self.training else self.step
+        return max(self.step + 1, self.worker_set.step_in_hand()) if self.training else self.step
 
     def close(self) -> None:
         self.interrupts.training = False

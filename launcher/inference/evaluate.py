@@ -211,13 +211,13 @@ def asking(folder: str, loading: Loading) -> Iterator[Group]:
             WorkerGroup,  # which imports Ray: it takes its token from the session's environment
         )
 
-        gang = WorkerGroup(Resources(workers=workers), model_lookup.warn, model_lookup.warn)
+        group = WorkerGroup(Resources(workers=workers), model_lookup.warn, model_lookup.warn)
         try:
-            gang.begin(logs)
+            group.begin(logs)
             here = str(Path(folder).absolute())  # a Ray that was there before us works in another folder
-            yield gang.build("evaluator", "training.evaluation.evaluator:Evaluator", here, template, trust_remote_code)
+            yield group.build("evaluator", "training.evaluation.evaluator:Evaluator", here, template, trust_remote_code)
         finally:
-            gang.close()
+            group.close()
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

@@ -36,6 +36,8 @@ _STACKS_S = 2.0
 AT_HAND = "MUSTER_FORK_SERVER"
 """Environment variable: device and socket of a fork server on this machine."""
 _MOST_PARENTS = 128
+_RETRIES = 2
+"""Of a request whose process was killed: a fork server that is ending may still accept a connection."""
 _SOCKET = "fork"
 """Name of its socket."""
 
@@ -236,16 +238,15 @@ def apart(name: str, *args: Any) -> Any:
     Raises what `WorkerSupervisor.ask` raises.
 
     If the fork server or its fork was killed, it retries, if necessary with its own fork server; not if the block of
-    `fork_server_here` has ended. It retries twice, since a fork server that is ending may still accept a connection.
+    `fork_server_here` has ended.
     """
-    for is_last in (False, False, True):
+    for _ in range(_RETRIES):
         try:
             return _in_a_fork(name, *args)
         except WorkerDied as death:
-            is_over = not has_fork_server() or death.status not in (0, -signal.SIGKILL) or death.short_of_memory
-            if is_last or is_over:
+            if not has_fork_server() or death.status not in (0, -signal.SIGKILL) or death.short_of_memory:
                 raise
-    raise AssertionError("the last try returns or raises")
+    return _in_a_fork(name, *args)
 
 
 def _in_a_fork(name: str, *args: Any) -> Any:
@@ -321,7 +322,7 @@ def _start_fork_server(parent: socket.socket, device: str, *listeners: socket.so
 
 
 def _environment(device: str) -> dict[str, str]:
-    # One thread while importing; a worker sets what it computes with when it knows its seat.
+    # One thread while importing; a worker sets what it computes with when it knows its rank.
     own = with_own_code({**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device})
     if device == "cpu":
         own.setdefault("GLIBC_TUNABLES", TUNABLES)

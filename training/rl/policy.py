@@ -45,23 +45,12 @@ class Policy(LearningRole):
         refuse(self.phase, self.traits, self.attention, self.phase.data.max_length + self.phase.response_tokens)
         self.store, self.order = self.prompts.store, self.prompts.order
         self.start(self._build)
-        return PhaseInfo(
+        return self.info(
+            self.store,
             total_steps=total_steps(self.phase, self.order.epoch_size),
             total_samples=total_samples(self.phase, self.order.epoch_size),
             num_samples=self.order.epoch_size,
             num_eval_samples=0,
-            mean_tokens=self.store.meta.tokens / len(self.store),
-            num_parameters=self.num_parameters,
-            dtype=str(self.dtype).removeprefix("torch."),
-            attention=self.attention,
-            kernels=self.kernels,
-            recomputes=self.phase.model.gradient_checkpointing is True,
-            device=self.device_name,
-            data_hash=self.store.folder.name,
-            data_hash_before=self.store.meta.hash_before,
-            data_changes=tuple(self.store.meta.changes),
-            data_damage=self.data_damage,
-            chats=self.store.meta.chats,
             stop_tokens=self.stops[0],
             stop_tokens_before=self.stops[1],
             notes=[

@@ -22,6 +22,7 @@ from training.checkpoint.async_writer import ShardWriter
 from training.checkpoint.format import OPTIMIZER, WEIGHTS, CheckpointError, File, Reader
 from training.config import Phase
 from training.data.phase_data import Stores, open_stores
+from training.data.token_store import TokenStore
 from training.device import device_name, is_accelerator, peak_allocated_bytes, peak_reserved_bytes, total_bytes
 from training.engine.engine import Engine, Fragment, device_of
 from training.errors import InputError, TrainingError
@@ -31,6 +32,7 @@ from training.estimate.parameters import shape_of
 from training.model_folder import at_hand, base_of
 from training.models import loading as models
 from training.models import lora
+from training.phase_info import PhaseInfo
 from training.process import heartbeat
 from training.process.agreement import differences
 from training.process.distributed import RankInfo
@@ -103,6 +105,24 @@ class Learner:
         """Load the module, which holds its model as `lm`, and begin with it."""
         self.phase = with_recomputing(self.phase, self._recomputes())
         self.engine = Engine(build, self.phase, self.rank_info, self.dtype)
+
+    def info(self, store: TokenStore, **more: Any) -> PhaseInfo:
+        """What the phase turned out to be, after `start`. `more`: what depends on the role."""
+        return PhaseInfo(
+            mean_tokens=store.meta.tokens / len(store),
+            num_parameters=self.num_parameters,
+            dtype=str(self.dtype).removeprefix("torch."),
+            attention=self.attention,
+            kernels=self.kernels,
+            recomputes=self.phase.model.gradient_checkpointing is True,
+            device=self.device_name,
+            data_hash=store.folder.name,
+            data_hash_before=store.meta.hash_before,
+            data_changes=tuple(store.meta.changes),
+            data_damage=self.data_damage,
+            chats=store.meta.chats,
+            **more,
+        )
 
     def _recomputes(self) -> bool:
         """Whether activations are recomputed. The smallest GPU decides

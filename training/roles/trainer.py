@@ -78,23 +78,12 @@ class Trainer(Learner):
         """Open the data, load the model, start the engine."""
         self._open_data()
         self.start(self._build)
-        return PhaseInfo(
+        return self.info(
+            self.store,
             total_steps=self.total_steps,
             total_samples=self.total_samples,
             num_samples=self.order.epoch_size,
             num_eval_samples=len(self.eval_store) if self.eval_store is not None else 0,
-            mean_tokens=self.store.meta.tokens / len(self.store),
-            num_parameters=self.num_parameters,
-            dtype=str(self.dtype).removeprefix("torch."),
-            attention=self.attention,
-            kernels=self.kernels,
-            recomputes=self.phase.model.gradient_checkpointing is True,
-            device=self.device_name,
-            data_hash=self.store.folder.name,
-            data_hash_before=self.store.meta.hash_before,
-            data_changes=tuple(self.store.meta.changes),
-            data_damage=self.data_damage,
-            chats=self.store.meta.chats,
             notes=[
                 *self.store.meta.notes,
                 *vocabulary_notes(self.phase, self.store.meta.tokenizer_rows),

@@ -21,16 +21,16 @@ class Clock:
 
 def test_hours_and_cost_are_counted_while_workers_are_held_and_go_on_in_the_next_attempt(tmp_path):
     clock = Clock()
-    meter = Budget(tmp_path, max_hours=3, max_cost=None, clock=clock)
+    budget = Budget(tmp_path, max_hours=3, max_cost=None, clock=clock)
     clock.now = 7200
-    meter.count()  # nobody is held
-    meter.begin(price=10.0)
+    budget.count()  # nobody is held
+    budget.begin(price=10.0)
     clock.now += 3600
-    meter.count()
-    meter.begin(price=20.0)  # other machines
+    budget.count()
+    budget.begin(price=20.0)  # other machines
     clock.now += 1800
-    meter.end()
-    assert (meter.hours, meter.cost, meter.reached) == (1.5, 20.0, None)
+    budget.end()
+    assert (budget.hours, budget.cost, budget.reached) == (1.5, 20.0, None)
 
     again = Budget(tmp_path, max_hours=3, max_cost=30, clock=clock)
     again.begin(price=20.0)
@@ -44,11 +44,11 @@ def test_hours_and_cost_are_counted_while_workers_are_held_and_go_on_in_the_next
 
 def test_a_killed_driver_forgets_little(tmp_path):
     clock = Clock()
-    meter = Budget(tmp_path, max_hours=None, max_cost=None, clock=clock)
-    meter.begin(price=None)
+    budget = Budget(tmp_path, max_hours=None, max_cost=None, clock=clock)
+    budget.begin(price=None)
     for _ in range(100):
         clock.now += 1
-        meter.count()
+        budget.count()
     kept = Budget(tmp_path, max_hours=None, max_cost=None).hours * 3600
     assert 85 <= kept <= 100
 

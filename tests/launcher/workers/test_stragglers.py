@@ -43,7 +43,7 @@ def test_a_gpu_that_is_nearly_full_is_told_once(monkeypatch):
 
     told: list[str] = []
     run = PhaseRun.__new__(PhaseRun)
-    run.gang, run.told_full = WorkerSet(), set()
+    run.worker_set, run.told_full = WorkerSet(), set()
     monkeypatch.setattr(run, "warn", told.append, raising=False)
     for fractions in ([0.0, 0.9, 0.5], [0.0, 0.97, 0.5], [0.0, 0.99, 0.5]):
         run.gpus_full(fractions)
