@@ -1,4 +1,4 @@
-"""What training code may ask of a set of workers, and the set that lives in this process.
+"""The interface of a group of workers for training code, and its implementation in this process.
 
 A worker is one process; a group is N of them that form one process group; a worker hosts one or more roles. Recipes see
 groups alone: `launcher/` implements the same protocol on Ray.

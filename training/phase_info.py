@@ -1,4 +1,5 @@
-"""What a phase turned out to be once its data and model were there. Free of torch: the process that drives reads it."""
+"""Figures of a phase that are known once its data and model are loaded. Free of torch: the driver process reads
+them."""
 
 from __future__ import annotations
 

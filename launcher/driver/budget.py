@@ -1,4 +1,4 @@
-"""What a run may use up over all its attempts: hours with workers, and what their machines cost."""
+"""Limits of a run over all its attempts: hours with workers, and the cost of their machines."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Has the models of a phase examined before anybody computes with them: on this machine's CPU,
-in a process that may crash, once."""
+"""Examines the models of a phase before training: on the CPU of this machine, in a process that may crash, once
+per model."""
 
 from __future__ import annotations
 

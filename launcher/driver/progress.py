@@ -1,4 +1,4 @@
-"""What a person sees of a phase while it runs: a live line on a terminal, one aligned line a step in a file or pipe."""
+"""Shows the progress of a phase: a live line on a terminal, one aligned line per step in a file or pipe."""
 
 from __future__ import annotations
 

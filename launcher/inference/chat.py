@@ -1,4 +1,4 @@
-"""A conversation with a model in the terminal. Knows what was said; how a response is drawn is told it."""
+"""A conversation with a model in the terminal. It keeps the turns; how a response is generated is passed to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`muster generate`: prompts -> responses. All of them over workers, or one after the other while they are drawn."""
+"""`muster generate`: responses to prompts, all of them over workers, or one after the other as they are
+generated."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Finds the model that a person means: a folder, what came of a run, or a checkpoint,
-which is written as a folder first."""
+"""Finds the model that the user names: a folder, the result of a run, or a checkpoint, which is first exported to
+a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One phase on a site: what its workers need of memory, whether that fits, how long it takes and what it costs.
+"""The plan of one phase on given hardware: the memory of its workers, whether it fits, the time and the cost.
 
 Memory by training/estimate/memory.py, time by launcher/plan/step_time.py, machines by launcher/plan/hardware.py;
 here they are put together for a phase.

@@ -1,5 +1,5 @@
-"""How long a step takes, worked out from the model, the GPUs and what lies between them. Pure;
-the constants are one set for all.
+"""Estimates the time of a step from the model, the GPUs and the links between them. Pure; one set of constants
+for all.
 
     a step        = max(computing, sending) + (1 - OVERLAP) * min(computing, sending)
     computing     = FLOPs / (COMPUTE * what a matrix product reaches) + bytes of activations * PASSES /

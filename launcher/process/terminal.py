@@ -1,4 +1,4 @@
-"""What a model says, on a terminal: without what could move its cursor, and piece by piece while it is drawn."""
+"""Prints the text of a model on a terminal: without control characters, and piece by piece as it is generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of metrics as curves to be drawn: which belong into one chart, thinned to what an eye can tell apart. Pure."""
+"""Turns rows of metrics into charts: which curves share a chart, thinned to the resolution of a screen. Pure."""
 
 from __future__ import annotations
 

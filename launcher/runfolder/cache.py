@@ -1,4 +1,4 @@
-"""Where things are kept on this machine that can be made again: tokenised data, copies of what is in buckets."""
+"""The cache folder of this machine, for data that can be recreated: tokenized data, copies of objects in buckets."""
 
 from __future__ import annotations
 

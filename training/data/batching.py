@@ -1,4 +1,5 @@
-"""Deals the samples of one global batch to workers, rows and micro-batches. Knows lengths, never contents.
+"""Partitions the samples of one global batch into shares of workers, rows and micro-batches. Uses lengths, never
+contents.
 
 Every worker computes the whole deal from the lengths, so nothing has to be agreed on over the network. The deal changes
 how fast a batch is done and how much memory it takes; what the batch teaches does not depend on it.

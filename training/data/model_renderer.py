@@ -1,5 +1,5 @@
-"""The renderer for a model in a folder: what it is asked, and what a reward model is given,
-is written as it was when it was trained."""
+"""The renderer for a model in a folder: prompts, and the sequences of a reward model, have the form that it was
+trained on."""
 
 from __future__ import annotations
 

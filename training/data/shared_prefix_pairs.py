@@ -1,4 +1,4 @@
-"""Pairs as trees: what both sequences of a pair begin with stands in their row once, and is computed once.
+"""Pairs as trees: the common prefix of the two sequences of a pair is stored in their row, and computed, once.
 
 Two answers to one question share the question. Where attention takes a mask, both can look back at one copy of it, and
 no number changes: what stands before a token is the same, and so is its position. (Prefix sharing, arXiv:2410.20305,

@@ -1,5 +1,5 @@
-"""Columns and keys of rows that look as if they decide what is learned but that nothing reads: what
-to say of them, once a data set.
+"""Finds columns and keys of rows that seem to decide what is learned but that nothing reads, and reports them
+once per data set.
 
 Columns that are plainly metadata (id, source, scores) are not mentioned.
 """

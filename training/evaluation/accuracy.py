@@ -1,4 +1,4 @@
-"""What comes of judged responses: accuracy with its interval, pass@k. Free of torch."""
+"""Computes accuracy with its confidence interval, and pass@k, from graded responses. Free of torch."""
 
 from __future__ import annotations
 

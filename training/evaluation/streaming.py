@@ -1,4 +1,4 @@
-"""Continues one prompt after the other with a model, and says the response while it is drawn. Knows no runs."""
+"""Continues prompts one after the other and yields each response as it is generated. Knows no runs."""
 
 from __future__ import annotations
 

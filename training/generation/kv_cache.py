@@ -1,4 +1,4 @@
-"""Keys and values of a model that writes, in memory with room for what comes next.
+"""A key-value cache for generation with room for the tokens to come.
 
 transformers' own cache grows by concatenation: every token copies all that came before it, in every layer.
 """

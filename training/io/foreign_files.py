@@ -1,5 +1,5 @@
-"""Files that somebody else wrote may hold anything: whatever it is,
-the reader of a file raises its own error, in words."""
+"""Reads files of unknown origin: whatever they contain, their readers raise their own errors with a clear
+message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A call that is waited for until a time limit, whatever it waits for itself."""
+"""Calls with a time limit, whatever they wait for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions of the packages that a result may hang on."""
+"""Versions of the packages that can affect a result."""
 
 from __future__ import annotations
 

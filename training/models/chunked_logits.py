@@ -1,4 +1,5 @@
-"""What a language model says of tokens, measured a chunk of places at a time, so that their logits never exist whole.
+"""Applies the head of a language model to chunks of positions, so that the logits of all positions never exist
+together.
 
 At 4,096 places and a vocabulary of 128,000 the logits of a micro-batch and their gradient are 5 GB, more than all else
 that a LoRA step keeps. Above LOGITS_AT_ONCE a chunk's logits are computed, measured and forgotten, and computed again

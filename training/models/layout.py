@@ -1,4 +1,4 @@
-"""What a model's class says of its tensors, without the memory of its weights: which are buffers."""
+"""Finds out from a model's class which of its tensors are buffers, without allocating its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last layer of a model, computed where somebody looks.
+"""Computes the MLP of the last layer only at the positions whose output is used.
 
 After its attention no place sees another. What its MLP makes of the other places, such as prompts, nobody reads, and
 their gradients are zero: leaving them out changes no number.

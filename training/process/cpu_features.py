@@ -1,4 +1,4 @@
-"""What this machine's processor can do. Free of torch."""
+"""The features of this machine's processor. Free of torch."""
 
 from __future__ import annotations
 

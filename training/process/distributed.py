@@ -1,4 +1,4 @@
-"""One process's seat in a process group: who it is, how it meets the others, how long it waits for them."""
+"""The place of one process in a process group: its rank, how it meets the others, and how long it waits for them."""
 
 from __future__ import annotations
 

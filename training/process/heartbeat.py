@@ -1,4 +1,4 @@
-"""Signs of life of a worker, in memory that whoever watches it can read while the worker is busy, stopped or dead.
+"""The heartbeat of a worker, in memory that its observer can read while the worker is busy, stopped or dead.
 
 A thread beats twice a second, whatever the training does; the training counts its micro-batches. A worker whose count
 stands still and whose heart beats waits for something; one whose heart does not beat is stopped.

@@ -1,4 +1,4 @@
-"""Memory of this process: what it holds at most, and giving back what is freed."""
+"""The memory of this process: its peak, and the return of freed memory to the system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what the roles say of the responses to what policy and critic learn from: advantages and returns."""
+"""Computes advantages and returns from the outputs of the roles, for policy and critic to learn from."""
 
 from __future__ import annotations
 

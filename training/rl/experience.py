@@ -1,5 +1,5 @@
-"""What an iteration of PPO knows: responses, and what the roles say of each of their tokens.
-Arrays small enough to send.
+"""The experience of an iteration of PPO: responses, and the values of each role per token. Arrays small enough to
+send.
 
 Roles get responses as a deal: by worker, micro-batch and row. Their answers come back one array a
 response, in that order.

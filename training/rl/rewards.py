@@ -1,4 +1,5 @@
-"""What responses are worth: a reward model, a Python function, an HTTP endpoint. All of them are `RewardScorer`s."""
+"""Computes the rewards of responses: by a reward model, a Python function or an HTTP endpoint, each a
+`RewardScorer`."""
 
 from __future__ import annotations
 
