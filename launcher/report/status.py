@@ -90,7 +90,7 @@ def _median_step_s(steps: Sequence[Mapping[str, Any]]) -> float:
 
 
 def status_lines(info: Mapping[str, Any]) -> Iterator[str]:
-    workers = f", {info['workers']} workers" if info["workers"] else ""
+    workers = f", {info['workers']} worker{'s' * (info['workers'] != 1)}" if info["workers"] else ""
     yield f"{info['name']}: {info['state']}, attempt {info['attempts']}{workers}, started {info['started']}"
     for name, phase in info["phases"].items():
         if not phase["step"]:

@@ -317,9 +317,9 @@ class Renderer:
     def _note_unused_template(self) -> None:
         if self._setting == "auto" and not self.in_turns and self.tokenizer.chat_template:
             self._note(
-                "the tokenizer has a chat template, and these prompts are plain texts, which go without it; "
-                "data.template: tokenizer makes them turns of a conversation, none leaves them as they are without "
-                "this note"
+                "the tokenizer has a chat template, but it is not used for these prompts, which are plain texts. "
+                "Set data.template: tokenizer to format them as turns of a conversation, or data.template: none to "
+                "keep them as they are without this note"
             )
 
     def _pairs(self, pairs: Sequence[Pair]) -> list[Sample | RowError]:
